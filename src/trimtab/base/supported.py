@@ -1,0 +1,37 @@
+"""Which models can be trained exactly, and the reason when one can't.
+
+Trimtab lays many rows out as one and attends through Transformers' attention interface, so it needs a model whose tokens
+meet nowhere but in that attention. `engine/selfcheck.py` measures the same on the model itself.
+"""
+
+from typing import Any
+
+from trimtab.errors import UnsupportedModel
+
+LAYER_TYPES = {"full_attention", "sliding_attention"}
+"""The kinds of layer through which a pack keeps its rows apart."""
+
+
+def refuse_unsupported(model: Any, tokenizer: Any) -> None:
+    """Raise UnsupportedModel, with the reason, for a model or tokenizer that Trimtab can't train exactly."""
+    name, config = type(model).__name__, getattr(model, "config", None)
+    if config is None or not hasattr(model, "get_output_embeddings") or not hasattr(model, "base_model"):
+        raise UnsupportedModel(f"{name} is not a Transformers model.")
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModel(f"{name} is an encoder-decoder model; Trimtab trains causal language models.")
+    if model.get_output_embeddings() is None:
+        raise UnsupportedModel(f"{name} has no language model head; load it with AutoModelForCausalLM.")
+    if not getattr(model, "_supports_attention_backend", False):
+        raise UnsupportedModel(
+            f"{name} does not use Transformers' attention interface, so rows cannot be packed without seeing each other."
+        )
+    others = set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES
+    if others:
+        raise UnsupportedModel(
+            f"{name} has layers of the kind {', '.join(sorted(others))}, which carry state from row to row of a pack."
+        )
+    if tokenizer is not None and not getattr(tokenizer, "is_fast", False):
+        raise UnsupportedModel(
+            f"{type(tokenizer).__name__} cannot tell which characters a token stands for, so labels cannot be placed exactly. "
+            "Convert it to a fast tokenizer (tokenizer.json)."
+        )

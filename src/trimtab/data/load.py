@@ -1,0 +1,127 @@
+"""The data of a run: read, shaped, tokenized, split, and every row accounted for."""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from trimtab.config import Config
+from trimtab.data.example import Account, Conversation, Example, Sequence
+from trimtab.data.labels import Tokenizing, make_sequences
+from trimtab.data.order import split
+from trimtab.data.read import read_rows
+from trimtab.data.shapes import read_examples
+from trimtab.errors import DataError, listing
+
+COLUMNS = ("messages", "conversations", "instruction", "input", "output", "system", "history", "tools", "prompt", "completion", "text")
+
+
+def _as_tuple(raw: Any) -> Any:
+    return (raw,) if isinstance(raw, str) else tuple(raw) if isinstance(raw, list) else raw
+
+
+def _integral(raw: Any) -> Any:
+    return float(raw) if isinstance(raw, int) and not isinstance(raw, bool) else raw
+
+
+class DataConfig(Config):
+    """What to learn from."""
+
+    train: Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(_as_tuple)]
+    """Files (JSON, JSONL, CSV, TSV, Parquet), folders that `datasets` saved, or datasets on the hub."""
+    eval: Annotated[str | Annotated[float, Field(ge=0)], BeforeValidator(_integral)] = 0.05
+    """Held-out rows: another file, a fraction of the training rows (below 1), a count of them, or 0 for none."""
+    columns: dict[Literal[COLUMNS], str] = {}  # pyright: ignore[reportInvalidTypeForm]
+    """What Trimtab calls a column: what your file calls it; for example {prompt: question, completion: answer}."""
+    max_length: Annotated[int, Field(ge=2)] | None = None
+    """The most tokens a row may have; the model's context length unless given."""
+    overlong: Literal["refuse", "truncate"] = "refuse"
+    """What happens to a longer row. One that is cut off teaches the model to stop mid-sentence, or never."""
+    bad_rows: Literal["stop", "skip"] = "stop"
+    """Whether rows that can't be used stop the run before it starts, or are left out and listed in the run's data.json."""
+
+
+@dataclass
+class Loaded:
+    """The data of a run, ready to be packed."""
+
+    train: list[Sequence]
+    eval: list[Sequence]
+    eval_examples: list[Conversation]
+    """The held-out conversations themselves, to be answered and compared."""
+    accounts: list[Account]
+    digest: str
+    """SHA-256 over every token and label, in order: what was learned and what was held out."""
+
+
+def load_examples(sources: tuple[str, ...] | str, columns: dict[str, str] | None = None) -> tuple[list[Example], Account]:
+    """Read rows from one or more sources. See `data.read.read_rows` for what a source can be."""
+    sources = (sources,) if isinstance(sources, str) else sources
+    account = Account(", ".join(sources))
+    examples = [e for source in sources for e in read_examples(read_rows(source), columns or {}, account)]
+    return examples, account
+
+
+def load_data(config: DataConfig, base: Tokenizing, context_length: int | None, seed: int) -> Loaded:
+    """Everything that `config` names, as sequences.
+
+    Raises:
+        DataError: A source can't be read, nothing in it can be used, or (unless `bad_rows` is skip) some of it can't.
+    """
+    limits = [limit for limit in (config.max_length, context_length) if limit is not None]
+    how = {"max_length": min(limits, default=None), "truncate": config.overlong == "truncate"}
+    examples, account = load_examples(config.train, config.columns)
+    accounts = [account]
+    if isinstance(config.eval, str):
+        held_out, other = load_examples(config.eval, config.columns)
+        accounts.append(other)
+        train, evaluation = make_sequences(examples, base, account, **how), make_sequences(held_out, base, other, **how)
+    else:
+        sequences = make_sequences(examples, base, account, **how)
+        usable = {s.where for s in sequences}
+        kept = [e for e in examples if e.where in usable]
+        chosen = _held_out(config.eval, kept, seed)
+        train = [s for s in sequences if s.where not in chosen]
+        evaluation = [s for s in sequences if s.where in chosen]
+        held_out = [e for e in kept if e.where in chosen]
+    for one in accounts:
+        _settle(one, config)
+    usable = {s.where for s in evaluation}
+    conversations = [e for e in held_out if isinstance(e, Conversation) and e.where in usable]
+    return Loaded(train, evaluation, conversations, accounts, _digest(train, evaluation))
+
+
+def _held_out(wanted: float, examples: list[Example], seed: int) -> set[str]:
+    count = round(wanted * len(examples)) if wanted < 1 else round(wanted)
+    if wanted and examples:
+        count = max(count, 1)
+        if count >= len(examples):
+            raise DataError(
+                f"data.eval: {wanted:g} would hold out {count} of {len(examples)} usable rows and leave none to learn from. "
+                "Give a smaller fraction or count, a file of its own, or 0."
+            )
+    return {examples[n].where for n in split(len(examples), count, seed)[1]}
+
+
+def _settle(account: Account, config: DataConfig) -> None:
+    if account.rows == 0:
+        raise DataError(f"data: {account.source} holds no rows.")
+    problems = listing([f"{where}: {reason}" for where, reason in account.refused])
+    if account.used == 0:
+        raise DataError(f"data: no row of {account.source} can be used:\n{problems}\n{account}")
+    if account.refused and config.bad_rows == "stop":
+        raise DataError(
+            f"data: rows that can't be used:\n{problems}\n{account}\n"
+            "Mend them, or leave them out with data.bad_rows=skip"
+            + (" (or cut long ones with data.overlong=truncate)." if any("max_length" in r.reason for r in account.refused) else ".")
+        )
+
+
+def _digest(*parts: list[Sequence]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(b"part")
+        for sequence in part:
+            digest.update(f"{sequence.ids}{sequence.learned}".encode())
+    return digest.hexdigest()

@@ -1,0 +1,250 @@
+"""The shapes that rows come in, told apart by their columns; there is no registry to fill in.
+
+| shape | columns |
+|---|---|
+| OpenAI | `messages`: [{`role`, `content`, `tool_calls`, `weight`}], `tools` |
+| ShareGPT | `conversations`: [{`from`, `value`}], `system`, `tools` |
+| Alpaca / BELLE | `instruction`, `input`, `output`, `system`, `history`: [[question, answer]] |
+| prompt and completion | `prompt`, `completion`: both texts or both lists of messages |
+| text | `text` |
+"""
+
+import difflib
+import json
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+from trimtab.data.example import Account, Conversation, Example, Refusal, Text
+from trimtab.data.read import Row
+
+
+class Refused(Exception):
+    """Why this row can't be used; becomes a Refusal with the row's place."""
+
+
+class Shape(NamedTuple):
+    required: tuple[str, ...]
+    optional: tuple[str, ...]
+    read: Callable[[dict[str, Any], str], Example]
+
+
+ROLES = ("system", "user", "assistant", "tool")
+SHAREGPT_ROLES = {
+    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant", "bing": "assistant",
+    "bard": "assistant", "system": "system", "function_call": "function_call", "observation": "tool", "tool": "tool",
+}  # fmt: skip
+
+
+def read_examples(rows: Iterable[Row | Refusal], columns: dict[str, str], account: Account) -> list[Example]:
+    """Rows as examples; what can't be used goes to the account, with its reason.
+
+    Args:
+        columns: What Trimtab calls a column -> what the data calls it.
+    """
+    examples: list[Example] = []
+    for row in rows:
+        if isinstance(row, Refusal):
+            account.refused.append(row)
+            continue
+        where, values = row
+        try:
+            shape, values = _shape_of(values, columns)
+            examples.append(shape.read(values, where))
+            account.unread.update(values.keys() - {*shape.required, *shape.optional})
+        except Refused as refused:
+            account.refused.append(Refusal(where, str(refused)))
+    return examples
+
+
+def _shape_of(row: dict[str, Any], columns: dict[str, str]) -> tuple[Shape, dict[str, Any]]:
+    for ours, theirs in columns.items():
+        if theirs not in row:
+            raise Refused(f"has no column {theirs!r}, which data.columns says is the {ours}; it has {_names(row)}")
+    renamed = {theirs: ours for ours, theirs in columns.items()}
+    row = {renamed.get(key, key): value for key, value in row.items()}
+    fitting = [shape for shape in SHAPES if all(row.get(column) is not None for column in shape.required)]
+    if len(fitting) == 1:
+        return fitting[0], row
+    if fitting:
+        both = " and ".join("/".join(shape.required) for shape in fitting)
+        raise Refused(f"could be read as {both}: keep the columns of one, or name them in data.columns")
+    raise Refused(_missing(row))
+
+
+def _missing(row: dict[str, Any]) -> str:
+    partly = [shape for shape in SHAPES if any(column in row for column in shape.required)]
+    if partly:
+        absent = [column for column in partly[0].required if row.get(column) is None]
+        present = [column for column in partly[0].required if column not in absent]
+        near = [name for column in absent for name in difflib.get_close_matches(column, row, n=1, cutoff=0.6)]
+        hint = f" (is it {near[0]!r}? Then say data.columns.{absent[0]}={near[0]})" if near else ""
+        how = "is null" if absent[0] in row else "is missing"
+        beside = f" beside {', '.join(present)}" if present else ""
+        return f"column {absent[0]!r} {how}{beside}{hint}; the row has {_names(row)}"
+    known = "; ".join(", ".join(shape.required) for shape in SHAPES)
+    return f"has the columns {_names(row)}, which fit no known shape ({known}). Name them with data.columns, e.g. data.columns.prompt=question"
+
+
+def _names(row: dict[str, Any]) -> str:
+    return ", ".join(map(str, row)) or "no columns"
+
+
+def _text(value: Any, what: str, *, empty: bool = False) -> str:
+    if isinstance(value, list) and value and all(isinstance(p, dict) and p.get("type") == "text" for p in value):
+        value = "".join(_text(part.get("text"), what) for part in value)  # OpenAI's content parts
+    if not isinstance(value, str):
+        raise Refused(f"{what} is {type(value).__name__ if value is not None else 'null'}, not a text")
+    if not empty and not value.strip():
+        raise Refused(f"{what} is empty")
+    return value
+
+
+def _messages(raw: Any, what: str) -> tuple[list[dict[str, Any]], set[int]]:
+    """Messages in the form that chat templates read, and the indices of those not to learn."""
+    if not isinstance(raw, list) or not raw:
+        raise Refused(f"{what} is not a list of messages" if not isinstance(raw, list) else f"{what} is an empty list")
+    messages, silent = [], set()
+    for number, message in enumerate(raw):
+        name = f"{what}[{number}]"
+        if not isinstance(message, dict) or "role" not in message:
+            raise Refused(f"{name} is not a message with role and content")
+        role = "system" if message["role"] == "developer" else message["role"]
+        if role not in ROLES:
+            raise Refused(f"{name}.role is {role!r}, not one of {', '.join(ROLES)}")
+        calls = message.get("tool_calls") or None
+        content = message.get("content")
+        kept = {key: value for key, value in message.items() if key not in ("weight", "tool_calls") and value is not None}
+        kept |= {"role": role, "content": "" if calls and content is None else _text(content, f"{name}.content", empty=bool(calls))}
+        if calls:
+            kept["tool_calls"] = _tool_calls(calls, name)
+        weight = message.get("weight")
+        if weight not in (None, 0, 1):
+            raise Refused(f"{name}.weight is {weight!r}; it can be 0 (read, not learned) or 1")
+        if weight == 0:
+            silent.add(number)
+        messages.append(kept)
+    return messages, silent
+
+
+def _tool_calls(calls: Any, name: str) -> list[dict[str, Any]]:
+    """OpenAI writes a call's arguments as a JSON text; templates want the object itself."""
+    fixed = []
+    for call in calls if isinstance(calls, list) else [calls]:
+        function = call.get("function") if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise Refused(f"{name}.tool_calls holds a call without function.name")
+        arguments = function.get("arguments", {})
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments or "{}")
+            except ValueError:
+                raise Refused(f"{name}.tool_calls: the arguments of {function['name']} are not valid JSON") from None
+        fixed.append({**call, "type": "function", "function": {**function, "arguments": arguments}})
+    return fixed
+
+
+def _tools(raw: Any) -> tuple[Any, ...]:
+    if isinstance(raw, str):
+        try:
+            raw = json.loads(raw) if raw.strip() else []
+        except ValueError:
+            raise Refused("tools is not valid JSON") from None
+    if raw is not None and not isinstance(raw, list):
+        raise Refused("tools is not a list of tool descriptions")
+    return tuple(raw or ())
+
+
+def _conversation(
+    messages: list[dict[str, Any]], where: str, tools: Any = None, silent: Iterable[int] = (), continues: bool = False
+) -> Conversation:
+    silent = frozenset(silent)
+    spoken = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
+    if not spoken:
+        raise Refused("no message is the assistant's, so there is nothing to learn")
+    if silent.issuperset(spoken):
+        raise Refused("every assistant message has weight 0, so there is nothing to learn")
+    return Conversation(tuple(messages), where, _tools(tools), silent, continues)
+
+
+def _openai(row: dict[str, Any], where: str) -> Example:
+    messages, silent = _messages(row["messages"], "messages")
+    return _conversation(messages, where, row.get("tools"), silent)
+
+
+def _sharegpt(row: dict[str, Any], where: str) -> Example:
+    turns = row["conversations"]
+    if not isinstance(turns, list) or not turns:
+        raise Refused("conversations is not a list of turns" if not isinstance(turns, list) else "conversations is an empty list")
+    messages = _system(row)
+    for number, turn in enumerate(turns):
+        name = f"conversations[{number}]"
+        if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
+            raise Refused(f"{name} is not a turn with `from` and `value`")
+        role = SHAREGPT_ROLES.get(turn["from"]) if isinstance(turn["from"], str) else None
+        if role is None:
+            raise Refused(f"{name}.from is {turn['from']!r}, not one of {', '.join(SHAREGPT_ROLES)}")
+        value = _text(turn["value"], f"{name}.value")
+        if role == "function_call":
+            messages.append({"role": "assistant", "content": "", "tool_calls": _function_call(value, name)})
+        else:
+            messages.append({"role": role, "content": value})
+    return _conversation(messages, where, row.get("tools"))
+
+
+def _function_call(value: str, name: str) -> list[dict[str, Any]]:
+    try:
+        calls = json.loads(value)
+    except ValueError:
+        raise Refused(f"{name}: a function_call is not valid JSON") from None
+    calls = calls if isinstance(calls, list) else [calls]
+    return _tool_calls([{"type": "function", "function": call} for call in calls], name)
+
+
+def _alpaca(row: dict[str, Any], where: str) -> Example:
+    messages = _system(row)
+    history = row.get("history") or []
+    for number, pair in enumerate(history if isinstance(history, list) else [history]):
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise Refused(f"history[{number}] is not a pair of question and answer")
+        messages.append({"role": "user", "content": _text(pair[0], f"history[{number}][0]")})
+        messages.append({"role": "assistant", "content": _text(pair[1], f"history[{number}][1]")})
+    question = _text(row["instruction"], "instruction")
+    beside = row.get("input")
+    if beside is not None and _text(beside, "input", empty=True).strip():
+        question = f"{question}\n{beside}"
+    messages.append({"role": "user", "content": question})
+    messages.append({"role": "assistant", "content": _text(row["output"], "output")})
+    return _conversation(messages, where)
+
+
+def _system(row: dict[str, Any]) -> list[dict[str, Any]]:
+    system = row.get("system")
+    return [{"role": "system", "content": _text(system, "system")}] if system else []
+
+
+def _prompt_completion(row: dict[str, Any], where: str) -> Example:
+    prompt, completion = row["prompt"], row["completion"]
+    if isinstance(prompt, list) or isinstance(completion, list):
+        asked, _ = _messages(prompt, "prompt")
+        answered, silent = _messages(completion, "completion")
+        # What stands in the prompt is given, not learned, whoever said it.
+        given = [n for n, message in enumerate(asked) if message["role"] == "assistant"]
+        return _conversation(asked + answered, where, row.get("tools"), [*given, *(n + len(asked) for n in silent)])
+    messages = [
+        {"role": "user", "content": _text(prompt, "prompt")},
+        {"role": "assistant", "content": _text(completion, "completion")},
+    ]
+    return _conversation(messages, where, continues=True)
+
+
+def _plain(row: dict[str, Any], where: str) -> Example:
+    return Text(_text(row["text"], "text"), where)
+
+
+SHAPES = (
+    Shape(("messages",), ("tools",), _openai),
+    Shape(("conversations",), ("system", "tools"), _sharegpt),
+    Shape(("instruction", "output"), ("input", "system", "history"), _alpaca),
+    Shape(("prompt", "completion"), ("tools",), _prompt_completion),
+    Shape(("text",), (), _plain),
+)

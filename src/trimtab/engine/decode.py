@@ -1,0 +1,111 @@
+"""Generation: prompts of any lengths prefilled without padding, then one token at a time from a cache."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimtab.data.pack import Segment
+from trimtab.engine.attention import Cache, DecodeLayout, PrefillLayout
+from trimtab.engine.forward import hidden_states
+from trimtab.engine.head import Head, head_of
+
+BATCH_TOKENS = 4096
+"""Prompt tokens that are prefilled, and then decoded, together."""
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    prompts: Sequence[list[int]],
+    stop_ids: Iterable[int],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    on_token: Callable[[int, int], None] | None = None,
+) -> list[list[int]]:
+    """Continue each prompt until it stops by itself or has `max_new_tokens` more.
+
+    Args:
+        stop_ids: Tokens that end an answer; they are not part of what is returned.
+        temperature: 0 takes the likeliest token; otherwise tokens are drawn from softmax(logits / temperature).
+        seed: Decides the draws, for each prompt by its number, whatever else is in the batch.
+        on_token: Called with (prompt number, token) as each comes.
+
+    Returns:
+        The new tokens of each prompt, in the prompts' order.
+    """
+    stops, answers = frozenset(stop_ids), [[] for _ in prompts]
+    for group in _groups(prompts):
+        _decode(model, prompts, group, answers, stops, max_new_tokens, temperature, seed, on_token)
+    return answers
+
+
+def _groups(prompts: Sequence[list[int]]) -> list[list[int]]:
+    """Prompt numbers in batches of similar length, the longest first."""
+    groups: list[list[int]] = []
+    room = 0
+    for number in sorted(range(len(prompts)), key=lambda n: -len(prompts[n])):
+        if not groups or len(prompts[number]) > room:
+            groups.append([])
+            room = BATCH_TOKENS
+        groups[-1].append(number)
+        room -= len(prompts[number])
+    return groups
+
+
+def _decode(
+    model: Any,
+    prompts: Sequence[list[int]],
+    rows: list[int],
+    answers: list[list[int]],
+    stops: frozenset[int],
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    on_token: Callable[[int, int], None] | None,
+) -> None:
+    head, device = head_of(model), next(model.parameters()).device
+    draws = [torch.Generator().manual_seed(hash((seed, n))) for n in range(len(prompts))] if temperature else None
+    cache, hidden = _prefill(model, [prompts[n] for n in rows], device)
+    while True:
+        tokens = _choose(head, hidden, rows, temperature, draws)
+        going = []
+        for place, (number, token) in enumerate(zip(rows, tokens, strict=True)):
+            if token in stops:
+                continue
+            answers[number].append(token)
+            if on_token:
+                on_token(number, token)
+            if len(answers[number]) < max_new_tokens:
+                going.append(place)
+        if not going:
+            return
+        if len(going) < len(rows):
+            rows = [rows[place] for place in going]
+            cache.keep(torch.tensor(going, device=device))
+        layout = DecodeLayout(cache)
+        last = torch.tensor([answers[number][-1] for number in rows], device=device)
+        hidden = hidden_states(model, last, cache.lengths, layout)
+        layout.advance()
+
+
+def _prefill(model: Any, prompts: list[list[int]], device: torch.device) -> tuple[Cache, Tensor]:
+    """The prompts' keys and values, and the hidden state of each prompt's last token: B d."""
+    ends = torch.tensor([len(prompt) for prompt in prompts]).cumsum(0).tolist()
+    segments = tuple(Segment(end - len(prompt), end, -1) for end, prompt in zip(ends, prompts, strict=True))
+    ids = torch.tensor([i for prompt in prompts for i in prompt], device=device)
+    positions = torch.cat([torch.arange(len(prompt)) for prompt in prompts]).to(device)
+    cache = Cache()
+    hidden = hidden_states(model, ids, positions, PrefillLayout(segments, cache, device))
+    return cache, hidden[torch.tensor(ends, device=device) - 1]
+
+
+def _choose(head: Head, hidden: Tensor, rows: list[int], temperature: float, draws: list[torch.Generator] | None) -> list[int]:
+    logits = head.logits(hidden)
+    if draws is None:
+        return logits.argmax(dim=-1).tolist()
+    chances = (logits / temperature).softmax(dim=-1).cpu()
+    return [int(torch.multinomial(chances[place], 1, generator=draws[number])) for place, number in enumerate(rows)]

@@ -1,0 +1,51 @@
+"""A model's answer to a pack: the log-probability of each of its sequences; and the proof that packing changes nothing."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimtab.data.example import Sequence
+from trimtab.data.pack import Pack, pack_flat
+from trimtab.engine.attention import Layout, PackLayout, packed_attention
+from trimtab.engine.head import head_of, sequence_logprobs
+from trimtab.errors import UnsupportedModel
+
+
+def hidden_states(model: Any, ids: Tensor, positions: Tensor, layout: Layout) -> Tensor:
+    """The last hidden states of tokens laid out as `layout` says: T d."""
+    with packed_attention(model):
+        out = model.base_model(input_ids=ids[None], position_ids=positions[None], layout=layout, use_cache=False)
+    return out.last_hidden_state[0]
+
+
+def pack_logprobs(model: Any, pack: Pack) -> Tensor:
+    """Σ log p over the learned tokens of each of the pack's sequences: S. Differentiable."""
+    hidden = hidden_states(model, pack.ids, pack.positions, PackLayout(pack.segments))
+    return sequence_logprobs(hidden[pack.target_at], head_of(model), pack.target_token, pack.target_sequence, len(pack.sequences))
+
+
+@torch.no_grad()
+def check_packing(model: Any) -> None:
+    """Measure on two short rows that this model gives packed rows the log-probabilities it gives each alone.
+
+    Whatever a model does between tokens that Trimtab does not know of (state, an unusual mask, a scaled logit) shows here.
+
+    Raises:
+        UnsupportedModel: It does not.
+    """
+    device, vocabulary = next(model.parameters()).device, model.config.get_text_config().vocab_size
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(vocabulary, (length,), generator=generator).tolist() for length in (7, 5)]
+    pack = pack_flat(Sequence(ids, list(range(1, len(ids))), "check") for ids in rows).to(device)
+    packed = pack_logprobs(model, pack).double().cpu()
+    for number, ids in enumerate(rows):
+        row = torch.tensor([ids], device=device)
+        logits = model(input_ids=row, use_cache=False).logits[0, :-1].double()
+        alone = float(logits.log_softmax(-1).gather(1, row[0, 1:, None]).sum())
+        allowed = abs(alone) * (1e-4 if next(model.parameters()).dtype in (torch.float32, torch.float64) else 3e-2)
+        if not abs(float(packed[number]) - alone) <= allowed:
+            raise UnsupportedModel(
+                f"{type(model).__name__} gives row {number + 1} of two short rows the log-probability {float(packed[number]):.6g} packed and "
+                f"{alone:.6g} alone, so it cannot be trained on packed rows exactly."
+            )

@@ -1,0 +1,155 @@
+"""The only place that writes to disk, and how its files are hashed and read back.
+
+A file or folder is written under a temporary name beside its destination, flushed to the disk and renamed, so a reader
+sees the old one, the new one, or nothing. What a crash leaves behind starts with `TEMPORARY` and is never read.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from trimtab.errors import ArtifactError, StorageError
+
+TEMPORARY = ".writing-"
+"""Prefix of a file or folder that is not finished."""
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what the operating system, or a library writing for us, says about a failed write into a StorageError."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"{path}: cannot write: {_reason(error, path)}") from error
+    except Exception as error:
+        # safetensors reports a failed write as an exception of its own, with the system's words in it.
+        if type(error).__name__ == "SafetensorError" and ("os error" in str(error) or "I/O" in str(error)):
+            raise StorageError(f"{path}: cannot write: {error}. {_free(path)}") from error
+        raise
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace the file `path` atomically. Raises StorageError; then the old file is untouched."""
+    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync_folder(path.parent)
+
+
+def write_text(path: Path, content: str) -> None:
+    """Replace the text file `path` atomically, as UTF-8."""
+    write_bytes(path, content.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace the JSON file `path` atomically."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a log. A crash can tear the last line, and readers must skip one without a newline."""
+    with writing(path), open(path, "ab") as file:
+        file.write(line.encode() + b"\n")
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill that appears as `path` only when the block ends well.
+
+    Raises:
+        StorageError: `path` exists (nothing is ever overwritten), or writing failed; then nothing is left behind.
+    """
+    path = Path(path)
+    if os.path.lexists(path):
+        raise StorageError(f"{path}: exists already, and is not overwritten. Give another name, or remove it first.")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}{path.name}-", dir=path.parent))
+        try:
+            yield temporary
+            for file in sorted(temporary.rglob("*")):
+                if file.is_file():
+                    _sync_file(file)
+            _sync_folder(temporary)
+            temporary.chmod(0o777 & ~_umask())
+            os.rename(temporary, path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        _sync_folder(path.parent)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder, hiding it first, so that a crash half-way leaves nothing that looks whole."""
+    hidden = path.with_name(f"{TEMPORARY}removed-{os.getpid()}-{path.name}")
+    with writing(path):
+        os.rename(path, hidden)
+        shutil.rmtree(hidden)
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file of ours. Raises ArtifactError with what is wrong and where."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArtifactError(f"{path}: missing.") from None
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be read: {error.strerror}.") from None
+    except ValueError as error:
+        raise ArtifactError(f"{path}: not valid JSON ({error}). The file is damaged; restore it from a copy.") from None
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, as hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync_file(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sync_folder(path: Path) -> None:
+    if os.name == "posix":  # elsewhere a folder cannot be opened, and rename is durable without it
+        _sync_file(path)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _reason(error: OSError, path: Path) -> str:
+    words = f"{error.strerror or error}."
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        words += f" {_free(path)}"
+    elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        words += " Choose a folder that you may write to."
+    return words
+
+
+def _free(path: Path) -> str:
+    """How much room there is where `path` was to go, and what to do."""
+    folder = next((p for p in [Path(path), *Path(path).absolute().parents] if p.is_dir()), Path("/"))
+    return f"{shutil.disk_usage(folder).free / 1e6:.1f} MB are free there: free some, or choose another folder."

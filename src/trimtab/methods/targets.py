@@ -1,0 +1,98 @@
+"""Which matrices of a model a method adapts: `targets`, resolved to module paths or refused.
+
+A target is `all-linear` (every matrix in the model's blocks), `attention` (those in its attention modules), the last
+parts of dotted names (`q_proj`, `mlp.down_proj`, `layers.0.self_attn.q_proj`), or a regular expression that matches whole paths.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BeforeValidator, Field
+from torch import nn
+
+from trimtab.errors import NoSuchModule, listing
+from trimtab.methods.base import matrix_shape, modules
+
+ALL_LINEAR, ATTENTION = "all-linear", "attention"
+ATTENTION_NAMES = {"self_attn", "attn", "attention", "self_attention"}
+"""What Transformers' causal language models call their attention modules."""
+
+_NAME = re.compile(r"[\w.]+")
+
+
+def _as_tuple(raw: Any) -> Any:
+    if isinstance(raw, str):
+        return (raw,)
+    return tuple(raw) if isinstance(raw, list) else raw
+
+
+def _compiles(targets: tuple[str, ...]) -> tuple[str, ...]:
+    for target in targets:
+        if not _is_group(target) and not _NAME.fullmatch(target):
+            try:
+                re.compile(target)
+            except re.error as error:
+                raise ValueError(f"{target!r} is neither a module name nor a regular expression ({error}).") from None
+    return targets
+
+
+def _is_group(target: str) -> bool:
+    return target in (ALL_LINEAR, ATTENTION)
+
+
+Targets = Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(_as_tuple), AfterValidator(_compiles)]
+
+
+def matrices(model: nn.Module, targets: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """The matrices that `targets` name: path -> (inputs, outputs), in the model's order.
+
+    Raises:
+        NoSuchModule: A target that matches nothing, or something that is not a matrix; or `all-linear` on a model
+            with blocks that hold other weights (fused experts, say), which would silently stay as they are.
+    """
+    everything = modules(model)
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    shapes = {path: shape for path, module in everything.items() if (shape := matrix_shape(module)) and module is not head}
+    chosen: set[str] = set()
+    for target in targets:
+        if target == ALL_LINEAR:
+            _refuse_uncovered(everything, shapes, model)
+            matching = list(shapes)
+        elif target == ATTENTION:
+            matching = [path for path in shapes if ATTENTION_NAMES & set(path.split("."))]
+        elif _NAME.fullmatch(target):
+            matching = [path for path in everything if path == target or path.endswith(f".{target}")]
+        else:
+            matching = [path for path in shapes if re.fullmatch(target, path)]
+        if not matching:
+            raise NoSuchModule(f"targets: {target!r} matches no module of {type(model).__name__}. It has: {_names(shapes)}.")
+        wrong = [path for path in matching if path not in shapes]
+        if wrong:
+            kind = type(everything[wrong[0]]).__name__
+            raise NoSuchModule(
+                f"targets: {target!r} names {wrong[0]}, a {kind}, and only the matrices inside the blocks can be adapted. "
+                f"They are: {_names(shapes)}."
+            )
+        chosen.update(matching)
+    return {path: shape for path, shape in shapes.items() if path in chosen}
+
+
+def _names(shapes: dict[str, tuple[int, int]]) -> str:
+    return ", ".join(sorted({path.rpartition(".")[2] for path in shapes}))
+
+
+def _refuse_uncovered(everything: dict[str, nn.Module], shapes: dict[str, tuple[int, int]], model: nn.Module) -> None:
+    embeddings = {id(p) for m in everything.values() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    uncovered = [
+        f"{path}.{name} in {type(module).__name__}, shape {tuple(parameter.shape)}"
+        for path, module in everything.items()
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim > 1 and id(parameter) not in embeddings and path not in shapes and module is not head
+    ]
+    if uncovered:
+        raise NoSuchModule(
+            f"targets: all-linear would leave these weights of {type(model).__name__} untouched, because they are not in a "
+            f"linear layer:\n{listing(uncovered)}\nName the targets you want instead, for example {_names(shapes)}."
+        )

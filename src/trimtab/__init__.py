@@ -1,0 +1,70 @@
+"""Trimtab: fine-tune large language models by training a few small adapters on a frozen model.
+
+    import trimtab
+
+    base = trimtab.load("smollm2-135m-instruct")              # or trimtab.Base(model, tokenizer), with a model you hold
+    rows = trimtab.rows("train.jsonl", base)
+    adapter = trimtab.attach(base.model, trimtab.LoRA(rank=16))
+    for step in trimtab.fit(base, adapter, rows, epochs=2):
+        print(step.number, step.loss)
+    trimtab.save_adapter(base, adapter, "my-adapter")         # PEFT loads it too
+    print(trimtab.answer(base, "Show the ten largest files here."))
+    trimtab.merge(base, adapter, "my-model")
+
+Importing this package imports nothing heavy; each name is loaded when it is first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Attached": "methods",
+    "Base": "base",
+    "LoRA": "methods.lora",
+    "Recipe": "recipe",
+    "SFT": "objectives.sft",
+    "TrainConfig": "train",
+    "TrimtabError": "errors",
+    "answer": "api",
+    "attach": "methods",
+    "fit": "api",
+    "generate": "engine",
+    "load": "api",
+    "load_adapter": "deploy",
+    "merge": "deploy",
+    "rows": "api",
+    "run_recipe": "run",
+    "save_adapter": "deploy",
+    "score": "evaluate",
+    "stream": "api",
+    "train": "train",
+}
+
+__all__ = [*_HOMES, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'trimtab' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"trimtab.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+if TYPE_CHECKING:
+    from trimtab.api import answer, fit, load, rows, stream
+    from trimtab.base import Base
+    from trimtab.deploy import load_adapter, merge, save_adapter
+    from trimtab.engine import generate
+    from trimtab.errors import TrimtabError
+    from trimtab.evaluate import score
+    from trimtab.methods import Attached, attach
+    from trimtab.methods.lora import LoRA
+    from trimtab.objectives.sft import SFT
+    from trimtab.recipe import Recipe
+    from trimtab.run import run_recipe
+    from trimtab.train import TrainConfig, train

@@ -62,27 +62,33 @@ class Base:
         """Load a base by name. See ModelConfig for what a name can be."""
         config = ModelConfig(name=config) if isinstance(config, str) else config
         folder = source.folder_of(config.name)
+        device = _device(config.device)
+        chosen = config.dtype if config.dtype != "auto" else "float32" if device.type == "cpu" else "bfloat16"
+        base = cls.load_folder(folder if folder is not None else config.name, getattr(torch, chosen), device)
+        if folder is None or config.name == source.EMBEDDED:
+            base.source = config.name
+        return base
+
+    @classmethod
+    def load_folder(cls, place: Path | str, dtype: torch.dtype, device: torch.device) -> "Base":
+        """Load a model folder (a Path), or a name on the hub (a str), in a number type on a device."""
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-        device = _device(config.device)
-        chosen = config.dtype if config.dtype != "auto" else "float32" if device.type == "cpu" else "bfloat16"
-        place = str(folder) if folder is not None else config.name
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                model = AutoModelForCausalLM.from_pretrained(place, dtype=getattr(torch, chosen), use_safetensors=True)
-                tokenizer = AutoTokenizer.from_pretrained(place)
+                model = AutoModelForCausalLM.from_pretrained(str(place), dtype=dtype, use_safetensors=True)
+                tokenizer = AutoTokenizer.from_pretrained(str(place))
         except Exception as error:  # Transformers raises a dozen kinds; each means that this is not a model we can use
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            if folder is None:
+            if isinstance(place, str):
                 raise StorageError(
-                    f"model: {config.name} is no local file or folder, and it could not be fetched from the hub: {reason}"
+                    f"model: {place} is no local file or folder, and it could not be fetched from the hub: {reason}"
                 ) from error
             raise UnsupportedModel(f"model: {place} cannot be loaded: {type(error).__name__}: {reason}") from error
-        name = config.name if folder is None or config.name == source.EMBEDDED else str(Path(config.name).expanduser().absolute())
-        return cls(model.to(device), tokenizer, name)
+        return cls(model.to(device), tokenizer, str(Path(place).expanduser().absolute()) if isinstance(place, Path) else place)
 
     # Identity
 

@@ -2,11 +2,11 @@
 
 from trimtab.data.example import Account, Conversation, Example, Refusal, Sequence, Text
 from trimtab.data.labels import make_sequences, prompt_of
-from trimtab.data.load import DataConfig, Loaded, load_data, load_examples
+from trimtab.data.load import DataConfig, Loaded, held_out_examples, load_data, load_examples
 from trimtab.data.order import plan_steps
 from trimtab.data.pack import Pack, Segment, pack_all, pack_flat
 
 __all__ = [
     "Account", "Conversation", "DataConfig", "Example", "Loaded", "Pack", "Refusal", "Segment", "Sequence", "Text",
-    "load_data", "load_examples", "make_sequences", "pack_all", "pack_flat", "plan_steps", "prompt_of",
+    "held_out_examples", "load_data", "load_examples", "make_sequences", "pack_all", "pack_flat", "plan_steps", "prompt_of",
 ]  # fmt: skip

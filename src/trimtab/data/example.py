@@ -57,23 +57,27 @@ class Sequence:
 class Account:
     """Where every row of a data source went: rows in = used + refused, always."""
 
-    source: str
+    sources: tuple[str, ...]
     used: int = 0
     refused: list[Refusal] = field(default_factory=list)
     unread: set[str] = field(default_factory=set)
     """Columns that the rows have and nothing reads."""
 
     @property
+    def name(self) -> str:
+        return ", ".join(self.sources)
+
+    @property
     def rows(self) -> int:
         return self.used + len(self.refused)
 
     def __str__(self) -> str:
-        return f"{self.source}: {self.rows:,} rows in = {self.used:,} used + {len(self.refused):,} refused"
+        return f"{self.name}: {self.rows:,} rows in = {self.used:,} used + {len(self.refused):,} refused"
 
     def plain(self) -> dict[str, Any]:
         """The account as JSON data."""
         return {
-            "source": self.source,
+            "source": self.name,
             "rows": self.rows,
             "used": self.used,
             "refused": [refusal._asdict() for refusal in self.refused],

@@ -2,17 +2,19 @@
 
 import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
 from trimtab.config import Config
-from trimtab.data.example import Account, Conversation, Example, Sequence
+from trimtab.data.example import Account, Example, Sequence
 from trimtab.data.labels import Tokenizing, make_sequences
 from trimtab.data.order import split
 from trimtab.data.read import read_rows
 from trimtab.data.shapes import read_examples
 from trimtab.errors import DataError, listing
+from trimtab.files import sha256_file
 
 COLUMNS = ("messages", "conversations", "instruction", "input", "output", "system", "history", "tools", "prompt", "completion", "text")
 
@@ -48,17 +50,24 @@ class Loaded:
 
     train: list[Sequence]
     eval: list[Sequence]
-    eval_examples: list[Conversation]
-    """The held-out conversations themselves, to be answered and compared."""
     accounts: list[Account]
     digest: str
     """SHA-256 over every token and label, in order: what was learned and what was held out."""
+
+    def plain(self) -> dict[str, Any]:
+        """What a run remembers of its data, as JSON data."""
+        return {
+            "digest": self.digest,
+            "sources": [account.plain() for account in self.accounts],
+            "files": {name: sha256_file(Path(name)) for account in self.accounts for name in account.sources if Path(name).is_file()},
+            "held_out": sorted({row.where for row in self.eval}),
+        }
 
 
 def load_examples(sources: tuple[str, ...] | str, columns: dict[str, str] | None = None) -> tuple[list[Example], Account]:
     """Read rows from one or more sources. See `data.read.read_rows` for what a source can be."""
     sources = (sources,) if isinstance(sources, str) else sources
-    account = Account(", ".join(sources))
+    account = Account(sources)
     examples = [e for source in sources for e in read_examples(read_rows(source), columns or {}, account)]
     return examples, account
 
@@ -80,36 +89,46 @@ def load_data(config: DataConfig, base: Tokenizing, context_length: int | None, 
     else:
         sequences = make_sequences(examples, base, account, **how)
         usable = {s.where for s in sequences}
-        kept = [e for e in examples if e.where in usable]
-        chosen = _held_out(config.eval, kept, seed)
+        chosen = _held_out(config.eval, [e.where for e in examples if e.where in usable], seed)
         train = [s for s in sequences if s.where not in chosen]
         evaluation = [s for s in sequences if s.where in chosen]
-        held_out = [e for e in kept if e.where in chosen]
     for one in accounts:
         _settle(one, config)
-    usable = {s.where for s in evaluation}
-    conversations = [e for e in held_out if isinstance(e, Conversation) and e.where in usable]
-    return Loaded(train, evaluation, conversations, accounts, _digest(train, evaluation))
+    return Loaded(train, evaluation, accounts, _digest(train, evaluation))
 
 
-def _held_out(wanted: float, examples: list[Example], seed: int) -> set[str]:
-    count = round(wanted * len(examples)) if wanted < 1 else round(wanted)
-    if wanted and examples:
+def held_out_examples(config: DataConfig, remembered: dict[str, Any]) -> list[Example]:
+    """The held-out rows of a run again, from its data config and what `Loaded.plain` remembers.
+
+    Raises:
+        DataError: A file has changed since, so that its rows are not those.
+    """
+    for name, digest in remembered["files"].items():
+        if not Path(name).is_file() or sha256_file(Path(name)) != digest:
+            raise DataError(f"data: {name} has changed since the run (or is gone), so its held-out rows are not known. Give rows with --data.")
+    sources = config.eval if isinstance(config.eval, str) else config.train
+    chosen = set(remembered["held_out"])
+    return [example for example in load_examples(sources, config.columns)[0] if example.where in chosen]
+
+
+def _held_out(wanted: float, rows: list[str], seed: int) -> set[str]:
+    count = round(wanted * len(rows)) if wanted < 1 else round(wanted)
+    if wanted and rows:
         count = max(count, 1)
-        if count >= len(examples):
+        if count >= len(rows):
             raise DataError(
-                f"data.eval: {wanted:g} would hold out {count} of {len(examples)} usable rows and leave none to learn from. "
+                f"data.eval: {wanted:g} would hold out {count} of {len(rows)} usable rows and leave none to learn from. "
                 "Give a smaller fraction or count, a file of its own, or 0."
             )
-    return {examples[n].where for n in split(len(examples), count, seed)[1]}
+    return {rows[n] for n in split(len(rows), count, seed)[1]}
 
 
 def _settle(account: Account, config: DataConfig) -> None:
     if account.rows == 0:
-        raise DataError(f"data: {account.source} holds no rows.")
+        raise DataError(f"data: {account.name} holds no rows.")
     problems = listing([f"{where}: {reason}" for where, reason in account.refused])
     if account.used == 0:
-        raise DataError(f"data: no row of {account.source} can be used:\n{problems}\n{account}")
+        raise DataError(f"data: no row of {account.name} can be used:\n{problems}\n{account}")
     if account.refused and config.bad_rows == "stop":
         raise DataError(
             f"data: rows that can't be used:\n{problems}\n{account}\n"

@@ -1,6 +1,6 @@
 """Generation: prompts of any lengths prefilled without padding, then one token at a time from a cache."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,16 +15,8 @@ BATCH_TOKENS = 4096
 """Prompt tokens that are prefilled, and then decoded, together."""
 
 
-@torch.no_grad()
 def generate(
-    model: Any,
-    prompts: Sequence[list[int]],
-    stop_ids: Iterable[int],
-    *,
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    seed: int = 0,
-    on_token: Callable[[int, int], None] | None = None,
+    model: Any, prompts: Sequence[list[int]], stop_ids: Iterable[int], *, max_new_tokens: int, temperature: float = 0.0, seed: int = 0
 ) -> list[list[int]]:
     """Continue each prompt until it stops by itself or has `max_new_tokens` more.
 
@@ -32,15 +24,23 @@ def generate(
         stop_ids: Tokens that end an answer; they are not part of what is returned.
         temperature: 0 takes the likeliest token; otherwise tokens are drawn from softmax(logits / temperature).
         seed: Decides the draws, for each prompt by its number, whatever else is in the batch.
-        on_token: Called with (prompt number, token) as each comes.
 
     Returns:
         The new tokens of each prompt, in the prompts' order.
     """
-    stops, answers = frozenset(stop_ids), [[] for _ in prompts]
+    answers: list[list[int]] = [[] for _ in prompts]
     for group in _groups(prompts):
-        _decode(model, prompts, group, answers, stops, max_new_tokens, temperature, seed, on_token)
+        for number, token in _decode(model, prompts, group, frozenset(stop_ids), max_new_tokens, temperature, seed):
+            answers[number].append(token)
     return answers
+
+
+def stream_tokens(
+    model: Any, prompt: list[int], stop_ids: Iterable[int], *, max_new_tokens: int, temperature: float = 0.0, seed: int = 0
+) -> Iterator[int]:
+    """`generate` for one prompt, each token as it comes."""
+    for _, token in _decode(model, [prompt], [0], frozenset(stop_ids), max_new_tokens, temperature, seed):
+        yield token
 
 
 def _groups(prompts: Sequence[list[int]]) -> list[list[int]]:
@@ -56,39 +56,25 @@ def _groups(prompts: Sequence[list[int]]) -> list[list[int]]:
     return groups
 
 
+@torch.no_grad()
 def _decode(
-    model: Any,
-    prompts: Sequence[list[int]],
-    rows: list[int],
-    answers: list[list[int]],
-    stops: frozenset[int],
-    max_new_tokens: int,
-    temperature: float,
-    seed: int,
-    on_token: Callable[[int, int], None] | None,
-) -> None:
+    model: Any, prompts: Sequence[list[int]], rows: list[int], stops: frozenset[int], max_new_tokens: int, temperature: float, seed: int
+) -> Iterator[tuple[int, int]]:
+    """(prompt number, token) for the prompts numbered `rows`, a token of each in turn."""
     head, device = head_of(model), next(model.parameters()).device
-    draws = [torch.Generator().manual_seed(hash((seed, n))) for n in range(len(prompts))] if temperature else None
+    draws = {n: torch.Generator().manual_seed(seed * 1_000_003 + n) for n in rows} if temperature else None
     cache, hidden = _prefill(model, [prompts[n] for n in rows], device)
-    while True:
+    for made in range(1, max_new_tokens + 1):
         tokens = _choose(head, hidden, rows, temperature, draws)
-        going = []
-        for place, (number, token) in enumerate(zip(rows, tokens, strict=True)):
-            if token in stops:
-                continue
-            answers[number].append(token)
-            if on_token:
-                on_token(number, token)
-            if len(answers[number]) < max_new_tokens:
-                going.append(place)
-        if not going:
+        going = [place for place, token in enumerate(tokens) if token not in stops]
+        rows, tokens = [rows[place] for place in going], [tokens[place] for place in going]
+        yield from zip(rows, tokens, strict=True)
+        if not rows or made == max_new_tokens:
             return
-        if len(going) < len(rows):
-            rows = [rows[place] for place in going]
+        if len(going) < len(cache.lengths):
             cache.keep(torch.tensor(going, device=device))
         layout = DecodeLayout(cache)
-        last = torch.tensor([answers[number][-1] for number in rows], device=device)
-        hidden = hidden_states(model, last, cache.lengths, layout)
+        hidden = hidden_states(model, torch.tensor(tokens, device=device), cache.lengths, layout)
         layout.advance()
 
 
@@ -103,7 +89,7 @@ def _prefill(model: Any, prompts: list[list[int]], device: torch.device) -> tupl
     return cache, hidden[torch.tensor(ends, device=device) - 1]
 
 
-def _choose(head: Head, hidden: Tensor, rows: list[int], temperature: float, draws: list[torch.Generator] | None) -> list[int]:
+def _choose(head: Head, hidden: Tensor, rows: list[int], temperature: float, draws: dict[int, torch.Generator] | None) -> list[int]:
     logits = head.logits(hidden)
     if draws is None:
         return logits.argmax(dim=-1).tolist()

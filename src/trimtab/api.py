@@ -1,0 +1,74 @@
+"""The Python door: the steps of a run as functions, for a model that you hold already or one loaded by name."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from trimtab.base import Base, Message, ModelConfig
+from trimtab.data import DataConfig, load_data, pack_all, plan_steps
+from trimtab.data.example import Sequence as Row
+from trimtab.engine import check_packing, stream_tokens
+from trimtab.methods import Attached
+from trimtab.objectives import Objective
+from trimtab.objectives.sft import SFT
+from trimtab.train import Step, TrainConfig, peak_learning_rate, train
+
+
+def load(name: str, **settings: Any) -> Base:
+    """Load a base by name: a folder, a GGUF file, a hub name, or `smollm2-135m-instruct`.
+
+    Args:
+        settings: `dtype` and `device`, as in a recipe's `model`.
+    """
+    return Base.load(ModelConfig(name=name, **settings))
+
+
+def rows(source: str, base: Base, **settings: Any) -> list[Row]:
+    """Every row of a data source as tokens with labels.
+
+    Args:
+        settings: `columns`, `max_length`, `overlong` and `bad_rows`, as in a recipe's `data`.
+
+    Raises:
+        DataError: It can't be read, or holds rows that can't be used.
+    """
+    return load_data(DataConfig(train=(source,), eval=0.0, **settings), base, base.context_length, seed=0).train
+
+
+def fit(base: Base, adapter: Attached, rows: Sequence[Row], objective: Objective | None = None, **settings: Any) -> Iterator[Step]:
+    """Train an attached adapter on rows; yields after each optimizer step.
+
+    Args:
+        settings: As in a recipe's `train`, such as `epochs`, `lr` and `rows_per_step`.
+    """
+    config = TrainConfig(**settings)
+    check_packing(base.model)
+    plan = plan_steps(rows, epochs=config.epochs, seed=config.seed, rows=config.rows, tokens=config.tokens_per_step)
+    steps = [pack_all([rows[n] for n in step], config.pack_tokens) for step in plan]
+    rate, _ = peak_learning_rate(config, base, adapter.method, sum(map(len, plan)) / len(plan), len(plan))
+    _ = base.fingerprint  # taken now, to be compared with afterwards
+    yield from train(base, adapter, objective or SFT(), steps, config, rate)
+    base.check_unchanged()
+
+
+def answer(base: Base, question: str | list[Message], *, max_new_tokens: int = 256, temperature: float = 0.0, seed: int = 0) -> str:
+    """What the model, with the adapter that is on it, answers to a question or a conversation."""
+    return "".join(stream(base, question, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed))
+
+
+def stream(
+    base: Base, question: str | list[Message], *, max_new_tokens: int = 256, temperature: float = 0.0, seed: int = 0
+) -> Iterator[str]:
+    """`answer` in pieces of text, each as soon as its characters are whole."""
+    messages = [{"role": "user", "content": question}] if isinstance(question, str) else question
+    text = base.render(messages, prompt=True) if base.has_template else messages[-1]["content"]
+    (encoded,) = base.encode([text], special=not base.has_template)
+    ids: list[int] = []
+    said = ""
+    tokens = stream_tokens(base.model, encoded.ids, base.stop_ids, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    for token in tokens:
+        ids.append(token)
+        whole = base.decode(ids)
+        if not whole.endswith("\ufffd"):  # half of a character of several tokens
+            yield whole[len(said) :]
+            said = whole
+    yield base.decode(ids)[len(said) :]

@@ -1,0 +1,128 @@
+"""An adapter on disk: a folder in PEFT's format, with a manifest of ours beside it.
+
+`adapter_config.json` and `adapter_model.safetensors` are what PEFT reads. `trimtab.json`, written last, holds what PEFT
+has no place for: the method in our words, a SHA-256 for every file and tensor, the base's fingerprint, its stop tokens,
+and where the adapter came from. With it, any edit, missing or extra tensor, or other base is refused by name.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from trimtab import files
+from trimtab.errors import ArtifactError, listing
+
+CONFIG, WEIGHTS, MANIFEST = "adapter_config.json", "adapter_model.safetensors", "trimtab.json"
+FORMAT = 1
+"""Version of the manifest; a reader refuses one that it does not know."""
+
+KEYS = {"format", "method", "files", "tensors", "base", "trained", "versions"}
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The content of an adapter folder."""
+
+    config: dict[str, Any]
+    """PEFT's adapter_config.json."""
+    tensors: dict[str, Tensor]
+    """By PEFT's names."""
+    method: dict[str, Any] | None = None
+    """The method in our words; None in a folder that PEFT wrote."""
+    base: dict[str, Any] = field(default_factory=dict)
+    """`source`, `fingerprint` and `stop_ids` of the base it was trained on; empty in a folder that PEFT wrote."""
+    trained: dict[str, Any] = field(default_factory=dict)
+    """How it came to be: step, losses, the data's digest."""
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def source(self) -> str:
+        """The name of the base, as far as the folder says."""
+        return str(self.base.get("source") or self.config.get("base_model_name_or_path") or "")
+
+
+def write_adapter(folder: Path, adapter: Adapter) -> None:
+    """Write a new adapter folder, whole or not at all. Raises StorageError."""
+    with files.new_folder(folder) as new:
+        files.write_json(new / CONFIG, adapter.config)
+        save_file({name: t.contiguous() for name, t in sorted(adapter.tensors.items())}, new / WEIGHTS, {"format": "pt"})
+        (new / WEIGHTS).chmod(0o644)
+        manifest = {
+            "format": FORMAT,
+            "method": adapter.method,
+            "files": {name: files.sha256_file(new / name) for name in (CONFIG, WEIGHTS)},
+            "tensors": {name: _description(tensor) for name, tensor in sorted(adapter.tensors.items())},
+            "base": adapter.base,
+            "trained": adapter.trained,
+            "versions": adapter.versions,
+        }
+        files.write_json(new / MANIFEST, manifest)
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether this looks like an adapter folder, of ours or of PEFT's."""
+    return (folder / CONFIG).is_file()
+
+
+def read_adapter(folder: Path) -> Adapter:
+    """Read an adapter folder.
+
+    Raises:
+        ArtifactError: Something is missing, damaged, or not what the manifest says; the message names it.
+    """
+    if not folder.is_dir():
+        raise ArtifactError(f"{folder}: no such adapter folder.")
+    if not (folder / WEIGHTS).is_file():
+        pickled = " It has adapter_model.bin, a pickle, which is never read: save it as safetensors." if (folder / "adapter_model.bin").exists() else ""
+        raise ArtifactError(f"{folder} holds no {WEIGHTS}, so it is not a whole adapter.{pickled}")
+    config, tensors = files.read_json(folder / CONFIG), _read_tensors(folder / WEIGHTS)
+    if not isinstance(config, dict) or "peft_type" not in config:
+        raise ArtifactError(f"{folder / CONFIG}: is not a PEFT adapter configuration (it has no peft_type).")
+    if not (folder / MANIFEST).exists():
+        return Adapter(config, tensors)
+    manifest = files.read_json(folder / MANIFEST)
+    _check(folder, manifest, tensors)
+    return Adapter(config, tensors, manifest["method"], manifest["base"], manifest["trained"], manifest["versions"])
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise ArtifactError(f"{path}: damaged: {error}. Restore it from a copy.") from None
+
+
+def _check(folder: Path, manifest: Any, tensors: Mapping[str, Tensor]) -> None:
+    path = folder / MANIFEST
+    if not isinstance(manifest, dict) or set(manifest) != KEYS:
+        odd = sorted(set(manifest) ^ KEYS) if isinstance(manifest, dict) else []
+        raise ArtifactError(f"{path}: is not a manifest of this version of Trimtab ({', '.join(odd) or 'not an object'}).")
+    if manifest["format"] != FORMAT:
+        raise ArtifactError(f"{path}: has format {manifest['format']}, and this version of Trimtab reads {FORMAT}. Update Trimtab.")
+    expected = manifest["tensors"]
+    problems = [f"{name}: missing" for name in expected if name not in tensors]
+    problems += [f"{name}: not in the manifest" for name in tensors if name not in expected]
+    problems += [f"{name}: changed since it was saved" for name in tensors if name in expected and _description(tensors[name]) != expected[name]]
+    problems += [f"{name}: changed since it was saved" for name, digest in manifest["files"].items() if files.sha256_file(folder / name) != digest]
+    if problems:
+        raise ArtifactError(
+            f"{folder} is not what was saved:\n{listing(problems)}\n"
+            f"Restore it from a copy. If the change was meant, delete {MANIFEST}: then it is read as PEFT's, unverified."
+        )
+
+
+def _description(tensor: Tensor) -> dict[str, Any]:
+    content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return {
+        "shape": list(tensor.shape),
+        "dtype": str(tensor.dtype).removeprefix("torch."),
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }

@@ -1,0 +1,240 @@
+"""The command line: words and pages, no logic. Heavy imports happen in the command that needs them."""
+
+import argparse
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trimtab import __version__
+from trimtab.errors import DataError, RecipeError, TrimtabError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from trimtab.deploy import Target
+
+TARGET = "a run folder, an adapter folder, or a model (folder, GGUF file, hub name, smollm2-135m-instruct)"
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit code (see errors.py)."""
+    arguments = _parser().parse_args(words)
+    signal.signal(signal.SIGTERM, _interrupt)
+    for name in ("TOKENIZERS_PARALLELISM", "TRANSFORMERS_VERBOSITY"):
+        os.environ.setdefault(name, {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}[name])
+    try:
+        arguments.command(arguments)
+    except TrimtabError as error:
+        if arguments.debug:
+            raise
+        print(f"trimtab: {error}", file=sys.stderr)  # noqa: T201
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("trimtab: interrupted.", file=sys.stderr)  # noqa: T201
+        return 130
+    except BrokenPipeError:  # the reader of our output left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="trimtab",
+        description="Fine-tune a language model by training a small adapter on it, see what it gained, and hand it over.",
+        epilog="Start with: trimtab train RECIPE.yaml. `trimtab COMMAND --help` tells more.",
+    )
+    parser.add_argument("--version", action="version", version=f"trimtab {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def add(name: str, run: Callable[[argparse.Namespace], None], text: str, more: str = "") -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}. {more}".strip())
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        command.set_defaults(command=run)
+        return command
+
+    train = add("train", _train, "train an adapter as a recipe says", "Any key of the recipe can be given as section.key=value.")
+    train.add_argument("recipe", metavar="RECIPE.yaml", type=Path)
+    train.add_argument("words", metavar="key=value", nargs="*", help="keys of the recipe, for example train.lr=1e-4 method.rank=8")
+
+    score = add("eval", _eval, "measure loss and exact answers on rows it has not learned")
+    score.add_argument("target", metavar="TARGET", help=TARGET)
+    score.add_argument("--data", metavar="FILE", help="rows to measure on; a run's own held-out rows unless given")
+    score.add_argument("--base", action="store_true", help="measure the base without the adapter as well")
+    score.add_argument("--show", metavar="N", type=int, default=0, help="show N answers beside the expected ones")
+    score.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    _model_option(score)
+
+    chat = add("chat", _chat, "talk to a model")
+    chat.add_argument("target", metavar="TARGET", help=TARGET)
+    chat.add_argument("--prompt", metavar="TEXT", help="ask this one question and end")
+    chat.add_argument("--base", action="store_true", help="show the base's answer beside the adapter's")
+    chat.add_argument("--system", metavar="TEXT", help="the system message")
+    chat.add_argument("--max-new-tokens", metavar="N", type=_positive, default=512)
+    chat.add_argument("--temperature", metavar="T", type=_not_negative, default=0.0, help="0 (the default) always takes the likeliest token")
+    chat.add_argument("--seed", metavar="N", type=int, default=0, help="decides the draws when the temperature is above 0")
+    _model_option(chat)
+
+    merge = add("merge", _merge, "fold an adapter into its base, as a plain model folder", "The result is float32, and is checked against the adapter.")
+    merge.add_argument("target", metavar="TARGET", help="a run folder or an adapter folder")
+    merge.add_argument("output", metavar="FOLDER", type=Path, help="a new folder for the model")
+    _model_option(merge)
+
+    show = add("show", _show, "tell what is in a run or adapter folder")
+    show.add_argument("target", metavar="FOLDER", type=Path)
+    show.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def _model_option(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--model", metavar="NAME", help="the base to put the adapter on, if not where the adapter says")
+
+
+def _positive(word: str) -> int:
+    number = int(word)
+    if number < 1:
+        raise argparse.ArgumentTypeError("expected at least 1")
+    return number
+
+
+def _not_negative(word: str) -> float:
+    number = float(word)
+    if not 0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError("expected 0 or more")
+    return number
+
+
+def _console() -> "Console":
+    from rich.console import Console
+
+    return Console(highlight=False, soft_wrap=True)
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from trimtab.config import read
+    from trimtab.recipe import Recipe
+    from trimtab.report import Terminal
+    from trimtab.run import run_recipe
+
+    recipe = read(Recipe, arguments.recipe, arguments.words)
+    console = _console()
+    with Terminal(console) as watch:
+        run_recipe(recipe, watch)
+    console.print(f"[dim]Talk to it:[/]     trimtab chat {recipe.output}\n[dim]Look inside:[/]    trimtab show {recipe.output}")
+
+
+def _eval(arguments: argparse.Namespace) -> None:
+    from trimtab.deploy import open_target
+    from trimtab.evaluate import score
+    from trimtab.report.tables import answers_table, scores_table
+    from trimtab.run import held_out
+
+    if arguments.data is None:
+        examples, source = held_out(Path(arguments.target))
+    else:
+        from trimtab.data import load_examples
+
+        examples, account = load_examples(arguments.data)
+        source = arguments.data
+        if account.refused:
+            raise DataError("\n".join([f"data: {account}", *(f"  {where}: {reason}" for where, reason in account.refused[:5])]))
+    target = open_target(arguments.target, arguments.model)
+    scores = {}
+    if target.adapter is not None and arguments.base:
+        with target.adapter.disabled():
+            scores["base"] = score(target.base, examples)
+    scores["adapter" if target.adapter else "model"] = score(target.base, examples)
+    if arguments.json:
+        last = scores.pop("adapter" if target.adapter else "model")
+        _print_json({"data": str(source), **last, **scores})
+        return
+    console = _console()
+    console.print(scores_table(scores, str(source)))
+    if arguments.show:
+        console.print(answers_table({name: one["answers"][: arguments.show] for name, one in scores.items()}))
+
+
+def _chat(arguments: argparse.Namespace) -> None:
+    from trimtab.deploy import open_target
+
+    target = open_target(arguments.target, arguments.model)
+    if arguments.base and target.adapter is None:
+        raise RecipeError(f"--base: {arguments.target} is a model without an adapter, so there is nothing to compare.")
+    talk: list[dict[str, str]] = [{"role": "system", "content": arguments.system}] if arguments.system else []
+    if arguments.prompt is not None:
+        _reply(target, [*talk, {"role": "user", "content": arguments.prompt}], arguments)
+        return
+    console = _console()
+    console.print(f"[dim]{target.folder or target.base.source}: write a message; /new starts afresh, /quit ends.[/]")
+    start = len(talk)
+    while True:
+        try:
+            words = console.input("[bold]> [/]").strip()
+        except EOFError:
+            console.print()
+            return
+        if words in ("/quit", "/exit"):
+            return
+        if words == "/new":
+            del talk[start:]
+        elif words:
+            talk.append({"role": "user", "content": words})
+            talk.append({"role": "assistant", "content": _reply(target, talk, arguments)})
+
+
+def _reply(target: "Target", talk: list[dict[str, str]], arguments: argparse.Namespace) -> str:
+    from trimtab.api import stream
+
+    def say(label: str) -> str:
+        if label:
+            print(f"[{label}] ", end="", flush=True)  # noqa: T201
+        said = ""
+        for piece in stream(
+            target.base, talk, max_new_tokens=arguments.max_new_tokens, temperature=arguments.temperature, seed=arguments.seed
+        ):
+            said += piece
+            print(piece, end="", flush=True)  # noqa: T201
+        print()  # noqa: T201
+        return said
+
+    if arguments.base and target.adapter is not None:
+        with target.adapter.disabled():
+            say("base")
+        return say("adapter")
+    return say("")
+
+
+def _merge(arguments: argparse.Namespace) -> None:
+    from trimtab.deploy import merge, open_target
+
+    if arguments.output.exists():
+        raise RecipeError(f"{arguments.output} exists already, and is not overwritten. Give a new folder.")
+    target = open_target(arguments.target, arguments.model)
+    if target.adapter is None:
+        raise RecipeError(f"{arguments.target} is a model without an adapter: there is nothing to merge.")
+    done = merge(target.base, target.adapter, arguments.output)
+    _console().print(
+        f"Merged {done.matrices} matrices into {arguments.output} (float32). Loaded again by Transformers, its logits differ from the "
+        f"adapter's by at most {done.max_logit_difference:.2g} (largest logit {done.logit_scale:.3g}); likeliest token the same at {done.same_choice:.1%}."
+    )
+
+
+def _show(arguments: argparse.Namespace) -> None:
+    from trimtab.report.tables import describe, described
+
+    facts = described(arguments.target)
+    if arguments.json:
+        _print_json(facts)
+    else:
+        _console().print(describe(facts))
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))  # noqa: T201

@@ -1,0 +1,107 @@
+"""Fold an adapter into its base: a plain Transformers folder, checked by loading it and comparing logits."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from trimtab import files
+from trimtab.base import Base
+from trimtab.base.fingerprint import own_weights
+from trimtab.errors import ArtifactError, NotMergeable
+from trimtab.methods import Attached
+
+
+class Merged(NamedTuple):
+    """What merging did, measured on the saved folder as Transformers loads it."""
+
+    matrices: int
+    max_logit_difference: float
+    """Largest difference from the logits of the adapter on its base."""
+    logit_scale: float
+    """Largest absolute logit, to compare it with."""
+    same_choice: float
+    """Share of positions whose likeliest token is the same."""
+
+
+@torch.no_grad()
+def merge(base: Base, adapter: Attached, folder: Path | str, prompts: list[list[int]] | None = None) -> Merged:
+    """Write base and adapter as one plain float32 model; the base in memory is left as it is.
+
+    Args:
+        folder: A new folder; it appears only if the model in it gives the adapter's logits.
+        prompts: Tokens on which the logits are compared; random ones unless given.
+
+    Raises:
+        NotMergeable: The method is not a change of weights.
+        ArtifactError: The adapter holds values that are not finite, or the saved model gives other logits.
+        StorageError: The folder exists, or can't be written.
+    """
+    if not adapter.method.mergeable:
+        next(iter(adapter.layers.values())).merged()  # raises, in the method's words
+        raise NotMergeable(f"{adapter.method.name} cannot be merged into the base.")
+    broken = [name for name, p in adapter.parameters().items() if not bool(p.isfinite().all())]
+    if broken:
+        raise ArtifactError(f"The adapter's {broken[0]} holds values that are not finite, so nothing was merged.")
+    with files.new_folder(Path(folder)) as new:
+        base.model.save_pretrained(new, state_dict=_merged_weights(base, adapter))
+        _finish_config(new, base)
+        if base.tokenizer is not None:
+            base.tokenizer.save_pretrained(new)
+        report = _compare(base, new, prompts or _random_prompts(base), len(adapter.layers))
+    return report
+
+
+def _merged_weights(base: Base, adapter: Attached) -> dict[str, Tensor]:
+    """The whole model's tensors under the names it has without adapters, in float32, tied ones still tied."""
+    merged = {}
+    for path, layer in adapter.layers.items():
+        for name, tensor in layer.merged().state_dict(keep_vars=True).items():
+            merged[f"{path}.{name}"] = tensor.detach().float()
+    converted: dict[int, Tensor] = {}
+    weights = {}
+    for name, tensor in base.model.state_dict(keep_vars=True).items():
+        parts = name.split(".")
+        if any(parameter is tensor for parameter in adapter.parameters().values()):
+            continue
+        plain = ".".join(part for n, part in enumerate(parts) if not (part == "base" and ".".join(parts[:n]) in adapter.layers))
+        kept = converted.setdefault(id(tensor), tensor.detach().float() if tensor.is_floating_point() else tensor.detach())
+        weights[plain] = merged.get(plain, kept)
+    return weights
+
+
+def _finish_config(folder: Path, base: Base) -> None:
+    """Say float32, as the weights are, and stop where the model was trained to stop."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["dtype"] = "float32"
+    files.write_json(path, config)
+    path = folder / "generation_config.json"
+    settings: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    if base.tokenizer is not None:
+        settings["eos_token_id"] = list(base.stop_ids) if len(base.stop_ids) > 1 else base.stop_ids[0]
+    files.write_json(path, settings)
+
+
+def _compare(base: Base, folder: Path, prompts: list[list[int]], matrices: int) -> Merged:
+    saved = Base.load_folder(folder, torch.float32, base.device).model
+    difference = scale = 0.0
+    same = total = 0
+    for ids in prompts:
+        row = torch.tensor([ids], device=base.device)
+        ours, theirs = (model(input_ids=row, use_cache=False).logits[0].float() for model in (base.model, saved))
+        difference = max(difference, float((ours - theirs).abs().max()))
+        scale = max(scale, float(ours.abs().max()))
+        same += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
+        total += len(ids)
+    exact = next(iter(own_weights(base.model).values())).dtype == torch.float32
+    if exact and not difference <= 1e-3 * max(scale, 1.0):
+        raise ArtifactError(f"The merged model's logits differ by {difference:.3g} (largest logit {scale:.3g}), so it was not kept.")
+    return Merged(matrices, difference, scale, same / total)
+
+
+def _random_prompts(base: Base) -> list[list[int]]:
+    size = base.model.config.get_text_config().vocab_size
+    return torch.randint(size, (4, 16), generator=torch.Generator().manual_seed(0)).tolist()

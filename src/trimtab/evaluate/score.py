@@ -1,0 +1,124 @@
+"""How good a model is on held-out rows: its loss, and how often its answer is the right one, with intervals.
+
+The intervals are 95 %: a percentile bootstrap over rows for the loss, Wilson's for a share of rows (Wilson 1927).
+"""
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from trimtab.base import Base
+from trimtab.data import Account, Conversation, make_sequences, pack_all, prompt_of
+from trimtab.data.example import Sequence as Row
+from trimtab.engine import generate, pack_logprobs
+
+Interval = tuple[float, float]
+Z = 1.959963984540054
+"""The 97.5th percentile of the normal distribution."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Mean over all learned tokens, in nats."""
+
+    loss: float
+    interval: Interval
+    tokens: int
+    rows: int
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700.0))
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One held-out question, and what the model said."""
+
+    question: str
+    expected: str
+    answer: str
+    stopped: bool
+    """It ended by itself rather than at the limit."""
+
+    @property
+    def right(self) -> bool:
+        """Equal but for white space at the ends."""
+        return self.answer.strip() == self.expected.strip()
+
+
+@torch.no_grad()
+def score_loss(base: Base, rows: Sequence[Row], pack_tokens: int = 1024, on_rows: Callable[[int], None] | None = None) -> Loss:
+    """The loss of the model as it stands (an attached adapter counts) on `rows`."""
+    sums: list[float] = []
+    counts: list[int] = []
+    for pack in pack_all(rows, pack_tokens):
+        sums += (-pack_logprobs(base.model, pack.to(base.device))).tolist()
+        counts += [len(row.learned) for row in pack.sequences]
+        if on_rows:
+            on_rows(len(pack.sequences))
+    return Loss(sum(sums) / sum(counts), _bootstrap(sums, counts), sum(counts), len(sums))
+
+
+def score_answers(base: Base, examples: Sequence[Conversation], on_done: Callable[[int], None] | None = None) -> list[Answered]:
+    """The model's own answers (greedy) to the last turn of each conversation.
+
+    An answer is cut a little beyond the length of the longest expected one: by then it is wrong.
+    """
+    asked = [prompt_of(example, base) for example in examples]
+    longest = max((len(e.ids) for e in base.encode([expected for _, expected in asked])), default=0)
+    limit = longest + longest // 4 + 8
+    answers: list[list[int]] = []
+    for start in range(0, len(asked), 32):
+        part = asked[start : start + 32]
+        answers += generate(base.model, [ids for ids, _ in part], base.stop_ids, max_new_tokens=limit)
+        if on_done:
+            on_done(len(part))
+    return [
+        Answered(_question(example), expected, base.decode(answer), stopped=len(answer) < limit)
+        for example, (_, expected), answer in zip(examples, asked, answers, strict=True)
+    ]
+
+
+def score(base: Base, examples: Sequence[Any], on_done: Callable[[int], None] | None = None) -> dict[str, Any]:
+    """Rows, loss, perplexity and exact match with their intervals, as JSON data; and the answers."""
+    account = Account(("evaluation",))
+    loss = score_loss(base, make_sequences(examples, base, account, max_length=base.context_length))
+    conversations = [e for e in examples if isinstance(e, Conversation)]
+    answers = score_answers(base, conversations, on_done)
+    right = sum(answer.right for answer in answers)
+    return {
+        "rows": loss.rows,
+        "loss": loss.loss,
+        "loss_interval": list(loss.interval),
+        "perplexity": loss.perplexity,
+        "exact_match": right / len(answers) if answers else None,
+        "exact_match_interval": list(wilson(right, len(answers))) if answers else None,
+        "stopped": sum(answer.stopped for answer in answers) / len(answers) if answers else None,
+        "answers": [{**vars(answer), "right": answer.right} for answer in answers],
+    }
+
+
+def wilson(hits: int, of: int) -> Interval:
+    """Wilson's 95 % interval for the share that `hits` of `of` estimates."""
+    share, z2 = hits / of, Z * Z
+    middle = share + z2 / (2 * of)
+    half = Z * math.sqrt(share * (1 - share) / of + z2 / (4 * of * of))
+    return max(0.0, (middle - half) / (1 + z2 / of)), min(1.0, (middle + half) / (1 + z2 / of))
+
+
+def _bootstrap(sums: list[float], counts: list[int], draws: int = 1000) -> Interval:
+    generator, rows, means = random.Random(0), range(len(sums)), []
+    for _ in range(draws):
+        chosen = generator.choices(rows, k=len(rows))
+        means.append(sum(sums[n] for n in chosen) / sum(counts[n] for n in chosen))
+    means.sort()
+    return means[int(0.025 * draws)], means[int(0.975 * draws) - 1]
+
+
+def _question(example: Conversation) -> str:
+    return next((m["content"] for m in reversed(example.messages[:-1]) if m["role"] == "user"), "")

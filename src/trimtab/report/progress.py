@@ -1,0 +1,103 @@
+"""A run on the terminal: what is about to happen, a bar while it does, what came of it."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from trimtab.data import Account
+from trimtab.evaluate import Loss
+from trimtab.train import Step
+
+
+class Terminal:
+    """Shows a run on the terminal; in a log file, a line now and then instead of a bar."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+        self._tokens = 0
+        self._seconds = 0.0
+        self._smooth: float | None = None
+
+    def planned(self, facts: dict[str, Any], accounts: list[Account], train_rows: int, eval_rows: int) -> None:
+        say = self.console.print
+        share = facts["trainable_parameters"] / facts["base_parameters"]
+        say(f"[bold]base[/]    {escape(facts['base']['source'])}  ({facts['base_parameters']:,} parameters, frozen)")
+        settings = ", ".join(f"{key} {_words(value)}" for key, value in facts["method"].items() if key != "name")
+        say(f"[bold]method[/]  {facts['method']['name']}: {escape(settings)}  ({facts['trainable_parameters']:,} parameters, {share:.2%})")
+        for account in accounts:
+            say(f"[bold]data[/]    {escape(str(account))}")
+            for where, reason in account.refused[:5]:
+                say(f"          [yellow]refused[/] {escape(where)}: {escape(reason)}")
+            if len(account.refused) > 5:
+                say(f"          … and {len(account.refused) - 5} more, in data.json")
+            if account.unread:
+                say(f"          columns that nothing reads: {escape(', '.join(sorted(account.unread)))}")
+        say(f"          {train_rows:,} rows to learn ({facts['learned_tokens']:,} tokens of answers), {eval_rows:,} held out")
+        say(f"[bold]train[/]   {facts['steps']:,} steps, learning rate {facts['peak_lr']:g} ({escape(facts['lr_formula'])})")
+
+    def stepped(self, step: Step, steps: int) -> None:
+        self._tokens += step.tokens
+        self._seconds += step.seconds
+        self._smooth = step.loss if self._smooth is None else 0.9 * self._smooth + 0.1 * step.loss
+        if self.console.is_terminal:
+            if self._bar is None:
+                self._start(steps)
+            assert self._bar is not None
+            self._bar.update(self._task, completed=step.number, loss=self._smooth, rate=self._tokens / self._seconds)
+            if step.number == steps:
+                self._stop()
+        elif step.number in (1, steps) or step.number % max(1, steps // 10) == 0:
+            left = (steps - step.number) * self._seconds / step.number
+            self.console.print(
+                f"          step {step.number}/{steps}  loss {step.loss:.4f}  {self._tokens / self._seconds:,.0f} tokens/s  {left:.0f} s left"
+            )
+
+    def evaluated(self, step: int, scored: Loss) -> None:
+        low, high = scored.interval
+        where = self._bar.console if self._bar else self.console
+        what = "base" if step == 0 else f"step {step}"
+        where.print(f"[bold]eval[/]    {what}: loss {scored.loss:.4f}  [dim](95 %: {low:.4f} to {high:.4f}, {scored.rows:,} rows)[/]")
+
+    def finished(self, state: dict[str, Any], folder: Path) -> None:
+        self._stop()
+        best = state["best"]
+        rate = state["tokens"] / state["seconds"]
+        self.console.print(
+            f"[bold]done[/]    {state['seconds']:.0f} s with evaluation, {rate:,.0f} tokens/s. "
+            f"Best adapter: step {best['step']}, in {escape(str(folder / 'adapter'))}"
+        )
+
+    def _start(self, steps: int) -> None:
+        self._bar = Progress(
+            TextColumn("[bold]train[/]  "),
+            BarColumn(bar_width=30),
+            TextColumn("{task.completed}/{task.total}  loss {task.fields[loss]:.4f}  {task.fields[rate]:,.0f} tokens/s"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+        )
+        self._task = self._bar.add_task("train", total=steps, loss=0.0, rate=0.0)
+        self._bar.start()
+
+    def _stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def __enter__(self) -> "Terminal":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()  # an error message must not be drawn over by the bar
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) if len(value) <= 3 else f"{len(value)} names"
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,110 @@
+"""Scores, answers and folders as tables."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+
+from trimtab import files
+from trimtab.artifacts import is_adapter, read_adapter
+from trimtab.errors import RecipeError
+
+
+def scores_table(scores: dict[str, dict[str, Any]], source: str) -> Table:
+    """One row a model: loss, perplexity and exact match with their 95 % intervals."""
+    rows = next(iter(scores.values()))["rows"]
+    table = Table(title=f"{escape(source)}: {rows:,} rows, 95 % intervals", title_justify="left", title_style="bold")
+    table.add_column("")
+    for column in ("loss", "perplexity", "exact match", "ended by itself"):
+        table.add_column(column, justify="right")
+    for name, one in scores.items():
+        low, high = one["loss_interval"]
+        match = "–"
+        if one["exact_match"] is not None:
+            least, most = one["exact_match_interval"]
+            match = f"{one['exact_match']:.1%} ({least:.1%} to {most:.1%})"
+        stopped = "–" if one["stopped"] is None else f"{one['stopped']:.1%}"
+        table.add_row(name, f"{one['loss']:.4f} ({low:.4f} to {high:.4f})", f"{one['perplexity']:.3f}", match, stopped)
+    return table
+
+
+def answers_table(answers: dict[str, list[dict[str, Any]]]) -> Table:
+    """Questions, expected answers, and what each model said."""
+    names = list(answers)
+    table = Table(show_lines=True)
+    for column in ("question", "expected", *names):
+        table.add_column(column, overflow="fold")
+    for several in zip(*answers.values(), strict=True):
+        said = [f"[green]{escape(a['answer'])}[/]" if a["right"] else escape(_short(a["answer"])) for a in several]
+        table.add_row(escape(_short(several[0]["question"])), escape(several[0]["expected"]), *said)
+    return table
+
+
+def _short(text: str, most: int = 200) -> str:
+    text = text.strip()
+    return text if len(text) <= most else f"{text[:most]}…"
+
+
+def described(folder: Path) -> dict[str, Any]:
+    """What is in a run or adapter folder, as JSON data; reading it verifies every hash."""
+    if (folder / "run.json").is_file():
+        return {"run": str(folder), **files.read_json(folder / "run.json"), **_adapter_facts(folder / "adapter")}
+    if is_adapter(folder):
+        return _adapter_facts(folder)
+    raise RecipeError(f"{folder} is neither a run nor an adapter folder." if folder.exists() else f"{folder}: no such folder.")
+
+
+def _adapter_facts(folder: Path) -> dict[str, Any]:
+    if not is_adapter(folder):
+        return {}
+    adapter = read_adapter(folder)
+    return {
+        "adapter": {
+            "folder": str(folder),
+            "verified": adapter.method is not None,
+            "base": adapter.source,
+            "fingerprint": adapter.base.get("fingerprint"),
+            "method": adapter.method or {"name": str(adapter.config["peft_type"]).lower(), "peft_config": adapter.config},
+            "tensors": len(adapter.tensors),
+            "parameters": sum(t.numel() for t in adapter.tensors.values()),
+            "trained": adapter.trained,
+            "versions": adapter.versions,
+        }
+    }
+
+
+def describe(facts: dict[str, Any]) -> RenderableType:
+    """`described` as a page."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+
+    def row(name: str, text: Any) -> None:
+        table.add_row(name, escape(str(text)))
+
+    if "run" in facts:
+        row("run", f"{facts['run']} ({facts['status']})")
+        row("base", facts["base"]["source"])
+        row("steps", f"{facts['steps']:,}, learning rate {facts['peak_lr']:g} ({facts['lr_formula']})")
+        if facts.get("seconds"):
+            row("took", f"{facts['seconds']:.0f} s, {facts['tokens']:,} tokens")
+        for which in ("best", "last"):
+            if one := facts.get(which):
+                loss = f", eval loss {one['eval_loss']:.4f}" if one["eval_loss"] is not None else ""
+                row(which, f"step {one['step']}{loss}, in {one['folder']}")
+        if facts.get("error"):
+            row("error", facts["error"])
+    if adapter := facts.get("adapter"):
+        row("adapter", adapter["folder"])
+        row("checked", "every hash in its manifest" if adapter["verified"] else "no manifest (PEFT's): nothing to check it against")
+        row("on base", adapter["base"] or "not said")
+        for key, value in adapter["method"].items():
+            row(f"  {key}", ", ".join(value) if isinstance(value, list) else value)
+        row("size", f"{adapter['parameters']:,} parameters in {adapter['tensors']} tensors")
+        for part, digest in (adapter["fingerprint"] or {}).items():
+            row(f"  {part}", f"sha256 {digest[:16]}…")
+        if adapter["versions"]:
+            row("made with", ", ".join(f"{name} {version}" for name, version in adapter["versions"].items()))
+    return Group(table)

@@ -1,0 +1,26 @@
+"""What a run tells while it goes on, and nobody to tell it to."""
+
+from pathlib import Path
+from typing import Any, Protocol
+
+from trimtab.data import Account
+from trimtab.evaluate import Loss
+from trimtab.train import Step
+
+
+class Watcher(Protocol):
+    """Told what happens in a run, as it happens."""
+
+    def planned(self, facts: dict[str, Any], accounts: list[Account], train_rows: int, eval_rows: int) -> None: ...
+    def stepped(self, step: Step, steps: int) -> None: ...
+    def evaluated(self, step: int, scored: Loss) -> None: ...
+    def finished(self, state: dict[str, Any], folder: Path) -> None: ...
+
+
+class Silent:
+    """Tells nobody."""
+
+    def planned(self, facts: dict[str, Any], accounts: list[Account], train_rows: int, eval_rows: int) -> None: ...
+    def stepped(self, step: Step, steps: int) -> None: ...
+    def evaluated(self, step: int, scored: Loss) -> None: ...
+    def finished(self, state: dict[str, Any], folder: Path) -> None: ...

@@ -1,0 +1,192 @@
+"""One run, top to bottom: the script that carries a recipe out."""
+
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trimtab import files
+from trimtab.artifacts import read_adapter, write_adapter
+from trimtab.base import Base
+from trimtab.config import read
+from trimtab.data import Example, Loaded, Pack, held_out_examples, load_data, pack_all, plan_steps
+from trimtab.deploy import save_adapter, versions
+from trimtab.engine import check_packing
+from trimtab.errors import DataError, RecipeError, StorageError
+from trimtab.evaluate import Loss, score_loss
+from trimtab.methods import Attached, attach
+from trimtab.recipe import Recipe
+from trimtab.report import Silent, Watcher
+from trimtab.train import Step, peak_learning_rate, train
+
+
+@dataclass
+class Run:
+    """A run's folder, and what is known about it. `state` is what run.json holds."""
+
+    folder: Path
+    state: dict[str, Any] = field(default_factory=dict)
+
+    def write(self, **news: Any) -> None:
+        """Add to run.json."""
+        self.state |= news
+        files.write_json(self.folder / "run.json", self.state)
+
+    def log(self, **line: Any) -> None:
+        """Add a line to metrics.jsonl."""
+        files.append_line(self.folder / "metrics.jsonl", json.dumps(line))
+
+
+def run_recipe(recipe: Recipe, watch: Watcher | None = None) -> Run:
+    """Carry a recipe out.
+
+    Raises:
+        TrimtabError: Any of `errors.py`. Until the first step, nothing has been written; afterwards, the newest adapter
+            that was saved is whole, in the run's `checkpoints`.
+        KeyboardInterrupt: After the adapter as it stood has been saved.
+    """
+    watch = watch or Silent()
+    if recipe.output.exists() and (not recipe.output.is_dir() or any(recipe.output.iterdir())):
+        raise StorageError(f"output: {recipe.output} exists already, and is not overwritten. Give another with output=…, or remove it.")
+    base = Base.load(recipe.model)
+    with ThreadPoolExecutor(max_workers=1) as background:  # hashing the weights beside tokenizing the data
+        fingerprint = background.submit(lambda: base.fingerprint)
+        check_packing(base.model)
+        data = load_data(recipe.data, base, base.context_length, recipe.train.seed)
+        fingerprint.result()
+    adapter = attach(base.model, recipe.method, recipe.train.seed)
+    steps = Steps(data, recipe)
+    rate, formula = peak_learning_rate(recipe.train, base, recipe.method, steps.rows_per_step, len(steps))
+    facts = {
+        "base": {"source": base.source, "fingerprint": base.fingerprint},
+        "method": recipe.method.plain(),
+        "trainable_parameters": sum(p.numel() for p in adapter.parameters().values()),
+        "base_parameters": sum(p.numel() for p in base.model.parameters()) - sum(p.numel() for p in adapter.parameters().values()),
+        "steps": len(steps),
+        "peak_lr": rate,
+        "lr_formula": formula,
+        "learned_tokens": sum(len(row.learned) for row in data.train),
+        "data_digest": data.digest,
+        "versions": versions(),
+    }
+    watch.planned(facts, data.accounts, len(data.train), len(data.eval))
+
+    run = Run(recipe.output)
+    files.write_text(run.folder / "recipe.yaml", recipe.to_yaml())
+    files.write_json(run.folder / "data.json", data.plain())
+    run.write(status="running", **facts)
+    done = _train(run, recipe, base, adapter, data, steps, rate, watch)
+    base.check_unchanged()
+    best = done.best or done.last
+    write_adapter(run.folder / "adapter", read_adapter(run.folder / best["folder"]))
+    run.write(status="done", best=best, last=done.last, seconds=done.seconds, tokens=done.tokens)
+    watch.finished(run.state, run.folder)
+    return run
+
+
+def held_out(folder: Path) -> tuple[list[Example], str]:
+    """The rows that a run held out, and a name for them."""
+    if not (folder / "run.json").is_file():
+        raise RecipeError(f"{folder} is not a run folder, so it has no held-out rows of its own: give rows with --data.")
+    recipe, remembered = read(Recipe, folder / "recipe.yaml"), files.read_json(folder / "data.json")
+    examples = held_out_examples(recipe.data, remembered)
+    if not examples:
+        raise DataError(f"{folder} held out no rows: give rows with --data.")
+    return examples, f"held-out rows of {folder}"
+
+
+class Steps:
+    """The packs of each optimizer step, made when it is taken."""
+
+    def __init__(self, data: Loaded, recipe: Recipe) -> None:
+        if not data.train:
+            raise DataError("data: there is nothing to learn from.")
+        self._rows, self._pack_tokens = data.train, recipe.train.pack_tokens
+        self._plan = plan_steps(
+            data.train, epochs=recipe.train.epochs, seed=recipe.train.seed, rows=recipe.train.rows, tokens=recipe.train.tokens_per_step
+        )
+
+    def __len__(self) -> int:
+        return len(self._plan)
+
+    def __getitem__(self, number: int) -> list[Pack]:
+        return pack_all([self._rows[n] for n in self._plan[number]], self._pack_tokens)
+
+    @property
+    def rows_per_step(self) -> float:
+        return sum(map(len, self._plan)) / len(self._plan)
+
+
+@dataclass
+class _Done:
+    """What training has saved, and how long it took."""
+
+    best: dict[str, Any] | None = None
+    last: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+    tokens: int = 0
+
+
+def _train(
+    run: Run, recipe: Recipe, base: Base, adapter: Attached, data: Loaded, steps: Steps, rate: float, watch: Watcher
+) -> _Done:
+    done, started, step = _Done(), time.perf_counter(), None
+    every = recipe.train.evaluate_every or max(1, -(-len(steps) // 4))
+    _evaluate(run, base, data, 0, recipe, watch)
+    try:
+        for step in train(base, adapter, recipe.objective, steps, recipe.train, rate):
+            done.tokens += step.tokens
+            run.log(kind="train", step=step.number, **_step_line(step))
+            watch.stepped(step, len(steps))
+            if step.number % every == 0 or step.number == len(steps):
+                scored = _evaluate(run, base, data, step.number, recipe, watch)
+                _save(run, base, adapter, done, step, scored)
+    except KeyboardInterrupt:
+        if step is not None and done.last.get("step") != step.number:
+            _save(run, base, adapter, done, step, None)
+        run.write(status="interrupted", best=done.best, last=done.last)
+        raise
+    except Exception as error:
+        run.write(status="failed", error=str(error), best=done.best, last=done.last)
+        raise
+    done.seconds = time.perf_counter() - started
+    return done
+
+
+def _evaluate(run: Run, base: Base, data: Loaded, step: int, recipe: Recipe, watch: Watcher) -> Loss | None:
+    if not data.eval:
+        return None
+    scored = score_loss(base, data.eval, recipe.train.pack_tokens)
+    run.log(kind="eval", step=step, loss=scored.loss, low=scored.interval[0], high=scored.interval[1], tokens=scored.tokens)
+    watch.evaluated(step, scored)
+    return scored
+
+
+def _save(run: Run, base: Base, adapter: Attached, done: _Done, step: Step, scored: Loss | None) -> None:
+    """Save the adapter, then let go of those that are neither the best nor the last."""
+    name = f"checkpoints/step-{step.number:06d}"
+    news = {"step": step.number, "folder": name, "train_loss": step.loss, "eval_loss": scored.loss if scored else None}
+    save_adapter(base, adapter, run.folder / name, {**news, "data_digest": run.state["data_digest"]})
+    previous, done.last = done.last, news
+    if scored and (done.best is None or scored.loss < done.best["eval_loss"]):
+        previous_best, done.best = done.best, news
+    else:
+        previous_best = None
+    run.write(best=done.best, last=done.last)
+    kept = {done.last["folder"], (done.best or {}).get("folder")}
+    for old in (previous, previous_best):
+        if old and old["folder"] not in kept and (run.folder / old["folder"]).exists():
+            files.remove_folder(run.folder / old["folder"])
+
+
+def _step_line(step: Step) -> dict[str, Any]:
+    return {
+        "loss": step.loss,
+        "lr": step.lr,
+        "grad_norm": step.grad_norm,
+        "items": step.items,
+        "tokens": step.tokens,
+        "seconds": round(step.seconds, 4),
+    }

@@ -1,0 +1,57 @@
+"""The part of a recipe that says how to train, and the learning rate at each step."""
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from trimtab.config import Config
+
+Schedule = Literal["cosine", "linear", "constant"]
+
+
+class TrainConfig(Config):
+    """How to train."""
+
+    epochs: Annotated[float, Field(gt=0)] = 2.0
+    """How often each row is learned."""
+    rows_per_step: Annotated[int, Field(ge=1)] | None = None
+    """Rows in an optimizer step; 16 unless `tokens_per_step` is given."""
+    tokens_per_step: Annotated[int, Field(ge=1)] | None = None
+    """Tokens in an optimizer step, instead of rows."""
+    pack_tokens: Annotated[int, Field(ge=16)] = 1024
+    """Tokens computed at a time. Memory grows with it; what is learned does not depend on it."""
+    lr: Literal["auto"] | Annotated[float, Field(gt=0)] = "auto"
+    """Peak learning rate; auto is the method's formula, which the run prints."""
+    schedule: Schedule = "cosine"
+    """How the learning rate falls after its warm-up: to zero along a cosine or a line, or not at all."""
+    warmup: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """Fraction of the steps over which the learning rate rises from zero."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's, on the adapter's weights."""
+    clip: Annotated[float, Field(gt=0)] | None = 1.0
+    """The largest norm a gradient may have; a larger one is scaled down to it. null for no limit."""
+    evaluate_every: Annotated[int, Field(ge=1)] | None = None
+    """Steps between evaluations, after each of which the adapter is saved; a quarter of the run unless given."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Decides the adapter's first values, the held-out rows, the order of rows and the dropout."""
+
+    @model_validator(mode="after")
+    def _one_measure(self) -> Any:
+        if self.rows_per_step is not None and self.tokens_per_step is not None:
+            raise ValueError("rows_per_step and tokens_per_step are two measures of one thing: give one of them.")
+        return self
+
+    @property
+    def rows(self) -> int | None:
+        """Rows in a step, or None if it is measured in tokens."""
+        return self.rows_per_step if self.rows_per_step is not None or self.tokens_per_step is not None else 16
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: float, schedule: Schedule) -> float:
+    """The learning rate of optimizer step `step` (1-based) of `steps`: a pure function, so nothing is remembered."""
+    rising = round(warmup * steps)
+    if step <= rising:
+        return peak * step / rising
+    left = (steps - step + 1) / (steps - rising)  # 1 at the first step after the warm-up, 1 / (steps − rising) at the last
+    return peak * {"cosine": 0.5 * (1 - math.cos(math.pi * left)), "linear": left, "constant": 1.0}[schedule]

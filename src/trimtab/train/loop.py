@@ -1,0 +1,100 @@
+"""The training loop: a generator that yields after each optimizer step.
+
+Logging, evaluating, saving and stopping are the body of the caller's `for` loop, in the order they happen there.
+"""
+
+import hashlib
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from trimtab.base import Base
+from trimtab.data import Pack
+from trimtab.data.example import Sequence as Row
+from trimtab.engine import pack_logprobs
+from trimtab.errors import DataError, NonFinite
+from trimtab.methods import Attached, Circumstances, Method
+from trimtab.objectives import Objective
+from trimtab.train.config import TrainConfig, learning_rate
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimizer step did."""
+
+    number: int
+    """From 1."""
+    loss: float
+    """The step's mean over its items, before the update."""
+    items: int
+    """What the loss was divided by: for SFT, the learned tokens of the whole step."""
+    tokens: int
+    """Tokens of the step's rows, all of them real."""
+    seconds: float
+    grad_norm: float
+    """Before clipping."""
+    lr: float
+
+
+def train(
+    base: Base, adapter: Attached, objective: Objective, steps: Sequence[Iterable[Pack]], config: TrainConfig, peak_lr: float
+) -> Iterator[Step]:
+    """Train the adapter; yield after each optimizer step.
+
+    Args:
+        steps: The packs of each optimizer step.
+        peak_lr: The learning rate after warm-up.
+
+    Raises:
+        NonFinite: A loss or gradient is not a number; the adapter is as it was before that step.
+        DataError: A step has nothing to learn.
+    """
+    parameters = list(adapter.parameters().values())
+    optimizer = torch.optim.AdamW(parameters, lr=peak_lr, weight_decay=config.weight_decay)
+    for number, packs in enumerate(steps, start=1):
+        started = time.perf_counter()
+        packs = [pack.to(base.device) for pack in packs]
+        lr = learning_rate(number, len(steps), peak_lr, config.warmup, config.schedule)
+        items = sum(objective.items(pack) for pack in packs)
+        if items == 0:
+            raise DataError(f"step {number}: none of its rows has anything to learn.")
+        adapter.train()
+        total = torch.zeros((), device=base.device, dtype=torch.float64 if base.device.type == "cpu" else torch.float32)
+        for part, pack in enumerate(packs):
+            torch.manual_seed(_dropout_seed(config.seed, number, part))
+            loss = objective.loss(pack_logprobs(base.model, pack), pack)
+            (loss / items).backward()
+            total += loss.detach()  # read once, after the step: .item() waits for the device
+        adapter.train(False)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip if config.clip is not None else float("inf"))
+        mean = total.item() / items
+        if not (torch.isfinite(norm) and mean == mean and abs(mean) != float("inf")):
+            _refuse(number, mean, norm.item(), [row for pack in packs for row in pack.sequences])
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad()
+        tokens = sum(row.shown for pack in packs for row in pack.sequences)
+        yield Step(number, mean, items, tokens, time.perf_counter() - started, norm.item(), lr)
+
+
+def peak_learning_rate(config: TrainConfig, base: Base, method: Method, rows_per_step: float, steps: int) -> tuple[float, str]:
+    """The learning rate after warm-up, and where it comes from."""
+    if config.lr != "auto":
+        return config.lr, "given"
+    model = base.model.config.get_text_config()
+    return method.learning_rate(Circumstances(model.model_type, model.hidden_size, rows_per_step, steps))
+
+
+def _dropout_seed(seed: int, step: int, part: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{step}/{part}".encode()).digest()[:7], "big")
+
+
+def _refuse(number: int, loss: float, norm: float, rows: list[Row]) -> None:
+    places = ", ".join(row.where for row in rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
+    raise NonFinite(
+        f"Step {number}: the loss is {loss:g} and the norm of its gradient {norm:g}, so the step was not taken. Its rows: {places}. "
+        "Lower train.lr, or look at those rows."
+    )

@@ -74,9 +74,9 @@ class Choice(Config):
 
     @classmethod
     def names(cls) -> list[str]:
-        """The members' names, sorted."""
+        """The members' names, sorted: the folder's files, but for those whose names start with an underscore."""
         folder = importlib.import_module(cls.family).__path__
-        return sorted(module.name for module in pkgutil.iter_modules(folder) if module.name != "base")
+        return sorted(module.name for module in pkgutil.iter_modules(folder) if not module.name.startswith("_"))
 
     @classmethod
     def member(cls, name: str) -> type[Self]:

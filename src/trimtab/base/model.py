@@ -70,7 +70,7 @@ class Base:
         return base
 
     @classmethod
-    def load_folder(cls, place: Path | str, dtype: torch.dtype, device: torch.device) -> "Base":
+    def load_folder(cls, place: Path | str, dtype: torch.dtype, device: torch.device, *, with_tokenizer: bool = True) -> "Base":
         """Load a model folder (a Path), or a name on the hub (a str), in a number type on a device."""
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging
@@ -80,7 +80,7 @@ class Base:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 model = AutoModelForCausalLM.from_pretrained(str(place), dtype=dtype, use_safetensors=True)
-                tokenizer = AutoTokenizer.from_pretrained(str(place))
+                tokenizer = AutoTokenizer.from_pretrained(str(place)) if with_tokenizer else None
         except Exception as error:  # Transformers raises a dozen kinds; each means that this is not a model we can use
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             if isinstance(place, str):

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from trimtab import files
 from trimtab.base import Base
-from trimtab.base.fingerprint import own_weights
 from trimtab.errors import ArtifactError, NotMergeable
 from trimtab.methods import Attached
 
@@ -86,7 +85,7 @@ def _finish_config(folder: Path, base: Base) -> None:
 
 
 def _compare(base: Base, folder: Path, prompts: list[list[int]], matrices: int) -> Merged:
-    saved = Base.load_folder(folder, torch.float32, base.device).model
+    saved = Base.load_folder(folder, torch.float32, base.device, with_tokenizer=base.tokenizer is not None).model
     difference = scale = 0.0
     same = total = 0
     for ids in prompts:
@@ -96,7 +95,7 @@ def _compare(base: Base, folder: Path, prompts: list[list[int]], matrices: int) 
         scale = max(scale, float(ours.abs().max()))
         same += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
         total += len(ids)
-    exact = next(iter(own_weights(base.model).values())).dtype == torch.float32
+    exact = next(base.model.parameters()).dtype == torch.float32
     if exact and not difference <= 1e-3 * max(scale, 1.0):
         raise ArtifactError(f"The merged model's logits differ by {difference:.3g} (largest logit {scale:.3g}), so it was not kept.")
     return Merged(matrices, difference, scale, same / total)

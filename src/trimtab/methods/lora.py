@@ -13,8 +13,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from trimtab.errors import ArtifactError
-from trimtab.methods.base import AdapterLayer, Circumstances, Method, matrix_shape, modules, only_known
-from trimtab.methods.targets import ALL_LINEAR, Targets, matrices
+from trimtab.methods._base import AdapterLayer, Circumstances, Method, matrix_shape, modules, only_known
+from trimtab.methods._targets import ALL_LINEAR, Targets, matrices
 
 PEFT_PREFIX = "base_model.model."
 PEFT_NAMES = {"A": "lora_A.weight", "B": "lora_B.weight"}
@@ -87,6 +87,7 @@ class LoRA(Method):
                 "init_lora_weights": (True,),  # decides where training began, not what the adapter computes
                 "qalora_group_size": (16,),  # read with use_qalora alone
                 "runtime_config": ({"ephemeral_gpu_offload": False},),
+                "megatron_core": ("megatron.core",),  # read with megatron_config alone, and never by us
             },
             ignored={"auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_version", "fan_in_fan_out"}
             # Which modules are adapted is read off the tensors.

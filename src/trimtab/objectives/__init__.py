@@ -1,5 +1,5 @@
 """Training objectives, one file each."""
 
-from trimtab.objectives.base import Objective
+from trimtab.objectives._base import Objective
 
 __all__ = ["Objective"]

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from trimtab.data.pack import Pack
-from trimtab.objectives.base import Objective
+from trimtab.objectives._base import Objective
 
 
 class SFT(Objective):

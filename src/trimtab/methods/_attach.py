@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.errors import ArtifactError, RecipeError, listing
-from trimtab.methods.base import AdapterLayer, Method, modules
+from trimtab.methods._base import AdapterLayer, Method, modules
 
 
 class Attached:

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from torch import nn
 
 from trimtab.errors import NoSuchModule, listing
-from trimtab.methods.base import matrix_shape, modules
+from trimtab.methods._base import matrix_shape, modules
 
 ALL_LINEAR, ATTENTION = "all-linear", "attention"
 ATTENTION_NAMES = {"self_attn", "attn", "attention", "self_attention"}

@@ -1,0 +1,90 @@
+"""Generation from a cache is the forward pass, token by token, and agrees with Transformers' own `generate`."""
+
+import pytest
+import torch
+from families import FAMILIES, perturb, random_rows, tiny
+
+from trimtab.engine import attention, generate, stream_tokens
+from trimtab.engine.decode import _groups
+from trimtab.methods import attach
+from trimtab.methods.lora import LoRA
+
+PROMPTS = random_rows(7, 3, 12, 5)
+
+
+def adapted(family):
+    model = tiny(family)
+    perturb(attach(model, LoRA(rank=3)).parameters())
+    return model
+
+
+def by_full_passes(model, prompt, count):
+    """Greedy decoding without a cache, by the model's own forward pass: the reference."""
+    ids = list(prompt)
+    for _ in range(count):
+        with torch.no_grad():
+            ids.append(int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cached_batches_equal_full_passes_one_by_one(family):
+    model = adapted(family)
+    assert generate(model, PROMPTS, [], max_new_tokens=40) == [by_full_passes(model, p, 40) for p in PROMPTS]
+
+
+def test_a_cache_that_forgets_is_noticed(monkeypatch):
+    model = adapted("llama")
+    expected = generate(model, PROMPTS, [], max_new_tokens=10)
+    advance = attention.DecodeLayout.advance
+    monkeypatch.setattr(attention.DecodeLayout, "advance", lambda self: None)
+    assert generate(model, PROMPTS, [], max_new_tokens=10) != expected
+    monkeypatch.setattr(attention.DecodeLayout, "advance", advance)
+    assert generate(model, PROMPTS, [], max_new_tokens=10) == expected
+
+
+def test_an_answer_ends_before_its_stop_token_and_the_others_go_on():
+    model = adapted("llama")
+    free = generate(model, PROMPTS, [], max_new_tokens=12)
+    stop = free[0][4]
+    expected = [answer[: answer.index(stop)] if stop in answer else answer for answer in free]
+    assert generate(model, PROMPTS, [stop], max_new_tokens=12) == expected
+    assert len({len(answer) for answer in expected}) > 1
+
+
+def test_it_agrees_with_transformers_generate():
+    model = adapted("llama")
+    for prompt, ours in zip(PROMPTS, generate(model, PROMPTS, [], max_new_tokens=8), strict=True):
+        row = torch.tensor([prompt])
+        theirs = model.generate(
+            row, attention_mask=torch.ones_like(row), max_new_tokens=8, min_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+        assert theirs[0, len(prompt) :].tolist() == ours
+
+
+def test_a_stream_is_the_same_tokens():
+    model = adapted("llama")
+    assert list(stream_tokens(model, PROMPTS[0], [], max_new_tokens=9)) == generate(model, PROMPTS[:1], [], max_new_tokens=9)[0]
+
+
+def test_draws_depend_on_the_seed_and_the_prompt_alone():
+    model = adapted("llama")
+    together = generate(model, PROMPTS, [], max_new_tokens=9, temperature=1.0, seed=1)
+    assert together == generate(model, PROMPTS, [], max_new_tokens=9, temperature=1.0, seed=1)
+    assert together != generate(model, PROMPTS, [], max_new_tokens=9, temperature=1.0, seed=2)
+    assert together[0] == generate(model, PROMPTS[:1], [], max_new_tokens=9, temperature=1.0, seed=1)[0]
+    assert generate(model, PROMPTS, [], max_new_tokens=9, temperature=1e-4) == generate(model, PROMPTS, [], max_new_tokens=9)
+
+
+def test_no_prompts_and_no_tokens_are_no_trouble():
+    model = adapted("llama")
+    assert generate(model, [], [], max_new_tokens=3) == []
+    stop = generate(model, PROMPTS[:1], [], max_new_tokens=1)[0][0]
+    assert generate(model, PROMPTS[:1], [stop], max_new_tokens=3) == [[]]
+
+
+def test_batches_hold_every_prompt_once_within_the_budget():
+    prompts = random_rows(4000, 3000, 900, 100, 5000, 96)
+    groups = _groups(prompts)
+    assert sorted(n for group in groups for n in group) == list(range(6))
+    assert all(sum(len(prompts[n]) for n in group) <= 4096 or len(group) == 1 for group in groups)

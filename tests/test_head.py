@@ -1,0 +1,94 @@
+"""The loss head against the plain formula in float64, and what it must not do."""
+
+import pytest
+import torch
+from families import tiny
+
+from trimtab.engine import head as head_module
+from trimtab.engine.head import Head, head_of, sequence_logprobs
+from trimtab.errors import UnsupportedModel
+
+
+def reference(hidden, head, token, sequence, count):
+    logits = hidden @ head.weight.T
+    if head.bias is not None:
+        logits = logits + head.bias
+    logits = logits * head.scale
+    if head.softcap is not None:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
+    chosen = logits.log_softmax(-1)[torch.arange(len(token)), token]
+    return torch.zeros(count, dtype=hidden.dtype).index_add(0, sequence, chosen)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("bias", [False, True])
+def test_it_equals_the_plain_formula_with_its_gradient(scale, softcap, bias, monkeypatch):
+    monkeypatch.setattr(head_module, "TILE", 0)  # tiles of 64 rows, so that 150 rows need three
+    torch.manual_seed(0)
+    head = Head(torch.randn(41, 16).double(), torch.randn(41).double() if bias else None, scale, softcap)
+    hidden = torch.randn(150, 16).double().requires_grad_()
+    token, sequence = torch.randint(41, (150,)), torch.randint(5, (150,)).sort().values
+    weights = torch.randn(5).double()
+    ours, theirs = (f(hidden, head, token, sequence, 5) for f in (sequence_logprobs, reference))
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    gradients = [torch.autograd.grad(out @ weights, hidden)[0] for out in (ours, theirs)]
+    torch.testing.assert_close(*gradients, rtol=1e-11, atol=1e-12)
+
+
+def test_it_is_the_derivative_by_finite_differences():
+    torch.manual_seed(0)
+    head = Head(torch.randn(11, 4).double(), None, 1.5, 3.0)
+    hidden = torch.randn(7, 4).double().requires_grad_()
+    token, sequence = torch.randint(11, (7,)), torch.tensor([0, 0, 1, 1, 1, 2, 2])
+    assert torch.autograd.gradcheck(lambda h: sequence_logprobs(h, head, token, sequence, 3), (hidden,), fast_mode=False)
+
+
+def test_it_never_holds_the_logits():
+    """Peak memory for many targets is that of one tile, not N x V."""
+    head = Head(torch.randn(5_000, 8), None)
+    hidden, token = torch.randn(6_400, 8).requires_grad_(), torch.randint(5_000, (6_400,))
+    sizes = []
+    original = Head.logits
+
+    def logits(self, hidden):
+        out = original(self, hidden)
+        sizes.append(out.numel())
+        return out
+
+    Head.logits = logits
+    try:
+        sequence_logprobs(hidden, head, token, torch.zeros(6_400, dtype=torch.long), 1).sum().backward()
+    finally:
+        Head.logits = original
+    assert max(sizes) <= head_module.TILE
+    assert sum(sizes) == 6_400 * 5_000  # and each is formed once: nothing is recomputed for the gradient
+
+
+def test_without_a_gradient_it_forms_none():
+    head = Head(torch.randn(11, 4), None)
+    with torch.no_grad():
+        out = sequence_logprobs(torch.randn(3, 4), head, torch.tensor([1, 2, 3]), torch.tensor([0, 0, 1]), 2)
+    assert out.grad_fn is None
+
+
+def test_large_logits_do_not_overflow():
+    head = Head(torch.tensor([[300.0], [-300.0]]), None)
+    hidden = torch.tensor([[1.0], [1.0]]).requires_grad_()
+    out = sequence_logprobs(hidden, head, torch.tensor([0, 1]), torch.tensor([0, 1]), 2)
+    assert out.tolist() == [0.0, -600.0]
+    out.sum().backward()
+    assert hidden.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(("family", "scale", "softcap"), [("granite", 0.25, None), ("cohere", 0.25, None), ("gemma2", 1.0, 3.0)])
+def test_it_reads_scale_and_softcap_off_the_model(family, scale, softcap):
+    head = head_of(tiny(family))
+    assert (head.scale, head.softcap) == (scale, softcap)
+
+
+def test_a_trained_head_is_refused():
+    model = tiny("llama").requires_grad_(True)
+    with pytest.raises(UnsupportedModel, match="head is trained"):
+        head_of(model)
+    assert head_of(model.requires_grad_(False)).weight is model.lm_head.weight

@@ -1,0 +1,260 @@
+"""What every method in `methods/` must do. A new file there is tested by this one unasked."""
+
+import pytest
+import torch
+from families import FAMILIES, perturb, random_rows, tiny
+
+from trimtab.base.fingerprint import own_weights, weights_hash
+from trimtab.errors import ArtifactError, NoSuchModule, RecipeError
+from trimtab.methods import Method, attach
+from trimtab.methods.lora import LoRA
+
+METHODS = Method.names()
+IDS = torch.tensor(random_rows(11, 11, 11))
+
+
+@pytest.fixture(params=METHODS)
+def method(request):
+    return Method.pick(request.param)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=IDS, use_cache=False).logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_starts_as_the_base_bit_for_bit(method, family):
+    model = tiny(family)
+    before = logits(model)
+    attach(model, method)
+    assert torch.equal(logits(model), before) == method.starts_as_base
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_counts_its_parameters_by_formula(method, family):
+    model = tiny(family)
+    expected = method.parameter_count(model)
+    adapter = attach(model, method)
+    assert sum(p.numel() for p in adapter.parameters().values()) == expected > 0
+    assert expected == method.parameter_count(model)  # and with the adapter on, the same
+
+
+def test_trains_what_it_owns_and_nothing_else(method):
+    model = tiny("llama").requires_grad_(True)
+    adapter = attach(model, method)
+    perturb(adapter.parameters())
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    moved = {id(p) for p in model.parameters() if p.grad is not None and torch.count_nonzero(p.grad) > 0}
+    assert moved == {id(p) for p in adapter.parameters().values()}
+    assert all(p.grad is None for p in model.parameters() if id(p) not in moved)
+
+
+def test_changes_the_output_when_it_is_not_zero(method):
+    model = tiny("llama")
+    before = logits(model)
+    perturb(attach(model, method).parameters())
+    assert (logits(model) - before).abs().max() > 1e-3
+
+
+def test_disabled_is_the_base_bit_for_bit_even_after_an_exception(method):
+    model = tiny("llama")
+    before = logits(model)
+    adapter = attach(model, method)
+    perturb(adapter.parameters())
+    adapted = logits(model)
+    with adapter.disabled(), adapter.disabled():
+        assert torch.equal(logits(model), before)
+    with pytest.raises(KeyError), adapter.disabled():
+        raise KeyError
+    assert adapter.enabled
+    assert torch.equal(logits(model), adapted)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_detaches_without_a_trace(method, family):
+    model = tiny(family)
+    next(model.parameters()).requires_grad_(True)
+    before, keys, tree = logits(model), list(model.state_dict()), str(model)
+    flags = [p.requires_grad for p in model.parameters()]
+    digest = weights_hash(own_weights(model))
+    adapter = attach(model, method)
+    perturb(adapter.parameters())
+    adapter.detach()
+    assert torch.equal(logits(model), before)
+    assert (list(model.state_dict()), str(model)) == (keys, tree)
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert weights_hash(own_weights(model)) == digest
+
+
+def test_first_values_are_decided_by_the_seed_alone(method):
+    states = []
+    for seed, noise in ((3, 1), (3, 2), (4, 1)):
+        torch.manual_seed(noise)
+        before = torch.random.get_rng_state()
+        states.append(attach(tiny("llama"), method, seed=seed).state())
+        torch.manual_seed(noise)
+        assert torch.equal(torch.random.get_rng_state(), before)
+    same, other = (all(torch.equal(states[0][n], s[n]) for n in s) for s in states[1:])
+    assert same
+    assert not other
+
+
+def test_state_survives_a_round_trip_and_misfits_are_refused_without_a_change(method):
+    adapter = attach(tiny("llama"), method)
+    perturb(adapter.parameters())
+    other = attach(tiny("llama"), method)
+    other.load_state(adapter.state())
+    assert torch.equal(logits(other.model), logits(adapter.model))
+    name, tensor = next((n, t) for n, t in adapter.state().items() if t.T.shape != t.shape)
+    before = other.state()
+    for change, message in (
+        ({name: None}, f"{name}: missing"),
+        ({"extra": torch.zeros(1)}, "extra: unexpected"),
+        ({name: tensor.T}, f"{name}: has shape {tuple(tensor.T.shape)}, expected {tuple(tensor.shape)}"),
+        ({name: tensor * float("nan")}, f"{name}: holds values that are not finite"),
+        ({name: tensor.to(torch.int32)}, f"{name}: has type torch.int32"),
+    ):
+        damaged = {n: t for n, t in (adapter.state() | change).items() if t is not None}
+        damaged = {n: t * 2 if n != name and n != "extra" and t.is_floating_point() else t for n, t in damaged.items()}
+        with pytest.raises(ArtifactError) as caught:
+            other.load_state(damaged)
+        assert message in str(caught.value)
+        assert all(torch.equal(t, before[n]) for n, t in other.state().items())
+
+
+def test_a_second_adapter_is_refused(method):
+    model = tiny("llama")
+    attach(model, method)
+    with pytest.raises(RecipeError, match="has an adapter already"):
+        attach(model, method)
+
+
+def test_adapter_weights_are_float32_on_a_bfloat16_base(method):
+    model = tiny("llama", torch.bfloat16)
+    adapter = attach(model, method)
+    assert {p.dtype for p in adapter.parameters().values()} == {torch.float32}
+    perturb(adapter.parameters())
+    out = model(input_ids=IDS, labels=IDS)
+    out.loss.backward()
+    assert out.logits.dtype == torch.bfloat16
+    assert all(p.grad.isfinite().all() for p in adapter.parameters().values())
+
+
+def test_training_mode_never_reaches_the_base():
+    model = tiny("gpt2")  # which has dropout of its own
+    adapter = attach(model, LoRA(rank=2, dropout=0.5))
+    perturb(adapter.parameters())
+    still = logits(model)
+    adapter.train()
+    assert [name for name, m in model.named_modules() if m.training and ".base" in name] == []
+    assert not torch.equal(logits(model), logits(model))
+    adapter.train(False)
+    assert torch.equal(logits(model), still)
+
+
+# LoRA
+
+
+def test_lora_is_its_equation_in_float64():
+    """Hu et al. 2021, equation 3: h = W x + (alpha / r) B A x."""
+    model = tiny("qwen2", torch.float64)
+    layer = attach(model, LoRA(rank=3, alpha=12.0, targets=["q_proj"])).layers["model.layers.0.self_attn.q_proj"]
+    perturb(layer.own_parameters())
+    x = torch.randn(2, 5, 32, dtype=torch.float64)
+    w, b, (A, B) = layer.base.weight, layer.base.bias, layer.own_parameters().values()
+    expected = torch.stack([torch.stack([w @ v + b + 12.0 / 3 * (B @ (A @ v)) for v in row]) for row in x])
+    torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
+def test_lora_merged_is_lora(family):
+    model = tiny(family)
+    adapter = attach(model, LoRA(rank=3))
+    perturb(adapter.parameters())
+    for path, layer in adapter.layers.items():
+        x = torch.randn(4, layer.A.shape[1])
+        kept = layer.base.weight.clone()
+        torch.testing.assert_close(layer.merged()(x), layer(x), rtol=1e-4, atol=1e-5, msg=path)
+        assert torch.equal(layer.base.weight, kept)
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        ("q_proj", ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"]),
+        (["mlp.down_proj"], ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"]),
+        (["layers.1.self_attn.q_proj"], ["model.layers.1.self_attn.q_proj"]),
+        ("attention", [f"model.layers.{n}.self_attn.{p}_proj" for n in (0, 1) for p in "qkvo"]),
+        (r".*\.0\..*(up|down)_proj", ["model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"]),
+        (["v_proj", "q_proj", "q_proj"], [f"model.layers.{n}.self_attn.{p}_proj" for n in (0, 1) for p in "qv"]),
+    ],
+)
+def test_targets_name_matrices(targets, expected):
+    assert LoRA(targets=targets).sites(tiny("llama")) == expected
+
+
+def test_all_linear_is_every_matrix_of_the_blocks():
+    assert [s.rpartition(".")[2] for s in LoRA().sites(tiny("llama-tied"))] == [
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    ] * 2  # fmt: skip
+    assert [s.split(".", 3)[3] for s in LoRA().sites(tiny("gpt2"))] == ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"] * 2
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (
+            ["q_proj", "v_porj"],
+            "targets: 'v_porj' matches no module of LlamaForCausalLM. It has: down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj.",
+        ),
+        (
+            ["self_attn"],
+            "targets: 'self_attn' names model.layers.0.self_attn, a LlamaAttention, and only the matrices inside the blocks can be adapted. "
+            "They are: down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj.",
+        ),
+        (
+            ["lm_head"],
+            "targets: 'lm_head' names lm_head, a Linear, and only the matrices inside the blocks can be adapted. "
+            "They are: down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj.",
+        ),
+    ],
+)
+def test_a_target_that_cannot_be_adapted_is_refused(targets, message):
+    model = tiny("llama")
+    with pytest.raises(NoSuchModule) as caught:
+        attach(model, LoRA(targets=targets))
+    assert str(caught.value) == message
+    assert list(model.state_dict()) == list(tiny("llama").state_dict())
+
+
+def test_all_linear_refuses_to_skip_fused_experts():
+    import transformers
+
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, num_experts=4, num_experts_per_tok=2, head_dim=8,
+    )  # fmt: skip
+    model = transformers.Qwen3MoeForCausalLM(config)
+    with pytest.raises(NoSuchModule, match=r"(?s)all-linear would leave these weights of Qwen3MoeForCausalLM untouched.*experts"):
+        attach(model, LoRA())
+    assert attach(model, LoRA(targets="attention")).layers
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"rank": 0}, "rank: "),
+        ({"alpha": 0.0}, "alpha: "),
+        ({"alpha": -1.0}, "alpha: "),
+        ({"alpha": float("nan")}, "alpha: "),
+        ({"alpha": True}, "alpha: "),
+        ({"dropout": 1.0}, "dropout: "),
+        ({"targets": []}, "targets: "),
+        ({"targets": "(q_proj"}, "targets: '(q_proj' is neither a module name nor a regular expression"),
+    ],
+)
+def test_hyperparameters_out_of_range_are_refused(values, message):
+    with pytest.raises(RecipeError) as caught:
+        LoRA(**values)
+    assert str(caught.value).startswith(message)

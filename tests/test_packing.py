@@ -1,0 +1,168 @@
+"""Packed rows are the rows alone: losses, gradients, and not a trace of one row in another."""
+
+import pytest
+import torch
+from families import FAMILIES, logprob_alone, perturb, random_rows, tiny
+
+from trimtab.data import Pack, Segment, pack_all, pack_flat
+from trimtab.data.example import Sequence
+from trimtab.engine import attention, check_packing, pack_logprobs
+from trimtab.engine.forward import hidden_states
+from trimtab.errors import UnsupportedModel
+from trimtab.methods import attach
+from trimtab.methods.lora import LoRA
+
+TOLERANCE = {family: 1e-10 if family == "gpt2" else 1e-6 for family in FAMILIES}
+"""Relative, in float64; but for GPT-2 the families compute their norms and rotations in float32."""
+
+ROWS = [Sequence(ids, learned, f"row:{n}") for n, (ids, learned) in enumerate(zip(
+    random_rows(9, 14, 3, 11), ([5, 6, 7, 8], [4, 5, 9, 13], [1, 2], list(range(1, 11))), strict=True
+))]  # fmt: skip
+
+
+def adapted(family, dtype=torch.float64):
+    model = tiny(family, dtype)
+    adapter = attach(model, LoRA(rank=3, alpha=6.0))
+    perturb(adapter.parameters())
+    return model, adapter
+
+
+def relative(a, b):
+    a, b = a.detach(), b.detach()
+    return float((a - b).abs().max() / b.abs().max().clamp_min(1e-30))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_losses_and_gradients_equal_those_of_rows_alone(family):
+    model, adapter = adapted(family)
+    parameters = list(adapter.parameters().values())
+    packed = pack_logprobs(model, pack_flat(ROWS))
+    packed_gradients = torch.autograd.grad(packed.sum(), parameters)
+    alone = torch.stack([logprob_alone(model, row.ids, row.learned) for row in ROWS])
+    alone_gradients = torch.autograd.grad(alone.sum(), parameters)
+    assert relative(packed, alone) < TOLERANCE[family]
+    for ours, reference in zip(packed_gradients, alone_gradients, strict=True):
+        assert relative(ours, reference) < TOLERANCE[family]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_gradient_reaches_another_rows_tokens(family):
+    model, _ = adapted(family)
+    seen = {}
+
+    def keep(_module, _inputs, output):
+        output.requires_grad_()
+        seen["embedded"] = output
+        return output
+
+    handle = model.get_input_embeddings().register_forward_hook(keep)
+    pack = pack_flat(ROWS)
+    logprobs = pack_logprobs(model, pack)
+    handle.remove()
+    for number, segment in enumerate(pack.segments):
+        (gradient,) = torch.autograd.grad(logprobs[number], seen["embedded"], retain_graph=True)
+        inside = gradient[0, segment.start : segment.end]
+        assert torch.count_nonzero(inside) > 0
+        assert torch.count_nonzero(gradient) == torch.count_nonzero(inside)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_tree_of_segments_equals_its_paths_as_flat_rows(family):
+    """A shared prompt, a shared beginning of two answers, and a third answer: three levels, three leaves."""
+    model, adapter = adapted(family)
+    parameters = list(adapter.parameters().values())
+    prompt, common, left, right, other = random_rows(6, 3, 4, 2, 5, seed=1)
+    rows = [
+        Sequence(prompt + common + left, list(range(6, 13)), "left"),
+        Sequence(prompt + common + right, list(range(6, 11)), "right"),
+        Sequence(prompt + other, list(range(6, 11)), "other"),
+    ]
+    flat = pack_logprobs(model, pack_flat(rows))
+    segments = (Segment(0, 6, -1), Segment(6, 9, 0), Segment(9, 13, 1), Segment(13, 15, 1), Segment(15, 20, 0))
+    paths = [[0, 1, 2], [0, 1, 3], [0, 4]]
+    places = [[t for s in path for t in range(segments[s].start, segments[s].end)] for path in paths]
+    targets = [(at[t - 1], row.ids[t], n) for n, (row, at) in enumerate(zip(rows, places, strict=True)) for t in row.learned]
+    at, token, of = (torch.tensor(column) for column in zip(*targets, strict=True))
+    positions = torch.tensor([*range(9), *range(9, 13), *range(9, 11), *range(6, 11)])
+    tree = Pack(torch.tensor(prompt + common + left + right + other), positions, segments, at, token, of, tuple(rows))
+    shared = pack_logprobs(model, tree)
+    assert relative(shared, flat) < TOLERANCE[family]
+    weights = torch.tensor([1.0, -2.0, 0.5], dtype=shared.dtype)
+    for ours, reference in zip(
+        torch.autograd.grad(shared @ weights, parameters), torch.autograd.grad(flat @ weights, parameters), strict=True
+    ):
+        assert relative(ours, reference) < TOLERANCE[family]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_passes_the_self_check(family):
+    check_packing(tiny(family))
+
+
+def test_the_self_check_refuses_a_model_that_computes_something_else(monkeypatch):
+    model = tiny("granite")
+    model.config.logits_scaling = 8.0  # the forward pass has its own copy, so ours now differs from it
+    original = type(model).forward
+
+    def forward(self, *args, **kwargs):
+        out = original(self, *args, **kwargs)
+        out.logits = out.logits * 2
+        return out
+
+    monkeypatch.setattr(type(model), "forward", forward)
+    model.config.logits_scaling = 4.0
+    with pytest.raises(UnsupportedModel, match=r"GraniteForCausalLM gives row 1 of two short rows the log-probability .* packed and"):
+        check_packing(model)
+
+
+@pytest.mark.parametrize("broken", ["causal", "window", "positions", "paths"])
+def test_a_broken_mask_window_or_position_is_noticed(broken, monkeypatch):
+    """The negative control: each of these leaves a model that runs, and fails the comparison above."""
+    family = "mistral"
+    model, _ = adapted(family)
+    pack = pack_flat(ROWS)
+    alone = torch.stack([logprob_alone(model, row.ids, row.learned) for row in ROWS])
+    if broken == "causal":
+        monkeypatch.setattr(attention, "_causal", lambda q, k, *_: torch.ones(q, k, dtype=torch.bool))
+    elif broken == "window":
+        whole = attention._causal
+        monkeypatch.setattr(attention, "_causal", lambda q, k, window, device: whole(q, k, window + 1, device))
+    elif broken == "positions":
+        # Rotary positions are relative, so a shift of a whole row changes nothing: they must run on within the row.
+        pack = Pack(pack.ids, pack.positions // 2, pack.segments, pack.target_at, pack.target_token, pack.target_sequence, pack.sequences)
+    else:
+        monkeypatch.setattr(attention.PackLayout, "paths", [[0], [0, 1], [2], [3]])
+    assert relative(pack_logprobs(model, pack), alone) > 1e-3
+
+
+def test_the_models_own_attention_is_back_afterwards():
+    model = tiny("llama")
+    before = model.config._attn_implementation
+    pack = pack_flat(ROWS)
+    hidden_states(model, pack.ids, pack.positions, attention.PackLayout(pack.segments))
+    assert model.config._attn_implementation == before
+    with pytest.raises(IndexError):
+        hidden_states(model, pack.ids + 10_000, pack.positions, attention.PackLayout(pack.segments))
+    assert model.config._attn_implementation == before
+
+
+def test_a_model_that_asks_attention_for_more_is_refused_by_name():
+    layer = tiny("llama").model.layers[0].self_attn
+    q = torch.zeros(1, 4, 3, 8)
+    layout = attention.PackLayout((Segment(0, 3, -1),))
+    with pytest.raises(UnsupportedModel, match="LlamaAttention asks attention for the tensor s_aux"):
+        attention._attention(layer, q, q, q, None, layout=layout, s_aux=torch.zeros(4))
+    with pytest.raises(UnsupportedModel, match="LlamaAttention asks attention for attention dropout"):
+        attention._attention(layer, q, q, q, None, layout=layout, dropout=0.1)
+    with pytest.raises(UnsupportedModel, match="LlamaAttention does not hand keywords of forward on to attention"):
+        attention._attention(layer, q, q, q, None)
+
+
+def test_packs_hold_every_row_once_and_drop_what_nothing_needs():
+    rows = [Sequence(ids, [len(ids) - 1], f"row:{n}") for n, ids in enumerate(random_rows(30, 5, 12, 9, 17, 2, 8))]
+    packs = pack_all(rows, 20)
+    assert sorted(row.where for pack in packs for row in pack.sequences) == sorted(row.where for row in rows)
+    for pack in packs:
+        assert len(pack.ids) == sum(len(row.ids) - 1 for row in pack.sequences)
+        assert len(pack.ids) <= 20 or len(pack.sequences) == 1
+    assert len(packs) == 4  # 29 | 16+4 | 11+8+1 | 7, of 76 tokens

@@ -1,0 +1,142 @@
+"""The loop: one divisor, a schedule that is a function of the step, and no step on a number that is none."""
+
+import math
+
+import pytest
+import torch
+from families import logprob_alone, perturb, random_rows, tiny
+
+from trimtab.base import Base
+from trimtab.data import pack_all, pack_flat
+from trimtab.data.example import Sequence
+from trimtab.errors import BaseChanged, DataError, NonFinite
+from trimtab.methods import attach
+from trimtab.methods.lora import LoRA
+from trimtab.objectives.sft import SFT
+from trimtab.train import TrainConfig, learning_rate, train
+
+ROWS = [
+    Sequence(ids, list(range(start, len(ids))), f"row:{n}", len(ids))
+    for n, (ids, start) in enumerate(zip(random_rows(9, 14, 3, 11, 6, 8, 12, 5), (7, 2, 2, 1, 5, 3, 11, 4), strict=True))
+]
+FLAT = TrainConfig(schedule="constant", warmup=0.0, clip=None)
+
+
+def adapted(dropout=0.0, dtype=torch.float32, seed=0):
+    base = Base(tiny("llama", dtype))
+    adapter = attach(base.model, LoRA(rank=3, dropout=dropout), seed=seed)
+    perturb(adapter.parameters(), 0.1)
+    return base, adapter
+
+
+@pytest.mark.parametrize("cut", [[8], [4, 4], [1] * 8, [5, 1, 2], [1, 7]])
+def test_a_step_does_not_depend_on_how_its_rows_are_cut_into_packs(cut):
+    """A mean of per-pack means would weigh the rows of short packs more (A01 of the fault catalogue)."""
+    states, losses = [], []
+    for sizes in ([8], cut):
+        base, adapter = adapted(dtype=torch.float64)
+        ends = torch.tensor(sizes).cumsum(0).tolist()
+        packs = [pack_flat(ROWS[end - size : end]) for end, size in zip(ends, sizes, strict=True)]
+        (step,) = train(base, adapter, SFT(), [packs], FLAT, 1e-2)
+        states.append(adapter.state())
+        losses.append((step.loss, step.items, step.tokens, step.grad_norm))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    for name, tensor in states[0].items():
+        # Adam's first step is the gradient's sign: where that is all but zero, a rounding error decides.
+        close = torch.isclose(states[1][name], tensor, rtol=1e-5, atol=1e-8)
+        assert close.double().mean() > 0.999
+
+
+def test_the_loss_and_the_first_step_are_those_of_the_plain_formula():
+    """An independent reference: the model's own forward pass on each row, one mean, torch's AdamW."""
+    base, adapter = adapted()
+    reference_base, reference = adapted()
+    (step,) = train(base, adapter, SFT(), [pack_all(ROWS, 20)], TrainConfig(warmup=0.0, schedule="constant", clip=0.5), 1e-2)
+    learned = sum(len(row.learned) for row in ROWS)
+    loss = -sum(logprob_alone(reference_base.model, row.ids, row.learned) for row in ROWS) / learned
+    parameters = list(reference.parameters().values())
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.0)
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(parameters, 0.5)
+    optimizer.step()
+    assert step.loss == pytest.approx(loss.item(), rel=1e-6)
+    assert step.items == learned
+    assert step.grad_norm == pytest.approx(norm.item(), rel=1e-4)
+    assert norm > 0.5
+    for name, tensor in adapter.state().items():
+        assert torch.isclose(tensor, reference.state()[name], rtol=1e-4, atol=1e-6).float().mean() > 0.999
+
+
+def test_it_learns_eight_rows_by_heart():
+    base = Base(tiny("llama"))
+    adapter = attach(base.model, LoRA(rank=32))
+    steps = list(train(base, adapter, SFT(), [pack_all(ROWS, 64)] * 200, TrainConfig(), 3e-2))
+    assert steps[0].loss > 2
+    assert steps[-1].loss < 0.05
+    assert [step.number for step in steps] == list(range(1, 201))
+
+
+def test_two_runs_are_equal_to_the_last_bit_with_dropout_whatever_happened_before():
+    states = []
+    for noise in (1, 2):
+        torch.manual_seed(noise)
+        base, adapter = adapted(dropout=0.3)
+        list(train(base, adapter, SFT(), [pack_all(ROWS, 20)] * 3, TrainConfig(), 1e-2))
+        states.append(adapter.state())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_dropout_differs_from_step_to_step_and_is_off_afterwards():
+    base, adapter = adapted(dropout=0.5)
+    losses = [step.loss for step in train(base, adapter, SFT(), [pack_all(ROWS, 64)] * 3, FLAT, 1e-12)]
+    assert len(set(losses)) == 3
+    assert not any(layer.training for layer in adapter.layers.values())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_step_that_is_not_finite_is_refused_before_it_is_taken(value):
+    base, adapter = adapted()
+    steps = train(base, adapter, SFT(), [pack_all(ROWS[:2], 64), pack_all(ROWS[2:5], 64)], FLAT, 1e-2)
+    next(steps)
+    with torch.no_grad():
+        base.model.lm_head.weight[5] = value
+    before = adapter.state()
+    with pytest.raises(NonFinite) as caught:
+        next(steps)
+    assert str(caught.value).startswith("Step 2: the loss is nan and the norm of its gradient nan, so the step was not taken. Its rows: row:")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in adapter.state().items())
+
+
+def test_a_step_with_nothing_to_learn_is_refused():
+    base, adapter = adapted()
+    with pytest.raises(DataError, match="step 1: none of its rows has anything to learn"):
+        next(train(base, adapter, SFT(), [[]], FLAT, 1e-2))
+
+
+def test_a_base_that_changed_is_noticed():
+    base, _ = adapted()
+    assert base.fingerprint["weights"]
+    base.check_unchanged()
+    with torch.no_grad():
+        base.model.model.norm.weight[0] += 1e-3
+    with pytest.raises(BaseChanged, match="changed while they were in use"):
+        base.check_unchanged()
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize(("steps", "warmup"), [(1, 0.0), (1, 0.5), (10, 0.0), (100, 0.05), (7, 1.0), (33, 0.3)])
+def test_the_learning_rate_rises_to_its_peak_and_never_below_zero(schedule, steps, warmup):
+    rates = [learning_rate(n, steps, 2.0, warmup, schedule) for n in range(1, steps + 1)]
+    rising = round(warmup * steps)
+    assert rates[:rising] == pytest.approx([2.0 * n / rising for n in range(1, rising + 1)])
+    assert max(rates) == pytest.approx(2.0)
+    assert all(rate > 0 for rate in rates)
+    falling = rates[rising:]
+    assert falling == sorted(falling, reverse=True)
+    if schedule == "constant":
+        assert set(falling) <= {2.0}
+    if schedule == "cosine" and falling:
+        n = len(falling)
+        assert falling == pytest.approx([1 + math.cos(math.pi * k / n) for k in range(n)])
+    if schedule == "linear" and falling:
+        assert falling == pytest.approx([2 * (1 - k / len(falling)) for k in range(len(falling))])

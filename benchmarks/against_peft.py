@@ -24,6 +24,7 @@ import torch
 import trimtab
 from trimtab.data import pack_all
 from trimtab.data.order import shuffled
+from trimtab.train import train
 
 ROWS_PER_STEP, RANK, LR = 8, 8, 2e-4
 
@@ -45,7 +46,7 @@ def with_trimtab(arguments: argparse.Namespace, folder: Path) -> dict:
     config = trimtab.TrainConfig(schedule="constant", warmup=0.0)
     steps = [pack_all(rows[i : i + ROWS_PER_STEP], config.pack_tokens) for i in range(0, len(rows), ROWS_PER_STEP)]
     started = time.perf_counter()
-    losses = [step.loss for step in trimtab.train(base, adapter, trimtab.SFT(), steps, config, LR)]
+    losses = [step.loss for step in train(base, adapter, trimtab.SFT(), steps, config, LR)]
     return {"losses": losses, "seconds": time.perf_counter() - started, "tokens": sum(row.shown for row in rows)}
 
 

@@ -39,10 +39,9 @@ _HOMES = {
     "save_adapter": "deploy",
     "score": "evaluate",
     "stream": "api",
-    "train": "train",
 }
 
-__all__ = [*_HOMES, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = [*_HOMES, "__version__"]
 
 
 def __getattr__(name: str) -> Any:
@@ -67,4 +66,4 @@ if TYPE_CHECKING:
     from trimtab.objectives.sft import SFT
     from trimtab.recipe import Recipe
     from trimtab.run import run_recipe
-    from trimtab.train import TrainConfig, train
+    from trimtab.train import TrainConfig

@@ -9,16 +9,21 @@ import pkgutil
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, SerializeAsAny, ValidationError, model_serializer, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, model_serializer, model_validator
 from pydantic_core import PydanticCustomError
 
 from trimtab.errors import RecipeError, listing
 
+if TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass as _ModelMetaclass
+else:
+    _ModelMetaclass = type(BaseModel)
 
-class _Explaining(type(BaseModel)):
+
+class _Explaining(_ModelMetaclass):
     """Makes `LoRA(rank=0)` in Python raise the same RecipeError as the recipe does."""
 
     def __call__(cls, *args: Any, **values: Any) -> Any:
@@ -106,11 +111,6 @@ class Choice(Config):
     @model_serializer(mode="wrap")
     def _with_name(self, handler: Any) -> dict[str, Any]:
         return {"name": self.name, **handler(self)}
-
-
-def one_of(family: type[Choice]) -> Any:
-    """The type of a key whose value is a member of `family`."""
-    return Annotated[SerializeAsAny[family], BeforeValidator(family.pick)]
 
 
 C = TypeVar("C", bound=Config)

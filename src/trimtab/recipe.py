@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, SerializeAsAny
 
 from trimtab.base import ModelConfig
-from trimtab.config import Config, one_of
+from trimtab.config import Config
 from trimtab.data import DataConfig
 from trimtab.methods import Method
 from trimtab.methods.lora import LoRA
@@ -31,9 +31,9 @@ class Recipe(Config):
     """The base: a folder, a GGUF file, a hub name, or `smollm2-135m-instruct`."""
     data: DataConfig
     """What to learn from."""
-    method: one_of(Method) = Field(default_factory=LoRA)  # pyright: ignore[reportInvalidTypeForm]
+    method: Annotated[SerializeAsAny[Method], BeforeValidator(Method.pick)] = Field(default_factory=LoRA)
     """Which adapter to train."""
-    objective: one_of(Objective) = Field(default_factory=SFT)  # pyright: ignore[reportInvalidTypeForm]
+    objective: Annotated[SerializeAsAny[Objective], BeforeValidator(Objective.pick)] = Field(default_factory=SFT)
     """What makes an answer good."""
     train: TrainConfig = Field(default_factory=TrainConfig)
     """How to train."""

@@ -120,7 +120,7 @@ def _check(folder: Path, manifest: Any, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _description(tensor: Tensor) -> dict[str, Any]:
-    content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
     return {
         "shape": list(tensor.shape),
         "dtype": str(tensor.dtype).removeprefix("torch."),

@@ -43,7 +43,7 @@ def weights_hash(named_weights: dict[str, Tensor]) -> str:
     def one(name: str) -> bytes:
         tensor = named_weights[name].detach()
         head = f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode()
-        content = tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
+        content = tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data
         return hashlib.sha256(head + hashlib.sha256(content).digest()).digest()
 
     names = sorted(named_weights)

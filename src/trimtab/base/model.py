@@ -36,6 +36,8 @@ class Encoded(NamedTuple):
 
     ids: list[int]
     offsets: list[tuple[int, int]]
+    before: int = 0
+    """How many of the tokens the tokenizer put before the text, such as a BOS."""
 
 
 class Base:
@@ -79,7 +81,7 @@ class Base:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                model = AutoModelForCausalLM.from_pretrained(str(place), dtype=dtype, use_safetensors=True)
+                model: Any = AutoModelForCausalLM.from_pretrained(str(place), dtype=dtype, use_safetensors=True)
                 tokenizer = AutoTokenizer.from_pretrained(str(place)) if with_tokenizer else None
         except Exception as error:  # Transformers raises a dozen kinds; each means that this is not a model we can use
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -143,11 +145,20 @@ class Base:
             raise DataError(f"the model's chat template does not accept it: {error}") from None
 
     def encode(self, texts: Sequence[str], *, special: bool = False) -> list[Encoded]:
-        """Texts as tokens; with `special`, with the tokens that the tokenizer puts around plain text."""
+        """Texts as tokens; with `special`, as plain texts begin: after a BOS, if the tokenizer puts one there.
+
+        What it puts behind a text is left out, because that is ours to decide: a prompt goes on.
+        """
         if not texts:
             return []
-        batch = self.tokenizer(list(texts), add_special_tokens=special, return_offsets_mapping=True, return_attention_mask=False)
-        return [Encoded(i, o) for i, o in zip(batch["input_ids"], batch["offset_mapping"], strict=True)]
+        batch = self.tokenizer(
+            list(texts),
+            add_special_tokens=special,
+            return_offsets_mapping=True,
+            return_special_tokens_mask=True,
+            return_attention_mask=False,
+        )
+        return [_encoded(*one) for one in zip(batch["input_ids"], batch["offset_mapping"], batch["special_tokens_mask"], strict=True)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of tokens, without the special ones."""
@@ -156,8 +167,9 @@ class Base:
     @cached_property
     def control_tokens(self) -> tuple[str, ...]:
         """The texts that the tokenizer reads as special tokens, which no message may contain."""
-        added = self.tokenizer.added_tokens_decoder.values()
-        return tuple(sorted({token.content for token in added if token.special and token.content.strip()}))
+        ends = {self.end_of_turn, self.end_of_text}
+        added = self.tokenizer.added_tokens_decoder.items()
+        return tuple(sorted({token.content for i, token in added if (token.special or i in ends) and token.content.strip()}))
 
     @cached_property
     def end_of_turn(self) -> int | None:
@@ -168,8 +180,9 @@ class Base:
         texts = [self.render([user, {"role": "assistant", "content": answer}]) for answer in ("0", "1")]
         encoded = self.encode(texts[:1])[0]
         closing = next((i for i in range(1, len(texts[0])) if texts[0][-i] != texts[1][-i]), len(texts[0])) - 1
-        special = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
-        starts = ((i, start) for i, (start, _) in zip(*encoded, strict=True))
+        added = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.content.strip()}
+        special = set(self.tokenizer.all_special_ids) | added
+        starts = ((i, start) for i, (start, _) in zip(encoded.ids, encoded.offsets, strict=True))
         return next((i for i, start in starts if start >= len(texts[0]) - closing and i in special), None)
 
     @property
@@ -183,6 +196,14 @@ class Base:
         configured = getattr(self.model.generation_config, "eos_token_id", None)
         configured = configured if isinstance(configured, list) else [configured]
         return tuple(sorted({i for i in (self.end_of_turn, self.end_of_text, *configured) if i is not None}))
+
+
+def _encoded(ids: list[int], offsets: list[tuple[int, int]], put: list[int]) -> Encoded:
+    """`put` marks what the tokenizer put around the text."""
+    before = next((n for n, mark in enumerate(put) if not mark), len(put))
+    end = next((n + 1 for n in reversed(range(len(put))) if not put[n]), before)
+    doubled = before if ids[before : 2 * before] == ids[:before] else 0  # the text says its BOS itself
+    return Encoded(ids[doubled:end], offsets[doubled:end], before)
 
 
 def _device(name: str) -> torch.device:

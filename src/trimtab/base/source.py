@@ -10,6 +10,7 @@ import os
 import re
 import warnings
 from pathlib import Path
+from typing import Any
 
 from trimtab import files
 from trimtab.errors import RecipeError, StorageError, UnsupportedModel
@@ -97,7 +98,7 @@ def _convert(gguf: Path, target: Path) -> None:
     with files.new_folder(target) as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+            model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         except OSError as error:
             raise UnsupportedModel(f"model: {gguf} is not a GGUF file that Transformers can read: {error}") from None

@@ -1,29 +1,36 @@
 """The data of a run: read, shaped, tokenized, split, and every row accounted for."""
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
 from trimtab.config import Config
+from trimtab.data.draft import Tokenizing
 from trimtab.data.example import Account, Example, Sequence
-from trimtab.data.labels import Tokenizing, make_sequences
+from trimtab.data.labels import make_sequences
 from trimtab.data.order import split
 from trimtab.data.read import read_rows
 from trimtab.data.shapes import read_examples
 from trimtab.errors import DataError, listing
 from trimtab.files import sha256_file
 
-COLUMNS = ("messages", "conversations", "instruction", "input", "output", "system", "history", "tools", "prompt", "completion", "text")
+Column = Literal[
+    "messages", "conversations", "instruction", "input", "output", "system", "history", "tools", "prompt", "completion", "text",
+]  # fmt: skip
 
 
 def _as_tuple(raw: Any) -> Any:
     return (raw,) if isinstance(raw, str) else tuple(raw) if isinstance(raw, list) else raw
 
 
-def _integral(raw: Any) -> Any:
+def _count_or_fraction(raw: Any) -> Any:
+    if isinstance(raw, float) and raw > 1 and raw % 1:
+        raise ValueError(f"expected a fraction below 1 or a whole count, got {raw}.")
     return float(raw) if isinstance(raw, int) and not isinstance(raw, bool) else raw
 
 
@@ -32,9 +39,9 @@ class DataConfig(Config):
 
     train: Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(_as_tuple)]
     """Files (JSON, JSONL, CSV, TSV, Parquet), folders that `datasets` saved, or datasets on the hub."""
-    eval: Annotated[str | Annotated[float, Field(ge=0)], BeforeValidator(_integral)] = 0.05
+    eval: Annotated[str | Annotated[float, Field(ge=0)], BeforeValidator(_count_or_fraction)] = 0.05
     """Held-out rows: another file, a fraction of the training rows (below 1), a count of them, or 0 for none."""
-    columns: dict[Literal[COLUMNS], str] = {}  # pyright: ignore[reportInvalidTypeForm]
+    columns: dict[Column, str] = {}
     """What Trimtab calls a column: what your file calls it; for example {prompt: question, completion: answer}."""
     max_length: Annotated[int, Field(ge=2)] | None = None
     """The most tokens a row may have; the model's context length unless given."""
@@ -56,15 +63,16 @@ class Loaded:
 
     def plain(self) -> dict[str, Any]:
         """What a run remembers of its data, as JSON data."""
+        paths = {name: Path(name).expanduser() for account in self.accounts for name in account.sources}
         return {
             "digest": self.digest,
             "sources": [account.plain() for account in self.accounts],
-            "files": {name: sha256_file(Path(name)) for account in self.accounts for name in account.sources if Path(name).is_file()},
+            "files": {name: sha256_file(path) for name, path in paths.items() if path.is_file()},
             "held_out": sorted({row.where for row in self.eval}),
         }
 
 
-def load_examples(sources: tuple[str, ...] | str, columns: dict[str, str] | None = None) -> tuple[list[Example], Account]:
+def load_examples(sources: tuple[str, ...] | str, columns: Mapping[Column, str] | None = None) -> tuple[list[Example], Account]:
     """Read rows from one or more sources. See `data.read.read_rows` for what a source can be."""
     sources = (sources,) if isinstance(sources, str) else sources
     account = Account(sources)
@@ -79,21 +87,20 @@ def load_data(config: DataConfig, base: Tokenizing, context_length: int | None, 
         DataError: A source can't be read, nothing in it can be used, or (unless `bad_rows` is skip) some of it can't.
     """
     limits = [limit for limit in (config.max_length, context_length) if limit is not None]
-    how = {"max_length": min(limits, default=None), "truncate": config.overlong == "truncate"}
+    tokenize = partial(make_sequences, base=base, max_length=min(limits, default=None), truncate=config.overlong == "truncate")
     examples, account = load_examples(config.train, config.columns)
-    accounts = [account]
+    sequences, accounts = tokenize(examples, account=account), [account]
+    _settle(account, config)
     if isinstance(config.eval, str):
         held_out, other = load_examples(config.eval, config.columns)
+        train, evaluation = sequences, tokenize(held_out, account=other)
+        _settle(other, config)
         accounts.append(other)
-        train, evaluation = make_sequences(examples, base, account, **how), make_sequences(held_out, base, other, **how)
     else:
-        sequences = make_sequences(examples, base, account, **how)
-        usable = {s.where for s in sequences}
-        chosen = _held_out(config.eval, [e.where for e in examples if e.where in usable], seed)
+        rows = list(dict.fromkeys(s.where for s in sequences))  # a row that is given twice is held out in both places
+        chosen = _held_out(config.eval, rows, seed)
         train = [s for s in sequences if s.where not in chosen]
         evaluation = [s for s in sequences if s.where in chosen]
-    for one in accounts:
-        _settle(one, config)
     return Loaded(train, evaluation, accounts, _digest(train, evaluation))
 
 
@@ -104,8 +111,11 @@ def held_out_examples(config: DataConfig, remembered: dict[str, Any]) -> list[Ex
         DataError: A file has changed since, so that its rows are not those.
     """
     for name, digest in remembered["files"].items():
-        if not Path(name).is_file() or sha256_file(Path(name)) != digest:
-            raise DataError(f"data: {name} has changed since the run (or is gone), so its held-out rows are not known. Give rows with --data.")
+        path = Path(name).expanduser()
+        if not path.is_file() or sha256_file(path) != digest:
+            raise DataError(
+                f"data: {name} has changed since the run, or is gone, so its held-out rows are not known. Give rows with --data."
+            )
     sources = config.eval if isinstance(config.eval, str) else config.train
     chosen = set(remembered["held_out"])
     return [example for example in load_examples(sources, config.columns)[0] if example.where in chosen]
@@ -113,7 +123,7 @@ def held_out_examples(config: DataConfig, remembered: dict[str, Any]) -> list[Ex
 
 def _held_out(wanted: float, rows: list[str], seed: int) -> set[str]:
     count = round(wanted * len(rows)) if wanted < 1 else round(wanted)
-    if wanted and rows:
+    if wanted:
         count = max(count, 1)
         if count >= len(rows):
             raise DataError(
@@ -124,16 +134,14 @@ def _held_out(wanted: float, rows: list[str], seed: int) -> set[str]:
 
 
 def _settle(account: Account, config: DataConfig) -> None:
-    if account.rows == 0:
-        raise DataError(f"data: {account.name} holds no rows.")
     problems = listing([f"{where}: {reason}" for where, reason in account.refused])
     if account.used == 0:
         raise DataError(f"data: no row of {account.name} can be used:\n{problems}\n{account}")
     if account.refused and config.bad_rows == "stop":
+        too_long = any("max_length" in refusal.reason for refusal in account.refused)
+        cut = " (or cut long ones with data.overlong=truncate)" if too_long else ""
         raise DataError(
-            f"data: rows that can't be used:\n{problems}\n{account}\n"
-            "Mend them, or leave them out with data.bad_rows=skip"
-            + (" (or cut long ones with data.overlong=truncate)." if any("max_length" in r.reason for r in account.refused) else ".")
+            f"data: rows that can't be used:\n{problems}\n{account}\nMend them, or leave them out with data.bad_rows=skip{cut}."
         )
 
 

@@ -57,17 +57,18 @@ class Pack:
 def pack_flat(sequences: Iterable[Sequence]) -> Pack:
     """Sequences side by side, each a segment of its own. The last token predicts nothing and is left out."""
     sequences = tuple(sequences)
-    ids, positions, segments, at, token, of = [], [], [], [], [], []
+    ids: list[int] = []
+    positions: list[int] = []
+    segments: list[Segment] = []
+    targets: list[tuple[int, int, int]] = []
     for number, sequence in enumerate(sequences):
         start, read = len(ids), sequence.ids[:-1]
         ids += read
         positions += range(len(read))
         segments.append(Segment(start, len(ids), -1))
-        at += [start + t - 1 for t in sequence.learned]
-        token += [sequence.ids[t] for t in sequence.learned]
-        of += [number] * len(sequence.learned)
-    tensors = [torch.tensor(column, dtype=torch.long) for column in (ids, positions, at, token, of)]
-    return Pack(tensors[0], tensors[1], tuple(segments), *tensors[2:], sequences)
+        targets += [(start + t - 1, sequence.ids[t], number) for t in sequence.learned]
+    at, token, of = torch.tensor(targets, dtype=torch.long).reshape(-1, 3).T
+    return Pack(torch.tensor(ids), torch.tensor(positions), tuple(segments), at.contiguous(), token.contiguous(), of.contiguous(), sequences)
 
 
 def pack_all(sequences: Iterable[Sequence], tokens: int) -> list[Pack]:

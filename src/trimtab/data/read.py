@@ -3,7 +3,8 @@
 import csv
 import json
 import re
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,14 @@ from trimtab.data.example import Refusal
 from trimtab.errors import DataError, StorageError
 
 Row = tuple[str, dict[str, Any]]
-"""Where it stands (file:line), and its columns."""
+"""Where it stands, and its columns. No two rows of a source stand at the same place: it is file:line, or file:line:column
+where a JSON array has several rows on a line, or file:number where there are no lines."""
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(:\w+)?")
+_SPACE = re.compile(r"\s*")
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")
+"""JSON's escape for half of a UTF-16 character; fine in pairs."""
 
 
 def read_rows(source: str) -> Iterator[Row | Refusal]:
@@ -25,25 +30,40 @@ def read_rows(source: str) -> Iterator[Row | Refusal]:
             (`org/name` or `org/name:split`; the split is `train` unless given).
 
     Raises:
-        DataError: There is no such source, it is empty, or it can't be read at all.
+        DataError: There is no such source, it holds no rows, or it can't be read at all.
+        StorageError: It could not be fetched from the hub.
     """
     path = Path(source).expanduser()
     if path.is_dir():
-        yield from _saved_dataset(path)
+        rows = _saved_dataset(path)
     elif path.is_file():
-        yield from _file(path)
-    elif _HUB_NAME.fullmatch(source) and path.suffix not in SUFFIXES and not Path(path.parts[0]).is_dir():
-        yield from _hub_dataset(source)
+        rows = _file(path)
+    elif _HUB_NAME.fullmatch(source) and path.suffix.lower() not in SUFFIXES and not Path(path.parts[0]).is_dir():
+        rows = _hub_dataset(source)
     else:
         raise DataError(f"data: {source}: no such file or folder (looked in {Path.cwd()}).")
+    empty = True
+    for row in rows:
+        empty = False
+        yield row
+    if empty:
+        raise DataError(f"data: {source} holds no rows.")
+
+
+def parse_json(text: str) -> Any:
+    """The value that a text is. Raises ValueError, with the reason, for what is not JSON or would be read in two ways."""
+    value, end = _value_at(text, _after_space(text, 0))
+    if _after_space(text, end) < len(text):
+        raise ValueError(f"something follows it{_at(text, _after_space(text, end))}")
+    return value
 
 
 def _file(path: Path) -> Iterator[Row | Refusal]:
-    if path.stat().st_size == 0:
-        raise DataError(f"data: {path} is empty.")
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         raise DataError(f"data: {path}: the ending {suffix!r} is not one of {', '.join(SUFFIXES)}.")
+    if path.stat().st_size == 0:
+        raise DataError(f"data: {path} is empty.")
     try:
         if suffix in (".csv", ".tsv"):
             yield from _csv(path, "\t" if suffix == ".tsv" else ",")
@@ -53,10 +73,24 @@ def _file(path: Path) -> Iterator[Row | Refusal]:
             yield from _json_array(path)
         else:
             yield from _json_lines(path)
-    except UnicodeDecodeError as error:
-        raise DataError(f"data: {path} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}. Convert it to UTF-8.") from None
+    except UnicodeDecodeError:
+        raise DataError(_not_text(path)) from None
     except OSError as error:
         raise DataError(f"data: {path} cannot be read: {error.strerror or error}.") from None
+
+
+def _not_text(path: Path) -> str:
+    """Where a file stops being UTF-8 (the error itself counts from the start of a buffer, not of the file)."""
+    content = path.read_bytes()
+    try:
+        content.decode()
+    except UnicodeDecodeError as error:
+        line, wrong = len((content[: error.start] + b".").splitlines()), f"{content[error.start]:#04x}"
+        return f"data: {path}:{line} is not UTF-8 text: byte {error.start:,} of the file is {wrong}. Convert it to UTF-8."
+    return f"data: {path} changed while it was read."
+
+
+# JSON
 
 
 def _starts_with_bracket(path: Path) -> bool:
@@ -70,83 +104,120 @@ def _json_lines(path: Path) -> Iterator[Row | Refusal]:
             if line.strip():
                 where = f"{path}:{number}"
                 try:
-                    yield _row(where, json.loads(line, parse_constant=_refuse_constant))
+                    yield _row(where, parse_json(line.rstrip("\n")))
                 except ValueError as error:
-                    yield Refusal(where, f"not valid JSON: {_json_words(error)}")
+                    yield Refusal(where, f"not valid JSON: {error}")
 
 
 def _json_array(path: Path) -> Iterator[Row | Refusal]:
     text = path.read_text(encoding="utf-8-sig")
-    decoder = json.JSONDecoder(parse_constant=_refuse_constant)
-    space = re.compile(r"\s*")
-
-    def after_space(at: int) -> int:
-        found = space.match(text, at)
-        return found.end() if found else at
-
-    at, line, counted = after_space(text.index("[") + 1), 1, 0
-    while True:
-        line, counted = line + text.count("\n", counted, at), at
-        where = f"{path}:{line}"
-        if text[at : at + 1] == "]":
-            if text[at + 1 :].strip():
-                yield Refusal(where, "text follows the end of the JSON array")
-            return
+    breaks = [-1, *(found.start() for found in re.finditer("\n", text))]
+    at, before = _after_space(text, text.index("[") + 1), 0
+    more = text[at : at + 1] != "]"
+    while more:
+        line = bisect_left(breaks, at)
+        where = f"{path}:{line}" if line != before else f"{path}:{line}:{at - breaks[line - 1]}"
+        before = line
         try:
-            value, at = decoder.raw_decode(text, at)
+            value, end = _value_at(text, at)
         except ValueError as error:
             # Where the next row starts cannot be known, so nothing after a broken one can be read.
-            yield Refusal(where, f"not valid JSON: {_json_words(error)}; nothing after it can be read")
+            yield Refusal(where, f"not valid JSON: {error}; nothing after it can be read")
             return
         yield _row(where, value)
-        at = after_space(at)
-        if text[at : at + 1] == ",":
-            at = after_space(at + 1)
-        elif text[at : at + 1] != "]":
-            yield Refusal(where, "not valid JSON: expected ',' or ']' after this row; nothing after it can be read")
+        at = _after_space(text, end)
+        if text[at : at + 1] not in (",", "]"):
+            reason = f"not valid JSON: expected ',' or ']' after a row{_at(text, end)}; nothing after it can be read"
+            yield Refusal(f"{path}:{bisect_left(breaks, end)}", reason)
             return
+        more = text[at] == ","
+        if more:
+            at = _after_space(text, at + 1)
+    rest = _after_space(text, at + 1)
+    if rest < len(text):
+        yield Refusal(f"{path}:{bisect_left(breaks, rest)}", "text follows the end of the JSON array; it was not read")
+
+
+def _value_at(text: str, start: int) -> tuple[Any, int]:
+    """The JSON value that starts there, and where it ends. Raises ValueError with the reason."""
+    try:
+        value, end = _JSON.raw_decode(text, start)
+        if _HALF.search(text, start, end):
+            json.dumps(value, ensure_ascii=False).encode()
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{error.msg}{_at(text, error.pos)}") from None
+    except UnicodeEncodeError:
+        raise ValueError("a \\u escape in it is half of a character") from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    return value, end
+
+
+def _after_space(text: str, at: int) -> int:
+    found = _SPACE.match(text, at)
+    return found.end() if found else at
+
+
+def _at(text: str, at: int) -> str:
+    line, column = text.count("\n", 0, at) + 1, at - text.rfind("\n", 0, at)
+    return f" at line {line}, column {column}" if "\n" in text else f" at column {column}"
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} is given twice")
+    return found
 
 
 def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not a JSON value")
 
 
-def _json_words(error: ValueError) -> str:
-    return f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+_JSON = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_refuse_constant)
+
+
+# Tables
 
 
 def _csv(path: Path, delimiter: str) -> Iterator[Row | Refusal]:
+    csv.field_size_limit(2**31 - 1)  # a document may be longer than the 128 KiB that it allows unless told
     with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, delimiter=delimiter, strict=True, restkey="")
-        start = 2
+        lines, names, start = csv.reader(file, delimiter=delimiter, strict=True), [], 1
         while True:
             try:
-                row = next(reader, None)
+                cells = next(lines, None)
             except csv.Error as error:
                 yield Refusal(f"{path}:{start}", f"not valid CSV: {error}; nothing after it can be read")
                 return
-            if row is None:
+            if cells is None:
                 return
-            where, start = f"{path}:{start}", reader.line_num + 1
-            if "" in row or None in row.values():
-                yield Refusal(where, f"does not have the {len(reader.fieldnames or ())} columns that the first line names")
+            where, start = f"{path}:{start}", lines.line_num + 1
+            if not cells:
+                continue  # a blank line
+            if not names:
+                names = cells
+                if twice := [name for name in names if name and names.count(name) > 1]:
+                    raise DataError(f"data: {where} names the column {twice[0]!r} twice. Rename or remove one.")
+            elif len(cells) != len(names):
+                yield Refusal(where, f"has {len(cells)} columns, and the first line names {len(names)}")
             else:
-                yield where, row
+                yield where, dict(zip(names, cells, strict=True))
 
 
 def _parquet(path: Path) -> Iterator[Row | Refusal]:
-    import pyarrow.lib
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            number = 0
-            for batch in file.iter_batches(batch_size=1024):
-                for value in batch.to_pylist():
-                    number += 1
-                    yield _row(f"{path}:{number}", value)
-    except pyarrow.lib.ArrowInvalid as error:
-        raise DataError(f"data: {path} is not a Parquet file: {error}") from None
+        file = pyarrow.parquet.ParquetFile(path)
+    except Exception as error:  # Arrow raises a dozen kinds
+        raise DataError(f"data: {path} is not a Parquet file: {_first_line(error)}") from None
+    with file:
+        yield from _numbered(str(path), (row for batch in file.iter_batches(batch_size=1024) for row in batch.to_pylist()))
+
+
+# Datasets
 
 
 def _saved_dataset(path: Path) -> Iterator[Row | Refusal]:
@@ -154,14 +225,14 @@ def _saved_dataset(path: Path) -> Iterator[Row | Refusal]:
 
     try:
         found = datasets.load_from_disk(str(path))
-    except (FileNotFoundError, ValueError) as error:
-        raise DataError(f"data: {path} is not a folder that `datasets` saved: {error}") from None
+    except Exception as error:  # whatever another folder, or a damaged one, can raise
+        raise DataError(f"data: {path} is not a folder that `datasets` saved: {_first_line(error)}") from None
     if isinstance(found, datasets.DatasetDict):
         if "train" not in found:
-            raise DataError(f"data: {path} has the splits {', '.join(found)}; give one, for example {path}/{next(iter(found))}.")
+            splits = ", ".join(found)
+            raise DataError(f"data: {path} has the splits {splits}; give one, for example {path}/{next(iter(found))}.")
         found = found["train"]
-    for number, value in enumerate(found, start=1):
-        yield _row(f"{path}:{number}", value)
+    yield from _numbered(str(path), found)
 
 
 def _hub_dataset(name: str) -> Iterator[Row | Refusal]:
@@ -172,18 +243,32 @@ def _hub_dataset(name: str) -> Iterator[Row | Refusal]:
         found = datasets.load_dataset(repository, split=split or "train")
     except Exception as error:  # whatever the network, the hub and the dataset's own layout can raise
         raise StorageError(
-            f"data: {name} is no local file or folder, and it could not be fetched from the hub: {str(error).splitlines()[0]}"
+            f"data: {name} is no local file or folder, and it could not be fetched from the hub: {_first_line(error)}"
         ) from error
-    for number, value in enumerate(found, start=1):
-        yield _row(f"{name}:{number}", value)  # pyright: ignore[reportArgumentType]
+    yield from _numbered(name, found)
+
+
+def _numbered(name: str, values: Iterable[Any]) -> Iterator[Row | Refusal]:
+    number = 0
+    try:
+        for number, value in enumerate(values, start=1):
+            yield _row(f"{name}:{number}", value)
+    except Exception as error:  # damage, or a value that Python has no type for
+        raise DataError(f"data: {name}: row {number + 1} cannot be read: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _row(where: str, value: Any) -> Row | Refusal:
     if not isinstance(value, dict):
-        return Refusal(where, f"a row is an object with named columns, not {_kind(value)}")
+        return Refusal(where, f"a row is an object with named columns, not {kind(value)}")
     return where, value
 
 
-def _kind(value: Any) -> str:
-    names = {str: "a string", list: "a list", bool: "a true/false value", int: "a number", float: "a number", type(None): "null"}
-    return names.get(type(value), type(value).__name__)
+def kind(value: Any) -> str:
+    """What a value is, in a reader's words."""
+    numbers = dict.fromkeys((int, float), "a number")
+    words = {str: "a string", list: "a list", dict: "an object", bool: "a true/false value", type(None): "null", **numbers}
+    return words.get(type(value), type(value).__name__)

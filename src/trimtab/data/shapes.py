@@ -3,19 +3,18 @@
 | shape | columns |
 |---|---|
 | OpenAI | `messages`: [{`role`, `content`, `tool_calls`, `weight`}], `tools` |
-| ShareGPT | `conversations`: [{`from`, `value`}], `system`, `tools` |
+| ShareGPT | `conversations`: [{`from`, `value`, `weight`}], `system`, `tools` |
 | Alpaca / BELLE | `instruction`, `input`, `output`, `system`, `history`: [[question, answer]] |
 | prompt and completion | `prompt`, `completion`: both texts or both lists of messages |
 | text | `text` |
 """
 
 import difflib
-import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from trimtab.data.example import Account, Conversation, Example, Refusal, Text
-from trimtab.data.read import Row
+from trimtab.data.read import Row, kind, parse_json
 
 
 class Refused(Exception):
@@ -27,6 +26,10 @@ class Shape(NamedTuple):
     optional: tuple[str, ...]
     read: Callable[[dict[str, Any], str], Example]
 
+    @property
+    def columns(self) -> set[str]:
+        return {*self.required, *self.optional}
+
 
 ROLES = ("system", "user", "assistant", "tool")
 SHAREGPT_ROLES = {
@@ -35,7 +38,7 @@ SHAREGPT_ROLES = {
 }  # fmt: skip
 
 
-def read_examples(rows: Iterable[Row | Refusal], columns: dict[str, str], account: Account) -> list[Example]:
+def read_examples(rows: Iterable[Row | Refusal], columns: Mapping[str, str], account: Account) -> list[Example]:
     """Rows as examples; what can't be used goes to the account, with its reason.
 
     Args:
@@ -48,52 +51,60 @@ def read_examples(rows: Iterable[Row | Refusal], columns: dict[str, str], accoun
             continue
         where, values = row
         try:
-            shape, values = _shape_of(values, columns)
-            examples.append(shape.read(values, where))
-            account.unread.update(values.keys() - {*shape.required, *shape.optional})
+            shape, renamed = _shape_of(values, columns)
+            examples.append(shape.read(renamed, where))
+            account.unread.update(values.keys() - {columns.get(column, column) for column in shape.columns})
         except Refused as refused:
             account.refused.append(Refusal(where, str(refused)))
     return examples
 
 
-def _shape_of(row: dict[str, Any], columns: dict[str, str]) -> tuple[Shape, dict[str, Any]]:
+def _shape_of(row: dict[str, Any], columns: Mapping[str, str]) -> tuple[Shape, dict[str, Any]]:
+    """The only shape that fits, and the row with our names. What data.columns names goes before what is called so."""
     for ours, theirs in columns.items():
         if theirs not in row:
             raise Refused(f"has no column {theirs!r}, which data.columns says is the {ours}; it has {_names(row)}")
-    renamed = {theirs: ours for ours, theirs in columns.items()}
-    row = {renamed.get(key, key): value for key, value in row.items()}
-    fitting = [shape for shape in SHAPES if all(row.get(column) is not None for column in shape.required)]
+    renamed = {name: value for name, value in row.items() if name not in columns.values()}
+    renamed |= {ours: row[theirs] for ours, theirs in columns.items()}
+    allowed = [shape for shape in SHAPES if columns.keys() <= shape.columns]
+    fitting = [shape for shape in allowed if all(renamed.get(column) is not None for column in shape.required)]
     if len(fitting) == 1:
-        return fitting[0], row
+        return fitting[0], renamed
     if fitting:
         both = " and ".join("/".join(shape.required) for shape in fitting)
-        raise Refused(f"could be read as {both}: keep the columns of one, or name them in data.columns")
-    raise Refused(_missing(row))
+        one = fitting[0].required[0]
+        raise Refused(f"could be read as {both}: keep the columns of one, or say which (data.columns.{one}={one})")
+    if not allowed:
+        raise Refused(f"data.columns names {', '.join(columns)}, which no shape has together")
+    raise Refused(_missing(renamed, allowed))
 
 
-def _missing(row: dict[str, Any]) -> str:
-    partly = [shape for shape in SHAPES if any(column in row for column in shape.required)]
+def _missing(row: dict[str, Any], shapes: list[Shape]) -> str:
+    partly = [shape for shape in shapes if any(column in row for column in shape.required)]
     if partly:
-        absent = [column for column in partly[0].required if row.get(column) is None]
-        present = [column for column in partly[0].required if column not in absent]
-        near = [name for column in absent for name in difflib.get_close_matches(column, row, n=1, cutoff=0.6)]
-        hint = f" (is it {near[0]!r}? Then say data.columns.{absent[0]}={near[0]})" if near else ""
-        how = "is null" if absent[0] in row else "is missing"
+        closest = max(partly, key=lambda shape: sum(row.get(column) is not None for column in shape.required))
+        absent = next(column for column in closest.required if row.get(column) is None)
+        present = [column for column in closest.required if row.get(column) is not None]
         beside = f" beside {', '.join(present)}" if present else ""
-        return f"column {absent[0]!r} {how}{beside}{hint}; the row has {_names(row)}"
-    known = "; ".join(", ".join(shape.required) for shape in SHAPES)
-    return f"has the columns {_names(row)}, which fit no known shape ({known}). Name them with data.columns, e.g. data.columns.prompt=question"
+        if absent in row:
+            return f"column {absent!r} is null{beside}; the row has {_names(row)}"
+        others = {str(name).lower(): name for name in row if name not in closest.columns}
+        near = [others[name] for name in difflib.get_close_matches(absent, others, n=1)]
+        hint = f" (is it {near[0]!r}? Then say data.columns.{absent}={near[0]})" if near else ""
+        return f"column {absent!r} is missing{beside}{hint}; the row has {_names(row)}"
+    known = "; ".join(", ".join(shape.required) for shape in shapes)
+    return f"has {_names(row)}, which fits no shape ({known}). Name them with data.columns, e.g. data.columns.prompt=question"
 
 
 def _names(row: dict[str, Any]) -> str:
-    return ", ".join(map(str, row)) or "no columns"
+    return ", ".join(name or "a column without a name" for name in row) or "no columns"
 
 
 def _text(value: Any, what: str, *, empty: bool = False) -> str:
     if isinstance(value, list) and value and all(isinstance(p, dict) and p.get("type") == "text" for p in value):
-        value = "".join(_text(part.get("text"), what) for part in value)  # OpenAI's content parts
+        value = "".join(_text(part.get("text"), what, empty=True) for part in value)  # OpenAI's content parts
     if not isinstance(value, str):
-        raise Refused(f"{what} is {type(value).__name__ if value is not None else 'null'}, not a text")
+        raise Refused(f"{what} is {kind(value)}, not a text")
     if not empty and not value.strip():
         raise Refused(f"{what} is empty")
     return value
@@ -102,7 +113,7 @@ def _text(value: Any, what: str, *, empty: bool = False) -> str:
 def _messages(raw: Any, what: str) -> tuple[list[dict[str, Any]], set[int]]:
     """Messages in the form that chat templates read, and the indices of those not to learn."""
     if not isinstance(raw, list) or not raw:
-        raise Refused(f"{what} is not a list of messages" if not isinstance(raw, list) else f"{what} is an empty list")
+        raise Refused(f"{what} is {'an empty list' if raw == [] else kind(raw)}, not a list of messages")
     messages, silent = [], set()
     for number, message in enumerate(raw):
         name = f"{what}[{number}]"
@@ -111,19 +122,26 @@ def _messages(raw: Any, what: str) -> tuple[list[dict[str, Any]], set[int]]:
         role = "system" if message["role"] == "developer" else message["role"]
         if role not in ROLES:
             raise Refused(f"{name}.role is {role!r}, not one of {', '.join(ROLES)}")
+        if message.get("function_call"):
+            raise Refused(f"{name}.function_call is the old form of tool_calls, which no template reads: write tool_calls")
         calls = message.get("tool_calls") or None
         content = message.get("content")
+        content = "" if calls and content is None else _text(content, f"{name}.content", empty=bool(calls))
         kept = {key: value for key, value in message.items() if key not in ("weight", "tool_calls") and value is not None}
-        kept |= {"role": role, "content": "" if calls and content is None else _text(content, f"{name}.content", empty=bool(calls))}
+        kept |= {"role": role, "content": content}
         if calls:
             kept["tool_calls"] = _tool_calls(calls, name)
-        weight = message.get("weight")
-        if weight not in (None, 0, 1):
-            raise Refused(f"{name}.weight is {weight!r}; it can be 0 (read, not learned) or 1")
-        if weight == 0:
+        if _is_silent(message, name):
             silent.add(number)
         messages.append(kept)
     return messages, silent
+
+
+def _is_silent(message: dict[str, Any], name: str) -> bool:
+    weight = message.get("weight")
+    if weight not in (None, 0, 1):
+        raise Refused(f"{name}.weight is {weight!r}; it can be 0 (read, not learned) or 1")
+    return weight == 0
 
 
 def _tool_calls(calls: Any, name: str) -> list[dict[str, Any]]:
@@ -133,24 +151,28 @@ def _tool_calls(calls: Any, name: str) -> list[dict[str, Any]]:
         function = call.get("function") if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise Refused(f"{name}.tool_calls holds a call without function.name")
-        arguments = function.get("arguments", {})
+        what = f"the arguments of {function['name']}"
+        arguments = function.get("arguments")
         if isinstance(arguments, str):
-            try:
-                arguments = json.loads(arguments or "{}")
-            except ValueError:
-                raise Refused(f"{name}.tool_calls: the arguments of {function['name']} are not valid JSON") from None
-        fixed.append({**call, "type": "function", "function": {**function, "arguments": arguments}})
+            arguments = _json(arguments or "{}", f"{name}.tool_calls: {what}")
+        if not isinstance(arguments, dict | None):
+            raise Refused(f"{name}.tool_calls: {what} are {kind(arguments)}, not an object")
+        fixed.append({**call, "type": "function", "function": {**function, "arguments": arguments or {}}})
     return fixed
+
+
+def _json(text: str, what: str) -> Any:
+    try:
+        return parse_json(text)
+    except ValueError as error:
+        raise Refused(f"{what}: not valid JSON: {error}") from None
 
 
 def _tools(raw: Any) -> tuple[Any, ...]:
     if isinstance(raw, str):
-        try:
-            raw = json.loads(raw) if raw.strip() else []
-        except ValueError:
-            raise Refused("tools is not valid JSON") from None
+        raw = _json(raw, "tools") if raw.strip() else []
     if raw is not None and not isinstance(raw, list):
-        raise Refused("tools is not a list of tool descriptions")
+        raise Refused(f"tools is {kind(raw)}, not a list of tool descriptions")
     return tuple(raw or ())
 
 
@@ -174,8 +196,8 @@ def _openai(row: dict[str, Any], where: str) -> Example:
 def _sharegpt(row: dict[str, Any], where: str) -> Example:
     turns = row["conversations"]
     if not isinstance(turns, list) or not turns:
-        raise Refused("conversations is not a list of turns" if not isinstance(turns, list) else "conversations is an empty list")
-    messages = _system(row)
+        raise Refused(f"conversations is {'an empty list' if turns == [] else kind(turns)}, not a list of turns")
+    messages, silent = _system(row), set()
     for number, turn in enumerate(turns):
         name = f"conversations[{number}]"
         if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
@@ -184,18 +206,17 @@ def _sharegpt(row: dict[str, Any], where: str) -> Example:
         if role is None:
             raise Refused(f"{name}.from is {turn['from']!r}, not one of {', '.join(SHAREGPT_ROLES)}")
         value = _text(turn["value"], f"{name}.value")
+        if _is_silent(turn, name):
+            silent.add(len(messages))
         if role == "function_call":
             messages.append({"role": "assistant", "content": "", "tool_calls": _function_call(value, name)})
         else:
             messages.append({"role": role, "content": value})
-    return _conversation(messages, where, row.get("tools"))
+    return _conversation(messages, where, row.get("tools"), silent)
 
 
 def _function_call(value: str, name: str) -> list[dict[str, Any]]:
-    try:
-        calls = json.loads(value)
-    except ValueError:
-        raise Refused(f"{name}: a function_call is not valid JSON") from None
+    calls = _json(value, f"{name}: the function_call")
     calls = calls if isinstance(calls, list) else [calls]
     return _tool_calls([{"type": "function", "function": call} for call in calls], name)
 
@@ -219,7 +240,7 @@ def _alpaca(row: dict[str, Any], where: str) -> Example:
 
 def _system(row: dict[str, Any]) -> list[dict[str, Any]]:
     system = row.get("system")
-    return [{"role": "system", "content": _text(system, "system")}] if system else []
+    return [{"role": "system", "content": _text(system, "system")}] if system not in (None, "") else []
 
 
 def _prompt_completion(row: dict[str, Any], where: str) -> Example:
@@ -227,6 +248,8 @@ def _prompt_completion(row: dict[str, Any], where: str) -> Example:
     if isinstance(prompt, list) or isinstance(completion, list):
         asked, _ = _messages(prompt, "prompt")
         answered, silent = _messages(completion, "completion")
+        if all(message["role"] != "assistant" for message in answered):
+            raise Refused("no message of the completion is the assistant's, so there is nothing to learn")
         # What stands in the prompt is given, not learned, whoever said it.
         given = [n for n, message in enumerate(asked) if message["role"] == "assistant"]
         return _conversation(asked + answered, where, row.get("tools"), [*given, *(n + len(asked) for n in silent)])

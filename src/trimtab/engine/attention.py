@@ -6,7 +6,7 @@ to attend. This is the only code that knows how a tree of segments, or a cache o
 Shapes: query 1 H T K, key and value 1 G T K, with H query heads, G key-value heads, K head size; output 1 T H K.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
@@ -193,7 +193,7 @@ AttentionMaskInterface.register(NAME, _no_mask)
 @contextmanager
 def packed_attention(model: nn.Module) -> Iterator[None]:
     """Use this attention within the block; the model's own is back afterwards."""
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
+    configs: Iterable[Any] = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
     before = [(config, config._attn_implementation) for config in configs]
     try:
         for config, _ in before:

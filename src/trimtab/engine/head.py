@@ -63,7 +63,7 @@ def sequence_logprobs(hidden: Tensor, head: Head, token: Tensor, sequence: Tenso
         token: N, the targets.
         sequence: N, which sequence each target belongs to, in 0..count-1.
     """
-    return _SequenceLogProbs.apply(hidden, head, token, sequence, count)  # pyright: ignore[reportReturnType]
+    return _SequenceLogProbs.apply(hidden, head, token, sequence, count)
 
 
 class _SequenceLogProbs(torch.autograd.Function):

@@ -44,7 +44,7 @@ def _is_group(target: str) -> bool:
 Targets = Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(_as_tuple), AfterValidator(_compiles)]
 
 
-def matrices(model: nn.Module, targets: Sequence[str]) -> dict[str, tuple[int, int]]:
+def matrices(model: Any, targets: Sequence[str]) -> dict[str, tuple[int, int]]:
     """The matrices that `targets` name: path -> (inputs, outputs), in the model's order.
 
     Raises:
@@ -52,7 +52,7 @@ def matrices(model: nn.Module, targets: Sequence[str]) -> dict[str, tuple[int, i
             with blocks that hold other weights (fused experts, say), which would silently stay as they are.
     """
     everything = modules(model)
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = model.get_output_embeddings()
     shapes = {path: shape for path, module in everything.items() if (shape := matrix_shape(module)) and module is not head}
     chosen: set[str] = set()
     for target in targets:
@@ -82,9 +82,9 @@ def _names(shapes: dict[str, tuple[int, int]]) -> str:
     return ", ".join(sorted({path.rpartition(".")[2] for path in shapes}))
 
 
-def _refuse_uncovered(everything: dict[str, nn.Module], shapes: dict[str, tuple[int, int]], model: nn.Module) -> None:
+def _refuse_uncovered(everything: dict[str, nn.Module], shapes: dict[str, tuple[int, int]], model: Any) -> None:
     embeddings = {id(p) for m in everything.values() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = model.get_output_embeddings()
     uncovered = [
         f"{path}.{name} in {type(module).__name__}, shape {tuple(parameter.shape)}"
         for path, module in everything.items()

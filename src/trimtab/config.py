@@ -6,15 +6,14 @@ Knows no key of a recipe. Each floor declares its part beside the code that read
 import difflib
 import importlib
 import pkgutil
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_serializer, model_validator
 from pydantic_core import PydanticCustomError
 
+from trimtab import yaml12
 from trimtab.errors import RecipeError, listing
 
 if TYPE_CHECKING:
@@ -30,7 +29,7 @@ class _Explaining(_ModelMetaclass):
         try:
             return super().__call__(*args, **values)
         except ValidationError as error:
-            raise RecipeError(explain(error)) from None
+            raise RecipeError(explain(error, values)) from None
 
 
 class Config(BaseModel, metaclass=_Explaining):
@@ -43,10 +42,13 @@ class Config(BaseModel, metaclass=_Explaining):
     @model_validator(mode="before")
     @classmethod
     def _known_keys(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict | cls):
+            first = next(iter(cls.model_fields), "name")
+            raise PydanticCustomError("not_keys", "a mapping with keys such as {first}", {"first": first})
         for key in raw if isinstance(raw, dict) else ():
             if key not in cls.model_fields:
-                # {{ }}: the message is a template that pydantic fills from the context.
-                raise PydanticCustomError("unknown_key", "no such key.{hint}", {"key": str(key), "hint": near(key, cls.model_fields)})
+                hint = near(key, cls.model_fields)
+                raise PydanticCustomError("unknown_key", "no such key.{hint}", {"key": str(key), "hint": hint})
         return raw
 
     @classmethod
@@ -55,7 +57,7 @@ class Config(BaseModel, metaclass=_Explaining):
         try:
             return cls.model_validate(raw)
         except ValidationError as error:
-            raise RecipeError(explain(error)) from None
+            raise RecipeError(explain(error, raw)) from None
 
     def plain(self) -> dict[str, Any]:
         """The plain data that `parse` makes an equal one from: every key, defaults included."""
@@ -99,13 +101,14 @@ class Choice(Config):
         """The member that `raw` (its name, or its keys with `name` among them) describes."""
         if isinstance(raw, str):
             raw = {"name": raw}
-        if not isinstance(raw, dict):
+        if isinstance(raw, cls):
             return raw
+        if not isinstance(raw, dict):
+            raise PydanticCustomError("not_keys", "one of {names}, or a mapping with a name", {"names": ", ".join(cls.names())})
         name = raw.get("name", cls.default)
         if name not in cls.names():
-            raise PydanticCustomError(
-                "unknown_key", "no such choice: {got}.{hint}", {"key": "name", "got": repr(name), "hint": near(name, cls.names())}
-            )
+            context = {"key": "name", "got": _shown(name), "hint": near(name, cls.names())}
+            raise PydanticCustomError("unknown_key", "no such choice: {got}.{hint}", context)
         return cls.member(name).model_validate({key: value for key, value in raw.items() if key != "name"})
 
     @model_serializer(mode="wrap")
@@ -123,30 +126,34 @@ def read(kind: type[C], path: Path, words: Iterable[str] = ()) -> C:
         RecipeError: The file can't be read or parsed, or what it says is not a `kind`.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise RecipeError(f"{path}: no such recipe (looked in {Path.cwd()}).") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: cannot be read as a recipe: {error}.") from None
-    raw = _load_yaml(text, str(path))
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: not a recipe: byte {error.start:,} is not UTF-8 text.") from None
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read as a recipe: {error.strerror}.") from None
+    raw = yaml12.load(text, str(path))
     if raw is None:
         raw = {}
     if not isinstance(raw, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping of keys such as `model:` and `data:`, not a {type(raw).__name__}.")
+        raise RecipeError(f"{path}: a recipe is a mapping of keys such as `model:` and `data:`, not {_shown(raw)}.")
     for word in words:
         _overlay(raw, word)
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
-        raise RecipeError(f"{path}:\n{explain(error)}") from None
+        problems = explain(error, raw)
+        separator = "\n" if problems.startswith(" ") else " "  # of several, each has its line
+        raise RecipeError(f"{path}:{separator}{problems}") from None
 
 
 def _overlay(raw: dict[str, Any], word: str) -> None:
     key, equals, value = word.partition("=")
-    if not equals or not key:
+    if not equals or not all(key.split(".")):
         raise RecipeError(f"{word!r}: expected section.key=value, for example train.lr=1e-4.")
     *parents, leaf = key.split(".")
-    node = raw
+    node: Any = raw
     for parent in parents:
         inner = node.get(parent)
         if isinstance(inner, str):  # `model: NAME` and `method: NAME` are short for {name: NAME}
@@ -154,59 +161,102 @@ def _overlay(raw: dict[str, Any], word: str) -> None:
         if inner is None:
             inner = {}
         if not isinstance(inner, dict):
-            raise RecipeError(f"{word!r}: {parent} is {inner!r} in the recipe, so it has no keys.")
+            raise RecipeError(f"{word!r}: {parent} is {_shown(inner)} in the recipe, so it has no keys.")
         node[parent] = inner
         node = inner
-    node[leaf] = _load_yaml(value, f"{word!r}")
+    node[leaf] = yaml12.load(value, repr(word), lines=False)
 
 
-def explain(error: ValidationError) -> str:
-    """Each problem as `dotted.path: what is expected, what came`, the first five."""
-    problems = []
+_EXPECTED = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "greater_than": "a number above {gt:g}",
+    "greater_than_equal": "a number of at least {ge:g}",
+    "less_than": "a number below {lt:g}",
+    "less_than_equal": "a number of at most {le:g}",
+    "bool_type": "true or false",
+    "string_type": "a text",
+    "string_too_short": "a text that is not empty",
+    "string_pattern_mismatch": "a text of the form {pattern}",
+    "tuple_type": "a list",
+    "too_short": "a list that is not empty",
+    "dict_type": "a mapping",
+    "literal_error": "{expected}",
+}
+"""What pydantic's types of error say that they want."""
+
+
+def explain(error: ValidationError, raw: Any) -> str:
+    """Each problem with `raw` as `dotted.path: what is expected, what came`, the first five."""
+    found: dict[tuple[str, ...], tuple[Any, list[Any]]] = {}
     for one in error.errors(include_url=False):
-        path = [str(part) for part in one["loc"]]
-        context = one.get("ctx", {})
-        if "key" in context:
-            path.append(context["key"])
-        message = one["msg"].removeprefix("Value error, ")
+        path, value = _place(one, raw)
+        found.setdefault(path, (value, []))[1].append(one)
+    problems = []
+    for path, (value, several) in found.items():
+        if any(other[: len(path)] == path for other in found if len(other) > len(path)):
+            continue  # complains of what is wrong inside it
+        said = _problem(value, several)
+        problems.append(f"{'.'.join(path)}: {said}" if path else said)
+    return listing(problems) if len(problems) > 1 else problems[0]
+
+
+def _place(one: Any, raw: Any) -> tuple[tuple[str, ...], Any]:
+    """The path of a problem, as far as what was given has it (pydantic adds the members of a union), and what is there."""
+    path: list[str] = []
+    value: Any = raw
+    for part in one["loc"]:
+        inside = part in value if isinstance(value, dict) else isinstance(value, list | tuple) and isinstance(part, int)
+        if not inside and one["type"] != "missing":
+            break
+        path.append(str(part))
+        value = value[part] if inside else None
+    if one["loc"][-1:] == ("[key]",):
+        value = path[-1]
+    if key := one.get("ctx", {}).get("key"):
+        path.append(key)
+    return tuple(path), value
+
+
+def _problem(value: Any, several: list[Any]) -> str:
+    """What is wrong at one place; for a union, each of its members has said what it wants."""
+    for one in several:
         if one["type"] == "missing":
-            message = "missing, and it has no default."
-        elif one["type"] not in ("unknown_key", "value_error"):
-            message = f"{message[0].lower()}{message[1:].replace('Input should be', 'expected').replace('input should be', 'expected')}"
-            message = f"{message.replace('input should be', 'expected')}, got {one['input']!r}."
-        problems.append(f"{'.'.join(path)}: {message}" if path else message)
-    return listing(problems).lstrip() if len(problems) == 1 else listing(problems)
+            return "missing, and it has no default."
+        if one["type"] in ("unknown_key", "value_error"):
+            return one["msg"].removeprefix("Value error, ")
+    wanted = dict.fromkeys(map(_wanted, several))
+    return f"expected {' or '.join(wanted)}, got {_shown(value)}{_advice(value, wanted)}."
+
+
+def _wanted(one: Any) -> str:
+    if one["type"] in _EXPECTED:
+        return _EXPECTED[one["type"]].format(**one.get("ctx", {}))
+    return one["msg"].removeprefix("Input should be ")
+
+
+def _shown(value: Any) -> str:
+    """A value as the recipe has it, in short."""
+    if isinstance(value, list | tuple | dict):
+        return f"{'a' if value else 'an empty'} {'mapping' if isinstance(value, dict) else 'list'}"
+    shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+    return shown if len(shown) <= 80 else f"{shown[:80]}…"
+
+
+def _advice(value: Any, wanted: Iterable[str]) -> str:
+    number = any("number" in one for one in wanted)
+    if number and isinstance(value, str) and yaml12.is_number(value):
+        return " (a text: leave the quotes out)"
+    if "a whole number" in wanted and isinstance(value, float) and value.is_integer():
+        return f" (write {int(value)})"
+    return ""
 
 
 def near(word: Any, known: Iterable[str]) -> str:
     """` Did you mean …?`, or the whole list when nothing is close."""
     known = list(known)
     close = difflib.get_close_matches(str(word), known, n=1)
-    return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(known)}."
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML with the numbers of YAML 1.2 (`1e-4` is a number) and without keys given twice."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
-def _load_yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"{where}:{mark.line + 1}" if mark else where
-        raise RecipeError(f"{place}: not valid YAML: {getattr(error, 'problem', error)}.") from None
+    if close:
+        return f" Did you mean {close[0]!r}?"
+    return f" Known: {', '.join(known)}." if known else " It has none."

@@ -73,7 +73,8 @@ def new_folder(path: Path) -> Iterator[Path]:
     """A folder to fill that appears as `path` only when the block ends well.
 
     Raises:
-        StorageError: `path` exists (nothing is ever overwritten), or writing failed; then nothing is left behind.
+        StorageError: `path` exists (nothing is ever overwritten), or writing failed; then nothing is left behind, or, if
+            the disk failed after the last step, the whole folder.
     """
     path = Path(path)
     if os.path.lexists(path):
@@ -89,8 +90,10 @@ def new_folder(path: Path) -> Iterator[Path]:
             _sync_folder(temporary)
             temporary.chmod(0o777 & ~_umask())
             os.rename(temporary, path)
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(temporary, ignore_errors=True)
+            if isinstance(error, StorageError):  # of a file in the block: it was to be in `path`
+                raise StorageError(str(error).replace(str(temporary), str(path))) from error
             raise
         _sync_folder(path.parent)
 
@@ -111,7 +114,7 @@ def read_json(path: Path) -> Any:
         raise ArtifactError(f"{path}: missing.") from None
     except OSError as error:
         raise ArtifactError(f"{path}: cannot be read: {error.strerror}.") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{path}: not valid JSON ({error}). The file is damaged; restore it from a copy.") from None
 
 
@@ -146,10 +149,16 @@ def _reason(error: OSError, path: Path) -> str:
         words += f" {_free(path)}"
     elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         words += " Choose a folder that you may write to."
+    elif error.errno in (errno.EEXIST, errno.ENOTDIR):
+        words += " A file stands where a folder is needed."
     return words
 
 
 def _free(path: Path) -> str:
     """How much room there is where `path` was to go, and what to do."""
-    folder = next((p for p in [Path(path), *Path(path).absolute().parents] if p.is_dir()), Path("/"))
-    return f"{shutil.disk_usage(folder).free / 1e6:.1f} MB are free there: free some, or choose another folder."
+    folder = next((p for p in Path(path).absolute().parents if os.path.isdir(p)), Path("/"))
+    try:
+        room = f"{shutil.disk_usage(folder).free / 1e6:.1f} MB are free there: free"
+    except OSError:
+        room = "Free"
+    return f"{room} some, or choose another folder."

@@ -1,11 +1,13 @@
 """The recipe: everything that decides a run's result, in one file that repeats it."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import BeforeValidator, Field, SerializeAsAny
+from pydantic_core import PydanticCustomError
 
+from trimtab import yaml12
 from trimtab.base import ModelConfig
 from trimtab.config import Config
 from trimtab.data import DataConfig
@@ -21,13 +23,15 @@ def _named(raw: Any) -> Any:
 
 
 def _as_path(raw: Any) -> Any:
-    return Path(raw) if isinstance(raw, str) and raw else raw
+    if not isinstance(raw, str | Path) or not str(raw):
+        raise PydanticCustomError("no_path", "a path")
+    return Path(os.path.expanduser(raw))  # a home that is not known stays as it is; Path.expanduser would raise
 
 
 class Recipe(Config):
     """Everything that decides a run's result."""
 
-    model: Annotated[ModelConfig, BeforeValidator(_named)] = Field(default_factory=lambda: ModelConfig(name="smollm2-135m-instruct"))
+    model: Annotated[ModelConfig, BeforeValidator(_named)] = ModelConfig(name="smollm2-135m-instruct")
     """The base: a folder, a GGUF file, a hub name, or `smollm2-135m-instruct`."""
     data: DataConfig
     """What to learn from."""
@@ -48,7 +52,7 @@ class Recipe(Config):
         plain["data"]["train"] = [_absolute(name) for name in self.data.train]
         if isinstance(self.data.eval, str):
             plain["data"]["eval"] = _absolute(self.data.eval)
-        return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+        return yaml12.dump(plain)
 
 
 def _absolute(name: str) -> str:

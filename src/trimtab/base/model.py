@@ -66,6 +66,8 @@ class Base:
         folder = source.folder_of(config.name)
         device = _device(config.device)
         chosen = config.dtype if config.dtype != "auto" else "float32" if device.type == "cpu" else "bfloat16"
+        if folder is None:
+            source.check_hub(config.name)
         base = cls.load_folder(folder if folder is not None else config.name, getattr(torch, chosen), device)
         if folder is None or config.name == source.EMBEDDED:
             base.source = config.name

@@ -4,10 +4,12 @@ A name is a local folder, a GGUF file, the embedded `smollm2-135m-instruct`, or 
 file is converted once, into a cache folder named by the hash of its content.
 """
 
-import contextlib
 import importlib.util
 import os
 import re
+import socket
+import urllib.parse
+import urllib.request
 import warnings
 from pathlib import Path
 from typing import Any
@@ -48,9 +50,30 @@ def folder_of(name: str) -> Path | None:
     return None
 
 
+def check_hub(name: str) -> None:
+    """Raise StorageError at once if a model on the hub can't be fetched; the hub's own client tries for a minute."""
+    import huggingface_hub
+    from huggingface_hub.constants import ENDPOINT
+
+    if isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str) or urllib.request.getproxies():
+        return
+    address = urllib.parse.urlsplit(ENDPOINT)
+    try:
+        with socket.create_connection((address.hostname, address.port or 443), timeout=10):
+            return
+    except OSError as error:
+        raise StorageError(
+            f"model: {name} is no local file or folder (looked in {Path.cwd()}), and the hub cannot be reached to look there: {error.strerror}."
+        ) from None
+
+
 def _check_folder(path: Path) -> None:
     if not (path / "config.json").is_file():
         raise UnsupportedModel(f"model: {path} has no config.json, so it is not a Transformers model folder.")
+    if (path / "adapter_config.json").exists():
+        raise UnsupportedModel(
+            f"model: {path} holds an adapter beside the model, and Transformers would put it on unasked. Move the adapter elsewhere."
+        )
     if not any(found for pattern in _WEIGHTS for found in path.glob(pattern)):
         if any(path.glob("*.bin")) or any(path.glob("*.pt")):
             raise UnsupportedModel(
@@ -83,9 +106,11 @@ def _converted(gguf: Path) -> Path:
     """The cached folder with a GGUF file's weights as float32 safetensors; converts on first use (about 20 s for 100 MB)."""
     target = cache_folder() / "gguf" / files.sha256_file(gguf)
     if not target.is_dir():
-        # If another process was faster, its folder serves as well.
-        with contextlib.suppress(StorageError) if target.is_dir() else contextlib.nullcontext():
+        try:
             _convert(gguf, target)
+        except StorageError:
+            if not target.is_dir():  # else another process was faster, and its folder serves as well
+                raise
     return target
 
 

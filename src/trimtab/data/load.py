@@ -114,7 +114,7 @@ def held_out_examples(config: DataConfig, remembered: dict[str, Any]) -> list[Ex
         path = Path(name).expanduser()
         if not path.is_file() or sha256_file(path) != digest:
             raise DataError(
-                f"data: {name} has changed since the run, or is gone, so its held-out rows are not known. Give rows with --data."
+                f"data: {name} has changed since the run or is gone, so its held-out rows are not known. Give rows with --data."
             )
     sources = config.eval if isinstance(config.eval, str) else config.train
     chosen = set(remembered["held_out"])

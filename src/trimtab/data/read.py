@@ -112,30 +112,38 @@ def _json_lines(path: Path) -> Iterator[Row | Refusal]:
 def _json_array(path: Path) -> Iterator[Row | Refusal]:
     text = path.read_text(encoding="utf-8-sig")
     breaks = [-1, *(found.start() for found in re.finditer("\n", text))]
-    at, before = _after_space(text, text.index("[") + 1), 0
+    last = 0
+
+    def place(at: int) -> str:
+        """Its line; and its column, if something was in that line before."""
+        nonlocal last
+        line, before = bisect_left(breaks, at), last
+        last = line
+        return f"{path}:{line}" if line != before else f"{path}:{line}:{at - breaks[line - 1]}"
+
+    at = _after_space(text, text.index("[") + 1)
     more = text[at : at + 1] != "]"
     while more:
-        line = bisect_left(breaks, at)
-        where = f"{path}:{line}" if line != before else f"{path}:{line}:{at - breaks[line - 1]}"
-        before = line
+        where = place(at)
         try:
             value, end = _value_at(text, at)
+            yield _row(where, value)
         except ValueError as error:
-            # Where the next row starts cannot be known, so nothing after a broken one can be read.
-            yield Refusal(where, f"not valid JSON: {error}; nothing after it can be read")
-            return
-        yield _row(where, value)
+            end = _end_of(text, at)
+            yield Refusal(where, f"not valid JSON: {error}" + ("; nothing after it can be read" if end is None else ""))
+            if end is None:
+                return
         at = _after_space(text, end)
         if text[at : at + 1] not in (",", "]"):
             reason = f"not valid JSON: expected ',' or ']' after a row{_at(text, end)}; nothing after it can be read"
-            yield Refusal(f"{path}:{bisect_left(breaks, end)}", reason)
+            yield Refusal(place(end), reason)
             return
         more = text[at] == ","
         if more:
             at = _after_space(text, at + 1)
     rest = _after_space(text, at + 1)
     if rest < len(text):
-        yield Refusal(f"{path}:{bisect_left(breaks, rest)}", "text follows the end of the JSON array; it was not read")
+        yield Refusal(place(rest), "text follows the end of the JSON array; it was not read")
 
 
 def _value_at(text: str, start: int) -> tuple[Any, int]:
@@ -145,12 +153,20 @@ def _value_at(text: str, start: int) -> tuple[Any, int]:
         if _HALF.search(text, start, end):
             json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
-        raise ValueError(f"{error.msg}{_at(text, error.pos)}") from None
+        raise ValueError(f"{error.msg.removesuffix(' at')}{_at(text, error.pos)}") from None
     except UnicodeEncodeError:
         raise ValueError("a \\u escape in it is half of a character") from None
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     return value, end
+
+
+def _end_of(text: str, start: int) -> int | None:
+    """Where a value that was refused ends; None if it is broken, for then nobody can know."""
+    try:
+        return json.JSONDecoder().raw_decode(text, start)[1]
+    except (ValueError, RecursionError):
+        return None
 
 
 def _after_space(text: str, at: int) -> int:
@@ -198,8 +214,7 @@ def _csv(path: Path, delimiter: str) -> Iterator[Row | Refusal]:
                 continue  # a blank line
             if not names:
                 names = cells
-                if twice := [name for name in names if name and names.count(name) > 1]:
-                    raise DataError(f"data: {where} names the column {twice[0]!r} twice. Rename or remove one.")
+                _refuse_twice([name for name in names if name], where)
             elif len(cells) != len(names):
                 yield Refusal(where, f"has {len(cells)} columns, and the first line names {len(names)}")
             else:
@@ -214,7 +229,13 @@ def _parquet(path: Path) -> Iterator[Row | Refusal]:
     except Exception as error:  # Arrow raises a dozen kinds
         raise DataError(f"data: {path} is not a Parquet file: {_first_line(error)}") from None
     with file:
+        _refuse_twice(file.schema_arrow.names, str(path))
         yield from _numbered(str(path), (row for batch in file.iter_batches(batch_size=1024) for row in batch.to_pylist()))
+
+
+def _refuse_twice(names: list[str], where: str) -> None:
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise DataError(f"data: {where} has two columns called {twice[0]!r}. Rename or remove one.")
 
 
 # Datasets

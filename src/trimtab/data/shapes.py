@@ -38,7 +38,7 @@ SHAREGPT_ROLES = {
 }  # fmt: skip
 
 
-def read_examples(rows: Iterable[Row | Refusal], columns: Mapping[str, str], account: Account) -> list[Example]:
+def read_examples(rows: Iterable[Row | Refusal], columns: Mapping[Any, str], account: Account) -> list[Example]:
     """Rows as examples; what can't be used goes to the account, with its reason.
 
     Args:
@@ -59,7 +59,7 @@ def read_examples(rows: Iterable[Row | Refusal], columns: Mapping[str, str], acc
     return examples
 
 
-def _shape_of(row: dict[str, Any], columns: Mapping[str, str]) -> tuple[Shape, dict[str, Any]]:
+def _shape_of(row: dict[str, Any], columns: Mapping[Any, str]) -> tuple[Shape, dict[str, Any]]:
     """The only shape that fits, and the row with our names. What data.columns names goes before what is called so."""
     for ours, theirs in columns.items():
         if theirs not in row:

@@ -1,0 +1,184 @@
+"""Every key of a recipe changes something: a run with another value for it has another result. A new key fails here until it has."""
+
+import json
+
+import pytest
+from pydantic import BaseModel
+from templates import CHATML, base_of, bytes_tokenizer
+
+from trimtab.errors import DataError, RecipeError
+from trimtab.methods import Method
+from trimtab.methods.lora import LoRA
+from trimtab.objectives import Objective
+from trimtab.recipe import Recipe
+from trimtab.run import run_recipe
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """Two tiny models, and data that each key can act on."""
+    import torch
+
+    work = tmp_path_factory.mktemp("work")
+    for seed, name in enumerate(("tiny", "other")):
+        torch.manual_seed(seed)
+        base = base_of(bytes_tokenizer(("<|endoftext|>", "<|im_start|>", "<|im_end|>")), CHATML, eos_token="<|im_end|>")
+        base.model.save_pretrained(work / name)
+        base.tokenizer.save_pretrained(work / name)
+    rows = [{"prompt": f"Say {n}", "completion": f"{n} " * (1 + n % 4)} for n in range(24)]
+    files = {
+        "rows": rows,
+        "other_rows": rows[::-1],
+        "renamed": [{"question": row["prompt"], "completion": row["completion"]} for row in rows],
+        "long": [*rows, {"prompt": "Say a lot", "completion": "word " * 60}],
+        "bad": [*rows, {"prompt": "Say nothing", "completion": ""}],
+        "held": rows[:3],
+    }
+    for name, content in files.items():
+        (work / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    return work
+
+
+def plain_recipe(work, **changes):
+    raw = {
+        "model": {"name": str(work / "tiny")},
+        "data": {"train": str(work / "rows.jsonl"), "eval": 4},
+        "method": {"name": "lora", "rank": 2},
+        "train": {"lr": 1e-2, "rows_per_step": 4, "epochs": 1},
+        "output": str(work / "runs" / "plain"),
+    }
+    for key, value in changes.items():
+        section, _, leaf = key.partition(".")
+        if leaf:
+            raw[section][leaf] = value
+            if value is None:
+                del raw[section][leaf]
+        else:
+            raw[section] = value
+    return Recipe.parse(raw)
+
+
+def outcome(work, name, **changes):
+    """What a run leaves behind, but for times: the adapter's bytes, the metrics, the account of the data."""
+    folder = work / "runs" / name
+    run_recipe(plain_recipe(work, **{"output": str(folder), **changes}))
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in metrics:
+        line.pop("seconds", None)
+    return (folder / "adapter" / "adapter_model.safetensors").read_bytes(), metrics, (folder / "data.json").read_text()
+
+
+@pytest.fixture(scope="module")
+def plain(work):
+    return outcome(work, "plain")
+
+
+CHANGES = {
+    "model.name": lambda work: {"model.name": str(work / "other")},
+    "model.dtype": lambda work: {"model.dtype": "bfloat16"},
+    "data.train": lambda work: {"data.train": str(work / "other_rows.jsonl")},
+    "data.eval": lambda work: {"data.eval": str(work / "held.jsonl")},
+    "method.rank": lambda work: {"method.rank": 3},
+    "method.alpha": lambda work: {"method.alpha": 64.0},
+    "method.dropout": lambda work: {"method.dropout": 0.5},
+    "method.targets": lambda work: {"method.targets": ["q_proj", "v_proj"]},
+    "train.epochs": lambda work: {"train.epochs": 2},
+    "train.rows_per_step": lambda work: {"train.rows_per_step": 3},
+    "train.tokens_per_step": lambda work: {"train.rows_per_step": None, "train.tokens_per_step": 100},
+    "train.lr": lambda work: {"train.lr": 1e-3},
+    "train.schedule": lambda work: {"train.schedule": "linear"},
+    "train.warmup": lambda work: {"train.warmup": 0.5},
+    "train.weight_decay": lambda work: {"train.weight_decay": 0.5},
+    "train.clip": lambda work: {"train.clip": 1e-4},
+    "train.evaluate_every": lambda work: {"train.evaluate_every": 1},
+    "train.seed": lambda work: {"train.seed": 1},
+}
+
+
+@pytest.mark.parametrize("key", CHANGES)
+def test_another_value_gives_another_result(key, work, plain):
+    assert outcome(work, key, **CHANGES[key](work)) != plain
+
+
+def test_the_same_values_give_the_same_result_to_the_last_bit(work, plain):
+    assert outcome(work, "again") == plain
+
+
+def test_pack_tokens_changes_how_packs_are_cut_and_not_what_is_learned(work, monkeypatch):
+    from trimtab.train import loop
+
+    sizes = []
+    whole = loop.pack_logprobs
+
+    def counting(model, pack):
+        sizes.append(len(pack.ids))
+        return whole(model, pack)
+
+    monkeypatch.setattr(loop, "pack_logprobs", counting)
+    results = []
+    for tokens in (1024, 32):
+        sizes.clear()
+        _, metrics, _ = outcome(work, f"pack-{tokens}", **{"train.pack_tokens": tokens})
+        results.append((len(sizes), [line["loss"] for line in metrics]))
+    assert results[1][0] > results[0][0]
+    assert results[1][1] == pytest.approx(results[0][1], rel=1e-4)
+
+
+def test_clip_can_be_switched_off(work, plain):
+    recipe = Recipe.parse({"data": {"train": "x"}, "train": {"clip": None}})
+    assert recipe.train.clip is None
+
+
+def test_lr_auto_is_the_methods_formula(work):
+    folder = work / "runs" / "auto"
+    run_recipe(plain_recipe(work, **{"train.lr": "auto", "output": str(folder)}))
+    state = json.loads((folder / "run.json").read_text())
+    assert state["peak_lr"] == 2e-3  # 5e-4 · (2000/32)^0.781 · √(4/32) is more
+    assert state["lr_formula"] == "5e-4·(2000/32)^0.781·√(4 rows a step/32), at most 2e-3"
+
+
+def test_columns_names_what_the_file_calls_otherwise(work, plain):
+    renamed = {"data.train": str(work / "renamed.jsonl")}
+    with pytest.raises(DataError, match="column 'prompt' is missing"):
+        run_recipe(plain_recipe(work, output=str(work / "runs" / "never"), **renamed))
+    adapter, metrics, _ = outcome(work, "columns", **renamed, **{"data.columns": {"prompt": "question"}})
+    assert (adapter, metrics) == plain[:2]
+
+
+def test_max_length_overlong_and_bad_rows_decide_about_rows(work):
+    long = {"data.train": str(work / "long.jsonl"), "data.max_length": 60}
+    with pytest.raises(DataError, match="more than max_length 60"):
+        run_recipe(plain_recipe(work, output=str(work / "runs" / "never"), **long))
+    *_, data = outcome(work, "truncate", **long, **{"data.overlong": "truncate"})
+    assert json.loads(data)["sources"][0]["used"] == 25
+    bad = {"data.train": str(work / "bad.jsonl")}
+    with pytest.raises(DataError, match="completion is empty"):
+        run_recipe(plain_recipe(work, output=str(work / "runs" / "never"), **bad))
+    *_, data = outcome(work, "skip", **bad, **{"data.bad_rows": "skip"})
+    (account,) = json.loads(data)["sources"]
+    assert (account["rows"], account["used"], len(account["refused"])) == (25, 24, 1)
+    assert not (work / "runs" / "never").exists()
+
+
+def test_a_device_that_is_not_there_is_refused(work):
+    with pytest.raises(RecipeError, match=r"model\.device: cuda:99 cannot be used here"):
+        run_recipe(plain_recipe(work, output=str(work / "runs" / "never"), **{"model.device": "cuda:99"}))
+
+
+def keys(kind, prefix=""):
+    for name, field in kind.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel) and inner not in (Method, Objective):
+            yield from keys(inner, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def test_no_key_is_left_out_here():
+    """`method` and `objective` are families: choosing another member is tested by the members' own tests."""
+    elsewhere = {"model.device", "data.columns", "data.max_length", "data.overlong", "data.bad_rows", "train.pack_tokens", "output"}
+    recipe = {key for key in keys(Recipe) if key not in ("method", "objective")}
+    lora = {f"method.{key}" for key in LoRA.model_fields}
+    assert recipe | lora == CHANGES.keys() | elsewhere
+    assert Objective.names() == ["sft"]
+    assert not Objective.member("sft").model_fields

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup format check test demo bench clean
+.PHONY: help setup format docs check test demo bench clean
 
 help:  ## show what there is to make
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,12 +21,15 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 format: $(READY)  ## format the code and mend what lint can mend
-	$(BIN)/ruff check --quiet --fix src tests demo benchmarks
-	$(BIN)/ruff format --quiet src tests demo benchmarks
+	$(BIN)/ruff check --quiet --fix src tests demo benchmarks docs
+	$(BIN)/ruff format --quiet src tests demo benchmarks docs
+
+docs: $(READY)  ## write what the documents say about the code from the code
+	$(BIN)/python docs/make_pages.py
 
 check: $(READY)  ## formatting, lint, types
-	$(BIN)/ruff format --check --quiet src tests demo benchmarks
-	$(BIN)/ruff check --quiet src tests demo benchmarks
+	$(BIN)/ruff format --check --quiet src tests demo benchmarks docs
+	$(BIN)/ruff check --quiet src tests demo benchmarks docs
 	$(BIN)/mypy
 
 test: check  ## everything that has to hold; what CI runs

@@ -18,16 +18,24 @@ FAMILIES = {
     "qwen3": lambda: transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**_COMMON, head_dim=16)),  # norms on q, k
     "mistral": lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**_COMMON, sliding_window=4)),
     "gemma2": lambda: transformers.Gemma2ForCausalLM(  # soft-caps, alternate sliding windows
-        transformers.Gemma2Config(**_COMMON, head_dim=8, sliding_window=4, attn_logit_softcapping=2.0, final_logit_softcapping=3.0)
+        transformers.Gemma2Config(
+            **_COMMON, head_dim=8, sliding_window=4, attn_logit_softcapping=2.0, final_logit_softcapping=3.0
+        )
     ),
     "gemma3": lambda: transformers.Gemma3ForCausalLM(  # two rotary bases, sliding and full layers
         transformers.Gemma3TextConfig(
-            **_COMMON, head_dim=8, sliding_window=4, layer_types=["sliding_attention", "full_attention"], query_pre_attn_scalar=8
+            **_COMMON,
+            head_dim=8,
+            sliding_window=4,
+            layer_types=["sliding_attention", "full_attention"],
+            query_pre_attn_scalar=8,
         )
     ),
     "phi3": lambda: transformers.Phi3ForCausalLM(transformers.Phi3Config(**_COMMON)),  # fused q, k, v and gate, up
     "gpt2": lambda: transformers.GPT2LMHeadModel(  # Conv1D, learned positions
-        transformers.GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2)
+        transformers.GPT2Config(
+            vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2
+        )
     ),
     "granite": lambda: transformers.GraniteForCausalLM(transformers.GraniteConfig(**_COMMON, logits_scaling=4.0)),
     "cohere": lambda: transformers.CohereForCausalLM(transformers.CohereConfig(**_COMMON, logit_scale=0.25)),

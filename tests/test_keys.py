@@ -176,7 +176,15 @@ def keys(kind, prefix=""):
 
 def test_no_key_is_left_out_here():
     """`method` and `objective` are families: choosing another member is tested by the members' own tests."""
-    elsewhere = {"model.device", "data.columns", "data.max_length", "data.overlong", "data.bad_rows", "train.pack_tokens", "output"}
+    elsewhere = {
+        "model.device",
+        "data.columns",
+        "data.max_length",
+        "data.overlong",
+        "data.bad_rows",
+        "train.pack_tokens",
+        "output",
+    }
     recipe = {key for key in keys(Recipe) if key not in ("method", "objective")}
     lora = {f"method.{key}" for key in LoRA.model_fields}
     assert recipe | lora == CHANGES.keys() | elsewhere

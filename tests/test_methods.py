@@ -198,7 +198,12 @@ def test_all_linear_is_every_matrix_of_the_blocks():
     assert [s.rpartition(".")[2] for s in LoRA().sites(tiny("llama-tied"))] == [
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
     ] * 2  # fmt: skip
-    assert [s.split(".", 3)[3] for s in LoRA().sites(tiny("gpt2"))] == ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"] * 2
+    assert [s.split(".", 3)[3] for s in LoRA().sites(tiny("gpt2"))] == [
+        "attn.c_attn",
+        "attn.c_proj",
+        "mlp.c_fc",
+        "mlp.c_proj",
+    ] * 2
 
 
 @pytest.mark.parametrize(
@@ -236,7 +241,9 @@ def test_all_linear_refuses_to_skip_fused_experts():
         num_key_value_heads=2, num_experts=4, num_experts_per_tok=2, head_dim=8,
     )  # fmt: skip
     model = transformers.Qwen3MoeForCausalLM(config)
-    with pytest.raises(NoSuchModule, match=r"(?s)all-linear would leave these weights of Qwen3MoeForCausalLM untouched.*experts"):
+    with pytest.raises(
+        NoSuchModule, match=r"(?s)all-linear would leave these weights of Qwen3MoeForCausalLM untouched.*experts"
+    ):
         attach(model, LoRA())
     assert attach(model, LoRA(targets="attention")).layers
 

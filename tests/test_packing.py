@@ -111,7 +111,9 @@ def test_the_self_check_refuses_a_model_that_computes_something_else(monkeypatch
 
     monkeypatch.setattr(type(model), "forward", forward)
     model.config.logits_scaling = 4.0
-    with pytest.raises(UnsupportedModel, match=r"GraniteForCausalLM gives row 1 of two short rows the log-probability .* packed and"):
+    with pytest.raises(
+        UnsupportedModel, match=r"GraniteForCausalLM gives row 1 of two short rows the log-probability .* packed and"
+    ):
         check_packing(model)
 
 
@@ -129,7 +131,15 @@ def test_a_broken_mask_window_or_position_is_noticed(broken, monkeypatch):
         monkeypatch.setattr(attention, "_causal", lambda q, k, window, device: whole(q, k, window + 1, device))
     elif broken == "positions":
         # Rotary positions are relative, so a shift of a whole row changes nothing: they must run on within the row.
-        pack = Pack(pack.ids, pack.positions // 2, pack.segments, pack.target_at, pack.target_token, pack.target_sequence, pack.sequences)
+        pack = Pack(
+            pack.ids,
+            pack.positions // 2,
+            pack.segments,
+            pack.target_at,
+            pack.target_token,
+            pack.target_sequence,
+            pack.sequences,
+        )
     else:
         monkeypatch.setattr(attention.PackLayout, "paths", [[0], [0, 1], [2], [3]])
     assert relative(pack_logprobs(model, pack), alone) > 1e-3

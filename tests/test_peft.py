@@ -71,7 +71,13 @@ def test_only_some_layers_survive_the_way_to_peft(tmp_path):
 
 @pytest.mark.parametrize(
     "asked",
-    [{"use_rslora": True}, {"use_dora": True}, {"rank_pattern": {"q_proj": 2}}, {"bias": "all"}, {"modules_to_save": ["lm_head"]}],
+    [
+        {"use_rslora": True},
+        {"use_dora": True},
+        {"rank_pattern": {"q_proj": 2}},
+        {"bias": "all"},
+        {"modules_to_save": ["lm_head"]},
+    ],
 )
 def test_what_we_would_compute_differently_is_refused(asked, tmp_path):
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **asked)
@@ -92,7 +98,10 @@ def _edit(folder, change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.pop("base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"), "layers.0.self_attn.q_proj.A: missing"),
+        (
+            lambda t: t.pop("base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"),
+            "layers.0.self_attn.q_proj.A: missing",
+        ),
         (lambda t: t.update(odd=torch.zeros(1)), "holds a tensor that is not LoRA's: odd"),
         (
             lambda t: t.update({"base_model.model.model.layers.9.self_attn.q_proj.lora_A.weight": torch.zeros(4, 32)}),
@@ -133,7 +142,7 @@ def test_saving_twice_gives_the_same_bytes(ours, tmp_path):
 
 
 def test_an_adapter_of_another_base_is_refused_with_what_differs(ours):
-    with pytest.raises(ArtifactError, match="was trained on another base than .* different weights"):
+    with pytest.raises(ArtifactError, match=r"was trained on another base than .* different weights"):
         load_adapter(Base(tiny("llama", seed=1)), ours)
     with pytest.raises(ArtifactError, match="different config"):
         load_adapter(Base(tiny("mistral")), ours)

@@ -103,7 +103,9 @@ def test_a_step_that_is_not_finite_is_refused_before_it_is_taken(value):
     before = adapter.state()
     with pytest.raises(NonFinite) as caught:
         next(steps)
-    assert str(caught.value).startswith("Step 2: the loss is nan and the norm of its gradient nan, so the step was not taken. Its rows: row:")
+    assert str(caught.value).startswith(
+        "Step 2: the loss is nan and the norm of its gradient nan, so the step was not taken. Its rows: row:"
+    )
     assert all(torch.equal(tensor, before[name]) for name, tensor in adapter.state().items())
 
 

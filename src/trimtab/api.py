@@ -34,7 +34,9 @@ def rows(source: str, base: Base, **settings: Any) -> list[Row]:
     return load_data(DataConfig(train=(source,), eval=0.0, **settings), base, base.context_length, seed=0).train
 
 
-def fit(base: Base, adapter: Attached, rows: Sequence[Row], objective: Objective | None = None, **settings: Any) -> Iterator[Step]:
+def fit(
+    base: Base, adapter: Attached, rows: Sequence[Row], objective: Objective | None = None, **settings: Any
+) -> Iterator[Step]:
     """Train an attached adapter on rows; yields after each optimizer step.
 
     Args:
@@ -50,7 +52,9 @@ def fit(base: Base, adapter: Attached, rows: Sequence[Row], objective: Objective
     base.check_unchanged()
 
 
-def answer(base: Base, question: str | list[Message], *, max_new_tokens: int = 256, temperature: float = 0.0, seed: int = 0) -> str:
+def answer(
+    base: Base, question: str | list[Message], *, max_new_tokens: int = 256, temperature: float = 0.0, seed: int = 0
+) -> str:
     """What the model, with the adapter that is on it, answers to a question or a conversation."""
     return "".join(stream(base, question, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed))
 
@@ -64,7 +68,9 @@ def stream(
     (encoded,) = base.encode([text], special=not base.has_template)
     ids: list[int] = []
     said = ""
-    tokens = stream_tokens(base.model, encoded.ids, base.stop_ids, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    tokens = stream_tokens(
+        base.model, encoded.ids, base.stop_ids, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
+    )
     for token in tokens:
         ids.append(token)
         whole = base.decode(ids)

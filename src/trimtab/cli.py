@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trimtab import __version__
-from trimtab.errors import DataError, RecipeError, TrimtabError
+from trimtab.errors import DataError, RecipeError, TrimtabError, listing
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -60,9 +60,13 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(command=run)
         return command
 
-    train = add("train", _train, "train an adapter as a recipe says", "Any key of the recipe can be given as section.key=value.")
+    train = add(
+        "train", _train, "train an adapter as a recipe says", "Any key of the recipe can be given as section.key=value."
+    )
     train.add_argument("recipe", metavar="RECIPE.yaml", type=Path)
-    train.add_argument("words", metavar="key=value", nargs="*", help="keys of the recipe, for example train.lr=1e-4 method.rank=8")
+    train.add_argument(
+        "words", metavar="key=value", nargs="*", help="keys of the recipe, for example train.lr=1e-4 method.rank=8"
+    )
 
     score = add("eval", _eval, "measure loss and exact answers on rows it has not learned")
     score.add_argument("target", metavar="TARGET", help=TARGET)
@@ -78,11 +82,18 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--base", action="store_true", help="show the base's answer beside the adapter's")
     chat.add_argument("--system", metavar="TEXT", help="the system message")
     chat.add_argument("--max-new-tokens", metavar="N", type=_positive, default=512)
-    chat.add_argument("--temperature", metavar="T", type=_not_negative, default=0.0, help="0 (the default) always takes the likeliest token")
+    chat.add_argument(
+        "--temperature", metavar="T", type=_not_negative, default=0.0, help="0 (the default) always takes the likeliest token"
+    )
     chat.add_argument("--seed", metavar="N", type=int, default=0, help="decides the draws when the temperature is above 0")
     _model_option(chat)
 
-    merge = add("merge", _merge, "fold an adapter into its base, as a plain model folder", "The result is float32, and is checked against the adapter.")
+    merge = add(
+        "merge",
+        _merge,
+        "fold an adapter into its base, as a plain model folder",
+        "The result is float32, and is checked against the adapter.",
+    )
     merge.add_argument("target", metavar="TARGET", help="a run folder or an adapter folder")
     merge.add_argument("output", metavar="FOLDER", type=Path, help="a new folder for the model")
     _model_option(merge)
@@ -133,6 +144,7 @@ def _train(arguments: argparse.Namespace) -> None:
 def _eval(arguments: argparse.Namespace) -> None:
     from trimtab.deploy import open_target
     from trimtab.evaluate import score
+    from trimtab.report import Answering
     from trimtab.report.tables import answers_table, scores_table
     from trimtab.run import held_out
 
@@ -144,18 +156,17 @@ def _eval(arguments: argparse.Namespace) -> None:
         examples, account = load_examples(arguments.data)
         source = arguments.data
         if account.refused:
-            raise DataError("\n".join([f"data: {account}", *(f"  {where}: {reason}" for where, reason in account.refused[:5])]))
+            raise DataError(f"data: {account}\n{listing([f'{where}: {reason}' for where, reason in account.refused])}")
     target = open_target(arguments.target, arguments.model)
-    scores = {}
-    if target.adapter is not None and arguments.base:
-        with target.adapter.disabled():
-            scores["base"] = score(target.base, examples)
-    scores["adapter" if target.adapter else "model"] = score(target.base, examples)
+    console, name, scores = _console(), "adapter" if target.adapter else "model", {}
+    with Answering(console, len(examples), quiet=arguments.json) as answering:
+        if target.adapter is not None and arguments.base:
+            with target.adapter.disabled():
+                scores["base"] = score(target.base, examples, answering.of("base"))
+        scores[name] = score(target.base, examples, answering.of(name))
     if arguments.json:
-        last = scores.pop("adapter" if target.adapter else "model")
-        _print_json({"data": str(source), **last, **scores})
+        _print_json({"data": str(source), **scores.pop(name), **scores})
         return
-    console = _console()
     console.print(scores_table(scores, str(source)))
     if arguments.show:
         console.print(answers_table({name: one["answers"][: arguments.show] for name, one in scores.items()}))
@@ -221,8 +232,9 @@ def _merge(arguments: argparse.Namespace) -> None:
         raise RecipeError(f"{arguments.target} is a model without an adapter: there is nothing to merge.")
     done = merge(target.base, target.adapter, arguments.output)
     _console().print(
-        f"Merged {done.matrices} matrices into {arguments.output} (float32). Loaded again by Transformers, its logits differ from the "
-        f"adapter's by at most {done.max_logit_difference:.2g} (largest logit {done.logit_scale:.3g}); likeliest token the same at {done.same_choice:.1%}."
+        f"Merged {done.matrices} matrices into {arguments.output} (float32). Loaded again by Transformers, its logits differ from "
+        f"the adapter's by at most {done.max_logit_difference:.2g} (largest logit {done.logit_scale:.3g}); "
+        f"likeliest token the same at {done.same_choice:.1%}."
     )
 
 

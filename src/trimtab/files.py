@@ -149,8 +149,8 @@ def _reason(error: OSError, path: Path) -> str:
         words += f" {_free(path)}"
     elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         words += " Choose a folder that you may write to."
-    elif error.errno in (errno.EEXIST, errno.ENOTDIR):
-        words += " A file stands where a folder is needed."
+    elif blocking := [p for p in path.absolute().parents if os.path.isfile(p)]:
+        words += f" {blocking[0]} is a file, not a folder."
     return words
 
 

@@ -46,15 +46,16 @@ class Recipe(Config):
 
     def to_yaml(self) -> str:
         """The recipe with every default written out and every local path absolute, so it repeats the run from anywhere."""
-        plain = self.plain()
-        plain["output"] = str(self.output.absolute())
-        plain["model"]["name"] = _absolute(self.model.name)
-        plain["data"]["train"] = [_absolute(name) for name in self.data.train]
-        if isinstance(self.data.eval, str):
-            plain["data"]["eval"] = _absolute(self.data.eval)
-        return yaml12.dump(plain)
+        return yaml12.dump(self.absolute().plain())
+
+    def absolute(self) -> "Recipe":
+        """The same recipe with every local path absolute."""
+        held_out = _absolute(self.data.eval) if isinstance(self.data.eval, str) else self.data.eval
+        data = self.data.model_copy(update={"train": tuple(map(_absolute, self.data.train)), "eval": held_out})
+        model = self.model.model_copy(update={"name": _absolute(self.model.name)})
+        return self.model_copy(update={"model": model, "data": data, "output": self.output.absolute()})
 
 
 def _absolute(name: str) -> str:
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     return str(path.absolute()) if path.exists() else name

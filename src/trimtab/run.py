@@ -3,6 +3,7 @@
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from trimtab.config import read
 from trimtab.data import Example, Loaded, Pack, held_out_examples, load_data, pack_all, plan_steps
 from trimtab.deploy import save_adapter, versions
 from trimtab.engine import check_packing
-from trimtab.errors import DataError, RecipeError, StorageError
+from trimtab.errors import ArtifactError, DataError, RecipeError, StorageError
 from trimtab.evaluate import Loss, score_loss
 from trimtab.methods import Attached, attach
 from trimtab.recipe import Recipe
@@ -49,12 +50,15 @@ def run_recipe(recipe: Recipe, watch: Watcher | None = None) -> Run:
     """
     watch = watch or Silent()
     if recipe.output.exists() and (not recipe.output.is_dir() or any(recipe.output.iterdir())):
-        raise StorageError(f"output: {recipe.output} exists already, and is not overwritten. Give another with output=…, or remove it.")
+        raise StorageError(
+            f"output: {recipe.output} exists already, and is not overwritten. Give another with output=…, or remove it."
+        )
     base = Base.load(recipe.model)
     with ThreadPoolExecutor(max_workers=1) as background:  # hashing the weights beside tokenizing the data
         fingerprint = background.submit(lambda: base.fingerprint)
         check_packing(base.model)
-        data = load_data(recipe.data, base, base.context_length, recipe.train.seed)
+        # By absolute paths, as the run's recipe.yaml has them, so that its held-out rows are found again.
+        data = load_data(recipe.absolute().data, base, base.context_length, recipe.train.seed)
         fingerprint.result()
     adapter = attach(base.model, recipe.method, recipe.train.seed)
     steps = Steps(data, recipe)
@@ -63,7 +67,8 @@ def run_recipe(recipe: Recipe, watch: Watcher | None = None) -> Run:
         "base": {"source": base.source, "fingerprint": base.fingerprint},
         "method": recipe.method.plain(),
         "trainable_parameters": sum(p.numel() for p in adapter.parameters().values()),
-        "base_parameters": sum(p.numel() for p in base.model.parameters()) - sum(p.numel() for p in adapter.parameters().values()),
+        "base_parameters": sum(p.numel() for p in base.model.parameters())
+        - sum(p.numel() for p in adapter.parameters().values()),
         "steps": len(steps),
         "peak_lr": rate,
         "lr_formula": formula,
@@ -73,17 +78,30 @@ def run_recipe(recipe: Recipe, watch: Watcher | None = None) -> Run:
     }
     watch.planned(facts, data.accounts, len(data.train), len(data.eval))
 
-    run = Run(recipe.output)
-    files.write_text(run.folder / "recipe.yaml", recipe.to_yaml())
-    files.write_json(run.folder / "data.json", data.plain())
-    run.write(status="running", **facts)
-    done = _train(run, recipe, base, adapter, data, steps, rate, watch)
-    base.check_unchanged()
-    best = done.best or done.last
-    write_adapter(run.folder / "adapter", read_adapter(run.folder / best["folder"]))
+    run = _begin(recipe, {"status": "running", **facts}, data)
+    try:
+        done = _train(run, recipe, base, adapter, data, steps, rate, watch)
+        base.check_unchanged()
+        best = done.best or done.last
+        write_adapter(run.folder / "adapter", read_adapter(run.folder / best["folder"]))
+    except KeyboardInterrupt:
+        run.write(status="interrupted")
+        raise
+    except Exception as error:
+        run.write(status="failed", error=str(error))
+        raise
     run.write(status="done", best=best, last=done.last, seconds=done.seconds, tokens=done.tokens)
     watch.finished(run.state, run.folder)
     return run
+
+
+def _begin(recipe: Recipe, state: dict[str, Any], data: Loaded) -> Run:
+    """The run's folder, which appears with all that is known before the first step, or (an empty one that is there) is filled."""
+    with nullcontext(recipe.output) if recipe.output.exists() else files.new_folder(recipe.output) as folder:
+        files.write_text(folder / "recipe.yaml", recipe.to_yaml())
+        files.write_json(folder / "data.json", data.plain())
+        Run(folder, state).write()
+    return Run(recipe.output, state)
 
 
 def held_out(folder: Path) -> tuple[list[Example], str]:
@@ -91,6 +109,10 @@ def held_out(folder: Path) -> tuple[list[Example], str]:
     if not (folder / "run.json").is_file():
         raise RecipeError(f"{folder} is not a run folder, so it has no held-out rows of its own: give rows with --data.")
     recipe, remembered = read(Recipe, folder / "recipe.yaml"), files.read_json(folder / "data.json")
+    if not isinstance(remembered, dict) or not {"files", "held_out"} <= remembered.keys():
+        raise ArtifactError(
+            f"{folder / 'data.json'}: does not say which rows were held out. Restore it from a copy, or give rows with --data."
+        )
     examples = held_out_examples(recipe.data, remembered)
     if not examples:
         raise DataError(f"{folder} held out no rows: give rows with --data.")
@@ -105,7 +127,11 @@ class Steps:
             raise DataError("data: there is nothing to learn from.")
         self._rows, self._pack_tokens = data.train, recipe.train.pack_tokens
         self._plan = plan_steps(
-            data.train, epochs=recipe.train.epochs, seed=recipe.train.seed, rows=recipe.train.rows, tokens=recipe.train.tokens_per_step
+            data.train,
+            epochs=recipe.train.epochs,
+            seed=recipe.train.seed,
+            rows=recipe.train.rows,
+            tokens=recipe.train.tokens_per_step,
         )
 
     def __len__(self) -> int:
@@ -134,8 +160,8 @@ def _train(
 ) -> _Done:
     done, started, step = _Done(), time.perf_counter(), None
     every = recipe.train.evaluate_every or max(1, -(-len(steps) // 4))
-    _evaluate(run, base, data, 0, recipe, watch)
     try:
+        _evaluate(run, base, data, 0, recipe, watch)
         for step in train(base, adapter, recipe.objective, steps, recipe.train, rate):
             done.tokens += step.tokens
             run.log(kind="train", step=step.number, **_step_line(step))
@@ -146,10 +172,6 @@ def _train(
     except KeyboardInterrupt:
         if step is not None and done.last.get("step") != step.number:
             _save(run, base, adapter, done, step, None)
-        run.write(status="interrupted", best=done.best, last=done.last)
-        raise
-    except Exception as error:
-        run.write(status="failed", error=str(error), best=done.best, last=done.last)
         raise
     done.seconds = time.perf_counter() - started
     return done
@@ -168,7 +190,8 @@ def _save(run: Run, base: Base, adapter: Attached, done: _Done, step: Step, scor
     """Save the adapter, then let go of those that are neither the best nor the last."""
     name = f"checkpoints/step-{step.number:06d}"
     news = {"step": step.number, "folder": name, "train_loss": step.loss, "eval_loss": scored.loss if scored else None}
-    save_adapter(base, adapter, run.folder / name, {**news, "data_digest": run.state["data_digest"]})
+    if not (run.folder / name).exists():  # it does if an interruption came when it had just been saved
+        save_adapter(base, adapter, run.folder / name, {**news, "data_digest": run.state["data_digest"]})
     previous, done.last = done.last, news
     if scored and (done.best is None or scored.loss < done.best["eval_loss"]):
         previous_best, done.best = done.best, news

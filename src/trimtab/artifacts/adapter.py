@@ -2,10 +2,12 @@
 
 `adapter_config.json` and `adapter_model.safetensors` are what PEFT reads. `trimtab.json`, written last, holds what PEFT
 has no place for: the method in our words, a SHA-256 for every file and tensor, the base's fingerprint, its stop tokens,
-and where the adapter came from. With it, any edit, missing or extra tensor, or other base is refused by name.
+where the adapter came from, and a SHA-256 over all of that. With it, any edit, missing or extra tensor, or other base is
+refused by name.
 """
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +25,7 @@ CONFIG, WEIGHTS, MANIFEST = "adapter_config.json", "adapter_model.safetensors", 
 FORMAT = 1
 """Version of the manifest; a reader refuses one that it does not know."""
 
-KEYS = {"format", "method", "files", "tensors", "base", "trained", "versions"}
+KEYS = {"format", "method", "files", "tensors", "base", "trained", "versions", "digest"}
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def write_adapter(folder: Path, adapter: Adapter) -> None:
             "trained": adapter.trained,
             "versions": adapter.versions,
         }
-        files.write_json(new / MANIFEST, manifest)
+        files.write_json(new / MANIFEST, {**manifest, "digest": _digest(manifest)})
 
 
 def is_adapter(folder: Path) -> bool:
@@ -80,7 +82,11 @@ def read_adapter(folder: Path) -> Adapter:
     if not folder.is_dir():
         raise ArtifactError(f"{folder}: no such adapter folder.")
     if not (folder / WEIGHTS).is_file():
-        pickled = " It has adapter_model.bin, a pickle, which is never read: save it as safetensors." if (folder / "adapter_model.bin").exists() else ""
+        pickled = (
+            " It has adapter_model.bin, a pickle, which is never read: save it as safetensors."
+            if (folder / "adapter_model.bin").exists()
+            else ""
+        )
         raise ArtifactError(f"{folder} holds no {WEIGHTS}, so it is not a whole adapter.{pickled}")
     config, tensors = files.read_json(folder / CONFIG), _read_tensors(folder / WEIGHTS)
     if not isinstance(config, dict) or "peft_type" not in config:
@@ -106,17 +112,30 @@ def _check(folder: Path, manifest: Any, tensors: Mapping[str, Tensor]) -> None:
         odd = sorted(set(manifest) ^ KEYS) if isinstance(manifest, dict) else []
         raise ArtifactError(f"{path}: is not a manifest of this version of Trimtab ({', '.join(odd) or 'not an object'}).")
     if manifest["format"] != FORMAT:
-        raise ArtifactError(f"{path}: has format {manifest['format']}, and this version of Trimtab reads {FORMAT}. Update Trimtab.")
-    expected = manifest["tensors"]
-    problems = [f"{name}: missing" for name in expected if name not in tensors]
-    problems += [f"{name}: not in the manifest" for name in tensors if name not in expected]
-    problems += [f"{name}: changed since it was saved" for name in tensors if name in expected and _description(tensors[name]) != expected[name]]
-    problems += [f"{name}: changed since it was saved" for name, digest in manifest["files"].items() if files.sha256_file(folder / name) != digest]
+        raise ArtifactError(
+            f"{path}: has format {manifest['format']}, and this version of Trimtab reads {FORMAT}. Update Trimtab."
+        )
+    problems = _problems(folder, manifest, tensors)
     if problems:
         raise ArtifactError(
             f"{folder} is not what was saved:\n{listing(problems)}\n"
             f"Restore it from a copy. If the change was meant, delete {MANIFEST}: then it is read as PEFT's, unverified."
         )
+
+
+def _problems(folder: Path, manifest: dict[str, Any], tensors: Mapping[str, Tensor]) -> list[str]:
+    if manifest["digest"] != _digest({key: value for key, value in manifest.items() if key != "digest"}):
+        return [f"{MANIFEST}: changed since it was saved"]
+    expected = manifest["tensors"]
+    problems = [f"{name}: missing" for name in expected if name not in tensors]
+    problems += [f"{name}: not in the manifest" for name in tensors if name not in expected]
+    changed = [name for name in tensors if name in expected and _description(tensors[name]) != expected[name]]
+    changed += [name for name, digest in manifest["files"].items() if files.sha256_file(folder / name) != digest]
+    return problems + [f"{name}: changed since it was saved" for name in changed]
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _description(tensor: Tensor) -> dict[str, Any]:

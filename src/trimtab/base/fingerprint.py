@@ -31,7 +31,9 @@ def fingerprint(named_weights: dict[str, Tensor], config: dict[str, Any], tokeni
     """The fingerprint of a base. Costs about half a second per GB of weights on two cores."""
     return {
         "weights": weights_hash(named_weights),
-        "config": _text_hash(json.dumps({key: config[key] for key in CONFIG_KEYS if key in config}, sort_keys=True, default=str)),
+        "config": _text_hash(
+            json.dumps({key: config[key] for key in CONFIG_KEYS if key in config}, sort_keys=True, default=str)
+        ),
         "tokenizer": _tokenizer_hash(tokenizer) if tokenizer is not None else "none",
         "template": _text_hash(str(getattr(tokenizer, "chat_template", None))),
     }

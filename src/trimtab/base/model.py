@@ -8,7 +8,6 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field
-from torch import nn
 
 from trimtab.base import source
 from trimtab.base.fingerprint import PARTS, Fingerprint, fingerprint, own_weights, weights_hash
@@ -122,8 +121,17 @@ class Base:
 
     @property
     def context_length(self) -> int | None:
-        """How many tokens the model was made for, if its configuration says so."""
-        return getattr(self.model.config, "max_position_embeddings", None)
+        """How many tokens a row may have, if the model's configuration says so.
+
+        Where rotary frequencies change with the length of the longest row in a batch (Phi-3's longrope), rows that are
+        short enough never to change them: one long row would change what the others in its pack mean.
+        """
+        config = self.model.config.get_text_config()
+        rotary = getattr(config, "rope_parameters", None) or {}
+        if rotary.get("rope_type") in ("dynamic", "longrope"):
+            first = rotary.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+            return first or config.max_position_embeddings
+        return getattr(config, "max_position_embeddings", None)
 
     @property
     def device(self) -> torch.device:
@@ -160,7 +168,10 @@ class Base:
             return_special_tokens_mask=True,
             return_attention_mask=False,
         )
-        return [_encoded(*one) for one in zip(batch["input_ids"], batch["offset_mapping"], batch["special_tokens_mask"], strict=True)]
+        return [
+            _encoded(*one)
+            for one in zip(batch["input_ids"], batch["offset_mapping"], batch["special_tokens_mask"], strict=True)
+        ]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of tokens, without the special ones."""

@@ -36,7 +36,9 @@ def folder_of(name: str) -> Path | None:
         return _converted(_embedded_gguf())
     if path.is_file():
         if path.suffix.lower() != ".gguf":
-            raise UnsupportedModel(f"model: {name} is a file, and only GGUF files are read as a model. Give the model's folder.")
+            raise UnsupportedModel(
+                f"model: {name} is a file, and only GGUF files are read as a model. Give the model's folder."
+            )
         return _converted(path)
     if path.is_dir():
         _check_folder(path)

@@ -14,9 +14,18 @@ LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 def refuse_unsupported(model: Any, tokenizer: Any) -> None:
     """Raise UnsupportedModel, with the reason, for a model or tokenizer that Trimtab can't train exactly."""
-    name, config = type(model).__name__, getattr(model, "config", None)
-    if config is None or not hasattr(model, "get_output_embeddings") or not hasattr(model, "base_model"):
+    from transformers import PreTrainedModel
+
+    name = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
         raise UnsupportedModel(f"{name} is not a Transformers model.")
+    if "peft_config" in vars(model):
+        raise UnsupportedModel(f"{name} has an adapter of PEFT's on it; take it off first (unload), or load the model anew.")
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise UnsupportedModel(
+            f"{name} is quantized, and Trimtab does not train on quantized bases yet. Load it in float32 or bfloat16."
+        )
+    config = model.config
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModel(f"{name} is an encoder-decoder model; Trimtab trains causal language models.")
     if model.get_output_embeddings() is None:

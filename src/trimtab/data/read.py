@@ -1,7 +1,6 @@
 """Data files, folders and hub datasets as rows: plain dicts, each with the file and line it stands in."""
 
 import csv
-import json
 import re
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.data.example import Refusal
+from trimtab.data.strict_json import after_space, end_of, parse_json, place_in, value_at
 from trimtab.errors import DataError, StorageError
 
 Row = tuple[str, dict[str, Any]]
@@ -17,9 +17,6 @@ where a JSON array has several rows on a line, or file:number where there are no
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(:\w+)?")
-_SPACE = re.compile(r"\s*")
-_HALF = re.compile(r"\\u[dD][89a-fA-F]")
-"""JSON's escape for half of a UTF-16 character; fine in pairs."""
 
 
 def read_rows(source: str) -> Iterator[Row | Refusal]:
@@ -48,14 +45,6 @@ def read_rows(source: str) -> Iterator[Row | Refusal]:
         yield row
     if empty:
         raise DataError(f"data: {source} holds no rows.")
-
-
-def parse_json(text: str) -> Any:
-    """The value that a text is. Raises ValueError, with the reason, for what is not JSON or would be read in two ways."""
-    value, end = _value_at(text, _after_space(text, 0))
-    if _after_space(text, end) < len(text):
-        raise ValueError(f"something follows it{_at(text, _after_space(text, end))}")
-    return value
 
 
 def _file(path: Path) -> Iterator[Row | Refusal]:
@@ -121,77 +110,30 @@ def _json_array(path: Path) -> Iterator[Row | Refusal]:
         last = line
         return f"{path}:{line}" if line != before else f"{path}:{line}:{at - breaks[line - 1]}"
 
-    at = _after_space(text, text.index("[") + 1)
+    at = after_space(text, text.index("[") + 1)
     more = text[at : at + 1] != "]"
     while more:
         where = place(at)
         try:
-            value, end = _value_at(text, at)
+            value, end = value_at(text, at)
             yield _row(where, value)
         except ValueError as error:
-            end = _end_of(text, at)
-            yield Refusal(where, f"not valid JSON: {error}" + ("; nothing after it can be read" if end is None else ""))
-            if end is None:
+            after = end_of(text, at)
+            yield Refusal(where, f"not valid JSON: {error}" + ("; nothing after it can be read" if after is None else ""))
+            if after is None:
                 return
-        at = _after_space(text, end)
+            end = after
+        at = after_space(text, end)
         if text[at : at + 1] not in (",", "]"):
-            reason = f"not valid JSON: expected ',' or ']' after a row{_at(text, end)}; nothing after it can be read"
+            reason = f"not valid JSON: expected ',' or ']' after a row{place_in(text, end)}; nothing after it can be read"
             yield Refusal(place(end), reason)
             return
         more = text[at] == ","
         if more:
-            at = _after_space(text, at + 1)
-    rest = _after_space(text, at + 1)
+            at = after_space(text, at + 1)
+    rest = after_space(text, at + 1)
     if rest < len(text):
         yield Refusal(place(rest), "text follows the end of the JSON array; it was not read")
-
-
-def _value_at(text: str, start: int) -> tuple[Any, int]:
-    """The JSON value that starts there, and where it ends. Raises ValueError with the reason."""
-    try:
-        value, end = _JSON.raw_decode(text, start)
-        if _HALF.search(text, start, end):
-            json.dumps(value, ensure_ascii=False).encode()
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{error.msg.removesuffix(' at')}{_at(text, error.pos)}") from None
-    except UnicodeEncodeError:
-        raise ValueError("a \\u escape in it is half of a character") from None
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    return value, end
-
-
-def _end_of(text: str, start: int) -> int | None:
-    """Where a value that was refused ends; None if it is broken, for then nobody can know."""
-    try:
-        return json.JSONDecoder().raw_decode(text, start)[1]
-    except (ValueError, RecursionError):
-        return None
-
-
-def _after_space(text: str, at: int) -> int:
-    found = _SPACE.match(text, at)
-    return found.end() if found else at
-
-
-def _at(text: str, at: int) -> str:
-    line, column = text.count("\n", 0, at) + 1, at - text.rfind("\n", 0, at)
-    return f" at line {line}, column {column}" if "\n" in text else f" at column {column}"
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} is given twice")
-    return found
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not a JSON value")
-
-
-_JSON = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_refuse_constant)
 
 
 # Tables
@@ -200,7 +142,8 @@ _JSON = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_refuse_const
 def _csv(path: Path, delimiter: str) -> Iterator[Row | Refusal]:
     csv.field_size_limit(2**31 - 1)  # a document may be longer than the 128 KiB that it allows unless told
     with open(path, encoding="utf-8-sig", newline="") as file:
-        lines, names, start = csv.reader(file, delimiter=delimiter, strict=True), [], 1
+        lines, start = csv.reader(file, delimiter=delimiter, strict=True), 1
+        names: list[str] = []
         while True:
             try:
                 cells = next(lines, None)

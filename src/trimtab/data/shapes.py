@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from trimtab.data.example import Account, Conversation, Example, Refusal, Text
-from trimtab.data.read import Row, kind, parse_json
+from trimtab.data.read import Row, kind
+from trimtab.data.strict_json import parse_json
 
 
 class Refused(Exception):

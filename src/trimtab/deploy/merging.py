@@ -97,7 +97,9 @@ def _compare(base: Base, folder: Path, prompts: list[list[int]], matrices: int) 
         total += len(ids)
     exact = next(base.model.parameters()).dtype == torch.float32
     if exact and not difference <= 1e-3 * max(scale, 1.0):
-        raise ArtifactError(f"The merged model's logits differ by {difference:.3g} (largest logit {scale:.3g}), so it was not kept.")
+        raise ArtifactError(
+            f"The merged model's logits differ by {difference:.3g} (largest logit {scale:.3g}), so it was not kept."
+        )
     return Merged(matrices, difference, scale, same / total)
 
 

@@ -28,7 +28,9 @@ def adapter_folder(name: str) -> Path | None:
     path = Path(name).expanduser()
     if (path / RUN).is_file():
         if not is_adapter(path / ADAPTER):
-            raise ArtifactError(f"{path} is a run without a finished adapter. What it saved on its way is in {path / 'checkpoints'}.")
+            raise ArtifactError(
+                f"{path} is a run without a finished adapter. What it saved on its way is in {path / 'checkpoints'}."
+            )
         return path / ADAPTER
     return path if is_adapter(path) else None
 

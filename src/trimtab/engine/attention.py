@@ -92,7 +92,9 @@ class PrefillLayout(PackLayout):
 
     def attend(self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, rules: Rules) -> Tensor:
         padded = [
-            nn.utils.rnn.pad_sequence([p[0].transpose(0, 1) for p in t.split(self.lengths, dim=2)], batch_first=True).transpose(1, 2)
+            nn.utils.rnn.pad_sequence([p[0].transpose(0, 1) for p in t.split(self.lengths, dim=2)], batch_first=True).transpose(
+                1, 2
+            )
             for t in (key, value)
         ]
         self.cache.layers[id(layer)] = (padded[0], padded[1])
@@ -118,7 +120,11 @@ class DecodeLayout:
         last = self.cache.lengths[:, None]
         seen = at <= last if rules.window is None else (at <= last) & (at > last - rules.window)
         out = _attend(
-            query[0].transpose(0, 1)[:, :, None], keys[:, :, : self.longest], values[:, :, : self.longest], seen[:, None, None], rules
+            query[0].transpose(0, 1)[:, :, None],
+            keys[:, :, : self.longest],
+            values[:, :, : self.longest],
+            seen[:, None, None],
+            rules,
         )
         return out[:, :, 0][None]  # 1 B H K
 

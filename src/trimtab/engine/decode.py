@@ -16,7 +16,13 @@ BATCH_TOKENS = 4096
 
 
 def generate(
-    model: Any, prompts: Sequence[list[int]], stop_ids: Iterable[int], *, max_new_tokens: int, temperature: float = 0.0, seed: int = 0
+    model: Any,
+    prompts: Sequence[list[int]],
+    stop_ids: Iterable[int],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
 ) -> list[list[int]]:
     """Continue each prompt until it stops by itself or has `max_new_tokens` more.
 
@@ -58,7 +64,13 @@ def _groups(prompts: Sequence[list[int]]) -> list[list[int]]:
 
 @torch.no_grad()
 def _decode(
-    model: Any, prompts: Sequence[list[int]], rows: list[int], stops: frozenset[int], max_new_tokens: int, temperature: float, seed: int
+    model: Any,
+    prompts: Sequence[list[int]],
+    rows: list[int],
+    stops: frozenset[int],
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
 ) -> Iterator[tuple[int, int]]:
     """(prompt number, token) for the prompts numbered `rows`, a token of each in turn."""
     head, device = head_of(model), next(model.parameters()).device
@@ -89,7 +101,9 @@ def _prefill(model: Any, prompts: list[list[int]], device: torch.device) -> tupl
     return cache, hidden[torch.tensor(ends, device=device) - 1]
 
 
-def _choose(head: Head, hidden: Tensor, rows: list[int], temperature: float, draws: dict[int, torch.Generator] | None) -> list[int]:
+def _choose(
+    head: Head, hidden: Tensor, rows: list[int], temperature: float, draws: dict[int, torch.Generator] | None
+) -> list[int]:
     logits = head.logits(hidden)
     if draws is None:
         return logits.argmax(dim=-1).tolist()

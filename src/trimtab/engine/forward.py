@@ -22,7 +22,9 @@ def hidden_states(model: Any, ids: Tensor, positions: Tensor, layout: Layout) ->
 def pack_logprobs(model: Any, pack: Pack) -> Tensor:
     """Σ log p over the learned tokens of each of the pack's sequences: S. Differentiable."""
     hidden = hidden_states(model, pack.ids, pack.positions, PackLayout(pack.segments))
-    return sequence_logprobs(hidden[pack.target_at], head_of(model), pack.target_token, pack.target_sequence, len(pack.sequences))
+    return sequence_logprobs(
+        hidden[pack.target_at], head_of(model), pack.target_token, pack.target_sequence, len(pack.sequences)
+    )
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from trimtab.base import Base
 from trimtab.data import Account, Conversation, make_sequences, pack_all, prompt_of
 from trimtab.data.example import Sequence as Row
 from trimtab.engine import generate, pack_logprobs
+from trimtab.errors import DataError, listing
 
 Interval = tuple[float, float]
 Z = 1.959963984540054
@@ -85,9 +86,19 @@ def score_answers(base: Base, examples: Sequence[Conversation], on_done: Callabl
 
 
 def score(base: Base, examples: Sequence[Any], on_done: Callable[[int], None] | None = None) -> dict[str, Any]:
-    """Rows, loss, perplexity and exact match with their intervals, as JSON data; and the answers."""
+    """Rows, loss, perplexity and exact match with their intervals, as JSON data; and the answers.
+
+    Raises:
+        DataError: There are no rows, or some can't be measured; a score on the others would be taken for one on all.
+    """
     account = Account(("evaluation",))
-    loss = score_loss(base, make_sequences(examples, base, account, max_length=base.context_length))
+    sequences = make_sequences(examples, base, account, max_length=base.context_length)
+    if account.refused or not sequences:
+        problems = [f"{where}: {reason}" for where, reason in account.refused]
+        raise DataError(
+            f"data: rows that can't be measured:\n{listing(problems)}" if problems else "data: there are no rows to measure on."
+        )
+    loss = score_loss(base, sequences)
     conversations = [e for e in examples if isinstance(e, Conversation)]
     answers = score_answers(base, conversations, on_done)
     right = sum(answer.right for answer in answers)

@@ -110,8 +110,14 @@ class LoRA(Method):
             raise ArtifactError("adapter_model.safetensors holds no tensors.")
         # The tensors say exactly which modules are adapted; PEFT's patterns could match others of our base.
         targets = tuple(paths)
-        method = cls.parse({"rank": config.get("r", 8), "alpha": float(config.get("lora_alpha", 8)),
-                            "dropout": float(config.get("lora_dropout", 0.0)), "targets": targets})
+        method = cls.parse(
+            {
+                "rank": config.get("r", 8),
+                "alpha": float(config.get("lora_alpha", 8)),
+                "dropout": float(config.get("lora_dropout", 0.0)),
+                "targets": targets,
+            }
+        )
         return method, renamed
 
 

@@ -1,6 +1,6 @@
 """Telling people what happens."""
 
-from trimtab.report.progress import Terminal
+from trimtab.report.progress import Answering, Terminal
 from trimtab.report.watch import Silent, Watcher
 
-__all__ = ["Silent", "Terminal", "Watcher"]
+__all__ = ["Answering", "Silent", "Terminal", "Watcher"]

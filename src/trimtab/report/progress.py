@@ -1,5 +1,6 @@
 """A run on the terminal: what is about to happen, a bar while it does, what came of it."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,9 @@ class Terminal:
         share = facts["trainable_parameters"] / facts["base_parameters"]
         say(f"[bold]base[/]    {escape(facts['base']['source'])}  ({facts['base_parameters']:,} parameters, frozen)")
         settings = ", ".join(f"{key} {_words(value)}" for key, value in facts["method"].items() if key != "name")
-        say(f"[bold]method[/]  {facts['method']['name']}: {escape(settings)}  ({facts['trainable_parameters']:,} parameters, {share:.2%})")
+        say(
+            f"[bold]method[/]  {facts['method']['name']}: {escape(settings)}  ({facts['trainable_parameters']:,} parameters, {share:.2%})"
+        )
         for account in accounts:
             say(f"[bold]data[/]    {escape(str(account))}")
             for where, reason in account.refused[:5]:
@@ -61,7 +64,9 @@ class Terminal:
         low, high = scored.interval
         where = self._bar.console if self._bar else self.console
         what = "base" if step == 0 else f"step {step}"
-        where.print(f"[bold]eval[/]    {what}: loss {scored.loss:.4f}  [dim](95 %: {low:.4f} to {high:.4f}, {scored.rows:,} rows)[/]")
+        where.print(
+            f"[bold]eval[/]    {what}: loss {scored.loss:.4f}  [dim](95 %: {low:.4f} to {high:.4f}, {scored.rows:,} rows)[/]"
+        )
 
     def finished(self, state: dict[str, Any], folder: Path) -> None:
         self._stop()
@@ -95,6 +100,34 @@ class Terminal:
 
     def __exit__(self, *_: object) -> None:
         self._stop()  # an error message must not be drawn over by the bar
+
+
+class Answering:
+    """Shows how many questions have been answered, while they are."""
+
+    def __init__(self, console: Console, questions: int, *, quiet: bool = False) -> None:
+        self._bar = Progress(
+            TextColumn("[bold]{task.description}[/] answers"),
+            BarColumn(bar_width=30),
+            TextColumn("{task.completed}/{task.total}"),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+            disable=quiet or not console.is_terminal,
+        )
+        self._questions = questions
+
+    def of(self, model: str) -> Callable[[int], None]:
+        """A function to call with the number of questions that this model has answered since the last call."""
+        task = self._bar.add_task(model, total=self._questions)
+        return lambda count: self._bar.advance(task, count)
+
+    def __enter__(self) -> "Answering":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
 
 
 def _words(value: Any) -> str:

@@ -20,14 +20,17 @@ def scores_table(scores: dict[str, dict[str, Any]], source: str) -> Table:
     for column in ("loss", "perplexity", "exact match", "ended by itself"):
         table.add_column(column, justify="right")
     for name, one in scores.items():
-        low, high = one["loss_interval"]
-        match = "–"
+        match, stopped = "–", "–"
         if one["exact_match"] is not None:
-            least, most = one["exact_match_interval"]
-            match = f"{one['exact_match']:.1%} ({least:.1%} to {most:.1%})"
-        stopped = "–" if one["stopped"] is None else f"{one['stopped']:.1%}"
-        table.add_row(name, f"{one['loss']:.4f} ({low:.4f} to {high:.4f})", f"{one['perplexity']:.3f}", match, stopped)
+            match = _with_interval(f"{one['exact_match']:.1%}", *(f"{end:.1%}" for end in one["exact_match_interval"]))
+            stopped = f"{one['stopped']:.1%}"
+        loss = _with_interval(f"{one['loss']:.4f}", *(f"{end:.4f}" for end in one["loss_interval"]))
+        table.add_row(name, loss, f"{one['perplexity']:.3f}", match, stopped)
     return table
+
+
+def _with_interval(value: str, low: str, high: str) -> str:
+    return f"{value}\n[dim]{low} – {high}[/]"
 
 
 def answers_table(answers: dict[str, list[dict[str, Any]]]) -> Table:
@@ -98,7 +101,10 @@ def describe(facts: dict[str, Any]) -> RenderableType:
             row("error", facts["error"])
     if adapter := facts.get("adapter"):
         row("adapter", adapter["folder"])
-        row("checked", "every hash in its manifest" if adapter["verified"] else "no manifest (PEFT's): nothing to check it against")
+        row(
+            "checked",
+            "every hash in its manifest" if adapter["verified"] else "no manifest (PEFT's): nothing to check it against",
+        )
         row("on base", adapter["base"] or "not said")
         for key, value in adapter["method"].items():
             row(f"  {key}", ", ".join(value) if isinstance(value, list) else value)

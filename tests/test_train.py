@@ -69,8 +69,10 @@ def test_the_loss_and_the_first_step_are_those_of_the_plain_formula():
 
 def test_it_learns_eight_rows_by_heart():
     base = Base(tiny("llama"))
+    with torch.no_grad():
+        base.model.lm_head.weight *= 5  # so that a normed hidden state can say "surely"
     adapter = attach(base.model, LoRA(rank=32))
-    steps = list(train(base, adapter, SFT(), [pack_all(ROWS, 64)] * 200, TrainConfig(), 3e-2))
+    steps = list(train(base, adapter, SFT(), [pack_all(ROWS, 64)] * 200, TrainConfig(), 1e-2))
     assert steps[0].loss > 2
     assert steps[-1].loss < 0.05
     assert [step.number for step in steps] == list(range(1, 201))

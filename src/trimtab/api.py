@@ -64,8 +64,13 @@ def stream(
 ) -> Iterator[str]:
     """`answer` in pieces of text, each as soon as its characters are whole."""
     messages = [{"role": "user", "content": question}] if isinstance(question, str) else question
-    text = base.render(messages, prompt=True) if base.has_template else messages[-1]["content"]
+    if not base.has_template and len(messages) != 1:
+        raise RecipeError(f"{base.source} has no chat template: it can continue one text, and knows of no conversation or system message.")
+    text = base.render(messages, prompt=True) if base.has_template else messages[0]["content"]
     (encoded,) = base.encode([text], special=not base.has_template)
+    room = max_new_tokens if base.context_length is None else base.context_length - len(encoded.ids)
+    if room < 1 or not encoded.ids:
+        raise RecipeError(f"a prompt of {len(encoded.ids):,} tokens: {base.source} takes from 1 to {base.context_length - 1:,}.")
     ids: list[int] = []
     said = ""
     tokens = stream_tokens(

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trimtab import __version__
-from trimtab.errors import DataError, RecipeError, TrimtabError, listing
+from trimtab.errors import DataError, RecipeError, StorageError, TrimtabError, listing
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,25 +25,39 @@ def main(words: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code (see errors.py)."""
     arguments = _parser().parse_args(words)
     signal.signal(signal.SIGTERM, _interrupt)
-    for name in ("TOKENIZERS_PARALLELISM", "TRANSFORMERS_VERBOSITY"):
-        os.environ.setdefault(name, {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}[name])
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         arguments.command(arguments)
+        sys.stdout.flush()
     except TrimtabError as error:
         if arguments.debug:
             raise
-        print(f"trimtab: {error}", file=sys.stderr)  # noqa: T201
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("trimtab: interrupted.", file=sys.stderr)  # noqa: T201
-        return 130
+        return _fail(str(error), error.exit_code)
+    except KeyboardInterrupt as error:
+        return _fail(f"interrupted{f': {error}' if str(error) else ''}.", 130)
     except BrokenPipeError:  # the reader of our output left, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _close_output()
+    except OSError as error:  # files.py says what its own were about
+        if arguments.debug:
+            raise
+        _close_output()
+        return _fail(f"{error.filename or 'standard output'}: {error.strerror or error}.", StorageError.exit_code)
     return 0
 
 
 def _interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
+
+
+def _fail(message: str, exit_code: int) -> int:
+    print(f"trimtab: {message}", file=sys.stderr)  # noqa: T201
+    return exit_code
+
+
+def _close_output() -> None:
+    """Let what is still to be written out go nowhere: Python would complain of it at the end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -72,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("target", metavar="TARGET", help=TARGET)
     score.add_argument("--data", metavar="FILE", help="rows to measure on; a run's own held-out rows unless given")
     score.add_argument("--base", action="store_true", help="measure the base without the adapter as well")
-    score.add_argument("--show", metavar="N", type=int, default=0, help="show N answers beside the expected ones")
+    score.add_argument("--show", metavar="N", type=_whole(0), default=0, help="show N answers beside the expected ones")
     score.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     _model_option(score)
 
@@ -81,11 +96,11 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--prompt", metavar="TEXT", help="ask this one question and end")
     chat.add_argument("--base", action="store_true", help="show the base's answer beside the adapter's")
     chat.add_argument("--system", metavar="TEXT", help="the system message")
-    chat.add_argument("--max-new-tokens", metavar="N", type=_positive, default=512)
+    chat.add_argument("--max-new-tokens", metavar="N", type=_whole(1), default=512)
     chat.add_argument(
-        "--temperature", metavar="T", type=_not_negative, default=0.0, help="0 (the default) always takes the likeliest token"
+        "--temperature", metavar="T", type=_temperature, default=0.0, help="0 (the default) always takes the likeliest token"
     )
-    chat.add_argument("--seed", metavar="N", type=int, default=0, help="decides the draws when the temperature is above 0")
+    chat.add_argument("--seed", metavar="N", type=_whole(0), default=0, help="decides the draws when the temperature is above 0")
     _model_option(chat)
 
     merge = add(
@@ -108,17 +123,22 @@ def _model_option(command: argparse.ArgumentParser) -> None:
     command.add_argument("--model", metavar="NAME", help="the base to put the adapter on, if not where the adapter says")
 
 
-def _positive(word: str) -> int:
-    number = int(word)
-    if number < 1:
-        raise argparse.ArgumentTypeError("expected at least 1")
+def _whole(least: int, most: int = 2**32 - 1) -> Callable[[str], int]:
+    def number(word: str) -> int:
+        if not word.isdecimal() or not least <= int(word) <= most:
+            raise argparse.ArgumentTypeError(f"expected a whole number from {least} to {most}, got {word!r}")
+        return int(word)
+
     return number
 
 
-def _not_negative(word: str) -> float:
-    number = float(word)
+def _temperature(word: str) -> float:
+    try:
+        number = float(word)
+    except ValueError:
+        number = -1.0
     if not 0 <= number < float("inf"):
-        raise argparse.ArgumentTypeError("expected 0 or more")
+        raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {word!r}")
     return number
 
 
@@ -129,6 +149,8 @@ def _console() -> "Console":
 
 
 def _train(arguments: argparse.Namespace) -> None:
+    from rich.markup import escape
+
     from trimtab.config import read
     from trimtab.recipe import Recipe
     from trimtab.report import Terminal
@@ -138,11 +160,11 @@ def _train(arguments: argparse.Namespace) -> None:
     console = _console()
     with Terminal(console) as watch:
         run_recipe(recipe, watch)
-    console.print(f"[dim]Talk to it:[/]     trimtab chat {recipe.output}\n[dim]Look inside:[/]    trimtab show {recipe.output}")
+    folder = escape(shlex.quote(str(recipe.output)))
+    console.print(f"[dim]Talk to it:[/]     trimtab chat {folder}\n[dim]Look inside:[/]    trimtab show {folder}")
 
 
 def _eval(arguments: argparse.Namespace) -> None:
-    from trimtab.deploy import open_target
     from trimtab.evaluate import score
     from trimtab.report import Answering
     from trimtab.report.tables import answers_table, scores_table
@@ -157,10 +179,10 @@ def _eval(arguments: argparse.Namespace) -> None:
         source = arguments.data
         if account.refused:
             raise DataError(f"data: {account}\n{listing([f'{where}: {reason}' for where, reason in account.refused])}")
-    target = open_target(arguments.target, arguments.model)
+    target = _open(arguments)
     console, name, scores = _console(), "adapter" if target.adapter else "model", {}
     with Answering(console, len(examples), quiet=arguments.json) as answering:
-        if target.adapter is not None and arguments.base:
+        if arguments.base and target.adapter is not None:
             with target.adapter.disabled():
                 scores["base"] = score(target.base, examples, answering.of("base"))
         scores[name] = score(target.base, examples, answering.of(name))
@@ -172,18 +194,26 @@ def _eval(arguments: argparse.Namespace) -> None:
         console.print(answers_table({name: one["answers"][: arguments.show] for name, one in scores.items()}))
 
 
-def _chat(arguments: argparse.Namespace) -> None:
+def _open(arguments: argparse.Namespace) -> "Target":
     from trimtab.deploy import open_target
 
     target = open_target(arguments.target, arguments.model)
     if arguments.base and target.adapter is None:
         raise RecipeError(f"--base: {arguments.target} is a model without an adapter, so there is nothing to compare.")
+    return target
+
+
+def _chat(arguments: argparse.Namespace) -> None:
+    from rich.markup import escape
+
+    target = _open(arguments)
     talk: list[dict[str, str]] = [{"role": "system", "content": arguments.system}] if arguments.system else []
     if arguments.prompt is not None:
         _reply(target, [*talk, {"role": "user", "content": arguments.prompt}], arguments)
         return
     console = _console()
-    console.print(f"[dim]{target.folder or target.base.source}: write a message; /new starts afresh, /quit ends.[/]")
+    place = escape(str(target.folder or target.base.source))
+    console.print(f"[dim]{place}: write a message; /new starts afresh, /quit ends.[/]")
     start = len(talk)
     while True:
         try:
@@ -196,6 +226,8 @@ def _chat(arguments: argparse.Namespace) -> None:
         if words == "/new":
             del talk[start:]
         elif words:
+            if not target.base.has_template:
+                talk.clear()  # it continues a text, and knows of no conversation
             talk.append({"role": "user", "content": words})
             talk.append({"role": "assistant", "content": _reply(target, talk, arguments)})
 
@@ -223,16 +255,18 @@ def _reply(target: "Target", talk: list[dict[str, str]], arguments: argparse.Nam
 
 
 def _merge(arguments: argparse.Namespace) -> None:
+    from rich.markup import escape
+
+    from trimtab import files
     from trimtab.deploy import merge, open_target
 
-    if arguments.output.exists():
-        raise RecipeError(f"{arguments.output} exists already, and is not overwritten. Give a new folder.")
+    files.refuse_existing(arguments.output)
     target = open_target(arguments.target, arguments.model)
     if target.adapter is None:
         raise RecipeError(f"{arguments.target} is a model without an adapter: there is nothing to merge.")
     done = merge(target.base, target.adapter, arguments.output)
     _console().print(
-        f"Merged {done.matrices} matrices into {arguments.output} (float32). Loaded again by Transformers, its logits differ from "
+        f"Merged {done.matrices} matrices into {escape(str(arguments.output))} (float32). Loaded again by Transformers, its logits differ from "
         f"the adapter's by at most {done.max_logit_difference:.2g} (largest logit {done.logit_scale:.3g}); "
         f"likeliest token the same at {done.same_choice:.1%}."
     )

@@ -68,6 +68,12 @@ def append_line(path: Path, line: str) -> None:
         file.write(line.encode() + b"\n")
 
 
+def refuse_existing(path: Path) -> None:
+    """Raise StorageError if there is something at `path`."""
+    if os.path.lexists(path):
+        raise StorageError(f"{path}: exists already, and is not overwritten. Give another name, or remove it first.")
+
+
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder to fill that appears as `path` only when the block ends well.
@@ -77,8 +83,7 @@ def new_folder(path: Path) -> Iterator[Path]:
             the disk failed after the last step, the whole folder.
     """
     path = Path(path)
-    if os.path.lexists(path):
-        raise StorageError(f"{path}: exists already, and is not overwritten. Give another name, or remove it first.")
+    refuse_existing(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}{path.name}-", dir=path.parent))

@@ -265,3 +265,21 @@ def test_hyperparameters_out_of_range_are_refused(values, message):
     with pytest.raises(RecipeError) as caught:
         LoRA(**values)
     assert str(caught.value).startswith(message)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_hugging_faces_trainer_trains_it_and_nothing_else(tmp_path):
+    pytest.importorskip("accelerate")
+    import transformers
+
+    model = tiny("llama")
+    adapter = attach(model, LoRA(rank=2))
+    before = adapter.state()
+    digest = weights_hash({name: t for name, t in own_weights(model).items() if not t.requires_grad})
+    rows = [{"input_ids": row, "labels": row} for row in IDS.tolist()]
+    settings = transformers.TrainingArguments(
+        output_dir=str(tmp_path), max_steps=2, learning_rate=1e-2, report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True
+    )
+    transformers.Trainer(model=model, args=settings, train_dataset=rows).train()
+    assert all(not torch.equal(t, before[name]) for name, t in adapter.state().items())
+    assert weights_hash({name: t for name, t in own_weights(model).items() if not t.requires_grad}) == digest

@@ -24,7 +24,7 @@ FLOORS = (
     ("what makes an answer good", ("objectives",)),
     ("what is computed", ("engine",)),
     ("neighbours that do not know each other", ("base", "methods", "data", "artifacts")),
-    ("the ground", ("errors.py", "files.py", "config.py", "yaml12.py")),
+    ("the ground", ("errors.py", "files.py", "config.py", "yaml12.py", "startup.py")),
 )
 HEAD = """# The recipe
 

@@ -202,7 +202,9 @@ def _chatml_turn(role: str, content: str) -> str:
 
 
 def _qwen3_turn(role: str, content: str) -> str:
-    return _chatml_turn(role, content.split("</think>")[-1].lstrip("\n") if "</think>" in content else content)
+    """An earlier turn: its thinking is gone."""
+    thought = role == "assistant" and "</think>" in content
+    return _chatml_turn(role, content.split("</think>")[-1].lstrip("\n") if thought else content)
 
 
 def _llama3_turn(role: str, content: str) -> str:

@@ -11,6 +11,7 @@ import textwrap
 
 import pytest
 import torch
+from disks import make_read_only, small_disk
 
 from trimtab import files
 from trimtab.artifacts import Adapter, read_adapter, write_adapter
@@ -165,7 +166,10 @@ def test_a_new_file_in_a_new_folder_is_there_whole_or_not_at_all(code, tmp_path,
 
 @pytest.mark.parametrize("for_good", [False, True])
 def test_a_folder_appears_whole_or_not_at_all_whichever_call_fails(code, for_good, tmp_path, monkeypatch):
-    path, whole = tmp_path / "folder", {"folder": None, "folder/a.json": b'{\n  "a": 1\n}\n', "folder/b": b"b", "folder/in": None, "folder/in/c": b"c"}
+    path, whole = (
+        tmp_path / "folder",
+        {"folder": None, "folder/a.json": b'{\n  "a": 1\n}\n', "folder/b": b"b", "folder/in": None, "folder/in/c": b"c"},
+    )
 
     def start():
         shutil.rmtree(path, ignore_errors=True)
@@ -196,23 +200,33 @@ def test_a_folder_appears_whole_or_not_at_all_whichever_call_fails(code, for_goo
     made = every_fault(monkeypatch, code, fill, failed, done, for_good=for_good, start=start)
     assert made.index("rename") > max(n for n, call in enumerate(made) if call == "write")
     assert made[made.index("rename") :] == ["rename", "open", "fsync"]
-    assert made[: made.index("rename")].count("fsync") >= 3 * 2 + 3  # each file and its folder as written, each file again at the end
+    assert (
+        made[: made.index("rename")].count("fsync") >= 3 * 2 + 3
+    )  # each file and its folder as written, each file again at the end
 
 
 def test_a_folder_that_failed_can_be_written_again(tmp_path, monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(StorageError), files.new_folder(tmp_path / "folder") as new:
-        Faults(patch, 3, errno.ENOSPC)
-        files.write_bytes(new / "a", NEW)
-    with files.new_folder(tmp_path / "folder") as new:
-        files.write_bytes(new / "a", NEW)
+    def fill():
+        with files.new_folder(tmp_path / "folder") as new:
+            files.write_bytes(new / "a", NEW)
+
+    with monkeypatch.context() as patch:
+        Faults(patch, 5, errno.ENOSPC)
+        with pytest.raises(StorageError):
+            fill()
+    fill()
     assert results(tmp_path) == {"folder": None, "folder/a": NEW}
 
 
 @pytest.mark.parametrize("raised", [KeyboardInterrupt, ZeroDivisionError, SystemExit])
 def test_a_folder_whose_filling_is_broken_off_leaves_nothing(raised, tmp_path):
-    with pytest.raises(raised), files.new_folder(tmp_path / "folder") as new:
-        files.write_bytes(new / "a", NEW)
-        raise raised
+    def fill():
+        with files.new_folder(tmp_path / "folder") as new:
+            files.write_bytes(new / "a", NEW)
+            raise raised
+
+    with pytest.raises(raised):
+        fill()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -306,7 +320,11 @@ def test_an_adapter_is_saved_whole_or_not_at_all_whichever_call_fails(code, for_
 
     def done():
         assert_same_adapter(read_adapter(path), ADAPTER)
-        assert sorted(file.name for file in path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors", "trimtab.json"]
+        assert sorted(file.name for file in path.iterdir()) == [
+            "adapter_config.json",
+            "adapter_model.safetensors",
+            "trimtab.json",
+        ]
 
     every_fault(monkeypatch, code, lambda: write_adapter(path, ADAPTER), failed, done, for_good=for_good, start=start)
 
@@ -368,61 +386,55 @@ def test_a_program_that_dies_at_any_call_leaves_the_old_or_the_new(what, tmp_pat
 
 
 @pytest.fixture
-def small_disk(tmp_path):
-    """A real disk of 256 KB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if os.geteuid() != 0 or shutil.which("mount") is None:
-        pytest.skip("only root can mount a small disk; test_a_file_that_grows_too_large… covers its writes")
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)], capture_output=True, text=True)
-    if mounted.returncode != 0:
-        pytest.skip(f"a small disk cannot be mounted here: {mounted.stderr.strip()}")
-    yield disk
-    subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
-    subprocess.run(["umount", str(disk)], check=True)
+def disk(tmp_path):
+    with small_disk(tmp_path / "disk") as disk:
+        yield disk
 
 
-def test_a_disk_that_is_really_full_leaves_the_old_and_says_how_much_is_free(small_disk):
-    path = small_disk / "file"
+def test_a_disk_that_is_really_full_leaves_the_old_and_says_how_much_is_free(disk):
+    path = disk / "file"
     files.write_bytes(path, OLD)
     with pytest.raises(StorageError) as caught:
         files.write_bytes(path, bytes(300_000))
     assert str(caught.value) == (
         f"{path}: cannot write: No space left on device. 0.3 MB are free there: free some, or choose another folder."
     )
-    with pytest.raises(StorageError, match=r"folder/a: cannot write: No space left on device\. 0\.3 MB are free there"), files.new_folder(small_disk / "folder") as new:
+    with (
+        pytest.raises(StorageError, match=r"folder/a: cannot write: No space left on device\. 0\.3 MB are free there"),
+        files.new_folder(disk / "folder") as new,
+    ):
         files.write_bytes(new / "a", bytes(300_000))
-    assert results(small_disk) == {"file": OLD}
-    assert temporaries(small_disk) == []
+    assert results(disk) == {"file": OLD}
+    assert temporaries(disk) == []
 
 
-def test_an_adapter_too_large_for_a_real_disk_leaves_nothing(small_disk):
+def test_an_adapter_too_large_for_a_real_disk_leaves_nothing(disk):
     """Its tensors are written by safetensors, whose error is not the system's."""
     tensors = {"a": torch.zeros(100_000)}
     with pytest.raises(StorageError) as caught:
-        write_adapter(small_disk / "adapter", Adapter({"peft_type": "LORA"}, tensors))
+        write_adapter(disk / "adapter", Adapter({"peft_type": "LORA"}, tensors))
     assert str(caught.value) == (
-        f"{small_disk}/adapter: cannot write: Error while serializing: I/O error: No space left on device (os error 28). "
+        f"{disk}/adapter: cannot write: Error while serializing: I/O error: No space left on device (os error 28). "
         "0.3 MB are free there: free some, or choose another folder."
     )
-    assert list(small_disk.iterdir()) == []
+    assert list(disk.iterdir()) == []
 
 
-def test_a_log_on_a_real_full_disk_says_so(small_disk):
-    path = small_disk / "metrics.jsonl"
+def test_a_log_on_a_real_full_disk_says_so(disk):
+    path = disk / "metrics.jsonl"
     files.append_line(path, "{}")
     with pytest.raises(StorageError, match=r"metrics\.jsonl: cannot write: No space left on device"):
         files.append_line(path, "x" * 300_000)
     assert path.read_bytes().startswith(b"{}\n")
 
 
-def test_a_disk_that_is_really_read_only_says_so(small_disk):
-    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    for write in (lambda: files.write_bytes(small_disk / "x", NEW), lambda: files.append_line(small_disk / "x", "line")):
+def test_a_disk_that_is_really_read_only_says_so(disk):
+    make_read_only(disk)
+    for write in (lambda: files.write_bytes(disk / "x", NEW), lambda: files.append_line(disk / "x", "line")):
         with pytest.raises(StorageError) as caught:
             write()
-        assert str(caught.value) == f"{small_disk}/x: cannot write: Read-only file system. Choose a folder that you may write to."
-    with pytest.raises(StorageError, match="Read-only file system"), files.new_folder(small_disk / "x"):
+        assert str(caught.value) == f"{disk}/x: cannot write: Read-only file system. Choose a folder that you may write to."
+    with pytest.raises(StorageError, match="Read-only file system"), files.new_folder(disk / "x"):
         raise AssertionError("the block was entered")
 
 
@@ -462,14 +474,18 @@ def test_a_file_where_a_folder_is_needed_is_named(tmp_path):
         assert str(caught.value).endswith(f" {tmp_path / 'file'} is a file, not a folder.")
 
 
+DAMAGED = "The file is damaged; restore it from a copy."
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
         (None, "missing."),
-        (b"", "not valid JSON (Expecting value: line 1 column 1 (char 0)). The file is damaged; restore it from a copy."),
-        (b'{"a": 1', "not valid JSON (Expecting ',' delimiter: line 1 column 8 (char 7)). The file is damaged; restore it from a copy."),
-        (b'{"a": "\xff"}', "not valid JSON ('utf-8' codec can't decode byte 0xff in position 7: invalid start byte). The file is damaged; restore it from a copy."),
-        (b"[" * 100_000, "not valid JSON (maximum recursion depth exceeded while decoding a JSON array from a unicode string). The file is damaged; restore it from a copy."),
+        (b"", f"not valid JSON (Expecting value: line 1 column 1 (char 0)). {DAMAGED}"),
+        (b'{"a": 1', f"not valid JSON (Expecting ',' delimiter: line 1 column 8 (char 7)). {DAMAGED}"),
+        (b'{"a": "\xff"}', f"not valid JSON ('utf-8' codec can't decode byte 0xff in position 7: invalid start byte). {DAMAGED}"),
+        (b"[" * 100_000,
+         f"not valid JSON (maximum recursion depth exceeded while decoding a JSON array from a unicode string). {DAMAGED}"),
     ],
 )  # fmt: skip
 def test_damaged_json_is_refused_with_the_place(content, reason, tmp_path):
@@ -497,7 +513,7 @@ def test_json_is_written_as_it_is_read_and_never_with_a_number_that_is_not_json(
     assert files.read_json(tmp_path / "a.json") == value
 
 
-@pytest.mark.parametrize("cut", range(0, 3))
+@pytest.mark.parametrize("cut", range(3))
 def test_every_prefix_of_a_json_file_is_refused(cut, tmp_path):
     text = json.dumps({"a": {"b": [1, "x"]}}, indent=cut)
     for length in range(len(text)):
@@ -523,7 +539,12 @@ def test_every_flipped_bit_of_an_adapter_is_noticed_its_manifest_among_it(tmp_pa
 def test_a_manifest_that_was_edited_is_refused(key, value, tmp_path):
     write_adapter(tmp_path / "adapter", ADAPTER)
     manifest = files.read_json(tmp_path / "adapter" / "trimtab.json")
-    for edited in ({**manifest, key: value}, {k: v for k, v in manifest.items() if k != key}, {**manifest, "more": value}, value):
+    for edited in (
+        {**manifest, key: value},
+        {k: v for k, v in manifest.items() if k != key},
+        {**manifest, "more": value},
+        value,
+    ):
         files.write_json(tmp_path / "adapter" / "trimtab.json", edited)
         with pytest.raises(ArtifactError, match=r"trimtab\.json"):
             read_adapter(tmp_path / "adapter")

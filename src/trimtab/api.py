@@ -4,9 +4,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from trimtab.base import Base, Message, ModelConfig
-from trimtab.data import DataConfig, load_data, pack_all, plan_steps
+from trimtab.data import Conversation, DataConfig, load_data, pack_all, plan_steps, prompt_of
 from trimtab.data.example import Sequence as Row
 from trimtab.engine import check_packing, stream_tokens
+from trimtab.errors import RecipeError
 from trimtab.methods import Attached
 from trimtab.objectives import Objective
 from trimtab.objectives.sft import SFT
@@ -62,20 +63,17 @@ def answer(
 def stream(
     base: Base, question: str | list[Message], *, max_new_tokens: int = 256, temperature: float = 0.0, seed: int = 0
 ) -> Iterator[str]:
-    """`answer` in pieces of text, each as soon as its characters are whole."""
-    messages = [{"role": "user", "content": question}] if isinstance(question, str) else question
-    if not base.has_template and len(messages) != 1:
-        raise RecipeError(f"{base.source} has no chat template: it can continue one text, and knows of no conversation or system message.")
-    text = base.render(messages, prompt=True) if base.has_template else messages[0]["content"]
-    (encoded,) = base.encode([text], special=not base.has_template)
-    room = max_new_tokens if base.context_length is None else base.context_length - len(encoded.ids)
-    if room < 1 or not encoded.ids:
-        raise RecipeError(f"a prompt of {len(encoded.ids):,} tokens: {base.source} takes from 1 to {base.context_length - 1:,}.")
+    """`answer` in pieces of text, each as soon as its characters are whole.
+
+    Raises:
+        RecipeError: This model can't be asked that.
+    """
+    prompt = _prompt(base, [{"role": "user", "content": question}] if isinstance(question, str) else question)
+    if base.context_length is not None:
+        max_new_tokens = min(max_new_tokens, base.context_length - len(prompt))
     ids: list[int] = []
     said = ""
-    tokens = stream_tokens(
-        base.model, encoded.ids, base.stop_ids, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
-    )
+    tokens = stream_tokens(base.model, prompt, base.stop_ids, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     for token in tokens:
         ids.append(token)
         whole = base.decode(ids)
@@ -83,3 +81,18 @@ def stream(
             yield whole[len(said) :]
             said = whole
     yield base.decode(ids)[len(said) :]
+
+
+def _prompt(base: Base, messages: list[Message]) -> list[int]:
+    """The tokens that ask for the next message, as training has them."""
+    if not base.has_template and len(messages) != 1:
+        raise RecipeError(
+            f"{base.source} has no chat template: it continues one text, and takes no system message and no earlier messages."
+        )
+    asked = Conversation((*messages, {"role": "assistant", "content": ""}), "prompt", continues=not base.has_template)
+    ids, _ = prompt_of(asked, base)
+    most = base.context_length
+    if not ids or (most is not None and len(ids) >= most):
+        limit = f", and {base.source} was made for {most:,} with the answer" if ids else ""
+        raise RecipeError(f"The prompt has {len(ids):,} tokens{limit}.")
+    return ids

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from trimtab import __version__
 from trimtab.errors import DataError, RecipeError, StorageError, TrimtabError, listing
+from trimtab.startup import without_collector
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -83,25 +84,8 @@ def _parser() -> argparse.ArgumentParser:
         "words", metavar="key=value", nargs="*", help="keys of the recipe, for example train.lr=1e-4 method.rank=8"
     )
 
-    score = add("eval", _eval, "measure loss and exact answers on rows it has not learned")
-    score.add_argument("target", metavar="TARGET", help=TARGET)
-    score.add_argument("--data", metavar="FILE", help="rows to measure on; a run's own held-out rows unless given")
-    score.add_argument("--base", action="store_true", help="measure the base without the adapter as well")
-    score.add_argument("--show", metavar="N", type=_whole(0), default=0, help="show N answers beside the expected ones")
-    score.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    _model_option(score)
-
-    chat = add("chat", _chat, "talk to a model")
-    chat.add_argument("target", metavar="TARGET", help=TARGET)
-    chat.add_argument("--prompt", metavar="TEXT", help="ask this one question and end")
-    chat.add_argument("--base", action="store_true", help="show the base's answer beside the adapter's")
-    chat.add_argument("--system", metavar="TEXT", help="the system message")
-    chat.add_argument("--max-new-tokens", metavar="N", type=_whole(1), default=512)
-    chat.add_argument(
-        "--temperature", metavar="T", type=_temperature, default=0.0, help="0 (the default) always takes the likeliest token"
-    )
-    chat.add_argument("--seed", metavar="N", type=_whole(0), default=0, help="decides the draws when the temperature is above 0")
-    _model_option(chat)
+    _eval_words(add("eval", _eval, "measure loss and exact answers on rows it has not learned"))
+    _chat_words(add("chat", _chat, "talk to a model"))
 
     merge = add(
         "merge",
@@ -117,6 +101,28 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("target", metavar="FOLDER", type=Path)
     show.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
+
+
+def _eval_words(score: argparse.ArgumentParser) -> None:
+    score.add_argument("target", metavar="TARGET", help=TARGET)
+    score.add_argument("--data", metavar="FILE", help="rows to measure on; a run's own held-out rows unless given")
+    score.add_argument("--base", action="store_true", help="measure the base without the adapter as well")
+    score.add_argument("--show", metavar="N", type=_whole(0), default=0, help="show N answers beside the expected ones")
+    score.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    _model_option(score)
+
+
+def _chat_words(chat: argparse.ArgumentParser) -> None:
+    chat.add_argument("target", metavar="TARGET", help=TARGET)
+    chat.add_argument("--prompt", metavar="TEXT", help="ask this one question and end")
+    chat.add_argument("--base", action="store_true", help="show the base's answer beside the adapter's")
+    chat.add_argument("--system", metavar="TEXT", help="the system message")
+    chat.add_argument("--max-new-tokens", metavar="N", type=_whole(1), default=512)
+    chat.add_argument(
+        "--temperature", metavar="T", type=_temperature, default=0.0, help="0 (the default) always takes the likeliest token"
+    )
+    chat.add_argument("--seed", metavar="N", type=_whole(0), default=0, help="decides the draws when the temperature is above 0")
+    _model_option(chat)
 
 
 def _model_option(command: argparse.ArgumentParser) -> None:
@@ -151,10 +157,11 @@ def _console() -> "Console":
 def _train(arguments: argparse.Namespace) -> None:
     from rich.markup import escape
 
-    from trimtab.config import read
-    from trimtab.recipe import Recipe
-    from trimtab.report import Terminal
-    from trimtab.run import run_recipe
+    with without_collector():
+        from trimtab.config import read
+        from trimtab.recipe import Recipe
+        from trimtab.report import Terminal
+        from trimtab.run import run_recipe
 
     recipe = read(Recipe, arguments.recipe, arguments.words)
     console = _console()
@@ -178,7 +185,8 @@ def _eval(arguments: argparse.Namespace) -> None:
         examples, account = load_examples(arguments.data)
         source = arguments.data
         if account.refused:
-            raise DataError(f"data: {account}\n{listing([f'{where}: {reason}' for where, reason in account.refused])}")
+            problems = listing([f"{where}: {reason}" for where, reason in account.refused])
+            raise DataError(f"data: rows that can't be measured:\n{problems}")
     target = _open(arguments)
     console, name, scores = _console(), "adapter" if target.adapter else "model", {}
     with Answering(console, len(examples), quiet=arguments.json) as answering:
@@ -195,7 +203,8 @@ def _eval(arguments: argparse.Namespace) -> None:
 
 
 def _open(arguments: argparse.Namespace) -> "Target":
-    from trimtab.deploy import open_target
+    with without_collector():
+        from trimtab.deploy import open_target
 
     target = open_target(arguments.target, arguments.model)
     if arguments.base and target.adapter is None:

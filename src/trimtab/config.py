@@ -171,10 +171,10 @@ _EXPECTED = {
     "int_type": "a whole number",
     "float_type": "a number",
     "finite_number": "a finite number",
-    "greater_than": "a number above {gt:g}",
-    "greater_than_equal": "a number of at least {ge:g}",
-    "less_than": "a number below {lt:g}",
-    "less_than_equal": "a number of at most {le:g}",
+    "greater_than": "a number above {gt}",
+    "greater_than_equal": "a number of at least {ge}",
+    "less_than": "a number below {lt}",
+    "less_than_equal": "a number of at most {le}",
     "bool_type": "true or false",
     "string_type": "a text",
     "string_too_short": "a text that is not empty",
@@ -232,7 +232,8 @@ def _problem(value: Any, several: list[Any]) -> str:
 
 def _wanted(one: Any) -> str:
     if one["type"] in _EXPECTED:
-        return _EXPECTED[one["type"]].format(**one.get("ctx", {}))
+        context = {key: f"{value:g}" if isinstance(value, float) else value for key, value in one.get("ctx", {}).items()}
+        return _EXPECTED[one["type"]].format(**context)
     return one["msg"].removeprefix("Input should be ")
 
 

@@ -3,7 +3,7 @@
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,9 +50,7 @@ def run_recipe(recipe: Recipe, watch: Watcher | None = None) -> Run:
     """
     watch = watch or Silent()
     if recipe.output.exists() and (not recipe.output.is_dir() or any(recipe.output.iterdir())):
-        raise StorageError(
-            f"output: {recipe.output} exists already, and is not overwritten. Give another with output=…, or remove it."
-        )
+        files.refuse_existing(recipe.output)
     base = Base.load(recipe.model)
     with ThreadPoolExecutor(max_workers=1) as background:  # hashing the weights beside tokenizing the data
         fingerprint = background.submit(lambda: base.fingerprint)
@@ -84,11 +82,10 @@ def run_recipe(recipe: Recipe, watch: Watcher | None = None) -> Run:
         base.check_unchanged()
         best = done.best or done.last
         write_adapter(run.folder / "adapter", read_adapter(run.folder / best["folder"]))
-    except KeyboardInterrupt:
-        run.write(status="interrupted")
-        raise
-    except Exception as error:
-        run.write(status="failed", error=str(error))
+    except BaseException as error:
+        interrupted = isinstance(error, KeyboardInterrupt)
+        with suppress(StorageError):  # what went wrong first is what matters
+            run.write(status="interrupted") if interrupted else run.write(status="failed", error=str(error))
         raise
     run.write(status="done", best=best, last=done.last, seconds=done.seconds, tokens=done.tokens)
     watch.finished(run.state, run.folder)
@@ -161,18 +158,22 @@ def _train(
     done, started, step = _Done(), time.perf_counter(), None
     every = recipe.train.evaluate_every or max(1, -(-len(steps) // 4))
     try:
-        _evaluate(run, base, data, 0, recipe, watch)
         for step in train(base, adapter, recipe.objective, steps, recipe.train, rate):
             done.tokens += step.tokens
             run.log(kind="train", step=step.number, **_step_line(step))
             watch.stepped(step, len(steps))
             if step.number % every == 0 or step.number == len(steps):
+                if not done.last:  # the base's loss, to compare with; measured now, so that training starts at once
+                    with adapter.disabled():
+                        _evaluate(run, base, data, 0, recipe, watch)
                 scored = _evaluate(run, base, data, step.number, recipe, watch)
                 _save(run, base, adapter, done, step, scored)
     except KeyboardInterrupt:
-        if step is not None and done.last.get("step") != step.number:
+        if step is None:
+            raise
+        if done.last.get("step") != step.number:
             _save(run, base, adapter, done, step, None)
-        raise
+        raise KeyboardInterrupt(f"the adapter after step {step.number} is in {run.folder / done.last['folder']}") from None
     done.seconds = time.perf_counter() - started
     return done
 

@@ -82,6 +82,12 @@ def _whole_number(loader: Any, node: Any) -> int:
     return int(loader.construct_scalar(node))  # PyYAML's would read 010 as 8
 
 
+def _text(dumper: Any, text: str) -> Any:
+    odd = any(character in text for character in "\x85\u2028\u2029")  # which PyYAML writes as line ends, unless in these quotes
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if odd else None)
+
+
+_Dumper.add_representer(str, _text)
 _KINDS = {f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "float", "str", "seq", "map")}
 _Loader.yaml_constructors = {tag: make for tag, make in _Loader.yaml_constructors.items() if tag is None or tag in _KINDS}
 _Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)

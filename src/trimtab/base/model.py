@@ -14,6 +14,7 @@ from trimtab.base.fingerprint import PARTS, Fingerprint, fingerprint, own_weight
 from trimtab.base.supported import refuse_unsupported
 from trimtab.config import Config
 from trimtab.errors import ArtifactError, BaseChanged, DataError, RecipeError, StorageError, UnsupportedModel
+from trimtab.startup import without_collector
 
 Message = dict[str, Any]
 """A chat message: `role`, `content`, and what else the model's template reads (`tool_calls`, …)."""
@@ -75,12 +76,13 @@ class Base:
     @classmethod
     def load_folder(cls, place: Path | str, dtype: torch.dtype, device: torch.device, *, with_tokenizer: bool = True) -> "Base":
         """Load a model folder (a Path), or a name on the hub (a str), in a number type on a device."""
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-        from transformers.utils import logging
+        with without_collector():
+            from transformers import AutoModelForCausalLM, AutoTokenizer
+            from transformers.utils import logging
 
         logging.disable_progress_bar()
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), without_collector():
                 warnings.simplefilter("ignore")
                 model: Any = AutoModelForCausalLM.from_pretrained(str(place), dtype=dtype, use_safetensors=True)
                 tokenizer = AutoTokenizer.from_pretrained(str(place)) if with_tokenizer else None

@@ -27,14 +27,19 @@ def versions() -> dict[str, str]:
 def save_adapter(base: Base, adapter: Attached, folder: Path | str, trained: dict[str, Any] | None = None) -> None:
     """Write the adapter as a new folder that PEFT reads too. Raises StorageError; then there is no folder."""
     config, tensors = adapter.method.to_peft(base.model, adapter.state())
-    stop_ids = list(base.stop_ids) if base.tokenizer is not None else []
+    facts = {
+        "source": base.source,
+        "dtype": str(next(base.model.get_input_embeddings().parameters()).dtype).removeprefix("torch."),
+        "fingerprint": base.fingerprint,
+        "stop_ids": list(base.stop_ids) if base.tokenizer is not None else [],
+    }
     write_adapter(
         Path(folder),
         Adapter(
             config={"base_model_name_or_path": base.source, **config},
             tensors=tensors,
             method=adapter.method.plain(),
-            base={"source": base.source, "fingerprint": base.fingerprint, "stop_ids": stop_ids},
+            base=facts,
             trained=trained or {},
             versions=versions(),
         ),

@@ -47,8 +47,10 @@ def open_target(name: str, model: str | None = None) -> Target:
         if model is not None:
             raise RecipeError(f"{name} is not a run or an adapter folder, so --model {model} says nothing about it.")
         return Target(Base.load(ModelConfig(name=name)), None, None)
-    source = model or read_adapter(folder).source
+    stored = read_adapter(folder)
+    source = model or stored.source
     if not source:
         raise RecipeError(f"{folder} does not say which base it was trained on: give it with --model.")
-    base = Base.load(ModelConfig(name=source))
+    dtype = stored.base.get("dtype")
+    base = Base.load(ModelConfig(name=source, dtype=dtype if dtype in ("float32", "bfloat16") else "auto"))
     return Target(base, load_adapter(base, folder), folder)

@@ -15,7 +15,7 @@ from trimtab.base import Base
 from trimtab.data import Account, Conversation, make_sequences, pack_all, prompt_of
 from trimtab.data.example import Sequence as Row
 from trimtab.engine import generate, pack_logprobs
-from trimtab.errors import DataError, listing
+from trimtab.errors import DataError, NonFinite, listing
 
 Interval = tuple[float, float]
 Z = 1.959963984540054
@@ -54,11 +54,15 @@ class Answered:
 
 @torch.no_grad()
 def score_loss(base: Base, rows: Sequence[Row], pack_tokens: int = 1024, on_rows: Callable[[int], None] | None = None) -> Loss:
-    """The loss of the model as it stands (an attached adapter counts) on `rows`."""
+    """The loss of the model as it stands (an attached adapter counts) on `rows`. Raises NonFinite if it is not a number."""
     sums: list[float] = []
     counts: list[int] = []
     for pack in pack_all(rows, pack_tokens):
-        sums += (-pack_logprobs(base.model, pack.to(base.device))).tolist()
+        losses = (-pack_logprobs(base.model, pack.to(base.device))).tolist()
+        broken = [row.where for row, loss in zip(pack.sequences, losses, strict=True) if not math.isfinite(loss)]
+        if broken:
+            raise NonFinite(f"The loss on {broken[0]} is not a number: the model's weights, or an adapter's, are broken.")
+        sums += losses
         counts += [len(row.learned) for row in pack.sequences]
         if on_rows:
             on_rows(len(pack.sequences))

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from trimtab import files
 from trimtab.artifacts import is_adapter, read_adapter
-from trimtab.errors import RecipeError
+from trimtab.errors import ArtifactError, RecipeError
 
 
 def scores_table(scores: dict[str, dict[str, Any]], source: str) -> Table:
@@ -53,7 +53,10 @@ def _short(text: str, most: int = 200) -> str:
 def described(folder: Path) -> dict[str, Any]:
     """What is in a run or adapter folder, as JSON data; reading it verifies every hash."""
     if (folder / "run.json").is_file():
-        return {"run": str(folder), **files.read_json(folder / "run.json"), **_adapter_facts(folder / "adapter")}
+        state = files.read_json(folder / "run.json")
+        if not isinstance(state, dict) or not {"status", "base", "steps", "peak_lr", "lr_formula"} <= state.keys():
+            raise ArtifactError(f"{folder / 'run.json'}: is not the record of a run. Restore it from a copy.")
+        return {"run": str(folder), **state, **_adapter_facts(folder / "adapter")}
     if is_adapter(folder):
         return _adapter_facts(folder)
     raise RecipeError(f"{folder} is neither a run nor an adapter folder." if folder.exists() else f"{folder}: no such folder.")

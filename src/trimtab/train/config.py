@@ -33,7 +33,7 @@ class TrainConfig(Config):
     """The largest norm a gradient may have; a larger one is scaled down to it. null for no limit."""
     evaluate_every: Annotated[int, Field(ge=1)] | None = None
     """Steps between evaluations, after each of which the adapter is saved; a quarter of the run unless given."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Decides the adapter's first values, the held-out rows, the order of rows and the dropout."""
 
     @model_validator(mode="after")

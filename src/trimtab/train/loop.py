@@ -6,10 +6,12 @@ Logging, evaluating, saving and stopping are the body of the caller's `for` loop
 import hashlib
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from torch import nn
 
 from trimtab.base import Base
 from trimtab.data import Pack
@@ -57,6 +59,7 @@ def train(
 
     Raises:
         NonFinite: A loss or gradient is not a number; the adapter is as it was before that step.
+        KeyboardInterrupt: The same, whenever it comes.
         DataError: A step has nothing to learn.
     """
     parameters = list(adapter.parameters().values())
@@ -82,10 +85,24 @@ def train(
             _refuse(number, mean, norm.item(), [row for pack in packs for row in pack.sequences])
         for group in optimizer.param_groups:
             group["lr"] = lr
-        optimizer.step()
-        optimizer.zero_grad()
+        with _whole(parameters):
+            optimizer.step()
+            optimizer.zero_grad()
         tokens = sum(row.shown for pack in packs for row in pack.sequences)
         yield Step(number, mean, items, tokens, time.perf_counter() - started, norm.item(), lr)
+
+
+@contextmanager
+def _whole(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Undo the block's update if it is broken off (Ctrl-C): half of one is no step's result."""
+    before = [parameter.detach().clone() for parameter in parameters]
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for parameter, value in zip(parameters, before, strict=True):
+                parameter.copy_(value)
+        raise
 
 
 def peak_learning_rate(config: TrainConfig, base: Base, method: Method, rows_per_step: float, steps: int) -> tuple[float, str]:

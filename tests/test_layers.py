@@ -1,0 +1,349 @@
+"""Imports point downwards, neighbours do not know each other, and what is dangerous or heavy has one owner or none."""
+
+import ast
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1] / "src" / "trimtab"
+
+FLOORS = [
+    {"errors", "files", "config", "yaml12", "startup"},
+    {"base", "methods", "data", "artifacts"},
+    {"engine"},
+    {"objectives"},
+    {"train"},
+    {"deploy", "evaluate", "report"},
+    {"recipe", "run", "api"},
+    {"cli", "__main__"},
+]
+"""Of docs/…/architecture: what stands on which floor, the lowest first."""
+
+STACKED = [{"errors", "files", "config", "yaml12", "startup"}, {"recipe", "run", "api"}, {"cli", "__main__"}]
+"""Floors whose files build on each other, without a circle; on the others, neighbours do not know each other."""
+KNOWN = {("report", "evaluate")}
+"""Neighbours one of which may know the other."""
+NEVER = {("deploy", "train"), ("evaluate", "train")}
+FAMILIES = {"methods", "objectives"}
+"""Folders whose members do not know each other: they share the files whose names start with an underscore."""
+
+OWNERS = {
+    "transformers": {"base", "engine"},
+    "rich": {"cli", "report"},
+    "yaml": {"yaml12"},
+    "argparse": {"cli"},
+    "pydantic_core": {"config", "recipe"},
+}
+"""Outside libraries, and who alone may import them, even lazily."""
+UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
+UNSAFE_CALLS = {"eval", "exec", "compile", "__import__"}
+UNSAFE_METHODS = {
+    ("torch", "load"),
+    ("yaml", "unsafe_load"),
+    ("yaml", "full_load"),
+    ("pandas", "read_pickle"),
+    ("os", "system"),
+}
+UNSAFE_WORDS = {"trust_remote_code", "allow_pickle", "weights_only"}
+
+LAZY = {"__init__.py", "config.py"}
+"""Files that import what a text names: the package's own names, and the members of a family."""
+
+MOST_LINES_OF_A_FILE = 300
+MOST_LINES_OF_FLOORS_0_TO_4 = 4000
+MOST_LINES_OF_A_FUNCTION = 50
+
+Sources = dict[str, str]
+"""Path within the package, such as `data/load.py` -> the file's text."""
+
+
+def real() -> Sources:
+    return {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in sorted(ROOT.rglob("*.py"))}
+
+
+@cache
+def nodes(text: str) -> list[ast.AST]:
+    return list(ast.walk(ast.parse(text)))
+
+
+def part_of(path: str) -> str:
+    """The folder or file that stands on a floor; "" for the package's own __init__.py, which loads all lazily."""
+    first = path.partition("/")[0].removesuffix(".py")
+    return "" if first == "__init__" else first
+
+
+def floor_of(part: str) -> int:
+    return next((number for number, floor in enumerate(FLOORS) if part in floor), -1)
+
+
+def file_of(dotted: str, sources: Sources) -> str | None:
+    """The file of a module of ours: `trimtab.data.load` -> data/load.py."""
+    inner = dotted.removeprefix("trimtab").replace(".", "/").strip("/")
+    return next((p for p in (f"{inner}.py", f"{inner}/__init__.py".lstrip("/")) if p in sources), None)
+
+
+def imports(text: str, path: str, sources: Sources) -> Iterator[tuple[int, str]]:
+    """(line, dotted name) of every import in a file, wherever in it; a name imported from a package as the module it may be."""
+    for node in nodes(text):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                yield node.lineno, "." * node.level + (node.module or "")
+                continue
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                yield node.lineno, whole if file_of(whole, sources) else str(node.module)
+        elif isinstance(node, ast.Attribute) and node.attr == "import_module" and path not in LAZY:
+            yield node.lineno, "importlib.import_module"
+
+
+def violations(sources: Sources) -> list[str]:
+    found = []
+    for path, text in sources.items():
+        part = part_of(path)
+        if part and floor_of(part) < 0:
+            found.append(f"{path}: stands on no floor")
+        found += [f"{path}:{line}: {problem}" for line, problem in [*_wrong_imports(path, text, sources), *_unsafe(text, part)]]
+        found += [f"{path}:{line}: {problem}" for line, problem in _too_long(text)]
+    found += [f"a circle: {' -> '.join(circle)}" for circle in circles(sources)]
+    low = sum(text.count("\n") for path, text in sources.items() if part_of(path) and 0 <= floor_of(part_of(path)) <= 4)
+    if low > MOST_LINES_OF_FLOORS_0_TO_4:
+        found.append(f"floors 0 to 4 have {low} lines")
+    return found
+
+
+def _wrong_imports(path: str, text: str, sources: Sources) -> Iterator[tuple[int, str]]:
+    part = part_of(path)
+    for line, name in imports(text, path, sources):
+        top = name.partition(".")[0]
+        if name.startswith(".") or name == "importlib.import_module":
+            yield line, f"{name}: write imports in full"
+        elif top in OWNERS and part not in OWNERS[top]:
+            yield line, f"only {', '.join(sorted(OWNERS[top]))} may import {top}"
+        elif top in UNSAFE_MODULES:
+            yield line, f"{top} can run what it reads"
+        elif top == "trimtab" and (target := file_of(name, sources)) is None:
+            yield line, f"no file is {name}"
+        elif top == "trimtab" and part:
+            yield from ((line, problem) for problem in _wrong_way(path, part_of(target), target))
+
+
+def _wrong_way(path: str, other: str, target: str) -> Iterator[str]:
+    part = part_of(path)
+    if other == part:
+        name = Path(target).stem
+        if part in FAMILIES and not Path(path).stem.startswith("_") and (not name.startswith("_") or name == "__init__"):
+            yield f"{path} may not know its sibling {target}"
+        return
+    if not other:
+        return  # the package's own __init__.py: its version
+    if floor_of(other) > floor_of(part):
+        yield f"{other} is above {part}"
+    elif (part, other) in NEVER:
+        yield f"{part} may not know {other}"
+    elif floor_of(other) == floor_of(part) and FLOORS[floor_of(part)] not in STACKED and (part, other) not in KNOWN:
+        yield f"{part} may not know its neighbour {other}"
+
+
+def _unsafe(text: str, part: str) -> Iterator[tuple[int, str]]:
+    for node in nodes(text):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            if node.func.id in UNSAFE_CALLS:
+                yield node.lineno, f"{node.func.id}() runs what it is given"
+            elif node.func.id == "print" and part not in ("cli", "report"):
+                yield node.lineno, "only cli and report print"
+            elif node.func.id == "open" and part != "files" and any("w" in w or "a" in w for w in _modes(node)):
+                yield node.lineno, "only files.py writes"
+        if (
+            isinstance(node, ast.Attribute)
+            and isinstance(node.value, ast.Name)
+            and (node.value.id, node.attr) in UNSAFE_METHODS
+        ):
+            yield node.lineno, f"{node.value.id}.{node.attr} can run what it reads"
+        if isinstance(node, ast.Attribute) and node.attr in ("write_text", "write_bytes") and part != "files":
+            owner = node.value.id if isinstance(node.value, ast.Name) else ""
+            if owner != "files":
+                yield node.lineno, "only files.py writes"
+        words = {node.arg} if isinstance(node, ast.keyword) else {node.id} if isinstance(node, ast.Name) else set()
+        words |= {node.value} if isinstance(node, ast.Constant) and isinstance(node.value, str) else set()
+        yield from ((getattr(node, "lineno", 0), f"{word} is never wanted") for word in words & UNSAFE_WORDS)
+        if isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                if (node.module, alias.name) in UNSAFE_METHODS:
+                    yield node.lineno, f"{node.module}.{alias.name} can run what it reads"
+
+
+def _modes(call: ast.Call) -> Iterator[str]:
+    for node in [*call.args[1:2], *(k.value for k in call.keywords if k.arg == "mode")]:
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+def _too_long(text: str) -> Iterator[tuple[int, str]]:
+    lines = text.count("\n")
+    if lines > MOST_LINES_OF_A_FILE:
+        yield lines, f"has {lines} lines"
+    for node in nodes(text):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or 0) - node.lineno + 1
+            if length > MOST_LINES_OF_A_FUNCTION:
+                yield node.lineno, f"{node.name} has {length} lines"
+
+
+def circles(sources: Sources) -> list[list[str]]:
+    """Every circle of imports, lazy ones and those for type checkers among them; one a strongly connected set.
+
+    Importing `a.b` runs `a/__init__.py` first, so that counts as imported too, but by the files of `a` itself.
+    """
+    graph: dict[str, set[str]] = {path: set() for path in sources}
+    for path, text in sources.items():
+        for _, name in imports(text, path, sources):
+            target = file_of(name, sources) if name.partition(".")[0] == "trimtab" else None
+            if target is None:
+                continue
+            graph[path].add(target)
+            package = f"{part_of(target)}/__init__.py"
+            if part_of(target) != part_of(path) and package in sources:
+                graph[path].add(package)
+    return [
+        sorted(group) for group in _strongly_connected(graph) if len(group) > 1 or next(iter(group)) in graph[next(iter(group))]
+    ]
+
+
+def _strongly_connected(graph: dict[str, set[str]]) -> list[set[str]]:
+    """Files that reach each other; small enough to be counted out."""
+
+    def reached(start: str) -> set[str]:
+        seen: set[str] = set()
+        waiting = list(graph[start])
+        while waiting:
+            one = waiting.pop()
+            if one not in seen:
+                seen.add(one)
+                waiting += graph[one]
+        return seen
+
+    reach = {path: reached(path) for path in graph}
+    groups: list[set[str]] = []
+    for path in graph:
+        if path in reach[path] and not any(path in group for group in groups):
+            groups.append({other for other in reach[path] if path in reach[other]})
+    return groups
+
+
+def test_the_house_keeps_its_rules():
+    sources = real()
+    assert len(sources) > 30
+    assert violations(sources) == []
+
+
+def test_every_floor_is_built():
+    parts = {part_of(path) for path in real()} - {""}
+    assert parts == set().union(*FLOORS)
+
+
+@cache
+def known_violations() -> list[str]:
+    return violations(real())
+
+
+PLANTED = {
+    "a lower floor that knows a higher one": ("files.py", "from trimtab.base import Base", "base is above files"),
+    "the same, lazily": ("engine/head.py", "def f():\n    from trimtab.train import Step", "train is above engine"),
+    "the same, by the whole package": ("data/read.py", "import trimtab.engine.decode", "engine is above data"),
+    "the same, as a name of the package": ("base/model.py", "from trimtab import run", "run is above base"),
+    "the same, for the type checker": (
+        "methods/lora.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from trimtab.train import Step", "train is above methods"
+    ),
+    "a neighbour": ("methods/_base.py", "from trimtab.data import Pack", "methods may not know its neighbour data"),
+    "another neighbour": ("artifacts/adapter.py", "from trimtab.base.fingerprint import PARTS", "artifacts may not know its neighbour base"),
+    "deploy that knows train": ("deploy/merging.py", "import trimtab.train", "deploy may not know train"),
+    "evaluate that knows train": ("evaluate/scoring.py", "from trimtab.train.loop import Step", "evaluate may not know train"),
+    "deploy that knows evaluate": ("deploy/target.py", "from trimtab.evaluate import score", "deploy may not know its neighbour evaluate"),
+    "evaluate that knows report": ("evaluate/scoring.py", "from trimtab.report import Silent", "evaluate may not know its neighbour report"),
+    "a method that knows another": (
+        "methods/new.py", "from trimtab.methods.lora import LoRA", "methods/new.py may not know its sibling methods/lora.py"
+    ),
+    "a method that knows the whole folder": (
+        "methods/new.py", "from trimtab.methods import attach", "methods/new.py may not know its sibling methods/__init__.py"
+    ),
+    "an objective that knows another": (
+        "objectives/new.py", "def f():\n    from trimtab.objectives import sft", "objectives/new.py may not know its sibling objectives/sft.py"
+    ),
+    "transformers outside base and engine": ("deploy/merging.py", "import transformers", "only base, engine may import transformers"),
+    "the same, lazily and deep": (
+        "train/loop.py", "def f():\n    from transformers.utils import logging", "only base, engine may import transformers"
+    ),
+    "rich where nothing is shown": ("run.py", "from rich.console import Console", "only cli, report may import rich"),
+    "printing where nothing is shown": ("train/loop.py", "print('step')", "only cli and report print"),
+    "an import that does not say from where": ("data/load.py", "from .order import split", ".order: write imports in full"),
+    "an import that is hidden": (
+        "data/load.py", "import importlib\nimportlib.import_module('trimtab.run')", "importlib.import_module: write imports in full"
+    ),
+    "an import of what is not there": ("cli.py", "import trimtab.nothing", "no file is trimtab.nothing"),
+    "a pickle": ("data/read.py", "import pickle", "pickle can run what it reads"),
+    "a pickle's part": ("data/read.py", "from dill import loads", "dill can run what it reads"),
+    "torch.load": ("artifacts/adapter.py", "import torch\ntorch.load('x')", "torch.load can run what it reads"),
+    "torch.load by name": ("artifacts/adapter.py", "from torch import load", "torch.load can run what it reads"),
+    "eval": ("config.py", "eval('1')", "eval() runs what it is given"),
+    "exec": ("cli.py", "def f():\n    exec('1')", "exec() runs what it is given"),
+    "code from the hub": ("base/model.py", "f(trust_remote_code=True)", "trust_remote_code is never wanted"),
+    "the same, hidden in a dictionary": ("base/model.py", "f(**{'trust_remote_code': True})", "trust_remote_code is never wanted"),
+    "another YAML": ("recipe.py", "import yaml", "only yaml12 may import yaml"),
+    "another writer": ("run.py", "open('x', 'w')", "only files.py writes"),
+    "another writer, by a path": ("deploy/merging.py", "path.write_text('x')", "only files.py writes"),
+    "a file on no floor": ("helpers.py", "", "stands on no floor"),
+    "a folder on no floor": ("utils/__init__.py", "", "stands on no floor"),
+    "a file that is too long": ("data/more.py", "x = 1\n" * 301, "has 301 lines"),
+    "a function that is too long": ("data/more.py", "def f():\n" + "    x = 1\n" * 50, "f has 51 lines"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "text", "expected"), PLANTED.values(), ids=PLANTED)
+def test_it_notices(path, text, expected):
+    """Each planted in the real tree, alone."""
+    sources = real()
+    before = known_violations()
+    sources[path] = sources.get(path, "") + ("\n" if path in sources else "") + text + "\n" * (not text.endswith("\n"))
+    new = [problem for problem in violations(sources) if problem not in before]
+    assert any(problem.startswith(path) and problem.endswith(expected) for problem in new), new
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"errors.py": "import trimtab.files"}, "a circle: errors.py -> files.py"),
+        (
+            {"errors.py": "def f():\n    from trimtab import config"},
+            "a circle: config.py -> errors.py -> yaml12.py",
+        ),
+        ({"recipe.py": "def f():\n    from trimtab.run import held_out"}, "a circle: recipe.py -> run.py"),
+        ({"data/order.py": "def f():\n    from trimtab.data.load import load_data"}, "data/load.py -> data/order.py"),
+        ({"train/config.py": "from trimtab.train.loop import Step"}, "a circle: train/config.py -> train/loop.py"),
+        ({"files.py": "import trimtab.files"}, "a circle: files.py"),
+        ({"cli.py": "from trimtab.__main__ import main"}, "a circle: __main__.py -> cli.py"),
+        ({"api.py": "import trimtab"}, "__init__.py -> api.py"),
+    ],
+    ids=str,
+)
+def test_it_notices_a_circle_even_a_lazy_one(changes, expected):
+    sources = real()
+    for path, text in changes.items():
+        sources[path] += f"\n{text}\n"
+    assert any(problem.startswith("a circle: ") and expected in problem for problem in violations(sources)), violations(sources)
+
+
+def test_it_notices_a_ground_that_grows_too_heavy():
+    sources = real()
+    sources |= {f"engine/more{n}.py": "x = 1\n" * 290 for n in range(15)}
+    assert any(problem.startswith("floors 0 to 4 have ") for problem in violations(sources))
+
+
+def test_a_house_of_one_room_is_fine():
+    """The baseline of the planted ones: clean text is not reported."""
+    assert (
+        violations({"errors.py": "import sys\n", "cli.py": "from trimtab.errors import listing\nprint(model.eval())\n"}) == []
+    )

@@ -1,0 +1,118 @@
+"""Scores: what they are, how sure they are, and that a right answer is never cut off."""
+
+import math
+
+import pytest
+import torch
+from families import logprob_alone
+from templates import CHATML, base_of, bytes_tokenizer
+
+from trimtab.data import Account, Conversation, Text, make_sequences, prompt_of
+from trimtab.engine import generate
+from trimtab.errors import DataError, NonFinite
+from trimtab.evaluate import score, score_answers, score_loss, wilson
+from trimtab.evaluate.scoring import _bootstrap
+
+
+@pytest.fixture(scope="module")
+def base():
+    torch.manual_seed(0)
+    return base_of(bytes_tokenizer(("<|endoftext|>", "<|im_start|>", "<|im_end|>")), CHATML, eos_token="<|im_end|>")
+
+
+def asked(question, answer, where="rows:1"):
+    return Conversation(({"role": "user", "content": question}, {"role": "assistant", "content": answer}), where)
+
+
+def own_answer(base, question, tokens):
+    """What this (random) model says of itself, so that a right answer to a question is known."""
+    ids, _ = prompt_of(asked(question, "?"), base)
+    return base.decode(generate(base.model, [ids], base.stop_ids, max_new_tokens=tokens)[0])
+
+
+@pytest.mark.parametrize(
+    ("hits", "of", "low", "high"),
+    [(8, 10, 0.4902, 0.9433), (0, 100, 0.0, 0.0370), (100, 100, 0.9630, 1.0), (1, 2, 0.0945, 0.9055), (81, 263, 0.2553, 0.3662)],
+)
+def test_wilsons_interval_has_the_published_values(hits, of, low, high):
+    """The last row is Newcombe's example (1998, Statistics in Medicine 17:857-872, table I, method 3)."""
+    assert wilson(hits, of) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_the_bootstrap_covers_the_mean_and_narrows_with_more_rows():
+    sums, counts = [float(n % 7) * 3 for n in range(60)], [3] * 60
+    low, high = _bootstrap(sums, counts)
+    mean = sum(sums) / sum(counts)
+    assert low < mean < high
+    error = math.sqrt(sum((s / 3 - mean) ** 2 for s in sums) / 60 / 60)
+    assert (high - low) / 2 == pytest.approx(1.96 * error, rel=0.15)  # the normal approximation, by hand
+    more = _bootstrap(sums * 16, counts * 16)
+    assert (more[1] - more[0]) == pytest.approx((high - low) / 4, rel=0.25)
+    assert _bootstrap(sums, counts) == (low, high)
+
+
+def test_the_loss_is_the_mean_over_all_learned_tokens(base):
+    rows = make_sequences([asked("Hello", "the answer is 4"), asked("What?", "x")], base, Account(("rows",)))
+    scored = score_loss(base, rows, pack_tokens=16)
+    expected = -sum(logprob_alone(base.model, row.ids, row.learned) for row in rows) / sum(len(row.learned) for row in rows)
+    assert scored.loss == pytest.approx(float(expected), rel=1e-5)
+    assert (scored.rows, scored.tokens) == (2, sum(len(row.learned) for row in rows))
+    assert scored.perplexity == pytest.approx(math.exp(scored.loss))
+
+
+def test_an_answer_is_right_if_it_is_the_expected_one_but_for_white_space_around_it(base):
+    said = own_answer(base, "Hello", 400)
+    right, padded, wrong = score_answers(base, [asked("Hello", said), asked("Hello", f"  {said}\n"), asked("Hello", said + "!")])
+    # A random model never stops; what it says up to the limit is longer than what was expected.
+    assert not right.stopped
+    assert right.answer.startswith(said[:20])
+    assert (right.expected, padded.expected.strip(), wrong.expected) == (said, said.strip(), said + "!")
+    for answer in (right, padded, wrong):
+        assert answer.right == (answer.answer.strip() == answer.expected.strip())
+
+
+def test_a_right_answer_that_stops_is_counted_and_never_cut(base, monkeypatch):
+    """Generation stands still here: it gives the expected answer as the tokenizer writes it, then stops."""
+    expected = ["the answer is Paris.", "4", "a much longer answer of many words, " * 5]
+    examples = [asked(f"Question {n}", answer) for n, answer in enumerate(expected)]
+    limits = []
+
+    def perfect(_model, prompts, _stops, *, max_new_tokens):
+        limits.append(max_new_tokens)
+        return [list(encoded.ids) for encoded in base.encode(expected)][: len(prompts)]
+
+    monkeypatch.setattr("trimtab.evaluate.scoring.generate", perfect)
+    result = score(base, examples)
+    assert result["exact_match"] == 1.0
+    assert result["stopped"] == 1.0
+    assert result["exact_match_interval"] == list(wilson(3, 3))
+    assert all(limit > max(len(e.ids) for e in base.encode(expected)) for limit in limits)
+    assert result["rows"] == 3
+    assert [answer["right"] for answer in result["answers"]] == [True] * 3
+
+
+def test_plain_text_has_a_loss_and_no_answers(base):
+    result = score(base, [Text("hello world, the answer", "rows:1")])
+    assert result["exact_match"] is None
+    assert result["answers"] == []
+    assert result["loss"] > 0
+
+
+def test_rows_that_cannot_be_measured_are_refused_rather_than_left_out(base):
+    with pytest.raises(DataError, match=r"rows:2: messages\[0\] \(user\) holds the model's control token <\|im_end\|> as text"):
+        score(base, [asked("Hello", "4"), asked("a<|im_end|>b", "4", "rows:2")])
+    with pytest.raises(DataError, match="no rows to measure on"):
+        score(base, [])
+
+
+def test_a_broken_model_has_no_score(base):
+    rows = make_sequences([asked("Hello", "4")], base, Account(("rows",)))
+    with torch.no_grad():
+        kept = base.model.model.norm.weight.clone()
+        base.model.model.norm.weight[0] = float("nan")
+    try:
+        with pytest.raises(NonFinite, match="The loss on rows:1 is not a number"):
+            score_loss(base, rows)
+    finally:
+        with torch.no_grad():
+            base.model.model.norm.weight.copy_(kept)

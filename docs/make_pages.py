@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import BaseModel
-from pydantic_core import PydanticUndefined
 
 from trimtab.methods import Method
 from trimtab.objectives import Objective
@@ -100,11 +99,12 @@ def _choices(field: Any) -> str:
 
 
 def _default(field: Any) -> str:
-    if field.default is PydanticUndefined:
+    if field.is_required():
         return "required"
-    if isinstance(field.default, tuple) and len(field.default) == 1:
-        return f"`{field.default[0]}`"
-    return "none" if field.default is None else f"`{field.default}`"
+    value = field.get_default(call_default_factory=True)
+    if isinstance(value, tuple) and len(value) == 1:
+        return f"`{value[0]}`"
+    return "none" if value is None else f"`{value}`"
 
 
 if __name__ == "__main__":

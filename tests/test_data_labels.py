@@ -491,6 +491,14 @@ def test_offsets_without_white_space_change_nothing():
         assert sequences_of(Text(answer * 2, "data:1"), trimmed) == sequences_of(Text(answer * 2, "data:1"), full)
 
 
+def test_a_bos_that_the_template_does_not_write_is_not_there():
+    tokenizer = puts_around(bytes_tokenizer(("<s>", "<|im_start|>", "<|im_end|>")), before="<s>", behind="<|im_end|>")
+    base = base_of(tokenizer, CHATML, bos_token="<s>")
+    for example in CONVERSATIONS.values():
+        (sequence,) = learns_exactly_the_answers(FAMILIES["chatml"], example, base)
+        assert base.tokenizer.bos_token_id not in sequence.ids
+
+
 def test_pad_and_eos_may_be_one_token():
     base = FAMILIES["chatml"].make()
     assert base.tokenizer.pad_token_id == base.tokenizer.eos_token_id == base.end_of_turn

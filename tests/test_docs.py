@@ -60,6 +60,8 @@ def test_the_readmes_python_runs(tmp_path, monkeypatch):
 def test_every_exit_code_is_in_the_readme():
     from trimtab import errors
 
-    codes = {kind.exit_code for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.TrimtabError)}
+    codes = {
+        kind.exit_code for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.TrimtabError)
+    }
     for code in codes - {1}:
         assert re.search(rf"\b{code}\b", README[README.index("Exit codes") : README.index("## What it has been measured at")])

@@ -32,7 +32,13 @@ def own_answer(base, question, tokens):
 
 @pytest.mark.parametrize(
     ("hits", "of", "low", "high"),
-    [(8, 10, 0.4902, 0.9433), (0, 100, 0.0, 0.0370), (100, 100, 0.9630, 1.0), (1, 2, 0.0945, 0.9055), (81, 263, 0.2553, 0.3662)],
+    [
+        (8, 10, 0.4902, 0.9433),
+        (0, 100, 0.0, 0.0370),
+        (100, 100, 0.9630, 1.0),
+        (1, 2, 0.0945, 0.9055),
+        (81, 263, 0.2553, 0.3662),
+    ],
 )
 def test_wilsons_interval_has_the_published_values(hits, of, low, high):
     """The last row is Newcombe's example (1998, Statistics in Medicine 17:857-872, table I, method 3)."""
@@ -62,7 +68,9 @@ def test_the_loss_is_the_mean_over_all_learned_tokens(base):
 
 def test_an_answer_is_right_if_it_is_the_expected_one_but_for_white_space_around_it(base):
     said = own_answer(base, "Hello", 400)
-    right, padded, wrong = score_answers(base, [asked("Hello", said), asked("Hello", f"  {said}\n"), asked("Hello", said + "!")])
+    right, padded, wrong = score_answers(
+        base, [asked("Hello", said), asked("Hello", f"  {said}\n"), asked("Hello", said + "!")]
+    )
     # A random model never stops; what it says up to the limit is longer than what was expected.
     assert not right.stopped
     assert right.answer.startswith(said[:20])

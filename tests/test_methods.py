@@ -278,7 +278,13 @@ def test_hugging_faces_trainer_trains_it_and_nothing_else(tmp_path):
     digest = weights_hash({name: t for name, t in own_weights(model).items() if not t.requires_grad})
     rows = [{"input_ids": row, "labels": row} for row in IDS.tolist()]
     settings = transformers.TrainingArguments(
-        output_dir=str(tmp_path), max_steps=2, learning_rate=1e-2, report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True
+        output_dir=str(tmp_path),
+        max_steps=2,
+        learning_rate=1e-2,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
     )
     transformers.Trainer(model=model, args=settings, train_dataset=rows).train()
     assert all(not torch.equal(t, before[name]) for name, t in adapter.state().items())

@@ -121,7 +121,9 @@ def _chat_words(chat: argparse.ArgumentParser) -> None:
     chat.add_argument(
         "--temperature", metavar="T", type=_temperature, default=0.0, help="0 (the default) always takes the likeliest token"
     )
-    chat.add_argument("--seed", metavar="N", type=_whole(0), default=0, help="decides the draws when the temperature is above 0")
+    chat.add_argument(
+        "--seed", metavar="N", type=_whole(0), default=0, help="decides the draws when the temperature is above 0"
+    )
     _model_option(chat)
 
 

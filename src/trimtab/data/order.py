@@ -29,7 +29,7 @@ def plan_steps(
     The epochs' orders follow on each other without a seam, so that every step but the last is full: `rows` sequences, or
     as many as fit into `tokens` (one that is longer has a step of its own).
     """
-    total = math.ceil(round(epochs * len(sequences), 9))  # 1.1 epochs of 10 rows are 11, not 11.000000000000002
+    total = math.ceil(round(epochs * len(sequences), 9))  # 0.07 epochs of 100 rows are 7, not 7.000000000000001
     stream = [n for epoch in range(math.ceil(epochs)) for n in shuffled(len(sequences), seed, epoch)][:total]
     if rows is not None:
         return [stream[i : i + rows] for i in range(0, total, rows)]

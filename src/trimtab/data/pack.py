@@ -50,7 +50,10 @@ class Pack:
         return len(self.target_token)
 
     def to(self, device: torch.device) -> "Pack":
-        moved = {n: getattr(self, n).to(device, non_blocking=True) for n in ("ids", "positions", "target_at", "target_token", "target_sequence")}
+        moved = {
+            n: getattr(self, n).to(device, non_blocking=True)
+            for n in ("ids", "positions", "target_at", "target_token", "target_sequence")
+        }
         return Pack(segments=self.segments, sequences=self.sequences, **moved)
 
 
@@ -68,7 +71,15 @@ def pack_flat(sequences: Iterable[Sequence]) -> Pack:
         segments.append(Segment(start, len(ids), -1))
         targets += [(start + t - 1, sequence.ids[t], number) for t in sequence.learned]
     at, token, of = torch.tensor(targets, dtype=torch.long).reshape(-1, 3).T
-    return Pack(torch.tensor(ids), torch.tensor(positions), tuple(segments), at.contiguous(), token.contiguous(), of.contiguous(), sequences)
+    return Pack(
+        torch.tensor(ids),
+        torch.tensor(positions),
+        tuple(segments),
+        at.contiguous(),
+        token.contiguous(),
+        of.contiguous(),
+        sequences,
+    )
 
 
 def pack_all(sequences: Iterable[Sequence], tokens: int) -> list[Pack]:

@@ -110,7 +110,7 @@ def peak_learning_rate(config: TrainConfig, base: Base, method: Method, rows_per
     if config.lr != "auto":
         return config.lr, "given"
     model = base.model.config.get_text_config()
-    return method.learning_rate(Circumstances(model.model_type, model.hidden_size, rows_per_step, steps))
+    return method.learning_rate(Circumstances(model.model_type, model.hidden_size, config.rows or rows_per_step, steps))
 
 
 def _dropout_seed(seed: int, step: int, part: int) -> int:

@@ -26,7 +26,7 @@ def test_what_is_written_from_the_code_is_current():
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     assert module.PAGE.read_text(encoding="utf-8") == module.page(), "run: make docs"
-    assert README == module.readme(), "run: make docs"
+    assert module.readme() == README, "run: make docs"
     source = ROOT / "src" / "trimtab"
     files = {path.relative_to(source).as_posix() for path in source.rglob("*.py") if path.name != "__init__.py"}
     assert set(re.findall(r"^   ([\w/]+\.py) ", module.tree(), flags=re.MULTILINE)) == files | {"__init__.py"}
@@ -52,7 +52,7 @@ def test_the_readmes_python_runs(tmp_path, monkeypatch):
     base.tokenizer.save_pretrained("tiny")
     Path("train.jsonl").write_text("".join(json.dumps({"prompt": f"Say {n}", "completion": str(n)}) + "\n" for n in range(8)))
     (text,) = blocks("python")
-    exec(compile(text.replace("smollm2-135m-instruct", "./tiny"), "README.md", "exec"), {})  # noqa: S102 (our own text)
+    exec(compile(text.replace("smollm2-135m-instruct", "./tiny"), "README.md", "exec"), {})
     assert Path("my-adapter/adapter_model.safetensors").exists()
     assert Path("my-model/model.safetensors").exists()
 

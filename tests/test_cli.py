@@ -700,6 +700,7 @@ def interrupted(output, when, number=0, every=10):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 def test_a_run_that_is_interrupted_keeps_the_adapter_as_it_stood(number, here, trimtab):
     """The real command, and a real signal at no particular moment."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it may be ignored, by us and by what we start
     words = [
         "train",
         "r.yaml",

@@ -41,7 +41,7 @@ class DataConfig(Config):
     """Files (JSON, JSONL, CSV, TSV, Parquet), folders that `datasets` saved, or datasets on the hub."""
     eval: Annotated[str | Annotated[float, Field(ge=0)], BeforeValidator(_count_or_fraction)] = 0.05
     """Held-out rows: another file, a fraction of the training rows (below 1), a count of them, or 0 for none."""
-    columns: dict[Column, str] = Field(default_factory=dict)
+    columns: dict[Column, str] = Field(default={})
     """What Trimtab calls a column: what your file calls it; for example {prompt: question, completion: answer}."""
     max_length: Annotated[int, Field(ge=2)] | None = None
     """The most tokens a row may have; the model's context length unless given."""

@@ -297,6 +297,7 @@ CARELESS = {
         "train r.yaml output=r.yaml/run", None, 6, "r.yaml/run: cannot write: File exists. HERE/r.yaml is a file, not a folder."
     ),
     "a merge onto what exists": ("merge run tiny", None, 6, f"tiny: {EXISTS}"),
+    "a merge onto what exists, before anything is loaded": ("merge nope tiny", None, 6, f"tiny: {EXISTS}"),
     "a merge in a file": ("merge run r.yaml/m", None, 6, "r.yaml/m: cannot write: File exists. HERE/r.yaml is a file, not a folder."),
     # Adapters
     "an adapter of another base": (

@@ -60,25 +60,12 @@ def run_recipe(recipe: Recipe, watch: Watcher | None = None) -> Run:
         fingerprint.result()
     adapter = attach(base.model, recipe.method, recipe.train.seed)
     steps = Steps(data, recipe)
-    rate, formula = peak_learning_rate(recipe.train, base, recipe.method, steps.rows_per_step, len(steps))
-    facts = {
-        "base": {"source": base.source, "fingerprint": base.fingerprint},
-        "method": recipe.method.plain(),
-        "trainable_parameters": sum(p.numel() for p in adapter.parameters().values()),
-        "base_parameters": sum(p.numel() for p in base.model.parameters())
-        - sum(p.numel() for p in adapter.parameters().values()),
-        "steps": len(steps),
-        "peak_lr": rate,
-        "lr_formula": formula,
-        "learned_tokens": sum(len(row.learned) for row in data.train),
-        "data_digest": data.digest,
-        "versions": versions(),
-    }
+    facts = _facts(recipe, base, adapter, data, steps)
     watch.planned(facts, data.accounts, len(data.train), len(data.eval))
 
     run = _begin(recipe, {"status": "running", **facts}, data)
     try:
-        done = _train(run, recipe, base, adapter, data, steps, rate, watch)
+        done = _train(run, recipe, base, adapter, data, steps, watch)
         base.check_unchanged()
         best = done.best or done.last
         write_adapter(run.folder / "adapter", read_adapter(run.folder / best["folder"]))
@@ -90,6 +77,24 @@ def run_recipe(recipe: Recipe, watch: Watcher | None = None) -> Run:
     run.write(status="done", best=best, last=done.last, seconds=done.seconds, tokens=done.tokens)
     watch.finished(run.state, run.folder)
     return run
+
+
+def _facts(recipe: Recipe, base: Base, adapter: Attached, data: Loaded, steps: "Steps") -> dict[str, Any]:
+    """What is known before the first step, as JSON data."""
+    rate, formula = peak_learning_rate(recipe.train, base, recipe.method, steps.rows_per_step, len(steps))
+    trained = sum(p.numel() for p in adapter.parameters().values())
+    return {
+        "base": {"source": base.source, "fingerprint": base.fingerprint},
+        "method": recipe.method.plain(),
+        "trainable_parameters": trained,
+        "base_parameters": sum(p.numel() for p in base.model.parameters()) - trained,
+        "steps": len(steps),
+        "peak_lr": rate,
+        "lr_formula": formula,
+        "learned_tokens": sum(len(row.learned) for row in data.train),
+        "data_digest": data.digest,
+        "versions": versions(),
+    }
 
 
 def _begin(recipe: Recipe, state: dict[str, Any], data: Loaded) -> Run:
@@ -152,13 +157,11 @@ class _Done:
     tokens: int = 0
 
 
-def _train(
-    run: Run, recipe: Recipe, base: Base, adapter: Attached, data: Loaded, steps: Steps, rate: float, watch: Watcher
-) -> _Done:
+def _train(run: Run, recipe: Recipe, base: Base, adapter: Attached, data: Loaded, steps: Steps, watch: Watcher) -> _Done:
     done, started, step = _Done(), time.perf_counter(), None
     every = recipe.train.evaluate_every or max(1, -(-len(steps) // 4))
     try:
-        for step in train(base, adapter, recipe.objective, steps, recipe.train, rate):
+        for step in train(base, adapter, recipe.objective, steps, recipe.train, run.state["peak_lr"]):
             done.tokens += step.tokens
             run.log(kind="train", step=step.number, **_step_line(step))
             watch.stepped(step, len(steps))

@@ -234,6 +234,11 @@ CARELESS = {
         "model: ./nope: no such file or folder (looked in HERE). "
         "A model is a local folder, a GGUF file, a hub name such as org/model, or smollm2-135m-instruct.",
     ),
+    "a home that is not there": (
+        "chat ~nobody-of-this-name/m --prompt x", None, 2,
+        "model: ~nobody-of-this-name/m: no such file or folder (looked in HERE). "
+        "A model is a local folder, a GGUF file, a hub name such as org/model, or smollm2-135m-instruct.",
+    ),
     "a folder that is no model": (
         "train r.yaml output=new model=run", None, 2, "model: run has no config.json, so it is not a Transformers model folder."
     ),

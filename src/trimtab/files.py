@@ -111,6 +111,11 @@ def remove_folder(path: Path) -> None:
         shutil.rmtree(hidden)
 
 
+def expanded(name: str | Path) -> Path:
+    """The path of a name, with `~` as the home folder; one of a user who is not known stays as it is written."""
+    return Path(os.path.expanduser(name))  # Path.expanduser would raise a RuntimeError
+
+
 def read_json(path: Path) -> Any:
     """The value in a JSON file of ours. Raises ArtifactError with what is wrong and where."""
     try:

@@ -1,13 +1,12 @@
 """The recipe: everything that decides a run's result, in one file that repeats it."""
 
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, SerializeAsAny
 from pydantic_core import PydanticCustomError
 
-from trimtab import yaml12
+from trimtab import files, yaml12
 from trimtab.base import ModelConfig
 from trimtab.config import Config
 from trimtab.data import DataConfig
@@ -25,7 +24,7 @@ def _named(raw: Any) -> Any:
 def _as_path(raw: Any) -> Any:
     if not isinstance(raw, str | Path) or not str(raw):
         raise PydanticCustomError("no_path", "a path")
-    return Path(os.path.expanduser(raw))  # a home that is not known stays as it is; Path.expanduser would raise
+    return files.expanded(raw)
 
 
 class Recipe(Config):
@@ -57,5 +56,5 @@ class Recipe(Config):
 
 
 def _absolute(name: str) -> str:
-    path = Path(os.path.expanduser(name))
+    path = files.expanded(name)
     return str(path.absolute()) if path.exists() else name

@@ -31,7 +31,7 @@ def folder_of(name: str) -> Path | None:
         RecipeError: There is nothing of that name.
         UnsupportedModel: There is, but not a model that Trimtab reads.
     """
-    path = Path(name).expanduser()
+    path = files.expanded(name)
     if name == EMBEDDED and not path.exists():
         return _converted(_embedded_gguf())
     if path.is_file():

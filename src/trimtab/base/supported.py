@@ -1,7 +1,7 @@
 """Which models can be trained exactly, and the reason when one can't.
 
 Trimtab lays many rows out as one and attends through Transformers' attention interface, so it needs a model whose tokens
-meet nowhere but in that attention. `engine/selfcheck.py` measures the same on the model itself.
+meet nowhere but in that attention. `engine.check_packing` measures the same on the model itself.
 """
 
 from typing import Any

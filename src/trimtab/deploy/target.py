@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from trimtab import files
 from trimtab.artifacts import is_adapter, read_adapter
 from trimtab.base import Base, ModelConfig
 from trimtab.deploy.adapter import load_adapter
@@ -25,7 +26,7 @@ class Target:
 
 def adapter_folder(name: str) -> Path | None:
     """The adapter that a run or adapter folder stands for; None if `name` is neither."""
-    path = Path(name).expanduser()
+    path = files.expanded(name)
     if (path / RUN).is_file():
         if not is_adapter(path / ADAPTER):
             raise ArtifactError(

@@ -344,7 +344,7 @@ CARELESS = {
     ),
     "a missing manifest and a tensor missing": (
         "chat run --prompt x", as_pefts(change_tensors(lambda t: t.pop(A))), 4,
-        "run/adapter: 1 tensors do not fit this adapter on this model:\n  model.layers.0.mlp.down_proj.A: missing",
+        "run/adapter: its tensors do not fit this adapter on this model:\n  model.layers.0.mlp.down_proj.A: missing",
     ),
     "a missing manifest and a tensor too many": (
         "chat run --prompt x", as_pefts(change_tensors(lambda t: t.update(more=torch.ones(1)))), 4,
@@ -352,7 +352,7 @@ CARELESS = {
     ),
     "a missing manifest and values that are not finite": (
         "merge run new", as_pefts(change_tensors(lambda t: t[A].fill_(float("nan")))), 4,
-        "run/adapter: 1 tensors do not fit this adapter on this model:\n  model.layers.0.mlp.down_proj.A: holds values that are not finite",
+        "run/adapter: its tensors do not fit this adapter on this model:\n  model.layers.0.mlp.down_proj.A: holds values that are not finite",
     ),
     "an adapter without its weights": (
         "show run", lambda here: (here / "run" / "adapter" / "adapter_model.safetensors").unlink(), 4,

@@ -174,3 +174,13 @@ def test_a_pickle_is_never_read(ours):
     (ours / "adapter_model.safetensors").rename(ours / "adapter_model.bin")
     with pytest.raises(ArtifactError, match="a pickle, which is never read"):
         load_adapter(Base(tiny("llama")), ours)
+
+
+@pytest.mark.parametrize(("key", "value"), [("lora_alpha", "eight"), ("lora_alpha", -1), ("r", 0), ("lora_dropout", 2)])
+def test_a_configuration_of_pefts_out_of_range_is_refused(key, value, tmp_path):
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    peft.get_peft_model(tiny("llama"), config).save_pretrained(tmp_path / "theirs")
+    path = tmp_path / "theirs" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(ArtifactError, match=r"theirs: (alpha|rank|dropout): expected "):
+        load_adapter(Base(tiny("llama")), tmp_path / "theirs")

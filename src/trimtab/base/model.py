@@ -14,6 +14,7 @@ from trimtab.base.fingerprint import PARTS, Fingerprint, fingerprint, own_weight
 from trimtab.base.supported import refuse_unsupported
 from trimtab.config import Config
 from trimtab.errors import ArtifactError, BaseChanged, DataError, RecipeError, StorageError, UnsupportedModel
+from trimtab.files import expanded
 from trimtab.startup import without_collector
 
 Message = dict[str, Any]
@@ -69,8 +70,9 @@ class Base:
         if folder is None:
             source.check_hub(config.name)
         base = cls.load_folder(folder if folder is not None else config.name, getattr(torch, chosen), device)
-        if folder is None or config.name == source.EMBEDDED:
-            base.source = config.name
+        # What it was asked for by, rather than the cache folder that a GGUF file was converted into.
+        local = folder is not None and config.name != source.EMBEDDED
+        base.source = str(expanded(config.name).absolute()) if local else config.name
         return base
 
     @classmethod
@@ -93,7 +95,7 @@ class Base:
                     f"model: {place} is no local file or folder, and it could not be fetched from the hub: {reason}"
                 ) from error
             raise UnsupportedModel(f"model: {place} cannot be loaded: {type(error).__name__}: {reason}") from error
-        return cls(model.to(device), tokenizer, str(Path(place).expanduser().absolute()) if isinstance(place, Path) else place)
+        return cls(model.to(device), tokenizer, str(place))
 
     # Identity
 

@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
@@ -17,7 +16,7 @@ from trimtab.data.order import split
 from trimtab.data.read import read_rows
 from trimtab.data.shapes import read_examples
 from trimtab.errors import DataError, listing
-from trimtab.files import sha256_file
+from trimtab.files import expanded, sha256_file
 
 Column = Literal[
     "messages", "conversations", "instruction", "input", "output", "system", "history", "tools", "prompt", "completion", "text",
@@ -63,7 +62,7 @@ class Loaded:
 
     def plain(self) -> dict[str, Any]:
         """What a run remembers of its data, as JSON data."""
-        paths = {name: Path(name).expanduser() for account in self.accounts for name in account.sources}
+        paths = {name: expanded(name) for account in self.accounts for name in account.sources}
         return {
             "digest": self.digest,
             "sources": [account.plain() for account in self.accounts],
@@ -111,7 +110,7 @@ def held_out_examples(config: DataConfig, remembered: dict[str, Any]) -> list[Ex
         DataError: A file has changed since, so that its rows are not those.
     """
     for name, digest in remembered["files"].items():
-        path = Path(name).expanduser()
+        path = expanded(name)
         if not path.is_file() or sha256_file(path) != digest:
             raise DataError(
                 f"data: {name} has changed since the run or is gone, so its held-out rows are not known. Give rows with --data."

@@ -10,6 +10,7 @@ from typing import Any
 from trimtab.data.example import Refusal
 from trimtab.data.strict_json import after_space, end_of, parse_json, place_in, value_at
 from trimtab.errors import DataError, StorageError
+from trimtab.files import expanded
 
 Row = tuple[str, dict[str, Any]]
 """Where it stands, and its columns. No two rows of a source stand at the same place: it is file:line, or file:line:column
@@ -30,7 +31,7 @@ def read_rows(source: str) -> Iterator[Row | Refusal]:
         DataError: There is no such source, it holds no rows, or it can't be read at all.
         StorageError: It could not be fetched from the hub.
     """
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.is_dir():
         rows = _saved_dataset(path)
     elif path.is_file():

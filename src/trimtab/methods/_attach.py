@@ -43,7 +43,7 @@ class Attached:
             elif not bool(saved.isfinite().all()):
                 problems.append(f"{name}: holds values that are not finite")
         if problems:
-            raise ArtifactError(f"{len(problems)} tensors do not fit this adapter on this model:\n{listing(sorted(problems))}")
+            raise ArtifactError(f"its tensors do not fit this adapter on this model:\n{listing(sorted(problems))}")
         for name, parameter in own.items():
             parameter.copy_(tensors[name])
 

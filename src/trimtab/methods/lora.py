@@ -113,8 +113,8 @@ class LoRA(Method):
         method = cls.parse(
             {
                 "rank": config.get("r", 8),
-                "alpha": float(config.get("lora_alpha", 8)),
-                "dropout": float(config.get("lora_dropout", 0.0)),
+                "alpha": config.get("lora_alpha", 8),
+                "dropout": config.get("lora_dropout", 0.0),
                 "targets": targets,
             }
         )

@@ -13,7 +13,7 @@ Schedule = Literal["cosine", "linear", "constant"]
 class TrainConfig(Config):
     """How to train."""
 
-    epochs: Annotated[float, Field(gt=0)] = 2.0
+    epochs: Annotated[float, Field(gt=0, le=10_000)] = 2.0
     """How often each row is learned."""
     rows_per_step: Annotated[int, Field(ge=1)] | None = None
     """Rows in an optimizer step; 16 unless `tokens_per_step` is given."""

@@ -194,7 +194,10 @@ class Base:
         if not self.has_template:
             return None
         user = {"role": "user", "content": "Hello"}
-        texts = [self.render([user, {"role": "assistant", "content": answer}]) for answer in ("0", "1")]
+        try:
+            texts = [self.render([user, {"role": "assistant", "content": answer}]) for answer in ("0", "1")]
+        except DataError:
+            return None
         encoded = self.encode(texts[:1])[0]
         closing = next((i for i in range(1, len(texts[0])) if texts[0][-i] != texts[1][-i]), len(texts[0])) - 1
         added = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.content.strip()}

@@ -7,8 +7,8 @@ from typing import Any
 
 from trimtab.artifacts import Adapter, read_adapter, write_adapter
 from trimtab.base import Base
-from trimtab.errors import ArtifactError, NoSuchModule, RecipeError
-from trimtab.methods import Attached, Method, attach
+from trimtab.errors import ArtifactError, RecipeError
+from trimtab.methods import Attached, Method, attach, refuse_second
 
 PACKAGES = ("trimtab", "torch", "transformers", "tokenizers", "safetensors")
 
@@ -57,20 +57,17 @@ def load_adapter(base: Base, folder: Path | str) -> Attached:
     stored = read_adapter(folder)
     if stored.base:
         base.check_is(stored.base["fingerprint"], str(folder))
-    kind = str(stored.config["peft_type"])
-    found = next((m for m in map(Method.member, Method.names()) if m.__name__.upper() == kind.upper()), None)
+    refuse_second(base.model)
+    kind = stored.config["peft_type"]
+    found = next((m for m in map(Method.member, Method.names()) if m.peft_type == kind), None)
     if found is None:
-        raise ArtifactError(f"{folder}: Trimtab has no method {kind}; it has {', '.join(Method.names())}.")
+        raise ArtifactError(f"{folder}: Trimtab has no method for PEFT's {kind}; it has {', '.join(Method.names())}.")
     try:
         method, tensors = found.from_peft(stored.config, stored.tensors)
         if stored.method is not None:  # our own words say more than PEFT's (`all-linear`, say)
             method = Method.pick(stored.method)
         adapter = attach(base.model, method)
-    except (NoSuchModule, ArtifactError) as error:
-        raise ArtifactError(f"{folder}: {error}") from None
-    except RecipeError as error:
-        if "an adapter already" in str(error):
-            raise
+    except (RecipeError, ArtifactError) as error:
         raise ArtifactError(f"{folder}: {error}") from None
     try:
         adapter.load_state(tensors)

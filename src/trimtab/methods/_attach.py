@@ -84,6 +84,12 @@ class Attached:
         return self.model
 
 
+def refuse_second(model: nn.Module) -> None:
+    """Raise RecipeError if the model has an adapter already."""
+    if any(isinstance(module, AdapterLayer) for module in model.modules()):
+        raise RecipeError("This model has an adapter already. Take it off first: adapter.detach().")
+
+
 def attach(model: nn.Module, method: Method, seed: int = 0) -> Attached:
     """Freeze `model` and put the method's layers on it, in place.
 
@@ -95,8 +101,7 @@ def attach(model: nn.Module, method: Method, seed: int = 0) -> Attached:
         NoSuchModule: A target that names nothing in this model.
         RecipeError: The model has an adapter already.
     """
-    if any(isinstance(module, AdapterLayer) for module in model.modules()):
-        raise RecipeError("This model has an adapter already. Take it off first: adapter.detach().")
+    refuse_second(model)
     sites = method.sites(model)
     everything = modules(model)
     before = {name: p.requires_grad for name, p in model.named_parameters()}

@@ -68,6 +68,8 @@ class Method(Choice):
     family: ClassVar[str] = "trimtab.methods"
     default: ClassVar[str] = "lora"
 
+    peft_type: ClassVar[str]
+    """What PEFT calls the method."""
     starts_as_base: ClassVar[bool] = True
     """A fresh adapter changes nothing, bit for bit."""
     mergeable: ClassVar[bool] = True

@@ -5,7 +5,7 @@ Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106
 
 import copy
 import math
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,8 @@ PEFT_NAMES = {"A": "lora_A.weight", "B": "lora_B.weight"}
 
 class LoRA(Method):
     """Adds `alpha / rank · B A` to each targeted matrix."""
+
+    peft_type: ClassVar[str] = "LORA"
 
     rank: Annotated[int, Field(ge=1)] = 32
     """Rank r of the change."""
@@ -47,7 +49,7 @@ class LoRA(Method):
 
         The first two factors are fitted by the Tinker cookbook (`hyperparam_utils.py`) for alpha 32 with p = 0.0775 for
         Qwen and 0.781 for Llama; for other families 3e-4 stands in their place. The third is the square-root rule for
-        the batch. It is anchored at 32 rows rather than at their 128, as measured in docs/log.md.
+        the batch, anchored at 32 rows rather than at their 128: see the measurement in docs/log.md.
         """
         exponent = next((p for name, p in (("qwen", 0.0775), ("llama", 0.781)) if name in at.model_type), None)
         fitted = 3e-4 if exponent is None else 5e-4 * (2000 / at.hidden_size) ** exponent
@@ -58,7 +60,7 @@ class LoRA(Method):
     def to_peft(self, model: nn.Module, tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         everything, sites = modules(model), self.sites(model)
         config = {
-            "peft_type": "LORA",
+            "peft_type": self.peft_type,
             "task_type": "CAUSAL_LM",
             "inference_mode": True,
             "r": self.rank,

@@ -80,6 +80,19 @@ def test_it_changes_with_any_byte_of_any_tensor_and_back_again(folder):
 
 
 @pytest.mark.parametrize(
+    "other",
+    [
+        {"a": torch.zeros(2, 3), "c": torch.ones(2)},
+        {"a": torch.zeros(3, 2), "b": torch.ones(2)},
+        {"a": torch.zeros(2, 3), "b": torch.ones(2).view(torch.int32)},
+        {"a": torch.zeros(2, 3, dtype=torch.float16).repeat(1, 2), "b": torch.ones(2)},
+    ],
+)
+def test_it_changes_with_a_name_a_shape_and_a_number_type_though_the_bytes_are_the_same(other):
+    assert weights_hash(other) != weights_hash({"a": torch.zeros(2, 3), "b": torch.ones(2)})
+
+
+@pytest.mark.parametrize(
     ("file", "change", "part"),
     [
         ("tokenizer.json", lambda text: text.replace("<|endoftext|>", "<|endofbooks|>"), "tokenizer"),

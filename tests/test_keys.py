@@ -124,6 +124,41 @@ def test_pack_tokens_changes_how_packs_are_cut_and_not_what_is_learned(work, mon
     assert results[1][1] == pytest.approx(results[0][1], rel=1e-4)
 
 
+def test_the_adapter_handed_over_is_the_best_one_and_both_it_and_the_last_are_kept(work, monkeypatch):
+    from trimtab import run
+    from trimtab.evaluate import Loss
+
+    losses = iter([9.0, 3.0, 1.0, 2.0, 1.5, 2.5])  # the base's, then one a step
+    monkeypatch.setattr(run, "score_loss", lambda *_: Loss(loss := next(losses), (loss, loss), 1, 1))
+    folder = work / "runs" / "best"
+    run_recipe(plain_recipe(work, output=str(folder), **{"train.evaluate_every": 1}))
+    trained = json.loads((folder / "adapter" / "trimtab.json").read_text())["trained"]
+    assert (trained["step"], trained["eval_loss"]) == (2, 1.0)
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step-000002", "step-000005"]
+    best, last = ((folder / "checkpoints" / f"step-00000{n}" / "adapter_model.safetensors").read_bytes() for n in (2, 5))
+    assert (folder / "adapter" / "adapter_model.safetensors").read_bytes() == best != last
+
+
+def test_a_base_that_changes_while_it_trains_fails_the_run(work, monkeypatch):
+    from trimtab import run
+    from trimtab.errors import BaseChanged
+
+    whole = run.train
+
+    def meddling(base, *arguments):
+        yield from whole(base, *arguments)
+        base.model.get_input_embeddings().weight.data[3] += 1
+
+    monkeypatch.setattr(run, "train", meddling)
+    folder = work / "runs" / "changed"
+    with pytest.raises(BaseChanged):
+        run_recipe(plain_recipe(work, output=str(folder)))
+    state = json.loads((folder / "run.json").read_text())
+    assert state["status"] == "failed"
+    assert "changed while they were in use" in state["error"]
+    assert not (folder / "adapter").exists()
+
+
 def test_clip_can_be_switched_off(work, plain):
     recipe = Recipe.parse({"data": {"train": "x"}, "train": {"clip": None}})
     assert recipe.train.clip is None

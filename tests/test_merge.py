@@ -43,8 +43,9 @@ def test_transformers_alone_loads_it_with_equal_logits(family, tmp_path):
     assert done.same_choice == 1.0
 
 
-def test_tied_embeddings_stay_tied(tmp_path):
-    base, adapter = adapted("llama-tied")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tied_embeddings_stay_tied(dtype, tmp_path):
+    base, adapter = adapted("llama-tied", dtype)
     merge(base, adapter, tmp_path / "merged")
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert plain.lm_head.weight is plain.model.embed_tokens.weight

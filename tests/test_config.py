@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import pytest
 import yaml
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, ValidationError
 
 from trimtab import yaml12
 from trimtab.base import ModelConfig
@@ -384,7 +384,7 @@ def others(kind, key):
     for candidate in [*CANDIDATES, *literals(kind.model_fields[key].annotation)]:
         try:
             made = kind.model_validate({**required, key: candidate})
-        except Exception:
+        except ValidationError:
             continue
         if default != {key: getattr(made, key)}:
             yield candidate

@@ -47,7 +47,7 @@ def fit(
     check_packing(base.model)
     plan = plan_steps(rows, epochs=config.epochs, seed=config.seed, rows=config.rows, tokens=config.tokens_per_step)
     steps = [pack_all([rows[n] for n in step], config.pack_tokens) for step in plan]
-    rate, _ = peak_learning_rate(config, base, adapter.method, sum(map(len, plan)) / len(plan), len(plan))
+    rate, _ = peak_learning_rate(config, base, adapter.method, sum(map(len, plan)) / len(plan))
     _ = base.fingerprint  # taken now, to be compared with afterwards
     yield from train(base, adapter, objective or SFT(), steps, config, rate)
     base.check_unchanged()

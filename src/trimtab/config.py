@@ -254,6 +254,11 @@ def _advice(value: Any, wanted: Iterable[str]) -> str:
     return ""
 
 
+def as_tuple(raw: Any) -> Any:
+    """A list, or one text that stands for a list of one, as the tuple that a frozen config holds."""
+    return (raw,) if isinstance(raw, str) else tuple(raw) if isinstance(raw, list) else raw
+
+
 def near(word: Any, known: Iterable[str]) -> str:
     """` Did you mean …?`, or the whole list when nothing is close."""
     known = list(known)

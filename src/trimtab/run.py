@@ -81,7 +81,7 @@ def run_recipe(recipe: Recipe, watch: Watcher | None = None) -> Run:
 
 def _facts(recipe: Recipe, base: Base, adapter: Attached, data: Loaded, steps: "Steps") -> dict[str, Any]:
     """What is known before the first step, as JSON data."""
-    rate, formula = peak_learning_rate(recipe.train, base, recipe.method, steps.rows_per_step, len(steps))
+    rate, formula = peak_learning_rate(recipe.train, base, recipe.method, steps.rows_per_step)
     trained = sum(p.numel() for p in adapter.parameters().values())
     return {
         "base": {"source": base.source, "fingerprint": base.fingerprint},

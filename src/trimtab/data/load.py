@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from trimtab.config import Config
+from trimtab.config import Config, as_tuple
 from trimtab.data.draft import Tokenizing
 from trimtab.data.example import Account, Example, Sequence
 from trimtab.data.labels import make_sequences
@@ -23,10 +23,6 @@ Column = Literal[
 ]  # fmt: skip
 
 
-def _as_tuple(raw: Any) -> Any:
-    return (raw,) if isinstance(raw, str) else tuple(raw) if isinstance(raw, list) else raw
-
-
 def _count_or_fraction(raw: Any) -> Any:
     if isinstance(raw, float) and raw > 1 and raw % 1:
         raise ValueError(f"expected a fraction below 1 or a whole count, got {raw}.")
@@ -36,7 +32,7 @@ def _count_or_fraction(raw: Any) -> Any:
 class DataConfig(Config):
     """What to learn from."""
 
-    train: Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(_as_tuple)]
+    train: Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(as_tuple)]
     """Files (JSON, JSONL, CSV, TSV, Parquet), folders that `datasets` saved, or datasets on the hub."""
     eval: Annotated[str | Annotated[float, Field(ge=0)], BeforeValidator(_count_or_fraction)] = 0.05
     """Held-out rows: another file, a fraction of the training rows (below 1), a count of them, or 0 for none."""

@@ -53,7 +53,7 @@ class Answered:
 
 
 @torch.no_grad()
-def score_loss(base: Base, rows: Sequence[Row], pack_tokens: int = 1024, on_rows: Callable[[int], None] | None = None) -> Loss:
+def score_loss(base: Base, rows: Sequence[Row], pack_tokens: int = 1024) -> Loss:
     """The loss of the model as it stands (an attached adapter counts) on `rows`. Raises NonFinite if it is not a number."""
     sums: list[float] = []
     counts: list[int] = []
@@ -64,8 +64,6 @@ def score_loss(base: Base, rows: Sequence[Row], pack_tokens: int = 1024, on_rows
             raise NonFinite(f"The loss on {broken[0]} is not a number: the model's weights, or an adapter's, are broken.")
         sums += losses
         counts += [len(row.learned) for row in pack.sequences]
-        if on_rows:
-            on_rows(len(pack.sequences))
     return Loss(sum(sums) / sum(counts), _bootstrap(sums, counts), sum(counts), len(sums))
 
 

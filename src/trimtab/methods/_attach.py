@@ -115,4 +115,7 @@ def attach(model: nn.Module, method: Method, seed: int = 0) -> Attached:
             holder, _, name = path.rpartition(".")
             setattr(everything[holder], name, layer)
             layers[path] = layer
-    return Attached(model, method, layers, before)
+    adapter = Attached(model, method, layers, before)
+    trained = sum(parameter.numel() for parameter in adapter.parameters().values())
+    assert trained == method.parameter_count(model), f"{method.name} trains {trained:,} parameters, not what its formula says"
+    return adapter

@@ -59,7 +59,6 @@ class Circumstances(NamedTuple):
     """The architecture's name in Transformers, such as "llama"."""
     hidden_size: int
     rows_per_step: float
-    steps: int
 
 
 class Method(Choice):

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BeforeValidator, Field
 from torch import nn
 
+from trimtab.config import as_tuple
 from trimtab.errors import NoSuchModule, listing
 from trimtab.methods._base import matrix_shape, modules
 
@@ -19,12 +20,6 @@ ATTENTION_NAMES = {"self_attn", "attn", "attention", "self_attention"}
 """What Transformers' causal language models call their attention modules."""
 
 _NAME = re.compile(r"[\w.]+")
-
-
-def _as_tuple(raw: Any) -> Any:
-    if isinstance(raw, str):
-        return (raw,)
-    return tuple(raw) if isinstance(raw, list) else raw
 
 
 def _compiles(targets: tuple[str, ...]) -> tuple[str, ...]:
@@ -41,7 +36,7 @@ def _is_group(target: str) -> bool:
     return target in (ALL_LINEAR, ATTENTION)
 
 
-Targets = Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(_as_tuple), AfterValidator(_compiles)]
+Targets = Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(as_tuple), AfterValidator(_compiles)]
 
 
 def matrices(model: Any, targets: Sequence[str]) -> dict[str, tuple[int, int]]:

@@ -105,12 +105,12 @@ def _whole(parameters: list[nn.Parameter]) -> Iterator[None]:
         raise
 
 
-def peak_learning_rate(config: TrainConfig, base: Base, method: Method, rows_per_step: float, steps: int) -> tuple[float, str]:
+def peak_learning_rate(config: TrainConfig, base: Base, method: Method, rows_per_step: float) -> tuple[float, str]:
     """The learning rate after warm-up, and where it comes from."""
     if config.lr != "auto":
         return config.lr, "given"
     model = base.model.config.get_text_config()
-    return method.learning_rate(Circumstances(model.model_type, model.hidden_size, config.rows or rows_per_step, steps))
+    return method.learning_rate(Circumstances(model.model_type, model.hidden_size, config.rows or rows_per_step))
 
 
 def _dropout_seed(seed: int, step: int, part: int) -> int:

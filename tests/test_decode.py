@@ -4,7 +4,7 @@ import pytest
 import torch
 from families import FAMILIES, perturb, random_rows, tiny
 
-from trimtab.engine import attention, generate, stream_tokens
+from trimtab.engine import generate, layouts, stream_tokens
 from trimtab.engine.decode import _groups
 from trimtab.methods import attach
 from trimtab.methods.lora import LoRA
@@ -36,10 +36,10 @@ def test_cached_batches_equal_full_passes_one_by_one(family):
 def test_a_cache_that_forgets_is_noticed(monkeypatch):
     model = adapted("llama")
     expected = generate(model, PROMPTS, [], max_new_tokens=10)
-    advance = attention.DecodeLayout.advance
-    monkeypatch.setattr(attention.DecodeLayout, "advance", lambda self: None)
+    advance = layouts.DecodeLayout.advance
+    monkeypatch.setattr(layouts.DecodeLayout, "advance", lambda self: None)
     assert generate(model, PROMPTS, [], max_new_tokens=10) != expected
-    monkeypatch.setattr(attention.DecodeLayout, "advance", advance)
+    monkeypatch.setattr(layouts.DecodeLayout, "advance", advance)
     assert generate(model, PROMPTS, [], max_new_tokens=10) == expected
 
 

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1] / "src" / "trimtab"
 
 FLOORS = [
-    {"errors", "files", "config", "yaml12", "startup"},
+    {"errors", "files", "config", "yaml12", "startup", "attention"},
     {"base", "methods", "data", "artifacts"},
     {"engine"},
     {"objectives"},
@@ -21,7 +21,7 @@ FLOORS = [
 ]
 """Of docs/…/architecture: what stands on which floor, the lowest first."""
 
-STACKED = [{"errors", "files", "config", "yaml12", "startup"}, {"recipe", "run", "api"}, {"cli", "__main__"}]
+STACKED = [{"errors", "files", "config", "yaml12", "startup", "attention"}, {"recipe", "run", "api"}, {"cli", "__main__"}]
 """Floors whose files build on each other, without a circle; on the others, neighbours do not know each other."""
 KNOWN = {("report", "evaluate")}
 """Neighbours one of which may know the other."""
@@ -30,7 +30,7 @@ FAMILIES = {"methods", "objectives"}
 """Folders whose members do not know each other: they share the files whose names start with an underscore."""
 
 OWNERS = {
-    "transformers": {"base", "engine"},
+    "transformers": {"base", "attention"},
     "rich": {"cli", "report"},
     "yaml": {"yaml12"},
     "argparse": {"cli"},
@@ -273,9 +273,9 @@ PLANTED = {
     "an objective that knows another": (
         "objectives/new.py", "def f():\n    from trimtab.objectives import sft", "objectives/new.py may not know its sibling objectives/sft.py"
     ),
-    "transformers outside base and engine": ("deploy/merging.py", "import transformers", "only base, engine may import transformers"),
+    "transformers outside base and engine": ("deploy/merging.py", "import transformers", "only attention, base may import transformers"),
     "the same, lazily and deep": (
-        "train/loop.py", "def f():\n    from transformers.utils import logging", "only base, engine may import transformers"
+        "train/loop.py", "def f():\n    from transformers.utils import logging", "only attention, base may import transformers"
     ),
     "rich where nothing is shown": ("run.py", "from rich.console import Console", "only cli, report may import rich"),
     "printing where nothing is shown": ("train/loop.py", "print('step')", "only cli and report print"),

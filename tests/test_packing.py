@@ -4,9 +4,10 @@ import pytest
 import torch
 from families import FAMILIES, logprob_alone, perturb, random_rows, tiny
 
+from trimtab import attention
 from trimtab.data import Pack, Segment, pack_all, pack_flat
 from trimtab.data.example import Sequence
-from trimtab.engine import attention, check_packing, pack_logprobs
+from trimtab.engine import check_packing, layouts, pack_logprobs
 from trimtab.engine.forward import hidden_states
 from trimtab.errors import UnsupportedModel
 from trimtab.methods import attach
@@ -125,10 +126,10 @@ def test_a_broken_mask_window_or_position_is_noticed(broken, monkeypatch):
     pack = pack_flat(ROWS)
     alone = torch.stack([logprob_alone(model, row.ids, row.learned) for row in ROWS])
     if broken == "causal":
-        monkeypatch.setattr(attention, "_causal", lambda q, k, *_: torch.ones(q, k, dtype=torch.bool))
+        monkeypatch.setattr(layouts, "causal", lambda q, k, *_: torch.ones(q, k, dtype=torch.bool))
     elif broken == "window":
-        whole = attention._causal
-        monkeypatch.setattr(attention, "_causal", lambda q, k, window, device: whole(q, k, window + 1, device))
+        whole = layouts.causal
+        monkeypatch.setattr(layouts, "causal", lambda q, k, window, device: whole(q, k, window + 1, device))
     elif broken == "positions":
         # Rotary positions are relative, so a shift of a whole row changes nothing: they must run on within the row.
         pack = Pack(
@@ -141,31 +142,51 @@ def test_a_broken_mask_window_or_position_is_noticed(broken, monkeypatch):
             pack.sequences,
         )
     else:
-        monkeypatch.setattr(attention.PackLayout, "paths", [[0], [0, 1], [2], [3]])
+        monkeypatch.setattr(layouts.PackLayout, "paths", [[0], [0, 1], [2], [3]])
     assert relative(pack_logprobs(model, pack), alone) > 1e-3
 
 
-def test_the_models_own_attention_is_back_afterwards():
+@pytest.mark.parametrize("own", ["sdpa", "eager"])
+def test_calls_without_a_layout_are_the_models_own_bit_for_bit(own):
+    """Padded rows with a cache, in the model's own attention: the same numbers after packed use as before."""
     model = tiny("llama")
-    before = model.config._attn_implementation
+    model.set_attn_implementation(own)
+    ids, mask = torch.tensor(random_rows(9, 9)), torch.ones(2, 9, dtype=torch.long)
+    mask[0, :4] = 0
+
+    def outputs():
+        whole = model(input_ids=ids, attention_mask=mask)
+        step = model(input_ids=ids[:, :1], attention_mask=torch.ones(2, 10), cache=whole.cache)
+        return torch.cat([whole.logits, step.logits], dim=1)
+
+    before = outputs()
     pack = pack_flat(ROWS)
-    hidden_states(model, pack.ids, pack.positions, attention.PackLayout(pack.segments))
-    assert model.config._attn_implementation == before
-    with pytest.raises(IndexError):
-        hidden_states(model, pack.ids + 10_000, pack.positions, attention.PackLayout(pack.segments))
-    assert model.config._attn_implementation == before
+    hidden_states(model, pack.ids, pack.positions, layouts.PackLayout(pack.segments))
+    assert model.config._attn_implementation == f"trimtab-{own}"
+    assert torch.equal(outputs(), before)
+    attention.unheed(model)
+    assert model.config._attn_implementation == own
 
 
 def test_a_model_that_asks_attention_for_more_is_refused_by_name():
     layer = tiny("llama").model.layers[0].self_attn
     q = torch.zeros(1, 4, 3, 8)
-    layout = attention.PackLayout((Segment(0, 3, -1),))
+    layout = layouts.PackLayout((Segment(0, 3, -1),))
     with pytest.raises(UnsupportedModel, match="LlamaAttention asks attention for the tensor s_aux"):
-        attention._attention(layer, q, q, q, None, layout=layout, s_aux=torch.zeros(4))
+        attention._attention(layer, q, q, q, None, own="sdpa", layout=layout, s_aux=torch.zeros(4))
     with pytest.raises(UnsupportedModel, match="LlamaAttention asks attention for attention dropout"):
-        attention._attention(layer, q, q, q, None, layout=layout, dropout=0.1)
-    with pytest.raises(UnsupportedModel, match="LlamaAttention does not hand keywords of forward on to attention"):
-        attention._attention(layer, q, q, q, None)
+        attention._attention(layer, q, q, q, None, own="sdpa", layout=layout, dropout=0.1)
+
+
+def test_a_model_that_drops_keywords_on_the_way_is_refused(monkeypatch):
+    model = tiny("llama")
+    monkeypatch.setattr(attention, "_attention", lambda *_, own, layout, **asked: (_[1].transpose(1, 2), None))
+    attention.heed(model)
+    with pytest.raises(UnsupportedModel, match="LlamaForCausalLM does not hand keywords of forward on to attention"):
+        pack_logprobs(model, pack_flat(ROWS))
+    monkeypatch.undo()
+    attention.unheed(model)
+    pack_logprobs(model, pack_flat(ROWS))
 
 
 def test_packs_hold_every_row_once_and_drop_what_nothing_needs():

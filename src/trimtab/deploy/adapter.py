@@ -5,10 +5,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from trimtab.artifacts import Adapter, read_adapter, write_adapter
 from trimtab.base import Base
 from trimtab.errors import ArtifactError, RecipeError
-from trimtab.methods import Attached, Method, attach, refuse_second
+from trimtab.methods import Attached, Method, place, refuse_name
 
 PACKAGES = ("trimtab", "torch", "transformers", "tokenizers", "safetensors")
 
@@ -26,7 +28,8 @@ def versions() -> dict[str, str]:
 
 def save_adapter(base: Base, adapter: Attached, folder: Path | str, trained: dict[str, Any] | None = None) -> None:
     """Write the adapter as a new folder that PEFT reads too. Raises StorageError; then there is no folder."""
-    config, tensors = adapter.method.to_peft(base.model, adapter.state())
+    method, own = adapter.folded()
+    config, tensors = method.to_peft(base.model, own)
     facts = {
         "source": base.source,
         "dtype": str(next(base.model.get_input_embeddings().parameters()).dtype).removeprefix("torch."),
@@ -38,7 +41,7 @@ def save_adapter(base: Base, adapter: Attached, folder: Path | str, trained: dic
         Adapter(
             config={"base_model_name_or_path": base.source, **config},
             tensors=tensors,
-            method=adapter.method.plain(),
+            method=method.plain(),
             base=facts,
             trained=trained or {},
             versions=versions(),
@@ -46,10 +49,14 @@ def save_adapter(base: Base, adapter: Attached, folder: Path | str, trained: dic
     )
 
 
-def load_adapter(base: Base, folder: Path | str) -> Attached:
-    """Put a saved adapter, ours or PEFT's, on a base.
+def load_adapter(base: Base, folder: Path | str, name: str = "default") -> Attached:
+    """Put a saved adapter, ours or PEFT's, on a base. Of several adapters, only the new one is switched on.
+
+    Args:
+        name: What to call it among others on the same base.
 
     Raises:
+        RecipeError: The base has an adapter of that name already.
         ArtifactError: It is damaged, was trained on another base, asks for what Trimtab does not do, or its tensors are
             not exactly those of its method on this model. The model is left as it was.
     """
@@ -57,16 +64,10 @@ def load_adapter(base: Base, folder: Path | str) -> Attached:
     stored = read_adapter(folder)
     if stored.base:
         base.check_is(stored.base["fingerprint"], str(folder))
-    refuse_second(base.model)
-    kind = stored.config["peft_type"]
-    found = next((m for m in map(Method.member, Method.names()) if m.peft_type == kind), None)
-    if found is None:
-        raise ArtifactError(f"{folder}: Trimtab has no method for PEFT's {kind}; it has {', '.join(Method.names())}.")
+    refuse_name(base.model, name)
     try:
-        method, tensors = found.from_peft(stored.config, stored.tensors)
-        if stored.method is not None:  # our own words say more than PEFT's (`all-linear`, say)
-            method = Method.pick(stored.method)
-        adapter = attach(base.model, method)
+        method, tensors = read_method(stored)
+        adapter = place(base.model, method, seed=0, name=name)
     except (RecipeError, ArtifactError) as error:
         raise ArtifactError(f"{folder}: {error}") from None
     try:
@@ -75,3 +76,16 @@ def load_adapter(base: Base, folder: Path | str) -> Attached:
         adapter.detach()
         raise ArtifactError(f"{folder}: {error}") from None
     return adapter
+
+
+def read_method(stored: Adapter) -> tuple[Method, dict[str, Tensor]]:
+    """The method of an adapter on disk, and its tensors by our names. Raises ArtifactError, RecipeError."""
+    if stored.method is not None:  # our own words say more than PEFT's (`all-linear`, say)
+        method = Method.pick(stored.method)
+        return method, method.from_peft(stored.config, stored.tensors)[1]
+    found = next((m for m in map(Method.member, Method.names()) if m.reads(stored.config)), None)
+    if found is None:
+        raise ArtifactError(
+            f"Trimtab has no method for PEFT's {stored.config.get('peft_type')}; it has {', '.join(Method.names())}."
+        )
+    return found.from_peft(stored.config, stored.tensors)

@@ -1,16 +1,17 @@
 """Fold an adapter into its base: a plain Transformers folder, checked by loading it and comparing logits."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trimtab import files
 from trimtab.base import Base
 from trimtab.errors import ArtifactError, NotMergeable
-from trimtab.methods import Attached
+from trimtab.methods import Attached, modules
 
 
 class Merged(NamedTuple):
@@ -55,20 +56,25 @@ def merge(base: Base, adapter: Attached, folder: Path | str, prompts: list[list[
 
 def _merged_weights(base: Base, adapter: Attached) -> dict[str, Tensor]:
     """The whole model's tensors under the names it has without adapters, in float32, tied ones still tied."""
-    merged = {}
-    for path, layer in adapter.layers.items():
-        for name, tensor in layer.merged().state_dict(keep_vars=True).items():
-            merged[f"{path}.{name}"] = tensor.detach().float()
+    merged = {
+        f"{path}.{name}": tensor.detach().float()
+        for path, layer in adapter.layers.items()
+        for name, tensor in layer.merged().state_dict(keep_vars=True).items()
+    }
     converted: dict[int, Tensor] = {}
     weights = {}
-    for name, tensor in base.model.state_dict(keep_vars=True).items():
-        parts = name.split(".")
-        if any(parameter is tensor for parameter in adapter.parameters().values()):
-            continue
-        plain = ".".join(part for n, part in enumerate(parts) if not (part == "base" and ".".join(parts[:n]) in adapter.layers))
-        kept = converted.setdefault(id(tensor), tensor.detach().float() if tensor.is_floating_point() else tensor.detach())
-        weights[plain] = merged.get(plain, kept)
+    for path, module in modules(base.model).items():
+        for name, tensor in _own_tensors(module):
+            kept = converted.setdefault(id(tensor), tensor.detach().float() if tensor.is_floating_point() else tensor.detach())
+            whole = f"{path}.{name}" if path else name
+            weights[whole] = merged.get(whole, kept)
     return weights
+
+
+def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """A module's parameters and persistent buffers, without those of the modules in it."""
+    yield from module.named_parameters(recurse=False)
+    yield from ((n, t) for n, t in module.named_buffers(recurse=False) if n not in module._non_persistent_buffers_set)
 
 
 def _finish_config(folder: Path, base: Base) -> None:

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from trimtab.data.pack import Segment
-from trimtab.engine.attention import Cache, DecodeLayout, PrefillLayout
 from trimtab.engine.forward import hidden_states
 from trimtab.engine.head import Head, head_of
+from trimtab.engine.layouts import Cache, DecodeLayout, PrefillLayout
+from trimtab.methods import Routing, Switch, routed, switch_of
 
 BATCH_TOKENS = 4096
 """Prompt tokens that are prefilled, and then decoded, together."""
@@ -23,6 +24,7 @@ def generate(
     max_new_tokens: int,
     temperature: float = 0.0,
     seed: int = 0,
+    owners: Sequence[str | None] | None = None,
 ) -> list[list[int]]:
     """Continue each prompt until it stops by itself or has `max_new_tokens` more.
 
@@ -30,13 +32,16 @@ def generate(
         stop_ids: Tokens that end an answer; they are not part of what is returned.
         temperature: 0 takes the likeliest token; otherwise tokens are drawn from softmax(logits / temperature).
         seed: Decides the draws, for each prompt by its number, whatever else is in the batch.
+        owners: For each prompt, the name of the adapter that answers it, or None for the base alone; those that are
+            switched on answer all of them unless given.
 
     Returns:
         The new tokens of each prompt, in the prompts' order.
     """
     answers: list[list[int]] = [[] for _ in prompts]
+    switches = [switch_of(model, owner) for owner in owners] if owners is not None else None
     for group in _groups(prompts):
-        for number, token in _decode(model, prompts, group, frozenset(stop_ids), max_new_tokens, temperature, seed):
+        for number, token in _decode(model, prompts, group, frozenset(stop_ids), max_new_tokens, temperature, seed, switches):
             answers[number].append(token)
     return answers
 
@@ -71,13 +76,16 @@ def _decode(
     max_new_tokens: int,
     temperature: float,
     seed: int,
+    switches: Sequence[Switch | None] | None = None,
 ) -> Iterator[tuple[int, int]]:
     """(prompt number, token) for the prompts numbered `rows`, a token of each in turn."""
     head, device = head_of(model), next(model.parameters()).device
     draws = {n: torch.Generator().manual_seed(seed * 1_000_003 + n) for n in rows} if temperature else None
-    cache, hidden = _prefill(model, [prompts[n] for n in rows], device)
+    owners = Routing([switches[n] for n in rows]) if switches is not None else None
+    cache, hidden = _prefill(model, [prompts[n] for n in rows], device, owners)
     for made in range(1, max_new_tokens + 1):
-        tokens = _choose(head, hidden, rows, temperature, draws)
+        with routed(owners):
+            tokens = _choose(head, hidden, rows, temperature, draws)
         going = [place for place, token in enumerate(tokens) if token not in stops]
         rows, tokens = [rows[place] for place in going], [tokens[place] for place in going]
         yield from zip(rows, tokens, strict=True)
@@ -85,19 +93,25 @@ def _decode(
             return
         if len(going) < len(cache.lengths):
             cache.keep(torch.tensor(going, device=device))
+            owners = owners.select(going) if owners is not None else None
         layout = DecodeLayout(cache)
-        hidden = hidden_states(model, torch.tensor(tokens, device=device), cache.lengths, layout)
+        with routed(owners):
+            hidden = hidden_states(model, torch.tensor(tokens, device=device), cache.lengths, layout)
         layout.advance()
 
 
-def _prefill(model: Any, prompts: list[list[int]], device: torch.device) -> tuple[Cache, Tensor]:
+def _prefill(
+    model: Any, prompts: list[list[int]], device: torch.device, owners: Routing | None
+) -> tuple[Cache, Tensor]:
     """The prompts' keys and values, and the hidden state of each prompt's last token: B d."""
     ends = torch.tensor([len(prompt) for prompt in prompts]).cumsum(0).tolist()
     segments = tuple(Segment(end - len(prompt), end, -1) for end, prompt in zip(ends, prompts, strict=True))
     ids = torch.tensor([i for prompt in prompts for i in prompt], device=device)
     positions = torch.cat([torch.arange(len(prompt)) for prompt in prompts]).to(device)
     cache = Cache()
-    hidden = hidden_states(model, ids, positions, PrefillLayout(segments, cache, device))
+    tokens = [number for number, prompt in enumerate(prompts) for _ in prompt]
+    with routed(owners.select(tokens) if owners is not None else None):
+        hidden = hidden_states(model, ids, positions, PrefillLayout(segments, cache))
     return cache, hidden[torch.tensor(ends, device=device) - 1]
 
 

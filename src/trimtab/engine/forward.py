@@ -1,32 +1,51 @@
 """A model's answer to a pack: the log-probability of each of its sequences; and the proof that packing changes nothing."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from trimtab.data.example import Sequence
+from trimtab.attention import Layout, heed, laid_out
+from trimtab.data.example import Sequence as Row
 from trimtab.data.pack import Pack, pack_flat
-from trimtab.engine.attention import Layout, PackLayout, packed_attention
 from trimtab.engine.head import head_of, sequence_logprobs
+from trimtab.engine.layouts import PackLayout
 from trimtab.errors import UnsupportedModel
+from trimtab.methods import Routing, routed, switch_of
 
 
 def hidden_states(model: Any, ids: Tensor, positions: Tensor, layout: Layout) -> Tensor:
     """The last hidden states of tokens laid out as `layout` says: T d."""
-    with packed_attention(model):
+    heed(model)
+    with laid_out():
         out = model.base_model(input_ids=ids[None], position_ids=positions[None], layout=layout, use_cache=False)
+    if not layout.reached:
+        raise UnsupportedModel(
+            f"{type(model).__name__} does not hand keywords of forward on to attention, so rows cannot be packed."
+        )
     return out.last_hidden_state[0]
 
 
-def pack_logprobs(model: Any, pack: Pack) -> Tensor:
-    """Σ log p over the learned tokens of each of the pack's sequences: S. Differentiable."""
-    hidden = hidden_states(model, pack.ids, pack.positions, PackLayout(pack.segments))
-    return sequence_logprobs(
-        hidden[pack.target_at], head_of(model), pack.target_token, pack.target_sequence, len(pack.sequences)
-    )
+def pack_logprobs(model: Any, pack: Pack, owners: Sequence[str | None] | None = None) -> Tensor:
+    """Σ log p over the learned tokens of each of the pack's sequences: S. Differentiable.
+
+    Args:
+        owners: For each of the pack's segments, the name of the adapter that acts on it, or None for the base alone; those
+            that are switched on act on all of them unless given.
+    """
+    routing = None
+    if owners is not None:
+        switches = [switch_of(model, owner) for owner in owners]
+        lengths = [end - start for start, end, _ in pack.segments]
+        routing = Routing([one for one, length in zip(switches, lengths, strict=True) for _ in range(length)])
+    with routed(routing):
+        hidden = hidden_states(model, pack.ids, pack.positions, PackLayout(pack.segments))
+    with routed(routing.select(pack.target_at.tolist()) if routing else None):
+        return sequence_logprobs(
+            hidden[pack.target_at], head_of(model), pack.target_token, pack.target_sequence, len(pack.sequences)
+        )
 
 
 @torch.no_grad()
@@ -42,7 +61,7 @@ def check_packing(model: Any) -> None:
     exact = next(model.parameters()).dtype in (torch.float32, torch.float64)
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(vocabulary, (length,), generator=generator).tolist() for length in (7, 5)]
-    pack = pack_flat(Sequence(ids, list(range(1, len(ids))), "check") for ids in rows).to(device)
+    pack = pack_flat(Row(ids, list(range(1, len(ids))), "check") for ids in rows).to(device)
     with _one_thread():
         packed = pack_logprobs(model, pack).tolist()
         alone = [_logprob_alone(model, torch.tensor([ids], device=device)) for ids in rows]

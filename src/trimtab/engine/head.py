@@ -3,12 +3,15 @@
 Shapes: N targets, d hidden size, V vocabulary, S sequences.
 """
 
+from contextvars import copy_context
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from trimtab.errors import UnsupportedModel
+from trimtab.methods import AdapterLayer, Routing, current_routing, look_through, routed
 
 TILE = 6_000_000
 """Logits formed at a time: 24 MB of float32, which stays in a last-level cache."""
@@ -23,12 +26,14 @@ class Head(NamedTuple):
     """V."""
     scale: float = 1.0
     softcap: float | None = None
+    adapted: nn.Module | None = None
+    """An adapter's layer around the matrix, which computes hidden Wᵀ + bias in its place."""
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """… d -> … V, in at least float32."""
-        raw = hidden @ self.weight.T
+        """N d -> N V, in at least float32."""
+        raw = self.adapted(hidden[None])[0] if self.adapted is not None else hidden @ self.weight.T
         raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
-        if self.bias is not None:
+        if self.bias is not None and self.adapted is None:
             raw = raw + self.bias
         if self.scale != 1.0:
             raw = raw * self.scale
@@ -39,16 +44,23 @@ def head_of(model: Any) -> Head:
     """The head of a Transformers causal language model.
 
     Raises:
-        UnsupportedModel: The head is trained, or is not one matrix.
+        UnsupportedModel: The base's own head is trained, or is not one matrix.
     """
-    module, config = model.get_output_embeddings(), model.config.get_text_config()
+    outer, config = model.get_output_embeddings(), model.config.get_text_config()
+    module = look_through(outer)
     if not isinstance(module, nn.Linear):
         raise UnsupportedModel(f"The head of {type(model).__name__} is a {type(module).__name__}, not a matrix.")
     if module.weight.requires_grad:
-        raise UnsupportedModel("The language model head is trained, and Trimtab's head takes it as frozen.")
+        raise UnsupportedModel("The language model head is trained, and Trimtab's head takes it as frozen: use the method full.")
     scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
     scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
-    return Head(module.weight, module.bias, scale, getattr(config, "final_logit_softcapping", None))
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return Head(module.weight, module.bias, scale, softcap, adapted=outer if _acts(outer) else None)
+
+
+def _acts(module: nn.Module) -> bool:
+    """Whether an adapter on this module changes what it computes here and now."""
+    return isinstance(module, AdapterLayer) and (bool(module.switch.state) or _acts(module.base))
 
 
 def sequence_logprobs(hidden: Tensor, head: Head, token: Tensor, sequence: Tensor, count: int) -> Tensor:
@@ -62,8 +74,27 @@ def sequence_logprobs(hidden: Tensor, head: Head, token: Tensor, sequence: Tenso
         hidden: N d, the hidden states that predict the targets.
         token: N, the targets.
         sequence: N, which sequence each target belongs to, in 0..count-1.
+
+    An adapted head learns too, so its gradients need each tile's logits once more, in the backward pass.
     """
-    return _SequenceLogProbs.apply(hidden, head, token, sequence, count)
+    if head.adapted is None:
+        return _SequenceLogProbs.apply(hidden, head, token, sequence, count)
+    routing, here = current_routing(), copy_context()
+    rows = max(64, TILE // len(head.weight))
+    parts = [torch.zeros(0, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)]
+    for start in range(0, len(hidden), rows):
+        tile = slice(start, start + rows)
+        part = Routing(routing.owners[tile]) if routing is not None else None
+        parts.append(checkpoint(here.copy().run, _logprobs, hidden[tile], head, token[tile], part, use_reentrant=False))
+    logprob = torch.cat(parts)
+    return torch.zeros(count, dtype=logprob.dtype, device=hidden.device).index_add(0, sequence, logprob)
+
+
+def _logprobs(hidden: Tensor, head: Head, token: Tensor, routing: Routing | None) -> Tensor:
+    """log p(token | hidden): N. Run in the context of the forward pass, which says what acts, both times it is computed."""
+    with routed(routing):
+        logits = head.logits(hidden)
+    return logits.gather(1, token[:, None])[:, 0] - logits.logsumexp(dim=1)
 
 
 class _SequenceLogProbs(torch.autograd.Function):

@@ -1,32 +1,63 @@
-"""Put an adapter on a model, switch it off and on, read and write its tensors, take it off without a trace."""
+"""Put adapters on a model, switch them off and on, read and write their tensors, take them off without a trace."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from trimtab.attention import heed, unheed
 from trimtab.errors import ArtifactError, RecipeError, listing
-from trimtab.methods._base import AdapterLayer, Method, modules
+from trimtab.methods._acting import Switch, switched
+from trimtab.methods._base import AdapterLayer, Method, Sample, modules
+
+_REGISTER = "trimtab_adapters"
+"""The attribute of a model that holds what is attached to it."""
+
+
+@dataclass
+class _Register:
+    """The adapters on a model, and which of its parameters required gradients before the first of them."""
+
+    required_grad: dict[str, bool]
+    adapters: "dict[str, Attached]" = field(default_factory=dict)
 
 
 class Attached:
     """An adapter on a model. Made by `attach`."""
 
-    def __init__(self, model: nn.Module, method: Method, layers: dict[str, AdapterLayer], before: dict[str, bool]) -> None:
+    def __init__(self, model: nn.Module, name: str, method: Method, layers: dict[str, AdapterLayer]) -> None:
         self.model = model
+        self.name = name
         self.method = method
         self.layers = layers
         """The adapter's layers by the path of the module they adapt."""
-        self._required_grad = before
+        self.switch = Switch()
+        for layer in layers.values():
+            layer.switch = self.switch
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """What is trained, by `path.name`."""
-        return {f"{path}.{name}": p for path, layer in self.layers.items() for name, p in layer.own_parameters().items()}
+        """What is trained, by `path.name`; a parameter that two layers share under the first's."""
+        named: dict[str, nn.Parameter] = {}
+        seen: set[int] = set()
+        for path, layer in self.layers.items():
+            for name, parameter in layer.own_parameters().items():
+                if id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    named[f"{path}.{name}"] = parameter
+        return named
 
     def state(self) -> dict[str, Tensor]:
         """A copy of the adapter's tensors, by `path.name`, on the CPU."""
         return {name: p.detach().to("cpu", copy=True).contiguous() for name, p in self.parameters().items()}
+
+    @torch.no_grad()
+    def folded(self) -> tuple[Method, dict[str, Tensor]]:
+        """What is saved of the adapter: a method without training's scaffolding, and its tensors as `state` gives them."""
+        method, tensors = self.method.folded(self.layers)
+        kept = self.parameters() if method is self.method else tensors
+        return method, {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items() if name in kept}
 
     @torch.no_grad()
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
@@ -49,23 +80,18 @@ class Attached:
 
     @property
     def enabled(self) -> bool:
-        return all(layer.enabled for layer in self.layers.values())
+        """Whether it acts, where no block says otherwise."""
+        return self.switch.on
 
     def enable(self, enabled: bool = True) -> None:
-        """Switch the adapter on, or off: then the model is the base, bit for bit."""
-        for layer in self.layers.values():
-            layer.enabled = enabled
+        """Switch the adapter on, or off: without others the model is then the base, bit for bit."""
+        self.switch.on = enabled
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Run the base alone within the block."""
-        before = [(layer, layer.enabled) for layer in self.layers.values()]
-        self.enable(False)
-        try:
+        """Run the model without this adapter within the block, in this thread."""
+        with switched({self.switch: False}):
             yield
-        finally:
-            for layer, enabled in before:
-                layer.enabled = enabled
 
     def train(self, mode: bool = True) -> None:
         """Switch the adapter between training (its dropout acts) and evaluation. The base always evaluates."""
@@ -73,49 +99,130 @@ class Attached:
             layer.train(mode)
 
     def detach(self) -> nn.Module:
-        """Take the adapter off; the model is what it was before, modules, names, flags and bits."""
+        """Take the adapter off; without others the model is what it was before, modules, names, flags and bits."""
+        mine = set(self.layers.values())
         for holder in list(self.model.modules()):
             for name, child in list(holder.named_children()):
-                if isinstance(child, AdapterLayer) and child in self.layers.values():
-                    setattr(holder, name, child.base)
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(self._required_grad.get(name, parameter.requires_grad))
+                while child in mine:
+                    child = child.base
+                setattr(holder, name, child)
+        register = getattr(self.model, _REGISTER, None)
+        if register is not None and register.adapters.get(self.name) is self:
+            del register.adapters[self.name]
+            if not register.adapters:
+                delattr(self.model, _REGISTER)
+                unheed(self.model)
+                for name, parameter in self.model.named_parameters():
+                    parameter.requires_grad_(register.required_grad.get(name, parameter.requires_grad))
         self.layers = {}
         return self.model
 
 
-def refuse_second(model: nn.Module) -> None:
-    """Raise RecipeError if the model has an adapter already."""
-    if any(isinstance(module, AdapterLayer) for module in model.modules()):
-        raise RecipeError("This model has an adapter already. Take it off first: adapter.detach().")
+def adapters(model: nn.Module) -> dict[str, Attached]:
+    """The adapters on a model by name, in the order they came."""
+    register = getattr(model, _REGISTER, None)
+    return dict(register.adapters) if register is not None else {}
 
 
-def attach(model: nn.Module, method: Method, seed: int = 0) -> Attached:
-    """Freeze `model` and put the method's layers on it, in place.
+def activate(model: nn.Module, *names: str) -> None:
+    """Switch on these adapters and no others. Raises RecipeError for a name that is not on the model."""
+    on = [_find(model, name) for name in names]
+    for adapter in adapters(model).values():
+        adapter.enable(adapter in on)
+
+
+@contextmanager
+def active(model: nn.Module, *names: str) -> Iterator[None]:
+    """These adapters and no others act within the block, in this thread."""
+    on = [_find(model, name) for name in names]
+    with switched({adapter.switch: adapter in on for adapter in adapters(model).values()}):
+        yield
+
+
+def switch_of(model: nn.Module, name: str | None) -> Switch | None:
+    """The switch of the adapter of this name; None for None, the base alone. Raises RecipeError."""
+    return None if name is None else _find(model, name).switch
+
+
+def positions_taken(model: nn.Module) -> int:
+    """How many positions of a row the virtual tokens of the model's adapters take, at most."""
+    return max((a.method.positions for a in adapters(model).values()), default=0)
+
+
+def _find(model: nn.Module, name: str) -> Attached:
+    found = adapters(model)
+    if name not in found:
+        raise RecipeError(f"There is no adapter {name!r} on this model. It has: {', '.join(map(repr, found)) or 'none'}.")
+    return found[name]
+
+
+def refuse_name(model: nn.Module, name: str) -> None:
+    """Raise RecipeError if the model has an adapter of this name already."""
+    if name in adapters(model):
+        raise RecipeError(
+            f"This model has an adapter called {name!r} already. Take it off first (detach), or give the new one another name."
+        )
+
+
+def attach(
+    model: nn.Module,
+    method: Method,
+    seed: int = 0,
+    *,
+    name: str = "default",
+    sample: Sample | None = None,
+) -> Attached:
+    """Freeze `model` and put the method's layers on it, in place. Of several adapters, only the new one is switched on.
 
     Args:
         model: Any Transformers causal language model.
-        seed: Decides the adapter's first values, with the method and the model alone.
+        seed: Decides the adapter's first values, with the method, the model and the sample alone.
+        name: What to call it among others on the same model.
+        sample: What methods that start from real text or from data start from.
 
     Raises:
         NoSuchModule: A target that names nothing in this model.
-        RecipeError: The model has an adapter already.
+        RecipeError: The model has an adapter of that name already, or the method starts from data and there is no sample.
     """
-    refuse_second(model)
+    refuse_name(model, name)
+    adapter = place(model, method, seed, name)
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(seed)
+            method.initialize(model, adapter.layers, sample or Sample())
+    except BaseException:
+        adapter.detach()
+        raise
+    return adapter
+
+
+def place(model: nn.Module, method: Method, seed: int, name: str) -> Attached:
+    """`attach` without first values that depend on more than a layer's own weights: for an adapter whose values are loaded."""
+    refuse_name(model, name)
     sites = method.sites(model)
     everything = modules(model)
-    before = {name: p.requires_grad for name, p in model.named_parameters()}
-    model.requires_grad_(False)
+    register = getattr(model, _REGISTER, None)
+    if register is None:
+        register = _Register({path: p.requires_grad for path, p in model.named_parameters()})
+        model.requires_grad_(False)
     layers = {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for path in sites:
             layer = method.layer(everything[path], path).eval()
-            layer.to(next(everything[path].parameters()).device)  # drawn on the CPU, so equal on every device
-            holder, _, name = path.rpartition(".")
-            setattr(everything[holder], name, layer)
+            parameter = next(everything[path].parameters(), None)
+            if parameter is not None:
+                layer.to(parameter.device)  # drawn on the CPU, so equal on every device
             layers[path] = layer
-    adapter = Attached(model, method, layers, before)
+    for path, layer in layers.items():
+        holder, _, last = path.rpartition(".")
+        layer.base = getattr(everything[holder], last)  # another adapter's layer, where one stands there already
+        setattr(everything[holder], last, layer)
+    heed(model)
+    adapter = Attached(model, name, method, layers)
+    register.adapters[name] = adapter
+    setattr(model, _REGISTER, register)
+    activate(model, name)
     trained = sum(parameter.numel() for parameter in adapter.parameters().values())
     assert trained == method.parameter_count(model), f"{method.name} trains {trained:,} parameters, not what its formula says"
     return adapter

@@ -1,19 +1,22 @@
 """What a method is: its hyperparameters, the modules of a model that it adapts, and the layer it puts there."""
 
 from abc import abstractmethod
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from trimtab.config import Choice
-from trimtab.errors import ArtifactError, NotMergeable
+from trimtab.errors import NotMergeable
+from trimtab.methods._acting import Routing, Switch, only
 
 
 class AdapterLayer(nn.Module):
     """A frozen `base` module together with the trainable parameters that adapt it.
 
     Whatever this module owns outside `base` is the adapter. Freezing, counting, saving, loading and removing rely on
-    that rule alone, so parameter names are free.
+    that rule alone, so parameter names are free. `base` may itself be the layer of another adapter.
     """
 
     base: nn.Module
@@ -21,14 +24,33 @@ class AdapterLayer(nn.Module):
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
         self.base = base
-        self.enabled = True
+        self.switch = Switch()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.adapt(*args, **kwargs) if self.enabled else self.base(*args, **kwargs)
+        state = self.switch.state
+        if isinstance(state, Routing):
+            return self.route(state, *args, **kwargs)
+        return self.adapt(*args, **kwargs) if state else self.base(*args, **kwargs)
 
     def adapt(self, *args: Any, **kwargs: Any) -> Any:
         """The base's output, adapted; same arguments and return type as `base`."""
         raise NotImplementedError
+
+    def route(self, routing: Routing, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """`forward` for tokens of several adapters, each once: 1 T … -> 1 T …, for a base that sees one token at a time."""
+        chain = [self.switch]
+        inner = self.base
+        while isinstance(inner, AdapterLayer):
+            chain.append(inner.switch)
+            inner = inner.base
+        parts, order = [], []
+        for owner in (*chain, None):
+            tokens = routing.tokens(owner, set(chain), x.device)
+            if len(tokens):
+                with only(owner):
+                    parts.append(self(x[:, tokens], *args, **kwargs))
+                order.append(tokens)
+        return torch.cat(parts, dim=1)[:, torch.cat(order).argsort()]
 
     def merged(self) -> nn.Module:
         """A plain module equal to this one, new weights and all; `base` is left as it is.
@@ -48,8 +70,16 @@ class AdapterLayer(nn.Module):
     def train(self, mode: bool = True) -> "AdapterLayer":
         """Switch what the adapter owns between training and evaluation (dropout); `base` always evaluates."""
         super().train(mode)
-        self.base.eval()
+        _evaluate(self.base)
         return self
+
+
+def _evaluate(module: nn.Module) -> None:
+    """Evaluation mode for a base module and all in it, but for the layers of other adapters."""
+    if not isinstance(module, AdapterLayer):
+        module.training = False
+        for child in module.children():
+            _evaluate(child)
 
 
 class Circumstances(NamedTuple):
@@ -61,18 +91,29 @@ class Circumstances(NamedTuple):
     rows_per_step: float
 
 
+class Sample(NamedTuple):
+    """What an adapter's first values can be made from, besides the model."""
+
+    rows: Sequence[Sequence[int]] = ()
+    """Rows of tokens, such as those that will be learned."""
+    encode: Callable[[str], list[int]] | None = None
+    """Turns a text into tokens."""
+
+
 class Method(Choice):
     """A family of adapters. One concrete subclass per file in this folder; the file's name is its name."""
 
     family: ClassVar[str] = "trimtab.methods"
     default: ClassVar[str] = "lora"
 
-    peft_type: ClassVar[str]
-    """What PEFT calls the method."""
+    peft_type: ClassVar[str | None] = None
+    """What PEFT calls the method; None if it has none such."""
     starts_as_base: ClassVar[bool] = True
     """A fresh adapter changes nothing, bit for bit."""
     mergeable: ClassVar[bool] = True
     """The adapter is a change of weights."""
+    exact_gradient: ClassVar[bool] = True
+    """The gradient is the slope of the loss, nothing in it taken as constant."""
 
     @abstractmethod
     def sites(self, model: nn.Module) -> list[str]:
@@ -90,37 +131,46 @@ class Method(Choice):
     def learning_rate(self, at: Circumstances) -> tuple[float, str]:
         """The learning rate that `lr: auto` means, and the formula in words."""
 
+    @property
+    def positions(self) -> int:
+        """How many of a row's positions its virtual tokens take."""
+        return 0
+
+    def initialize(self, model: nn.Module, layers: dict[str, AdapterLayer], sample: Sample) -> None:
+        """Set first values that depend on more than one layer's weights; called once the layers are in the model.
+
+        Raises:
+            RecipeError: It needs what `sample` does not have.
+        """
+
+    def relative_rate(self, name: str) -> float:
+        """By what the learning rate is multiplied for the parameter of this name within its layer."""
+        return 1.0
+
+    def folded(self, layers: dict[str, AdapterLayer]) -> "tuple[Method, dict[str, Tensor]]":
+        """What is saved: a method whose parameters are these tensors, by `path.name`; equal to this one, less its scaffolding.
+
+        A parametrization that helps training, such as the network that makes a prefix, is computed once and left out.
+        """
+        return self, {f"{path}.{name}": p for path, layer in layers.items() for name, p in layer.own_parameters().items()}
+
+    @classmethod
+    def reads(cls, config: dict[str, Any]) -> bool:
+        """Whether a PEFT configuration is of this method."""
+        return cls.peft_type is not None and config.get("peft_type") == cls.peft_type
+
     @abstractmethod
     def to_peft(self, model: nn.Module, tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """The adapter in PEFT's terms: the content of `adapter_config.json`, and its tensors under PEFT's names.
 
-        `tensors` holds them by `path.name`, as `Attached.state` does; `model` is what they adapt.
+        `tensors` holds them by `path.name`, as `folded` gives them; `model` is what they adapt. What PEFT has no method
+        for, or would compute differently, says so in its `peft_type`, which PEFT then refuses: see `not_pefts`.
         """
 
     @classmethod
     @abstractmethod
     def from_peft(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple["Method", dict[str, Tensor]]:
         """The reverse of `to_peft`. Raises ArtifactError for what Trimtab would compute differently."""
-
-
-def only_known(config: dict[str, Any], honoured: set[str], neutral: dict[str, tuple[Any, ...]], ignored: set[str]) -> None:
-    """Refuse a PEFT config that asks for something this method does not do.
-
-    Args:
-        honoured: Keys that are read.
-        neutral: Keys that are not, with the values that ask for nothing (besides None, False and empty).
-        ignored: Keys that do not change what the adapter computes.
-    """
-    asked = [
-        f"{key}: {value!r}"
-        for key, value in config.items()
-        if key not in honoured | ignored and value not in (None, False, [], {}, "") and value not in neutral.get(key, ())
-    ]
-    if asked:
-        raise ArtifactError(
-            f"adapter_config.json asks for what Trimtab does not do here: {'; '.join(asked)}. "
-            "Loading it anyway would give other outputs than PEFT's."
-        )
 
 
 def look_through(module: nn.Module) -> nn.Module:

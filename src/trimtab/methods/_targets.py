@@ -2,6 +2,7 @@
 
 A target is `all-linear` (every matrix in the model's blocks), `attention` (those in its attention modules), the last
 parts of dotted names (`q_proj`, `mlp.down_proj`, `layers.0.self_attn.q_proj`), or a regular expression that matches whole paths.
+The two ends of a model, its embeddings and its head, are adapted only where a method can, and only if they are named.
 """
 
 import re
@@ -13,7 +14,7 @@ from torch import nn
 
 from trimtab.config import as_tuple
 from trimtab.errors import NoSuchModule, listing
-from trimtab.methods._base import matrix_shape, modules
+from trimtab.methods._base import look_through, matrix_shape, modules
 
 ALL_LINEAR, ATTENTION = "all-linear", "attention"
 ATTENTION_NAMES = {"self_attn", "attn", "attention", "self_attention"}
@@ -39,16 +40,20 @@ def _is_group(target: str) -> bool:
 Targets = Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(as_tuple), AfterValidator(_compiles)]
 
 
-def matrices(model: Any, targets: Sequence[str]) -> dict[str, tuple[int, int]]:
+def matrices(model: Any, targets: Sequence[str], *, ends: bool = False) -> dict[str, tuple[int, int]]:
     """The matrices that `targets` name: path -> (inputs, outputs), in the model's order.
+
+    Args:
+        ends: The token embeddings and the head may be named too.
 
     Raises:
         NoSuchModule: A target that matches nothing, or something that is not a matrix; or `all-linear` on a model
             with blocks that hold other weights (fused experts, say), which would silently stay as they are.
     """
     everything = modules(model)
-    head = model.get_output_embeddings()
+    head = look_through(model.get_output_embeddings())
     shapes = {path: shape for path, module in everything.items() if (shape := matrix_shape(module)) and module is not head}
+    named = shapes | (end_matrices(model) if ends else {})
     chosen: set[str] = set()
     for target in targets:
         if target == ALL_LINEAR:
@@ -59,18 +64,30 @@ def matrices(model: Any, targets: Sequence[str]) -> dict[str, tuple[int, int]]:
         elif _NAME.fullmatch(target):
             matching = [path for path in everything if path == target or path.endswith(f".{target}")]
         else:
-            matching = [path for path in shapes if re.fullmatch(target, path)]
+            matching = [path for path in named if re.fullmatch(target, path)]
         if not matching:
             raise NoSuchModule(f"targets: {target!r} matches no module of {type(model).__name__}. It has: {_names(shapes)}.")
-        wrong = [path for path in matching if path not in shapes]
+        wrong = [path for path in matching if path not in named]
         if wrong:
             kind = type(everything[wrong[0]]).__name__
             raise NoSuchModule(
-                f"targets: {target!r} names {wrong[0]}, a {kind}, and only the matrices inside the blocks can be adapted. "
-                f"They are: {_names(shapes)}."
+                f"targets: {target!r} names {wrong[0]}, a {kind}, and only the matrices {'' if ends else 'inside the blocks '}"
+                f"can be adapted. They are: {_names(named)}."
             )
         chosen.update(matching)
-    return {path: shape for path, shape in shapes.items() if path in chosen}
+    return {path: named[path] for path in everything if path in chosen}
+
+
+def end_matrices(model: Any) -> dict[str, tuple[int, int]]:
+    """The token embeddings (vocabulary, hidden) and the head (hidden, vocabulary) by their paths."""
+    ends = {}
+    embeddings, head = look_through(model.get_input_embeddings()), look_through(model.get_output_embeddings())
+    for path, module in modules(model).items():
+        if module is embeddings:
+            ends[path] = (int(embeddings.num_embeddings), int(embeddings.embedding_dim))  # type: ignore[arg-type]
+        elif module is head and (shape := matrix_shape(module)):
+            ends[path] = shape
+    return ends
 
 
 def _names(shapes: dict[str, tuple[int, int]]) -> str:
@@ -79,7 +96,7 @@ def _names(shapes: dict[str, tuple[int, int]]) -> str:
 
 def _refuse_uncovered(everything: dict[str, nn.Module], shapes: dict[str, tuple[int, int]], model: Any) -> None:
     embeddings = {id(p) for m in everything.values() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    head = model.get_output_embeddings()
+    head = look_through(model.get_output_embeddings())
     uncovered = [
         f"{path}.{name} in {type(module).__name__}, shape {tuple(parameter.shape)}"
         for path, module in everything.items()

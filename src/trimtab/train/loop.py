@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -63,7 +63,7 @@ def train(
         DataError: A step has nothing to learn.
     """
     parameters = list(adapter.parameters().values())
-    optimizer = torch.optim.AdamW(parameters, lr=peak_lr, weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(_by_rate(adapter), lr=peak_lr, weight_decay=config.weight_decay)
     for number in range(1, len(steps) + 1):
         started = time.perf_counter()
         packs = [pack.to(base.device) for pack in steps[number - 1]]
@@ -84,12 +84,20 @@ def train(
         if not (torch.isfinite(norm) and mean == mean and abs(mean) != float("inf")):
             _refuse(number, mean, norm.item(), [row for pack in packs for row in pack.sequences])
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["relative_rate"]
         with _whole(parameters):
             optimizer.step()
             optimizer.zero_grad()
         tokens = sum(row.shown for pack in packs for row in pack.sequences)
         yield Step(number, mean, items, tokens, time.perf_counter() - started, norm.item(), lr)
+
+
+def _by_rate(adapter: Attached) -> list[dict[str, Any]]:
+    """The adapter's parameters in groups that share a learning rate, as the method divides them."""
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in adapter.parameters().items():
+        groups.setdefault(adapter.method.relative_rate(name.rpartition(".")[2]), []).append(parameter)
+    return [{"params": several, "relative_rate": rate} for rate, several in groups.items()]
 
 
 @contextmanager

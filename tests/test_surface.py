@@ -10,8 +10,9 @@ import pytest
 import trimtab
 
 SURFACE = {
-    "Attached", "Base", "LoRA", "Recipe", "SFT", "TrainConfig", "TrimtabError", "answer", "attach", "fit", "generate", "load",
-    "load_adapter", "merge", "rows", "run_recipe", "save_adapter", "score", "stream",
+    "Attached", "Base", "LoRA", "Recipe", "SFT", "TrainConfig", "TrimtabError", "activate", "active", "adapters", "answer",
+    "attach", "fit", "generate", "load",
+    "load_adapter", "merge", "method", "rows", "run_recipe", "sample", "save_adapter", "score", "stream",
 }  # fmt: skip
 """What users may rely on. A name goes away only with a line in CHANGELOG.md."""
 

@@ -27,6 +27,9 @@ _HOMES = {
     "SFT": "objectives.sft",
     "TrainConfig": "train",
     "TrimtabError": "errors",
+    "activate": "methods",
+    "active": "methods",
+    "adapters": "methods",
     "answer": "api",
     "attach": "methods",
     "fit": "api",
@@ -34,8 +37,10 @@ _HOMES = {
     "load": "api",
     "load_adapter": "deploy",
     "merge": "deploy",
+    "method": "api",
     "rows": "api",
     "run_recipe": "run",
+    "sample": "deploy",
     "save_adapter": "deploy",
     "score": "evaluate",
     "stream": "api",
@@ -55,13 +60,13 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from trimtab.api import answer, fit, load, rows, stream
+    from trimtab.api import answer, fit, load, method, rows, stream
     from trimtab.base import Base
-    from trimtab.deploy import load_adapter, merge, save_adapter
+    from trimtab.deploy import load_adapter, merge, sample, save_adapter
     from trimtab.engine import generate
     from trimtab.errors import TrimtabError
     from trimtab.evaluate import score
-    from trimtab.methods import Attached, attach
+    from trimtab.methods import Attached, activate, active, adapters, attach
     from trimtab.methods.lora import LoRA
     from trimtab.objectives.sft import SFT
     from trimtab.recipe import Recipe

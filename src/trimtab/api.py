@@ -7,8 +7,8 @@ from trimtab.base import Base, Message, ModelConfig
 from trimtab.data import Conversation, DataConfig, load_data, pack_all, plan_steps, prompt_of
 from trimtab.data.example import Sequence as Row
 from trimtab.engine import check_packing, stream_tokens
-from trimtab.errors import RecipeError
-from trimtab.methods import Attached
+from trimtab.errors import DataError, RecipeError
+from trimtab.methods import Attached, Method, room
 from trimtab.objectives import Objective
 from trimtab.objectives.sft import SFT
 from trimtab.train import Step, TrainConfig, peak_learning_rate, train
@@ -21,6 +21,11 @@ def load(name: str, **settings: Any) -> Base:
         settings: `dtype` and `device`, as in a recipe's `model`.
     """
     return Base.load(ModelConfig(name=name, **settings))
+
+
+def method(name: str, **hyperparameters: Any) -> Method:
+    """A method by the name it has in a recipe, such as "prefix"; `trimtab methods` lists them. Raises RecipeError."""
+    return Method.member(name)(**hyperparameters)
 
 
 def rows(source: str, base: Base, **settings: Any) -> list[Row]:
@@ -44,6 +49,7 @@ def fit(
         settings: As in a recipe's `train`, such as `epochs`, `lr` and `rows_per_step`.
     """
     config = TrainConfig(**settings)
+    _check_room(base, rows)
     check_packing(base.model)
     plan = plan_steps(rows, epochs=config.epochs, seed=config.seed, rows=config.rows, tokens=config.tokens_per_step)
     steps = [pack_all([rows[n] for n in step], config.pack_tokens) for step in plan]
@@ -51,6 +57,13 @@ def fit(
     _ = base.fingerprint  # taken now, to be compared with afterwards
     yield from train(base, adapter, objective or SFT(), steps, config, rate)
     base.check_unchanged()
+
+
+def _check_room(base: Base, rows: Sequence[Row]) -> None:
+    most = room(base.model, base.context_length)
+    long = [row.where for row in rows if most is not None and len(row.ids) > most]
+    if long:
+        raise DataError(f"{long[0]}: has more than the {most:,} tokens that the adapter's virtual tokens leave of the context.")
 
 
 def answer(
@@ -69,8 +82,9 @@ def stream(
         RecipeError: This model can't be asked that.
     """
     prompt = _prompt(base, [{"role": "user", "content": question}] if isinstance(question, str) else question)
-    if base.context_length is not None:
-        max_new_tokens = min(max_new_tokens, base.context_length - len(prompt))
+    most = room(base.model, base.context_length)
+    if most is not None:
+        max_new_tokens = min(max_new_tokens, most - len(prompt))
     ids: list[int] = []
     said = ""
     tokens = stream_tokens(base.model, prompt, base.stop_ids, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
@@ -91,7 +105,7 @@ def _prompt(base: Base, messages: list[Message]) -> list[int]:
         )
     asked = Conversation((*messages, {"role": "assistant", "content": ""}), "prompt", continues=not base.has_template)
     ids, _ = prompt_of(asked, base)
-    most = base.context_length
+    most = room(base.model, base.context_length)
     if not ids or (most is not None and len(ids) >= most):
         limit = f", and {base.source} was made for {most:,} with the answer" if ids else ""
         raise RecipeError(f"The prompt has {len(ids):,} tokens{limit}.")

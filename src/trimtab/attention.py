@@ -18,8 +18,6 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from trimtab.errors import UnsupportedModel
 
@@ -146,6 +144,8 @@ def _rules(
 
 
 def _own_attention(own: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
     if own == "eager":  # not registered: each model's file has its own
         return sys.modules[type(module).__module__].eager_attention_forward
     return ALL_ATTENTION_FUNCTIONS[own]
@@ -183,6 +183,8 @@ def _after_virtual(
 
 def _mask(*args: Any, own: str, **kwargs: Any) -> Any:
     """A layout says itself what is seen; else the mask that the model's own attention wants."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
     if _laid_out.get() or own not in ALL_MASK_ATTENTION_FUNCTIONS:
         return None
     return ALL_MASK_ATTENTION_FUNCTIONS[own](*args, **kwargs)
@@ -200,6 +202,9 @@ def laid_out() -> Iterator[None]:
 
 def heed(model: nn.Module) -> None:
     """Lead every call of this model's attention through here. Nothing changes for calls without a layout or virtual tokens."""
+    from transformers.masking_utils import AttentionMaskInterface
+    from transformers.modeling_utils import AttentionInterface
+
     for config in _configs(model):
         own = config._attn_implementation
         if own is None or own.startswith(PREFIX):

@@ -13,7 +13,7 @@ from trimtab.artifacts import read_adapter, write_adapter
 from trimtab.base import Base
 from trimtab.config import read
 from trimtab.data import Example, Loaded, Pack, held_out_examples, load_data, pack_all, plan_steps
-from trimtab.deploy import save_adapter, versions
+from trimtab.deploy import sample, save_adapter, versions
 from trimtab.engine import check_packing
 from trimtab.errors import ArtifactError, DataError, RecipeError, StorageError
 from trimtab.evaluate import Loss, score_loss
@@ -56,9 +56,10 @@ def run_recipe(recipe: Recipe, watch: Watcher | None = None) -> Run:
         fingerprint = background.submit(lambda: base.fingerprint)
         check_packing(base.model)
         # By absolute paths, as the run's recipe.yaml has them, so that its held-out rows are found again.
-        data = load_data(recipe.absolute().data, base, base.context_length, recipe.train.seed)
+        limit = base.context_length - recipe.method.positions if base.context_length is not None else None
+        data = load_data(recipe.absolute().data, base, limit, recipe.train.seed)
         fingerprint.result()
-    adapter = attach(base.model, recipe.method, recipe.train.seed)
+    adapter = attach(base.model, recipe.method, recipe.train.seed, sample=sample(base, data.train))
     steps = Steps(data, recipe)
     facts = _facts(recipe, base, adapter, data, steps)
     watch.planned(facts, data.accounts, len(data.train), len(data.eval))
@@ -87,7 +88,8 @@ def _facts(recipe: Recipe, base: Base, adapter: Attached, data: Loaded, steps: "
         "base": {"source": base.source, "fingerprint": base.fingerprint},
         "method": recipe.method.plain(),
         "trainable_parameters": trained,
-        "base_parameters": sum(p.numel() for p in base.model.parameters()) - trained,
+        "positions": recipe.method.positions,
+        "base_parameters": base.model.num_parameters() - trained,
         "steps": len(steps),
         "peak_lr": rate,
         "lr_formula": formula,

@@ -39,7 +39,7 @@ class Adapter:
     method: dict[str, Any] | None = None
     """The method in our words; None in a folder that PEFT wrote."""
     base: dict[str, Any] = field(default_factory=dict)
-    """`source`, `dtype`, `fingerprint` and `stop_ids` of the base it was trained on; empty in a folder that PEFT wrote."""
+    """`source`, `dtype`, `quantize`, `fingerprint` and `stop_ids` of the base it was trained on; empty in a folder that PEFT wrote."""
     trained: dict[str, Any] = field(default_factory=dict)
     """How it came to be: step, losses, the data's digest."""
     versions: dict[str, str] = field(default_factory=dict)

@@ -23,6 +23,7 @@ CONFIG_KEYS = (
     "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "rope_theta", "rope_parameters", "rope_scaling", "partial_rotary_factor",
     "sliding_window", "layer_types", "attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar", "logit_scale",
     "logits_scaling", "residual_multiplier", "embedding_multiplier", "attention_multiplier", "scale_attn_weights",
+    "bitsandbytes",
 )  # fmt: skip
 """What changes the outputs of a model with given weights. A list, so that a new Transformers release changes no hash."""
 

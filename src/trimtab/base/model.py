@@ -9,8 +9,9 @@ from typing import Annotated, Any, Literal, NamedTuple
 import torch
 from pydantic import Field
 
-from trimtab.base import source
+from trimtab.base import quantized, source
 from trimtab.base.fingerprint import PARTS, Fingerprint, fingerprint, own_weights, weights_hash
+from trimtab.base.quantized import Quantize
 from trimtab.base.supported import refuse_unsupported
 from trimtab.config import Config
 from trimtab.errors import ArtifactError, BaseChanged, DataError, RecipeError, StorageError, UnsupportedModel
@@ -28,6 +29,8 @@ class ModelConfig(Config):
     """A local folder, a GGUF file, a hub name, or `smollm2-135m-instruct`."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Number type of the frozen weights; auto is float32 on a CPU and bfloat16 on an accelerator."""
+    quantize: Quantize = "none"
+    """Hold the matrices of its blocks in 4 bits a weight (nf4, as QLoRA does) or in 8 (int8): pip install 'trimtab[quantized]'."""
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
     """Where the model runs; auto is the first accelerator, or the CPU."""
 
@@ -53,9 +56,13 @@ class Base:
         UnsupportedModel: Trimtab can't train this model exactly; the message says why.
     """
 
+    quantize: Quantize = "none"
+    """How it was quantized when it was loaded; one that was stored quantized, or is wrapped, says it itself."""
+
     def __init__(self, model: Any, tokenizer: Any = None, source: str | None = None) -> None:
         refuse_unsupported(model, tokenizer)
         self.model = model.eval().requires_grad_(False)
+        quantized.settle(model)
         self.tokenizer = tokenizer
         self.source = source or getattr(model.config, "_name_or_path", "") or type(model).__name__
         self._pristine = own_weights(model)  # the tensors themselves, before adapters rename them
@@ -69,15 +76,25 @@ class Base:
         chosen = config.dtype if config.dtype != "auto" else "float32" if device.type == "cpu" else "bfloat16"
         if folder is None:
             source.check_hub(config.name)
-        base = cls.load_folder(folder if folder is not None else config.name, getattr(torch, chosen), device)
+        place = folder if folder is not None else config.name
+        base = cls.load_folder(place, getattr(torch, chosen), device, quantize=config.quantize)
         # What it was asked for by, rather than the cache folder that a GGUF file was converted into.
         local = folder is not None and config.name != source.EMBEDDED
         base.source = str(expanded(config.name).absolute()) if local else config.name
         return base
 
     @classmethod
-    def load_folder(cls, place: Path | str, dtype: torch.dtype, device: torch.device, *, with_tokenizer: bool = True) -> "Base":
+    def load_folder(
+        cls,
+        place: Path | str,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        quantize: Quantize = "none",
+        with_tokenizer: bool = True,
+    ) -> "Base":
         """Load a model folder (a Path), or a name on the hub (a str), in a number type on a device."""
+        settings = quantized.loading(quantize, dtype, device)
         with without_collector():
             from transformers import AutoModelForCausalLM, AutoTokenizer
             from transformers.utils import logging
@@ -86,7 +103,7 @@ class Base:
         try:
             with warnings.catch_warnings(), without_collector():
                 warnings.simplefilter("ignore")
-                model: Any = AutoModelForCausalLM.from_pretrained(str(place), dtype=dtype, use_safetensors=True)
+                model: Any = AutoModelForCausalLM.from_pretrained(str(place), dtype=dtype, use_safetensors=True, **settings)
                 tokenizer = AutoTokenizer.from_pretrained(str(place)) if with_tokenizer else None
         except Exception as error:  # Transformers raises a dozen kinds; each means that this is not a model we can use
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -95,14 +112,24 @@ class Base:
                     f"model: {place} is no local file or folder, and it could not be fetched from the hub: {reason}"
                 ) from error
             raise UnsupportedModel(f"model: {place} cannot be loaded: {type(error).__name__}: {reason}") from error
-        return cls(model.to(device), tokenizer, str(place))
+        kind = quantized.kind_of(model)
+        if quantize not in ("none", kind):
+            raise RecipeError(f"model.quantize: {quantize}, but {place} is then {kind}: it is stored so, or has no linear layers.")
+        base = cls(model.to(device), tokenizer, str(place))
+        base.quantize = quantize
+        return base
 
     # Identity
 
     @cached_property
     def fingerprint(self) -> Fingerprint:
         """Hashes of the weights, configuration, tokenizer and template, as they were when first asked for."""
-        return fingerprint(self._pristine, self.model.config.to_dict(), self.tokenizer)
+        return fingerprint(self._pristine, self.model.config.to_dict() | quantized.identity(self.model), self.tokenizer)
+
+    @property
+    def quantization(self) -> str:
+        """`none`, `nf4`, `int8`, … : how the matrices of its blocks are held."""
+        return quantized.kind_of(self.model)
 
     def check_unchanged(self) -> None:
         """Raise BaseChanged if a weight has changed since `fingerprint` was first asked for."""
@@ -117,7 +144,7 @@ class Base:
         different = [part for part in PARTS if expected.get(part) != self.fingerprint[part]]
         if different:
             raise ArtifactError(
-                f"{what} was trained on another base than {self.source} ({next(iter(self._pristine.values())).dtype}): different "
+                f"{what} was trained on another base than {self.source} ({next(iter(self._pristine.values())).dtype}, quantize: {self.quantization}): different "
                 f"{', '.join(different)}. Give the base it was trained on, in the number type it was trained on."
             )
 

@@ -6,6 +6,7 @@ meet nowhere but in that attention. `engine.check_packing` measures the same on 
 
 from typing import Any
 
+from trimtab.base.quantized import refuse_unknown
 from trimtab.errors import UnsupportedModel
 
 LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -21,10 +22,7 @@ def refuse_unsupported(model: Any, tokenizer: Any) -> None:
         raise UnsupportedModel(f"{name} is not a Transformers model.")
     if "peft_config" in vars(model):
         raise UnsupportedModel(f"{name} has an adapter of PEFT's on it; take it off first (unload), or load the model anew.")
-    if getattr(model, "hf_quantizer", None) is not None:
-        raise UnsupportedModel(
-            f"{name} is quantized, and Trimtab does not train on quantized bases yet. Load it in float32 or bfloat16."
-        )
+    refuse_unknown(model)
     config = model.config
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModel(f"{name} is an encoder-decoder model; Trimtab trains causal language models.")

@@ -1,7 +1,7 @@
 """Saving, loading, merging: handing a trained model over for use."""
 
-from trimtab.deploy.adapter import load_adapter, save_adapter, versions
+from trimtab.deploy.adapter import load_adapter, sample, save_adapter, versions
 from trimtab.deploy.merging import Merged, merge
 from trimtab.deploy.target import Target, adapter_folder, open_target
 
-__all__ = ["Merged", "Target", "adapter_folder", "load_adapter", "merge", "open_target", "save_adapter", "versions"]
+__all__ = ["Merged", "Target", "adapter_folder", "load_adapter", "merge", "open_target", "sample", "save_adapter", "versions"]

@@ -1,6 +1,7 @@
 """Between an adapter on a model and an adapter on disk."""
 
 import platform
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,9 @@ from torch import Tensor
 
 from trimtab.artifacts import Adapter, read_adapter, write_adapter
 from trimtab.base import Base
+from trimtab.data.example import Sequence as Row
 from trimtab.errors import ArtifactError, RecipeError
-from trimtab.methods import Attached, Method, place, refuse_name
+from trimtab.methods import Attached, Method, Sample, place, refuse_name
 
 PACKAGES = ("trimtab", "torch", "transformers", "tokenizers", "safetensors")
 
@@ -26,6 +28,11 @@ def versions() -> dict[str, str]:
     return found
 
 
+def sample(base: Base, rows: Sequence[Row]) -> Sample:
+    """What an adapter's first values can be made from, beside the base: rows to be learned, and the base's tokenizer."""
+    return Sample(rows=[row.ids for row in rows], encode=lambda text: base.encode([text])[0].ids)
+
+
 def save_adapter(base: Base, adapter: Attached, folder: Path | str, trained: dict[str, Any] | None = None) -> None:
     """Write the adapter as a new folder that PEFT reads too. Raises StorageError; then there is no folder."""
     method, own = adapter.folded()
@@ -33,6 +40,7 @@ def save_adapter(base: Base, adapter: Attached, folder: Path | str, trained: dic
     facts = {
         "source": base.source,
         "dtype": str(next(base.model.get_input_embeddings().parameters()).dtype).removeprefix("torch."),
+        "quantize": base.quantize,
         "fingerprint": base.fingerprint,
         "stop_ids": list(base.stop_ids) if base.tokenizer is not None else [],
     }

@@ -35,13 +35,19 @@ def merge(base: Base, adapter: Attached, folder: Path | str, prompts: list[list[
         prompts: Tokens on which the logits are compared; random ones unless given.
 
     Raises:
-        NotMergeable: The method is not a change of weights.
+        NotMergeable: The method is not a change of weights, or the base is quantized.
         ArtifactError: The adapter holds values that are not finite, or the saved model gives other logits.
         StorageError: The folder exists, or can't be written.
     """
     if not adapter.method.mergeable:
         next(iter(adapter.layers.values())).merged()  # raises, in the method's words
         raise NotMergeable(f"{adapter.method.name} cannot be merged into the base.")
+    if base.quantization != "none":
+        raise NotMergeable(
+            f"{base.source} is quantized ({base.quantization}): its sum with an adapter would have to be rounded again, which loses "
+            "much of the adapter, and another base is not what the adapter was trained on. Use the two beside each other; or "
+            "train on the base in float32 or bfloat16, and merge that."
+        )
     broken = [name for name, p in adapter.parameters().items() if not bool(p.isfinite().all())]
     if broken:
         raise ArtifactError(f"The adapter's {broken[0]} holds values that are not finite, so nothing was merged.")

@@ -53,5 +53,6 @@ def open_target(name: str, model: str | None = None) -> Target:
     if not source:
         raise RecipeError(f"{folder} does not say which base it was trained on: give it with --model.")
     dtype = stored.base.get("dtype")
-    base = Base.load(ModelConfig(name=source, dtype=dtype if dtype in ("float32", "bfloat16") else "auto"))
+    dtype = dtype if dtype in ("float32", "bfloat16") else "auto"
+    base = Base.load(ModelConfig(name=source, dtype=dtype, quantize=stored.base.get("quantize", "none")))
     return Target(base, load_adapter(base, folder), folder)

@@ -100,9 +100,7 @@ def _decode(
         layout.advance()
 
 
-def _prefill(
-    model: Any, prompts: list[list[int]], device: torch.device, owners: Routing | None
-) -> tuple[Cache, Tensor]:
+def _prefill(model: Any, prompts: list[list[int]], device: torch.device, owners: Routing | None) -> tuple[Cache, Tensor]:
     """The prompts' keys and values, and the hidden state of each prompt's last token: B d."""
     ends = torch.tensor([len(prompt) for prompt in prompts]).cumsum(0).tolist()
     segments = tuple(Segment(end - len(prompt), end, -1) for end, prompt in zip(ends, prompts, strict=True))

@@ -51,7 +51,9 @@ def head_of(model: Any) -> Head:
     if not isinstance(module, nn.Linear):
         raise UnsupportedModel(f"The head of {type(model).__name__} is a {type(module).__name__}, not a matrix.")
     if module.weight.requires_grad:
-        raise UnsupportedModel("The language model head is trained, and Trimtab's head takes it as frozen: use the method full.")
+        raise UnsupportedModel(
+            "The language model head is trained, and Trimtab's head takes it as frozen: use the method full."
+        )
     scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
     scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
     softcap = getattr(config, "final_logit_softcapping", None)

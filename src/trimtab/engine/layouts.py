@@ -54,9 +54,7 @@ class PackLayout:
     def before(self, layer: nn.Module, like: Tensor, virtual: Sequence[Virtual]) -> list[list[tuple[Tensor, Tensor]]]:
         """For each segment, the keys and values of the virtual tokens before its row."""
         found = [(one, one.of(layer, like)) for one in virtual]
-        return [
-            [both for one, both in found if one.acts_on is None or one.acts_on(segment.start)] for segment in self.segments
-        ]
+        return [[both for one, both in found if one.acts_on is None or one.acts_on(segment.start)] for segment in self.segments]
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

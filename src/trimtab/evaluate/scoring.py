@@ -16,6 +16,7 @@ from trimtab.data import Account, Conversation, make_sequences, pack_all, prompt
 from trimtab.data.example import Sequence as Row
 from trimtab.engine import generate, pack_logprobs
 from trimtab.errors import DataError, NonFinite, listing
+from trimtab.methods import room
 
 Interval = tuple[float, float]
 Z = 1.959963984540054
@@ -94,7 +95,7 @@ def score(base: Base, examples: Sequence[Any], on_done: Callable[[int], None] | 
         DataError: There are no rows, or some can't be measured; a score on the others would be taken for one on all.
     """
     account = Account(("evaluation",))
-    sequences = make_sequences(examples, base, account, max_length=base.context_length)
+    sequences = make_sequences(examples, base, account, max_length=room(base.model, base.context_length))
     if account.refused or not sequences:
         problems = [f"{where}: {reason}" for where, reason in account.refused]
         raise DataError(

@@ -8,13 +8,15 @@ from trimtab.methods._attach import (
     adapters,
     attach,
     place,
-    positions_taken,
     refuse_name,
+    room,
     switch_of,
 )
 from trimtab.methods._base import AdapterLayer, Circumstances, Method, Sample, look_through, modules
+from trimtab.methods._peft import OF_BASE
 
 __all__ = [
+    "OF_BASE",
     "AdapterLayer",
     "Attached",
     "Circumstances",
@@ -30,8 +32,8 @@ __all__ = [
     "look_through",
     "modules",
     "place",
-    "positions_taken",
     "refuse_name",
+    "room",
     "routed",
     "switch_of",
 ]

@@ -4,9 +4,9 @@ What holds within a block is kept in a context variable, so that threads and tas
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from typing import ContextManager, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,13 +53,13 @@ class _Only(NamedTuple):
 _here: ContextVar[Mapping[Switch, bool] | Routing | _Only] = ContextVar("here", default={})  # noqa: B039 (never changed)
 
 
-def switched(states: Mapping[Switch, bool]) -> ContextManager[None]:
+def switched(states: Mapping[Switch, bool]) -> AbstractContextManager[None]:
     """These adapters are on or off within the block, in this thread; others as they were."""
     before = _here.get()
     return _within({**before, **states} if isinstance(before, Mapping) else states)
 
 
-def routed(routing: Routing | None) -> ContextManager[None]:
+def routed(routing: Routing | None) -> AbstractContextManager[None]:
     """Within the block, in this thread, each token has the adapter that the routing says, and no other; None: as it was."""
     return nullcontext() if routing is None else _within(routing)
 
@@ -70,7 +70,7 @@ def current_routing() -> Routing | None:
     return here if isinstance(here, Routing) else None
 
 
-def only(owner: Switch | None) -> ContextManager[None]:
+def only(owner: Switch | None) -> AbstractContextManager[None]:
     """Within the block, in this thread, every adapter is off but this one."""
     return _within(_Only(owner))
 

@@ -144,9 +144,10 @@ def switch_of(model: nn.Module, name: str | None) -> Switch | None:
     return None if name is None else _find(model, name).switch
 
 
-def positions_taken(model: nn.Module) -> int:
-    """How many positions of a row the virtual tokens of the model's adapters take, at most."""
-    return max((a.method.positions for a in adapters(model).values()), default=0)
+def room(model: nn.Module, context_length: int | None) -> int | None:
+    """How many tokens a row may have, of a context's, beside the virtual tokens of the model's adapters; None for no limit."""
+    taken = max((adapter.method.positions for adapter in adapters(model).values()), default=0)
+    return None if context_length is None else context_length - taken
 
 
 def _find(model: nn.Module, name: str) -> Attached:
@@ -201,10 +202,6 @@ def place(model: nn.Module, method: Method, seed: int, name: str) -> Attached:
     refuse_name(model, name)
     sites = method.sites(model)
     everything = modules(model)
-    register = getattr(model, _REGISTER, None)
-    if register is None:
-        register = _Register({path: p.requires_grad for path, p in model.named_parameters()})
-        model.requires_grad_(False)
     layers = {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -214,6 +211,10 @@ def place(model: nn.Module, method: Method, seed: int, name: str) -> Attached:
             if parameter is not None:
                 layer.to(parameter.device)  # drawn on the CPU, so equal on every device
             layers[path] = layer
+    register = getattr(model, _REGISTER, None)
+    if register is None:
+        register = _Register({path: p.requires_grad for path, p in model.named_parameters()})
+        model.requires_grad_(False)
     for path, layer in layers.items():
         holder, _, last = path.rpartition(".")
         layer.base = getattr(everything[holder], last)  # another adapter's layer, where one stands there already

@@ -1,5 +1,6 @@
 """What a method is: its hyperparameters, the modules of a model that it adapts, and the layer it puts there."""
 
+import copy
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.config import Choice
-from trimtab.errors import NotMergeable
+from trimtab.errors import NotMergeable, UnsupportedModel
 from trimtab.methods._acting import Routing, Switch, only
 
 
@@ -206,3 +207,28 @@ def matrix_shape(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(weight, Tensor) and weight.ndim == 2 and tuple(weight.shape) == sizes:
         return weight.shape[0], weight.shape[1]
     return None
+
+
+def matrix(module: nn.Module) -> Tensor:
+    """The matrix of a module that has one, an embedding included, as (outputs, inputs) and in at least float32.
+
+    Raises UnsupportedModel if it is quantized: then nothing else is exactly its matrix.
+    """
+    weight = look_through(module).weight
+    assert isinstance(weight, Tensor)
+    if not weight.is_floating_point():
+        raise UnsupportedModel(
+            f"A {type(look_through(module)).__name__} is quantized, and this method starts from or changes the weights themselves. "
+            "Use one that leaves them as they are, such as lora, or a base that is not quantized."
+        )
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    return wide if isinstance(look_through(module), nn.Linear) else wide.T  # Conv1D and Embedding store (inputs, outputs)
+
+
+def with_weight(module: nn.Module, make: Callable[[Tensor], Tensor]) -> nn.Module:
+    """A copy of the model's own module with another matrix: `make` turns its (outputs, inputs) into the new one."""
+    changed = make(matrix(module))
+    made = copy.deepcopy(look_through(module))
+    stored = changed if isinstance(made, nn.Linear) else changed.T
+    made.weight = nn.Parameter(stored.contiguous(), requires_grad=False)
+    return made

@@ -53,10 +53,19 @@ class KeysValuesTuning(VirtualTokens):
             honoured={"num_virtual_tokens"},
             neutral={"num_transformer_submodules": (1,)},
             # Sizes of the base, which the table's shape says again; and how training went.
-            ignored={"token_dim", "num_attention_heads", "num_layers", "encoder_hidden_size", "prefix_projection", "init_weights"},
+            ignored={
+                "token_dim",
+                "num_attention_heads",
+                "num_layers",
+                "encoder_hidden_size",
+                "prefix_projection",
+                "init_weights",
+            },
         )
         if list(tensors) != ["prompt_embeddings"]:
-            raise ArtifactError(f"adapter_model.safetensors holds {', '.join(tensors)}, where a prefix is prompt_embeddings alone.")
+            raise ArtifactError(
+                f"adapter_model.safetensors holds {', '.join(tensors)}, where a prefix is prompt_embeddings alone."
+            )
         return cls.parse({"tokens": config.get("num_virtual_tokens")}), {"": tensors["prompt_embeddings"]}
 
 

@@ -1,26 +1,26 @@
 """What the methods that add a low-rank change B A to a matrix have in common: hyperparameters, factors, PEFT's LORA format."""
 
-import copy
 import math
 import re
 from typing import Annotated, Any, ClassVar, Self
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from trimtab.errors import ArtifactError, NoSuchModule
-from trimtab.methods._base import AdapterLayer, Circumstances, Method, matrix_shape, modules
+from trimtab.errors import NoSuchModule
+from trimtab.methods._base import AdapterLayer, Circumstances, Method, look_through, matrix_shape, modules, with_weight
 from trimtab.methods._peft import SELECTING, from_names, only_known, shortest_names, to_names
-from trimtab.methods._targets import ALL_LINEAR, Targets, matrices
+from trimtab.methods._targets import ALL_LINEAR, ByTarget, Targets, matrices
 
 NAMES = {
     "A": "lora_A.weight",
     "B": "lora_B.weight",
-    "magnitude": "lora_magnitude_vector.weight",
+    "magnitude": "lora_magnitude_vector",
 }
 """PEFT's names of ours, in a matrix."""
-EMBEDDING_NAMES = {"A": "lora_embedding_A", "B": "lora_embedding_B"}
+EMBEDDING_NAMES = {**NAMES, "A": "lora_embedding_A", "B": "lora_embedding_B"}
 """The same in an embedding."""
 
 
@@ -37,16 +37,19 @@ class LowRank(Method):
     """The change is scaled by alpha / rank, so the best learning rate hardly depends on the rank."""
     rank_stabilized: bool = False
     """Scale by alpha / √rank instead (rsLoRA, Kalajdzievski 2023, arXiv:2312.03732): large ranks then keep learning."""
-    ranks: dict[str, Annotated[int, Field(ge=1)]] = {}
-    """Other ranks for some of the targets, by name or regular expression: {down_proj: 64}."""
-    alphas: dict[str, Annotated[float, Field(gt=0)]] = {}
-    """Other alphas for some of the targets."""
+    ranks: Annotated[dict[str, Annotated[int, Field(ge=1)]], ByTarget] = {}
+    """Other ranks for some of the targets, by name or regular expression: {down_proj: 64}. The first that matches counts."""
+    alphas: Annotated[dict[str, Annotated[float, Field(gt=0)]], ByTarget] = {}
+    """Other alphas for some of the targets, in the same way."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Probability with which an input of A is dropped in training."""
+    """Probability with which a number that enters A is dropped in training; tokens, which enter an embedding's, are not."""
     b_rate: Annotated[float, Field(gt=0)] = 1.0
     """B learns at this many times the learning rate (LoRA+, Hayou et al. 2024, arXiv:2402.12354, which advises about 16)."""
     targets: Targets = (ALL_LINEAR,)
-    """Which matrices: `all-linear`, `attention`, names such as `q_proj`, or regular expressions over whole paths."""
+    """Which matrices: `all-linear`, `attention`, names such as `q_proj`, or regular expressions over whole paths.
+
+    The embeddings and the head are adapted if they are named (`embed_tokens`, `lm_head`), each on its own even where they are tied.
+    """
 
     def shapes(self, model: nn.Module) -> dict[str, tuple[int, int]]:
         """The targeted matrices: path -> (inputs, outputs). Raises NoSuchModule for a pattern that matches none of them."""
@@ -60,10 +63,12 @@ class LowRank(Method):
     def rank_of(self, path: str) -> int:
         return next((rank for pattern, rank in self.ranks.items() if _matches(pattern, path)), self.rank)
 
+    def alpha_of(self, path: str) -> float:
+        return next((alpha for pattern, alpha in self.alphas.items() if _matches(pattern, path)), self.alpha)
+
     def scale_of(self, path: str) -> float:
-        alpha = next((alpha for pattern, alpha in self.alphas.items() if _matches(pattern, path)), self.alpha)
         rank = self.rank_of(path)
-        return alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
+        return self.alpha_of(path) / (math.sqrt(rank) if self.rank_stabilized else rank)
 
     def sites(self, model: nn.Module) -> list[str]:
         return list(self.shapes(model))
@@ -101,11 +106,7 @@ class LowRank(Method):
             "r": self.rank,
             "lora_alpha": _whole(self.alpha),
             "rank_pattern": {path: self.rank_of(path) for path in shapes if self.rank_of(path) != self.rank},
-            "alpha_pattern": {
-                path: _whole(alpha)
-                for path in shapes
-                if (alpha := next((a for pattern, a in self.alphas.items() if _matches(pattern, path)), None)) is not None
-            },
+            "alpha_pattern": {path: _whole(self.alpha_of(path)) for path in shapes if self.alpha_of(path) != self.alpha},
             "lora_dropout": self.dropout,
             "target_modules": shortest_names(list(shapes), list(everything)),
             "fan_in_fan_out": any(not isinstance(everything[path], nn.Linear | nn.Embedding) for path in shapes),
@@ -135,28 +136,17 @@ class LowRank(Method):
             },
             ignored={"fan_in_fan_out", "eva_config", *SELECTING},
         )
-        own = {name: theirs for name, theirs in NAMES.items() if name != "magnitude" or cls.asks_of_peft.get("use_dora")}
-        renamed: dict[str, Tensor] = {}
-        paths: tuple[str, ...] = ()
-        for names, part in (
-            (EMBEDDING_NAMES, {k: t for k, t in tensors.items() if "lora_embedding_" in k}),
-            (own, {k: t for k, t in tensors.items() if "lora_embedding_" not in k}),
-        ):
-            if part:
-                found, more = from_names(part, names, "LoRA")
-                renamed, paths = renamed | found, paths + more
-        if not paths:
-            raise ArtifactError("adapter_model.safetensors holds no tensors.")
-        rank, alpha = config.get("r", 8), config.get("lora_alpha", 8)
-        ranks = {path: renamed[f"{path}.A"].shape[0] for path in paths if f"{path}.A" in renamed}
-        alphas = {path: _of_pattern(config.get("alpha_pattern") or {}, path) for path in paths}
+        names = {name: theirs for name, theirs in NAMES.items() if name != "magnitude" or cls.asks_of_peft.get("use_dora")}
+        alike = {re.sub(r"lora_embedding_([AB])$", r"lora_\1.weight", key): tensor for key, tensor in tensors.items()}
+        renamed, paths = from_names(alike, names, "LoRA")
+        patterns = {path: [_of_pattern(config.get(key), path) for key in ("rank_pattern", "alpha_pattern")] for path in paths}
         method = cls.parse(
             {
-                "rank": rank,
-                "alpha": alpha,
+                "rank": config.get("r", 8),
+                "alpha": config.get("lora_alpha", 8),
                 "rank_stabilized": bool(config.get("use_rslora")),
-                "ranks": {path: r for path, r in ranks.items() if r != rank},
-                "alphas": {path: a for path, a in alphas.items() if a is not None},
+                "ranks": {path: rank for path, (rank, _) in patterns.items() if rank is not None},
+                "alphas": {path: alpha for path, (_, alpha) in patterns.items() if alpha is not None},
                 "dropout": config.get("lora_dropout", 0.0),
                 # The tensors say exactly which modules are adapted; PEFT's patterns could match others of our base.
                 "targets": paths,
@@ -190,26 +180,30 @@ class LowRankLayer(AdapterLayer):
         else:
             nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))  # U(±1/√inputs), as in the authors' loralib
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A and B of the change that is made."""
+        return self.A, self.B
+
+    def add(self, y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        """y + scale · drop(x) Aᵀ Bᵀ; of an embedding, whose x are tokens, y + scale · A[:, x]ᵀ Bᵀ."""
+        if x.is_floating_point():
+            inner = F.linear(self.dropout(x), A.to(x.dtype))
+        else:
+            inner = F.embedding(x, A.T) * getattr(
+                look_through(self.base), "embed_scale", 1.0
+            )  # Gemma's multiply what they look up
+        expand = (self.scale * B).to(y.dtype).T
+        return torch.addmm(y.flatten(0, -2), inner.to(y.dtype).flatten(0, -2), expand).view_as(y)  # one pass over y, not three
+
     @torch.no_grad()
     def change(self) -> Tensor:
         """What is added to the matrix, (outputs, inputs)."""
-        return self.scale * self.B @ self.A
+        A, B = self.factors()
+        return self.scale * B @ A
 
     @torch.no_grad()
     def merged(self) -> nn.Module:
         return with_weight(self.base, lambda weight: weight + self.change())
-
-
-def with_weight(base: nn.Module, make: Any) -> nn.Module:
-    """A copy of a module with another matrix: `make` turns its (outputs, inputs), in at least float32, into the new one."""
-    merged = copy.deepcopy(base)
-    weight = merged.weight
-    assert isinstance(weight, Tensor)
-    turned = not isinstance(merged, nn.Linear)  # Conv1D and Embedding store (inputs, outputs)
-    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    made = make(wide.T if turned else wide)
-    merged.weight = nn.Parameter((made.T if turned else made).contiguous(), requires_grad=False)
-    return merged
 
 
 def _matches(pattern: str, path: str) -> bool:
@@ -217,9 +211,9 @@ def _matches(pattern: str, path: str) -> bool:
     return path == pattern or path.endswith(f".{pattern}") or bool(re.fullmatch(pattern, path))
 
 
-def _of_pattern(patterns: dict[str, Any], path: str) -> Any:
-    """What PEFT's `rank_pattern` or `alpha_pattern` says of a path."""
-    return next((value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", path)), None)
+def _of_pattern(patterns: dict[str, Any] | None, path: str) -> Any:
+    """What PEFT's `rank_pattern` or `alpha_pattern` says of a path, if anything."""
+    return next((value for pattern, value in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", path)), None)
 
 
 def _lasts(paths: dict[str, Any]) -> list[str]:

@@ -1,5 +1,6 @@
 """Between our words and PEFT's: names of tensors, names of modules, and configurations that ask for more than we do."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,13 @@ from trimtab.errors import ArtifactError
 
 PREFIX = "base_model.model."
 """What PEFT writes before a module's path."""
+
+OF_BASE = "base:"
+"""What stands before the name of a tensor of the base's own, which PEFT saves beside an adapter of the embeddings or the head.
+
+`from_peft` hands such tensors on, and whoever has the model sees that its base has the same.
+"""
+_BASES_OWN = re.compile(r"\.(base_layer|embed_tokens|lm_head)\.(weight|bias)$")
 
 DESCRIPTIVE = {"auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_version"}
 """Keys of every PEFT configuration that do not change what an adapter computes."""
@@ -31,7 +39,7 @@ def to_names(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[st
 
 
 def from_names(tensors: Mapping[str, Tensor], names: Mapping[str, str], what: str) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """The reverse of `to_names`, and the paths of the adapted modules in the file's order.
+    """The reverse of `to_names`, and the paths of the adapted modules in the file's order; with tensors `OF_BASE`, if there are any.
 
     Raises:
         ArtifactError: There is no tensor, or one whose name is none of `names`.
@@ -40,6 +48,9 @@ def from_names(tensors: Mapping[str, Tensor], names: Mapping[str, str], what: st
     paths: dict[str, None] = {}
     for key, tensor in tensors.items():
         ours = next((n for n, theirs in names.items() if key.startswith(PREFIX) and key.endswith(f".{theirs}")), None)
+        if ours is None and _BASES_OWN.search(key):
+            renamed[OF_BASE + key.removeprefix(PREFIX).replace(".base_layer.", ".")] = tensor
+            continue
         if ours is None:
             raise ArtifactError(f"adapter_model.safetensors holds a tensor that is not {what}'s: {key}.")
         path = key.removeprefix(PREFIX).removesuffix(f".{names[ours]}")

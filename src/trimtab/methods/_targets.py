@@ -23,7 +23,8 @@ ATTENTION_NAMES = {"self_attn", "attn", "attention", "self_attention"}
 _NAME = re.compile(r"[\w.]+")
 
 
-def _compiles(targets: tuple[str, ...]) -> tuple[str, ...]:
+def _compiles(targets: Any) -> Any:
+    """Every target (every key, of a mapping by target) is a name or a regular expression."""
     for target in targets:
         if not _is_group(target) and not _NAME.fullmatch(target):
             try:
@@ -38,6 +39,8 @@ def _is_group(target: str) -> bool:
 
 
 Targets = Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(as_tuple), AfterValidator(_compiles)]
+ByTarget = AfterValidator(_compiles)
+"""Of a mapping: its keys are names or regular expressions, as targets are."""
 
 
 def matrices(model: Any, targets: Sequence[str], *, ends: bool = False) -> dict[str, tuple[int, int]]:

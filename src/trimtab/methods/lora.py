@@ -3,27 +3,79 @@
 Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685, equation 3.
 """
 
+import math
+from typing import Literal
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trimtab.methods._base import AdapterLayer, Method, Sample
+from trimtab.methods._lora_init import principal_factors, start_at_inputs
 from trimtab.methods._lowrank import LowRank, LowRankLayer
 
 
 class LoRA(LowRank):
     """Adds `alpha / rank · B A` to each targeted matrix."""
 
+    init: Literal["default", "pissa", "eva"] = "default"
+    """What A and B start as: A random and B zero, or what fits the model's matrices (`pissa`) or the data (`eva`) best.
+
+    PiSSA (Meng et al. 2024, arXiv:2404.02948) trains the principal part of each matrix: A and B start as it, and what
+    they started as is taken off. EVA (Paischer et al. 2024, arXiv:2410.07170) starts A as the principal directions of
+    what enters each matrix on the first training rows, and B as zero; every matrix keeps its rank, where the authors
+    also move ranks between them.
+    """
+
     def layer(self, base: nn.Module, path: str) -> "LoRALayer":
-        return LoRALayer(base, self.rank_of(path), self.scale_of(path), self.dropout)
+        rank, scale = self.rank_of(path), self.scale_of(path)
+        if self.init == "pissa":
+            return PiSSALayer(base, rank, scale, self.dropout, path)
+        return LoRALayer(base, rank, scale, self.dropout)
+
+    def initialize(self, model: nn.Module, layers: dict[str, AdapterLayer], sample: Sample) -> None:
+        if self.init == "eva":
+            start_at_inputs(model, layers, sample.rows)
+
+    def folded(self, layers: dict[str, AdapterLayer]) -> tuple[Method, dict[str, Tensor]]:
+        """PiSSA's is a plain LoRA of twice the rank, scaled as before."""
+        if self.init != "pissa":
+            return super().folded(layers)
+        grown = math.sqrt(2) if self.rank_stabilized else 2.0
+        plain = self.plain() | {
+            "init": "default",
+            "rank": 2 * self.rank,
+            "ranks": {pattern: 2 * rank for pattern, rank in self.ranks.items()},
+            "alpha": grown * self.alpha,
+            "alphas": {pattern: grown * alpha for pattern, alpha in self.alphas.items()},
+        }
+        factors = {path: layer.factors() for path, layer in layers.items() if isinstance(layer, LoRALayer)}
+        return Method.pick(plain), {
+            f"{path}.{name}": t for path, two in factors.items() for name, t in zip("AB", two, strict=True)
+        }
 
 
 class LoRALayer(LowRankLayer):
     """y = base(x) + scale · drop(x) Aᵀ Bᵀ. Of an embedding: base(token) + scale · A[:, token]ᵀ Bᵀ."""
 
     def adapt(self, x: Tensor) -> Tensor:
-        y = self.base(x)
-        if not x.is_floating_point():  # tokens of an embedding
-            return y + (self.scale * F.embedding(x, self.A.T) @ self.B.T).to(y.dtype)
-        update = F.linear(self.dropout(x), self.A.to(x.dtype))
-        expand = (self.scale * self.B).to(x.dtype).T
-        return torch.addmm(y.flatten(0, -2), update.flatten(0, -2), expand).view_as(y)  # one pass over y, not three
+        return self.add(self.base(x), x, *self.factors())
+
+
+class PiSSALayer(LoRALayer):
+    """y = base(x) + scale · drop(x) (B A − B0 A0)ᵀ, where A0 and B0 are what A and B started as: scale · B0 A0 ≈ W."""
+
+    A0: Tensor
+    B0: Tensor
+
+    def __init__(self, base: nn.Module, rank: int, scale: float, dropout: float, path: str) -> None:
+        super().__init__(base, rank, scale, dropout)
+        A, B = principal_factors(base, rank, scale, path)
+        with torch.no_grad():
+            self.A.copy_(A)
+            self.B.copy_(B)
+        self.register_buffer("A0", self.A.detach().clone(), persistent=False)
+        self.register_buffer("B0", self.B.detach().clone(), persistent=False)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """B A − B0 A0 = (B − B0) A + B0 (A − A0): exactly zero at the start, and no difference of large products later."""
+        return torch.cat([self.A, self.A - self.A0]), torch.cat([self.B - self.B0, self.B0], dim=1)

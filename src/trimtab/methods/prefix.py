@@ -27,9 +27,7 @@ class PrefixTuning(KeysValuesTuning):
     def parameter_count(self, model: nn.Module) -> int:
         """tokens · width + (width + 1) · width + (width + 1) · N with N = layers · 2 · key-value heads · head size; folded, tokens · N."""
         numbers, width = attention_shape(model).numbers, self.width
-        return (
-            self.tokens * width + (width + 1) * width + (width + 1) * numbers if width else self.tokens * numbers
-        )
+        return self.tokens * width + (width + 1) * width + (width + 1) * numbers if width else self.tokens * numbers
 
     def learning_rate(self, at: Circumstances) -> tuple[float, str]:
         """1e-3, by a small search: see docs/methods.md."""

@@ -1,6 +1,7 @@
 """Every key of a recipe changes something: a run with another value for it has another result. A new key fails here until it has."""
 
 import json
+from typing import get_args
 
 import pytest
 from pydantic import BaseModel
@@ -8,7 +9,6 @@ from templates import CHATML, base_of, bytes_tokenizer
 
 from trimtab.errors import DataError, RecipeError
 from trimtab.methods import Method
-from trimtab.methods.lora import LoRA
 from trimtab.objectives import Objective
 from trimtab.recipe import Recipe
 from trimtab.run import run_recipe
@@ -78,10 +78,6 @@ CHANGES = {
     "model.dtype": lambda work: {"model.dtype": "bfloat16"},
     "data.train": lambda work: {"data.train": str(work / "other_rows.jsonl")},
     "data.eval": lambda work: {"data.eval": str(work / "held.jsonl")},
-    "method.rank": lambda work: {"method.rank": 3},
-    "method.alpha": lambda work: {"method.alpha": 64.0},
-    "method.dropout": lambda work: {"method.dropout": 0.5},
-    "method.targets": lambda work: {"method.targets": ["q_proj", "v_proj"]},
     "train.epochs": lambda work: {"train.epochs": 2},
     "train.rows_per_step": lambda work: {"train.rows_per_step": 3},
     "train.tokens_per_step": lambda work: {"train.rows_per_step": None, "train.tokens_per_step": 100},
@@ -93,6 +89,56 @@ CHANGES = {
     "train.evaluate_every": lambda work: {"train.evaluate_every": 1},
     "train.seed": lambda work: {"train.seed": 1},
 }
+
+
+OTHER = {
+    "ranks": {"q_proj": 3},
+    "alphas": {"q_proj": 3.0},
+    "targets": ["q_proj", "v_proj"],
+    "dropout": 0.5,
+    "text": "Something else",
+}
+"""Values for the methods' keys where a small step off the default will not do."""
+
+
+def another(method, key):
+    """A value for a method's key that is not its default, and what else must be said for it to count."""
+    kind = Method.member(method)
+    field = kind.model_fields[key]
+    default = field.get_default(call_default_factory=True)
+    choices = [one for one in get_args(field.annotation) if isinstance(one, str) and one != default]
+    if key in OTHER:
+        return OTHER[key]
+    if choices:
+        return choices[0]
+    return not default if isinstance(default, bool) else default + 1 if isinstance(default, int) else default * 2
+
+
+def small(name):
+    """A method as it is by default, but that the ranks fit the tiny model."""
+    return {"name": name, **({"rank": 4} if "rank" in Method.member(name).model_fields else {})}
+
+
+METHOD_KEYS = [(name, key) for name in Method.names() for key in Method.member(name).model_fields]
+
+
+@pytest.fixture(scope="module")
+def as_it_is(work):
+    """What each method leaves behind with every key at its default."""
+    known = {}
+
+    def find(name):
+        if name not in known:
+            known[name] = outcome(work, f"method-{name}", method=small(name))
+        return known[name]
+
+    return find
+
+
+@pytest.mark.parametrize(("name", "key"), METHOD_KEYS, ids=str)
+def test_another_value_of_a_methods_key_gives_another_result(name, key, work, as_it_is):
+    changed = small(name) | {key: another(name, key)}
+    assert outcome(work, f"method-{name}-{key}", method=changed) != as_it_is(name)
 
 
 @pytest.mark.parametrize("key", CHANGES)
@@ -210,7 +256,7 @@ def keys(kind, prefix=""):
 
 
 def test_no_key_is_left_out_here():
-    """`method` and `objective` are families: choosing another member is tested by the members' own tests."""
+    """`method` and `objective` are families: the methods' keys are tried above, all of them."""
     elsewhere = {
         "model.device",
         "data.columns",
@@ -221,7 +267,6 @@ def test_no_key_is_left_out_here():
         "output",
     }
     recipe = {key for key in keys(Recipe) if key not in ("method", "objective")}
-    lora = {f"method.{key}" for key in LoRA.model_fields}
-    assert recipe | lora == CHANGES.keys() | elsewhere
+    assert recipe == CHANGES.keys() | elsewhere
     assert Objective.names() == ["sft"]
     assert not Objective.member("sft").model_fields

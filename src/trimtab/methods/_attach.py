@@ -211,6 +211,7 @@ def place(model: nn.Module, method: Method, seed: int, name: str) -> Attached:
             if parameter is not None:
                 layer.to(parameter.device)  # drawn on the CPU, so equal on every device
             layers[path] = layer
+    method.join(layers)
     register = getattr(model, _REGISTER, None)
     if register is None:
         register = _Register({path: p.requires_grad for path, p in model.named_parameters()})

@@ -37,21 +37,32 @@ class AdapterLayer(nn.Module):
         """The base's output, adapted; same arguments and return type as `base`."""
         raise NotImplementedError
 
-    def route(self, routing: Routing, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """`forward` for tokens of several adapters, each once: 1 T … -> 1 T …, for a base that sees one token at a time."""
+    def route(self, routing: Routing, x: Tensor, *others: Any, **kwargs: Any) -> Any:
+        """`forward` for tokens of several adapters, each once: 1 T … -> 1 T …, for a base that sees one token at a time.
+
+        A base whose tokens come first (T …), with more about each of them (`others`) and several results, is one as well:
+        the experts of a mixture, and what chooses them.
+        """
         chain = [self.switch]
         inner = self.base
         while isinstance(inner, AdapterLayer):
             chain.append(inner.switch)
             inner = inner.base
+        at = 1 if x.shape[0] == 1 else 0
         parts, order = [], []
         for owner in (*chain, None):
             tokens = routing.tokens(owner, set(chain), x.device)
+            if len(tokens) == len(routing.owners):
+                with only(owner):
+                    return self(x, *others, **kwargs)
             if len(tokens):
                 with only(owner):
-                    parts.append(self(x[:, tokens], *args, **kwargs))
+                    parts.append(self(*(one.index_select(at, tokens) for one in (x, *others)), **kwargs))
                 order.append(tokens)
-        return torch.cat(parts, dim=1)[:, torch.cat(order).argsort()]
+        back = torch.cat(order).argsort()
+        if isinstance(parts[0], tuple):
+            return tuple(torch.cat(several, dim=at).index_select(at, back) for several in zip(*parts, strict=True))
+        return torch.cat(parts, dim=at).index_select(at, back)
 
     def merged(self) -> nn.Module:
         """A plain module equal to this one, new weights and all; `base` is left as it is.
@@ -144,6 +155,9 @@ class Method(Choice):
             RecipeError: It needs what `sample` does not have.
         """
 
+    def join(self, layers: dict[str, AdapterLayer]) -> None:
+        """Let layers share parameters; called when all of them are made, each around the model's own module."""
+
     def relative_rate(self, name: str) -> float:
         """By what the learning rate is multiplied for the parameter of this name within its layer."""
         return 1.0
@@ -209,6 +223,11 @@ def matrix_shape(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
+def wide(weight: Tensor) -> torch.dtype:
+    """The number type of what is trained beside a weight: float32, or float64 beside float64."""
+    return torch.promote_types(weight.dtype, torch.float32) if weight.is_floating_point() else torch.float32
+
+
 def matrix(module: nn.Module) -> Tensor:
     """The matrix of a module that has one, an embedding included, as (outputs, inputs) and in at least float32.
 
@@ -221,8 +240,8 @@ def matrix(module: nn.Module) -> Tensor:
             f"A {type(look_through(module)).__name__} is quantized, and this method starts from or changes the weights themselves. "
             "Use one that leaves them as they are, such as lora, or a base that is not quantized."
         )
-    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    return wide if isinstance(look_through(module), nn.Linear) else wide.T  # Conv1D and Embedding store (inputs, outputs)
+    weight = weight.to(wide(weight))
+    return weight if isinstance(look_through(module), nn.Linear) else weight.T  # Conv1D and Embedding store (inputs, outputs)
 
 
 def with_weight(module: nn.Module, make: Callable[[Tensor], Tensor]) -> nn.Module:

@@ -39,14 +39,24 @@ def _is_group(target: str) -> bool:
 
 
 Targets = Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(as_tuple), AfterValidator(_compiles)]
+Patterns = Annotated[tuple[str, ...], BeforeValidator(as_tuple), AfterValidator(_compiles)]
+"""Targets, perhaps none."""
 ByTarget = AfterValidator(_compiles)
 """Of a mapping: its keys are names or regular expressions, as targets are."""
 
 
-def matrices(model: Any, targets: Sequence[str], *, ends: bool = False) -> dict[str, tuple[int, int]]:
+def matches(pattern: str, path: str) -> bool:
+    """Whether a target, other than a group, names or matches a path."""
+    if _NAME.fullmatch(pattern):
+        return path == pattern or path.endswith(f".{pattern}")
+    return bool(re.fullmatch(pattern, path))
+
+
+def matrices(model: Any, targets: Sequence[str], *, ends: bool = False, key: str = "targets") -> dict[str, tuple[int, int]]:
     """The matrices that `targets` name: path -> (inputs, outputs), in the model's order.
 
     Args:
+        key: What a recipe calls these targets.
         ends: The token embeddings and the head may be named too.
 
     Raises:
@@ -69,12 +79,12 @@ def matrices(model: Any, targets: Sequence[str], *, ends: bool = False) -> dict[
         else:
             matching = [path for path in named if re.fullmatch(target, path)]
         if not matching:
-            raise NoSuchModule(f"targets: {target!r} matches no module of {type(model).__name__}. It has: {_names(shapes)}.")
+            raise NoSuchModule(f"{key}: {target!r} matches no module of {type(model).__name__}. It has: {_names(shapes)}.")
         wrong = [path for path in matching if path not in named]
         if wrong:
             kind = type(everything[wrong[0]]).__name__
             raise NoSuchModule(
-                f"targets: {target!r} names {wrong[0]}, a {kind}, and only the matrices {'' if ends else 'inside the blocks '}"
+                f"{key}: {target!r} names {wrong[0]}, a {kind}, and only the matrices {'' if ends else 'inside the blocks '}"
                 f"can be adapted. They are: {_names(named)}."
             )
         chosen.update(matching)

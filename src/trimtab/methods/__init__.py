@@ -14,12 +14,14 @@ from trimtab.methods._attach import (
 )
 from trimtab.methods._base import AdapterLayer, Circumstances, Method, Sample, look_through, modules
 from trimtab.methods._peft import OF_BASE
+from trimtab.methods._combine import Combined, combine
 
 __all__ = [
     "OF_BASE",
     "AdapterLayer",
     "Attached",
     "Circumstances",
+    "Combined",
     "Method",
     "Routing",
     "Sample",
@@ -28,6 +30,7 @@ __all__ = [
     "active",
     "adapters",
     "attach",
+    "combine",
     "current_routing",
     "look_through",
     "modules",

@@ -126,7 +126,7 @@ def adapters(model: nn.Module) -> dict[str, Attached]:
 
 def activate(model: nn.Module, *names: str) -> None:
     """Switch on these adapters and no others. Raises RecipeError for a name that is not on the model."""
-    on = [_find(model, name) for name in names]
+    on = [find(model, name) for name in names]
     for adapter in adapters(model).values():
         adapter.enable(adapter in on)
 
@@ -134,14 +134,14 @@ def activate(model: nn.Module, *names: str) -> None:
 @contextmanager
 def active(model: nn.Module, *names: str) -> Iterator[None]:
     """These adapters and no others act within the block, in this thread."""
-    on = [_find(model, name) for name in names]
+    on = [find(model, name) for name in names]
     with switched({adapter.switch: adapter in on for adapter in adapters(model).values()}):
         yield
 
 
 def switch_of(model: nn.Module, name: str | None) -> Switch | None:
     """The switch of the adapter of this name; None for None, the base alone. Raises RecipeError."""
-    return None if name is None else _find(model, name).switch
+    return None if name is None else find(model, name).switch
 
 
 def room(model: nn.Module, context_length: int | None) -> int | None:
@@ -150,7 +150,8 @@ def room(model: nn.Module, context_length: int | None) -> int | None:
     return None if context_length is None else context_length - taken
 
 
-def _find(model: nn.Module, name: str) -> Attached:
+def find(model: nn.Module, name: str) -> Attached:
+    """The adapter of this name. Raises RecipeError if it is not on the model."""
     found = adapters(model)
     if name not in found:
         raise RecipeError(f"There is no adapter {name!r} on this model. It has: {', '.join(map(repr, found)) or 'none'}.")

@@ -3,15 +3,12 @@
 Shapes: P virtual tokens, L attention layers, G key-value heads, K head size; a table is P × (L · 2 · G · K), as PEFT saves it.
 """
 
-from collections.abc import Callable
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from trimtab.errors import ArtifactError
 from trimtab.methods._base import AdapterLayer, Sample
-from trimtab.methods._peft import only_known
 from trimtab.methods._virtual import KeysValues, Shape, VirtualLayer, VirtualTokens, attention_shape
 
 
@@ -19,6 +16,8 @@ class KeysValuesTuning(VirtualTokens):
     """The part that prefix tuning and P-tuning v2 share."""
 
     peft_type: ClassVar[str | None] = "PREFIX_TUNING"
+    table: ClassVar[str] = "keys_and_values"
+    of_peft: ClassVar[dict[str, Any]] = {"prefix_projection": False, "encoder_hidden_size": None, "init_weights": None}
 
     def initialize(self, model: nn.Module, layers: dict[str, AdapterLayer], sample: Sample) -> None:
         (layer,) = layers.values()
@@ -29,53 +28,13 @@ class KeysValuesTuning(VirtualTokens):
         elif self.init == "zero":
             layer.start_as(torch.zeros(layer.count, layer.shape.numbers))
 
-    def to_peft(self, model: nn.Module, tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        (table,) = tensors.values()
+    def token_dim(self, model: nn.Module) -> int:
         shape = attention_shape(model)
-        config = {
-            "peft_type": self.peft_type,
-            "task_type": "CAUSAL_LM",
-            "inference_mode": True,
-            "num_virtual_tokens": self.tokens,
-            "token_dim": shape.heads * shape.size,
-            "num_attention_heads": shape.heads,
-            "num_layers": shape.layers,
-            "num_transformer_submodules": 1,
-            "encoder_hidden_size": shape.heads * shape.size,
-            "prefix_projection": False,
-        }
-        return config, {"prompt_embeddings": table}
-
-    @classmethod
-    def from_peft(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[Self, dict[str, Tensor]]:
-        only_known(
-            config,
-            honoured={"num_virtual_tokens"},
-            neutral={"num_transformer_submodules": (1,)},
-            # Sizes of the base, which the table's shape says again; and how training went.
-            ignored={
-                "token_dim",
-                "num_attention_heads",
-                "num_layers",
-                "encoder_hidden_size",
-                "prefix_projection",
-                "init_weights",
-            },
-        )
-        if list(tensors) != ["prompt_embeddings"]:
-            raise ArtifactError(
-                f"adapter_model.safetensors holds {', '.join(tensors)}, where a prefix is prompt_embeddings alone."
-            )
-        return cls.parse({"tokens": config.get("num_virtual_tokens")}), {"": tensors["prompt_embeddings"]}
+        return shape.heads * shape.size
 
 
 class PrefixLayer(VirtualLayer):
-    """A trunk with a prefix before every row; subclasses say what its table is made from."""
-
-    table: Callable[[], Tensor]
-    """P × (L · 2 · G · K)."""
-    start_as: Callable[[Tensor], None]
-    """Make `table` return this."""
+    """A trunk with a prefix before every row; subclasses say what its table, P × (L · 2 · G · K), is made from."""
 
     def __init__(self, base: nn.Module, count: int, shape: Shape) -> None:
         super().__init__(base)

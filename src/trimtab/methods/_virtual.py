@@ -11,19 +11,24 @@ Shapes: P virtual tokens, L attention layers, G key-value heads, K head size, d 
 from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from trimtab.attention import Layout, Rules, Virtual, attend, causal, laid_out
-from trimtab.errors import RecipeError, UnsupportedModel
+from trimtab.errors import ArtifactError, RecipeError, UnsupportedModel
 from trimtab.methods._acting import Routing, only
 from trimtab.methods._base import AdapterLayer, Method, Sample, look_through, modules
+from trimtab.methods._peft import only_known
 
 KeysValues = Sequence[tuple[Tensor, Tensor]]
 """Of each attention layer: keys and values, each G P K."""
+
+_SIZES = {"token_dim", "num_attention_heads", "num_layers"}
+"""Keys of PEFT's configurations that are sizes of the base, which the saved table's shape says again."""
+_ONE_ROW = "Two adapters with virtual tokens cannot act on one row: switch one of them off."
 
 
 class VirtualTokens(Method):
@@ -31,6 +36,13 @@ class VirtualTokens(Method):
 
     mergeable: ClassVar[bool] = False
     starts_as_base: ClassVar[bool] = False
+
+    table: ClassVar[str]
+    """The name, once folded, of the only parameter: one row of numbers for each virtual token."""
+    as_folded: ClassVar[dict[str, Any]] = {}
+    """Hyperparameters of what has been folded."""
+    of_peft: ClassVar[dict[str, Any]] = {}
+    """What PEFT's configuration says of how the table is made. It does not change what an adapter that was saved computes."""
 
     tokens: Annotated[int, Field(ge=1)] = 20
     """How many virtual tokens stand before every row. Each takes one of the model's positions."""
@@ -60,6 +72,47 @@ class VirtualTokens(Method):
                 f"{self.name} starts from real text, and there is none: give attach(…, sample=Sample(rows=…)) or text, or init: random."
             )
         return (found * -(-self.tokens // len(found)))[: self.tokens]
+
+    @abstractmethod
+    def token_dim(self, model: nn.Module) -> int:
+        """What PEFT calls by that name: the size of a virtual token, of which a prefix has one a key and one a value."""
+
+    def folded(self, layers: dict[str, AdapterLayer]) -> tuple[Method, dict[str, Tensor]]:
+        ((path, layer),) = layers.items()
+        assert isinstance(layer, VirtualLayer)
+        return self.model_copy(update=self.as_folded), {f"{path}.{self.table}": layer.table()}
+
+    def to_peft(self, model: nn.Module, tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        (table,) = tensors.values()
+        shape = attention_shape(model)
+        config = {
+            "peft_type": self.peft_type,
+            "task_type": "CAUSAL_LM",
+            "inference_mode": True,
+            "num_virtual_tokens": self.tokens,
+            "token_dim": self.token_dim(model),
+            "num_attention_heads": shape.heads,
+            "num_layers": shape.layers,
+            "num_transformer_submodules": 1,
+            **self.of_peft,
+        }
+        return config, {"prompt_embeddings": table}
+
+    @classmethod
+    def from_peft(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[Self, dict[str, Tensor]]:
+        only_known(
+            config,
+            honoured={"num_virtual_tokens"},
+            neutral={"num_transformer_submodules": (1,)},
+            ignored=_SIZES | cls.of_peft.keys(),
+        )
+        if list(tensors) != ["prompt_embeddings"]:
+            raise ArtifactError(
+                f"adapter_model.safetensors holds {', '.join(tensors) or 'nothing'}, where virtual tokens are prompt_embeddings alone."
+            )
+        return cls.parse({"tokens": config.get("num_virtual_tokens"), **cls.as_folded}), {
+            cls.table: tensors["prompt_embeddings"]
+        }
 
 
 class Shape(NamedTuple):
@@ -95,6 +148,14 @@ class VirtualLayer(AdapterLayer):
     """P."""
 
     @abstractmethod
+    def table(self) -> Tensor:
+        """The numbers that are trained, or what is made of them, a row for each virtual token."""
+
+    @abstractmethod
+    def start_as(self, table: Tensor) -> None:
+        """Make `table` return this."""
+
+    @abstractmethod
     def keys_values(self) -> KeysValues:
         """What attention sees of the virtual tokens."""
 
@@ -120,7 +181,7 @@ class VirtualLayer(AdapterLayer):
             if layout.continues:
                 return self.base(input_ids, position_ids=position_ids, **kwargs)
         if virtual and owned is None:
-            raise RecipeError("Two adapters with virtual tokens cannot act on one row: switch one of them off.")
+            raise RecipeError(_ONE_ROW)
         if position_ids is None:
             position_ids = _positions(input_ids if input_ids is not None else kwargs["inputs_embeds"], kwargs)
         shift = self.count if owned is None else self.count * torch.tensor(owned, device=position_ids.device)
@@ -133,7 +194,8 @@ class VirtualLayer(AdapterLayer):
     def attended(self, ids: Tensor | None = None, embeddings: Tensor | None = None) -> KeysValues:
         """What the layers of the base attend to of tokens (P) or embeddings (P d) at positions 0 to P-1, differentiably."""
         keeping = _Keeping()
-        given = {"input_ids": ids[None]} if ids is not None else {"inputs_embeds": embeddings[None]}  # type: ignore[index]
+        base: Any = look_through(self.base)
+        given = {"input_ids": ids[None]} if embeddings is None else {"inputs_embeds": embeddings[None].to(base.dtype)}  # type: ignore[index]
         positions = torch.arange(self.count, device=next(self.base.parameters()).device)[None]
         with laid_out():
             self.base(**given, position_ids=positions, layout=keeping, use_cache=False)
@@ -170,6 +232,8 @@ class _Keeping:
     def attend(
         self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, rules: Rules, virtual: Sequence[Virtual]
     ) -> Tensor:
+        if virtual:
+            raise RecipeError(_ONE_ROW)
         self.reached = True
         self.kept[int(layer.layer_idx)] = (key, value)  # type: ignore[arg-type]
         seen = causal(query.shape[2], key.shape[2], rules.window, query.device)

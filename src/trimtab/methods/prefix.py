@@ -3,19 +3,21 @@
 Li and Liang 2021, "Prefix-Tuning: Optimizing Continuous Prompts for Generation", arXiv:2101.00190, equation 3 and section 4.3.
 """
 
-from typing import Annotated
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from trimtab.methods._base import AdapterLayer, Circumstances, Method
+from trimtab.methods._base import Circumstances
 from trimtab.methods._keysvalues import KeysValuesTuning, PrefixLayer
 from trimtab.methods._virtual import Shape, attention_shape
 
 
 class PrefixTuning(KeysValuesTuning):
     """Trains a network that makes the keys and values of virtual tokens in every layer; what it made is saved."""
+
+    as_folded: ClassVar[dict[str, Any]] = {"width": 0}
 
     width: Annotated[int, Field(ge=0)] = 512
     """Of the network's hidden layer, and of what it reads. 0 once it has been folded away, as it is when saved."""
@@ -33,10 +35,10 @@ class PrefixTuning(KeysValuesTuning):
         """1e-3, by a small search: see docs/methods.md."""
         return 1e-3, "1e-3"
 
-    def folded(self, layers: dict[str, AdapterLayer]) -> tuple[Method, dict[str, Tensor]]:
-        ((path, layer),) = layers.items()
-        assert isinstance(layer, PrefixLayer)
-        return self.model_copy(update={"width": 0}), {f"{path}.keys_and_values": layer.table()}
+    @classmethod
+    def reads(cls, config: dict[str, Any]) -> bool:
+        """PEFT saves what the network made and not the network, so its prefixes are `ptuning_v2` here."""
+        return False
 
 
 class MadePrefix(PrefixLayer):

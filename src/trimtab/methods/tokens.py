@@ -1,16 +1,137 @@
-"""Trainable tokens: the embeddings of a few tokens are trained, new tokens' among them, and nothing else.
+"""Trainable tokens: the embeddings of a few tokens are trained, those of new tokens among them, and nothing else.
 
-A token's row of the head is trained with its embedding where the two are tied, as one; elsewhere new tokens have a row of
-each, since what has none can't be said. PEFT calls this TRAINABLE_TOKENS, and has no paper for it either.
+The row that a token has in the head is trained with its embedding, as one, where the two are tied. Elsewhere a new token
+has a row of its own in the head: what has none can't be said. PEFT calls this TRAINABLE_TOKENS; there is no paper.
 """
 
+from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Self
 
-import torch
-import torch.nn.functional as F
-from pydantic import BeforeValidator, Field, SerializeAsAny, field_serializer, model_validator
+from pydantic import BeforeValidator, Field, field_serializer, model_validator
 from torch import Tensor, nn
 
 from trimtab.config import as_tuple
-from trimtab.errors import RecipeError
+from trimtab.errors import RecipeError, UnsupportedModel
 from trimtab.methods._base import AdapterLayer, Circumstances, Method, Sample, modules
+from trimtab.methods._peft import SELECTING, from_names, not_pefts, only_known, shortest_names, to_names
+from trimtab.methods._rows import EmbeddedRows, ScoredRows, TokenRows
+from trimtab.methods._targets import end_matrices
+
+NAMES = {"rows": "trainable_tokens_delta"}
+Id = Annotated[int, Field(ge=0)]
+
+
+def _numbered(raw: Any) -> Any:
+    texts = as_tuple(raw)
+    return dict.fromkeys(texts) if isinstance(texts, tuple) and all(isinstance(text, str) for text in texts) else raw
+
+
+class Tokens(Method):
+    """Trains the embeddings of some tokens, new ones too."""
+
+    peft_type: ClassVar[str | None] = "TRAINABLE_TOKENS"
+
+    tokens: Annotated[tuple[str | Id, ...], BeforeValidator(as_tuple)] = ()
+    """Tokens that the tokenizer has: each a text that is one token (`<|im_start|>`), or an id."""
+    new: Annotated[dict[Annotated[str, Field(min_length=1)], Id | None], BeforeValidator(_numbered)] = {}
+    """Texts that become tokens: [<think>, </think>]. Each starts as the mean of the tokens that it was before."""
+    head: bool = False
+    """Whether the rows of `tokens` in the head are trained too where it is not tied to the embeddings; those of `new` always are."""
+
+    @model_validator(mode="after")
+    def _some(self) -> Self:
+        if not self.ids:
+            raise ValueError("nothing to train: name tokens, or new ones.")
+        return self
+
+    @field_serializer("new")
+    def _texts_or_ids(self, new: dict[str, int | None]) -> Any:
+        return list(new) if None in new.values() else new
+
+    @property
+    def ids(self) -> tuple[Any, ...]:
+        """Of all tokens, once it is bound."""
+        return (*self.tokens, *self.new.values())
+
+    @property
+    def new_tokens(self) -> tuple[str, ...]:
+        return tuple(self.new)
+
+    def bound(self, encode: Callable[[str], list[int]] | None) -> Self:
+        def one(text: str, what: str, advice: str) -> int:
+            if encode is None:
+                raise RecipeError(f"{what}: {text!r} needs a tokenizer: attach(…, sample=trimtab.sample(base, rows)).")
+            if len(found := encode(text)) != 1:
+                raise RecipeError(f"{what}: {text!r} is {len(found)} tokens of this tokenizer, and must be one: {advice}.")
+            return found[0]
+
+        tokens = tuple(one(t, "tokens", "put it under new") if isinstance(t, str) else t for t in self.tokens)
+        new = {text: one(text, "new", "call base.add_tokens(method.new_tokens) before rows are encoded") for text in self.new}
+        bound = self.model_copy(update={"tokens": tokens, "new": new})
+        if repeated := [token for n, token in enumerate(bound.ids) if token in bound.ids[:n]]:
+            raise RecipeError(f"tokens: names token {repeated[0]} more than once.")
+        return bound
+
+    def ends(self, model: Any) -> tuple[str, str, bool]:
+        """The paths of the embeddings and of the head, and whether they are tied."""
+        everything = modules(model)
+        kinds = {path: type(everything[path]) for path in end_matrices(model)}
+        embeddings = [path for path, kind in kinds.items() if issubclass(kind, nn.Embedding)]
+        heads = [path for path, kind in kinds.items() if issubclass(kind, nn.Linear)]
+        if (len(embeddings), len(heads)) != (1, 1):
+            raise UnsupportedModel(f"{type(model).__name__} has not one table of embeddings and one matrix for its head.")
+        return embeddings[0], heads[0], everything[embeddings[0]].weight is everything[heads[0]].weight
+
+    def sites(self, model: nn.Module) -> list[str]:
+        embeddings, head, tied = self.ends(model)
+        return [embeddings, head] if tied or self.head or self.new else [embeddings]
+
+    def layer(self, base: nn.Module, path: str) -> TokenRows:
+        if isinstance(base, nn.Embedding):
+            return EmbeddedRows(base, self.ids, tuple(self.new.values()))
+        return ScoredRows(base, self.ids if self.head else tuple(self.new.values()), tuple(self.new.values()))
+
+    def join(self, layers: dict[str, AdapterLayer]) -> None:
+        embeddings, *heads = layers.values()
+        for head in heads:
+            assert isinstance(embeddings, TokenRows) and isinstance(head, TokenRows)
+            if head.base.weight is embeddings.base.weight:
+                head.tie(embeddings)
+
+    def initialize(self, model: nn.Module, layers: dict[str, AdapterLayer], sample: Sample) -> None:
+        """New tokens: such a row's logit is the mean of the pieces', so the token is not likelier than they are on average (Jensen)."""
+        for text, token in self.new.items():
+            assert token is not None and sample.pieces is not None
+            for layer in layers.values():
+                assert isinstance(layer, TokenRows)
+                layer.start_as_mean(token, sample.pieces(text))
+
+    def parameter_count(self, model: nn.Module) -> int:
+        """hidden size · (tokens, and again those that have a row of their own in the head)."""
+        embeddings, _, tied = self.ends(model)
+        again = 0 if tied else len(self.ids) if self.head else len(self.new)
+        return end_matrices(model)[embeddings][1] * (len(self.ids) + again)
+
+    def learning_rate(self, at: Circumstances) -> tuple[float, str]:
+        """1e-3: a step of Adam's moves a number by about so much, and embeddings are spread by some hundredths."""
+        return 1e-3, "1e-3"
+
+    def to_peft(self, model: nn.Module, tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        embeddings, head, tied = self.ends(model)
+        vocabulary, everything = end_matrices(model)[embeddings][0], modules(model)
+        own = [path for path in (embeddings, head) if f"{path}.rows" in tensors]
+        same = all(len(tensors[f"{path}.rows"]) == len(self.ids) for path in own)
+        config: dict[str, Any] = {"peft_type": self.peft_type, "task_type": "CAUSAL_LM", "inference_mode": True}
+        if max(self.ids) >= vocabulary or not same or (head in own and everything[head].bias is not None):
+            config = not_pefts(self.name)  # it has no rows beyond the model's, one list of tokens for both ends, and drops the bias
+        if tied:  # PEFT writes what is shared under both names, and misses the second if it is not there
+            tensors = {**tensors, f"{head}.rows": tensors[f"{embeddings}.rows"].clone()}
+        config |= {"target_modules": shortest_names(own, list(everything)), "token_indices": list(self.ids)}
+        return config, to_names(tensors, NAMES)
+
+    @classmethod
+    def from_peft(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[Self, dict[str, Tensor]]:
+        only_known(config, honoured={"token_indices"}, neutral={}, ignored={"init_weights", *SELECTING})
+        renamed, paths = from_names(tensors, NAMES, "trainable tokens'")
+        head = len(paths) > 1
+        first, *others = (renamed[f"{path}.rows"] for path in paths)

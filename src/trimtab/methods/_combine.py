@@ -1,0 +1,79 @@
+"""One LoRA out of several: a weighted sum of their changes, exact, or of a smaller rank with the error told."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.errors import RecipeError
+from trimtab.methods._attach import Attached, find, place
+from trimtab.methods._base import Method
+
+
+class Combined(NamedTuple):
+    """A combination, attached and switched on alone."""
+
+    adapter: Attached
+    error: float
+    """‖sum − combination‖ / ‖sum‖ over all matrices (Frobenius): 0 unless a smaller rank was asked for."""
+
+
+@torch.no_grad()
+def combine(model: nn.Module, weights: Mapping[str, float], name: str, rank: int | None = None) -> Combined:
+    """Attach the LoRA whose change of each matrix is Σ weight · (the change that the adapter of that name makes).
+
+    Exact by concatenation: A = [A₁; A₂; …], B = [w₁s₁B₁, w₂s₂B₂, …]. Averaging factors, as in Σ wA · Σ wB, would add the
+    products of different adapters (PEFT's `linear`). With `rank`, the best approximation of that rank (Eckart and Young 1936).
+
+    Raises:
+        RecipeError: A name is not on the model or is no LoRA's, there is none, or `name` is taken.
+    """
+    if not weights:
+        raise RecipeError("There is nothing to combine: name adapters with their weights.")
+    factors: dict[str, tuple[Tensor, Tensor]] = {}  # by path: A (r, inputs), B (outputs, r), all scales in B
+    for one, weight in weights.items():
+        for path, (a, b) in _factors(find(model, one)).items():
+            before = factors.get(path)
+            a, b = a, weight * b
+            factors[path] = (a, b) if before is None else (torch.cat([before[0], a]), torch.cat([before[1], b], dim=1))
+    error = 0.0
+    if rank is not None:
+        small = {path: _truncated(a, b, rank) for path, (a, b) in factors.items()}
+        lost = sum(left for _, _, left, _ in small.values())
+        error = (lost / max(sum(whole for *_, whole in small.values()), 1e-300)) ** 0.5
+        factors = {path: (a, b) for path, (a, b, *_) in small.items()}
+    adapter = place(model, _plain_lora(factors), seed=0, name=name)
+    adapter.load_state({f"{path}.{key}": t for path, pair in factors.items() for key, t in zip("AB", pair, strict=True)})
+    return Combined(adapter, error)
+
+
+def _factors(adapter: Attached) -> dict[str, tuple[Tensor, Tensor]]:
+    if adapter.method.name != "lora":
+        raise RecipeError(f"{adapter.name!r} is of the method {adapter.method.name}, and only changes that LoRA made add up.")
+    method, tensors = adapter.folded()
+    scales: Any = method
+    paths = dict.fromkeys(key.rpartition(".")[0] for key in tensors)
+    return {path: (tensors[f"{path}.A"], scales.scale_of(path) * tensors[f"{path}.B"]) for path in paths}
+
+
+def _plain_lora(factors: Mapping[str, tuple[Tensor, Tensor]]) -> Method:
+    """The method whose scale is 1 for factors of these sizes."""
+    ranks = {path: len(a) for path, (a, _) in factors.items()}
+    usual = max(set(ranks.values()), key=list(ranks.values()).count)
+    odd = {path: rank for path, rank in ranks.items() if rank != usual}
+    alphas = {path: float(rank) for path, rank in odd.items()}
+    return Method.member("lora").parse(
+        {"rank": usual, "alpha": float(usual), "ranks": odd, "alphas": alphas, "targets": tuple(factors)}
+    )
+
+
+def _truncated(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor, float, float]:
+    """The best factors of a rank for B A, the squared norm of what they leave out, and that of the whole."""
+    q_b, r_b = torch.linalg.qr(b.double())
+    q_a, r_a = torch.linalg.qr(a.double().T)
+    u, s, v = torch.linalg.svd(r_b @ r_a.T)
+    kept = min(rank, len(s))
+    left = (q_b @ u[:, :kept] * s[:kept]).to(b.dtype)
+    right = (v[:kept] @ q_a.T).to(a.dtype)
+    return right, left, float((s[kept:] ** 2).sum()), float((s**2).sum())

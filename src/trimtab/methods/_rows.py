@@ -1,0 +1,119 @@
+"""Rows of the two tables that have one for each token: the embeddings, and the head.
+
+Shapes: n tokens with rows of their own, V vocabulary of the base, d hidden size.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trimtab.errors import DataError, RecipeError, UnsupportedModel
+from trimtab.methods._base import AdapterLayer, look_through, wide, with_weight
+
+
+class TokenRows(AdapterLayer):
+    """Rows for some tokens, instead of the base's or, for ids from V on, after them."""
+
+    ids: Tensor
+    """n."""
+    rows: nn.Parameter
+    """n × d."""
+    size: int
+    """How many tokens there are with these, at least V."""
+
+    def __init__(self, base: Any, ids: Sequence[int], unknown: Sequence[int] = ()) -> None:
+        """`unknown` are those ids that the base need not have."""
+        super().__init__(base)
+        self.vocabulary = len(base.weight)
+        if wrong := [token for token in ids if token >= self.vocabulary and token not in unknown]:
+            raise RecipeError(f"tokens: {wrong[0]} is no token: this model has {self.vocabulary:,}, numbered from 0.")
+        self.size = max(self.vocabulary, *(token + 1 for token in ids), 0)
+        self.register_buffer("ids", torch.tensor(ids, dtype=torch.long, device=base.weight.device), persistent=False)
+        rows = base.weight.detach()[self.ids.clamp(max=self.vocabulary - 1)].to(wide(base.weight))
+        self.rows = nn.Parameter(rows)
+
+    def tie(self, other: "TokenRows") -> None:
+        """Have the other's tokens and rows, as one parameter."""
+        self.ids, self.rows, self.size = other.ids, other.rows, other.size
+
+    def start_as_mean(self, token: int, of: Sequence[int]) -> None:
+        """Give one token's row the mean of the base's rows of others."""
+        weight = look_through(self.base).weight
+        assert isinstance(weight, Tensor)
+        self.rows[self.ids == token] = weight[torch.tensor(of, device=weight.device)].to(self.rows.dtype).mean(0)
+
+    @torch.no_grad()
+    def table(self) -> Tensor:
+        """All rows, the base's and these: at least V × d."""
+        weight = look_through(self.base).weight
+        assert isinstance(weight, Tensor)
+        whole = F.pad(weight.to(self.rows.dtype), (0, 0, 0, self.size - self.vocabulary))
+        return whole.index_copy(0, self.ids, self.rows)
+
+
+class EmbeddedRows(TokenRows):
+    """Token t's embedding is its row here if it has one, else the base's."""
+
+    def __init__(self, base: Any, ids: Sequence[int], unknown: Sequence[int] = ()) -> None:
+        super().__init__(base, ids, unknown)
+        some = torch.arange(2, device=base.weight.device)
+        if not torch.equal(base(some), self._scaled(base.weight[some])):
+            raise UnsupportedModel(f"{type(base).__name__} does more than look embeddings up, which rows of a table don't say.")
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self._read(ids) if self.switch.state is False else super().forward(ids)
+
+    def adapt(self, ids: Tensor) -> Tensor:
+        same = ids[..., None] == self.ids  # … n
+        mine = same.any(-1)
+        y = self._read(ids.masked_fill(mine, 0))
+        rows = F.embedding(same.int().argmax(-1), self.rows)
+        return torch.where(mine[..., None], self._scaled(rows.to(y.dtype)), y)
+
+    def _scaled(self, rows: Tensor) -> Tensor:
+        """Gemma 3 multiplies by √d as it looks up."""
+        scale = getattr(look_through(self.base), "embed_scale", None)
+        return rows if scale is None else rows * torch.as_tensor(scale, device=rows.device).to(rows.dtype)
+
+    def _read(self, ids: Tensor) -> Tensor:
+        """By what is below: the base, or another adapter, which may have these tokens."""
+        if not isinstance(self.base, AdapterLayer) and bool((ids >= self.vocabulary).any()):
+            raise DataError(
+                f"A text holds token {int(ids.max())}, which an adapter added to the tokenizer; the base has no embedding for it, "
+                "and that adapter does not act here."
+            )
+        return self.base(ids)
+
+    @torch.no_grad()
+    def merged(self) -> nn.Module:
+        made: Any = with_weight(self.base, lambda _: self.table().T)
+        made.num_embeddings = self.size
+        return made
+
+
+class ScoredRows(TokenRows):
+    """Logit of token t = row · h, instead of the base's; for ids from V on after them, −∞ for those between that nobody has."""
+
+    def adapt(self, x: Tensor) -> Tensor:
+        weight = look_through(self.base).weight
+        assert isinstance(weight, Tensor)
+        y = self.base(x)
+        inside = self.ids < self.vocabulary
+        known = self.ids[inside]
+        # The difference from the base's row, and not the row, so that what has not been trained adds zero exactly.
+        y = y.index_add(-1, known, F.linear(x, (self.rows[inside] - weight[known]).to(x.dtype)).to(y.dtype))
+        if self.size == self.vocabulary:
+            return y
+        y = F.pad(y, (0, max(0, self.size - y.shape[-1])), value=float("-inf"))
+        return y.index_copy(-1, self.ids[~inside], F.linear(x, self.rows[~inside].to(x.dtype)).to(y.dtype))
+
+    @torch.no_grad()
+    def merged(self) -> nn.Module:
+        made: Any = with_weight(self.base, lambda _: self.table())
+        made.out_features = self.size
+        if made.bias is not None:
+            made.bias = nn.Parameter(F.pad(made.bias, (0, self.size - self.vocabulary)), requires_grad=False)
+        return made

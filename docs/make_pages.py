@@ -16,14 +16,14 @@ from trimtab.recipe import Recipe
 ROOT = Path(__file__).parents[1]
 PAGE, README = ROOT / "docs" / "recipe.md", ROOT / "README.md"
 FLOORS = (
-    ("words and pages", ("cli.py", "__main__.py", "__init__.py")),
+    ("words and pages", ("cli.py", "commands.py", "__main__.py", "__init__.py")),
     ("a run, top to bottom", ("recipe.py", "run.py", "api.py")),
     ("scores, handing over, reports", ("evaluate", "deploy", "report")),
     ("the loop", ("train",)),
     ("what makes an answer good", ("objectives",)),
     ("what is computed", ("engine",)),
     ("neighbours that do not know each other", ("base", "methods", "data", "artifacts")),
-    ("the ground", ("errors.py", "files.py", "config.py", "yaml12.py", "startup.py")),
+    ("the ground", ("errors.py", "files.py", "config.py", "yaml12.py", "startup.py", "attention.py")),
 )
 HEAD = """# The recipe
 

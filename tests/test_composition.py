@@ -172,7 +172,9 @@ def test_a_routing_that_forgets_which_row_is_whose_is_noticed(everything, monkey
     owners = ["lora", None, "ptuning_v2"]
     with torch.no_grad():
         right = pack_logprobs(everything, pack_flat(ROWS[:3]), owners)
-        monkeypatch.setattr(Routing, "tokens", lambda self, owner, among, device: torch.arange(0 if owner else len(self.owners)))
+        monkeypatch.setattr(
+            Routing, "tokens", lambda self, owner, among, device: torch.arange(0 if owner else len(self.owners))
+        )
         wrong = pack_logprobs(everything, pack_flat(ROWS[:3]), owners)
     assert abs(float(right[0] - wrong[0])) > 1e-3
 
@@ -219,7 +221,11 @@ def test_a_combination_is_the_weighted_sum_of_changes(family, weights):
     assert (done.error, [n for n, a in adapters(model).items() if a.enabled]) == (0.0, ["both"])
     a, b = changes(model, "a"), changes(model, "b")
     for path, change in changes(model, "both").items():
-        expected = weights["a"] * a[path].double() + weights["b"] * b[path].double() * (path in b) if path in b else weights["a"] * a[path]
+        expected = (
+            weights["a"] * a[path].double() + weights["b"] * b[path].double() * (path in b)
+            if path in b
+            else weights["a"] * a[path]
+        )
         torch.testing.assert_close(change.double(), expected.double(), rtol=1e-5, atol=1e-6)
 
 

@@ -373,7 +373,8 @@ def test_every_key_says_what_it_is_for(kind, path, key):
 
 
 CANDIDATES = [
-    1, 2, 3, 64, 100, 0.5, 0.25, 1e-5, 3.0, "cpu", "no", "1e5", ["q_proj"], ["a: b", "#c"], {"prompt": "1e5"}, {"q": "x"}, {"q_proj": 3}, True, False, None,
+    1, 2, 3, 64, 100, 0.5, 0.25, 1e-5, 3.0, "cpu", "no", "1e5", ["q_proj"], ["a: b", "#c"], {"prompt": "1e5"}, {"q": "x"},
+    {"q_proj": 3}, True, False, None,
 ]  # fmt: skip
 
 

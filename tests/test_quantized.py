@@ -67,7 +67,9 @@ def by_hand(module):
     state = module.weight.quant_state  # two weights a byte, the first in the higher four bits; 64 share a scale
     codes = torch.stack([module.weight.data >> 4, module.weight.data & 15], dim=-1).flatten().long()
     inner = state.state2
-    scales = inner.code.double()[state.absmax.long()] * inner.absmax.double().repeat_interleave(inner.blocksize)[: len(state.absmax)]
+    scales = (
+        inner.code.double()[state.absmax.long()] * inner.absmax.double().repeat_interleave(inner.blocksize)[: len(state.absmax)]
+    )
     scales = scales + state.offset.double()
     weights = state.code.double()[codes] * scales.repeat_interleave(state.blocksize)[: len(codes)]
     return weights.view(module.out_features, module.in_features)
@@ -166,7 +168,9 @@ def test_its_base_is_loaded_again_as_it_was_quantized(kind, folder, tmp_path):
 def _tokenizers(monkeypatch):
     """Tiny models have none."""
     load_folder = Base.load_folder.__func__
-    monkeypatch.setattr(Base, "load_folder", classmethod(lambda cls, *a, **k: load_folder(cls, *a, **{**k, "with_tokenizer": False})))
+    monkeypatch.setattr(
+        Base, "load_folder", classmethod(lambda cls, *a, **k: load_folder(cls, *a, **{**k, "with_tokenizer": False}))
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -176,7 +180,7 @@ def test_merging_into_it_and_methods_that_need_its_weights_are_refused(kind, loa
     with pytest.raises(NotMergeable, match=rf"quantized \({kind}\).*train on the base in float32 or bfloat16"):
         merge(base, adapter, tmp_path / "merged")
     assert list(tmp_path.iterdir()) == []
-    path, layer = next(iter(adapter.layers.items()))
+    layer = next(iter(adapter.layers.values()))
     for asked in (layer.merged, lambda: matrix(layer)):
         with pytest.raises(UnsupportedModel, match="is quantized, and this method starts from or changes the weights"):
             asked()
@@ -227,7 +231,7 @@ def test_a_bfloat16_base_stays_bfloat16_and_its_adapter_float32(kind, folder):
 
 def test_another_kind_than_the_stored_one_is_refused(load, tmp_path):
     load("int8").model.save_pretrained(tmp_path / "stored")
-    with pytest.warns(UserWarning, match="already has a `quantization_config`"), pytest.raises(RecipeError, match="nf4, but .* int8"):
+    with pytest.raises(RecipeError, match=r"nf4, but .* int8"):
         Base.load_folder(tmp_path / "stored", torch.float32, torch.device("cpu"), quantize="nf4")
 
 

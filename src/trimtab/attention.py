@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +53,8 @@ class Virtual:
         number = int(layer.layer_idx)  # type: ignore[arg-type]
         self.seen.add(number)
         key, value = self.layers[number]
+        if key.requires_grad and not torch.is_grad_enabled():
+            refuse_reentrant()
         return key[None].to(like.dtype), value[None].to(like.dtype)
 
     def check_seen(self, name: str) -> None:
@@ -61,6 +63,14 @@ class Virtual:
                 f"{name} let {len(self.seen)} of {len(self.layers)} layers attend to virtual tokens, so prefixes and prompts "
                 "would act in part only. Use a method that changes weights, such as lora."
             )
+
+
+def refuse_reentrant() -> NoReturn:
+    """What reaches attention as a keyword gets no gradient from it, silently, where activations are recomputed the old way."""
+    raise UnsupportedModel(
+        "Virtual tokens get no gradient through gradient checkpointing of the reentrant kind. Ask for the other: "
+        'gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False}).'
+    )
 
 
 class Layout(Protocol):

@@ -1,23 +1,15 @@
-"""The command line: words and pages, no logic. Heavy imports happen in the command that needs them."""
+"""The command line: which commands and words there are, and what an error becomes."""
 
 import argparse
-import json
 import os
-import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from trimtab import __version__
-from trimtab.errors import DataError, RecipeError, StorageError, TrimtabError, listing
-from trimtab.startup import without_collector
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from trimtab.deploy import Target
+from trimtab import __version__, commands
+from trimtab.errors import StorageError, TrimtabError
 
 TARGET = "a run folder, an adapter folder, or a model (folder, GGUF file, hub name, smollm2-135m-instruct)"
 
@@ -68,28 +60,28 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Start with: trimtab train RECIPE.yaml. `trimtab COMMAND --help` tells more.",
     )
     parser.add_argument("--version", action="version", version=f"trimtab {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    choices = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     def add(name: str, run: Callable[[argparse.Namespace], None], text: str, more: str = "") -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}. {more}".strip())
+        command = choices.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}. {more}".strip())
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
         command.set_defaults(command=run)
         return command
 
     train = add(
-        "train", _train, "train an adapter as a recipe says", "Any key of the recipe can be given as section.key=value."
+        "train", commands.train, "train an adapter as a recipe says", "Any key of the recipe can be given as section.key=value."
     )
     train.add_argument("recipe", metavar="RECIPE.yaml", type=Path)
     train.add_argument(
         "words", metavar="key=value", nargs="*", help="keys of the recipe, for example train.lr=1e-4 method.rank=8"
     )
 
-    _eval_words(add("eval", _eval, "measure loss and exact answers on rows it has not learned"))
-    _chat_words(add("chat", _chat, "talk to a model"))
+    _eval_words(add("eval", commands.evaluate, "measure loss and exact answers on rows it has not learned"))
+    _chat_words(add("chat", commands.chat, "talk to a model"))
 
     merge = add(
         "merge",
-        _merge,
+        commands.merge,
         "fold an adapter into its base, as a plain model folder",
         "The result is float32, and is checked against the adapter.",
     )
@@ -97,10 +89,32 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("output", metavar="FOLDER", type=Path, help="a new folder for the model")
     _model_option(merge)
 
-    show = add("show", _show, "tell what is in a run or adapter folder")
+    _combine_words(
+        add(
+            "combine",
+            commands.combine,
+            "make one LoRA of several, as a weighted sum",
+            "The result is exact unless a smaller rank is asked for; then it says how much is lost.",
+        )
+    )
+
+    methods = add("methods", commands.methods, "list the adapter methods, and what each would train on a model")
+    methods.add_argument(
+        "model", metavar="MODEL", nargs="?", default="smollm2-135m-instruct", help="a folder, a GGUF file, or a hub name"
+    )
+    methods.add_argument("--json", action="store_true", help="print one JSON object")
+
+    show = add("show", commands.show, "tell what is in a run or adapter folder")
     show.add_argument("target", metavar="FOLDER", type=Path)
     show.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
+
+
+def _combine_words(combine: argparse.ArgumentParser) -> None:
+    combine.add_argument("parts", metavar="TARGET=WEIGHT", nargs="+", type=_part, help="a run or adapter folder and its weight")
+    combine.add_argument("output", metavar="FOLDER", type=Path, help="a new folder for the adapter")
+    combine.add_argument("--rank", metavar="N", type=_whole(1), help="the largest rank that the result may have")
+    _model_option(combine)
 
 
 def _eval_words(score: argparse.ArgumentParser) -> None:
@@ -140,6 +154,17 @@ def _whole(least: int, most: int = 2**32 - 1) -> Callable[[str], int]:
     return number
 
 
+def _part(word: str) -> tuple[str, float]:
+    target, equals, weight = word.rpartition("=")
+    try:
+        number = float(weight)
+    except ValueError:
+        number = float("nan")
+    if not equals or not target or not abs(number) < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a folder and its weight, such as runs/first=0.5, got {word!r}")
+    return target, number
+
+
 def _temperature(word: str) -> float:
     try:
         number = float(word)
@@ -148,150 +173,3 @@ def _temperature(word: str) -> float:
     if not 0 <= number < float("inf"):
         raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {word!r}")
     return number
-
-
-def _console() -> "Console":
-    from rich.console import Console
-
-    return Console(highlight=False, soft_wrap=True)
-
-
-def _train(arguments: argparse.Namespace) -> None:
-    from rich.markup import escape
-
-    with without_collector():
-        from trimtab.config import read
-        from trimtab.recipe import Recipe
-        from trimtab.report import Terminal
-        from trimtab.run import run_recipe
-
-    recipe = read(Recipe, arguments.recipe, arguments.words)
-    console = _console()
-    with Terminal(console) as watch:
-        run_recipe(recipe, watch)
-    folder = escape(shlex.quote(str(recipe.output)))
-    console.print(f"[dim]Talk to it:[/]     trimtab chat {folder}\n[dim]Look inside:[/]    trimtab show {folder}")
-
-
-def _eval(arguments: argparse.Namespace) -> None:
-    from trimtab.evaluate import score
-    from trimtab.report import Answering
-    from trimtab.report.tables import answers_table, scores_table
-    from trimtab.run import held_out
-
-    if arguments.data is None:
-        examples, source = held_out(Path(arguments.target))
-    else:
-        from trimtab.data import load_examples
-
-        examples, account = load_examples(arguments.data)
-        source = arguments.data
-        if account.refused:
-            problems = listing([f"{where}: {reason}" for where, reason in account.refused])
-            raise DataError(f"data: rows that can't be measured:\n{problems}")
-    target = _open(arguments)
-    console, name, scores = _console(), "adapter" if target.adapter else "model", {}
-    with Answering(console, len(examples), quiet=arguments.json) as answering:
-        if arguments.base and target.adapter is not None:
-            with target.adapter.disabled():
-                scores["base"] = score(target.base, examples, answering.of("base"))
-        scores[name] = score(target.base, examples, answering.of(name))
-    if arguments.json:
-        _print_json({"data": str(source), **scores.pop(name), **scores})
-        return
-    console.print(scores_table(scores, str(source)))
-    if arguments.show:
-        console.print(answers_table({name: one["answers"][: arguments.show] for name, one in scores.items()}))
-
-
-def _open(arguments: argparse.Namespace) -> "Target":
-    with without_collector():
-        from trimtab.deploy import open_target
-
-    target = open_target(arguments.target, arguments.model)
-    if arguments.base and target.adapter is None:
-        raise RecipeError(f"--base: {arguments.target} is a model without an adapter, so there is nothing to compare.")
-    return target
-
-
-def _chat(arguments: argparse.Namespace) -> None:
-    from rich.markup import escape
-
-    target = _open(arguments)
-    talk: list[dict[str, str]] = [{"role": "system", "content": arguments.system}] if arguments.system else []
-    if arguments.prompt is not None:
-        _reply(target, [*talk, {"role": "user", "content": arguments.prompt}], arguments)
-        return
-    console = _console()
-    place = escape(str(target.folder or target.base.source))
-    console.print(f"[dim]{place}: write a message; /new starts afresh, /quit ends.[/]")
-    start = len(talk)
-    while True:
-        try:
-            words = console.input("[bold]> [/]").strip()
-        except EOFError:
-            console.print()
-            return
-        if words in ("/quit", "/exit"):
-            return
-        if words == "/new":
-            del talk[start:]
-        elif words:
-            if not target.base.has_template:
-                talk.clear()  # it continues a text, and knows of no conversation
-            talk.append({"role": "user", "content": words})
-            talk.append({"role": "assistant", "content": _reply(target, talk, arguments)})
-
-
-def _reply(target: "Target", talk: list[dict[str, str]], arguments: argparse.Namespace) -> str:
-    from trimtab.api import stream
-
-    def say(label: str) -> str:
-        if label:
-            print(f"[{label}] ", end="", flush=True)  # noqa: T201
-        said = ""
-        for piece in stream(
-            target.base, talk, max_new_tokens=arguments.max_new_tokens, temperature=arguments.temperature, seed=arguments.seed
-        ):
-            said += piece
-            print(piece, end="", flush=True)  # noqa: T201
-        print()  # noqa: T201
-        return said
-
-    if arguments.base and target.adapter is not None:
-        with target.adapter.disabled():
-            say("base")
-        return say("adapter")
-    return say("")
-
-
-def _merge(arguments: argparse.Namespace) -> None:
-    from rich.markup import escape
-
-    from trimtab import files
-    from trimtab.deploy import merge, open_target
-
-    files.refuse_existing(arguments.output)
-    target = open_target(arguments.target, arguments.model)
-    if target.adapter is None:
-        raise RecipeError(f"{arguments.target} is a model without an adapter: there is nothing to merge.")
-    done = merge(target.base, target.adapter, arguments.output)
-    _console().print(
-        f"Merged {done.matrices} matrices into {escape(str(arguments.output))} (float32). Loaded again by Transformers, its logits differ from "
-        f"the adapter's by at most {done.max_logit_difference:.2g} (largest logit {done.logit_scale:.3g}); "
-        f"likeliest token the same at {done.same_choice:.1%}."
-    )
-
-
-def _show(arguments: argparse.Namespace) -> None:
-    from trimtab.report.tables import describe, described
-
-    facts = described(arguments.target)
-    if arguments.json:
-        _print_json(facts)
-    else:
-        _console().print(describe(facts))
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False))  # noqa: T201

@@ -52,6 +52,7 @@ def run_recipe(recipe: Recipe, watch: Watcher | None = None) -> Run:
     if recipe.output.exists() and (not recipe.output.is_dir() or any(recipe.output.iterdir())):
         files.refuse_existing(recipe.output)
     base = Base.load(recipe.model)
+    base.add_tokens(recipe.method.new_tokens)
     with ThreadPoolExecutor(max_workers=1) as background:  # hashing the weights beside tokenizing the data
         fingerprint = background.submit(lambda: base.fingerprint)
         check_packing(base.model)
@@ -162,13 +163,15 @@ class _Done:
 def _train(run: Run, recipe: Recipe, base: Base, adapter: Attached, data: Loaded, steps: Steps, watch: Watcher) -> _Done:
     done, started, step = _Done(), time.perf_counter(), None
     every = recipe.train.evaluate_every or max(1, -(-len(steps) // 4))
+    if recipe.method.new_tokens:  # which the base without the adapter can't read: it is compared with as it starts
+        _evaluate(run, base, data, 0, recipe, watch)
     try:
         for step in train(base, adapter, recipe.objective, steps, recipe.train, run.state["peak_lr"]):
             done.tokens += step.tokens
             run.log(kind="train", step=step.number, **_step_line(step))
             watch.stepped(step, len(steps))
             if step.number % every == 0 or step.number == len(steps):
-                if not done.last:  # the base's loss, to compare with; measured now, so that training starts at once
+                if not done.last and not recipe.method.new_tokens:  # the base's loss, to compare with; measured now, so that training starts at once
                     with adapter.disabled():
                         _evaluate(run, base, data, 0, recipe, watch)
                 scored = _evaluate(run, base, data, step.number, recipe, watch)

@@ -1,6 +1,7 @@
-"""An adapter on disk: a folder in PEFT's format, with a manifest of ours beside it.
+"""An adapter on disk: a folder in PEFT's format, or in that of the `adapters` library, with a manifest of ours beside it.
 
-`adapter_config.json` and `adapter_model.safetensors` are what PEFT reads. `trimtab.json`, written last, holds what PEFT
+`adapter_config.json` and `adapter_model.safetensors` are what PEFT reads, and the `adapters` library `adapter.safetensors`
+instead: the configuration says which of the two has written the folder, or can read it. `trimtab.json`, written last, holds what PEFT
 has no place for: the method in our words, a SHA-256 for every file and tensor, the base's fingerprint, its stop tokens,
 where the adapter came from, and a SHA-256 over all of that. With it, any edit, missing or extra tensor, or other base is
 refused by name.
@@ -21,7 +22,10 @@ from torch import Tensor
 from trimtab import files
 from trimtab.errors import ArtifactError, listing
 
-CONFIG, WEIGHTS, MANIFEST = "adapter_config.json", "adapter_model.safetensors", "trimtab.json"
+CONFIG, MANIFEST = "adapter_config.json", "trimtab.json"
+PEFTS_WEIGHTS, PEFTS_PICKLE = "adapter_model.safetensors", "adapter_model.bin"
+HUBS_WEIGHTS, HUBS_PICKLE, HUBS_HEAD = "adapter.safetensors", "pytorch_adapter.bin", "head_config.json"
+"""The same of the `adapters` library (AdapterHub), and what it writes beside an adapter that has a head of its own."""
 FORMAT = 1
 """Version of the manifest; a reader refuses one that it does not know."""
 
@@ -33,13 +37,13 @@ class Adapter:
     """The content of an adapter folder."""
 
     config: dict[str, Any]
-    """PEFT's adapter_config.json."""
+    """PEFT's adapter_config.json, or the `adapters` library's."""
     tensors: dict[str, Tensor]
-    """By PEFT's names."""
+    """By that library's names."""
     method: dict[str, Any] | None = None
-    """The method in our words; None in a folder that PEFT wrote."""
+    """The method in our words; None in a folder that another library wrote."""
     base: dict[str, Any] = field(default_factory=dict)
-    """`source`, `dtype`, `quantize`, `fingerprint` and `stop_ids` of the base it was trained on; empty in a folder that PEFT wrote."""
+    """`source`, `dtype`, `quantize`, `fingerprint` and `stop_ids` of the base it was trained on; empty in a folder of another library's."""
     trained: dict[str, Any] = field(default_factory=dict)
     """How it came to be: step, losses, the data's digest."""
     versions: dict[str, str] = field(default_factory=dict)
@@ -47,19 +51,26 @@ class Adapter:
     @property
     def source(self) -> str:
         """The name of the base, as far as the folder says."""
-        return str(self.base.get("source") or self.config.get("base_model_name_or_path") or "")
+        theirs = self.config.get("base_model_name_or_path") or self.config.get("model_name")
+        return str(self.base.get("source") or theirs or "")
+
+    @property
+    def weights(self) -> str:
+        """The name of the file that holds the tensors."""
+        return HUBS_WEIGHTS if _is_hubs(self.config) else PEFTS_WEIGHTS
 
 
 def write_adapter(folder: Path, adapter: Adapter) -> None:
     """Write a new adapter folder, whole or not at all. Raises StorageError."""
     with files.new_folder(folder) as new:
         files.write_json(new / CONFIG, adapter.config)
-        save_file({name: t.contiguous() for name, t in sorted(adapter.tensors.items())}, new / WEIGHTS, {"format": "pt"})
-        (new / WEIGHTS).chmod(0o644)
+        path = new / adapter.weights
+        save_file({name: t.contiguous() for name, t in sorted(adapter.tensors.items())}, path, {"format": "pt"})
+        path.chmod(0o644)
         manifest = {
             "format": FORMAT,
             "method": adapter.method,
-            "files": {name: files.sha256_file(new / name) for name in (CONFIG, WEIGHTS)},
+            "files": {name: files.sha256_file(new / name) for name in (CONFIG, adapter.weights)},
             "tensors": {name: _description(tensor) for name, tensor in sorted(adapter.tensors.items())},
             "base": adapter.base,
             "trained": adapter.trained,
@@ -69,7 +80,7 @@ def write_adapter(folder: Path, adapter: Adapter) -> None:
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether this looks like an adapter folder, of ours or of PEFT's."""
+    """Whether this looks like an adapter folder, of ours, of PEFT's or of the `adapters` library's."""
     return (folder / CONFIG).is_file()
 
 
@@ -81,21 +92,35 @@ def read_adapter(folder: Path) -> Adapter:
     """
     if not folder.is_dir():
         raise ArtifactError(f"{folder}: no such adapter folder.")
-    if not (folder / WEIGHTS).is_file():
-        pickled = (
-            " It has adapter_model.bin, a pickle, which is never read: save it as safetensors."
-            if (folder / "adapter_model.bin").exists()
-            else ""
-        )
-        raise ArtifactError(f"{folder} holds no {WEIGHTS}, so it is not a whole adapter.{pickled}")
-    config, tensors = files.read_json(folder / CONFIG), _read_tensors(folder / WEIGHTS)
-    if not isinstance(config, dict) or "peft_type" not in config:
+    config = files.read_json(folder / CONFIG)
+    if not isinstance(config, dict) or not (_is_hubs(config) or "peft_type" in config):
         raise ArtifactError(f"{folder / CONFIG}: is not a PEFT adapter configuration (it has no peft_type).")
+    tensors = _read_tensors(_whole(folder, hubs=_is_hubs(config)))
     if not (folder / MANIFEST).exists():
         return Adapter(config, tensors)
     manifest = files.read_json(folder / MANIFEST)
     _check(folder, manifest, tensors)
     return Adapter(config, tensors, manifest["method"], manifest["base"], manifest["trained"], manifest["versions"])
+
+
+def _is_hubs(config: Mapping[str, Any]) -> bool:
+    """Whether a configuration is the `adapters` library's, which says its version so."""
+    return str(config.get("version", "")).startswith("adapters.")
+
+
+def _whole(folder: Path, *, hubs: bool) -> Path:
+    """The file of the tensors. Raises ArtifactError if it is not there, or if it is not all that the folder holds."""
+    weights, pickle = (HUBS_WEIGHTS, HUBS_PICKLE) if hubs else (PEFTS_WEIGHTS, PEFTS_PICKLE)
+    if not (folder / weights).is_file():
+        how = "save it with use_safetensors=True" if hubs else "save it as safetensors"
+        pickled = f" It has {pickle}, a pickle, which is never read: {how}." if (folder / pickle).exists() else ""
+        raise ArtifactError(f"{folder} holds no {weights}, so it is not a whole adapter.{pickled}")
+    if hubs and (folder / HUBS_HEAD).exists():
+        raise ArtifactError(
+            f"{folder} holds a head beside the adapter ({HUBS_HEAD}), which Trimtab would not use: save it with with_head=False, "
+            "or delete the head's files if it is the base's own."
+        )
+    return folder / weights
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import torch
 from pydantic import Field
 
-from trimtab.base import quantized, source
+from trimtab.base import quantized, source, vocabulary
 from trimtab.base.fingerprint import PARTS, Fingerprint, fingerprint, own_weights, weights_hash
 from trimtab.base.quantized import Quantize
 from trimtab.base.supported import refuse_unsupported
@@ -63,7 +63,7 @@ class Base:
         refuse_unsupported(model, tokenizer)
         self.model = model.eval().requires_grad_(False)
         quantized.settle(model)
-        self.tokenizer = tokenizer
+        self.tokenizer = self._own_tokenizer = tokenizer
         self.source = source or getattr(model.config, "_name_or_path", "") or type(model).__name__
         self._pristine = own_weights(model)  # the tensors themselves, before adapters rename them
 
@@ -114,7 +114,9 @@ class Base:
             raise UnsupportedModel(f"model: {place} cannot be loaded: {type(error).__name__}: {reason}") from error
         kind = quantized.kind_of(model)
         if quantize not in ("none", kind):
-            raise RecipeError(f"model.quantize: {quantize}, but {place} is then {kind}: it is stored so, or has no linear layers.")
+            raise RecipeError(
+                f"model.quantize: {quantize}, but {place} is then {kind}: it is stored so, or has no linear layers."
+            )
         base = cls(model.to(device), tokenizer, str(place))
         base.quantize = quantize
         return base
@@ -124,7 +126,7 @@ class Base:
     @cached_property
     def fingerprint(self) -> Fingerprint:
         """Hashes of the weights, configuration, tokenizer and template, as they were when first asked for."""
-        return fingerprint(self._pristine, self.model.config.to_dict() | quantized.identity(self.model), self.tokenizer)
+        return fingerprint(self._pristine, self.model.config.to_dict() | quantized.identity(self.model), self._own_tokenizer)
 
     @property
     def quantization(self) -> str:
@@ -143,9 +145,10 @@ class Base:
         """Raise ArtifactError unless this is the base that `what` was made on, naming the parts that differ."""
         different = [part for part in PARTS if expected.get(part) != self.fingerprint[part]]
         if different:
+            kind = f"{next(iter(self._pristine.values())).dtype}, quantize: {self.quantization}"
             raise ArtifactError(
-                f"{what} was trained on another base than {self.source} ({next(iter(self._pristine.values())).dtype}, quantize: {self.quantization}): different "
-                f"{', '.join(different)}. Give the base it was trained on, in the number type it was trained on."
+                f"{what} was trained on another base than {self.source} ({kind}): different {', '.join(different)}. "
+                "Give the base it was trained on, in the number type it was trained on."
             )
 
     # Text
@@ -184,6 +187,22 @@ class Base:
             )
         except Exception as error:  # templates raise what they like
             raise DataError(f"the model's chat template does not accept it: {error}") from None
+
+    def add_tokens(self, texts: Sequence[str]) -> None:
+        """Have each of these texts read as one token from now on. The model has no embeddings for them; an adapter does.
+
+        The tokenizer that the base came with is not changed, and identifies it as before. Raises RecipeError.
+        """
+        self.tokenizer = vocabulary.grown(self.tokenizer, self._own_tokenizer, texts, self.source)
+
+    @property
+    def added_tokens(self) -> dict[str, int]:
+        """What `add_tokens` added: texts and ids."""
+        return vocabulary.added(self.tokenizer, self._own_tokenizer)
+
+    def pieces(self, text: str) -> list[int]:
+        """A text as tokens of the tokenizer that the base came with."""
+        return list(self._own_tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def encode(self, texts: Sequence[str], *, special: bool = False) -> list[Encoded]:
         """Texts as tokens; with `special`, as plain texts begin: after a BOS, if the tokenizer puts one there.

@@ -73,7 +73,9 @@ def refuse_unknown(model: Any) -> None:
     for module in found:
         if type(module).__name__ not in (FOUR, EIGHT) or module is head:
             what = "head" if module is head else type(module).__name__
-            raise UnsupportedModel(f"{name} has a quantized {what}, and Trimtab trains on quantized matrices of blocks alone. {advice}")
+            raise UnsupportedModel(
+                f"{name} has a quantized {what}, and Trimtab trains on quantized matrices of blocks alone. {advice}"
+            )
         if module.weight.dtype not in (torch.uint8, torch.int8):
             raise UnsupportedModel(f"{name} stores quantized weights as {module.weight.dtype}, not as whole numbers. {advice}")
 

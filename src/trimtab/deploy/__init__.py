@@ -1,7 +1,20 @@
 """Saving, loading, merging: handing a trained model over for use."""
 
 from trimtab.deploy.adapter import load_adapter, sample, save_adapter, versions
+from trimtab.deploy.combining import CombinedFolders, combine_adapters
 from trimtab.deploy.merging import Merged, merge
 from trimtab.deploy.target import Target, adapter_folder, open_target
 
-__all__ = ["Merged", "Target", "adapter_folder", "load_adapter", "merge", "open_target", "sample", "save_adapter", "versions"]
+__all__ = [
+    "CombinedFolders",
+    "Merged",
+    "Target",
+    "adapter_folder",
+    "combine_adapters",
+    "load_adapter",
+    "merge",
+    "open_target",
+    "sample",
+    "save_adapter",
+    "versions",
+]

@@ -1,7 +1,7 @@
 """Between an adapter on a model and an adapter on disk."""
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,11 @@ def versions() -> dict[str, str]:
 
 def sample(base: Base, rows: Sequence[Row]) -> Sample:
     """What an adapter's first values can be made from, beside the base: rows to be learned, and the base's tokenizer."""
-    return Sample(rows=[row.ids for row in rows], encode=lambda text: base.encode([text])[0].ids)
+    return Sample(rows=[row.ids for row in rows], encode=_encode(base), pieces=base.pieces)
+
+
+def _encode(base: Base) -> Callable[[str], list[int]] | None:
+    return (lambda text: base.encode([text])[0].ids) if base.tokenizer is not None else None
 
 
 def save_adapter(base: Base, adapter: Attached, folder: Path | str, trained: dict[str, Any] | None = None) -> None:
@@ -66,24 +70,34 @@ def load_adapter(base: Base, folder: Path | str, name: str = "default") -> Attac
     Raises:
         RecipeError: The base has an adapter of that name already.
         ArtifactError: It is damaged, was trained on another base, asks for what Trimtab does not do, or its tensors are
-            not exactly those of its method on this model. The model is left as it was.
+            not exactly those of its method on this model. The base is left as it was.
     """
     folder = Path(folder)
     stored = read_adapter(folder)
     if stored.base:
         base.check_is(stored.base["fingerprint"], str(folder))
     refuse_name(base.model, name)
+    tokenizer = base.tokenizer
     try:
         method, tensors = read_method(stored)
-        adapter = place(base.model, method, seed=0, name=name)
+        base.add_tokens(method.new_tokens)
+        adapter = place(base.model, method.bound(_encode(base)), seed=0, name=name)
     except (RecipeError, ArtifactError) as error:
+        base.tokenizer = tokenizer
         raise ArtifactError(f"{folder}: {error}") from None
     try:
-        adapter.load_state(tensors)
+        adapter.load_state(_with_paths(tensors, adapter))
     except ArtifactError as error:
         adapter.detach()
+        base.tokenizer = tokenizer
         raise ArtifactError(f"{folder}: {error}") from None
     return adapter
+
+
+def _with_paths(tensors: dict[str, Tensor], adapter: Attached) -> dict[str, Tensor]:
+    """By `path.name`, where the only module of a method was left unsaid (`Method.from_peft`)."""
+    only = next(iter(adapter.layers)) if len(adapter.layers) == 1 else ""
+    return {name if "." in name or not only else f"{only}.{name}": tensor for name, tensor in tensors.items()}
 
 
 def read_method(stored: Adapter) -> tuple[Method, dict[str, Tensor]]:

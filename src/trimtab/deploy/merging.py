@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from trimtab import files
 from trimtab.base import Base
 from trimtab.errors import ArtifactError, NotMergeable
-from trimtab.methods import Attached, modules
+from trimtab.methods import Attached, look_through, modules
 
 
 class Merged(NamedTuple):
@@ -48,25 +48,32 @@ def merge(base: Base, adapter: Attached, folder: Path | str, prompts: list[list[
             "much of the adapter, and another base is not what the adapter was trained on. Use the two beside each other; or "
             "train on the base in float32 or bfloat16, and merge that."
         )
+    if others := base.added_tokens.keys() - set(adapter.method.new_tokens):
+        raise NotMergeable(
+            f"Another adapter has added {min(others)!r} to the tokenizer. Load this adapter on a base of its own, to merge it."
+        )
     broken = [name for name, p in adapter.parameters().items() if not bool(p.isfinite().all())]
     if broken:
         raise ArtifactError(f"The adapter's {broken[0]} holds values that are not finite, so nothing was merged.")
     with files.new_folder(Path(folder)) as new:
-        base.model.save_pretrained(new, state_dict=_merged_weights(base, adapter))
-        _finish_config(new, base)
+        weights = _merged_weights(base, adapter)
+        base.model.save_pretrained(new, state_dict=weights)
+        _finish_config(new, base, weights)
         if base.tokenizer is not None:
             base.tokenizer.save_pretrained(new)
-        report = _compare(base, new, prompts or _random_prompts(base), len(adapter.layers))
+        report = _compare(base, new, prompts, len(adapter.layers))
     return report
 
 
 def _merged_weights(base: Base, adapter: Attached) -> dict[str, Tensor]:
     """The whole model's tensors under the names it has without adapters, in float32, tied ones still tied."""
-    merged = {
-        f"{path}.{name}": tensor.detach().float()
-        for path, layer in adapter.layers.items()
-        for name, tensor in layer.merged().state_dict(keep_vars=True).items()
-    }
+    merged: dict[str, Tensor] = {}
+    tied: dict[int, Tensor] = {}
+    for path, layer in adapter.layers.items():
+        for name, tensor in layer.merged().state_dict(keep_vars=True).items():
+            new = tensor.detach().float()
+            first = tied.setdefault(id(getattr(look_through(layer), name, new)), new)
+            merged[f"{path}.{name}"] = first if torch.equal(first, new) else new
     converted: dict[int, Tensor] = {}
     weights = {}
     for path, module in modules(base.model).items():
@@ -83,11 +90,13 @@ def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from ((n, t) for n, t in module.named_buffers(recurse=False) if n not in module._non_persistent_buffers_set)
 
 
-def _finish_config(folder: Path, base: Base) -> None:
-    """Say float32, as the weights are, and stop where the model was trained to stop."""
+def _finish_config(folder: Path, base: Base, weights: dict[str, Tensor]) -> None:
+    """Say float32 and how many tokens there are, as the weights are, and stop where the model was trained to stop."""
     path = folder / "config.json"
     config = json.loads(path.read_text())
-    config["dtype"] = "float32"
+    embeddings = look_through(base.model.get_input_embeddings())
+    where = next(path for path, module in modules(base.model).items() if module is embeddings)
+    config |= {"dtype": "float32", "vocab_size": len(weights[f"{where}.weight"])}
     files.write_json(path, config)
     path = folder / "generation_config.json"
     settings: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
@@ -96,11 +105,11 @@ def _finish_config(folder: Path, base: Base) -> None:
     files.write_json(path, settings)
 
 
-def _compare(base: Base, folder: Path, prompts: list[list[int]], matrices: int) -> Merged:
+def _compare(base: Base, folder: Path, prompts: list[list[int]] | None, matrices: int) -> Merged:
     saved = Base.load_folder(folder, torch.float32, base.device, with_tokenizer=base.tokenizer is not None).model
     difference = scale = 0.0
     same = total = 0
-    for ids in prompts:
+    for ids in prompts or _random_prompts(saved.config.get_text_config().vocab_size):
         row = torch.tensor([ids], device=base.device)
         ours, theirs = (model(input_ids=row, use_cache=False).logits[0].float() for model in (base.model, saved))
         difference = max(difference, float((ours - theirs).abs().max()))
@@ -115,6 +124,5 @@ def _compare(base: Base, folder: Path, prompts: list[list[int]], matrices: int) 
     return Merged(matrices, difference, scale, same / total)
 
 
-def _random_prompts(base: Base) -> list[list[int]]:
-    size = base.model.config.get_text_config().vocab_size
+def _random_prompts(size: int) -> list[list[int]]:
     return torch.randint(size, (4, 16), generator=torch.Generator().manual_seed(0)).tolist()

@@ -37,7 +37,11 @@ class Head(NamedTuple):
             raw = raw + self.bias
         if self.scale != 1.0:
             raw = raw * self.scale
-        return raw if self.softcap is None else self.softcap * torch.tanh(raw / self.softcap)
+        if self.softcap is None:
+            return raw
+        capped = self.softcap * torch.tanh(raw / self.softcap)
+        # Of tokens that only other adapters know (−∞), no cap makes likelier ones.
+        return capped if self.adapted is None else capped.masked_fill(raw == float("-inf"), float("-inf"))
 
 
 def head_of(model: Any) -> Head:

@@ -13,8 +13,8 @@ from trimtab.methods._attach import (
     switch_of,
 )
 from trimtab.methods._base import AdapterLayer, Circumstances, Method, Sample, look_through, modules
-from trimtab.methods._peft import OF_BASE
 from trimtab.methods._combine import Combined, combine
+from trimtab.methods._peft import OF_BASE
 
 __all__ = [
     "OF_BASE",

@@ -61,8 +61,15 @@ class Attached:
 
     @torch.no_grad()
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Set the adapter's tensors: exactly its names, shapes and types, every value finite; else ArtifactError and no change."""
+        """Set the adapter's tensors: exactly its names, shapes and types, every value finite; else ArtifactError and no change.
+
+        What layers share may be given under several of its names, if it is equal.
+        """
         own = self.parameters()
+        first = {id(parameter): name for name, parameter in own.items()}
+        again = {f"{path}.{n}": first[id(p)] for path, layer in self.layers.items() for n, p in layer.own_parameters().items()}
+        given = {name: (tensor, tensors.get(again.get(name, name))) for name, tensor in tensors.items()}
+        tensors = {name: t for name, (t, same) in given.items() if name in own or same is None or not torch.equal(t, same)}
         problems = [f"{name}: missing" for name in own if name not in tensors]
         problems += [f"{name}: unexpected" for name in tensors if name not in own]
         for name in own.keys() & tensors.keys():
@@ -187,6 +194,7 @@ def attach(
         RecipeError: The model has an adapter of that name already, or the method starts from data and there is no sample.
     """
     refuse_name(model, name)
+    method = method.bound(sample.encode if sample else None)
     adapter = place(model, method, seed, name)
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():

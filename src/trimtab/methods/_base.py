@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trimtab.config import Choice
@@ -62,6 +63,8 @@ class AdapterLayer(nn.Module):
         back = torch.cat(order).argsort()
         if isinstance(parts[0], tuple):
             return tuple(torch.cat(several, dim=at).index_select(at, back) for several in zip(*parts, strict=True))
+        most = max(part.shape[-1] for part in parts)  # logits: an adapter may know tokens that others do not
+        parts = [F.pad(part, (0, most - part.shape[-1]), value=float("-inf")) for part in parts]
         return torch.cat(parts, dim=at).index_select(at, back)
 
     def merged(self) -> nn.Module:
@@ -82,16 +85,19 @@ class AdapterLayer(nn.Module):
     def train(self, mode: bool = True) -> "AdapterLayer":
         """Switch what the adapter owns between training and evaluation (dropout); `base` always evaluates."""
         super().train(mode)
-        _evaluate(self.base)
+        _evaluate(self.base, mode)
         return self
 
 
-def _evaluate(module: nn.Module) -> None:
-    """Evaluation mode for a base module and all in it, but for the layers of other adapters."""
+def _evaluate(module: nn.Module, mode: bool) -> None:
+    """Evaluation mode for a base module and all in it, but for the layers of other adapters.
+
+    Transformers' layers that are asked to recompute their activations do so in training mode alone; what they hold evaluates.
+    """
     if not isinstance(module, AdapterLayer):
-        module.training = False
+        module.training = mode and getattr(module, "gradient_checkpointing", False)
         for child in module.children():
-            _evaluate(child)
+            _evaluate(child, mode)
 
 
 class Circumstances(NamedTuple):
@@ -110,6 +116,8 @@ class Sample(NamedTuple):
     """Rows of tokens, such as those that will be learned."""
     encode: Callable[[str], list[int]] | None = None
     """Turns a text into tokens."""
+    pieces: Callable[[str], list[int]] | None = None
+    """The same without tokens that were added to the tokenizer."""
 
 
 class Method(Choice):
@@ -148,6 +156,15 @@ class Method(Choice):
         """How many of a row's positions its virtual tokens take."""
         return 0
 
+    @property
+    def new_tokens(self) -> tuple[str, ...]:
+        """Texts that the tokenizer is to read as one token each, before anything is encoded."""
+        return ()
+
+    def bound(self, encode: Callable[[str], list[int]] | None) -> "Method":
+        """This method with what it says of tokens in their ids, by the tokenizer of the base it is attached to. Raises RecipeError."""
+        return self
+
     def initialize(self, model: nn.Module, layers: dict[str, AdapterLayer], sample: Sample) -> None:
         """Set first values that depend on more than one layer's weights; called once the layers are in the model.
 
@@ -185,7 +202,10 @@ class Method(Choice):
     @classmethod
     @abstractmethod
     def from_peft(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple["Method", dict[str, Tensor]]:
-        """The reverse of `to_peft`. Raises ArtifactError for what Trimtab would compute differently."""
+        """The reverse of `to_peft`. Raises ArtifactError for what Trimtab would compute differently.
+
+        PEFT's names of virtual tokens say no path; where there is none, the name alone means the method's only module.
+        """
 
 
 def look_through(module: nn.Module) -> nn.Module:

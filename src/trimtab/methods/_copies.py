@@ -4,7 +4,6 @@ import copy
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from trimtab.errors import NoSuchModule, RecipeError, UnsupportedModel, listing

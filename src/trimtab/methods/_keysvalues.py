@@ -16,7 +16,7 @@ class KeysValuesTuning(VirtualTokens):
     """The part that prefix tuning and P-tuning v2 share."""
 
     peft_type: ClassVar[str | None] = "PREFIX_TUNING"
-    table: ClassVar[str] = "keys_and_values"
+    table_name: ClassVar[str] = "keys_and_values"
     of_peft: ClassVar[dict[str, Any]] = {"prefix_projection": False, "encoder_hidden_size": None, "init_weights": None}
 
     def initialize(self, model: nn.Module, layers: dict[str, AdapterLayer], sample: Sample) -> None:
@@ -27,10 +27,6 @@ class KeysValuesTuning(VirtualTokens):
             layer.start_as(layer.table_of(layer.attended(ids)))
         elif self.init == "zero":
             layer.start_as(torch.zeros(layer.count, layer.shape.numbers))
-
-    def token_dim(self, model: nn.Module) -> int:
-        shape = attention_shape(model)
-        return shape.heads * shape.size
 
 
 class PrefixLayer(VirtualLayer):

@@ -37,9 +37,9 @@ class LowRank(Method):
     """The change is scaled by alpha / rank, so the best learning rate hardly depends on the rank."""
     rank_stabilized: bool = False
     """Scale by alpha / √rank instead (rsLoRA, Kalajdzievski 2023, arXiv:2312.03732): large ranks then keep learning."""
-    ranks: Annotated[dict[str, Annotated[int, Field(ge=1)]], ByTarget] = {}
+    ranks: Annotated[dict[str, Annotated[int, Field(ge=1)]], ByTarget] = Field(default_factory=dict)
     """Other ranks for some of the targets, by name or regular expression: {down_proj: 64}. The first that matches counts."""
-    alphas: Annotated[dict[str, Annotated[float, Field(gt=0)]], ByTarget] = {}
+    alphas: Annotated[dict[str, Annotated[float, Field(gt=0)]], ByTarget] = Field(default_factory=dict)
     """Other alphas for some of the targets, in the same way."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Probability with which a number that enters A is dropped in training; tokens, which enter an embedding's, are not."""

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trimtab.errors import DataError, RecipeError, UnsupportedModel
-from trimtab.methods._base import AdapterLayer, look_through, wide, with_weight
+from trimtab.methods._base import AdapterLayer, look_through, modules, wide, with_weight
+from trimtab.methods._targets import end_matrices
 
 
 class TokenRows(AdapterLayer):
@@ -34,10 +35,6 @@ class TokenRows(AdapterLayer):
         self.register_buffer("ids", torch.tensor(ids, dtype=torch.long, device=base.weight.device), persistent=False)
         rows = base.weight.detach()[self.ids.clamp(max=self.vocabulary - 1)].to(wide(base.weight))
         self.rows = nn.Parameter(rows)
-
-    def tie(self, other: "TokenRows") -> None:
-        """Have the other's tokens and rows, as one parameter."""
-        self.ids, self.rows, self.size = other.ids, other.rows, other.size
 
     def start_as_mean(self, token: int, of: Sequence[int]) -> None:
         """Give one token's row the mean of the base's rows of others."""
@@ -117,3 +114,24 @@ class ScoredRows(TokenRows):
         if made.bias is not None:
             made.bias = nn.Parameter(F.pad(made.bias, (0, self.size - self.vocabulary)), requires_grad=False)
         return made
+
+
+def ends(model: nn.Module) -> tuple[str, str, bool]:
+    """The paths of the embeddings and of the head, and whether they are tied. Raises UnsupportedModel if they are not tables."""
+    everything = modules(model)
+    paths = list(end_matrices(model))
+    embeddings = [path for path in paths if isinstance(everything[path], nn.Embedding)]
+    heads = [path for path in paths if isinstance(everything[path], nn.Linear)]
+    if (len(embeddings), len(heads)) != (1, 1):
+        raise UnsupportedModel(f"{type(model).__name__} has not one table of embeddings and one matrix for its head.")
+    return embeddings[0], heads[0], everything[embeddings[0]].weight is everything[heads[0]].weight
+
+
+def tie(layers: dict[str, AdapterLayer]) -> None:
+    """Let the head have the tokens and rows of the embeddings, as one parameter, if the base's are one."""
+    embeddings, *heads = layers.values()
+    for head in heads:
+        assert isinstance(embeddings, TokenRows)
+        assert isinstance(head, TokenRows)
+        if head.base.weight is embeddings.base.weight:
+            head.ids, head.rows, head.size = embeddings.ids, embeddings.rows, embeddings.size

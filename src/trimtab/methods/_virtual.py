@@ -17,7 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from trimtab.attention import Layout, Rules, Virtual, attend, causal, laid_out
+from trimtab.attention import Layout, Rules, Virtual, attend, causal, laid_out, refuse_reentrant
 from trimtab.errors import ArtifactError, RecipeError, UnsupportedModel
 from trimtab.methods._acting import Routing, only
 from trimtab.methods._base import AdapterLayer, Method, Sample, look_through, modules
@@ -37,8 +37,8 @@ class VirtualTokens(Method):
     mergeable: ClassVar[bool] = False
     starts_as_base: ClassVar[bool] = False
 
-    table: ClassVar[str]
-    """The name, once folded, of the only parameter: one row of numbers for each virtual token."""
+    table_name: ClassVar[str]
+    """What the only parameter is called, once folded: a row of numbers for each virtual token."""
     as_folded: ClassVar[dict[str, Any]] = {}
     """Hyperparameters of what has been folded."""
     of_peft: ClassVar[dict[str, Any]] = {}
@@ -73,30 +73,16 @@ class VirtualTokens(Method):
             )
         return (found * -(-self.tokens // len(found)))[: self.tokens]
 
-    @abstractmethod
-    def token_dim(self, model: nn.Module) -> int:
-        """What PEFT calls by that name: the size of a virtual token, of which a prefix has one a key and one a value."""
-
     def folded(self, layers: dict[str, AdapterLayer]) -> tuple[Method, dict[str, Tensor]]:
         ((path, layer),) = layers.items()
         assert isinstance(layer, VirtualLayer)
-        return self.model_copy(update=self.as_folded), {f"{path}.{self.table}": layer.table()}
+        return self.model_copy(update=self.as_folded), {f"{path}.{self.table_name}": layer.table()}
 
     def to_peft(self, model: nn.Module, tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         (table,) = tensors.values()
-        shape = attention_shape(model)
-        config = {
-            "peft_type": self.peft_type,
-            "task_type": "CAUSAL_LM",
-            "inference_mode": True,
-            "num_virtual_tokens": self.tokens,
-            "token_dim": self.token_dim(model),
-            "num_attention_heads": shape.heads,
-            "num_layers": shape.layers,
-            "num_transformer_submodules": 1,
-            **self.of_peft,
-        }
-        return config, {"prompt_embeddings": table}
+        config = {"peft_type": self.peft_type, "task_type": "CAUSAL_LM", "inference_mode": True}
+        sizes = {"num_virtual_tokens": self.tokens, "num_transformer_submodules": 1}  # PEFT knows the others by the base
+        return {**config, **sizes, **self.of_peft}, {"prompt_embeddings": table}
 
     @classmethod
     def from_peft(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[Self, dict[str, Tensor]]:
@@ -111,7 +97,7 @@ class VirtualTokens(Method):
                 f"adapter_model.safetensors holds {', '.join(tensors) or 'nothing'}, where virtual tokens are prompt_embeddings alone."
             )
         return cls.parse({"tokens": config.get("num_virtual_tokens"), **cls.as_folded}), {
-            cls.table: tensors["prompt_embeddings"]
+            cls.table_name: tensors["prompt_embeddings"]
         }
 
 
@@ -139,6 +125,12 @@ def attention_shape(model: Any) -> Shape:
     if isinstance(groups, list | tuple):
         raise UnsupportedModel(f"{type(model).__name__} has layers of different sizes, which one prefix does not fit.")
     return Shape(config.num_hidden_layers, groups, size)
+
+
+def number_type(base: nn.Module) -> torch.dtype:
+    """Of what is trained: the base's, but at least float32."""
+    trunk: Any = look_through(base)
+    return torch.promote_types(trunk.dtype, torch.float32)
 
 
 class VirtualLayer(AdapterLayer):
@@ -203,7 +195,10 @@ class VirtualLayer(AdapterLayer):
             raise UnsupportedModel(
                 f"{type(self.base).__name__} does not hand keywords of forward on to attention, so virtual tokens cannot reach it."
             )
-        return [(key[0], value[0]) for _, (key, value) in sorted(keeping.kept.items())]
+        kept = [(key[0], value[0]) for _, (key, value) in sorted(keeping.kept.items())]
+        if embeddings is not None and embeddings.requires_grad and not kept[0][0].requires_grad:
+            refuse_reentrant()
+        return kept
 
     def __getattr__(self, name: str) -> Any:
         """What the model asks its trunk for besides calling it (`embed_tokens`, `get_input_embeddings`, …), the base answers."""
@@ -214,7 +209,10 @@ class VirtualLayer(AdapterLayer):
 
 
 def _positions(tokens: Tensor, kwargs: dict[str, Any]) -> Tensor:
-    """Where Transformers' models count these tokens, if they are not told: after what their cache has."""
+    """Where these tokens stand in their rows, if nobody says: padding is not counted, and what a cache has stands before them."""
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        return (mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
     cache = kwargs.get("cache", kwargs.get("past_key_values"))
     past = cache.get_seq_length() if cache is not None else 0
     return torch.arange(past, past + tokens.shape[1], device=tokens.device)[None]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from trimtab.methods._base import Circumstances
 from trimtab.methods._keysvalues import KeysValuesTuning, PrefixLayer
-from trimtab.methods._virtual import Shape, attention_shape
+from trimtab.methods._virtual import Shape, attention_shape, number_type
 
 
 class PrefixTuning(KeysValuesTuning):
@@ -48,10 +48,11 @@ class MadePrefix(PrefixLayer):
 
     def __init__(self, base: nn.Module, count: int, shape: Shape, width: int) -> None:
         super().__init__(base, count, shape)
-        self.embedded = nn.Parameter(torch.randn(count, width))
-        self.hidden = nn.Linear(width, width)
-        self.out = nn.Linear(width, shape.numbers)
-        self.register_buffer("start", torch.zeros(count, shape.numbers), persistent=False)
+        kind = number_type(base)
+        self.embedded = nn.Parameter(torch.randn(count, width, dtype=kind))
+        self.hidden = nn.Linear(width, width, dtype=kind)
+        self.out = nn.Linear(width, shape.numbers, dtype=kind)
+        self.register_buffer("start", torch.zeros(count, shape.numbers, dtype=kind), persistent=False)
 
     def table(self) -> Tensor:
         return self.start + self.out(torch.tanh(self.hidden(self.embedded)))
@@ -67,7 +68,7 @@ class FoldedPrefix(PrefixLayer):
 
     def __init__(self, base: nn.Module, count: int, shape: Shape) -> None:
         super().__init__(base, count, shape)
-        self.keys_and_values = nn.Parameter(torch.zeros(count, shape.numbers))
+        self.keys_and_values = nn.Parameter(torch.zeros(count, shape.numbers, dtype=number_type(base)))
 
     def table(self) -> Tensor:
         return self.keys_and_values

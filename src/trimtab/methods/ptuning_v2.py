@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from trimtab.methods._base import Circumstances
 from trimtab.methods._keysvalues import KeysValuesTuning, PrefixLayer
-from trimtab.methods._virtual import Shape, attention_shape
+from trimtab.methods._virtual import Shape, attention_shape, number_type
 
 
 class PTuningV2(KeysValuesTuning):
@@ -32,7 +32,7 @@ class DirectPrefix(PrefixLayer):
 
     def __init__(self, base: nn.Module, count: int, shape: Shape) -> None:
         super().__init__(base, count, shape)
-        self.keys_and_values = nn.Parameter(0.02 * torch.randn(count, shape.numbers))
+        self.keys_and_values = nn.Parameter(0.02 * torch.randn(count, shape.numbers, dtype=number_type(base)))
 
     def table(self) -> Tensor:
         return self.keys_and_values

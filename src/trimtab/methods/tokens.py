@@ -11,10 +11,10 @@ from pydantic import BeforeValidator, Field, field_serializer, model_validator
 from torch import Tensor, nn
 
 from trimtab.config import as_tuple
-from trimtab.errors import RecipeError, UnsupportedModel
+from trimtab.errors import RecipeError
 from trimtab.methods._base import AdapterLayer, Circumstances, Method, Sample, modules
 from trimtab.methods._peft import SELECTING, from_names, not_pefts, only_known, shortest_names, to_names
-from trimtab.methods._rows import EmbeddedRows, ScoredRows, TokenRows
+from trimtab.methods._rows import EmbeddedRows, ScoredRows, TokenRows, ends, tie
 from trimtab.methods._targets import end_matrices
 
 NAMES = {"rows": "trainable_tokens_delta"}
@@ -22,8 +22,10 @@ Id = Annotated[int, Field(ge=0)]
 
 
 def _numbered(raw: Any) -> Any:
+    """By text, so that the order of a mapping, which JSON does not keep, says nothing."""
     texts = as_tuple(raw)
-    return dict.fromkeys(texts) if isinstance(texts, tuple) and all(isinstance(text, str) for text in texts) else raw
+    texts = dict.fromkeys(texts) if isinstance(texts, tuple) and all(isinstance(text, str) for text in texts) else raw
+    return dict(sorted(texts.items())) if isinstance(texts, dict) and all(isinstance(text, str) for text in texts) else raw
 
 
 class Tokens(Method):
@@ -33,7 +35,7 @@ class Tokens(Method):
 
     tokens: Annotated[tuple[str | Id, ...], BeforeValidator(as_tuple)] = ()
     """Tokens that the tokenizer has: each a text that is one token (`<|im_start|>`), or an id."""
-    new: Annotated[dict[Annotated[str, Field(min_length=1)], Id | None], BeforeValidator(_numbered)] = {}
+    new: Annotated[dict[Annotated[str, Field(min_length=1)], Id | None], BeforeValidator(_numbered)] = Field(default={})
     """Texts that become tokens: [<think>, </think>]. Each starts as the mean of the tokens that it was before."""
     head: bool = False
     """Whether the rows of `tokens` in the head are trained too where it is not tied to the embeddings; those of `new` always are."""
@@ -72,43 +74,33 @@ class Tokens(Method):
             raise RecipeError(f"tokens: names token {repeated[0]} more than once.")
         return bound
 
-    def ends(self, model: Any) -> tuple[str, str, bool]:
-        """The paths of the embeddings and of the head, and whether they are tied."""
-        everything = modules(model)
-        kinds = {path: type(everything[path]) for path in end_matrices(model)}
-        embeddings = [path for path, kind in kinds.items() if issubclass(kind, nn.Embedding)]
-        heads = [path for path, kind in kinds.items() if issubclass(kind, nn.Linear)]
-        if (len(embeddings), len(heads)) != (1, 1):
-            raise UnsupportedModel(f"{type(model).__name__} has not one table of embeddings and one matrix for its head.")
-        return embeddings[0], heads[0], everything[embeddings[0]].weight is everything[heads[0]].weight
-
     def sites(self, model: nn.Module) -> list[str]:
-        embeddings, head, tied = self.ends(model)
+        embeddings, head, tied = ends(model)
         return [embeddings, head] if tied or self.head or self.new else [embeddings]
 
     def layer(self, base: nn.Module, path: str) -> TokenRows:
+        new = self.ids[len(self.tokens) :]
         if isinstance(base, nn.Embedding):
-            return EmbeddedRows(base, self.ids, tuple(self.new.values()))
-        return ScoredRows(base, self.ids if self.head else tuple(self.new.values()), tuple(self.new.values()))
+            return EmbeddedRows(base, self.ids, new)
+        return ScoredRows(base, self.ids if self.head else new, new)
 
     def join(self, layers: dict[str, AdapterLayer]) -> None:
-        embeddings, *heads = layers.values()
-        for head in heads:
-            assert isinstance(embeddings, TokenRows) and isinstance(head, TokenRows)
-            if head.base.weight is embeddings.base.weight:
-                head.tie(embeddings)
+        tie(layers)
 
     def initialize(self, model: nn.Module, layers: dict[str, AdapterLayer], sample: Sample) -> None:
         """New tokens: such a row's logit is the mean of the pieces', so the token is not likelier than they are on average (Jensen)."""
         for text, token in self.new.items():
-            assert token is not None and sample.pieces is not None
+            if sample.pieces is None or token is None:
+                raise RecipeError(
+                    f"new: {text!r} starts as the tokens that it was: attach(…, sample=trimtab.sample(base, rows))."
+                )
             for layer in layers.values():
                 assert isinstance(layer, TokenRows)
                 layer.start_as_mean(token, sample.pieces(text))
 
     def parameter_count(self, model: nn.Module) -> int:
         """hidden size · (tokens, and again those that have a row of their own in the head)."""
-        embeddings, _, tied = self.ends(model)
+        embeddings, _, tied = ends(model)
         again = 0 if tied else len(self.ids) if self.head else len(self.new)
         return end_matrices(model)[embeddings][1] * (len(self.ids) + again)
 
@@ -117,13 +109,15 @@ class Tokens(Method):
         return 1e-3, "1e-3"
 
     def to_peft(self, model: nn.Module, tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        embeddings, head, tied = self.ends(model)
+        embeddings, head, tied = ends(model)
         vocabulary, everything = end_matrices(model)[embeddings][0], modules(model)
         own = [path for path in (embeddings, head) if f"{path}.rows" in tensors]
         same = all(len(tensors[f"{path}.rows"]) == len(self.ids) for path in own)
         config: dict[str, Any] = {"peft_type": self.peft_type, "task_type": "CAUSAL_LM", "inference_mode": True}
-        if max(self.ids) >= vocabulary or not same or (head in own and everything[head].bias is not None):
-            config = not_pefts(self.name)  # it has no rows beyond the model's, one list of tokens for both ends, and drops the bias
+        if max(self.ids) >= vocabulary or not same or (everything[head].bias is not None and (tied or head in own)):
+            config = not_pefts(
+                self.name
+            )  # it has no rows beyond the model's, one list of tokens for both ends, and drops the bias
         if tied:  # PEFT writes what is shared under both names, and misses the second if it is not there
             tensors = {**tensors, f"{head}.rows": tensors[f"{embeddings}.rows"].clone()}
         config |= {"target_modules": shortest_names(own, list(everything)), "token_indices": list(self.ids)}
@@ -133,5 +127,4 @@ class Tokens(Method):
     def from_peft(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[Self, dict[str, Tensor]]:
         only_known(config, honoured={"token_indices"}, neutral={}, ignored={"init_weights", *SELECTING})
         renamed, paths = from_names(tensors, NAMES, "trainable tokens'")
-        head = len(paths) > 1
-        first, *others = (renamed[f"{path}.rows"] for path in paths)
+        return cls.parse({"tokens": config.get("token_indices"), "head": len(paths) > 1}), renamed

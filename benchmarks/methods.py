@@ -1,0 +1,137 @@
+"""Every adapter method on the real model: learning rates searched, then two tasks measured. Makes the table of docs/methods.md.
+
+    python benchmarks/methods.py search  [METHOD ...]               # the demo task, half an epoch, a grid of learning rates each
+    python benchmarks/methods.py measure [METHOD ...] --nl2cmd FOLDER   # the demo task and nl2cmd, with each method's defaults
+
+A METHOD may carry settings: `lora:rank=8,init=pissa`. Every run is a process of its own. Results are added to
+docs/methods.json, which `make docs` turns into the table. Times count only on an otherwise idle machine: `--quiet` says
+that it is one, and tokens/s and memory are kept from such runs alone.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from trimtab.files import read_json, write_json
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "docs" / "methods.json"
+GRID = {"full": [1e-5, 3e-5, 1e-4, 3e-4]}
+WIDE = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2]
+EXTRA = {"tokens": {"tokens": ["<|im_start|>", "<|im_end|>"]}}
+"""What a method cannot do without."""
+
+
+def settings_of(word: str) -> dict[str, Any]:
+    import yaml
+
+    name, _, rest = word.partition(":")
+    given = {key: yaml.safe_load(value) for key, _, value in (part.partition("=") for part in rest.split(",") if part)}
+    return {"name": name, **EXTRA.get(name, {}), **given}
+
+
+def recipe_of(task: str, method: dict[str, Any], output: Path, nl2cmd: Path | None, **train: Any) -> dict[str, Any]:
+    if task == "demo":
+        data = {"train": str(ROOT / "demo" / "train.jsonl"), "eval": 24}
+        return {"data": data, "method": method, "train": {"epochs": 1, "rows_per_step": 8, **train}, "output": str(output)}
+    assert nl2cmd is not None, "give --nl2cmd FOLDER"
+    data = {"train": str(nl2cmd / "nl2cmd_train.jsonl"), "eval": 100}
+    return {"data": data, "method": method, "train": {"epochs": 1, **train}, "output": str(output)}
+
+
+def one(path: str) -> None:
+    """Carry a recipe out, in this process, and print what it took and gave as JSON."""
+    from trimtab.config import read
+    from trimtab.data import load_examples
+    from trimtab.deploy import open_target
+    from trimtab.evaluate import score
+    from trimtab.recipe import Recipe
+    from trimtab.run import run_recipe
+
+    asked = json.loads(Path(path).read_text())
+    run = run_recipe(read(Recipe, Path(asked["recipe"])))
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if line["kind"] == "train"][1:]  # the first warms caches up
+    result = {
+        "parameters": run.state["trainable_parameters"],
+        "positions": run.state["positions"],
+        "lr": run.state["peak_lr"],
+        "steps": run.state["steps"],
+        "tokens_per_s": sum(line["tokens"] for line in steps) / sum(line["seconds"] for line in steps),
+        "peak_gb": memory,
+        "held_out_loss": run.state["best"]["eval_loss"],
+        "base_loss": next(line["loss"] for line in lines if line["kind"] == "eval" and line["step"] == 0),
+    }
+    if asked.get("test"):
+        target = open_target(str(run.folder))
+        examples, _ = load_examples(asked["test"])
+        scores = score(target.base, examples)
+        result |= {key: scores[key] for key in ("rows", "loss", "loss_interval", "exact_match", "exact_match_interval", "stopped")}
+    print(json.dumps(result))
+
+
+def run(task: str, word: str, test: str | None, nl2cmd: Path | None, **train: Any) -> dict[str, Any]:
+    """One run in a process of its own; what it gave, or the error that it ended with."""
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = Path(folder) / "recipe.yaml"
+        recipe.write_text(json.dumps(recipe_of(task, settings_of(word), Path(folder) / "run", nl2cmd, **train)))
+        asked = Path(folder) / "asked.json"
+        asked.write_text(json.dumps({"recipe": str(recipe), "test": test}))
+        done = subprocess.run([sys.executable, __file__, "one", str(asked)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        return {"error": (done.stderr.strip().splitlines() or ["?"])[-1]}
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def keep(kind: str, word: str, key: str, result: dict[str, Any]) -> None:
+    results = read_json(RESULTS) if RESULTS.exists() else {}
+    results.setdefault(kind, {}).setdefault(word, {})[key] = result
+    write_json(RESULTS, results)
+    shown = {k: round(v, 5) if isinstance(v, float) else v for k, v in result.items()}
+    print(f"{kind} {word} {key}: {json.dumps(shown)}", flush=True)
+
+
+def search(words: list[str], rates: list[float] | None) -> None:
+    for word in words:
+        for rate in rates or GRID.get(word.partition(":")[0], WIDE):
+            result = run("demo", word, None, None, lr=rate, epochs=0.5)
+            keep("search", word, f"{rate:g}", result if "error" in result else {"held_out_loss": result["held_out_loss"]})
+
+
+def measure(words: list[str], tasks: list[str], nl2cmd: Path | None, quiet: bool) -> None:
+    for word in words:
+        for task in tasks:
+            test = ROOT / "demo" / "test.jsonl" if task == "demo" else (nl2cmd or Path()) / "nl2cmd_test.jsonl"
+            result = run(task, word, str(test), nl2cmd)
+            if not quiet:
+                result = {key: value for key, value in result.items() if key not in ("tokens_per_s", "peak_gb")}
+            keep("measured", word, task, result)
+
+
+def main() -> None:
+    from trimtab.methods import Method
+
+    if sys.argv[1:2] == ["one"]:
+        return one(sys.argv[2])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["search", "measure"])
+    parser.add_argument("methods", nargs="*", metavar="METHOD")
+    parser.add_argument("--rates", nargs="+", type=float)
+    parser.add_argument("--tasks", nargs="+", choices=["demo", "nl2cmd"], default=["demo", "nl2cmd"])
+    parser.add_argument("--nl2cmd", type=Path, help="the folder with nl2cmd_train.jsonl and nl2cmd_test.jsonl")
+    parser.add_argument("--quiet", action="store_true", help="nothing else runs on this machine")
+    arguments = parser.parse_args()
+    words = arguments.methods or Method.names()
+    if arguments.what == "search":
+        return search(words, arguments.rates)
+    return measure(words, arguments.tasks, arguments.nl2cmd, arguments.quiet)
+
+
+if __name__ == "__main__":
+    main()

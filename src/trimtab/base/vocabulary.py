@@ -1,0 +1,40 @@
+"""Tokens that are added to a tokenizer, so that what an adapter learns of them has a name in texts."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+from trimtab.errors import RecipeError
+
+
+def grown(tokenizer: Any, own: Any, texts: Sequence[str], name: str) -> Any:
+    """The tokenizer, or a copy that reads each of these texts as one token, in any text, messages too.
+
+    Args:
+        own: The tokenizer as it was before any were added.
+        name: The base's.
+
+    Raises:
+        RecipeError: There is no tokenizer, or it has such a token of its own.
+    """
+    from transformers import AddedToken
+
+    texts = [text for text in texts if text not in added(tokenizer, own)]
+    if not texts:
+        return tokenizer
+    if own is None:
+        raise RecipeError(f"{name} has no tokenizer that {texts[0]!r} could be added to.")
+    for text in texts:
+        if len(own(text, add_special_tokens=False)["input_ids"]) == 1:
+            raise RecipeError(f"{text!r} is a token of {name} already, so it cannot be a new one: list it under tokens.")
+    larger = copy.deepcopy(tokenizer)
+    larger.add_tokens([AddedToken(text, normalized=False) for text in texts])
+    return larger
+
+
+def added(tokenizer: Any, own: Any) -> dict[str, int]:
+    """What `grown` added: texts and ids."""
+    if tokenizer is own:
+        return {}
+    before = own.get_added_vocab()
+    return {text: i for text, i in tokenizer.get_added_vocab().items() if text not in before}

@@ -1,0 +1,187 @@
+"""What the commands do: each opens what it is given, has it done by the floors below, and prints what came of it."""
+
+import argparse
+import json
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trimtab.errors import DataError, RecipeError, listing
+from trimtab.startup import without_collector
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from trimtab.deploy import Target
+
+
+def _console() -> "Console":
+    from rich.console import Console
+
+    return Console(highlight=False, soft_wrap=True)
+
+
+def train(arguments: argparse.Namespace) -> None:
+    from rich.markup import escape
+
+    with without_collector():
+        from trimtab.config import read
+        from trimtab.recipe import Recipe
+        from trimtab.report import Terminal
+        from trimtab.run import run_recipe
+
+    recipe = read(Recipe, arguments.recipe, arguments.words)
+    console = _console()
+    with Terminal(console) as watch:
+        run_recipe(recipe, watch)
+    folder = escape(shlex.quote(str(recipe.output)))
+    console.print(f"[dim]Talk to it:[/]     trimtab chat {folder}\n[dim]Look inside:[/]    trimtab show {folder}")
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    from trimtab.evaluate import score
+    from trimtab.report import Answering
+    from trimtab.report.tables import answers_table, scores_table
+    from trimtab.run import held_out
+
+    if arguments.data is None:
+        examples, source = held_out(Path(arguments.target))
+    else:
+        from trimtab.data import load_examples
+
+        examples, account = load_examples(arguments.data)
+        source = arguments.data
+        if account.refused:
+            problems = listing([f"{where}: {reason}" for where, reason in account.refused])
+            raise DataError(f"data: rows that can't be measured:\n{problems}")
+    target = _open(arguments)
+    console, name, scores = _console(), "adapter" if target.adapter else "model", {}
+    with Answering(console, len(examples), quiet=arguments.json) as answering:
+        if arguments.base and target.adapter is not None:
+            with target.adapter.disabled():
+                scores["base"] = score(target.base, examples, answering.of("base"))
+        scores[name] = score(target.base, examples, answering.of(name))
+    if arguments.json:
+        _print_json({"data": str(source), **scores.pop(name), **scores})
+        return
+    console.print(scores_table(scores, str(source)))
+    if arguments.show:
+        console.print(answers_table({name: one["answers"][: arguments.show] for name, one in scores.items()}))
+
+
+def _open(arguments: argparse.Namespace) -> "Target":
+    with without_collector():
+        from trimtab.deploy import open_target
+
+    target = open_target(arguments.target, arguments.model)
+    if arguments.base and target.adapter is None:
+        raise RecipeError(f"--base: {arguments.target} is a model without an adapter, so there is nothing to compare.")
+    return target
+
+
+def chat(arguments: argparse.Namespace) -> None:
+    from rich.markup import escape
+
+    target = _open(arguments)
+    talk: list[dict[str, str]] = [{"role": "system", "content": arguments.system}] if arguments.system else []
+    if arguments.prompt is not None:
+        _reply(target, [*talk, {"role": "user", "content": arguments.prompt}], arguments)
+        return
+    console = _console()
+    place = escape(str(target.folder or target.base.source))
+    console.print(f"[dim]{place}: write a message; /new starts afresh, /quit ends.[/]")
+    start = len(talk)
+    while True:
+        try:
+            words = console.input("[bold]> [/]").strip()
+        except EOFError:
+            console.print()
+            return
+        if words in ("/quit", "/exit"):
+            return
+        if words == "/new":
+            del talk[start:]
+        elif words:
+            if not target.base.has_template:
+                talk.clear()  # it continues a text, and knows of no conversation
+            talk.append({"role": "user", "content": words})
+            talk.append({"role": "assistant", "content": _reply(target, talk, arguments)})
+
+
+def _reply(target: "Target", talk: list[dict[str, str]], arguments: argparse.Namespace) -> str:
+    from trimtab.api import stream
+
+    def say(label: str) -> str:
+        if label:
+            print(f"[{label}] ", end="", flush=True)  # noqa: T201
+        said = ""
+        for piece in stream(
+            target.base, talk, max_new_tokens=arguments.max_new_tokens, temperature=arguments.temperature, seed=arguments.seed
+        ):
+            said += piece
+            print(piece, end="", flush=True)  # noqa: T201
+        print()  # noqa: T201
+        return said
+
+    if arguments.base and target.adapter is not None:
+        with target.adapter.disabled():
+            say("base")
+        return say("adapter")
+    return say("")
+
+
+def merge(arguments: argparse.Namespace) -> None:
+    from rich.markup import escape
+
+    from trimtab import files
+    from trimtab.deploy import merge, open_target
+
+    files.refuse_existing(arguments.output)
+    target = open_target(arguments.target, arguments.model)
+    if target.adapter is None:
+        raise RecipeError(f"{arguments.target} is a model without an adapter: there is nothing to merge.")
+    done = merge(target.base, target.adapter, arguments.output)
+    _console().print(
+        f"Merged {done.matrices} matrices into {escape(str(arguments.output))} (float32). Loaded again by Transformers, its logits differ from "
+        f"the adapter's by at most {done.max_logit_difference:.2g} (largest logit {done.logit_scale:.3g}); "
+        f"likeliest token the same at {done.same_choice:.1%}."
+    )
+
+
+def combine(arguments: argparse.Namespace) -> None:
+    from rich.markup import escape
+
+    from trimtab import files
+    from trimtab.deploy import combine_adapters
+
+    files.refuse_existing(arguments.output)
+    done = combine_adapters(arguments.parts, arguments.output, rank=arguments.rank, model=arguments.model)
+    exact = "exactly their weighted sum" if done.error == 0 else f"their weighted sum but for {done.error:.2%} of it"
+    _console().print(f"{escape(str(arguments.output))} is {exact}: {done.adapter.method.name}, rank {done.rank}.")
+
+
+def methods(arguments: argparse.Namespace) -> None:
+    with without_collector():
+        from trimtab.base import Base
+        from trimtab.report.methods import methods_facts, methods_table
+
+    base = Base.load(arguments.model)
+    facts = methods_facts(base.model)
+    if arguments.json:
+        _print_json({"model": base.source, "methods": facts})
+    else:
+        _console().print(methods_table(facts, base.source))
+
+
+def show(arguments: argparse.Namespace) -> None:
+    from trimtab.report.tables import describe, described
+
+    facts = described(arguments.target)
+    if arguments.json:
+        _print_json(facts)
+    else:
+        _console().print(describe(facts))
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))  # noqa: T201

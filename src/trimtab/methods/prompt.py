@@ -1,0 +1,34 @@
+"""Prompt tuning: embeddings before every row, trained directly.
+
+Lester, Al-Rfou and Constant 2021, "The Power of Scale for Parameter-Efficient Prompt Tuning", arXiv:2104.08691, section 2.
+"""
+
+from typing import Any, ClassVar
+
+from torch import nn
+
+from trimtab.methods._base import Circumstances
+from trimtab.methods._prompts import DirectPrompt, PromptLayer, Prompts, embedding_size
+
+
+class PromptTuning(Prompts):
+    """Trains the input embeddings of virtual tokens."""
+
+    peft_type: ClassVar[str | None] = "PROMPT_TUNING"
+    of_peft: ClassVar[dict[str, Any]] = {
+        "prompt_tuning_init": "RANDOM",
+        "prompt_tuning_init_text": None,
+        "tokenizer_name_or_path": None,
+        "tokenizer_kwargs": None,
+    }
+
+    def layer(self, base: nn.Module, path: str) -> PromptLayer:
+        return DirectPrompt(base, self.tokens)
+
+    def parameter_count(self, model: nn.Module) -> int:
+        """tokens · embedding size."""
+        return self.tokens * embedding_size(model)
+
+    def learning_rate(self, at: Circumstances) -> tuple[float, str]:
+        """3e-2, not yet searched for."""
+        return 3e-2, "3e-2"

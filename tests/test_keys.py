@@ -97,6 +97,10 @@ OTHER = {
     "targets": ["q_proj", "v_proj"],
     "dropout": 0.5,
     "text": "Something else",
+    "freeze": ["embed_tokens"],
+    "outputs": ["v_proj"],
+    "inputs": ["up_proj"],
+    "layernorm.targets": ["input_layernorm"],
 }
 """Values for the methods' keys where a small step off the default will not do."""
 
@@ -108,7 +112,7 @@ def another(method, key):
     default = field.get_default(call_default_factory=True)
     choices = [one for one in get_args(field.annotation) if isinstance(one, str) and one != default]
     if key in OTHER:
-        return OTHER[key]
+        return OTHER.get(f"{method}.{key}", OTHER[key])
     if choices:
         return choices[0]
     return not default if isinstance(default, bool) else default + 1 if isinstance(default, int) else default * 2

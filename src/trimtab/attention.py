@@ -47,13 +47,15 @@ class Virtual:
     """Whether the row of a token (by its number in the pack) has them; None for every row."""
     seen: set[int] = field(default_factory=set)
     """Layers that have attended to them: a model that drops keywords on the way would silently do without."""
+    recorded: bool = field(default_factory=torch.is_grad_enabled)
+    """They were made where gradients are wanted."""
 
     def of(self, layer: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values, each 1 G P K, in the number type of `like`."""
         number = int(layer.layer_idx)  # type: ignore[arg-type]
         self.seen.add(number)
         key, value = self.layers[number]
-        if key.requires_grad and not torch.is_grad_enabled():
+        if self.recorded and key.requires_grad and not torch.is_grad_enabled():
             refuse_reentrant()
         return key[None].to(like.dtype), value[None].to(like.dtype)
 

@@ -12,7 +12,7 @@ from trimtab.artifacts import Adapter, read_adapter, write_adapter
 from trimtab.base import Base
 from trimtab.data.example import Sequence as Row
 from trimtab.errors import ArtifactError, RecipeError
-from trimtab.methods import Attached, Method, Sample, place, refuse_name
+from trimtab.methods import Attached, Method, Sample, look_through, place, refuse_name
 
 PACKAGES = ("trimtab", "torch", "transformers", "tokenizers", "safetensors")
 
@@ -43,7 +43,7 @@ def save_adapter(base: Base, adapter: Attached, folder: Path | str, trained: dic
     config, tensors = method.to_peft(base.model, own)
     facts = {
         "source": base.source,
-        "dtype": str(next(base.model.get_input_embeddings().parameters()).dtype).removeprefix("torch."),
+        "dtype": str(look_through(base.model.get_input_embeddings()).weight.dtype).removeprefix("torch."),
         "quantize": base.quantize,
         "fingerprint": base.fingerprint,
         "stop_ids": list(base.stop_ids) if base.tokenizer is not None else [],

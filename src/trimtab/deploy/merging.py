@@ -57,8 +57,11 @@ def merge(base: Base, adapter: Attached, folder: Path | str, prompts: list[list[
         raise ArtifactError(f"The adapter's {broken[0]} holds values that are not finite, so nothing was merged.")
     with files.new_folder(Path(folder)) as new:
         weights = _merged_weights(base, adapter)
+        embeddings = look_through(base.model.get_input_embeddings())
+        (path,) = (path for path, module in modules(base.model).items() if module is embeddings)
+        tokens = len(weights[f"{path}.weight"])
         base.model.save_pretrained(new, state_dict=weights)
-        _finish_config(new, base, weights)
+        _finish_config(new, base, tokens)
         if base.tokenizer is not None:
             base.tokenizer.save_pretrained(new)
         report = _compare(base, new, prompts, len(adapter.layers))
@@ -90,13 +93,11 @@ def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from ((n, t) for n, t in module.named_buffers(recurse=False) if n not in module._non_persistent_buffers_set)
 
 
-def _finish_config(folder: Path, base: Base, weights: dict[str, Tensor]) -> None:
-    """Say float32 and how many tokens there are, as the weights are, and stop where the model was trained to stop."""
+def _finish_config(folder: Path, base: Base, tokens: int) -> None:
+    """Say float32 and how many tokens there are, as the weights do, and stop where the model was trained to stop."""
     path = folder / "config.json"
     config = json.loads(path.read_text())
-    embeddings = look_through(base.model.get_input_embeddings())
-    where = next(path for path, module in modules(base.model).items() if module is embeddings)
-    config |= {"dtype": "float32", "vocab_size": len(weights[f"{where}.weight"])}
+    config |= {"dtype": "float32", "vocab_size": tokens}
     files.write_json(path, config)
     path = folder / "generation_config.json"
     settings: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
@@ -116,7 +117,7 @@ def _compare(base: Base, folder: Path, prompts: list[list[int]] | None, matrices
         scale = max(scale, float(ours.abs().max()))
         same += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
         total += len(ids)
-    exact = next(base.model.parameters()).dtype == torch.float32
+    exact = look_through(base.model.get_input_embeddings()).weight.dtype == torch.float32
     if exact and not difference <= 1e-3 * max(scale, 1.0):
         raise ArtifactError(
             f"The merged model's logits differ by {difference:.3g} (largest logit {scale:.3g}), so it was not kept."

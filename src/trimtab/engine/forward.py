@@ -13,7 +13,7 @@ from trimtab.data.pack import Pack, pack_flat
 from trimtab.engine.head import head_of, sequence_logprobs
 from trimtab.engine.layouts import PackLayout
 from trimtab.errors import UnsupportedModel
-from trimtab.methods import Routing, routed, switch_of
+from trimtab.methods import Routing, look_through, routed, switch_of
 
 
 def hidden_states(model: Any, ids: Tensor, positions: Tensor, layout: Layout) -> Tensor:
@@ -58,7 +58,7 @@ def check_packing(model: Any) -> None:
         UnsupportedModel: It does not.
     """
     device, vocabulary = next(model.parameters()).device, model.config.get_text_config().vocab_size
-    exact = next(model.parameters()).dtype in (torch.float32, torch.float64)
+    exact = look_through(model.get_input_embeddings()).weight.dtype in (torch.float32, torch.float64)
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(vocabulary, (length,), generator=generator).tolist() for length in (7, 5)]
     pack = pack_flat(Row(ids, list(range(1, len(ids))), "check") for ids in rows).to(device)

@@ -68,7 +68,7 @@ class Attached:
         own = self.parameters()
         first = {id(parameter): name for name, parameter in own.items()}
         again = {f"{path}.{n}": first[id(p)] for path, layer in self.layers.items() for n, p in layer.own_parameters().items()}
-        given = {name: (tensor, tensors.get(again.get(name, name))) for name, tensor in tensors.items()}
+        given = {name: (tensor, tensors.get(again.get(name, ""))) for name, tensor in tensors.items()}
         tensors = {name: t for name, (t, same) in given.items() if name in own or same is None or not torch.equal(t, same)}
         problems = [f"{name}: missing" for name in own if name not in tensors]
         problems += [f"{name}: unexpected" for name in tensors if name not in own]

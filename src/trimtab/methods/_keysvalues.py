@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.methods._base import AdapterLayer, Sample
-from trimtab.methods._virtual import KeysValues, Shape, VirtualLayer, VirtualTokens, attention_shape
+from trimtab.methods._virtual import KeysValues, Shape, VirtualLayer, VirtualTokens
 
 
 class KeysValuesTuning(VirtualTokens):

@@ -196,7 +196,7 @@ class VirtualLayer(AdapterLayer):
                 f"{type(self.base).__name__} does not hand keywords of forward on to attention, so virtual tokens cannot reach it."
             )
         kept = [(key[0], value[0]) for _, (key, value) in sorted(keeping.kept.items())]
-        if embeddings is not None and embeddings.requires_grad and not kept[0][0].requires_grad:
+        if embeddings is not None and embeddings.requires_grad and torch.is_grad_enabled() and not kept[0][0].requires_grad:
             refuse_reentrant()
         return kept
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from trimtab.errors import NotMergeable
 from trimtab.methods._base import AdapterLayer, Circumstances, Method, look_through, matrix_shape, modules, wide
-from trimtab.methods._copies import norms
+from trimtab.methods._copies import ALL, norms, within
 from trimtab.methods._peft import SELECTING, from_names, not_pefts, only_known, shortest_names, to_names
 from trimtab.methods._targets import ALL_LINEAR, Targets, matrices
 
@@ -28,18 +28,17 @@ class BitFit(Method):
 
     peft_type: ClassVar[str | None] = "BEFT"
 
-    targets: Targets = (ALL_LINEAR,)
-    """Which matrices: `all-linear`, `attention`, names such as `q_proj`, or regular expressions over whole paths."""
-    norms: bool = True
-    """Those norms that have a bias, too: GPT-2's, say; no RMSNorm has one."""
+    targets: Targets = (ALL,)
+    """Where: `all` (matrices in the blocks, and norms that have a bias), or names (`q_proj`, `mlp`) or regular expressions of these."""
 
     def sizes(self, model: nn.Module) -> dict[str, int]:
         """path -> numbers added, in the model's order. Raises NoSuchModule."""
         everything = modules(model)
-        found = {path: outputs for path, (_, outputs) in matrices(model, self.targets).items()}
-        if self.norms:
-            found |= {path: bias.numel() for path in norms(model) if (bias := _bias(everything[path])) is not None}
-        return {path: found[path] for path in everything if path in found}
+        of_blocks = matrices(model, [ALL_LINEAR if ALL in self.targets else ".+"])
+        sizes = {path: outputs for path, (_, outputs) in of_blocks.items()}
+        sizes |= {path: bias.numel() for path in norms(model) if (bias := _bias(everything[path])) is not None}
+        chosen = within(model, sizes, self.targets, "targets")
+        return {path: sizes[path] for path in everything if path in chosen}
 
     def sites(self, model: nn.Module) -> list[str]:
         return list(self.sizes(model))
@@ -71,7 +70,7 @@ class BitFit(Method):
     def from_peft(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[Self, dict[str, Tensor]]:
         only_known(config, honoured=set(), neutral={}, ignored={"init_weights", *SELECTING})
         renamed, paths = from_names(tensors, NAMES, "BitFit")
-        return cls.parse({"targets": paths, "norms": False}), {key: bias.flatten() for key, bias in renamed.items()}
+        return cls.parse({"targets": paths}), {key: bias.flatten() for key, bias in renamed.items()}
 
 
 class BiasLayer(AdapterLayer):

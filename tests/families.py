@@ -4,6 +4,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from trimtab.methods import Method
+
 VOCABULARY = 97
 
 _COMMON = dict(
@@ -72,3 +74,13 @@ def logprob_alone(model: nn.Module, ids: list[int], learned: list[int]) -> Tenso
     kind = torch.promote_types(logits.dtype, torch.float32)
     logprobs = logits.to(kind).log_softmax(-1)
     return torch.stack([logprobs[t - 1, ids[t]] for t in learned]).sum()
+
+
+def method_of(name: str) -> Method:
+    """A method by name, as it is by default; or with what it can't do without, or what the tiny models can't hold."""
+    needed = {
+        "tokens": {"tokens": list(range(3, VOCABULARY, 2))},
+        "miss": {"rank": 12},
+        "oft": {"block_size": 16},
+    }
+    return Method.member(name)(**needed.get(name, {}))

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from families import logprob_alone, perturb, random_rows, tiny
+from families import logprob_alone, method_of, perturb, random_rows, tiny
 
 from trimtab.base.fingerprint import own_weights, weights_hash
 from trimtab.data import pack_flat
@@ -116,7 +116,7 @@ def everything():
     """A model with an adapter of every method on it."""
     model = tiny("llama")
     for number, name in enumerate(Method.names()):
-        attached(model, Method.pick(name), name, seed=number)
+        attached(model, method_of(name), name, seed=number)
     activate(model)
     return model
 

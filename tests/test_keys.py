@@ -4,6 +4,7 @@ import json
 from typing import get_args
 
 import pytest
+from families import method_of
 from pydantic import BaseModel
 from templates import CHATML, base_of, bytes_tokenizer
 
@@ -120,7 +121,7 @@ def another(method, key):
 
 def small(name):
     """A method as it is by default, but that the ranks fit the tiny model."""
-    return {"name": name, **({"rank": 4} if "rank" in Method.member(name).model_fields else {})}
+    return method_of(name).plain() | ({"rank": 4} if "rank" in Method.member(name).model_fields else {})
 
 
 METHOD_KEYS = [(name, key) for name in Method.names() for key in Method.member(name).model_fields]

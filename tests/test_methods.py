@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from families import FAMILIES, perturb, random_rows, tiny
+from families import FAMILIES, method_of, perturb, random_rows, tiny
 
 from trimtab.base.fingerprint import own_weights, weights_hash
 from trimtab.data import Segment

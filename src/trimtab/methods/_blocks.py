@@ -22,7 +22,7 @@ def attention_outputs(model: Any) -> dict[str, str]:
     for block, inside in _blocks(model).items():
         matrices = [path for path, module in inside.items() if matrix_shape(module) and ATTENTION_NAMES & set(path.split("."))]
         outputs = [path for path in matrices if path.rpartition(".")[2] in OUTPUT_NAMES]
-        found[block] = _only(outputs, model, block, "output projection of attention", OUTPUT_NAMES, matrices or inside)
+        found[block] = _only(outputs, model, block, "output projection of attention", OUTPUT_NAMES, matrices or _children(inside, block))
     return found
 
 
@@ -30,7 +30,7 @@ def mlps(model: Any) -> dict[str, str]:
     """The path of the MLP by its block's. Raises UnsupportedModel unless each block has exactly one, and it takes one hidden state."""
     hidden, found = model.config.get_text_config().hidden_size, {}
     for block, inside in _blocks(model).items():
-        children = [path for path in inside if path.count(".") == block.count(".") + 1]
+        children = _children(inside, block)
         named = [path for path in children if path.rpartition(".")[2] in MLP_NAMES]
         found[block] = _only(named, model, block, "MLP", MLP_NAMES, children)
         module = inside[found[block]]
@@ -71,6 +71,10 @@ def _blocks(model: Any) -> dict[str, dict[str, nn.Module]]:
         if path.startswith(f"{outer[0]}.") and (block := ".".join(path.split(".")[: outer[0].count(".") + 2])) != path:
             found[block][path] = module
     return found
+
+
+def _children(inside: Iterable[str], block: str) -> list[str]:
+    return [path for path in inside if path.count(".") == block.count(".") + 1]
 
 
 def _is_required(one: inspect.Parameter) -> bool:

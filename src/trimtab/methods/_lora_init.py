@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.errors import RecipeError
-from trimtab.methods._base import AdapterLayer, matrix
+from trimtab.methods._base import AdapterLayer, look_through, matrix
 from trimtab.methods._lowrank import LowRankLayer
 
 TOKENS = 4096
@@ -54,26 +54,25 @@ def start_at_inputs(model: Any, layers: dict[str, AdapterLayer], rows: Sequence[
     tokens = TOKENS - left
     if not tokens:
         raise RecipeError("init: eva starts from rows of data, and there are none: give attach(…, sample=Sample(rows=…)).")
-    for path, layer in layers.items():
-        assert isinstance(layer, LowRankLayer)
+    adapted = {path: layer for path, layer in layers.items() if isinstance(layer, LowRankLayer)}
+    for path, layer in adapted.items():
         rank, inputs = layer.A.shape
-        if not isinstance(layer.base, nn.Embedding) and rank > min(tokens, inputs):
+        if isinstance(look_through(layer), nn.Embedding):
+            raise RecipeError(f"init: eva looks at what enters a matrix, and tokens enter {path}: leave it out of targets.")
+        if rank > min(tokens, inputs):
             raise RecipeError(
                 f"init: eva needs a rank of at most {min(tokens, inputs)} for {path}, which has {inputs} inputs "
                 f"and is given {tokens} tokens; it is {rank}."
             )
-    for some in _groups(layers):
+    for some in _groups(adapted):
         for path, products in _products(model, some, chosen).items():
-            layer = layers[path]
-            rank = layer.A.shape[0]
-            layer.A.copy_(torch.linalg.eigh(products).eigenvectors[:, -rank:].flip(1).T)
+            A = adapted[path].A
+            A.copy_(torch.linalg.eigh(products).eigenvectors[:, -len(A) :].flip(1).T)
 
 
-def _products(model: Any, layers: dict[str, AdapterLayer], rows: list[list[int]]) -> dict[str, Tensor]:
+def _products(model: Any, layers: dict[str, LowRankLayer], rows: list[list[int]]) -> dict[str, Tensor]:
     """Xᵀ X (n n) of the inputs X of each layer: its eigenvectors are the right-singular vectors of X."""
-    found = {
-        path: torch.zeros(2 * layer.A.shape[1:], dtype=layer.A.dtype, device=layer.A.device) for path, layer in layers.items()
-    }
+    found = {path: layer.A.new_zeros(2 * layer.A.shape[1:]) for path, layer in layers.items()}
 
     def record(path: str) -> Any:
         def hook(layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
@@ -92,9 +91,9 @@ def _products(model: Any, layers: dict[str, AdapterLayer], rows: list[list[int]]
     return found
 
 
-def _groups(layers: dict[str, AdapterLayer]) -> Iterator[dict[str, AdapterLayer]]:
+def _groups(layers: dict[str, LowRankLayer]) -> Iterator[dict[str, LowRankLayer]]:
     """The layers in groups whose products of inputs fit into memory together."""
-    group: dict[str, AdapterLayer] = {}
+    group: dict[str, LowRankLayer] = {}
     held = 0
     for path, layer in layers.items():
         size = layer.A.shape[1] ** 2

@@ -120,7 +120,8 @@ class Tokens(Method):
             )  # it has no rows beyond the model's, one list of tokens for both ends, and drops the bias
         if tied:  # PEFT writes what is shared under both names, and misses the second if it is not there
             tensors = {**tensors, f"{head}.rows": tensors[f"{embeddings}.rows"].clone()}
-        config |= {"target_modules": shortest_names(own, list(everything)), "token_indices": list(self.ids)}
+        targets = shortest_names(own, list(everything)) if head in own else embeddings  # as PEFT writes it, and then doesn't warn
+        config |= {"target_modules": targets, "token_indices": list(self.ids)}
         return config, to_names(tensors, NAMES)
 
     @classmethod

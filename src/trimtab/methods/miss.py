@@ -1,0 +1,87 @@
+"""MiSS: inputs share their weights' change with every r-th other.
+
+Kang & Yin 2024, "MiSS: Revisiting the Trade-off in LoRA with an Efficient Shard-Sharing Structure" (formerly Bone),
+arXiv:2409.15371. As in PEFT's MISS with its default `init_weights`; its `bat` and `mini` are other methods.
+"""
+
+from typing import Annotated, Any, ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from trimtab.errors import RecipeError
+from trimtab.methods._base import AdapterLayer, Circumstances, matrix_shape, wide, with_weight
+from trimtab.methods._matrices import OfMatrices
+from trimtab.methods._peft import SELECTING, from_names, only_known
+
+
+class MiSS(OfMatrices):
+    """Adds to each targeted matrix rank × outputs numbers, repeated along its inputs."""
+
+    peft_type: ClassVar[str | None] = "MISS"
+    peft_names: ClassVar[dict[str, str]] = {"D": "miss_block"}
+
+    rank: Annotated[int, Field(ge=1)] = 64
+    """How many inputs in a row have changes of their own; the next ones repeat them."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Probability with which an input of the change is dropped in training."""
+
+    def shapes(self, model: nn.Module) -> dict[str, tuple[int, int]]:
+        """The targeted matrices: path -> (inputs, outputs). Raises NoSuchModule, or RecipeError for too large a rank."""
+        found = super().shapes(model)
+        for path, (inputs, _) in found.items():
+            if self.rank > inputs:
+                raise RecipeError(f"rank: {self.rank} is more than the {inputs} inputs of {path}; it can be {inputs} at most.")
+        return found
+
+    def layer(self, base: nn.Module, path: str) -> "MiSSLayer":
+        return MiSSLayer(base, self.rank, self.dropout)
+
+    def parameter_count(self, model: nn.Module) -> int:
+        """Σ rank · outputs over the targeted matrices."""
+        return sum(self.rank * outputs for _, outputs in self.shapes(model).values())
+
+    def learning_rate(self, at: Circumstances) -> tuple[float, str]:
+        """5e-4: not measured yet."""
+        return 5e-4, "5e-4"
+
+    def peft_settings(self) -> dict[str, Any]:
+        return {"r": self.rank, "miss_dropout": self.dropout, "init_weights": True}
+
+    @classmethod
+    def from_peft(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[Self, dict[str, Tensor]]:
+        only_known(
+            config,
+            honoured={"r", "miss_dropout"},
+            neutral={"bias": ("none",), "init_weights": (True,)},
+            ignored={"mini_r", *SELECTING},  # mini_r is read with init_weights "mini" alone
+        )
+        renamed, paths = from_names(tensors, cls.peft_names, "MiSS")
+        return cls.parse({"rank": config.get("r", 64), "dropout": config.get("miss_dropout", 0.0), "targets": paths}), renamed
+
+
+class MiSSLayer(AdapterLayer):
+    """y = base(x) + s D, where s (rank) is the sum of drop(x)'s shards of `rank` numbers each, the last filled up with zeros.
+
+    So W[o, i] changes by D[i mod rank, o]. D (rank, outputs) starts as zero.
+    """
+
+    def __init__(self, base: nn.Module, rank: int, dropout: float) -> None:
+        super().__init__(base)
+        self.dropout = nn.Dropout(dropout)
+        shape = matrix_shape(base)
+        assert shape is not None, f"{type(base).__name__} is not a matrix"
+        self.inputs, outputs = shape
+        self.D = nn.Parameter(torch.zeros(rank, outputs, dtype=wide(next(base.parameters()))))
+
+    def adapt(self, x: Tensor) -> Tensor:
+        y, rank = self.base(x), len(self.D)
+        summed = F.pad(self.dropout(x), (0, -self.inputs % rank)).unflatten(-1, (-1, rank)).sum(dim=-2)
+        return torch.addmm(y.flatten(0, -2), summed.flatten(0, -2), self.D.to(y.dtype)).view_as(y)
+
+    @torch.no_grad()
+    def merged(self) -> nn.Module:
+        shard = torch.arange(self.inputs, device=self.D.device) % len(self.D)
+        return with_weight(self.base, lambda weight: weight + self.D.T[:, shard])

@@ -1,0 +1,123 @@
+"""OFT: a trained rotation of what enters each matrix, block by block.
+
+Qiu et al. 2023, "Controlling Text-to-Image Diffusion by Orthogonal Finetuning", arXiv:2306.07280; on the inputs rather than on
+the matrix, and with a series in place of the inverse, as Qiu et al. 2025, "Orthogonal Finetuning Made Scalable", arXiv:2506.19847.
+"""
+
+import math
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from trimtab.errors import ArtifactError, RecipeError
+from trimtab.methods._base import AdapterLayer, Circumstances, matrix_shape, wide, with_weight
+from trimtab.methods._matrices import OfMatrices
+from trimtab.methods._peft import SELECTING, from_names, only_known
+
+
+class OFT(OfMatrices):
+    """Multiplies blocks of what enters each targeted matrix by orthogonal matrices, which start as the identity."""
+
+    peft_type: ClassVar[str | None] = "OFT"
+    peft_names: ClassVar[dict[str, str]] = {"Q": "oft_R.weight"}
+
+    block_size: Annotated[int, Field(ge=2)] = 32
+    """How many inputs are rotated among each other. Must divide every target's inputs."""
+    shared: bool = False
+    """All blocks of a matrix are rotated alike."""
+    cayley: Literal["neumann", "exact"] = "neumann"
+    """How a rotation is made of its parameters: by five terms of a series, nearly orthogonal and fast, or exactly."""
+
+    def shapes(self, model: nn.Module) -> dict[str, tuple[int, int]]:
+        found = super().shapes(model)
+        common = math.gcd(*(inputs for inputs, _ in found.values()))
+        for path, (inputs, _) in found.items():
+            if inputs % self.block_size:
+                fitting = ", ".join(str(size) for size in range(2, common + 1) if common % size == 0) or "nothing"
+                what = f"{self.block_size} does not divide the {inputs} inputs of {path}"
+                raise RecipeError(f"block_size: {what}. What divides the inputs of all targets: {fitting}.")
+        return found
+
+    def layer(self, base: nn.Module, path: str) -> "OFTLayer":
+        return OFTLayer(base, self.block_size, self.shared, self.cayley == "exact")
+
+    def parameter_count(self, model: nn.Module) -> int:
+        """Σ blocks · size · (size − 1) / 2 over the targeted matrices, which have one block each if it is shared."""
+        blocks = (1 if self.shared else inputs // self.block_size for inputs, _ in self.shapes(model).values())
+        return sum(blocks) * (self.block_size * (self.block_size - 1) // 2)
+
+    def learning_rate(self, at: Circumstances) -> tuple[float, str]:
+        """1e-3: not measured yet."""
+        return 1e-3, "1e-3"
+
+    def peft_settings(self) -> dict[str, Any]:
+        return {
+            "peft_version": "0.18.0",  # the first whose series this is
+            "r": 0,
+            "oft_block_size": self.block_size,
+            "block_share": self.shared,
+            "use_cayley_neumann": self.cayley == "neumann",
+            "num_cayley_neumann_terms": 5,
+        }
+
+    @classmethod
+    def from_peft(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[Self, dict[str, Tensor]]:
+        series = config.get("use_cayley_neumann", True)
+        terms = 5 if series else config.get("num_cayley_neumann_terms")  # read with the series alone
+        only_known(
+            config,
+            honoured={"block_share", "use_cayley_neumann"},
+            neutral={"bias": ("none",), "num_cayley_neumann_terms": (terms,)},
+            # PEFT fits a block size to each matrix where it must, so the tensors say it; its dropout is never called.
+            ignored={"r", "oft_block_size", "init_weights", "module_dropout", "eps", "fan_in_fan_out", *SELECTING},
+        )
+        renamed, paths = from_names(tensors, cls.peft_names, "OFT")
+        sizes = {(1 + math.isqrt(1 + 8 * renamed[f"{path}.Q"].shape[-1])) // 2 for path in paths}
+        if len(sizes) > 1:
+            raise ArtifactError(f"oft_block_size: PEFT has made it {sorted(sizes)} in different matrices; Trimtab has one.")
+        method = {"block_size": sizes.pop(), "shared": bool(config.get("block_share")), "targets": paths}
+        return cls.parse(method | {"cayley": "neumann" if series else "exact"}), renamed
+
+
+class OFTLayer(AdapterLayer):
+    """y = base(x R), R block-diagonal. A block's parameters (size · (size − 1) / 2) are what is above the diagonal of a skew Q.
+
+    R = (I − Q)(I + Q)⁻¹ exactly; by the series, I + 2Q + 2Q² + 2Q³ + Q⁴ ≈ (I + Q)(I − Q)⁻¹, which is the rotation that −Q
+    stands for exactly. The two differ so in PEFT.
+    """
+
+    def __init__(self, base: nn.Module, size: int, shared: bool, exact: bool) -> None:
+        super().__init__(base)
+        shape = matrix_shape(base)
+        assert shape is not None, f"{type(base).__name__} is not a matrix"
+        self.size, self.exact, self.blocks = size, exact, shape[0] // size
+        count, kind = 1 if shared else self.blocks, wide(next(base.parameters()))
+        self.Q = nn.Parameter(torch.zeros(count, size * (size - 1) // 2, dtype=kind))
+
+    def turn(self) -> Tensor:
+        """R − I of every block: blocks size size. Without the I, small rotations keep their digits in bfloat16."""
+        above = self.Q.new_zeros(len(self.Q), self.size, self.size)
+        rows, columns = torch.triu_indices(self.size, self.size, 1, device=self.Q.device)
+        above[:, rows, columns] = self.Q
+        Q = above - above.mT
+        if self.exact:
+            turn = torch.linalg.solve(torch.eye(self.size, dtype=Q.dtype, device=Q.device) + Q, -2 * Q, left=False)
+        else:
+            square = Q @ Q
+            turn = 2 * (Q + square + square @ Q) + square @ square
+        return turn.expand(self.blocks, -1, -1)
+
+    def adapt(self, x: Tensor) -> Tensor:
+        parts = x.unflatten(-1, (self.blocks, self.size))
+        return self.base(x + torch.einsum("...nk,nkc->...nc", parts, self.turn().to(x.dtype)).flatten(-2))
+
+    @torch.no_grad()
+    def merged(self) -> nn.Module:
+        return with_weight(self.base, self._turned)
+
+    def _turned(self, weight: Tensor) -> Tensor:
+        """W Rᵀ."""
+        parts = weight.unflatten(-1, (self.blocks, self.size))
+        return weight + torch.einsum("onc,nkc->onk", parts, self.turn()).flatten(-2)

@@ -14,19 +14,15 @@ from trimtab.methods import Method, Sample, attach
 from trimtab.methods.lora import LoRA
 
 METHODS = Method.names()
-DRAWS_NOTHING = {"bitfit", "full", "ia3", "layernorm", "tokens"}
+DRAWS_NOTHING = {"bitfit", "full", "ia3", "layernorm", "miss", "oft", "tokens"}
 """Methods that start as zeros, as ones, or as the base's own weights."""
 IDS = torch.tensor(random_rows(11, 11, 11))
-REQUIRED = {"tokens": {"tokens": IDS[0, :3].tolist()}}
-"""What a method that has no default must be told."""
-
-
 SAMPLE = Sample(rows=random_rows(40, seed=5))
 
 
 @pytest.fixture(params=METHODS)
 def method(request):
-    return Method.pick({"name": request.param, **REQUIRED.get(request.param, {})})
+    return method_of(request.param)
 
 
 def attached(model, method, **settings):

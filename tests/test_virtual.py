@@ -282,7 +282,7 @@ def test_recomputed_activations_leave_gradients_alone_bit_for_bit(family, packed
     model, adapter = perturbed(family, method)
     model.base_model.train()
     expected, calls = gradients(model, adapter, packed)
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     model.base_model.train()
     got, more = gradients(model, adapter, packed)
     assert more == 2 * calls  # it was recomputed
@@ -294,7 +294,7 @@ def test_recomputed_activations_leave_gradients_alone_bit_for_bit(family, packed
 @pytest.mark.parametrize("packed", [True, False])
 def test_recomputation_that_would_lose_gradients_is_refused(packed, method):
     model, adapter = perturbed("llama", method)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    model.activation_checkpointing_enable({"use_reentrant": True})
     model.enable_input_require_grads()
     model.base_model.train()
     with pytest.raises(UnsupportedModel, match="get no gradient through gradient checkpointing of the reentrant kind"):

@@ -71,7 +71,7 @@ def refuse_reentrant() -> NoReturn:
     """What reaches attention as a keyword gets no gradient from it, silently, where activations are recomputed the old way."""
     raise UnsupportedModel(
         "Virtual tokens get no gradient through gradient checkpointing of the reentrant kind. Ask for the other: "
-        'gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False}).'
+        'model.activation_checkpointing_enable({"use_reentrant": False}).'
     )
 
 

@@ -6,13 +6,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from trimtab.artifacts import Adapter, read_adapter, write_adapter
 from trimtab.base import Base
 from trimtab.data.example import Sequence as Row
 from trimtab.errors import ArtifactError, RecipeError
-from trimtab.methods import Attached, Method, Sample, look_through, place, refuse_name
+from trimtab.methods import OF_BASE, Attached, Method, Sample, look_through, modules, place, refuse_name
 
 PACKAGES = ("trimtab", "torch", "transformers", "tokenizers", "safetensors")
 
@@ -80,6 +81,7 @@ def load_adapter(base: Base, folder: Path | str, name: str = "default") -> Attac
     tokenizer = base.tokenizer
     try:
         method, tensors = read_method(stored)
+        tensors = _without_bases_own(base, tensors)
         base.add_tokens(method.new_tokens)
         adapter = place(base.model, method.bound(_encode(base)), seed=0, name=name)
     except (RecipeError, ArtifactError) as error:
@@ -92,6 +94,23 @@ def load_adapter(base: Base, folder: Path | str, name: str = "default") -> Attac
         base.tokenizer = tokenizer
         raise ArtifactError(f"{folder}: {error}") from None
     return adapter
+
+
+def _without_bases_own(base: Base, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The adapter's tensors, if those of the base that PEFT has saved beside them are this base's too. Raises ArtifactError."""
+    own = {
+        f"{path}.{name}": p
+        for path, module in modules(base.model).items()
+        for name, p in module.named_parameters(recurse=False)
+    }
+    for key in tensors:
+        mine = own.get(key.removeprefix(OF_BASE)) if key.startswith(OF_BASE) else None
+        saved = tensors[key].to(mine) if mine is not None else tensors[key]
+        if key.startswith(OF_BASE) and (mine is None or not torch.equal(saved, mine)):
+            raise ArtifactError(
+                f"it holds the base's {key.removeprefix(OF_BASE)} as it was where the adapter was trained, and this base has another."
+            )
+    return {key: tensor for key, tensor in tensors.items() if not key.startswith(OF_BASE)}
 
 
 def _with_paths(tensors: dict[str, Tensor], adapter: Attached) -> dict[str, Tensor]:

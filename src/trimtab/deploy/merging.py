@@ -57,11 +57,9 @@ def merge(base: Base, adapter: Attached, folder: Path | str, prompts: list[list[
         raise ArtifactError(f"The adapter's {broken[0]} holds values that are not finite, so nothing was merged.")
     with files.new_folder(Path(folder)) as new:
         weights = _merged_weights(base, adapter)
-        embeddings = look_through(base.model.get_input_embeddings())
-        (path,) = (path for path, module in modules(base.model).items() if module is embeddings)
-        tokens = len(weights[f"{path}.weight"])
-        base.model.save_pretrained(new, state_dict=weights)
-        _finish_config(new, base, tokens)
+        facts = _facts(base, weights)
+        base.model.save_pretrained(new, state_dict=weights)  # which empties `weights`
+        _finish_config(new, base, facts)
         if base.tokenizer is not None:
             base.tokenizer.save_pretrained(new)
         report = _compare(base, new, prompts, len(adapter.layers))
@@ -93,11 +91,19 @@ def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from ((n, t) for n, t in module.named_buffers(recurse=False) if n not in module._non_persistent_buffers_set)
 
 
-def _finish_config(folder: Path, base: Base, tokens: int) -> None:
-    """Say float32 and how many tokens there are, as the weights do, and stop where the model was trained to stop."""
+def _facts(base: Base, weights: dict[str, Tensor]) -> dict[str, Any]:
+    """What a configuration must say of the weights: float32, of how many tokens, and untied where the ends now differ."""
+    ends = [look_through(end) for end in (base.model.get_input_embeddings(), base.model.get_output_embeddings())]
+    paths = {id(module): path for path, module in modules(base.model).items()}
+    embeddings, head = (weights[f"{paths[id(end)]}.weight"] for end in ends)
+    untied = ends[0].weight is ends[1].weight and head is not embeddings  # adapted each on its own
+    return {"dtype": "float32", "vocab_size": len(embeddings)} | ({"tie_word_embeddings": False} if untied else {})
+
+
+def _finish_config(folder: Path, base: Base, facts: dict[str, Any]) -> None:
+    """Say what the weights are, and stop where the model was trained to stop."""
     path = folder / "config.json"
-    config = json.loads(path.read_text())
-    config |= {"dtype": "float32", "vocab_size": tokens}
+    config = json.loads(path.read_text()) | facts
     files.write_json(path, config)
     path = folder / "generation_config.json"
     settings: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}

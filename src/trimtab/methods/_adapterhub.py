@@ -22,7 +22,7 @@ MATRICES = {"down": "adapter_down.0", "up": "adapter_up"}
 ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "silu": "silu", "tanh": "tanh"}
 _OUR_ACTIVATIONS = {theirs: ours for ours, theirs in ACTIVATIONS.items()} | {"swish": "silu", "gelu_new": "gelu_tanh"}
 _ATTENTION_OUTPUTS = {"gpt2": "attn.c_proj", "phi": "self_attn.dense"}
-"""Of the architectures for which it is not self_attn.o_proj."""
+"""What attention ends with in those of its architectures where that is not self_attn.o_proj."""
 
 _KEY = re.compile(rf"(.+)\.({ATTENTION}|{OUTPUT})\.adapters\.[^.]+\.(adapter_down\.0|adapter_up)\.(weight|bias)")
 _REQUIRED: dict[str, Any] = {
@@ -75,9 +75,10 @@ def to_hub(
             "reduction_factor": _reduction(hidden, method["width"]),
             "scaling": method["scale"],
         },
-        # For us: which modules these are, by their path within a block.
-        "modules": {where: path.removeprefix(f"{block}.") for path, (block, where) in places.items()},
     }
+    usual = _usual(config)
+    # For us alone: which modules are meant where their names do not go without saying.
+    config["modules"] = {f"{b}.{where}": path for path, (b, where) in places.items() if path != f"{b}.{usual[where]}"}
     renamed = {}
     for key, tensor in tensors.items():
         path, matrix, kind = key.rsplit(".", 2)
@@ -92,8 +93,7 @@ def from_hub(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[
     Raises:
         ArtifactError: Trimtab would compute something else than the library does.
     """
-    usual = {ATTENTION: _ATTENTION_OUTPUTS.get(str(config.get("model_type")), "self_attn.o_proj"), OUTPUT: "mlp"}
-    asked, modules = config.get("config"), config.get("modules", usual)
+    asked, modules, usual = config.get("config"), config.get("modules", {}), _usual(config)
     if not isinstance(asked, dict) or not isinstance(modules, dict):
         raise ArtifactError("adapter_config.json says nothing of the adapter: its `config` and `modules` are mappings.")
     if odd := [f"{key}: {value!r}" for key, value in {"non_linearity": None, **asked}.items() if not _is_known(key, value)]:
@@ -106,10 +106,11 @@ def from_hub(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[
     renamed, widths = {}, set()
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(key)
-        if match is None or match[2] not in modules or tensor.ndim == 0:
+        if match is None or tensor.ndim == 0:
             raise ArtifactError(f"adapter.safetensors holds a tensor that is not a bottleneck adapter's: {key}.")
         block, where, matrix, kind = match.groups()
-        renamed[f"{block}.{modules[where]}.{ours[matrix]}.{kind}"] = tensor
+        path = modules.get(f"{block}.{where}", f"{block}.{usual[where]}")
+        renamed[f"{path}.{ours[matrix]}.{kind}"] = tensor
         widths |= {len(tensor)} if ours[matrix] == "down" else set()
     if len(widths) != 1:
         raise ArtifactError(f"adapter.safetensors holds bottlenecks of {len(widths)} widths ({sorted(widths)}), not of one.")
@@ -120,6 +121,11 @@ def from_hub(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[
         "scale": asked.get("scaling", 1.0),
     }
     return method, renamed
+
+
+def _usual(config: Mapping[str, Any]) -> dict[str, str]:
+    """The module at each of the two places, by its path within a block."""
+    return {ATTENTION: _ATTENTION_OUTPUTS.get(str(config.get("model_type")), "self_attn.o_proj"), OUTPUT: "mlp"}
 
 
 def _is_known(key: str, value: Any) -> bool:

@@ -22,7 +22,9 @@ def attention_outputs(model: Any) -> dict[str, str]:
     for block, inside in _blocks(model).items():
         matrices = [path for path, module in inside.items() if matrix_shape(module) and ATTENTION_NAMES & set(path.split("."))]
         outputs = [path for path in matrices if path.rpartition(".")[2] in OUTPUT_NAMES]
-        found[block] = _only(outputs, model, block, "output projection of attention", OUTPUT_NAMES, matrices or _children(inside, block))
+        found[block] = _only(
+            outputs, model, block, "attention output projection", OUTPUT_NAMES, matrices or _children(inside, block)
+        )
     return found
 
 

@@ -1,7 +1,7 @@
 """OFT: a trained rotation of what enters each matrix, block by block.
 
-Qiu et al. 2023, "Controlling Text-to-Image Diffusion by Orthogonal Finetuning", arXiv:2306.07280; on the inputs rather than on
-the matrix, and with a series in place of the inverse, as Qiu et al. 2025, "Orthogonal Finetuning Made Scalable", arXiv:2506.19847.
+Qiu et al. 2023, "Controlling Text-to-Image Diffusion by Orthogonal Finetuning", arXiv:2306.07280; turning the inputs, and by a
+series in place of the inverse, as in Qiu et al. 2025, "Orthogonal Finetuning Made Scalable", arXiv:2506.19847.
 """
 
 import math
@@ -84,8 +84,7 @@ class OFT(OfMatrices):
 class OFTLayer(AdapterLayer):
     """y = base(x R), R block-diagonal. A block's parameters (size · (size − 1) / 2) are what is above the diagonal of a skew Q.
 
-    R = (I − Q)(I + Q)⁻¹ exactly; by the series, I + 2Q + 2Q² + 2Q³ + Q⁴ ≈ (I + Q)(I − Q)⁻¹, which is the rotation that −Q
-    stands for exactly. The two differ so in PEFT.
+    Exactly, R = (I − Q)(I + Q)⁻¹; by the series, I + 2Q + 2Q² + 2Q³ + Q⁴ ≈ (I + Q)(I − Q)⁻¹, its inverse, as in PEFT.
     """
 
     def __init__(self, base: nn.Module, size: int, shared: bool, exact: bool) -> None:
@@ -102,22 +101,20 @@ class OFTLayer(AdapterLayer):
         rows, columns = torch.triu_indices(self.size, self.size, 1, device=self.Q.device)
         above[:, rows, columns] = self.Q
         Q = above - above.mT
-        if self.exact:
-            turn = torch.linalg.solve(torch.eye(self.size, dtype=Q.dtype, device=Q.device) + Q, -2 * Q, left=False)
-        else:
-            square = Q @ Q
-            turn = 2 * (Q + square + square @ Q) + square @ square
+        eye, square = torch.eye(self.size, dtype=Q.dtype, device=Q.device), Q @ Q
+        series = 2 * (Q + square + square @ Q) + square @ square
+        turn = torch.linalg.solve(eye + Q, -2 * Q, left=False) if self.exact else series
         return turn.expand(self.blocks, -1, -1)
 
+    def times(self, x: Tensor, turn: Tensor) -> Tensor:
+        """Each block of x's last dimension times its matrix of `turn`."""
+        return torch.einsum("...nk,nkc->...nc", x.unflatten(-1, (self.blocks, self.size)), turn.to(x.dtype)).flatten(-2)
+
     def adapt(self, x: Tensor) -> Tensor:
-        parts = x.unflatten(-1, (self.blocks, self.size))
-        return self.base(x + torch.einsum("...nk,nkc->...nc", parts, self.turn().to(x.dtype)).flatten(-2))
+        return self.base(x + self.times(x, self.turn()))
 
     @torch.no_grad()
     def merged(self) -> nn.Module:
-        return with_weight(self.base, self._turned)
-
-    def _turned(self, weight: Tensor) -> Tensor:
-        """W Rᵀ."""
-        parts = weight.unflatten(-1, (self.blocks, self.size))
-        return weight + torch.einsum("onc,nkc->onk", parts, self.turn()).flatten(-2)
+        """W Rᵀ in W's place."""
+        turned = self.turn().mT
+        return with_weight(self.base, lambda weight: weight + self.times(weight, turned))

@@ -72,7 +72,8 @@ def _adapter_facts(folder: Path) -> dict[str, Any]:
             "verified": adapter.method is not None,
             "base": adapter.source,
             "fingerprint": adapter.base.get("fingerprint"),
-            "method": adapter.method or {"name": str(adapter.config.get("peft_type", "adapters")).lower(), "peft_config": adapter.config},
+            "method": adapter.method
+            or {"name": str(adapter.config.get("peft_type", "adapters")).lower(), "peft_config": adapter.config},
             "tensors": len(adapter.tensors),
             "parameters": sum(t.numel() for t in adapter.tensors.values()),
             "trained": adapter.trained,

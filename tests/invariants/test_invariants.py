@@ -1,0 +1,112 @@
+"""Every invariant on every method and family."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from families import method_of
+from safetensors.torch import load_file
+
+from invariants.suite import CASES, ELSEWHERE, INVARIANTS, ROWS, SAMPLE, Case, case_of, learn, logits
+from trimtab.base import Base
+from trimtab.deploy import save_adapter
+from trimtab.engine import generate
+from trimtab.methods import Method, attach
+
+REFERENCES = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("name", INVARIANTS)
+@pytest.mark.parametrize(("method", "family"), CASES, ids=lambda one: one)
+def test_it_holds(name, method, family, tmp_path):
+    INVARIANTS[name](case_of(method, family, tmp_path))
+
+
+def test_the_catalogue_is_complete():
+    numbers = {name[:3] for name in INVARIANTS} | ELSEWHERE.keys()
+    assert numbers == {f"I{n:02}" for n in range(1, 36)}
+    assert len(INVARIANTS) + len(ELSEWHERE) == 35
+
+
+def test_every_method_has_a_test_against_its_equation():
+    """I09: the methods' own tests compare with formulas written out in them, by these names."""
+    text = "".join(path.read_text() for path in REFERENCES.glob("test_*.py"))
+    missing = [name for name in Method.names() if f"test_{name}_is_its_equation" not in text]
+    assert missing == []
+
+
+READER = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from safetensors.torch import save_file
+from families import tiny
+from invariants.suite import logits
+from trimtab.base import Base
+from trimtab.deploy import load_adapter
+found = {}
+for name, family, folder in json.loads(sys.stdin.read()):
+    base = Base(tiny(family))
+    adapter = load_adapter(base, folder)
+    found[f"{name} {family} logits"] = logits(base.model)
+    for key, tensor in adapter.state().items():
+        found[f"{name} {family} {key}"] = tensor
+save_file(found, sys.argv[2])
+"""
+
+
+@pytest.fixture(scope="module")
+def read_elsewhere(tmp_path_factory):
+    """Every method on every family: saved here, and read by a process that knows of nothing but the folders."""
+    folder, here, jobs = tmp_path_factory.mktemp("fresh"), {}, []
+    for name, family in CASES:
+        case = case_of(name, family, folder / f"{name}-{family}")
+        base, adapter = case.based()
+        save_adapter(base, adapter, case.folder)
+        _, tensors = adapter.folded()
+        here[name, family] = (logits(base.model), tensors)
+        jobs.append((name, family, str(case.folder)))
+    out = folder / "found.safetensors"
+    command = [sys.executable, "-W", "ignore", "-c", READER, str(REFERENCES), str(out)]
+    done = subprocess.run(command, input=json.dumps(jobs), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return here, load_file(out)
+
+
+@pytest.mark.parametrize(("method", "family"), CASES, ids=lambda one: one)
+def test_a_fresh_process_reads_what_was_saved(method, family, read_elsewhere):
+    """I11: equal tensors; equal logits, to the last bit where nothing was folded."""
+    here, found = read_elsewhere
+    expected, tensors = here[method, family]
+    names = {key.removeprefix(f"{method} {family} ") for key in found if key.startswith(f"{method} {family} ")} - {"logits"}
+    assert names == tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(found[f"{method} {family} {name}"], tensor)
+        assert found[f"{method} {family} {name}"].dtype == torch.float32
+    torch.testing.assert_close(found[f"{method} {family} logits"], expected, rtol=1e-5, atol=1e-5)
+
+
+TOO_SMALL = {"tokens": "trains the embeddings of some tokens alone: it can't learn rows by heart in a random model"}
+RATES = {"full": 3e-3, "lora": 1e-2, "dora": 1e-2}
+
+
+@pytest.mark.parametrize("name", Method.names())
+def test_it_learns_rows_by_heart(name, tmp_path):
+    """I35: loss below 0.05 on eight rows, and the greedy answer is the row, its stop token included."""
+    if name in TOO_SMALL:
+        pytest.skip(TOO_SMALL[name])
+    base = Base(Case(method_of(name), "llama", tmp_path).fresh())
+    with torch.no_grad():
+        base.model.lm_head.weight *= 5  # so that a normed hidden state can say "surely"
+    adapter = attach(base.model, method_of(name), sample=SAMPLE)
+    losses = learn(base, adapter, 400, RATES.get(name, 3e-2))
+    assert losses[0] > 2
+    assert losses[-1] < 0.05
+    prompts = [row.ids[: row.learned[0]] for row in ROWS]
+    for row, said in zip(ROWS, generate(base.model, prompts, [], max_new_tokens=14), strict=True):
+        assert said[: len(row.learned)] == [row.ids[t] for t in row.learned]
+
+

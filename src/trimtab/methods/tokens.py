@@ -14,18 +14,17 @@ from trimtab.config import as_tuple
 from trimtab.errors import RecipeError
 from trimtab.methods._base import AdapterLayer, Circumstances, Method, Sample, modules
 from trimtab.methods._peft import SELECTING, from_names, not_pefts, only_known, shortest_names, to_names
-from trimtab.methods._rows import EmbeddedRows, ScoredRows, TokenRows, ends, tie
+from trimtab.methods._rows import EmbeddedRows, ScoredRows, TokenRows, ends, one_token, start_new, tie
 from trimtab.methods._targets import end_matrices
 
 NAMES = {"rows": "trainable_tokens_delta"}
 Id = Annotated[int, Field(ge=0)]
 
 
-def _numbered(raw: Any) -> Any:
-    """By text, so that the order of a mapping, which JSON does not keep, says nothing."""
-    texts = as_tuple(raw)
-    texts = dict.fromkeys(texts) if isinstance(texts, tuple) and all(isinstance(text, str) for text in texts) else raw
-    return dict(sorted(texts.items())) if isinstance(texts, dict) and all(isinstance(text, str) for text in texts) else raw
+def _by_text(raw: Any) -> Any:
+    """Sorted, because the order of a mapping says nothing once it is JSON."""
+    texts = dict.fromkeys(as_tuple(raw)) if isinstance(raw, str | list | tuple) else raw
+    return dict(sorted(texts.items())) if isinstance(texts, dict) and {*map(type, texts)} == {str} else texts
 
 
 class Tokens(Method):
@@ -35,7 +34,7 @@ class Tokens(Method):
 
     tokens: Annotated[tuple[str | Id, ...], BeforeValidator(as_tuple)] = ()
     """Tokens that the tokenizer has: each a text that is one token (`<|im_start|>`), or an id."""
-    new: Annotated[dict[Annotated[str, Field(min_length=1)], Id | None], BeforeValidator(_numbered)] = Field(default={})
+    new: Annotated[dict[Annotated[str, Field(min_length=1)], Id | None], BeforeValidator(_by_text)] = Field(default={})
     """Texts that become tokens: [<think>, </think>]. Each starts as the mean of the tokens that it was before."""
     head: bool = False
     """Whether the rows of `tokens` in the head are trained too where it is not tied to the embeddings; those of `new` always are."""
@@ -60,15 +59,8 @@ class Tokens(Method):
         return tuple(self.new)
 
     def bound(self, encode: Callable[[str], list[int]] | None) -> Self:
-        def one(text: str, what: str, advice: str) -> int:
-            if encode is None:
-                raise RecipeError(f"{what}: {text!r} needs a tokenizer: attach(…, sample=trimtab.sample(base, rows)).")
-            if len(found := encode(text)) != 1:
-                raise RecipeError(f"{what}: {text!r} is {len(found)} tokens of this tokenizer, and must be one: {advice}.")
-            return found[0]
-
-        tokens = tuple(one(t, "tokens", "put it under new") if isinstance(t, str) else t for t in self.tokens)
-        new = {text: one(text, "new", "call base.add_tokens(method.new_tokens) before rows are encoded") for text in self.new}
+        tokens = tuple(one_token(t, encode, "put it under new") if isinstance(t, str) else t for t in self.tokens)
+        new = {text: one_token(text, encode, "call base.add_tokens before rows are encoded") for text in self.new}
         bound = self.model_copy(update={"tokens": tokens, "new": new})
         if repeated := [token for n, token in enumerate(bound.ids) if token in bound.ids[:n]]:
             raise RecipeError(f"tokens: names token {repeated[0]} more than once.")
@@ -88,15 +80,7 @@ class Tokens(Method):
         tie(layers)
 
     def initialize(self, model: nn.Module, layers: dict[str, AdapterLayer], sample: Sample) -> None:
-        """New tokens: such a row's logit is the mean of the pieces', so the token is not likelier than they are on average (Jensen)."""
-        for text, token in self.new.items():
-            if sample.pieces is None or token is None:
-                raise RecipeError(
-                    f"new: {text!r} starts as the tokens that it was: attach(…, sample=trimtab.sample(base, rows))."
-                )
-            for layer in layers.values():
-                assert isinstance(layer, TokenRows)
-                layer.start_as_mean(token, sample.pieces(text))
+        start_new(self.new, layers, sample)
 
     def parameter_count(self, model: nn.Module) -> int:
         """hidden size · (tokens, and again those that have a row of their own in the head)."""
@@ -115,12 +99,13 @@ class Tokens(Method):
         same = all(len(tensors[f"{path}.rows"]) == len(self.ids) for path in own)
         config: dict[str, Any] = {"peft_type": self.peft_type, "task_type": "CAUSAL_LM", "inference_mode": True}
         if max(self.ids) >= vocabulary or not same or (everything[head].bias is not None and (tied or head in own)):
-            config = not_pefts(
-                self.name
-            )  # it has no rows beyond the model's, one list of tokens for both ends, and drops the bias
+            # It has no rows beyond the model's, has one list of tokens for both ends, and drops the bias.
+            config = not_pefts(self.name)
         if tied:  # PEFT writes what is shared under both names, and misses the second if it is not there
             tensors = {**tensors, f"{head}.rows": tensors[f"{embeddings}.rows"].clone()}
-        targets = shortest_names(own, list(everything)) if head in own else embeddings  # as PEFT writes it, and then doesn't warn
+        targets = (
+            shortest_names(own, list(everything)) if head in own else embeddings
+        )  # as PEFT writes it, and then doesn't warn
         config |= {"target_modules": targets, "token_indices": list(self.ids)}
         return config, to_names(tensors, NAMES)
 

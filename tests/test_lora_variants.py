@@ -51,7 +51,7 @@ def adapted(method, path=Q_PROJ, size=0.2, family="qwen2", sample=None):
     layer = attach(tiny(family, torch.float64), method, sample=sample).layers[path]
     perturb(layer.own_parameters(), size)
     weight = layer.base.weight.detach()
-    return layer, weight, layer.base.bias, torch.randn(2, 5, weight.shape[1], dtype=torch.float64)
+    return layer, weight, getattr(layer.base, "bias", None), torch.randn(2, 5, weight.shape[1], dtype=torch.float64)
 
 
 def close(ours, expected, tolerance=1e-12):
@@ -231,7 +231,7 @@ def test_eva_starts_at_the_principal_directions_of_what_enters(numbers, family, 
     inputs = inputs_of(model, method.sites(model), [ROWS[0], ROWS[1][:3]])
     adapter = attach(model, method, sample=Sample(rows=ROWS))
     for path, layer in adapter.layers.items():
-        U, S, Vt = torch.linalg.svd(inputs[path].double())
+        _, S, Vt = torch.linalg.svd(inputs[path].double())
         A = layer.A.detach()
         close(A @ A.T, torch.eye(4, dtype=torch.float64), 1e-10)
         close((A * Vt[:4]).sum(dim=1).abs(), torch.ones(4, dtype=torch.float64), 1e-6)  # each in its place, but for signs

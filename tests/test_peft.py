@@ -72,12 +72,15 @@ def test_only_some_layers_survive_the_way_to_peft(tmp_path):
 @pytest.mark.parametrize(
     "asked",
     [
-        {"use_rslora": True},
-        {"use_dora": True},
-        {"rank_pattern": {"q_proj": 2}},
         {"bias": "all"},
         {"modules_to_save": ["lm_head"]},
+        {"init_lora_weights": "pissa"},  # which changes the base
+        {"init_lora_weights": "olora"},
+        {"layer_replication": [[0, 2], [1, 2]]},
+        {"alora_invocation_tokens": [5, 6]},
+        {"trainable_token_indices": [5, 6]},
     ],
+    ids=lambda asked: "-".join(map(str, *asked.items())),
 )
 def test_what_we_would_compute_differently_is_refused(asked, tmp_path):
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **asked)
@@ -87,6 +90,32 @@ def test_what_we_would_compute_differently_is_refused(asked, tmp_path):
         load_adapter(base, tmp_path / "theirs")
     assert next(iter(asked)) in str(caught.value)
     assert attach(base.model, LoRA())  # the model was left as it was
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"init_lora_weights": "loftq"},
+        {"init_lora_weights": "corda"},
+        {"init_lora_weights": "mica"},
+        {"init_lora_weights": "lora_ga"},
+        {"lora_bias": True},
+        {"target_parameters": ["mlp.experts.down_proj"]},
+        {"ensure_weight_tying": True},
+        {"use_qalora": True},
+        {"a_key_of_tomorrow": 1},
+    ],
+    ids=lambda asked: "-".join(map(str, *asked.items())),
+)
+def test_a_key_that_asks_for_more_is_refused_by_name(asked, tmp_path):
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    peft.get_peft_model(tiny("llama"), config).save_pretrained(tmp_path / "theirs")
+    path = tmp_path / "theirs" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | asked))
+    ((key, value),) = asked.items()
+    with pytest.raises(ArtifactError) as caught:
+        load_adapter(Base(tiny("llama")), tmp_path / "theirs")
+    assert f"asks for what Trimtab does not do here: {key}: {value!r}." in str(caught.value)
 
 
 def _edit(folder, change):

@@ -102,10 +102,10 @@ def test_we_load_pefts(name, family, tmp_path):
     adapter = load_adapter(base, tmp_path / "theirs")
     assert (adapter.method.name, adapter.method.positions) == (expected, P)
     torch.testing.assert_close(ours_of(base.model), theirs_of(theirs), rtol=0, atol=1e-5)
-    # And back: what we save of it, PEFT reads as the same.
+    # And back: what we save of it is PEFT's table, bit for bit.
     save_adapter(base, adapter, tmp_path / "ours")
-    again = peft.PeftModel.from_pretrained(tiny(family), tmp_path / "ours")
-    torch.testing.assert_close(theirs_of(again), theirs_of(theirs), rtol=0, atol=1e-6)
+    ours, table = (load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("ours", "theirs"))
+    assert torch.equal(ours["prompt_embeddings"], table["prompt_embeddings"])
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

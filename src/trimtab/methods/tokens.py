@@ -23,8 +23,10 @@ Id = Annotated[int, Field(ge=0)]
 
 def _by_text(raw: Any) -> Any:
     """Sorted, because the order of a mapping says nothing once it is JSON."""
-    texts = dict.fromkeys(as_tuple(raw)) if isinstance(raw, str | list | tuple) else raw
-    return dict(sorted(texts.items())) if isinstance(texts, dict) and {*map(type, texts)} == {str} else texts
+    texts = (raw,) if isinstance(raw, str) else raw
+    if not isinstance(texts, dict | list | tuple) or {*map(type, texts)} - {str}:
+        return raw
+    return dict(sorted((texts if isinstance(texts, dict) else dict.fromkeys(texts)).items()))
 
 
 class Tokens(Method):

@@ -65,3 +65,47 @@ def test_every_exit_code_is_in_the_readme():
     }
     for code in codes - {1}:
         assert re.search(rf"\b{code}\b", README[README.index("Exit codes") : README.index("## What it has been measured at")])
+
+
+def test_the_tutorials_method_is_a_method(tmp_path, monkeypatch):
+    """The page's file, put beside the others: trained, saved, loaded, merged; and the contract's promises."""
+    import torch
+    from families import perturb, random_rows, tiny
+
+    import trimtab.methods
+    from trimtab.base import Base
+    from trimtab.data import pack_all
+    from trimtab.data.example import Sequence
+    from trimtab.deploy import load_adapter, merge, save_adapter
+    from trimtab.methods import Method, attach
+    from trimtab.objectives.sft import SFT
+    from trimtab.train import TrainConfig, train
+
+    page = (ROOT / "docs" / "adding-a-method.md").read_text(encoding="utf-8")
+    file, more = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    whole = file + "\n" + more
+    assert len(whole.splitlines()) < 60
+    (tmp_path / "gates.py").write_text(whole)
+    monkeypatch.setattr(trimtab.methods, "__path__", [*trimtab.methods.__path__, str(tmp_path)])
+    assert "gates" in Method.names()
+    recipe = Recipe.parse({"data": {"train": "x"}, "method": {"name": "gates", "targets": "q_proj"}})
+    assert recipe.method.targets == ("q_proj",)
+
+    base = Base(tiny("qwen2"))
+    ids = torch.tensor(random_rows(9))
+    before = base.model(input_ids=ids).logits
+    adapter = attach(base.model, Method.pick("gates"))
+    assert torch.equal(base.model(input_ids=ids).logits, before)
+    perturb(adapter.parameters())
+    layer = adapter.layers["model.layers.0.self_attn.q_proj"]
+    x = torch.randn(3, 32)
+    expected = (1 + layer.g.double().tanh()) * (x.double() @ layer.base.weight.double().T + layer.base.bias.double())
+    torch.testing.assert_close(layer(x).double(), expected, rtol=1e-5, atol=1e-6)
+    rows = [Sequence(row, list(range(1, len(row))), "row") for row in random_rows(9, 7)]
+    losses = [step.loss for step in train(base, adapter, SFT(), [pack_all(rows, 64)] * 30, TrainConfig(), 1e-1)]
+    assert losses[-1] < losses[0]
+    save_adapter(base, adapter, tmp_path / "saved")
+    merge(base, adapter, tmp_path / "merged")
+    again = Base(tiny("qwen2"))
+    load_adapter(again, tmp_path / "saved")
+    assert torch.equal(again.model(input_ids=ids).logits, base.model(input_ids=ids).logits)

@@ -182,7 +182,7 @@ def test_oft_goes_both_ways(shared, cayley, family, tmp_path):
     assert (method.name, method.block_size, method.shared, method.cayley) == ("oft", 8, shared, cayley)
 
 
-@pytest.mark.parametrize("asked", [{"oft_block_size": 20}, {"oft_block_size": 0, "r": 2}], ids=str)
+@pytest.mark.parametrize("asked", [{"oft_block_size": 24}, {"oft_block_size": 0, "r": 2}], ids=str)
 def test_the_block_size_that_peft_has_chosen_is_read_off_the_tensors(asked, tmp_path):
     config = peft.OFTConfig(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **asked)
     assert there_and_back("llama", config, tmp_path).block_size == 16

@@ -93,8 +93,13 @@ def test_peft_loads_ours(name, family, tmp_path):
     assert torch.equal(ours_of(again.model), ours_of(base.model))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", THEIRS)
+PLAIN = ("prefix", "prompt", "p-tuning-mlp")
+
+
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [(name, family) for name in PLAIN for family in FAMILIES] + [(name, "llama") for name in THEIRS if name not in PLAIN],
+)
 def test_we_load_pefts(name, family, tmp_path):
     make, expected = THEIRS[name]
     theirs = saved_by_peft(family, make, tmp_path / "theirs")
@@ -150,7 +155,7 @@ def _edit_tensors(folder, change):
     save_file(tensors, folder / "adapter_model.safetensors")
 
 
-@pytest.mark.parametrize("name", ["prefix", "prompt", "p-tuning-mlp"])
+@pytest.mark.parametrize("name", PLAIN)
 @pytest.mark.parametrize(
     ("values", "message"),
     [

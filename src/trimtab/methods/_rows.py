@@ -101,7 +101,7 @@ class ScoredRows(TokenRows):
         y = y.index_add(-1, known, F.linear(x, (self.rows[inside] - self.weight[known]).to(x.dtype)).to(y.dtype))
         if self.size == self.vocabulary:
             return y
-        y = F.pad(y, (0, max(0, self.size - y.shape[-1])), value=0.0)
+        y = F.pad(y, (0, max(0, self.size - y.shape[-1])), value=float("-inf"))
         return y.index_copy(-1, self.ids[~inside], F.linear(x, self.rows[~inside].to(x.dtype)).to(y.dtype))
 
     @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from families import FAMILIES, logprob_alone, perturb, random_rows, tiny
 
 from trimtab import attention
@@ -166,6 +167,19 @@ def test_calls_without_a_layout_are_the_models_own_bit_for_bit(own):
     assert torch.equal(outputs(), before)
     attention.unheed(model)
     assert model.config._attn_implementation == own
+
+
+def test_a_model_without_the_attention_interface_is_left_as_it_is():
+    """Falcon picks its attention by name, and would take the eager one for a name of ours."""
+    torch.manual_seed(0)
+    config = transformers.FalconConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    model = transformers.FalconForCausalLM(config).eval()
+    ids = torch.tensor(random_rows(9))
+    before = model(input_ids=ids).logits
+    adapter = attach(model, LoRA(rank=2))
+    with adapter.disabled():
+        assert torch.equal(model(input_ids=ids).logits, before)
+    assert torch.equal(model(input_ids=ids).logits, before)
 
 
 def test_a_model_that_asks_attention_for_more_is_refused_by_name():

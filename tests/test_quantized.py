@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import transformers
-from families import logprob_alone, perturb, random_rows, tiny
+from families import logprob_alone, method_of, perturb, random_rows, tiny
 
 from trimtab.base import Base, ModelConfig, quantized
 from trimtab.base.fingerprint import own_weights, weights_hash
@@ -21,7 +21,9 @@ pytest.importorskip("bitsandbytes")
 pytest.importorskip("accelerate")
 
 KINDS = ("nf4", "int8")
-METHODS = ("lora", "prefix", "ptuning_v2")
+REFUSED = ("dora", "full")
+"""Methods that change the weights themselves, or start from them."""
+METHODS = sorted(set(Method.names()) - set(REFUSED))
 ROWS = random_rows(7, 12, 5)
 IDS = torch.tensor(random_rows(11, 11))
 SAMPLE = Sample(rows=random_rows(40, seed=5))
@@ -54,7 +56,7 @@ def logits(model):
 
 
 def adapted(base, name):
-    adapter = attach(base.model, Method.pick(name), sample=SAMPLE)
+    adapter = attach(base.model, method_of(name), sample=SAMPLE)
     perturb(adapter.parameters(), 0.05)
     return adapter
 
@@ -104,7 +106,7 @@ def test_gradients_reach_the_adapter_alone_and_are_those_on_the_dequantized_mode
     reference = dequantized("llama", base)
     gradients = []
     for model in (base.model, reference):
-        adapter = attach(model, Method.pick(name), sample=SAMPLE)
+        adapter = attach(model, method_of(name), sample=SAMPLE)
         if model is base.model:
             perturb(adapter.parameters(), 0.05)
             state = adapter.state()
@@ -181,6 +183,9 @@ def test_merging_into_it_and_methods_that_need_its_weights_are_refused(kind, loa
         merge(base, adapter, tmp_path / "merged")
     assert list(tmp_path.iterdir()) == []
     layer = next(iter(adapter.layers.values()))
+    for name in REFUSED:
+        with pytest.raises(UnsupportedModel, match=r"is quantized, and .* such as lora"):
+            attach(load(kind).model, method_of(name))
     for asked in (layer.merged, lambda: matrix(layer)):
         with pytest.raises(UnsupportedModel, match="is quantized, and this method starts from or changes the weights"):
             asked()

@@ -234,5 +234,7 @@ def unheed(model: nn.Module) -> None:
 
 
 def _configs(model: nn.Module) -> list[Any]:
+    if not getattr(model, "_supports_attention_backend", False):
+        return []  # its code knows the names of its own implementations alone, and takes another for any that it doesn't
     found: dict[int, Any] = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
     return [config for config in found.values() if hasattr(config, "_attn_implementation")]

@@ -430,7 +430,9 @@ def test_a_careless_user_is_told_what_is_wrong_and_nothing_is_left_behind(words,
     ("words", "message"),
     [
         ("", "the following arguments are required: COMMAND"),
-        ("trian r.yaml", "argument COMMAND: invalid choice: 'trian' (choose from 'train', 'eval', 'chat', 'merge', 'show')"),
+        ("trian r.yaml", "argument COMMAND: invalid choice: 'trian' (choose from 'train', 'eval', 'chat', 'merge', 'combine', 'methods', 'show')"),
+        ("combine run out", "argument TARGET=WEIGHT: expected a folder and its weight, such as runs/first=0.5, got 'run'"),
+        ("combine run=much out", "argument TARGET=WEIGHT: expected a folder and its weight, such as runs/first=0.5, got 'run=much'"),
         ("chat run --max-new-tokens 0", "argument --max-new-tokens: expected a whole number from 1 to 4294967295, got '0'"),
         (
             "chat run --max-new-tokens many",
@@ -868,3 +870,43 @@ def test_every_error_has_the_exit_code_that_the_command_returns(here, monkeypatc
 
 def test_an_adapter_goes_onto_the_base_that_is_given(here):
     assert open_target("run", "tiny").base.source == str(here / "tiny")
+
+
+def test_methods_lists_what_each_would_train_on_a_model(here, trimtab):
+    from trimtab.base import Base
+    from trimtab.methods import Method
+
+    listed = json.loads(trimtab("methods", "./tiny", "--json").out)["methods"]
+    assert [one["name"] for one in listed] == Method.names()
+    model = Base.load("./tiny").model
+    for one in listed:
+        assert set(one) == {"name", "summary", "parameters", "refused", "mergeable", "starts_as_base", "positions", "objectives", "peft"}
+        assert (one["parameters"] is None) == (one["refused"] is not None)
+        assert one["objectives"] == ["sft"]
+        if one["refused"] is None:
+            assert one["parameters"] == Method.pick(one["name"]).parameter_count(model)
+    by_name = {one["name"]: one for one in listed}
+    assert (by_name["lora"]["mergeable"], by_name["lora"]["positions"], by_name["lora"]["peft"]) == (True, 0, "LORA")
+    assert (by_name["prefix"]["mergeable"], by_name["prefix"]["positions"]) == (False, 20)
+    page = trimtab("methods", "./tiny")
+    assert (page.code, page.err) == (0, "")
+    assert f"{by_name['lora']['parameters']:,}" in page.out
+    assert trimtab("methods", "nowhere").code == 2
+
+
+def test_combine_makes_one_adapter_of_several(here, trimtab):
+    done = trimtab("combine", "run=0.5", "run=0.5", "both")
+    assert (done.code, done.err) == (0, "")
+    assert done.out.startswith("both is exactly their weighted sum: lora, rank ")
+    question = ("--prompt", ROWS[3]["prompt"])
+    assert trimtab("chat", "both", *question).out == trimtab("chat", "run", *question).out
+    assert "its weighted" not in trimtab("combine", "run=1", "half", "--rank", "1").out
+    assert "of it: lora, rank 1." in trimtab("combine", "run=1", "small", "--rank", "1").out
+    for words, code, message in (
+        ("combine run=1 both", 6, "exists already"),
+        ("combine tiny=1 new", 2, "tiny is neither a run nor an adapter folder, so there is nothing in it to combine."),
+        ("combine nowhere=1 new", 2, "nowhere is neither a run nor an adapter folder"),
+    ):
+        refused = trimtab(*words.split())
+        assert (refused.code, message in refused.err) == (code, True), refused.err
+        assert not (here / "new").exists()

@@ -51,7 +51,7 @@ def test_the_readmes_python_runs(tmp_path, monkeypatch):
     base.model.save_pretrained("tiny")
     base.tokenizer.save_pretrained("tiny")
     Path("train.jsonl").write_text("".join(json.dumps({"prompt": f"Say {n}", "completion": str(n)}) + "\n" for n in range(8)))
-    (text,) = blocks("python")
+    text = "".join(blocks("python"))
     exec(compile(text.replace("smollm2-135m-instruct", "./tiny"), "README.md", "exec"), {})
     assert Path("my-adapter/adapter_model.safetensors").exists()
     assert Path("my-model/model.safetensors").exists()

@@ -102,6 +102,7 @@ OTHER = {
     "freeze": ["embed_tokens"],
     "outputs": ["v_proj"],
     "inputs": ["up_proj"],
+    "block_size": 8,
     "layernorm.targets": ["input_layernorm"],
     "tokens.tokens": [5, 7],
     "new": ["<say>"],

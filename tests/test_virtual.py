@@ -120,6 +120,16 @@ def test_a_cache_without_the_virtual_tokens_is_noticed(method, monkeypatch):
     assert generate(model, [ROW, SHORT], [], max_new_tokens=8) != expected
 
 
+def test_tokens_go_on_from_transformers_cache(method):
+    model, _ = perturbed("llama", method)
+    ids = torch.tensor([ROW])
+    with torch.no_grad():
+        first = model(input_ids=ids[:, :4], use_cache=True)
+        cache = {name: first[name] for name in ("cache", "past_key_values") if name in first}  # by its name in this version
+        second = model(input_ids=ids[:, 4:], **cache)
+    torch.testing.assert_close(torch.cat([first.logits, second.logits], dim=1)[0], logits(model, ROW), rtol=0, atol=1e-5)
+
+
 def test_transformers_generates_as_trimtab_does_once_it_is_trained(method):
     model, adapter = perturbed("llama", method)
     ours = generate(model, [ROW, SHORT], [], max_new_tokens=8)
@@ -194,13 +204,14 @@ def test_prompts_of_zeros_are_refused(kind):
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_padding_changes_nothing(family, side, own, method):
+    plain, _ = perturbed(family, method)
+    alone = [logits(plain, ROW), logits(plain, SHORT)]
     model = tiny(family)
     model.set_attn_implementation(own)
     perturb(attach(model, method, sample=Sample([TEXT])).parameters())
     pad = [0] * (len(ROW) - len(SHORT))
     padded = pad + SHORT if side == "left" else SHORT + pad
     mask = torch.tensor([[1] * len(ROW), [int(token != 0) for token in padded]])
-    alone = [logits(model, ROW), logits(model, SHORT)]
     for given in (mask, mask.bool()):
         with torch.no_grad():
             both = model(input_ids=torch.tensor([ROW, padded]), attention_mask=given, use_cache=False).logits

@@ -79,13 +79,13 @@ def _decode(
     switches: Sequence[Switch | None] | None = None,
 ) -> Iterator[tuple[int, int]]:
     """(prompt number, token) for the prompts numbered `rows`, a token of each in turn."""
-    head, device = head_of(model), next(model.parameters()).device
+    device = next(model.parameters()).device
     draws = {n: torch.Generator().manual_seed(seed * 1_000_003 + n) for n in rows} if temperature else None
     owners = Routing([switches[n] for n in rows]) if switches is not None else None
     cache, hidden = _prefill(model, [prompts[n] for n in rows], device, owners)
     for made in range(1, max_new_tokens + 1):
         with routed(owners):
-            tokens = _choose(head, hidden, rows, temperature, draws)
+            tokens = _choose(head_of(model), hidden, rows, temperature, draws)
         going = [place for place, token in enumerate(tokens) if token not in stops]
         rows, tokens = [rows[place] for place in going], [tokens[place] for place in going]
         yield from zip(rows, tokens, strict=True)

@@ -125,8 +125,8 @@ def test_tokens_go_on_from_transformers_cache(method):
     ids = torch.tensor([ROW])
     with torch.no_grad():
         first = model(input_ids=ids[:, :4], use_cache=True)
-        cache = {name: first[name] for name in ("cache", "past_key_values") if name in first}  # by its name in this version
-        second = model(input_ids=ids[:, 4:], **cache)
+        name = "cache" if "cache" in first else "past_key_values"  # as this version of Transformers calls it
+        second = model(input_ids=ids[:, 4:], **{name: first[name]})
     torch.testing.assert_close(torch.cat([first.logits, second.logits], dim=1)[0], logits(model, ROW), rtol=0, atol=1e-5)
 
 

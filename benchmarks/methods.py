@@ -72,7 +72,9 @@ def one(path: str) -> None:
         target = open_target(str(run.folder))
         examples, _ = load_examples(asked["test"])
         scores = score(target.base, examples)
-        result |= {key: scores[key] for key in ("rows", "loss", "loss_interval", "exact_match", "exact_match_interval", "stopped")}
+        result |= {
+            key: scores[key] for key in ("rows", "loss", "loss_interval", "exact_match", "exact_match_interval", "stopped")
+        }
     print(json.dumps(result))
 
 

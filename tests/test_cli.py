@@ -430,9 +430,15 @@ def test_a_careless_user_is_told_what_is_wrong_and_nothing_is_left_behind(words,
     ("words", "message"),
     [
         ("", "the following arguments are required: COMMAND"),
-        ("trian r.yaml", "argument COMMAND: invalid choice: 'trian' (choose from 'train', 'eval', 'chat', 'merge', 'combine', 'methods', 'show')"),
+        (
+            "trian r.yaml",
+            "argument COMMAND: invalid choice: 'trian' (choose from 'train', 'eval', 'chat', 'merge', 'combine', 'methods', 'show')",
+        ),
         ("combine run out", "argument TARGET=WEIGHT: expected a folder and its weight, such as runs/first=0.5, got 'run'"),
-        ("combine run=much out", "argument TARGET=WEIGHT: expected a folder and its weight, such as runs/first=0.5, got 'run=much'"),
+        (
+            "combine run=much out",
+            "argument TARGET=WEIGHT: expected a folder and its weight, such as runs/first=0.5, got 'run=much'",
+        ),
         ("chat run --max-new-tokens 0", "argument --max-new-tokens: expected a whole number from 1 to 4294967295, got '0'"),
         (
             "chat run --max-new-tokens many",
@@ -880,7 +886,17 @@ def test_methods_lists_what_each_would_train_on_a_model(here, trimtab):
     assert [one["name"] for one in listed] == Method.names()
     model = Base.load("./tiny").model
     for one in listed:
-        assert set(one) == {"name", "summary", "parameters", "refused", "mergeable", "starts_as_base", "positions", "objectives", "peft"}
+        assert set(one) == {
+            "name",
+            "summary",
+            "parameters",
+            "refused",
+            "mergeable",
+            "starts_as_base",
+            "positions",
+            "objectives",
+            "peft",
+        }
         assert (one["parameters"] is None) == (one["refused"] is not None)
         assert one["objectives"] == ["sft"]
         if one["refused"] is None:

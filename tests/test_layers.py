@@ -21,7 +21,11 @@ FLOORS = [
 ]
 """Of docs/…/architecture: what stands on which floor, the lowest first."""
 
-STACKED = [{"errors", "files", "config", "yaml12", "startup", "attention"}, {"recipe", "run", "api"}, {"cli", "commands", "__main__"}]
+STACKED = [
+    {"errors", "files", "config", "yaml12", "startup", "attention"},
+    {"recipe", "run", "api"},
+    {"cli", "commands", "__main__"},
+]
 """Floors whose files build on each other, without a circle; on the others, neighbours do not know each other."""
 KNOWN = {("report", "evaluate")}
 """Neighbours one of which may know the other."""

@@ -80,7 +80,7 @@ def logits(model: Any, rows: list[list[int]] | None = None) -> Tensor:
     rows = rows or [row.ids for row in ROWS[:3]]
     ends = torch.tensor([len(row) for row in rows]).cumsum(0).tolist()
     segments = tuple(Segment(end - len(row), end, -1) for end, row in zip(ends, rows, strict=True))
-    ids, positions = torch.tensor(sum(rows, [])), torch.cat([torch.arange(len(row)) for row in rows])
+    ids, positions = torch.tensor([i for row in rows for i in row]), torch.cat([torch.arange(len(row)) for row in rows])
     return head_of(model).logits(hidden_states(model, ids, positions, PackLayout(segments)))
 
 
@@ -91,7 +91,7 @@ def forced(model: Any, rows: list[list[int]], given: int) -> list[Tensor]:
     ends = torch.tensor([given] * len(rows)).cumsum(0).tolist()
     cache = Cache()
     layout = PrefillLayout(tuple(Segment(end - given, end, -1) for end in ends), cache)
-    ids, positions = torch.tensor(sum(prompts, [])), torch.arange(given).repeat(len(rows))
+    ids, positions = torch.tensor([i for prompt in prompts for i in prompt]), torch.arange(given).repeat(len(rows))
     hidden = hidden_states(model, ids, positions, layout)[torch.tensor(ends) - 1]
     head, steps = head_of(model), []
     for step in range(given, min(map(len, rows))):
@@ -314,12 +314,14 @@ def I21_cached_decoding_is_the_forward_pass(case: Case) -> None:
 
 @invariant
 def I22_packed_is_alone_and_no_row_reaches_another(case: Case) -> None:
-    base, adapter = case.based(torch.float64)
+    base, _ = case.based(torch.float64)
     bound = 1e-10 if case.family == "gpt2" else 1e-5
     with torch.no_grad():
         packed = pack_logprobs(base.model, pack_flat(ROWS))
         alone = torch.cat([pack_logprobs(base.model, pack_flat([row])) for row in ROWS])
-        changed = [Sequence([*row.ids[:1], 4, *row.ids[2:]], row.learned, row.where) if n == 1 else row for n, row in enumerate(ROWS)]
+        changed = [
+            Sequence([*row.ids[:1], 4, *row.ids[2:]], row.learned, row.where) if n == 1 else row for n, row in enumerate(ROWS)
+        ]
         other = pack_logprobs(base.model, pack_flat(changed))
     assert distance(packed, alone) <= bound
     same = [n for n in range(len(ROWS)) if n != 1]
@@ -389,10 +391,13 @@ def I29_works_on_peculiar_models_or_refuses(case: Case) -> None:
         base, adapter = other.based()
         _all_learn(base.model, adapter)
     experts = _experts()
+    refusals: list[TrimtabError] = []
     try:
         adapter = attach(experts, case.method, sample=SAMPLE)
     except TrimtabError as error:
-        assert "experts" in str(error) or "block" in str(error).lower(), error
+        refusals.append(error)
+    if refusals:
+        assert "experts" in str(refusals[0])
         return
     perturb(adapter.parameters(), 0.1)
     _all_learn(experts, adapter)
@@ -539,7 +544,9 @@ def _merged_or_refused(base: Base, adapter: Attached, folder: Path) -> Any:
 
 
 def _bytes(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors")) + sorted(folder.glob("adapter*.json"))}
+    return {
+        path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors")) + sorted(folder.glob("adapter*.json"))
+    }
 
 
 def _experts() -> nn.Module:

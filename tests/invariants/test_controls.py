@@ -164,5 +164,3 @@ def test_a_rate_of_nothing_learns_nothing(tmp_path):
     base, adapter = case_of("lora", "llama", tmp_path).based()
     losses = suite.learn(base, adapter, 3, rate=0.0)
     assert losses[0] == losses[-1] > 0.05
-
-

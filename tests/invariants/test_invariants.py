@@ -108,5 +108,3 @@ def test_it_learns_rows_by_heart(name, tmp_path):
     prompts = [row.ids[: row.learned[0]] for row in ROWS]
     for row, said in zip(ROWS, generate(base.model, prompts, [], max_new_tokens=14), strict=True):
         assert said[: len(row.learned)] == [row.ids[t] for t in row.learned]
-
-

@@ -278,7 +278,7 @@ def I17_what_is_no_change_of_weights_is_not_merged(case: Case) -> None:
     if case.method.mergeable:
         skip("a change of weights: see I15")
     base, adapter = case.based()
-    with pytest.raises(NotMergeable, match="cannot be merged"):
+    with pytest.raises(NotMergeable, match=r"cannot be merged|no change of the base's weights"):
         merge(base, adapter, case.folder / "merged")
     assert not (case.folder / "merged").exists()
 
@@ -345,10 +345,9 @@ def I24_activation_recomputation_changes_nothing(case: Case) -> None:
     plain = gradients(base.model, adapter, ROWS, [8])
     recompute = getattr(base.model, "activation_checkpointing_enable", base.model.gradient_checkpointing_enable)
     recompute({"use_reentrant": False})
-    base.model.train()  # Transformers recomputes in training mode alone
     for module in base.model.modules():
-        if "Dropout" in type(module).__name__:
-            module.eval()
+        if hasattr(module, "gradient_checkpointing"):
+            module.training = True  # Transformers recomputes in training mode alone; the dropout inside stays off
     again = gradients(base.model, adapter, ROWS, [8])
     assert again.keys() == plain.keys()
     assert all(torch.equal(again[name], plain[name]) for name in plain)

@@ -49,7 +49,7 @@ class AdapterLayer(nn.Module):
         while isinstance(inner, AdapterLayer):
             chain.append(inner.switch)
             inner = inner.base
-        at = 1 if x.shape[0] == 1 else 0
+        at = _token_axis(x, len(routing.owners))
         parts, order = [], []
         for owner in (*chain, None):
             tokens = routing.tokens(owner, set(chain), x.device)
@@ -87,6 +87,15 @@ class AdapterLayer(nn.Module):
         super().train(mode)
         _evaluate(self.base, mode)
         return self
+
+
+def _token_axis(x: Tensor, count: int) -> int:
+    """Which axis of a module's input counts the tokens: 1 T …, T …, or, before a norm of heads in Gemma 3, 1 H T K."""
+    found = [axis for axis in range(min(x.ndim, 3)) if x.shape[axis] == count]
+    if x.ndim == 4 and found == [1, 2]:  # as many heads as tokens: the heads of a token lie together in memory
+        return max(found, key=x.stride)
+    assert found, f"an input of the shape {tuple(x.shape)} does not hold {count} tokens"
+    return found[0]
 
 
 def _evaluate(module: nn.Module, mode: bool) -> None:

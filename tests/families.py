@@ -76,11 +76,10 @@ def logprob_alone(model: nn.Module, ids: list[int], learned: list[int]) -> Tenso
     return torch.stack([logprobs[t - 1, ids[t]] for t in learned]).sum()
 
 
+NEEDED = {"tokens": {"tokens": list(range(3, VOCABULARY, 2))}, "miss": {"rank": 12}, "oft": {"block_size": 16}}
+"""Settings that a method can't do without, on the tiny models at least."""
+
+
 def method_of(name: str) -> Method:
     """A method by name, as it is by default; or with what it can't do without, or what the tiny models can't hold."""
-    needed = {
-        "tokens": {"tokens": list(range(3, VOCABULARY, 2))},
-        "miss": {"rank": 12},
-        "oft": {"block_size": 16},
-    }
-    return Method.member(name)(**needed.get(name, {}))
+    return Method.member(name)(**NEEDED.get(name, {}))

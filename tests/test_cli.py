@@ -22,7 +22,7 @@ from disks import make_read_only, small_disk
 from safetensors.torch import load_file, save_file
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from trimtab import api, cli, files, run
+from trimtab import api, cli, commands, files, run
 from trimtab.config import read
 from trimtab.deploy import open_target
 from trimtab.errors import RecipeError, TrimtabError
@@ -868,7 +868,7 @@ def test_every_error_has_the_exit_code_that_the_command_returns(here, monkeypatc
         def fail(*_, kind=kind):
             raise kind("a message [with] odd {characters}")
 
-        monkeypatch.setattr(cli, "_show", fail)
+        monkeypatch.setattr(commands, "show", fail)
         done = trimtab("show", "run")
         assert (done.code, done.err) == (kind.exit_code, "trimtab: a message [with] odd {characters}\n")
     assert {kind.exit_code for kind in kinds(TrimtabError)} == {1, 2, 3, 4, 5, 6}

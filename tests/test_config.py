@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import pytest
 import yaml
+from families import NEEDED
 from pydantic import BaseModel, Field, ValidationError
 
 from trimtab import yaml12
@@ -329,8 +330,10 @@ def test_every_file_of_a_family_is_a_member_that_says_its_name():
         assert family.names() == sorted(path.stem for path in folder.glob("[!_]*.py"))
         assert family.default in family.names()
         for name in family.names():
-            assert family.member(name)().name == name
-            assert family.pick(name) == family.pick({"name": name}) == family.member(name)()
+            needed = NEEDED.get(name, {})
+            assert family.member(name)(**needed).name == name
+            assert family.pick({"name": name, **needed}) == family.member(name)(**needed)
+            assert needed or family.pick(name) == family.member(name)()
 
 
 # Every key
@@ -381,6 +384,7 @@ CANDIDATES = [
 def others(kind, key):
     """Values for a key that it takes and that are not its default: found by trying, so that a new key needs no list."""
     required = {name: "x" for name, field in kind.model_fields.items() if field.is_required() and field.annotation is not None}
+    required |= {name: value for name, value in NEEDED.get(_member(kind), {}).items() if name != key}
     default = {} if key in required else {key: kind.model_fields[key].get_default(call_default_factory=True)}
     for candidate in [*CANDIDATES, *literals(kind.model_fields[key].annotation)]:
         try:
@@ -389,6 +393,10 @@ def others(kind, key):
             continue
         if default != {key: getattr(made, key)}:
             yield candidate
+
+
+def _member(kind):
+    return kind.__module__.rpartition(".")[2]
 
 
 def literals(annotation):
@@ -410,7 +418,7 @@ def test_every_key_survives_the_round_trip_with_each_value_it_takes(kind, path, 
     for value in tried:
         section = {name: "x" for name, field in kind.model_fields.items() if field.is_required()} | {key: value}
         if issubclass(kind, Choice):
-            section["name"] = kind.__module__.rpartition(".")[2]
+            section = NEEDED.get(_member(kind), {}) | section | {"name": _member(kind)}
         made = Recipe.parse({"data": {"train": "a.jsonl"}, "output": "/abs/run", path: section})
         assert_survives(made)
         again = recipe(made.to_yaml())

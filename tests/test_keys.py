@@ -66,7 +66,12 @@ def outcome(work, name, **changes):
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for line in metrics:
         line.pop("seconds", None)
-    return (folder / "adapter" / "adapter_model.safetensors").read_bytes(), metrics, (folder / "data.json").read_text()
+    return _weights(folder / "adapter"), metrics, (folder / "data.json").read_text()
+
+
+def _weights(folder):
+    (file,) = folder.glob("*.safetensors")
+    return file.read_bytes()
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +103,7 @@ OTHER = {
     "alphas": {"q_proj": 3.0},
     "targets": ["q_proj", "v_proj"],
     "dropout": 0.5,
+    "rank": 3,
     "text": "Something else",
     "freeze": ["embed_tokens"],
     "outputs": ["v_proj"],

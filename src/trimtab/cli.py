@@ -11,6 +11,7 @@ from typing import Any
 from trimtab import __version__, commands
 from trimtab.errors import StorageError, TrimtabError
 
+MODEL = "a folder, a GGUF file, a hub name, or smollm2-135m-instruct"
 TARGET = "a run folder, an adapter folder, or a model (folder, GGUF file, hub name, smollm2-135m-instruct)"
 
 
@@ -79,35 +80,26 @@ def _parser() -> argparse.ArgumentParser:
     _eval_words(add("eval", commands.evaluate, "measure loss and exact answers on rows it has not learned"))
     _chat_words(add("chat", commands.chat, "talk to a model"))
 
-    merge = add(
-        "merge",
-        commands.merge,
-        "fold an adapter into its base, as a plain model folder",
-        "The result is float32, and is checked against the adapter.",
-    )
-    merge.add_argument("target", metavar="TARGET", help="a run folder or an adapter folder")
-    merge.add_argument("output", metavar="FOLDER", type=Path, help="a new folder for the model")
-    _model_option(merge)
-
-    _combine_words(
-        add(
-            "combine",
-            commands.combine,
-            "make one LoRA of several, as a weighted sum",
-            "The result is exact unless a smaller rank is asked for; then it says how much is lost.",
-        )
-    )
+    text = "fold an adapter into its base, as a plain model folder"
+    _merge_words(add("merge", commands.merge, text, "The result is float32, and is checked against the adapter."))
+    text = "make one LoRA of several, as a weighted sum"
+    more = "The result is exact unless a smaller rank is asked for; then it says how much is lost."
+    _combine_words(add("combine", commands.combine, text, more))
 
     methods = add("methods", commands.methods, "list the adapter methods, and what each would train on a model")
-    methods.add_argument(
-        "model", metavar="MODEL", nargs="?", default="smollm2-135m-instruct", help="a folder, a GGUF file, or a hub name"
-    )
+    methods.add_argument("model", metavar="MODEL", nargs="?", default="smollm2-135m-instruct", help=MODEL)
     methods.add_argument("--json", action="store_true", help="print one JSON object")
 
     show = add("show", commands.show, "tell what is in a run or adapter folder")
     show.add_argument("target", metavar="FOLDER", type=Path)
     show.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
+
+
+def _merge_words(merge: argparse.ArgumentParser) -> None:
+    merge.add_argument("target", metavar="TARGET", help="a run folder or an adapter folder")
+    merge.add_argument("output", metavar="FOLDER", type=Path, help="a new folder for the model")
+    _model_option(merge)
 
 
 def _combine_words(combine: argparse.ArgumentParser) -> None:

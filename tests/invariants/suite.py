@@ -430,7 +430,7 @@ def I12_saving_twice_gives_the_same_bytes(case: Case) -> None:
 
 @invariant
 def I13_tensors_fit_exactly_or_are_refused(case: Case) -> None:
-    base, adapter = case.based()
+    _, adapter = case.based()
     before = adapter.state()
     name, tensor = next(iter(before.items()))
     for change in (

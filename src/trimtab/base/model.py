@@ -145,7 +145,8 @@ class Base:
         """Raise ArtifactError unless this is the base that `what` was made on, naming the parts that differ."""
         different = [part for part in PARTS if expected.get(part) != self.fingerprint[part]]
         if different:
-            kind = f"{next(iter(self._pristine.values())).dtype}, quantize: {self.quantization}"
+            kind = str(next(iter(self._pristine.values())).dtype)
+            kind += f", quantize: {self.quantization}" if self.quantization != "none" else ""
             raise ArtifactError(
                 f"{what} was trained on another base than {self.source} ({kind}): different {', '.join(different)}. "
                 "Give the base it was trained on, in the number type it was trained on."

@@ -21,8 +21,15 @@ from trimtab.files import read_json, write_json
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "methods.json"
-GRID = {"full": [1e-5, 3e-5, 1e-4, 3e-4]}
+GRID = {
+    "lora": [3e-4, 1e-3, 3e-3], "dora": [3e-4, 1e-3, 3e-3], "miss": [3e-4, 1e-3, 3e-3], "oft": [1e-3, 3e-3, 1e-2],
+    "bottleneck": [3e-4, 1e-3, 3e-3], "full": [3e-5, 1e-4, 3e-4], "ia3": [3e-3, 1e-2, 3e-2, 1e-1],
+    "bitfit": [1e-3, 3e-3, 1e-2, 3e-2], "layernorm": [1e-3, 3e-3, 1e-2, 3e-2], "tokens": [1e-3, 3e-3, 1e-2],
+    "prefix": [3e-4, 1e-3, 3e-3], "ptuning_v2": [1e-3, 3e-3, 1e-2, 3e-2], "prompt": [1e-2, 3e-2, 1e-1, 3e-1],
+    "ptuning": [3e-4, 1e-3, 3e-3, 1e-2],
+}  # fmt: skip
 WIDE = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2]
+"""Learning rates that are tried for a method; the second for one that is new here."""
 EXTRA = {"tokens": {"tokens": ["<|im_start|>", "<|im_end|>"]}}
 """What a method cannot do without."""
 
@@ -102,7 +109,7 @@ def keep(kind: str, word: str, key: str, result: dict[str, Any]) -> None:
 def search(words: list[str], rates: list[float] | None) -> None:
     for word in words:
         for rate in rates or GRID.get(word.partition(":")[0], WIDE):
-            result = run("demo", word, None, None, lr=rate, epochs=0.5)
+            result = run("demo", word, None, None, lr=rate, epochs=0.5, evaluate_every=1000)
             keep("search", word, f"{rate:g}", result if "error" in result else {"held_out_loss": result["held_out_loss"]})
 
 

@@ -7,8 +7,10 @@ import torch
 from families import logprob_alone, perturb
 
 import trimtab
+from invariants.suite import distance, forced, logits
 from trimtab.data import Account, load_examples, make_sequences, pack_all, pack_flat
 from trimtab.engine import generate, pack_logprobs
+from trimtab.methods import Method
 from trimtab.objectives.sft import SFT
 from trimtab.train import TrainConfig, train
 
@@ -59,6 +61,24 @@ def test_cached_decoding_equals_full_passes(smollm2, rows, adapter):
         with torch.no_grad():
             logits = smollm2.model(input_ids=torch.tensor([prompt + answer]), use_cache=False).logits[0]
         assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == answer
+
+
+@pytest.mark.parametrize("name", Method.names())
+def test_64_steps_of_cached_decoding_are_the_forward_pass(name, smollm2, rows):
+    """I21 on the real model, whose logits reach 30 or so: to 1e-5 of that."""
+    method = Method.member(name)(tokens=["<|im_start|>", "<|im_end|>"]) if name == "tokens" else Method.pick(name)
+    adapter = trimtab.attach(smollm2.model, method, sample=trimtab.sample(smollm2, rows))
+    perturb(adapter.parameters(), 1e-3)
+    texts = [(row.ids * 3)[:70] for row in rows[:2]]
+    try:
+        for text, steps in zip(texts, forced(smollm2.model, texts, 6), strict=True):
+            forward = logits(smollm2.model, [text])[5:-1]
+            assert len(steps) == 64
+            assert distance(steps, forward) <= 1e-5
+            with adapter.disabled():
+                assert distance(logits(smollm2.model, [text])[5:-1], forward) > 1e-3
+    finally:
+        adapter.detach()
 
 
 def test_what_training_reads_is_what_a_chat_asks(smollm2):

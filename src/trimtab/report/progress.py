@@ -32,6 +32,8 @@ class Terminal:
         say(
             f"[bold]method[/]  {facts['method']['name']}: {escape(settings)}  ({facts['trainable_parameters']:,} parameters, {share:.2%})"
         )
+        if facts["positions"]:
+            say(f"          its virtual tokens take {facts['positions']:,} positions of every row's context")
         for account in accounts:
             say(f"[bold]data[/]    {escape(str(account))}")
             for where, reason in account.refused[:5]:

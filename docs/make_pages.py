@@ -1,20 +1,26 @@
 """Write what the documents say about the code from the code: python docs/make_pages.py. A test holds them to it.
 
-docs/recipe.md comes from the recipe's own declarations, the tree in README.md from the files' first lines.
+docs/recipe.md comes from the recipe's own declarations, the tree in README.md from the files' first lines, the tables in
+docs/methods.md from the methods and from docs/methods.json, which benchmarks/methods.py measures.
 """
 
 import ast
+import json
 from pathlib import Path
 from typing import Any, get_args
 
+import torch
+import transformers
 from pydantic import BaseModel
 
 from trimtab.methods import Method
 from trimtab.objectives import Objective
 from trimtab.recipe import Recipe
+from trimtab.report.methods import methods_facts
 
 ROOT = Path(__file__).parents[1]
 PAGE, README = ROOT / "docs" / "recipe.md", ROOT / "README.md"
+METHODS, MEASURED = ROOT / "docs" / "methods.md", ROOT / "docs" / "methods.json"
 FLOORS = (
     ("words and pages", ("cli.py", "commands.py", "__main__.py", "__init__.py")),
     ("a run, top to bottom", ("recipe.py", "run.py", "api.py")),
@@ -51,9 +57,91 @@ def tree() -> str:
 
 def readme() -> str:
     """README.md with the tree as it is now."""
-    before, _, rest = README.read_text(encoding="utf-8").partition("<!-- tree -->\n")
-    _, _, after = rest.partition("<!-- end of tree -->\n")
-    return f"{before}<!-- tree -->\n{tree()}<!-- end of tree -->\n{after}"
+    return _filled(README.read_text(encoding="utf-8"), "tree", tree())
+
+
+def methods() -> str:
+    """docs/methods.md with its tables as they are now."""
+    page = METHODS.read_text(encoding="utf-8")
+    for name, table in (("methods", methods_table()), ("measured", measured_table()), ("search", search_table())):
+        page = _filled(page, name, table)
+    return page
+
+
+def _filled(page: str, name: str, content: str) -> str:
+    """A page with other content between two marks."""
+    before, _, rest = page.partition(f"<!-- {name} -->\n")
+    _, _, after = rest.partition(f"<!-- end of {name} -->\n")
+    return f"{before}<!-- {name} -->\n{content}<!-- end of {name} -->\n{after}"
+
+
+def methods_table() -> str:
+    """Each method on a model of SmolLM2-135M's shape."""
+    config = transformers.LlamaConfig(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config)
+    lines = [
+        "| method | | parameters | merges | positions | starts as the base | stages | PEFT |",
+        "|---|---|--:|---|--:|---|---|---|",
+    ]
+    for one in methods_facts(model):
+        said = f"{one['parameters']:,}" if one["parameters"] is not None else one["refused"].rstrip(".")
+        marks = ["yes" if one[key] else "no" for key in ("mergeable", "starts_as_base")]
+        stages = ", ".join(one["objectives"])
+        lines.append(
+            f"| `{one['name']}` | {one['summary']} | {said} | {marks[0]} | {one['positions'] or '–'} | {marks[1]} | {stages} "
+            f"| {one['peft'] or '–'} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def measured_table() -> str:
+    """What benchmarks/methods.py measured, a line a run."""
+    measured = _measured("measured")
+    lines = []
+    for task, title in (("demo", "The demo's task"), ("nl2cmd", "nl2cmd")):
+        lines += [
+            f"**{title}**\n",
+            "| method | parameters | learning rate | tokens/s | peak memory | loss | exact match | ended by itself |",
+            "|---|--:|--:|--:|--:|---|---|--:|",
+        ]
+        lines += [_line(word, tasks[task]) for word, tasks in sorted(measured.items()) if task in tasks]
+        lines.append("")
+    return "\n".join(lines) + "\n"
+
+
+def search_table() -> str:
+    """The held-out loss after half an epoch of the demo's task, for each learning rate that was tried."""
+    lines = ["| method | learning rate: held-out loss |", "|---|---|"]
+    for word, tried in sorted(_measured("search").items()):
+        losses = {rate: one.get("held_out_loss") for rate, one in sorted(tried.items(), key=lambda pair: float(pair[0]))}
+        best = min((loss for loss in losses.values() if loss is not None), default=None)
+        shown = [
+            f"{rate}: {'diverged' if loss is None else f'**{loss:.3f}**' if loss == best else f'{loss:.3f}'}"
+            for rate, loss in losses.items()
+        ]
+        lines.append(f"| `{word}` | {' · '.join(shown)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _measured(kind: str) -> dict[str, Any]:
+    return json.loads(MEASURED.read_text(encoding="utf-8")).get(kind, {}) if MEASURED.exists() else {}
+
+
+def _line(word: str, one: dict[str, Any]) -> str:
+    if "error" in one:
+        return f"| `{word}` | {one['error']} | | | | | | |"
+    low, high = one["loss_interval"]
+    least, most = one["exact_match_interval"]
+    speed = f"{one['tokens_per_s']:.0f}" if "tokens_per_s" in one else "–"
+    memory = f"{one['peak_gb']:.2f} GB" if "peak_gb" in one else "–"
+    return (
+        f"| `{word}` | {one['parameters']:,} | {one['lr']:g} | {speed} | {memory} | {one['loss']:.3f} ({low:.3f} to {high:.3f}) "
+        f"| {one['exact_match']:.1%} ({least:.1%} to {most:.1%}) | {one['stopped']:.0%} |"
+    )
 
 
 def page() -> str:
@@ -110,3 +198,4 @@ def _default(field: Any) -> str:
 if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
     README.write_text(readme(), encoding="utf-8")
+    METHODS.write_text(methods(), encoding="utf-8")

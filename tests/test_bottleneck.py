@@ -215,7 +215,15 @@ def test_it_is_no_change_of_weights():
         layer.merged()
 
 
-@pytest.mark.parametrize("values", [{"width": 0}, {"scale": 0.0}, {"activation": "swish"}, {"kind": "both"}])
+def test_the_width_is_given_or_the_models_divided():
+    assert attach(tiny("llama"), BottleneckAdapter(reduction=8)).layers["model.layers.0.mlp"].down.out_features == 4
+    assert attach(tiny("llama"), BottleneckAdapter(reduction=100)).layers["model.layers.0.mlp"].down.out_features == 1
+    assert attach(tiny("llama"), BottleneckAdapter()).layers["model.layers.0.mlp"].down.out_features == 64
+    with pytest.raises(RecipeError, match="width and reduction are two measures of one thing: give one of them"):
+        BottleneckAdapter(width=4, reduction=8)
+
+
+@pytest.mark.parametrize("values", [{"width": 0}, {"reduction": 0}, {"scale": 0.0}, {"activation": "swish"}, {"kind": "both"}])
 def test_hyperparameters_out_of_range_are_refused(values):
     with pytest.raises(RecipeError, match=f"^{next(iter(values))}: expected "):
         BottleneckAdapter(**values)

@@ -103,6 +103,8 @@ OTHER = {
     "alphas": {"q_proj": 3.0},
     "targets": ["q_proj", "v_proj"],
     "dropout": 0.5,
+    "width": 5,
+    "reduction": 5,
     "rank": 3,
     "text": "Something else",
     "freeze": ["embed_tokens"],

@@ -58,6 +58,8 @@ LAZY = {"__init__.py", "config.py"}
 MOST_LINES_OF_A_FILE = 300
 MOST_LINES_OF_FLOORS_0_TO_4 = 4000
 """With something on them, and of families what everybody reads: see `_core`."""
+MOST_LINES_OF_A_MEMBER = 120
+"""Of a family, with something on them."""
 MOST_LINES_OF_A_FUNCTION = 50
 
 Sources = dict[str, str]
@@ -113,6 +115,11 @@ def violations(sources: Sources) -> list[str]:
             found.append(f"{path}: stands on no floor")
         found += [f"{path}:{line}: {problem}" for line, problem in [*_wrong_imports(path, text, sources), *_unsafe(text, part)]]
         found += [f"{path}:{line}: {problem}" for line, problem in _too_long(text)]
+    found += [
+        f"{path}: a member of {_filled(text)} lines"
+        for path, text in sources.items()
+        if part_of(path) in FAMILIES and not Path(path).stem.startswith("_") and _filled(text) > MOST_LINES_OF_A_MEMBER
+    ]
     found += [f"a circle: {' -> '.join(circle)}" for circle in circles(sources)]
     low = sum(
         map(_filled, (text for path, text in sources.items() if 0 <= floor_of(part_of(path)) <= 4 and _core(path, sources)))
@@ -318,6 +325,7 @@ PLANTED = {
     "a file on no floor": ("helpers.py", "", "stands on no floor"),
     "a folder on no floor": ("utils/__init__.py", "", "stands on no floor"),
     "a file that is too long": ("data/more.py", "x = 1\n" * 301, "has 301 lines"),
+    "a member that is too long": ("methods/new.py", "x = 1\n" * 121, "a member of 121 lines"),
     "a function that is too long": ("data/more.py", "def f():\n" + "    x = 1\n" * 50, "f has 51 lines"),
 }  # fmt: skip
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from trimtab.errors import NotMergeable
@@ -35,12 +35,24 @@ class BottleneckAdapter(Method):
 
     kind: Literal["houlsby", "pfeiffer", "parallel"] = "pfeiffer"
     """After attention and after the MLP, after the MLP alone (half the parameters), or beside the MLP, from what that takes."""
-    width: Annotated[int, Field(ge=1)] = 64
-    """Of the hidden layer."""
+    width: Annotated[int, Field(ge=1)] | None = None
+    """Of the hidden layer; 64 unless `reduction` is given."""
+    reduction: Annotated[int, Field(ge=1)] | None = None
+    """The hidden layer's width as the model's divided by this, instead of `width`."""
     activation: Literal["relu", "gelu", "gelu_tanh", "silu", "tanh"] = "relu"
     """Of the hidden layer; gelu_tanh is gelu's approximation by tanh."""
     scale: Annotated[float, Field(gt=0)] = 1.0
     """What is added is multiplied by this; He et al. advise 4 for parallel."""
+
+    @model_validator(mode="after")
+    def _one_measure(self) -> Self:
+        if self.width is not None and self.reduction is not None:
+            raise ValueError("width and reduction are two measures of one thing: give one of them.")
+        return self
+
+    def width_on(self, size: int) -> int:
+        """Of the hidden layer, on a model of this size."""
+        return self.width or 64 if self.reduction is None else max(1, size // self.reduction)
 
     def places(self, model: nn.Module) -> dict[str, tuple[str, str]]:
         """By the path of an adapted module: its block's, and which of the two places it is there. Raises UnsupportedModel."""
@@ -53,13 +65,13 @@ class BottleneckAdapter(Method):
         return list(self.places(model))
 
     def layer(self, base: nn.Module, path: str) -> "BottleneckLayer":
-        return BottleneckLayer(base, self.width, self.activation, self.scale, beside=self.kind == "parallel")
+        return BottleneckLayer(base, self.width_on(stream_size(base)), self.activation, self.scale, beside=self.kind == "parallel")
 
     def parameter_count(self, model: nn.Module) -> int:
         """layers · (2 · hidden · width + width + hidden), twice that for houlsby."""
         everything = modules(model)
         sizes = [stream_size(everything[path]) for path in self.sites(model)]
-        return sum(2 * size * self.width + self.width + size for size in sizes)
+        return sum((2 * size + 1) * self.width_on(size) + size for size in sizes)
 
     def learning_rate(self, at: Circumstances) -> tuple[float, str]:
         """1e-3 for every model."""
@@ -73,7 +85,8 @@ class BottleneckAdapter(Method):
         """In the layout of the `adapters` library, which PEFT cannot read; but parallel, which that library computes otherwise."""
         if self.kind == "parallel":
             return not_pefts(self.name), tensors
-        return to_hub(model, self.plain(), self.places(model), tensors)
+        width = next(len(tensor) for name, tensor in tensors.items() if name.endswith("down.bias"))
+        return to_hub(model, {**self.plain(), "width": width}, self.places(model), tensors)
 
     @classmethod
     def from_peft(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[Self, dict[str, Tensor]]:

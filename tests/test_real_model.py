@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 from families import logprob_alone, perturb
+from invariants.suite import distance, forced, logits
 
 import trimtab
-from invariants.suite import distance, forced, logits
 from trimtab.data import Account, load_examples, make_sequences, pack_all, pack_flat
 from trimtab.engine import generate, pack_logprobs
 from trimtab.methods import Method

@@ -6,7 +6,7 @@ What holds within a block is kept in a context variable, so that threads and tas
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,11 +33,15 @@ class Routing:
 
     def __init__(self, owners: Sequence[Switch | None]) -> None:
         self.owners = owners
+        self._found: dict[Any, Tensor] = {}  # every layer asks the same
 
     def tokens(self, owner: Switch | None, among: set[Switch], device: torch.device) -> Tensor:
         """The numbers of an owner's tokens; for None, of those whose owner is not `among` these."""
-        chosen = [n for n, one in enumerate(self.owners) if one is owner or (owner is None and one not in among)]
-        return torch.tensor(chosen, dtype=torch.long, device=device)
+        asked = (owner, device, None if owner else frozenset(among))
+        if asked not in self._found:
+            chosen = [n for n, one in enumerate(self.owners) if one is owner or (owner is None and one not in among)]
+            self._found[asked] = torch.tensor(chosen, dtype=torch.long, device=device)
+        return self._found[asked]
 
     def select(self, tokens: Sequence[int]) -> "Routing":
         """The same for some of the tokens."""

@@ -65,7 +65,9 @@ class BottleneckAdapter(Method):
         return list(self.places(model))
 
     def layer(self, base: nn.Module, path: str) -> "BottleneckLayer":
-        return BottleneckLayer(base, self.width_on(stream_size(base)), self.activation, self.scale, beside=self.kind == "parallel")
+        return BottleneckLayer(
+            base, self.width_on(stream_size(base)), self.activation, self.scale, beside=self.kind == "parallel"
+        )
 
     def parameter_count(self, model: nn.Module) -> int:
         """layers · (2 · hidden · width + width + hidden), twice that for houlsby."""

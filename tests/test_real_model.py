@@ -10,11 +10,18 @@ from invariants.suite import distance, forced, logits
 import trimtab
 from trimtab.data import Account, load_examples, make_sequences, pack_all, pack_flat
 from trimtab.engine import generate, pack_logprobs
-from trimtab.methods import Method
+from trimtab.methods import Method, activate
 from trimtab.objectives.sft import SFT
 from trimtab.train import TrainConfig, train
 
 DEMO = Path(__file__).parents[1] / "demo"
+SMALL = {
+    "tokens": {"tokens": ["<|im_start|>", "<|im_end|>"]},
+    "dora": {"targets": ("q_proj", "v_proj")},
+    "oft": {"targets": ("q_proj", "v_proj")},
+    "full": {"targets": ("layers.3", "norm")},
+}
+"""For methods that need to be told something, or take seconds a step on all of the model."""
 
 
 @pytest.fixture(scope="module")
@@ -63,22 +70,27 @@ def test_cached_decoding_equals_full_passes(smollm2, rows, adapter):
         assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == answer
 
 
-@pytest.mark.parametrize("name", Method.names())
-def test_64_steps_of_cached_decoding_are_the_forward_pass(name, smollm2, rows):
-    """I21 on the real model, whose logits reach 30 or so: to 1e-5 of that."""
-    method = Method.member(name)(tokens=["<|im_start|>", "<|im_end|>"]) if name == "tokens" else Method.pick(name)
-    adapter = trimtab.attach(smollm2.model, method, sample=trimtab.sample(smollm2, rows))
-    perturb(adapter.parameters(), 1e-3)
-    texts = [(row.ids * 3)[:70] for row in rows[:2]]
+def test_64_steps_of_cached_decoding_are_the_forward_pass_for_every_method(smollm2, rows):
+    """I21 on the real model, whose logits reach 30 or so: to 1e-5 of that. A row for each method, all in one batch."""
+    adapters = []
+    text = (rows[0].ids * 3)[:70]
     try:
-        for text, steps in zip(texts, forced(smollm2.model, texts, 6), strict=True):
+        for name in Method.names():
+            method = Method.member(name)(**SMALL.get(name, {}))
+            adapters.append(trimtab.attach(smollm2.model, method, name=name, sample=trimtab.sample(smollm2, rows)))
+            perturb(adapters[-1].parameters(), 1e-3)
+        activate(smollm2.model)
+        plain = logits(smollm2.model, [text])[5:-1]
+        steps = forced(smollm2.model, [text] * len(adapters), 6, owners=Method.names())
+        for name, cached in zip(Method.names(), steps, strict=True):
+            activate(smollm2.model, name)
             forward = logits(smollm2.model, [text])[5:-1]
-            assert len(steps) == 64
-            assert distance(steps, forward) <= 1e-5
-            with adapter.disabled():
-                assert distance(logits(smollm2.model, [text])[5:-1], forward) > 1e-3
+            assert len(cached) == 64
+            assert distance(cached, forward) <= 1e-5, name
+            assert distance(plain, forward) > 1e-3, name
     finally:
-        adapter.detach()
+        for adapter in adapters:
+            adapter.detach()
 
 
 def test_what_training_reads_is_what_a_chat_asks(smollm2):

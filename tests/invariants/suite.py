@@ -25,7 +25,8 @@ from trimtab.engine.forward import hidden_states
 from trimtab.engine.head import head_of
 from trimtab.engine.layouts import Cache, DecodeLayout, PackLayout, PrefillLayout
 from trimtab.errors import ArtifactError, NotMergeable, RecipeError, TrimtabError
-from trimtab.methods import Attached, Method, Sample, active, adapters, attach, combine
+from trimtab.methods import Attached, Method, Routing, Sample, active, adapters, attach, combine, routed
+from trimtab.methods._attach import switch_of
 from trimtab.objectives.sft import SFT
 from trimtab.train import TrainConfig, train
 
@@ -85,19 +86,25 @@ def logits(model: Any, rows: list[list[int]] | None = None) -> Tensor:
 
 
 @torch.no_grad()
-def forced(model: Any, rows: list[list[int]], given: int) -> list[Tensor]:
-    """Logits of each row's tokens from `given` on, decoded from a cache with the row's own tokens put in: teacher forcing."""
+def forced(model: Any, rows: list[list[int]], given: int, owners: list[str] | None = None) -> list[Tensor]:
+    """Logits of each row's tokens from `given` on, decoded from a cache with the row's own tokens put in: teacher forcing.
+
+    owners: the adapter that answers each row, if each has its own.
+    """
+    routing = Routing([switch_of(model, owner) for owner in owners]) if owners else None
     prompts = [row[:given] for row in rows]
     ends = torch.tensor([given] * len(rows)).cumsum(0).tolist()
     cache = Cache()
     layout = PrefillLayout(tuple(Segment(end - given, end, -1) for end in ends), cache)
     ids, positions = torch.tensor([i for prompt in prompts for i in prompt]), torch.arange(given).repeat(len(rows))
-    hidden = hidden_states(model, ids, positions, layout)[torch.tensor(ends) - 1]
-    head, steps = head_of(model), []
+    with routed(routing.select([n for n in range(len(rows)) for _ in range(given)]) if routing else None):
+        hidden = hidden_states(model, ids, positions, layout)[torch.tensor(ends) - 1]
+    steps = []
     for step in range(given, min(map(len, rows))):
-        steps.append(head.logits(hidden))
         decode = DecodeLayout(cache)
-        hidden = hidden_states(model, torch.tensor([row[step] for row in rows]), cache.lengths, decode)
+        with routed(routing):
+            steps.append(head_of(model).logits(hidden))
+            hidden = hidden_states(model, torch.tensor([row[step] for row in rows]), cache.lengths, decode)
         decode.advance()
     return [torch.stack([step[n] for step in steps]) for n in range(len(rows))]
 

@@ -23,8 +23,8 @@ class PTuningV2(KeysValuesTuning):
         return self.tokens * attention_shape(model).numbers
 
     def learning_rate(self, at: Circumstances) -> tuple[float, str]:
-        """3e-3, by a small search: see docs/methods.md."""
-        return 3e-3, "3e-3"
+        """3e-2, by a small search: see docs/methods.md."""
+        return 3e-2, "3e-2"
 
 
 class DirectPrefix(PrefixLayer):

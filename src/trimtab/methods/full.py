@@ -51,8 +51,8 @@ class Full(Method):
         return count(model, self.sites(model))
 
     def learning_rate(self, at: Circumstances) -> tuple[float, str]:
-        """5e-5, by a small search: see docs/methods.md."""
-        return 5e-5, "5e-5"
+        """1e-4, by a small search: see docs/methods.md."""
+        return 1e-4, "1e-4"
 
     def to_peft(self, model: nn.Module, tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return not_pefts(self.name), tensors

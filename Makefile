@@ -33,7 +33,7 @@ check: $(READY)  ## formatting, lint, types
 	$(BIN)/mypy
 
 test: check  ## everything that has to hold; what CI runs
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist worksteal
 
 demo: $(READY)  ## fine-tune a real model on a small task and show what it gained (under 5 minutes on 2 cores)
 	rm -rf runs/demo

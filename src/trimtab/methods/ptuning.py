@@ -43,8 +43,8 @@ class PTuning(Prompts):
         return self.tokens * w + lstm + (read + 1) * w + (w + 1) * d if w else self.tokens * d
 
     def learning_rate(self, at: Circumstances) -> tuple[float, str]:
-        """1e-3, by a small search: see docs/methods.md."""
-        return 1e-3, "1e-3"
+        """3e-4, by a small search: see docs/methods.md."""
+        return 3e-4, "3e-4"
 
 
 class MadePrompt(PromptLayer):

@@ -171,9 +171,8 @@ def _train(run: Run, recipe: Recipe, base: Base, adapter: Attached, data: Loaded
             run.log(kind="train", step=step.number, **_step_line(step))
             watch.stepped(step, len(steps))
             if step.number % every == 0 or step.number == len(steps):
-                if (
-                    not done.last and not recipe.method.new_tokens
-                ):  # the base's loss, to compare with; measured now, so that training starts at once
+                # The base's loss, to compare with; measured now, so that training starts at once.
+                if not done.last and not recipe.method.new_tokens:
                     with adapter.disabled():
                         _evaluate(run, base, data, 0, recipe, watch)
                 scored = _evaluate(run, base, data, step.number, recipe, watch)

@@ -52,7 +52,9 @@ class BottleneckAdapter(Method):
 
     def width_on(self, size: int) -> int:
         """Of the hidden layer, on a model of this size."""
-        return self.width or 64 if self.reduction is None else max(1, size // self.reduction)
+        if self.reduction is not None:
+            return max(1, size // self.reduction)
+        return self.width or 64
 
     def places(self, model: nn.Module) -> dict[str, tuple[str, str]]:
         """By the path of an adapted module: its block's, and which of the two places it is there. Raises UnsupportedModel."""

@@ -166,6 +166,20 @@ def test_prompts_of_every_method_decoded_together_say_what_each_says_alone(every
     assert [said[: len(short)] for said, short in zip(together, free, strict=True)] == free
 
 
+@pytest.mark.parametrize("family", ["qwen3", "gemma3"])
+def test_tokens_are_told_from_heads_where_there_are_as_many(family):
+    """Norms of queries take T H K or H T K. A row's last token is not computed, so 4 tokens meet 4 heads."""
+    model = tiny(family, torch.float64)
+    adapter = attached(model, method_of("layernorm"), "layernorm")
+    rows = [Sequence(ids, [len(ids) - 1], f"row:{n}") for n, ids in enumerate(random_rows(3, 3))]
+    owners = ["layernorm", None]
+    mixed = pack_logprobs(model, pack_flat(rows), owners)
+    for row, owner, got in zip(rows, owners, mixed, strict=True):
+        with active(model, *filter(None, [owner])):
+            torch.testing.assert_close(got, logprob_alone(model, row.ids, row.learned), rtol=1e-8, atol=1e-8)
+    adapter.detach()
+
+
 def test_a_routing_that_forgets_which_row_is_whose_is_noticed(everything, monkeypatch):
     from trimtab.methods import Routing
 

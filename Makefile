@@ -35,7 +35,7 @@ check: $(READY)  ## formatting, lint, types
 test: check  ## everything that has to hold; what CI runs
 	$(BIN)/pytest -n 2 --dist worksteal
 
-demo: $(READY)  ## fine-tune a real model on a small task and show what it gained (under 5 minutes on 2 cores)
+demo: $(READY)  ## fine-tune a real model on a small task and show what it gained (about 5 minutes on 2 cores)
 	rm -rf runs/demo
 	$(BIN)/trimtab train demo/recipe.yaml
 	@echo

@@ -2,18 +2,22 @@
 
     python benchmarks/methods.py search  [METHOD ...]               # the demo task, half an epoch, a grid of learning rates each
     python benchmarks/methods.py measure [METHOD ...] --nl2cmd FOLDER   # the demo task and nl2cmd, with each method's defaults
+    python benchmarks/methods.py speed   [METHOD ...]               # tokens/s and memory: a quarter of an epoch, one run at a time
 
-A METHOD may carry settings: `lora:rank=8,init=pissa`. Every run is a process of its own. Results are added to
-docs/methods.json, which `make docs` turns into the table. Times count only on an otherwise idle machine: `--quiet` says
-that it is one, and tokens/s and memory are kept from such runs alone.
+A METHOD may carry settings: `lora:rank=8,init=pissa`. Every run is a process of its own; `--jobs N` runs N of them at a
+time, each on its share of the cores, for quality does not depend on it. `speed` wants an otherwise idle machine. Results
+are added to docs/methods.json, which `make docs` turns into the table.
 """
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
 import tempfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +36,10 @@ WIDE = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2]
 """Learning rates that are tried for a method; the second for one that is new here."""
 EXTRA = {"tokens": {"tokens": ["<|im_start|>", "<|im_end|>"]}}
 """What a method cannot do without."""
+SPEED = ("tokens_per_s", "peak_gb")
+"""What depends on the machine."""
+KEEPING = threading.Lock()
+"""Held while a result is written."""
 
 
 def settings_of(word: str) -> dict[str, Any]:
@@ -85,42 +93,45 @@ def one(path: str) -> None:
     print(json.dumps(result))
 
 
-def run(task: str, word: str, test: str | None, nl2cmd: Path | None, **train: Any) -> dict[str, Any]:
+def run(task: str, word: str, test: str | None, nl2cmd: Path | None, jobs: int, **train: Any) -> dict[str, Any]:
     """One run in a process of its own; what it gave, or the error that it ended with."""
+    threads = max(1, len(os.sched_getaffinity(0)) // jobs)
     with tempfile.TemporaryDirectory() as folder:
         recipe = Path(folder) / "recipe.yaml"
         recipe.write_text(json.dumps(recipe_of(task, settings_of(word), Path(folder) / "run", nl2cmd, **train)))
         asked = Path(folder) / "asked.json"
         asked.write_text(json.dumps({"recipe": str(recipe), "test": test}))
-        done = subprocess.run([sys.executable, __file__, "one", str(asked)], capture_output=True, text=True, check=False)
+        command = [sys.executable, __file__, "one", str(asked)]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         return {"error": (done.stderr.strip().splitlines() or ["?"])[-1]}
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def keep(kind: str, word: str, key: str, result: dict[str, Any]) -> None:
-    results = read_json(RESULTS) if RESULTS.exists() else {}
-    results.setdefault(kind, {}).setdefault(word, {})[key] = result
-    write_json(RESULTS, results)
-    shown = {k: round(v, 5) if isinstance(v, float) else v for k, v in result.items()}
-    print(f"{kind} {word} {key}: {json.dumps(shown)}", flush=True)
+    with KEEPING:
+        results = read_json(RESULTS) if RESULTS.exists() else {}
+        results.setdefault(kind, {}).setdefault(word, {})[key] = result
+        write_json(RESULTS, results)
+        shown = {k: round(v, 5) if isinstance(v, float) else v for k, v in result.items()}
+        print(f"{kind} {word} {key}: {json.dumps(shown)}", flush=True)
 
 
-def search(words: list[str], rates: list[float] | None) -> None:
-    for word in words:
-        for rate in rates or GRID.get(word.partition(":")[0], WIDE):
-            result = run("demo", word, None, None, lr=rate, epochs=0.5, evaluate_every=1000)
-            keep("search", word, f"{rate:g}", result if "error" in result else {"held_out_loss": result["held_out_loss"]})
+def search(word: str, rate: float, jobs: int) -> None:
+    result = run("demo", word, None, None, jobs, lr=rate, epochs=0.5, evaluate_every=1000)
+    keep("search", word, f"{rate:g}", result if "error" in result else {"held_out_loss": result["held_out_loss"]})
 
 
-def measure(words: list[str], tasks: list[str], nl2cmd: Path | None, quiet: bool) -> None:
-    for word in words:
-        for task in tasks:
-            test = ROOT / "demo" / "test.jsonl" if task == "demo" else (nl2cmd or Path()) / "nl2cmd_test.jsonl"
-            result = run(task, word, str(test), nl2cmd)
-            if not quiet:
-                result = {key: value for key, value in result.items() if key not in ("tokens_per_s", "peak_gb")}
-            keep("measured", word, task, result)
+def measure(word: str, task: str, nl2cmd: Path | None, jobs: int) -> None:
+    test = ROOT / "demo" / "test.jsonl" if task == "demo" else (nl2cmd or Path()) / "nl2cmd_test.jsonl"
+    result = run(task, word, str(test), nl2cmd, jobs)
+    keep("measured", word, task, {key: value for key, value in result.items() if key not in SPEED})
+
+
+def speed(word: str) -> None:
+    result = run("demo", word, None, None, 1, epochs=0.25, evaluate_every=1000)
+    keep("measured", word, "speed", result if "error" in result else {key: result[key] for key in SPEED})
 
 
 def main() -> None:
@@ -129,17 +140,27 @@ def main() -> None:
     if sys.argv[1:2] == ["one"]:
         return one(sys.argv[2])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["search", "measure"])
+    parser.add_argument("what", choices=["search", "measure", "speed"])
     parser.add_argument("methods", nargs="*", metavar="METHOD")
     parser.add_argument("--rates", nargs="+", type=float)
     parser.add_argument("--tasks", nargs="+", choices=["demo", "nl2cmd"], default=["demo", "nl2cmd"])
     parser.add_argument("--nl2cmd", type=Path, help="the folder with nl2cmd_train.jsonl and nl2cmd_test.jsonl")
-    parser.add_argument("--quiet", action="store_true", help="nothing else runs on this machine")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (search and measure)")
     arguments = parser.parse_args()
-    words = arguments.methods or Method.names()
-    if arguments.what == "search":
-        return search(words, arguments.rates)
-    return measure(words, arguments.tasks, arguments.nl2cmd, arguments.quiet)
+    words, jobs = arguments.methods or Method.names(), arguments.jobs
+    if arguments.what == "speed":
+        for word in words:
+            speed(word)
+        return None
+    with ThreadPoolExecutor(jobs) as pool:
+        if arguments.what == "search":
+            pairs = [(word, rate) for word in words for rate in arguments.rates or GRID.get(word.partition(":")[0], WIDE)]
+            done = [pool.submit(search, word, rate, jobs) for word, rate in pairs]
+        else:
+            pairs = [(word, task) for task in arguments.tasks for word in words]
+            done = [pool.submit(measure, word, task, arguments.nl2cmd, jobs) for word, task in pairs]
+        for each in done:
+            each.result()
 
 
 if __name__ == "__main__":

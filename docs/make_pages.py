@@ -99,18 +99,22 @@ def methods_table() -> str:
 
 
 def measured_table() -> str:
-    """What benchmarks/methods.py measured, a line a run."""
-    measured = _measured("measured")
-    lines = []
+    """What benchmarks/methods.py measured: cost, then each task, a line a method."""
+    measured = sorted(_measured("measured").items())
+    lines = ["**Cost**\n", "| method | parameters | learning rate | tokens/s | peak memory |", "|---|--:|--:|--:|--:|"]
+    for word, tasks in measured:
+        if "error" not in tasks.get("demo", {"error": ""}) and "error" not in tasks.get("speed", {"error": ""}):
+            one = tasks["demo"] | tasks["speed"]
+            cost = f"{one['tokens_per_s']:.0f} | {one['peak_gb']:.2f} GB"
+            lines.append(f"| `{word}` | {one['parameters']:,} | {one['lr']:g} | {cost} |")
     for task, title in (("demo", "The demo's task"), ("nl2cmd", "nl2cmd")):
         lines += [
-            f"**{title}**\n",
-            "| method | parameters | learning rate | tokens/s | peak memory | loss | exact match | ended by itself |",
-            "|---|--:|--:|--:|--:|---|---|--:|",
+            f"\n**{title}**\n",
+            "| method | held-out loss | test loss | exact match | ended by itself |",
+            "|---|--:|---|---|--:|",
         ]
-        lines += [_line(word, tasks[task]) for word, tasks in sorted(measured.items()) if task in tasks]
-        lines.append("")
-    return "\n".join(lines) + "\n"
+        lines += [_line(word, tasks[task]) for word, tasks in measured if task in tasks]
+    return "\n".join(lines) + "\n\n"
 
 
 def search_table() -> str:
@@ -133,13 +137,11 @@ def _measured(kind: str) -> dict[str, Any]:
 
 def _line(word: str, one: dict[str, Any]) -> str:
     if "error" in one:
-        return f"| `{word}` | {one['error']} | | | | | | |"
+        return f"| `{word}` | {one['error']} | | | |"
     low, high = one["loss_interval"]
     least, most = one["exact_match_interval"]
-    speed = f"{one['tokens_per_s']:.0f}" if "tokens_per_s" in one else "–"
-    memory = f"{one['peak_gb']:.2f} GB" if "peak_gb" in one else "–"
     return (
-        f"| `{word}` | {one['parameters']:,} | {one['lr']:g} | {speed} | {memory} | {one['loss']:.3f} ({low:.3f} to {high:.3f}) "
+        f"| `{word}` | {one['held_out_loss']:.4f} | {one['loss']:.4f} ({low:.4f} to {high:.4f}) "
         f"| {one['exact_match']:.1%} ({least:.1%} to {most:.1%}) | {one['stopped']:.0%} |"
     )
 

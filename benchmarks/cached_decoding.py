@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import trimtab
-from trimtab.data import Segment
+from trimtab.data import Segment, lay_out
 from trimtab.engine.forward import hidden_states
 from trimtab.engine.head import head_of
 from trimtab.engine.layouts import Cache, DecodeLayout, PackLayout, PrefillLayout
@@ -33,7 +33,7 @@ METHODS = {"lora": {"rank": 8}, "prefix": {"width": 64}, "ptuning_v2": {}, "prom
 def of_trimtab(model: Any, prompt: list[int], steps: int) -> tuple[list[int], Tensor]:
     """Greedy tokens from Trimtab's cache, and each step's logits."""
     cache, head = Cache(), head_of(model)
-    layout = PrefillLayout((Segment(0, len(prompt), -1),), cache)
+    layout = PrefillLayout(lay_out([prompt]), cache)
     hidden = hidden_states(model, torch.tensor(prompt), torch.arange(len(prompt)), layout)[-1:]
     ids, logits = list(prompt), []
     for _ in range(steps):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from families import FAMILIES, perturb, random_rows, tiny
 
-from trimtab.engine import generate, layouts, stream_tokens
+from trimtab.engine import decode, generate, layouts, stream_tokens
 from trimtab.engine.decode import _groups
 from trimtab.methods import attach
 from trimtab.methods.lora import LoRA
@@ -31,6 +31,20 @@ def by_full_passes(model, prompt, count):
 def test_cached_batches_equal_full_passes_one_by_one(family):
     model = adapted(family)
     assert generate(model, PROMPTS, [], max_new_tokens=40) == [by_full_passes(model, p, 40) for p in PROMPTS]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompts_that_begin_alike_are_prefilled_once(family, monkeypatch):
+    model = adapted(family)
+    head, one, two = random_rows(12, 8, 4, seed=3)
+    prompts = [head + one + two, head, head + one, head + two, head + two, two]
+    computed = []
+    forward = decode.hidden_states
+    monkeypatch.setattr(
+        decode, "hidden_states", lambda model, ids, *rest: computed.append(len(ids)) or forward(model, ids, *rest)
+    )
+    assert generate(model, prompts, [], max_new_tokens=12) == [by_full_passes(model, p, 12) for p in prompts]
+    assert computed[0] == 12 + 8 + 4 + 4 + 4 + 4  # sharing the last four would not be worth a segment
 
 
 def test_a_cache_that_forgets_is_noticed(monkeypatch):

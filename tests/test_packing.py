@@ -6,7 +6,7 @@ import transformers
 from families import FAMILIES, logprob_alone, perturb, random_rows, tiny
 
 from trimtab import attention
-from trimtab.data import Pack, Segment, pack_all, pack_flat
+from trimtab.data import Pack, Segment, pack_all, pack_flat, pack_tree
 from trimtab.data.example import Sequence
 from trimtab.engine import check_packing, layouts, pack_logprobs
 from trimtab.engine.forward import hidden_states
@@ -94,6 +94,40 @@ def test_a_tree_of_segments_equals_its_paths_as_flat_rows(family):
         torch.autograd.grad(shared @ weights, parameters), torch.autograd.grad(flat @ weights, parameters), strict=True
     ):
         assert relative(ours, reference) < TOLERANCE[family]
+
+
+def forked():
+    """Rows that begin alike, to different depths; one the beginning of another, two the same, one apart; learned from inside
+    what they share, too."""
+    head, one, two, three, apart = random_rows(10, 9, 8, 5, 7, seed=2)
+    rows = [head + one + two, head + one + three, head + one, head + three, head + three, apart, head + one[:2] + two]
+    starts = [12, 4, 10, 11, 2, 3, 8]
+    return [Sequence(ids, list(range(s, len(ids))), f"fork:{n}") for n, (ids, s) in enumerate(zip(rows, starts, strict=True))]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_computing_what_rows_begin_with_once_changes_no_loss_and_no_gradient(family):
+    model, adapter = adapted(family)
+    parameters, rows = list(adapter.parameters().values()), forked()
+    flat, tree = pack_flat(rows), pack_tree(rows)
+    assert len(tree.ids) < 0.5 * len(flat.ids)
+    weights = torch.linspace(-1, 2, len(rows), dtype=torch.float64)
+    ours, reference = pack_logprobs(model, tree), pack_logprobs(model, flat)
+    assert relative(ours, reference) < TOLERANCE[family]
+    for shared, alone in zip(
+        torch.autograd.grad(ours @ weights, parameters), torch.autograd.grad(reference @ weights, parameters), strict=True
+    ):
+        assert relative(shared, alone) < TOLERANCE[family]
+
+
+def test_a_shared_beginning_that_is_not_seen_is_noticed(monkeypatch):
+    """The negative control."""
+    model, _ = adapted("gpt2")
+    rows = forked()
+    reference = pack_logprobs(model, pack_flat(rows))
+    assert relative(pack_logprobs(model, pack_tree(rows)), reference) < 1e-10
+    monkeypatch.setattr(layouts.PackLayout, "paths", property(lambda self: [[n] for n in range(len(self.segments))]))
+    assert relative(pack_logprobs(model, pack_tree(rows)), reference) > 1e-3
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from trimtab.base import Base
 from trimtab.base.fingerprint import own_weights, weights_hash
-from trimtab.data import Segment, pack_all, pack_flat
+from trimtab.data import Pack, Segment, lay_out, pack_all, pack_flat, pack_tree
 from trimtab.data.example import Sequence
 from trimtab.deploy import load_adapter, merge, save_adapter
 from trimtab.engine import generate, pack_logprobs
@@ -38,6 +38,14 @@ ROWS = [
     Sequence(ids, list(range(start, len(ids))), f"row:{n}", len(ids))
     for n, (ids, start) in enumerate(zip(random_rows(9, 14, 3, 11, 6, 8, 12, 5), (7, 2, 2, 1, 5, 3, 11, 4), strict=True))
 ]
+_SHARED = random_rows(10, seed=6)[0]
+FORKED = [
+    Sequence(_SHARED + rest, list(range(start, 10 + len(rest))), f"forked:{n}", 10 + len(rest))
+    for n, (rest, start) in enumerate(zip(
+        [ROWS[1].ids, ROWS[1].ids[:9] + ROWS[3].ids, ROWS[4].ids, ROWS[1].ids[:9], ROWS[4].ids], (12, 9, 2, 11, 13), strict=True
+    ))
+] + ROWS[:2]  # fmt: skip
+"""Five rows that begin alike, two of them further, one the beginning of another, two the same; and two others."""
 FLAT = TrainConfig(schedule="constant", warmup=0.0, clip=None)
 
 INVARIANTS: dict[str, Callable[["Case"], None]] = {}
@@ -93,12 +101,11 @@ def forced(model: Any, rows: list[list[int]], given: int, owners: list[str] | No
     """
     routing = Routing([switch_of(model, owner) for owner in owners]) if owners else None
     prompts = [row[:given] for row in rows]
-    ends = torch.tensor([given] * len(rows)).cumsum(0).tolist()
-    cache = Cache()
-    layout = PrefillLayout(tuple(Segment(end - given, end, -1) for end in ends), cache)
-    ids, positions = torch.tensor([i for prompt in prompts for i in prompt]), torch.arange(given).repeat(len(rows))
+    tree, cache = lay_out(prompts, share=owners is None), Cache()
+    ids, positions = torch.tensor(tree.ids), torch.tensor(tree.positions)
     with routed(routing.select([n for n in range(len(rows)) for _ in range(given)]) if routing else None):
-        hidden = hidden_states(model, ids, positions, layout)[torch.tensor(ends) - 1]
+        hidden = hidden_states(model, ids, positions, PrefillLayout(tree, cache))
+    hidden = hidden[[tree.segments[leaf].end - 1 for leaf in tree.leaves]]
     steps = []
     for step in range(given, min(map(len, rows))):
         decode = DecodeLayout(cache)
@@ -114,13 +121,19 @@ def distance(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max() / b.abs().max().clamp_min(1e-30))
 
 
-def gradients(model: nn.Module, adapter: Attached, rows: list[Sequence], cut: list[int]) -> dict[str, Tensor]:
+def gradients(
+    model: nn.Module,
+    adapter: Attached,
+    rows: list[Sequence],
+    cut: list[int],
+    pack: Callable[[list[Sequence]], Pack] = pack_flat,
+) -> dict[str, Tensor]:
     """Of the loss over all rows, cut into packs of these sizes."""
     for parameter in adapter.parameters().values():
         parameter.grad = None
     ends = torch.tensor(cut).cumsum(0).tolist()
     for end, size in zip(ends, cut, strict=True):
-        (-pack_logprobs(model, pack_flat(rows[end - size : end])).sum() / sum(len(row.learned) for row in rows)).backward()
+        (-pack_logprobs(model, pack(rows[end - size : end])).sum() / sum(len(row.learned) for row in rows)).backward()
     return {name: p.grad.clone() for name, p in adapter.parameters().items() if p.grad is not None}
 
 
@@ -344,6 +357,9 @@ def I23_the_cut_into_packs_does_not_change_gradients(case: Case) -> None:
     for cut in ([4, 4], [1] * 8, [5, 1, 2]):
         for name, gradient in gradients(base.model, adapter, ROWS, cut).items():
             assert distance(gradient, whole[name]) <= bound, f"{name}, cut {cut}"
+    flat = gradients(base.model, adapter, FORKED, [7])
+    for name, gradient in gradients(base.model, adapter, FORKED, [7], pack_tree).items():
+        assert distance(gradient, flat[name]) <= bound, f"{name}, what rows begin with computed once"
 
 
 @invariant

@@ -104,6 +104,7 @@ BROKEN = {
     "I21 in the prefix": ("ptuning_v2", NO_PREFIX),
     "I22": ("lora", LEAK),
     "I23": ("lora", (suite, "pack_logprobs", lambda model, pack: _logprobs(model, pack) / len(pack.sequences))),
+    "I23 in a tree": ("lora", (layouts.PackLayout, "paths", property(lambda self: [[n] for n in range(len(self.segments))]))),
     "I24": ("lora", (LoRALayer, "adapt", _unlike)),
     "I25": ("lora", (layouts, "causal", lambda q, k, *_: torch.ones(q, k, dtype=torch.bool))),
     "I26": ("lora", (torch, "promote_types", lambda one, other: one)),

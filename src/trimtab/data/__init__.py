@@ -4,9 +4,11 @@ from trimtab.data.example import Account, Conversation, Example, Refusal, Sequen
 from trimtab.data.labels import make_sequences, prompt_of
 from trimtab.data.load import DataConfig, Loaded, held_out_examples, load_data, load_examples
 from trimtab.data.order import plan_steps
-from trimtab.data.pack import Pack, Segment, pack_all, pack_flat
+from trimtab.data.pack import Pack, pack_all, pack_flat, pack_tree
+from trimtab.data.tree import Segment, Tree, lay_out
 
 __all__ = [
     "Account", "Conversation", "DataConfig", "Example", "Loaded", "Pack", "Refusal", "Segment", "Sequence", "Text",
-    "held_out_examples", "load_data", "load_examples", "make_sequences", "pack_all", "pack_flat", "plan_steps", "prompt_of",
+    "Tree", "held_out_examples", "lay_out", "load_data", "load_examples", "make_sequences", "pack_all", "pack_flat", "pack_tree",
+    "plan_steps", "prompt_of",
 ]  # fmt: skip

@@ -1,26 +1,13 @@
-"""Sequences laid out without padding: a pack is a flat run of tokens and a tree of segments.
-
-A token sees its own segment up to itself, and all of the segment's ancestors. A sequence is a path from a root to a
-leaf; rows with nothing in common are a forest of single segments. Nothing here or above knows how attention does that.
-"""
+"""Packs: the micro-batches that are computed, without padding, and without what several of their sequences begin with twice."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from trimtab.data.example import Sequence
-
-
-class Segment(NamedTuple):
-    """Tokens `start:end` of a pack, seen by their descendants."""
-
-    start: int
-    end: int
-    parent: int
-    """Index of the parent segment, which comes earlier in the list; -1 for a root."""
+from trimtab.data.tree import WORTH, Segment, alphabetical, lay_out, shared_length
 
 
 @dataclass(frozen=True)
@@ -58,45 +45,66 @@ class Pack:
 
 
 def pack_flat(sequences: Iterable[Sequence]) -> Pack:
-    """Sequences side by side, each a segment of its own. The last token predicts nothing and is left out."""
-    sequences = tuple(sequences)
-    ids: list[int] = []
-    positions: list[int] = []
-    segments: list[Segment] = []
+    """Sequences side by side in their order, each a segment of its own: what rows of different adapters need."""
+    return _pack(tuple(sequences), share=False)
+
+
+def pack_tree(sequences: Iterable[Sequence]) -> Pack:
+    """Sequences as a tree: what several begin with is computed once. The same in every other respect."""
+    return _pack(tuple(sequences), share=True)
+
+
+def _pack(sequences: tuple[Sequence, ...], share: bool) -> Pack:
+    tree = lay_out([sequence.ids[:-1] for sequence in sequences], share=share)  # a last token predicts nothing
     targets: list[tuple[int, int, int]] = []
     for number, sequence in enumerate(sequences):
-        start, read = len(ids), sequence.ids[:-1]
-        ids += read
-        positions += range(len(read))
-        segments.append(Segment(start, len(ids), -1))
-        targets += [(start + t - 1, sequence.ids[t], number) for t in sequence.learned]
+        places = tree.places(number)
+        targets += [(places[t - 1], sequence.ids[t], number) for t in sequence.learned]
     at, token, of = torch.tensor(targets, dtype=torch.long).reshape(-1, 3).T
-    return Pack(
-        torch.tensor(ids),
-        torch.tensor(positions),
-        tuple(segments),
-        at.contiguous(),
-        token.contiguous(),
-        of.contiguous(),
-        sequences,
-    )
+    ids, positions = torch.tensor(tree.ids), torch.tensor(tree.positions)
+    return Pack(ids, positions, tree.segments, at.contiguous(), token.contiguous(), of.contiguous(), sequences)
 
 
 def pack_all(sequences: Iterable[Sequence], tokens: int) -> list[Pack]:
-    """Sequences as few packs of at most `tokens` tokens (a longer sequence gets a pack of its own).
+    """Sequences as packs of at most `tokens` computed tokens (a longer sequence gets a pack of its own). Deterministic.
 
-    First-fit decreasing: at most 11/9 of the fewest possible packs, plus one (Johnson 1973). Deterministic.
+    Sequences that begin alike stay together, as many as fit; those runs are packed first-fit decreasing, which takes at
+    most 11/9 of the fewest possible packs, plus one (Johnson 1973).
     """
-    bins: list[list[int]] = []
-    room: list[int] = []
     sequences = list(sequences)
-    for number in sorted(range(len(sequences)), key=lambda n: -len(sequences[n].ids)):
-        length = len(sequences[number].ids) - 1
-        chosen = next((b for b, free in enumerate(room) if free >= length), None)
+    runs = sorted(_runs(sequences, tokens), key=lambda run: (-run.tokens, run.numbers))
+    bins: list[_Run] = []
+    for run in runs:
+        chosen = next((one for one in bins if one.tokens + run.tokens <= tokens), None)
         if chosen is None:
-            bins.append([])
-            room.append(tokens)
-            chosen = len(bins) - 1
-        bins[chosen].append(number)
-        room[chosen] -= length
-    return [pack_flat(sequences[n] for n in sorted(chosen)) for chosen in bins]
+            bins.append(chosen := _Run([], 0))
+        chosen.numbers += run.numbers
+        chosen.tokens += run.tokens
+    return [pack_tree(sequences[n] for n in sorted(one.numbers)) for one in bins]
+
+
+@dataclass
+class _Run:
+    """Sequences that are computed together."""
+
+    numbers: list[int]
+    tokens: int
+    """At most so many, computed."""
+
+
+def _runs(sequences: list[Sequence], tokens: int) -> list[_Run]:
+    """Neighbours in lexical order that share tokens, as long as they fit."""
+    rows = [sequence.ids[:-1] for sequence in sequences]
+    runs: list[_Run] = []
+    before: list[int] = []
+    for number in alphabetical(rows):
+        row = rows[number]
+        # Up to WORTH - 1 of the tokens that two rows share stand twice, where sharing them is not worth a segment.
+        saved = shared_length(before, row) - WORTH + 1
+        if not runs or saved <= 0 or runs[-1].tokens + len(row) - saved > tokens:
+            runs.append(_Run([], 0))
+            saved = 0
+        runs[-1].numbers.append(number)
+        runs[-1].tokens += len(row) - saved
+        before = row
+    return runs

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimtab.data.pack import Segment
+from trimtab.data.tree import lay_out
 from trimtab.engine.forward import hidden_states
 from trimtab.engine.head import Head, head_of
 from trimtab.engine.layouts import Cache, DecodeLayout, PrefillLayout
@@ -102,15 +102,12 @@ def _decode(
 
 def _prefill(model: Any, prompts: list[list[int]], device: torch.device, owners: Routing | None) -> tuple[Cache, Tensor]:
     """The prompts' keys and values, and the hidden state of each prompt's last token: B d."""
-    ends = torch.tensor([len(prompt) for prompt in prompts]).cumsum(0).tolist()
-    segments = tuple(Segment(end - len(prompt), end, -1) for end, prompt in zip(ends, prompts, strict=True))
-    ids = torch.tensor([i for prompt in prompts for i in prompt], device=device)
-    positions = torch.cat([torch.arange(len(prompt)) for prompt in prompts]).to(device)
-    cache = Cache()
+    tree, cache = lay_out(prompts, share=owners is None), Cache()
     tokens = [number for number, prompt in enumerate(prompts) for _ in prompt]
+    ids, positions = (torch.tensor(each, device=device) for each in (tree.ids, tree.positions))
     with routed(owners.select(tokens) if owners is not None else None):
-        hidden = hidden_states(model, ids, positions, PrefillLayout(segments, cache))
-    return cache, hidden[torch.tensor(ends, device=device) - 1]
+        hidden = hidden_states(model, ids, positions, PrefillLayout(tree, cache))
+    return cache, hidden[torch.tensor([tree.segments[leaf].end - 1 for leaf in tree.leaves], device=device)]
 
 
 def _choose(

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trimtab.attention import Rules, Virtual, attend, causal
-from trimtab.data.pack import Segment
+from trimtab.data.tree import Segment, Tree
 
 
 class PackLayout:
@@ -75,10 +75,11 @@ class Cache:
 
 
 class PrefillLayout(PackLayout):
-    """Prompts side by side, whose keys and values are kept, with those of the virtual tokens before them."""
+    """Prompts as a tree, whose keys and values are kept for each, with those of the virtual tokens before it."""
 
-    def __init__(self, segments: tuple[Segment, ...], cache: Cache) -> None:
-        super().__init__(segments)
+    def __init__(self, tree: Tree, cache: Cache) -> None:
+        super().__init__(tree.segments)
+        self.leaves = tree.leaves
         self.cache = cache
 
     def attend(
@@ -86,7 +87,8 @@ class PrefillLayout(PackLayout):
     ) -> Tensor:
         before, kept = self.before(layer, key, virtual), []
         for n, t in enumerate((key, value)):
-            rows = [_joined([*(f[n] for f in first), own]) for first, own in zip(before, t.split(self.lengths, 2), strict=True)]
+            own = t.split(self.lengths, dim=2)
+            rows = [_joined([*(f[n] for f in before[leaf]), *(own[s] for s in self.paths[leaf])]) for leaf in self.leaves]
             padded = nn.utils.rnn.pad_sequence([row[0].transpose(0, 1) for row in rows], batch_first=True)
             kept.append(padded.transpose(1, 2))
         self.cache.layers[id(layer)] = (kept[0], kept[1])

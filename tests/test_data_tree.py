@@ -1,0 +1,78 @@
+"""Rows as a tree: nothing lost, nothing moved, and nothing twice that is worth sharing."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trimtab.data import Sequence, lay_out, pack_all, pack_flat, pack_tree, tree
+
+ROWS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=14), max_size=12)
+"""Of three tokens, so that most begin alike."""
+
+
+def prefixes(rows):
+    return {tuple(row[: end + 1]) for row in rows for end in range(len(row))}
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(rows=ROWS, worth=st.sampled_from([1, 3, 8]))
+def test_a_row_is_its_path_and_what_rows_share_stands_once(rows, worth):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tree, "WORTH", worth)
+        laid = lay_out(rows)
+    for number, row in enumerate(rows):
+        places = laid.places(number)
+        assert [laid.ids[place] for place in places] == row
+        assert [laid.positions[place] for place in places] == list(range(len(row)))
+    ends = [0, *(segment.end for segment in laid.segments)]
+    assert [segment.start for segment in laid.segments] == ends[:-1] and ends[-1] == len(laid.ids)
+    assert all(segment.start < segment.end and segment.parent < n for n, segment in enumerate(laid.segments))
+    assert len(prefixes(rows)) <= len(laid.ids) <= sum(map(len, rows))
+    assert len(laid.ids) <= len(prefixes(rows)) + (worth - 1) * max(0, len(rows) - 1)
+
+
+@given(rows=ROWS)
+def test_without_sharing_rows_stand_side_by_side_in_their_order(rows):
+    laid = lay_out(rows, share=False)
+    assert laid.ids == [token for row in rows for token in row]
+    assert laid.leaves == tuple(range(len(rows))) and all(segment.parent == -1 for segment in laid.segments)
+
+
+def test_the_segments_of_a_small_tree():
+    head = [7] * 10
+    laid = lay_out([[*head, 1, 2], [9, 9], [*head, 3], head], share=True)
+    assert [tuple(segment) for segment in laid.segments] == [(0, 10, -1), (10, 12, 0), (12, 13, 0), (13, 15, -1)]
+    assert laid.leaves == (1, 3, 2, 0)
+    assert laid.ids == [*head, 1, 2, 3, 9, 9] and laid.positions == [*range(10), 10, 11, 10, 0, 1]
+
+
+def test_many_rows_each_the_beginning_of_the_next_do_not_exhaust_the_stack():
+    rows = [list(range(8 * n)) for n in range(1, 1500)]
+    laid = lay_out(rows)
+    assert len(laid.ids) == 8 * 1499 and laid.places(700) == list(range(8 * 701))
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(rows=st.lists(st.lists(st.integers(0, 2), min_size=2, max_size=14), max_size=12), limit=st.integers(1, 30))
+def test_packs_of_rows_that_begin_alike_keep_to_their_limit(rows, limit):
+    sequences = [Sequence(ids, [len(ids) - 1], f"row:{n}") for n, ids in enumerate(rows)]
+    packs = pack_all(sequences, limit)
+    assert sorted(row.where for pack in packs for row in pack.sequences) == sorted(row.where for row in sequences)
+    assert all(len(pack.ids) <= limit or len(pack.sequences) == 1 for pack in packs)
+
+
+def test_rows_that_begin_alike_are_packed_together():
+    families = [[head] * 20 + [head, tail] for tail in range(4) for head in range(3)]
+    packs = pack_all([Sequence(ids, [21], f"row:{n}") for n, ids in enumerate(families)], 60)
+    assert [{row.ids[0] for row in pack.sequences} for pack in packs] == [{0}, {1}, {2}]
+    assert [len(pack.ids) for pack in packs] == [21, 21, 21]
+
+
+def test_targets_follow_their_rows_into_what_is_shared():
+    head = list(range(10, 20))
+    rows = [Sequence([*head, 1, 2], [3, 10, 11], "a"), Sequence([*head, 4, 5], [3, 10], "b")]
+    flat, shared = pack_flat(rows), pack_tree(rows)
+    for pack in (flat, shared):
+        said = zip(pack.ids[pack.target_at].tolist(), pack.target_token.tolist(), pack.target_sequence.tolist(), strict=True)
+        assert list(said) == [(12, 13, 0), (19, 1, 0), (1, 2, 0), (12, 13, 1), (19, 4, 1)]
+    assert shared.target_at.tolist() == [2, 9, 10, 2, 9] and len(shared.ids) == 12

@@ -25,7 +25,8 @@ def test_a_row_is_its_path_and_what_rows_share_stands_once(rows, worth):
         assert [laid.ids[place] for place in places] == row
         assert [laid.positions[place] for place in places] == list(range(len(row)))
     ends = [0, *(segment.end for segment in laid.segments)]
-    assert [segment.start for segment in laid.segments] == ends[:-1] and ends[-1] == len(laid.ids)
+    assert [segment.start for segment in laid.segments] == ends[:-1]
+    assert ends[-1] == len(laid.ids)
     assert all(segment.start < segment.end and segment.parent < n for n, segment in enumerate(laid.segments))
     assert len(prefixes(rows)) <= len(laid.ids) <= sum(map(len, rows))
     assert len(laid.ids) <= len(prefixes(rows)) + (worth - 1) * max(0, len(rows) - 1)
@@ -35,7 +36,8 @@ def test_a_row_is_its_path_and_what_rows_share_stands_once(rows, worth):
 def test_without_sharing_rows_stand_side_by_side_in_their_order(rows):
     laid = lay_out(rows, share=False)
     assert laid.ids == [token for row in rows for token in row]
-    assert laid.leaves == tuple(range(len(rows))) and all(segment.parent == -1 for segment in laid.segments)
+    assert laid.leaves == tuple(range(len(rows)))
+    assert all(segment.parent == -1 for segment in laid.segments)
 
 
 def test_the_segments_of_a_small_tree():
@@ -43,13 +45,15 @@ def test_the_segments_of_a_small_tree():
     laid = lay_out([[*head, 1, 2], [9, 9], [*head, 3], head], share=True)
     assert [tuple(segment) for segment in laid.segments] == [(0, 10, -1), (10, 12, 0), (12, 13, 0), (13, 15, -1)]
     assert laid.leaves == (1, 3, 2, 0)
-    assert laid.ids == [*head, 1, 2, 3, 9, 9] and laid.positions == [*range(10), 10, 11, 10, 0, 1]
+    assert laid.ids == [*head, 1, 2, 3, 9, 9]
+    assert laid.positions == [*range(10), 10, 11, 10, 0, 1]
 
 
 def test_many_rows_each_the_beginning_of_the_next_do_not_exhaust_the_stack():
     rows = [list(range(8 * n)) for n in range(1, 1500)]
     laid = lay_out(rows)
-    assert len(laid.ids) == 8 * 1499 and laid.places(700) == list(range(8 * 701))
+    assert len(laid.ids) == 8 * 1499
+    assert laid.places(700) == list(range(8 * 701))
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
@@ -75,4 +79,5 @@ def test_targets_follow_their_rows_into_what_is_shared():
     for pack in (flat, shared):
         said = zip(pack.ids[pack.target_at].tolist(), pack.target_token.tolist(), pack.target_sequence.tolist(), strict=True)
         assert list(said) == [(12, 13, 0), (19, 1, 0), (1, 2, 0), (12, 13, 1), (19, 4, 1)]
-    assert shared.target_at.tolist() == [2, 9, 10, 2, 9] and len(shared.ids) == 12
+    assert shared.target_at.tolist() == [2, 9, 10, 2, 9]
+    assert len(shared.ids) == 12

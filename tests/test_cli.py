@@ -564,7 +564,13 @@ def test_a_run_from_beginning_to_end(world, here, trimtab):
     assert state["adapter"]["verified"] is True
     assert state["best"]["step"] == state["last"]["step"] == 26
     assert state["best"]["eval_loss"] < 1.5
+    steps = [json.loads(line) for line in (here / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in steps if line["kind"] == "train"]
+    assert state["tokens"] == sum(step["tokens"] for step in steps)
+    assert 0 < state["computed_tokens"] == sum(step["computed"] for step in steps) < state["tokens"]
+    assert f"tokens  {state['tokens']:,} in rows, {state['computed_tokens']:,} computed" in said
     page = trimtab("show", "run").out
+    assert f"{state['tokens']:,} in rows, {state['computed_tokens']:,} computed" in page
     assert page.split()[:3] == ["run", "run", "(done)"]
     assert "every hash in its manifest" in page
     assert trimtab("show", "run/adapter").code == trimtab("show", "run/checkpoints/step-000026").code == 0

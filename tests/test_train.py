@@ -61,10 +61,18 @@ def test_the_loss_and_the_first_step_are_those_of_the_plain_formula():
     optimizer.step()
     assert step.loss == pytest.approx(loss.item(), rel=1e-6)
     assert step.items == learned
+    assert step.computed == sum(len(row.ids) - 1 for row in ROWS)
     assert step.grad_norm == pytest.approx(norm.item(), rel=1e-4)
     assert norm > 0.5
     for name, tensor in adapter.state().items():
         assert torch.isclose(tensor, reference.state()[name], rtol=1e-4, atol=1e-6).float().mean() > 0.999
+
+
+def test_a_step_says_how_many_tokens_its_rows_have_and_how_many_it_computed():
+    base, adapter = adapted()
+    rows = [Sequence([*range(3, 19), token], [16], f"row:{token}", 20) for token in (3, 4, 5)]
+    (step,) = train(base, adapter, SFT(), [pack_all(rows, 64)], FLAT, 1e-2)
+    assert (step.tokens, step.computed) == (60, 16)  # what the rows begin with is all that predicts anything
 
 
 def test_it_learns_eight_rows_by_heart():

@@ -76,7 +76,7 @@ def run_recipe(recipe: Recipe, watch: Watcher | None = None) -> Run:
         with suppress(StorageError):  # what went wrong first is what matters
             run.write(status="interrupted") if interrupted else run.write(status="failed", error=str(error))
         raise
-    run.write(status="done", best=best, last=done.last, seconds=done.seconds, tokens=done.tokens)
+    run.write(status="done", best=best, last=done.last, seconds=done.seconds, tokens=done.tokens, computed_tokens=done.computed)
     watch.finished(run.state, run.folder)
     return run
 
@@ -158,6 +158,7 @@ class _Done:
     last: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     tokens: int = 0
+    computed: int = 0
 
 
 def _train(run: Run, recipe: Recipe, base: Base, adapter: Attached, data: Loaded, steps: Steps, watch: Watcher) -> _Done:
@@ -168,6 +169,7 @@ def _train(run: Run, recipe: Recipe, base: Base, adapter: Attached, data: Loaded
     try:
         for step in train(base, adapter, recipe.objective, steps, recipe.train, run.state["peak_lr"]):
             done.tokens += step.tokens
+            done.computed += step.computed
             run.log(kind="train", step=step.number, **_step_line(step))
             watch.stepped(step, len(steps))
             if step.number % every == 0 or step.number == len(steps):
@@ -221,5 +223,6 @@ def _step_line(step: Step) -> dict[str, Any]:
         "grad_norm": step.grad_norm,
         "items": step.items,
         "tokens": step.tokens,
+        "computed": step.computed,
         "seconds": round(step.seconds, 4),
     }

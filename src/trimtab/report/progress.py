@@ -75,6 +75,10 @@ class Terminal:
         best = state["best"]
         rate = state["tokens"] / state["seconds"]
         self.console.print(
+            f"[bold]tokens[/]  {state['tokens']:,} in rows, {state['computed_tokens']:,} computed: "
+            "what rows begin with in common once, and nothing after the last token to learn"
+        )
+        self.console.print(
             f"[bold]done[/]    {state['seconds']:.0f} s with evaluation, {rate:,.0f} tokens/s. "
             f"Best adapter: step {best['step']}, in {escape(str(folder / 'adapter'))}"
         )

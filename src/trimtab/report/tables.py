@@ -96,7 +96,9 @@ def describe(facts: dict[str, Any]) -> RenderableType:
         row("base", facts["base"]["source"])
         row("steps", f"{facts['steps']:,}, learning rate {facts['peak_lr']:g} ({facts['lr_formula']})")
         if facts.get("seconds"):
-            row("took", f"{facts['seconds']:.0f} s, {facts['tokens']:,} tokens")
+            row("took", f"{facts['seconds']:.0f} s")
+        if facts.get("computed_tokens"):
+            row("tokens", f"{facts['tokens']:,} in rows, {facts['computed_tokens']:,} computed")
         for which in ("best", "last"):
             if one := facts.get(which):
                 loss = f", eval loss {one['eval_loss']:.4f}" if one["eval_loss"] is not None else ""

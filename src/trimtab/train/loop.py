@@ -42,6 +42,8 @@ class Step:
     """What the loss was divided by: for SFT, the learned tokens of the whole step."""
     tokens: int
     """Tokens of the step's rows, all of them real."""
+    computed: int
+    """Tokens that were computed: what rows begin with in common once, and nothing after the last that is learned."""
     seconds: float
     grad_norm: float
     """Before clipping."""
@@ -89,7 +91,8 @@ def train(
             optimizer.step()
             optimizer.zero_grad()
         tokens = sum(row.shown for pack in packs for row in pack.sequences)
-        yield Step(number, mean, items, tokens, time.perf_counter() - started, norm.item(), lr)
+        computed = sum(len(pack.ids) for pack in packs)
+        yield Step(number, mean, items, tokens, computed, time.perf_counter() - started, norm.item(), lr)
 
 
 def _by_rate(adapter: Attached) -> list[dict[str, Any]]:

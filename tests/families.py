@@ -83,3 +83,21 @@ NEEDED = {"tokens": {"tokens": list(range(3, VOCABULARY, 2))}, "miss": {"rank": 
 def method_of(name: str) -> Method:
     """A method by name, as it is by default; or with what it can't do without, or what the tiny models can't hold."""
     return Method.member(name)(**NEEDED.get(name, {}))
+
+
+def exact_norms(monkeypatch) -> None:
+    """Let the families' norms compute in the type they are given, where they would in float32: for comparisons in float64."""
+
+    def plain(self, x):
+        return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon))
+
+    def shifted(self, x):
+        return (1.0 + self.weight) * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps))
+
+    for name, forward in (
+        ("llama.modeling_llama.LlamaRMSNorm", plain), ("qwen2.modeling_qwen2.Qwen2RMSNorm", plain),
+        ("qwen3.modeling_qwen3.Qwen3RMSNorm", plain), ("mistral.modeling_mistral.MistralRMSNorm", plain),
+        ("phi3.modeling_phi3.Phi3RMSNorm", plain), ("granite.modeling_granite.GraniteRMSNorm", plain),
+        ("gemma2.modeling_gemma2.Gemma2RMSNorm", shifted), ("gemma3.modeling_gemma3.Gemma3RMSNorm", shifted),
+    ):  # fmt: skip
+        monkeypatch.setattr(f"transformers.models.{name}.forward", forward)

@@ -9,8 +9,8 @@ from trimtab.engine.head import Head, head_of, sequence_logprobs
 from trimtab.errors import UnsupportedModel
 
 
-def reference(hidden, head, token, sequence, count):
-    logits = hidden @ head.weight.T
+def reference(hidden, row, head, token, sequence, count):
+    logits = hidden[row] @ head.weight.T
     if head.bias is not None:
         logits = logits + head.bias
     logits = logits * head.scale
@@ -24,13 +24,14 @@ def reference(hidden, head, token, sequence, count):
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("bias", [False, True])
 def test_it_equals_the_plain_formula_with_its_gradient(scale, softcap, bias, monkeypatch):
-    monkeypatch.setattr(head_module, "TILE", 0)  # tiles of 64 rows, so that 150 rows need three
+    monkeypatch.setattr(head_module, "TILE", 100 * 7)  # tiles of 7 tokens, six in all
     torch.manual_seed(0)
     head = Head(torch.randn(41, 16).double(), torch.randn(41).double() if bias else None, scale, softcap)
-    hidden = torch.randn(150, 16).double().requires_grad_()
+    hidden = torch.randn(100, 16).double().requires_grad_()
+    row = torch.cat([torch.randint(90, (50,)), torch.arange(100)])  # some predict several, one of them none but its own
     token, sequence = torch.randint(41, (150,)), torch.randint(5, (150,)).sort().values
     weights = torch.randn(5).double()
-    ours, theirs = (f(hidden, head, token, sequence, 5) for f in (sequence_logprobs, reference))
+    ours, theirs = (f(hidden, row, head, token, sequence, 5) for f in (sequence_logprobs, reference))
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
     gradients = [torch.autograd.grad(out @ weights, hidden)[0] for out in (ours, theirs)]
     torch.testing.assert_close(*gradients, rtol=1e-11, atol=1e-12)
@@ -41,41 +42,43 @@ def test_it_is_the_derivative_by_finite_differences():
     head = Head(torch.randn(11, 4).double(), None, 1.5, 3.0)
     hidden = torch.randn(7, 4).double().requires_grad_()
     token, sequence = torch.randint(11, (7,)), torch.tensor([0, 0, 1, 1, 1, 2, 2])
-    assert torch.autograd.gradcheck(lambda h: sequence_logprobs(h, head, token, sequence, 3), (hidden,), fast_mode=False)
+    assert torch.autograd.gradcheck(lambda h: sequence_logprobs(h, torch.tensor([0, 1, 2, 3, 4, 5, 5]), head, token, sequence, 3), (hidden,), fast_mode=False)
 
 
-def test_it_never_holds_the_logits():
-    """Peak memory for many targets is that of one tile, not N x V."""
+def test_it_never_holds_the_logits(monkeypatch):
+    """Peak memory for many targets is that of one tile, not N x V; and each logit is formed once: nothing again for the gradient."""
     head = Head(torch.randn(5_000, 8), None)
     hidden, token = torch.randn(6_400, 8).requires_grad_(), torch.randint(5_000, (6_400,))
     sizes = []
-    original = Head.logits
 
-    def logits(self, hidden):
-        out = original(self, hidden)
+    def logits(self, hidden, part=slice(None), _real=Head.logits):
+        out = _real(self, hidden, part)
         sizes.append(out.numel())
         return out
 
-    Head.logits = logits
-    try:
-        sequence_logprobs(hidden, head, token, torch.zeros(6_400, dtype=torch.long), 1).sum().backward()
-    finally:
-        Head.logits = original
+    monkeypatch.setattr(Head, "logits", logits)
+    sequence_logprobs(hidden, torch.arange(6_400), head, token, torch.zeros(6_400, dtype=torch.long), 1).sum().backward()
     assert max(sizes) <= head_module.TILE
-    assert sum(sizes) == 6_400 * 5_000  # and each is formed once: nothing is recomputed for the gradient
+    assert sum(sizes) == 6_400 * 5_000
+
+
+def test_a_token_beyond_the_head_is_refused():
+    head = Head(torch.randn(11, 4), None)
+    with pytest.raises(IndexError, match="token 11 is beyond the head's 11"):
+        sequence_logprobs(torch.randn(2, 4), torch.arange(2), head, torch.tensor([3, 11]), torch.tensor([0, 0]), 1)
 
 
 def test_without_a_gradient_it_forms_none():
     head = Head(torch.randn(11, 4), None)
     with torch.no_grad():
-        out = sequence_logprobs(torch.randn(3, 4), head, torch.tensor([1, 2, 3]), torch.tensor([0, 0, 1]), 2)
+        out = sequence_logprobs(torch.randn(3, 4), torch.arange(3), head, torch.tensor([1, 2, 3]), torch.tensor([0, 0, 1]), 2)
     assert out.grad_fn is None
 
 
 def test_large_logits_do_not_overflow():
     head = Head(torch.tensor([[300.0], [-300.0]]), None)
     hidden = torch.tensor([[1.0], [1.0]]).requires_grad_()
-    out = sequence_logprobs(hidden, head, torch.tensor([0, 1]), torch.tensor([0, 1]), 2)
+    out = sequence_logprobs(hidden, torch.arange(2), head, torch.tensor([0, 1]), torch.tensor([0, 1]), 2)
     assert out.tolist() == [0.0, -600.0]
     out.sum().backward()
     assert hidden.grad.isfinite().all()

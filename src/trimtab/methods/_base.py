@@ -67,6 +67,10 @@ class AdapterLayer(nn.Module):
         parts = [F.pad(part, (0, most - part.shape[-1]), value=float("-inf")) for part in parts]
         return torch.cat(parts, dim=at).index_select(at, back)
 
+    def low_rank(self) -> tuple[Tensor, Tensor] | None:
+        """A (rank, inputs) and B (outputs, rank), scale included, if the layer is now its base matrix plus B A, and nothing else."""
+        return None
+
     def merged(self) -> nn.Module:
         """A plain module equal to this one, new weights and all; `base` is left as it is.
 

@@ -60,6 +60,12 @@ class LoRALayer(LowRankLayer):
     def adapt(self, x: Tensor) -> Tensor:
         return self.add(self.base(x), x, *self.factors())
 
+    def low_rank(self) -> tuple[Tensor, Tensor] | None:
+        if self.dropout.training and self.dropout.p:
+            return None
+        A, B = self.factors()
+        return A, B if self.scale == 1.0 else self.scale * B
+
 
 class PiSSALayer(LoRALayer):
     """y = base(x) + scale · drop(x) (B A − B0 A0)ᵀ, where A0 and B0 are what A and B started as: scale · B0 A0 ≈ W."""

@@ -1,0 +1,252 @@
+"""Layers by hand are the model's own code: log-probabilities and gradients, family by family, method by method."""
+
+import copy
+
+import pytest
+import torch
+from families import FAMILIES, exact_norms, method_of, perturb, random_rows, tiny
+
+from trimtab.data import Sequence, pack_flat, pack_tree
+from trimtab.engine import pack_logprobs
+from trimtab.engine.fused import blocks, kernels, ops, tree_attention, unfused
+from trimtab.methods import AdapterLayer, Method, active, attach
+from trimtab.methods.lora import LoRA
+
+KNOWN = ["llama", "llama-tied", "qwen2", "qwen3", "mistral", "gemma3", "phi3", "granite", "gemma2"]
+SAMPLE = random_rows(30, seed=3)
+
+
+def rows():
+    """Rows that begin alike and rows that don't, some longer than a block of attention and than a matrix is wide."""
+    head, *rest = random_rows(12, 50, 3, 40, 17, 9, seed=4)
+    ids = [head + rest[0][:45], head + rest[1], head + rest[2], rest[3], rest[4], head + rest[2][:20] + rest[1]]
+    return [Sequence(row, list(range(len(row) // 2, len(row))), f"row:{n}") for n, row in enumerate(ids)]
+
+
+@pytest.fixture(autouse=True)
+def exact(monkeypatch):
+    exact_norms(monkeypatch)
+    monkeypatch.setattr(tree_attention, "BLOCK", 16)
+    tree_attention.pieces.cache_clear()
+    yield
+    tree_attention.pieces.cache_clear()
+
+
+def both(model, adapter, pack, train=False):
+    """Log-probabilities and gradients, by hand and by the model's own code."""
+    found = []
+    parameters = adapter.parameters()
+    adapter.train(train)
+    for reference in (False, True):
+        torch.manual_seed(0)
+        if reference:
+            with unfused():
+                logprobs = pack_logprobs(model, pack)
+        else:
+            logprobs = pack_logprobs(model, pack)
+        weights = torch.linspace(-1, 2, len(pack.sequences), dtype=logprobs.dtype)
+        gradients = torch.autograd.grad(logprobs @ weights, list(parameters.values()), allow_unused=True)
+        found.append((logprobs.detach(), dict(zip(parameters, gradients, strict=True))))
+    return found
+
+
+def assert_equal(ours, reference, tolerance=1e-10):
+    torch.testing.assert_close(ours[0], reference[0], rtol=tolerance, atol=tolerance)
+    for name, gradient in reference[1].items():
+        assert (gradient is None) == (ours[1][name] is None), name
+        if gradient is not None:
+            limit = tolerance * float(gradient.abs().max().clamp_min(1e-3))
+            assert float((ours[1][name] - gradient).abs().max()) <= limit, name
+
+
+@pytest.mark.parametrize("packed", [pack_flat, pack_tree])
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("family", KNOWN)
+def test_a_family_by_hand_is_its_own_code(family, compiled, packed, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(kernels, "_library", lambda: None)
+    model = tiny(family, torch.float64)
+    adapter = attach(model, LoRA(rank=3, alpha=6.0))
+    perturb(adapter.parameters())
+    calls = counted(monkeypatch)
+    ours, reference = both(model, adapter, packed(rows()))
+    assert calls["linears"] == 2 * 2 and calls["linear_add"] + calls["gated_linear_add"] == 2 * 2  # each part, in two layers, once
+    assert calls["attend"] == (0 if family == "gemma2" else 2)  # whose scores are capped
+    assert_equal(ours, reference)
+
+
+def counted(monkeypatch):
+    """How often each operation by hand is called."""
+    calls = {}
+    for module, names in ((ops, ("norm", "linears", "linear_add", "gated_linear_add")), (blocks, ("attend",))):
+        for name in names:
+            calls[name] = 0
+
+            def counting(*args, _name=name, _real=getattr(module, name), **kwargs):
+                calls[_name] += 1
+                return _real(*args, **kwargs)
+
+            monkeypatch.setattr(module, name, counting)
+    return calls
+
+
+@pytest.mark.parametrize("name", [name for name in Method.names() if name not in ("lora", "tokens")])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "phi3"])
+def test_every_other_method_goes_through_layers_by_hand(family, name):
+    model = tiny(family, torch.float64)
+    method = method_of(name)
+    try:
+        from trimtab.methods import Sample
+
+        adapter = attach(model, method, sample=Sample(SAMPLE))
+    except Exception as error:  # noqa: BLE001
+        pytest.skip(str(error))
+    perturb(adapter.parameters(), 0.05)
+    assert_equal(*both(model, adapter, pack_tree(rows())), 1e-9)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        LoRA(rank=3, targets=["q_proj", "v_proj"]),
+        LoRA(rank=3, targets=["k_proj", "up_proj"]),
+        LoRA(rank=3, targets=["down_proj"], rank_stabilized=True),
+        LoRA(rank=4, dropout=0.5),
+        LoRA(rank=4, init="pissa"),
+        LoRA(rank=4, ranks={"q_proj": 2, "down_proj": 7}, targets=["all-linear", "lm_head"]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("wide", [True, False])
+def test_every_choice_of_targets(method, wide, monkeypatch):
+    """Also where a pack has fewer tokens than a matrix has inputs, so that what is added to it is not summed."""
+    model = tiny("qwen2", torch.float64)
+    adapter = attach(model, method)
+    perturb(adapter.parameters())
+    pack = pack_tree(rows()) if wide else pack_flat(rows()[4:5])
+    assert (len(pack.ids) > 48) == wide
+    assert_equal(*both(model, adapter, pack, train=True))
+
+
+def test_several_adapters_at_once_and_none():
+    model = tiny("llama", torch.float64)
+    one = attach(model, LoRA(rank=2), name="one")
+    two = attach(model, LoRA(rank=3, targets=["q_proj", "down_proj"]), name="two")
+    perturb(one.parameters(), seed=1)
+    perturb(two.parameters(), seed=2)
+    pack = pack_tree(rows())
+    for names in (("one", "two"), ("one",), ("two",)):
+        with active(model, *names):
+            adapter = two if names == ("two",) else one
+            assert_equal(*both(model, adapter, pack))
+    with active(model), torch.no_grad():
+        ours = pack_logprobs(model, pack)
+        with unfused():
+            torch.testing.assert_close(ours, pack_logprobs(model, pack), rtol=1e-10, atol=1e-10)
+
+
+def test_rows_of_several_adapters_go_through_the_models_own_modules():
+    model = tiny("llama", torch.float64)
+    for n, name in enumerate(("one", "two")):
+        perturb(attach(model, LoRA(rank=2), name=name).parameters(), seed=n)
+    pack = pack_flat(rows()[:3])
+    owners = ["one", None, "two"]
+    ours = pack_logprobs(model, pack, owners)
+    with unfused():
+        torch.testing.assert_close(ours, pack_logprobs(model, pack, owners), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_recomputed_layers_are_recomputed_by_hand(family):
+    model = tiny(family, torch.float64)
+    adapter = attach(model, LoRA(rank=3))
+    perturb(adapter.parameters())
+    plain, reference = both(model, adapter, pack_tree(rows()), train=True)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    again, _ = both(model, adapter, pack_tree(rows()), train=True)
+    assert_equal(again, reference)
+    assert_equal(plain, reference)
+
+
+def test_a_hook_inside_sees_what_it_would_see():
+    model = tiny("llama", torch.float64)
+    adapter = attach(model, LoRA(rank=3))
+    perturb(adapter.parameters())
+    seen = []
+    model.model.layers[1].mlp.down_proj.register_forward_hook(lambda module, given, made: seen.append(given[0].shape))
+    pack = pack_tree(rows())
+    assert_equal(*both(model, adapter, pack))
+    assert [shape[1] for shape in seen] == [len(pack.ids)] * 2
+
+
+def test_other_passes_are_the_models_own_to_the_last_bit_and_nothing_is_left_behind():
+    model = tiny("llama")
+    ids = torch.tensor(random_rows(20))
+    before, names = model(input_ids=ids).logits, dict(model.named_modules()).keys()
+    adapter = attach(model, LoRA(rank=3))
+    pack_logprobs(model, pack_tree(rows()))
+    assert any("forward" in module.__dict__ for module in model.modules())
+    assert torch.equal(model(input_ids=ids).logits, before)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.model.layers[0].self_attn.o_proj.base.weight.zero_()
+    assert not torch.equal(pack_logprobs(twin, pack_tree(rows())), pack_logprobs(model, pack_tree(rows())))
+    adapter.detach()
+    assert not any("forward" in module.__dict__ for module in model.modules())
+    assert dict(model.named_modules()).keys() == names
+    assert torch.equal(model(input_ids=ids).logits, before)
+
+
+def test_a_layer_keeps_only_what_cannot_be_made_again_cheaply():
+    """Per token and layer: x twice, q, k, v, what attention gives, gate and up; and a few single numbers."""
+    model = tiny("llama")
+    config = model.config
+    adapter = attach(model, LoRA(rank=2))
+    adapter.train()
+    pack = pack_flat(rows())
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = (storage, storage.nbytes())
+        return tensor
+
+    frozen = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        pack_logprobs(model, pack)
+    numbers = sum(size for at, (_, size) in kept.items() if at not in frozen) / 4 / len(pack.ids)
+    d, f, kv = config.hidden_size, config.intermediate_size, config.num_key_value_heads * config.head_dim
+    layer = 2 * d + (d + 2 * kv) + d + 2 * f
+    single = 2 + config.num_attention_heads
+    ends = 3 * d + 2 * config.head_dim + 4  # the last norm's, rotary angles, targets
+    assert numbers <= config.num_hidden_layers * (layer + single) + ends
+
+
+@pytest.mark.parametrize(
+    ("what", "broken"),
+    [
+        ("a norm's gradient", lambda m: m.setattr(kernels, "rms_norm_backward", lambda dy, x, w, r, o: dy * w * r[:, None])),
+        ("a change left out", lambda m: m.setattr(ops, "_changed", lambda frozen, factors, tokens: torch.cat([w for w, _ in frozen]))),
+        ("angles the other way", lambda m: m.setattr(tree_attention.kernels, "rotate_", lambda *a, back=False, _real=kernels.rotate_: _real(*a, back=not back))),
+        ("what is later seen", lambda m: m.setattr(tree_attention, "_triangle", lambda n, keys, kind: torch.zeros(n, keys, dtype=kind))),
+        ("a gate's gradient", lambda m: m.setattr(kernels, "gated_backward", lambda dh, g, u, kind: (dh * u, dh * g, kernels.gated(g, u, kind)))),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)  # fmt: skip
+def test_what_is_broken_is_noticed(what, broken, monkeypatch):
+    """Negative controls."""
+    model = tiny("llama", torch.float64)
+    adapter = attach(model, LoRA(rank=3))
+    perturb(adapter.parameters())
+    broken(monkeypatch)
+    with pytest.raises(AssertionError):
+        assert_equal(*both(model, adapter, pack_tree(rows())))
+
+
+def test_what_is_not_known_is_left_alone():
+    model = tiny("cohere")
+    attach(model, LoRA(rank=2))
+    pack_logprobs(model, pack_flat(rows()))
+    assert not any("forward" in module.__dict__ for module in model.modules())
+    assert FAMILIES.keys() - set(KNOWN) == {"cohere", "gpt2"}
+    assert not isinstance(model.model.layers[0], AdapterLayer)

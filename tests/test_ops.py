@@ -32,7 +32,7 @@ def drawn(*shape, dtype, seed=0, columns=0):
 @pytest.mark.parametrize("offset", [0.0, 1.0])
 def test_rms_norm_and_its_gradient(way, dtype, tolerance, offset):
     x, weight, dy = drawn(37, 19, dtype=dtype, columns=6), drawn(19, dtype=dtype, seed=1), drawn(37, 19, dtype=dtype, seed=2, columns=4)
-    leaf = x.double().requires_grad_()
+    leaf = x.double().clone().requires_grad_()
     exact = leaf / (leaf.square().mean(1, keepdim=True) + 1e-5).sqrt() * (offset + weight.double())
     y, rstd = kernels.rms_norm(x, weight, offset, 1e-5)
     close(y, exact.detach(), tolerance)

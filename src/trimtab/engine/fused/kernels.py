@@ -23,8 +23,7 @@ from trimtab.files import cache_folder, write_bytes
 
 Gate = Literal["silu", "gelu_tanh"]
 _KINDS: dict[torch.dtype, str] = {torch.float32: "f32", torch.float64: "f64"}
-# Sums may be taken in any order (as every BLAS does), but what is not finite stays so.
-_FLAGS = "-O3 -march=native -fPIC -shared -fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math -fopenmp"
+_FLAGS = "-O3 -march=native -fPIC -shared -fno-math-errno -fno-trapping-math -fopenmp"
 
 
 def rms_norm(x: Tensor, weight: Tensor, offset: float, eps: float) -> tuple[Tensor, Tensor]:

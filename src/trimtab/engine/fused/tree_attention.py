@@ -109,7 +109,7 @@ class _Attend(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, plan: tuple[Piece, ...], sizes: Sizes, scale: float,
         first_k: Tensor | None, first_v: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        q, k = q.detach(), k.detach()
+        q, k = q.data, k.data  # turned in place: unlike detach(), without a word to those who might hold them, who are none
         kernels.rotate_(q, sizes.groups * sizes.each, cos, sin)
         kernels.rotate_(k, sizes.groups, cos, sin)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)

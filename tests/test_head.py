@@ -42,7 +42,11 @@ def test_it_is_the_derivative_by_finite_differences():
     head = Head(torch.randn(11, 4).double(), None, 1.5, 3.0)
     hidden = torch.randn(7, 4).double().requires_grad_()
     token, sequence = torch.randint(11, (7,)), torch.tensor([0, 0, 1, 1, 1, 2, 2])
-    assert torch.autograd.gradcheck(lambda h: sequence_logprobs(h, torch.tensor([0, 1, 2, 3, 4, 5, 5]), head, token, sequence, 3), (hidden,), fast_mode=False)
+    assert torch.autograd.gradcheck(
+        lambda h: sequence_logprobs(h, torch.tensor([0, 1, 2, 3, 4, 5, 5]), head, token, sequence, 3),
+        (hidden,),
+        fast_mode=False,
+    )
 
 
 def test_it_never_holds_the_logits(monkeypatch):

@@ -24,19 +24,27 @@ def close(ours, exact, tolerance):
 
 def drawn(*shape, dtype, seed=0, columns=0):
     """Random numbers; as some columns of a wider matrix if asked."""
-    wide = torch.randn(*shape[:-1], shape[-1] + columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    wide = torch.randn(*shape[:-1], shape[-1] + columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(
+        dtype
+    )
     return wide[..., columns // 2 : columns // 2 + shape[-1]]
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), KINDS)
 @pytest.mark.parametrize("offset", [0.0, 1.0])
 def test_rms_norm_and_its_gradient(way, dtype, tolerance, offset):
-    x, weight, dy = drawn(37, 19, dtype=dtype, columns=6), drawn(19, dtype=dtype, seed=1), drawn(37, 19, dtype=dtype, seed=2, columns=4)
+    x, weight, dy = (
+        drawn(37, 19, dtype=dtype, columns=6),
+        drawn(19, dtype=dtype, seed=1),
+        drawn(37, 19, dtype=dtype, seed=2, columns=4),
+    )
     leaf = x.double().clone().requires_grad_()
     exact = leaf / (leaf.square().mean(1, keepdim=True) + 1e-5).sqrt() * (offset + weight.double())
     y, rstd = kernels.rms_norm(x, weight, offset, 1e-5)
     close(y, exact.detach(), tolerance)
-    close(kernels.rms_norm_backward(dy, x, weight, rstd, offset), torch.autograd.grad(exact, leaf, dy.double())[0], 4 * tolerance)
+    close(
+        kernels.rms_norm_backward(dy, x, weight, rstd, offset), torch.autograd.grad(exact, leaf, dy.double())[0], 4 * tolerance
+    )
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), KINDS)
@@ -122,6 +130,8 @@ def test_gradients_are_slopes(way, normed, tokens, adapted):
         pairs = [(A, B) if adapted[0] else (None, None), (C, D) if adapted[1] else (None, None)]
         sites = [ops.Site(w, drawn(4, dtype=torch.float64, seed=1), *pair) for w, pair in zip(weights, pairs, strict=True)]
         g, u = ops.linears(x, how, sites, [4, 4])
-        return ops.gated_linear_add(x, g, u, "silu", down._replace(A=B.T if adapted[0] else None, B=A.T if adapted[0] else None), 0.5)
+        return ops.gated_linear_add(
+            x, g, u, "silu", down._replace(A=B.T if adapted[0] else None, B=A.T if adapted[0] else None), 0.5
+        )
 
     assert torch.autograd.gradcheck(run, (x, *factors), fast_mode=True)

@@ -1,6 +1,8 @@
-"""A quicker start: importing torch and transformers makes a million objects, none of which is garbage."""
+"""What a process is told once: not to look for garbage among a million imported objects, and to keep memory that it will need again."""
 
+import ctypes
 import gc
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,3 +18,19 @@ def without_collector() -> Iterator[None]:
         gc.freeze()
         if was_on:
             gc.enable()
+
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Of glibc's malloc.h."""
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep what it frees, for its next allocations: a step frees and needs the same again.
+
+    By default, glibc's malloc gives every large block back to the system, which clears it page by page when it is needed
+    again: 5 % of a training step's time. Elsewhere this does nothing.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 1 << 30)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

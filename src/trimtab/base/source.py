@@ -5,7 +5,6 @@ file is converted once, into a cache folder named by the hash of its content.
 """
 
 import importlib.util
-import os
 import re
 import socket
 import urllib.parse

@@ -47,9 +47,7 @@ def pack_logprobs(model: Any, pack: Pack, owners: Sequence[str | None] | None = 
         hidden = hidden_states(model, pack.ids, pack.positions, PackLayout(pack.segments))
     at, row = pack.target_at.unique(return_inverse=True)
     with routed(routing.select(at.tolist()) if routing else None):
-        return sequence_logprobs(
-            hidden[at], row, head_of(model), pack.target_token, pack.target_sequence, len(pack.sequences)
-        )
+        return sequence_logprobs(hidden[at], row, head_of(model), pack.target_token, pack.target_sequence, len(pack.sequences))
 
 
 @torch.no_grad()

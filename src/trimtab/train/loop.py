@@ -20,6 +20,7 @@ from trimtab.engine import pack_logprobs
 from trimtab.errors import DataError, NonFinite
 from trimtab.methods import Attached, Circumstances, Method
 from trimtab.objectives import Objective
+from trimtab.startup import keep_freed_memory
 from trimtab.train.config import TrainConfig, learning_rate
 
 
@@ -64,6 +65,7 @@ def train(
         KeyboardInterrupt: The same, whenever it comes.
         DataError: A step has nothing to learn.
     """
+    keep_freed_memory()
     parameters = list(adapter.parameters().values())
     optimizer = torch.optim.AdamW(_by_rate(adapter), lr=peak_lr, weight_decay=config.weight_decay)
     for number in range(1, len(steps) + 1):

@@ -46,7 +46,7 @@ def fuse(model: nn.Module) -> None:
     """Let each layer that is known stand in for its own forward pass, where a pass has a PackLayout. `unheed` undoes it."""
     for module in model.modules():
         if _family(module, "DecoderLayer") in PRE_NORM | SANDWICH and "forward" not in module.__dict__:
-            module.forward = StandIn(module)  # type: ignore[method-assign, assignment]
+            module.forward = StandIn(module)
 
 
 def _family(module: nn.Module, part: str) -> str | None:
@@ -69,7 +69,7 @@ class StandIn:
         plain = type(kwargs.get("layout")) is PackLayout and not args and hidden_states.shape[0] == 1 and hidden_states.is_cpu
         if not plain or not _by_hand.get() or hidden_states.dtype not in (torch.float32, torch.float64) or _watched(layer):
             return type(layer).forward(layer, hidden_states, *args, **kwargs)
-        run = partial(_layer, layer, **kwargs)
+        run = partial(_layer, layer, kwargs=kwargs)
         if layer.gradient_checkpointing and layer.training and torch.is_grad_enabled():  # as Transformers' own class does
             return layer._gradient_checkpointing_func(run, hidden_states)
         return run(hidden_states)
@@ -84,7 +84,7 @@ def _watched(layer: nn.Module) -> bool:
     )
 
 
-def _layer(layer: Any, hidden: Tensor, **kwargs: Any) -> Tensor:
+def _layer(layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
     """1 T d -> 1 T d."""
     scale = getattr(layer, "residual_multiplier", 1.0)  # Granite
     between, inner, end = None, layer.post_attention_layernorm, None
@@ -112,9 +112,21 @@ def _attention(x: Tensor, before: nn.Module, module: nn.Module, after: nn.Module
         q = _normed(q.reshape(-1, size), attention.q_norm).view(len(x), -1)
         k = _normed(k.reshape(-1, size), attention.k_norm).view(len(x), -1)
     holder = attention.config if _family(attention, "Attention") in WINDOW_OF_MODEL else attention
-    first = tuple(t[0] for t in virtual[0].of(attention, x)) if virtual else None
-    plan = pieces(kwargs["layout"].segments, first[0].shape[1] if first else 0, getattr(holder, "sliding_window", None), x.dtype)
-    out = attend(q, k, v, cos, sin, plan, Sizes(groups, heads // groups, size), attention.scaling, first)
+    first = virtual[0].of(attention, x) if virtual else None
+    plan = pieces(
+        kwargs["layout"].segments, first[0].shape[2] if first else 0, getattr(holder, "sliding_window", None), x.dtype
+    )
+    out = attend(
+        q,
+        k,
+        v,
+        cos,
+        sin,
+        plan,
+        Sizes(groups, heads // groups, size),
+        attention.scaling,
+        (first[0][0], first[1][0]) if first else None,
+    )
     return _through(x, out, attention.o_proj, after, scale)
 
 

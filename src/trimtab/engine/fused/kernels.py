@@ -121,7 +121,11 @@ class _Call:
 
     def __call__(self, name: str, *arguments: Any) -> None:
         given = [
-            ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else ctypes.c_double(a) if isinstance(a, float) else ctypes.c_int64(a)
+            ctypes.c_void_p(a.data_ptr())
+            if isinstance(a, Tensor)
+            else ctypes.c_double(a)
+            if isinstance(a, float)
+            else ctypes.c_int64(a)
             for a in arguments
         ]
         getattr(self.library, f"{self.kind}_{name}")(*given)

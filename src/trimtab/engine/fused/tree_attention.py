@@ -93,7 +93,15 @@ class Sizes(NamedTuple):
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, plan: tuple[Piece, ...], sizes: Sizes, scale: float, virtual: tuple[Tensor, Tensor] | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    plan: tuple[Piece, ...],
+    sizes: Sizes,
+    scale: float,
+    virtual: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
     """T H·K queries, T G·K keys and values -> T H·K. Turns q and k by cos and sin (T K) in place: nobody may need them afterwards.
 

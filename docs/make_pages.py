@@ -46,7 +46,7 @@ def tree() -> str:
     for number, (what, names) in reversed(list(enumerate(reversed(FLOORS)))):
         lines.append(f"{number}  {what}")
         for name in names:
-            files = [source / name] if name.endswith(".py") else sorted((source / name).glob("*.py"))
+            files = [source / name] if name.endswith(".py") else sorted((source / name).rglob("*.py"))
             for file in files:
                 if file.name == "__init__.py" and file.parent != source:
                     continue

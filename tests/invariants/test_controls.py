@@ -5,13 +5,14 @@ from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from invariants import suite
 from invariants.suite import INVARIANTS, case_of
 from trimtab.base import Base
 from trimtab.engine import layouts
+from trimtab.engine.fused import blocks
+from trimtab.engine.fused.tree_attention import pieces
 from trimtab.errors import TrimtabError
 from trimtab.methods import Attached, Routing, _combine
 from trimtab.methods._attach import adapters
@@ -21,9 +22,8 @@ from trimtab.methods.lora import LoRA, LoRALayer
 NOTICED = (AssertionError, TrimtabError, pytest.fail.Exception, RuntimeError)
 
 
-def _half(self, x):
-    update = F.linear(x, self.A)
-    return self.base(x) + self.scale * F.linear(0.5 * update.detach() + 0.5 * update, self.B)
+def _half(self):
+    return self.A, self.scale * (0.5 * self.B.detach() + 0.5 * self.B)
 
 
 def _touch(self, x):
@@ -31,9 +31,9 @@ def _touch(self, x):
     return self.base(x) + self.scale * x @ self.A.T @ self.B.T
 
 
-def _unlike(self, x):
+def _unlike(self):
     self.calls = getattr(self, "calls", 0) + 1
-    return self.base(x) + (1 + self.calls % 2) * self.scale * x @ self.A.T @ self.B.T
+    return self.A, (1 + self.calls % 2) * self.scale * self.B
 
 
 def _into_base(self):
@@ -78,10 +78,30 @@ _detach, _init, _to_peft, _noise = Attached.detach, LowRankLayer.__init__, LoRA.
 _logprobs, _layer_train = suite.pack_logprobs, nn.Module.train
 ONLY_BASE = (LoRALayer, "adapt", lambda self, x: self.base(x))
 NO_PREFIX = (layouts.PrefillLayout, "before", lambda self, *_: [[] for _ in self.segments])
-LEAK = (layouts.PackLayout, "paths", property(lambda self: [list(range(n + 1)) for n in range(len(self.segments))]))
+
+
+def _with_parents(parent):
+    """Packs in which a segment has other ancestors than it should."""
+
+    def made(self, segments):
+        _laid(self, tuple(segment._replace(parent=parent(n)) for n, segment in enumerate(segments)))
+
+    return made
+
+
+def _seeing_later_keys(*asked):
+    return tuple(
+        piece._replace(
+            blocks=tuple(one._replace(hidden=torch.zeros(one.end - one.start, one.high - one.low)) for one in piece.blocks)
+        )
+        for piece in pieces(*asked)
+    )
+
+
+_laid = layouts.PackLayout.__init__
 
 BROKEN = {
-    "I01": ("lora", (LoRALayer, "adapt", lambda self, x: self.base(x) + 1e-3)),
+    "I01": ("lora", (LoRALayer, "low_rank", lambda self: (self.A, self.B + 1e-3))),
     "I02": ("lora", ONLY_BASE),
     "I02 in generation": ("ptuning_v2", NO_PREFIX),
     "I03": ("lora", (LoRALayer, "adapt", _touch)),
@@ -89,7 +109,7 @@ BROKEN = {
     "I05": ("lora", (Attached, "detach", lambda self: self.model)),
     "I06": ("lora", (Base, "__init__", lambda self, model: _base_with_a_trainable_norm(self, model))),
     "I07": ("lora", (LoRA, "relative_rate", lambda self, name: 0.0 if name == "A" else 1.0)),
-    "I08": ("lora", (LoRALayer, "adapt", _half)),
+    "I08": ("lora", (LoRALayer, "low_rank", _half)),
     "I10": ("lora", (LoRALayer, "train", lambda self, mode=True: _layer_train(self, True))),
     "I12": ("lora", (LoRA, "to_peft", _with_a_nonce)),
     "I13": ("lora", (Attached, "load_state", _unchecked)),
@@ -102,11 +122,11 @@ BROKEN = {
     "I20": ("lora", (Routing, "tokens", lambda self, owner, *_: torch.arange(0 if owner else len(self.owners)))),
     "I21": ("lora", (layouts.DecodeLayout, "advance", lambda self: None)),
     "I21 in the prefix": ("ptuning_v2", NO_PREFIX),
-    "I22": ("lora", LEAK),
+    "I22": ("lora", (layouts.PackLayout, "__init__", _with_parents(lambda number: number - 1))),
     "I23": ("lora", (suite, "pack_logprobs", lambda model, pack: _logprobs(model, pack) / len(pack.sequences))),
-    "I23 in a tree": ("lora", (layouts.PackLayout, "paths", property(lambda self: [[n] for n in range(len(self.segments))]))),
-    "I24": ("lora", (LoRALayer, "adapt", _unlike)),
-    "I25": ("lora", (layouts, "causal", lambda q, k, *_: torch.ones(q, k, dtype=torch.bool))),
+    "I23 in a tree": ("lora", (layouts.PackLayout, "__init__", _with_parents(lambda number: -1))),
+    "I24": ("lora", (LoRALayer, "low_rank", _unlike)),
+    "I25": ("lora", (blocks, "pieces", _seeing_later_keys)),
     "I26": ("lora", (torch, "promote_types", lambda one, other: one)),
     "I29": ("lora", ONLY_BASE),
     "I32": ("lora", (LowRankLayer, "__init__", _drawn_anew)),

@@ -30,6 +30,8 @@ WINDOW_OF_MODEL = {"Mistral", "Phi3"}
 GATES: dict[str, Gate] = {"SiLUActivation": "silu", "SiLU": "silu", "GELUTanh": "gelu_tanh"}
 
 _by_hand: ContextVar[bool] = ContextVar("by_hand", default=True)
+_inside: ContextVar[bool] = ContextVar("inside", default=False)
+"""What runs is called by a layer by hand."""
 
 
 @contextmanager
@@ -45,8 +47,9 @@ def unfused() -> Iterator[None]:
 def fuse(model: nn.Module) -> None:
     """Let each layer that is known stand in for its own forward pass, where a pass has a PackLayout. `unheed` undoes it."""
     for module in model.modules():
-        if _family(module, "DecoderLayer") in PRE_NORM | SANDWICH and "forward" not in module.__dict__:
-            module.forward = StandIn(module)
+        for part, stand_in in (("DecoderLayer", StandIn), ("MLP", MLPStandIn)):
+            if _family(module, part) in PRE_NORM | SANDWICH and "forward" not in module.__dict__:
+                module.forward = stand_in(module)
 
 
 def _family(module: nn.Module, part: str) -> str | None:
@@ -75,11 +78,27 @@ class StandIn:
         return run(hidden_states)
 
 
+class MLPStandIn:
+    """An MLP's forward pass, for an adapter around it that is called by a layer by hand."""
+
+    stands_in = True
+
+    def __init__(self, mlp: Any) -> None:
+        self.mlp = mlp
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if not _inside.get() or (gate := _gate(self.mlp)) is None:
+            return type(self.mlp).forward(self.mlp, x)
+        g, u = _gate_and_up(x[0], None, self.mlp)
+        return _through(None, g, self.mlp.down_proj, None, 1.0, gated=(u, gate))[None]
+
+
 def _watched(layer: nn.Module) -> bool:
     """Somebody has put a hook, or a forward pass of their own, on a module inside."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return any(
-        any(getattr(module, kind) for kind in hooks) or ("forward" in module.__dict__ and module is not layer)
+        any(getattr(module, kind) for kind in hooks)
+        or not getattr(module.__dict__.get("forward", MLPStandIn), "stands_in", False)
         for module in layer.modules()
     )
 
@@ -109,8 +128,7 @@ def _attention(x: Tensor, before: nn.Module, module: nn.Module, after: nn.Module
     else:
         q, k, v = _linears(x, before, [attention.q_proj, attention.k_proj, attention.v_proj])
     if hasattr(attention, "q_norm"):  # Qwen3, Gemma 3
-        q = _normed(q.reshape(-1, size), attention.q_norm).view(len(x), -1)
-        k = _normed(k.reshape(-1, size), attention.k_norm).view(len(x), -1)
+        q, k = (_normed_heads(t, size, how) for t, how in ((q, attention.q_norm), (k, attention.k_norm)))
     holder = attention.config if _family(attention, "Attention") in WINDOW_OF_MODEL else attention
     first = virtual[0].of(attention, x) if virtual else None
     plan = pieces(
@@ -145,20 +163,26 @@ def _is_plain(attention: Any, cos: Tensor, virtual: Sequence[Virtual]) -> bool:
 def _mlp(x: Tensor, before: nn.Module, module: nn.Module, after: nn.Module | None, scale: float) -> Tensor:
     """x + scale · after(mlp(before(x))): T d."""
     mlp: Any = _acting(module)
-    activate = getattr(mlp, "act_fn", getattr(mlp, "activation_fn", None))
-    gate = GATES.get(type(activate).__name__)
-    if _family(mlp, "MLP") not in PRE_NORM | SANDWICH or gate is None or activate is None:
-        return _added(x, module(_normed(x, before)[None])[0], after, scale)
+    if (gate := _gate(mlp)) is None:
+        token = _inside.set(True)
+        try:
+            return _added(x, module(_normed(x, before)[None])[0], after, scale)
+        finally:
+            _inside.reset(token)
+    g, u = _gate_and_up(x, before, mlp)
+    return _through(x, g, mlp.down_proj, after, scale, gated=(u, gate))
+
+
+def _gate(mlp: Any) -> Gate | None:
+    """The gate of an MLP that is known."""
+    known = _family(mlp, "MLP") in PRE_NORM | SANDWICH
+    return GATES.get(type(getattr(mlp, "act_fn", getattr(mlp, "activation_fn", None))).__name__) if known else None
+
+
+def _gate_and_up(x: Tensor, before: nn.Module | None, mlp: Any) -> Sequence[Tensor]:
     if hasattr(mlp, "gate_up_proj"):  # Phi-3
-        g, u = _linears(x, before, [mlp.gate_up_proj], 2 * [mlp.config.intermediate_size])
-    else:
-        g, u = _linears(x, before, [mlp.gate_proj, mlp.up_proj])
-    site = _site(mlp.down_proj)
-    if site is None or g.stride() != u.stride():
-        return _added(x, mlp.down_proj((activate(g) * u)[None])[0], after, scale)
-    if after is not None:
-        return _added(x, ops.gated_linear_add(None, g, u, gate, site, 1.0), after, scale)
-    return ops.gated_linear_add(x, g, u, gate, site, scale)
+        return _linears(x, before, [mlp.gate_up_proj], 2 * [mlp.config.intermediate_size])
+    return _linears(x, before, [mlp.gate_proj, mlp.up_proj])
 
 
 def _acting(module: nn.Module) -> nn.Module:
@@ -168,15 +192,24 @@ def _acting(module: nn.Module) -> nn.Module:
     return module
 
 
-def _added(x: Tensor, y: Tensor, after: nn.Module | None, scale: float) -> Tensor:
+def _added(x: Tensor | None, y: Tensor, after: nn.Module | None, scale: float) -> Tensor:
     """x + scale · after(y)."""
     y = y if after is None else _normed(y, after)
+    if x is None:
+        return y
     return x + y if scale == 1.0 else torch.add(x, y, alpha=scale)
 
 
 def _normed(x: Tensor, module: nn.Module) -> Tensor:
     how = _norm(module)
     return ops.norm(x, how) if how is not None else module(x[None])[0]
+
+
+def _normed_heads(x: Tensor, size: int, module: nn.Module) -> Tensor:
+    """Each head of x by itself: T H·K."""
+    if (how := _norm(module)) is not None:
+        return ops.norm(x.reshape(-1, size), how).view(x.shape)
+    return module(x.unflatten(1, (-1, size))[None])[0].reshape(x.shape)
 
 
 def _norm(module: nn.Module) -> ops.Norm | None:
@@ -189,26 +222,35 @@ def _norm(module: nn.Module) -> ops.Norm | None:
     return ops.Norm(own.weight, 0.0, own.variance_epsilon)
 
 
-def _linears(x: Tensor, before: nn.Module, modules: Sequence[nn.Module], cut: Sequence[int] | None = None) -> Sequence[Tensor]:
+def _linears(
+    x: Tensor, before: nn.Module | None, modules: Sequence[nn.Module], cut: Sequence[int] | None = None
+) -> Sequence[Tensor]:
     """What each of the modules makes of before(x); or one's, cut into columns of these widths. Nobody else holds them."""
     sites = [site for module in modules if (site := _site(module)) is not None]
-    if len(sites) < len(modules):
-        y = _normed(x, before)[None]
-        made = [module(y)[0].clone() for module in modules]  # the module may need what it gave
-        return made if cut is None else made[0].split(list(cut), dim=1)
-    how = _norm(before)
-    x = x if how is not None else _normed(x, before)
-    return ops.linears(x, how, sites, cut or [len(site.weight) for site in sites])
+    how = _norm(before) if before is not None else None
+    if before is not None and (how is None or len(sites) < len(modules)):
+        x, how = _normed(x, before), None
+    if len(sites) == len(modules):
+        return ops.linears(x, how, sites, cut or [len(site.weight) for site in sites])
+    made = [module(x[None])[0].clone() for module in modules]  # the module may need what it gave
+    return made if cut is None else made[0].split(list(cut), dim=1)
 
 
-def _through(x: Tensor, y: Tensor, module: nn.Module, after: nn.Module | None, scale: float) -> Tensor:
-    """x + scale · after(module(y))."""
+def _through(
+    x: Tensor | None,
+    y: Tensor,
+    module: nn.Module,
+    after: nn.Module | None,
+    scale: float,
+    gated: tuple[Tensor, Gate] | None = None,
+) -> Tensor:
+    """x + scale · after(module(y)); or of act(y) · u instead of y."""
     site = _site(module)
     if site is None:
-        return _added(x, module(y[None])[0], after, scale)
-    if after is not None:
-        return _added(x, ops.linear_add(None, y, site, 1.0), after, scale)
-    return ops.linear_add(x, y, site, scale)
+        return _added(x, module((ops.gated(y, *gated) if gated else y)[None])[0], after, scale)
+    residual, factor = (x, scale) if after is None else (None, 1.0)
+    out = ops.gated_linear_add(residual, y, *gated, site, factor) if gated else ops.linear_add(residual, y, site, factor)
+    return out if after is None else _added(x, out, after, scale)
 
 
 def _site(module: nn.Module) -> ops.Site | None:

@@ -48,7 +48,7 @@ def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offse
 
 def gated(g: Tensor, u: Tensor, kind: Gate) -> Tensor:
     """act(g) · u: T n."""
-    if c := _compiled(g, u):
+    if g.stride() == u.stride() and (c := _compiled(g, u)):
         h = g.new_empty(g.shape)
         c("gate", g, u, h, *g.shape, g.stride(0), _GATES.index(kind))
         return h
@@ -59,7 +59,7 @@ def gated_backward(dh: Tensor, g: Tensor, u: Tensor, kind: Gate) -> tuple[Tensor
     """dg and du, side by side in one tensor, and act(g) · u again. Takes `dh` over."""
     both = g.new_empty(len(g), 2 * g.shape[1])
     dg, du = both.chunk(2, dim=1)
-    if c := _compiled(dh, g, u):
+    if g.stride() == u.stride() and (c := _compiled(dh, g, u)):
         c("gate_backward", dh, g, u, dg, du, *g.shape, g.stride(0), both.stride(0), _GATES.index(kind))
         return dg, du, dh
     with torch.enable_grad():

@@ -59,6 +59,11 @@ def gated_linear_add(residual: Tensor | None, g: Tensor, u: Tensor, gate: Gate, 
     return _LinearAdd.apply(residual, g, u, gate, [(site.weight, site.bias)], scale, *_factors([site]))
 
 
+def gated(g: Tensor, u: Tensor, gate: Gate) -> Tensor:
+    """act(g) · u: T f, of g and u that are columns of one tensor."""
+    return _Gated.apply(g, u, gate)
+
+
 Frozen = Sequence[tuple[Tensor, Tensor | None]]
 """Weights and biases."""
 
@@ -80,6 +85,21 @@ class _Norm(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         x, rstd = ctx.saved_tensors
         return kernels.rms_norm_backward(gradients[0], x, ctx.how.weight, rstd, ctx.how.offset), None
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, u: Tensor, gate: Gate) -> Tensor:
+        ctx.gate = gate
+        ctx.save_for_backward(g, u)
+        return kernels.gated(g, u, gate)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        g, u = ctx.saved_tensors
+        dg, du, _ = kernels.gated_backward(gradients[0].clone(), g, u, ctx.gate)
+        return dg, du, None
 
 
 class _Linears(torch.autograd.Function):

@@ -42,8 +42,8 @@ demo: $(READY)  ## fine-tune a real model on a small task and show what it gaine
 	$(BIN)/trimtab eval runs/demo --data demo/test.jsonl --base --show 5
 	@cat demo/next.txt
 
-bench: $(READY)  ## the same LoRA run in Hugging Face Trainer + PEFT and in Trimtab: make bench DATA=rows.json
-	$(BIN)/python benchmarks/against_peft.py $(or $(DATA),demo/train.jsonl)
+bench: $(READY)  ## the same LoRA run in Trimtab and in Hugging Face Trainer + PEFT: make bench DATA=rows.json
+	$(BIN)/trimtab bench --data $(or $(DATA),demo/train.jsonl)
 
 clean:  ## remove the virtual environment, caches and the demo's run
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache runs/demo

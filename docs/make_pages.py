@@ -23,7 +23,7 @@ PAGE, README = ROOT / "docs" / "recipe.md", ROOT / "README.md"
 METHODS, MEASURED = ROOT / "docs" / "methods.md", ROOT / "docs" / "methods.json"
 FLOORS = (
     ("words and pages", ("cli.py", "commands.py", "__main__.py", "__init__.py")),
-    ("a run, top to bottom", ("recipe.py", "run.py", "api.py")),
+    ("a run, top to bottom; and against others", ("recipe.py", "run.py", "api.py", "bench")),
     ("scores, handing over, reports", ("evaluate", "deploy", "report")),
     ("the loop", ("train",)),
     ("what makes an answer good", ("objectives",)),

@@ -16,14 +16,14 @@ FLOORS = [
     {"objectives"},
     {"train"},
     {"deploy", "evaluate", "report"},
-    {"recipe", "run", "api"},
+    {"recipe", "run", "api", "bench"},
     {"cli", "commands", "__main__"},
 ]
 """Of docs/…/architecture: what stands on which floor, the lowest first."""
 
 STACKED = [
     {"errors", "files", "config", "yaml12", "startup", "attention"},
-    {"recipe", "run", "api"},
+    {"recipe", "run", "api", "bench"},
     {"cli", "commands", "__main__"},
 ]
 """Floors whose files build on each other, without a circle; on the others, neighbours do not know each other."""
@@ -34,7 +34,7 @@ FAMILIES = {"methods", "objectives"}
 """Folders whose members do not know each other: they share the files whose names start with an underscore."""
 
 OWNERS = {
-    "transformers": {"base", "attention"},
+    "transformers": {"base", "attention", "bench"},
     "rich": {"commands", "report"},
     "yaml": {"yaml12"},
     "argparse": {"cli", "commands"},
@@ -307,9 +307,9 @@ PLANTED = {
     "an objective that knows another": (
         "objectives/new.py", "def f():\n    from trimtab.objectives import sft", "objectives/new.py may not know its sibling objectives/sft.py"
     ),
-    "transformers outside base and engine": ("deploy/merging.py", "import transformers", "only attention, base may import transformers"),
+    "transformers outside base and engine": ("deploy/merging.py", "import transformers", "only attention, base, bench may import transformers"),
     "the same, lazily and deep": (
-        "train/loop.py", "def f():\n    from transformers.utils import logging", "only attention, base may import transformers"
+        "train/loop.py", "def f():\n    from transformers.utils import logging", "only attention, base, bench may import transformers"
     ),
     "rich where nothing is shown": ("run.py", "from rich.console import Console", "only commands, report may import rich"),
     "printing where nothing is shown": ("train/loop.py", "print('step')", "only cli, commands and report print"),

@@ -90,6 +90,9 @@ def _parser() -> argparse.ArgumentParser:
     methods.add_argument("model", metavar="MODEL", nargs="?", default="smollm2-135m-instruct", help=MODEL)
     methods.add_argument("--json", action="store_true", help="print one JSON object")
 
+    text = "train the same rows in Trimtab and in its peers, alternating, and compare speed, memory and losses"
+    _bench_words(add("bench", commands.bench, text, "The peers (PEFT, TRL) may stand in an environment of their own."))
+
     show = add("show", commands.show, "tell what is in a run or adapter folder")
     show.add_argument("target", metavar="FOLDER", type=Path)
     show.add_argument("--json", action="store_true", help="print one JSON object")
@@ -131,6 +134,23 @@ def _chat_words(chat: argparse.ArgumentParser) -> None:
         "--seed", metavar="N", type=_whole(0), default=0, help="decides the draws when the temperature is above 0"
     )
     _model_option(chat)
+
+
+def _bench_words(bench: argparse.ArgumentParser) -> None:
+    bench.add_argument("--data", metavar="FILE", help="rows to train on; made-up ones of chat-like lengths unless given")
+    bench.add_argument("--model", metavar="NAME", default="smollm2-135m-instruct", help=MODEL)
+    bench.add_argument("--rows", metavar="N", type=_whole(1), default=64)
+    bench.add_argument("--rows-per-step", metavar="N", type=_whole(1), default=8)
+    bench.add_argument("--rank", metavar="N", type=_whole(1), default=8, help="of the LoRA that is trained")
+    bench.add_argument("--targets", metavar="NAME", nargs="+", default=["all-linear"], help="the matrices that it adapts")
+    bench.add_argument("--pairs", metavar="N", type=_whole(1), default=3, help="how often each trainer runs")
+    bench.add_argument(
+        "--against", metavar="PEER", nargs="+", default=["hf-peft", "hf-peft-no-recompute", "hf-peft-grouped"],
+        help="hf-peft, hf-peft-no-recompute, hf-peft-grouped, trl, trl-no-recompute (default: the first three)",
+    )  # fmt: skip
+    bench.add_argument("--python", metavar="PATH", default=sys.executable, help="the Python interpreter that has the peers")
+    bench.add_argument("--output", metavar="FOLDER", type=Path, help="a new folder for results.json and a chart")
+    bench.add_argument("--json", action="store_true", help="print the results as JSON")
 
 
 def _model_option(command: argparse.ArgumentParser) -> None:

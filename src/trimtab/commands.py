@@ -173,6 +173,40 @@ def methods(arguments: argparse.Namespace) -> None:
         _console().print(methods_table(facts, base.source))
 
 
+def bench(arguments: argparse.Namespace) -> None:
+    from trimtab import files
+    from trimtab.bench import Asked, compare
+    from trimtab.report.comparison import comparison_chart, comparison_table
+
+    if arguments.output is not None:
+        files.refuse_existing(arguments.output)
+    words = ("data", "model", "rows", "rows_per_step", "rank", "pairs", "python")
+    asked = Asked(
+        **{word: getattr(arguments, word) for word in words},
+        targets=tuple(arguments.targets),
+        against=tuple(arguments.against),
+    )
+    console = _console()
+
+    def say(name: str, result: dict[str, Any]) -> None:
+        if not arguments.json:
+            console.print(
+                f"[dim]round {result['round']}[/] {name:22} {result['tokens_per_s']:7.1f} tokens/s  peak {result['peak_gb']:5.2f} GB  "
+                f"{result['gemm_floor_fraction']:4.0%} of the floor  [dim]{result['gemm_rate'] / 1e9:,.0f} GFLOP/s, load {result['load']:.1f}[/]"
+            )
+
+    results = compare(asked, say)
+    title = f"{asked.data or 'made-up rows'}: {asked.rows} rows, LoRA of rank {asked.rank} on {', '.join(asked.targets)}"
+    if arguments.json:
+        _print_json(results)
+    else:
+        console.print(comparison_table(results, title))
+    if arguments.output is not None:
+        with files.new_folder(arguments.output) as folder:
+            files.write_json(folder / "results.json", results)
+            files.write_text(folder / "chart.svg", comparison_chart(results, title))
+
+
 def show(arguments: argparse.Namespace) -> None:
     from trimtab.report.tables import describe, described
 

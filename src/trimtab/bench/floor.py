@@ -1,0 +1,64 @@
+"""What a training step costs at least: the floating-point work that no exact method can avoid, and how fast this machine multiplies."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from trimtab.data import lay_out
+from trimtab.data.example import Sequence as Row
+from trimtab.methods import Method
+from trimtab.methods.lora import LoRA
+
+
+def least_work(model: Any, steps: Sequence[Sequence[Row]], method: LoRA) -> float:
+    """Floating-point operations of training on these steps' rows, a LoRA on a frozen model.
+
+    With Tu tokens once what a step's rows begin with in common is counted once, and N learned ones:
+    4 P Tu for the frozen matrices of the blocks (P numbers), forward and back to their inputs; 6 r (in + out) Tu for each
+    adapted matrix; 4 V d N for the head; 14 L dq for each pair of tokens of which one sees the other, in attention; less
+    what the first layer's q, k, v need not send back, and what of the last layer only learned tokens need.
+    """
+    config = model.config.get_text_config()
+    hidden, layers = config.hidden_size, config.num_hidden_layers
+    size = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
+    queries = config.num_attention_heads * size
+    keys = (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * size
+    everything = Method.member("lora")(targets=["all-linear"])
+    assert isinstance(everything, LoRA)
+    frozen = sum(inputs * outputs for inputs, outputs in everything.shapes(model).values())
+    adapted = sum(method.rank_of(path) * (i + o) for path, (i, o) in method.shapes(model).items())
+    total = 0.0
+    for rows in steps:
+        tree = lay_out([row.ids[:-1] for row in rows])
+        tokens, learned = len(tree.ids), sum(len(row.learned) for row in rows)
+        pairs = sum(position + 1 for position in tree.positions)
+        total += (4 * frozen + 6 * adapted) * tokens + 4 * config.vocab_size * hidden * learned
+        total += 14 * layers * queries * pairs
+        total -= 2 * hidden * (queries + 2 * keys) * tokens
+        last = frozen / layers - 2 * hidden * keys  # all but what makes keys and values
+        total -= 4 * max(0, tokens - learned) * last
+    return total
+
+
+def multiplying_rate(model: Any, tokens: int = 1024, tries: int = 5) -> float:
+    """Floating-point operations a second of one large matrix product of the model's own shape: the best of some tries."""
+    config, like = model.config.get_text_config(), next(model.parameters())
+    inputs, outputs = config.hidden_size, getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    x, weight = (torch.randn(*shape, dtype=like.dtype, device=like.device) for shape in ((tokens, inputs), (inputs, outputs)))
+    out, often = torch.empty(tokens, outputs, dtype=like.dtype, device=like.device), 20
+    best = float("inf")
+    for _ in range(tries):
+        _wait(like.device)
+        started = time.perf_counter()
+        for _ in range(often):
+            torch.mm(x, weight, out=out)
+        _wait(like.device)
+        best = min(best, time.perf_counter() - started)
+    return 2 * tokens * inputs * outputs * often / best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,41 @@
+"""One training run by Trimtab, in a process of its own: python -m trimtab.bench.ours SPEC.json."""
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trimtab.base import Base, ModelConfig
+from trimtab.data import pack_all
+from trimtab.data.example import Sequence as Row
+from trimtab.deploy import load_adapter
+from trimtab.files import read_json
+from trimtab.objectives.sft import SFT
+from trimtab.train import TrainConfig, train
+
+
+def run(spec: dict[str, Any]) -> dict[str, Any]:
+    base = Base.load(ModelConfig(name=spec["model"]))
+    adapter = load_adapter(base, Path(spec["start"]))
+    config = TrainConfig(schedule="constant", warmup=0.0, **spec["settings"])
+    rows = [Row(row["ids"], row["learned"], f"row {n}", len(row["ids"])) for n, row in enumerate(spec["rows"])]
+    each = spec["rows_per_step"]
+    started = time.perf_counter()
+    steps = [pack_all(rows[at : at + each], config.pack_tokens) for at in range(0, len(rows), each)]
+    losses = [step.loss for step in train(base, adapter, SFT(), steps, config, spec["lr"])]
+    return {"losses": losses, "seconds": time.perf_counter() - started, "peak_gb": peak_gb()}
+
+
+def peak_gb() -> float:
+    """The most memory that this process has had: on the device if there is one, else of the machine."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(run(read_json(Path(sys.argv[1])))) + "\n")

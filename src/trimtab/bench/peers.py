@@ -1,0 +1,90 @@
+"""One training run by a peer, in a process of its own: python peers.py SPEC.json, where peft (and, for TRL, trl) is installed.
+
+It needs nothing of Trimtab, whose environment may be another. The rows are tokens already, in the order in which they are
+learned; the adapter starts from the same weights as Trimtab's.
+"""
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def run(spec: dict[str, Any]) -> dict[str, Any]:
+    import peft
+    import transformers
+
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(spec["model"], dtype=torch.float32)
+    model = peft.PeftModel.from_pretrained(model, spec["start"], is_trainable=True)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(spec["model"])
+    data = []
+    for row in spec["rows"]:
+        learned = set(row["learned"])
+        labels = [token if place in learned else -100 for place, token in enumerate(row["ids"])]
+        data.append({"input_ids": row["ids"], "labels": labels})
+    make = _trl if spec["library"] == "trl" else _transformers
+    losses: list[float] = []
+    trainer = make(spec, model, tokenizer, data, losses)
+    started = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - started
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated() / 1e9
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+    return {"losses": losses, "seconds": seconds, "peak_gb": peak}
+
+
+def _settings(spec: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "output_dir": spec["scratch"],
+        "per_device_train_batch_size": spec["rows_per_step"],
+        "num_train_epochs": 1,
+        "learning_rate": spec["lr"],
+        "lr_scheduler_type": "constant",
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "optim": "adamw_torch",
+        "gradient_checkpointing": spec["recompute"],
+        "train_sampling_strategy": "group_by_length" if spec["grouped"] else "sequential",  # they are shuffled already
+        "report_to": [],
+        "save_strategy": "no",
+        "logging_steps": 10_000,
+        "disable_tqdm": True,
+        "use_cpu": not torch.cuda.is_available(),
+    }
+
+
+def _recording(kind: Any, losses: list[float]) -> type:
+    class Recording(kind):
+        def training_step(self, *args: Any, **kwargs: Any) -> Any:
+            loss = super().training_step(*args, **kwargs)
+            losses.append(loss.item())
+            return loss
+
+    return Recording
+
+
+def _transformers(spec: dict[str, Any], model: Any, tokenizer: Any, data: list[dict[str, Any]], losses: list[float]) -> Any:
+    import transformers
+
+    settings = transformers.TrainingArguments(**_settings(spec))
+    collator = transformers.DataCollatorForSeq2Seq(tokenizer, padding="longest")
+    return _recording(transformers.Trainer, losses)(model=model, args=settings, train_dataset=data, data_collator=collator)
+
+
+def _trl(spec: dict[str, Any], model: Any, tokenizer: Any, data: list[dict[str, Any]], losses: list[float]) -> Any:
+    import datasets
+    import trl
+
+    settings = trl.SFTConfig(**_settings(spec), bf16=False, max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
+    rows = datasets.Dataset.from_list(data)
+    return _recording(trl.SFTTrainer, losses)(model=model, args=settings, train_dataset=rows, processing_class=tokenizer)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(run(json.loads(Path(sys.argv[1]).read_text()))) + "\n")

@@ -1,0 +1,57 @@
+"""What `trimtab bench` measured, as a table and as a picture."""
+
+from typing import Any
+from xml.sax.saxutils import escape as escape_xml
+
+from rich.markup import escape
+from rich.table import Table
+
+
+def comparison_table(results: list[dict[str, Any]], title: str) -> Table:
+    """A row a trainer: medians, and how Trimtab stands to it."""
+    table = Table(title=escape(title), title_justify="left", title_style="bold")
+    table.add_column("")
+    for column in ("tokens/s", "peak memory", "of the floor", "Trimtab is", "in memory", "losses differ by"):
+        table.add_column(column, justify="right")
+    for one in results:
+        pairs = ", ".join(f"{ratio:.2f}" for ratio in one["pairs"])
+        mine = one["trainer"] == "trimtab"
+        distance = "–" if mine or one["loss_distance"] is None else f"{one['loss_distance']:.1e}"
+        table.add_row(
+            escape(one["trainer"]),
+            f"{one['tokens_per_s']:.1f}",
+            f"{one['peak_rss_gb']:.2f} GB",
+            f"{one['gemm_floor_fraction']:.0%}",
+            "" if mine else f"{one['trimtab_is_faster']:.2f}x as fast\n[dim]{pairs}[/]",
+            "" if mine else f"{one['trimtab_memory']:.2f}",
+            distance,
+        )
+    return table
+
+
+BAR, GAP, LEFT, WIDE = 22, 10, 190, 360
+
+
+def comparison_chart(results: list[dict[str, Any]], title: str) -> str:
+    """Speed and memory as bars: an SVG picture."""
+    rows = len(results)
+    height = 60 + rows * (BAR + GAP)
+    halves = [("tokens/s", "tokens_per_s", "{:.0f}"), ("peak memory, GB", "peak_rss_gb", "{:.2f}")]
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{LEFT + 2 * (WIDE + 80)}" height="{height}" '
+        'font-family="sans-serif" font-size="13">',
+        '<rect width="100%" height="100%" fill="white"/>',
+        f'<text x="12" y="22" font-size="15" font-weight="bold">{escape_xml(title)}</text>',
+    ]
+    for row, one in enumerate(results):
+        y = 50 + row * (BAR + GAP)
+        parts.append(f'<text x="{LEFT - 10}" y="{y + 16}" text-anchor="end">{escape_xml(one["trainer"])}</text>')
+    for half, (label, key, shape) in enumerate(halves):
+        left, most = LEFT + half * (WIDE + 80), max(one[key] for one in results)
+        parts.append(f'<text x="{left}" y="42" fill="#555">{label}</text>')
+        for row, one in enumerate(results):
+            y, width = 50 + row * (BAR + GAP), max(1.0, WIDE * one[key] / most)
+            colour = "#1f6feb" if one["trainer"] == "trimtab" else "#9aa4af"
+            parts.append(f'<rect x="{left}" y="{y}" width="{width:.1f}" height="{BAR}" fill="{colour}"/>')
+            parts.append(f'<text x="{left + width + 6:.1f}" y="{y + 16}">{shape.format(one[key])}</text>')
+    return "\n".join([*parts, "</svg>"]) + "\n"

@@ -1,0 +1,96 @@
+"""The comparison with peers: what it counts, what it says, and one real run of it on a tiny model."""
+
+import json
+import xml.etree.ElementTree as ET
+
+import pytest
+from families import tiny
+from templates import CHATML, base_of, bytes_tokenizer
+
+from trimtab import cli
+from trimtab.bench import PEERS, Asked, compare, summary
+from trimtab.bench.floor import least_work, multiplying_rate
+from trimtab.data.example import Sequence
+from trimtab.errors import RecipeError
+from trimtab.methods.lora import LoRA
+from trimtab.report.comparison import comparison_chart, comparison_table
+
+
+def test_the_least_work_counted_out():
+    """Two rows that share ten tokens, on the tiny Llama: 2 layers, hidden 32, MLP 48, 4 heads and 2 key-value heads of 8, 97 tokens."""
+    rows = [Sequence([*range(10), 50, 51, 52], [10, 11, 12], "a"), Sequence([*range(10), 60, 61], [10, 11], "b")]
+    model = tiny("llama")
+    tokens, learned = 10 + 2 + 1, 5  # a last token predicts nothing
+    pairs = sum(range(1, 11)) + 11 + 12 + 11
+    of_layer = 32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 48
+    adapted = 3 * 2 * ((32 + 32) + (32 + 16))  # rank 3 on q and v, in both layers
+    expected = (4 * 2 * of_layer + 6 * adapted) * tokens + 4 * 97 * 32 * learned + 14 * 2 * 32 * pairs
+    expected -= 2 * 32 * (32 + 2 * 16) * tokens + 4 * (tokens - learned) * (of_layer - 2 * 32 * 16)
+    assert least_work(model, [rows], LoRA(rank=3, targets=["q_proj", "v_proj"])) == expected
+    apart = least_work(model, [rows[:1], rows[1:]], LoRA(rank=3, targets=["q_proj", "v_proj"]))
+    assert apart > expected
+
+
+def test_the_rate_of_products_is_one():
+    assert multiplying_rate(tiny("llama"), tokens=8, tries=1) > 1e6
+
+
+def run(seconds, peak, losses):
+    return {"seconds": seconds, "peak_gb": peak, "losses": losses, "tokens_per_s": 100 / seconds, "gemm_floor_fraction": 0.5}
+
+
+def test_a_summary_is_of_pairs():
+    ours = [run(1.0, 1.0, [2.0, 1.0]), run(2.0, 1.0, [2.0, 1.0]), run(1.0, 1.0, [2.0, 1.0])]
+    theirs = [run(4.0, 5.0, [2.0, 1.001]), run(4.0, 4.0, [2.0, 1.001]), run(3.0, 2.0, [2.0, 1.001])]
+    said = summary("hf-peft", theirs, ours)
+    assert said["pairs"] == [4.0, 2.0, 3.0]
+    assert said["trimtab_is_faster"] == 3.0
+    assert said["trimtab_memory"] == 0.25
+    assert said["loss_distance"] == pytest.approx(1e-3, rel=1e-6)
+    assert summary("hf-peft-grouped", theirs, ours)["loss_distance"] is None
+    assert "losses" not in said["runs"][0]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    base = base_of(
+        bytes_tokenizer(("<|endoftext|>", "<|im_start|>", "<|im_end|>")),
+        CHATML,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+    )
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    base.model.save_pretrained(path)
+    base.tokenizer.save_pretrained(path)
+    return path
+
+
+def test_a_real_comparison_with_the_same_losses(folder, tmp_path, capsys):
+    words = ["--model", str(folder), "--data", "demo/train.jsonl", "--rows", "12", "--rows-per-step", "4", "--pairs", "1"]
+    output = tmp_path / "results"
+    assert cli.main(["bench", *words, "--against", "hf-peft", "--output", str(output), "--json"]) == 0
+    ours, theirs = json.loads(capsys.readouterr().out)
+    assert (ours["trainer"], theirs["trainer"]) == ("trimtab", "hf-peft")
+    assert len(ours["losses"]) == 3
+    assert ours["losses"][0] != ours["losses"][2]
+    assert theirs["loss_distance"] < 1e-4
+    assert min(one[key] for one in (ours, theirs) for key in ("tokens_per_s", "peak_rss_gb", "gemm_floor_fraction")) > 0
+    assert json.loads((output / "results.json").read_text()) == [ours, theirs]
+    drawing = ET.fromstring((output / "chart.svg").read_text())
+    assert len(drawing.findall("{http://www.w3.org/2000/svg}rect")) == 1 + 2 * 2
+    table = comparison_table([ours, theirs], "x")
+    assert table.row_count == 2
+    ET.fromstring(comparison_chart([{**ours, "trainer": "a & b"}], "rows < tokens"))
+
+
+def test_what_cannot_be_compared_is_refused(tmp_path):
+    with pytest.raises(RecipeError, match="--against: 'peft' is none of hf-peft, "):
+        compare(Asked(against=("peft",)), lambda *_: None)
+    with pytest.raises(RecipeError, match="--python: /no/python can't be run"):
+        compare(Asked(python="/no/python"), lambda *_: None)
+    bare = tmp_path / "python"
+    bare.write_text("#!/bin/sh\necho trl peft\n")
+    bare.chmod(0o755)
+    with pytest.raises(RecipeError, match=r"trl needs trl, peft, which .*python does not have\. Install them"):
+        compare(Asked(python=str(bare), against=("trl",)), lambda *_: None)
+    assert set(PEERS) >= set(Asked().against)

@@ -173,9 +173,9 @@ def test_pack_tokens_changes_how_packs_are_cut_and_not_what_is_learned(work, mon
     sizes = []
     whole = loop.pack_logprobs
 
-    def counting(model, pack):
+    def counting(model, pack, *, recompute):
         sizes.append(len(pack.ids))
-        return whole(model, pack)
+        return whole(model, pack, recompute=recompute)
 
     monkeypatch.setattr(loop, "pack_logprobs", counting)
     results = []
@@ -185,6 +185,26 @@ def test_pack_tokens_changes_how_packs_are_cut_and_not_what_is_learned(work, mon
         results.append((len(sizes), [line["loss"] for line in metrics]))
     assert results[1][0] > results[0][0]
     assert results[1][1] == pytest.approx(results[0][1], rel=1e-4)
+
+
+def test_recompute_says_whether_layers_are_computed_again_and_changes_nothing_that_is_learned(work, monkeypatch):
+    from trimtab.train import loop
+
+    asked = set()
+    whole = loop.pack_logprobs
+
+    def watching(model, pack, *, recompute):
+        asked.add(recompute)
+        return whole(model, pack, recompute=recompute)
+
+    monkeypatch.setattr(loop, "pack_logprobs", watching)
+    found = []
+    for recompute in ("none", "full", "auto"):
+        asked.clear()
+        _, metrics, _ = outcome(work, f"recompute-{recompute}", **{"train.recompute": recompute})
+        found.append((set(asked), [line["loss"] for line in metrics]))
+    assert [several for several, _ in found] == [{False}, {True}, {False}]
+    assert found[0][1] == found[1][1] == found[2][1]
 
 
 def test_the_adapter_handed_over_is_the_best_one_and_both_it_and_the_last_are_kept(work, monkeypatch):
@@ -281,6 +301,7 @@ def test_no_key_is_left_out_here():
         "data.overlong",
         "data.bad_rows",
         "train.pack_tokens",
+        "train.recompute",
         "output",
     }
     recipe = {key for key in keys(Recipe) if key not in ("method", "objective")}

@@ -11,7 +11,7 @@ from trimtab.errors import DataError, RecipeError
 from trimtab.methods import Attached, Method, room
 from trimtab.objectives import Objective
 from trimtab.objectives.sft import SFT
-from trimtab.train import Step, TrainConfig, peak_learning_rate, train
+from trimtab.train import Step, TrainConfig, peak_learning_rate, planned_memory, train
 
 
 def load(name: str, **settings: Any) -> Base:
@@ -52,10 +52,11 @@ def fit(
     _check_room(base, rows)
     check_packing(base.model)
     plan = plan_steps(rows, epochs=config.epochs, seed=config.seed, rows=config.rows, tokens=config.tokens_per_step)
-    steps = [pack_all([rows[n] for n in step], config.pack_tokens) for step in plan]
+    memory = planned_memory(base, config, rows)
+    steps = [pack_all([rows[n] for n in step], memory.pack_tokens) for step in plan]
     rate, _ = peak_learning_rate(config, base, adapter.method, sum(map(len, plan)) / len(plan))
     _ = base.fingerprint  # taken now, to be compared with afterwards
-    yield from train(base, adapter, objective or SFT(), steps, config, rate)
+    yield from train(base, adapter, objective or SFT(), steps, config, rate, memory.most_kept)
     base.check_unchanged()
 
 

@@ -14,13 +14,13 @@ from trimtab.base import Base
 from trimtab.config import read
 from trimtab.data import Example, Loaded, Pack, held_out_examples, load_data, pack_all, plan_steps
 from trimtab.deploy import sample, save_adapter, versions
-from trimtab.engine import check_packing
+from trimtab.engine import Memory, check_packing
 from trimtab.errors import ArtifactError, DataError, RecipeError, StorageError
 from trimtab.evaluate import Loss, score_loss
 from trimtab.methods import Attached, attach
 from trimtab.recipe import Recipe
 from trimtab.report import Silent, Watcher
-from trimtab.train import Step, peak_learning_rate, train
+from trimtab.train import Step, peak_learning_rate, planned_memory, train
 
 
 @dataclass
@@ -61,7 +61,8 @@ def run_recipe(recipe: Recipe, watch: Watcher | None = None) -> Run:
         data = load_data(recipe.absolute().data, base, limit, recipe.train.seed)
         fingerprint.result()
     adapter = attach(base.model, recipe.method, recipe.train.seed, sample=sample(base, data.train))
-    steps = Steps(data, recipe)
+    memory = planned_memory(base, recipe.train, data.train)
+    steps = Steps(data, recipe, memory)
     facts = _facts(recipe, base, adapter, data, steps)
     watch.planned(facts, data.accounts, len(data.train), len(data.eval))
 
@@ -92,6 +93,7 @@ def _facts(recipe: Recipe, base: Base, adapter: Attached, data: Loaded, steps: "
         "positions": recipe.method.positions,
         "base_parameters": base.model.num_parameters() - trained,
         "steps": len(steps),
+        "memory": steps.memory.words,
         "peak_lr": rate,
         "lr_formula": formula,
         "learned_tokens": sum(len(row.learned) for row in data.train),
@@ -127,10 +129,10 @@ def held_out(folder: Path) -> tuple[list[Example], str]:
 class Steps:
     """The packs of each optimizer step, made when it is taken."""
 
-    def __init__(self, data: Loaded, recipe: Recipe) -> None:
+    def __init__(self, data: Loaded, recipe: Recipe, memory: Memory) -> None:
         if not data.train:
             raise DataError("data: there is nothing to learn from.")
-        self._rows, self._pack_tokens = data.train, recipe.train.pack_tokens
+        self._rows, self.memory = data.train, memory
         self._plan = plan_steps(
             data.train,
             epochs=recipe.train.epochs,
@@ -143,7 +145,7 @@ class Steps:
         return len(self._plan)
 
     def __getitem__(self, number: int) -> list[Pack]:
-        return pack_all([self._rows[n] for n in self._plan[number]], self._pack_tokens)
+        return pack_all([self._rows[n] for n in self._plan[number]], self.memory.pack_tokens)
 
     @property
     def rows_per_step(self) -> float:
@@ -165,9 +167,9 @@ def _train(run: Run, recipe: Recipe, base: Base, adapter: Attached, data: Loaded
     done, started, step = _Done(), time.perf_counter(), None
     every = recipe.train.evaluate_every or max(1, -(-len(steps) // 4))
     if recipe.method.new_tokens:  # which the base without the adapter can't read: it is compared with as it starts
-        _evaluate(run, base, data, 0, recipe, watch)
+        _evaluate(run, base, data, 0, steps, watch)
     try:
-        for step in train(base, adapter, recipe.objective, steps, recipe.train, run.state["peak_lr"]):
+        for step in train(base, adapter, recipe.objective, steps, recipe.train, run.state["peak_lr"], steps.memory.most_kept):
             done.tokens += step.tokens
             done.computed += step.computed
             run.log(kind="train", step=step.number, **_step_line(step))
@@ -176,8 +178,8 @@ def _train(run: Run, recipe: Recipe, base: Base, adapter: Attached, data: Loaded
                 # The base's loss, to compare with; measured now, so that training starts at once.
                 if not done.last and not recipe.method.new_tokens:
                     with adapter.disabled():
-                        _evaluate(run, base, data, 0, recipe, watch)
-                scored = _evaluate(run, base, data, step.number, recipe, watch)
+                        _evaluate(run, base, data, 0, steps, watch)
+                scored = _evaluate(run, base, data, step.number, steps, watch)
                 _save(run, base, adapter, done, step, scored)
     except KeyboardInterrupt:
         if step is None:
@@ -189,10 +191,10 @@ def _train(run: Run, recipe: Recipe, base: Base, adapter: Attached, data: Loaded
     return done
 
 
-def _evaluate(run: Run, base: Base, data: Loaded, step: int, recipe: Recipe, watch: Watcher) -> Loss | None:
+def _evaluate(run: Run, base: Base, data: Loaded, step: int, steps: Steps, watch: Watcher) -> Loss | None:
     if not data.eval:
         return None
-    scored = score_loss(base, data.eval, recipe.train.pack_tokens)
+    scored = score_loss(base, data.eval, steps.memory.pack_tokens)
     run.log(kind="eval", step=step, loss=scored.loss, low=scored.interval[0], high=scored.interval[1], tokens=scored.tokens)
     watch.evaluated(step, scored)
     return scored

@@ -15,7 +15,7 @@ from trimtab.data.example import Sequence as Row
 from trimtab.deploy import load_adapter
 from trimtab.files import read_json
 from trimtab.objectives.sft import SFT
-from trimtab.train import TrainConfig, train
+from trimtab.train import TrainConfig, planned_memory, train
 
 
 def run(spec: dict[str, Any]) -> dict[str, Any]:
@@ -25,8 +25,9 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
     rows = [Row(row["ids"], row["learned"], f"row {n}", len(row["ids"])) for n, row in enumerate(spec["rows"])]
     each = spec["rows_per_step"]
     started = time.perf_counter()
-    steps = [pack_all(rows[at : at + each], config.pack_tokens) for at in range(0, len(rows), each)]
-    losses = [step.loss for step in train(base, adapter, SFT(), steps, config, spec["lr"])]
+    memory = planned_memory(base, config, rows)
+    steps = [pack_all(rows[at : at + each], memory.pack_tokens) for at in range(0, len(rows), each)]
+    losses = [step.loss for step in train(base, adapter, SFT(), steps, config, spec["lr"], memory.most_kept)]
     return {"losses": losses, "seconds": time.perf_counter() - started, "peak_gb": peak_gb()}
 
 

@@ -44,6 +44,7 @@ class Terminal:
                 say(f"          columns that nothing reads: {escape(', '.join(sorted(account.unread)))}")
         say(f"          {train_rows:,} rows to learn ({facts['learned_tokens']:,} tokens of answers), {eval_rows:,} held out")
         say(f"[bold]train[/]   {facts['steps']:,} steps, learning rate {facts['peak_lr']:g} ({escape(facts['lr_formula'])})")
+        say(f"          {facts['memory']}")
 
     def stepped(self, step: Step, steps: int) -> None:
         self._tokens += step.tokens

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from trimtab.config import Config
+from trimtab.engine import Recompute
 
 Schedule = Literal["cosine", "linear", "constant"]
 
@@ -19,8 +20,10 @@ class TrainConfig(Config):
     """Rows in an optimizer step; 16 unless `tokens_per_step` is given."""
     tokens_per_step: Annotated[int, Field(ge=1)] | None = None
     """Tokens in an optimizer step, instead of rows."""
-    pack_tokens: Annotated[int, Field(ge=16)] = 1024
-    """Tokens computed at a time. Memory grows with it; what is learned does not depend on it."""
+    pack_tokens: Literal["auto"] | Annotated[int, Field(ge=16)] = "auto"
+    """Tokens computed at a time; auto is 1,024, or what fits. Memory grows with it; what is learned does not depend on it."""
+    recompute: Recompute = "auto"
+    """Whether layers are computed again in the backward pass, instead of keeping what they need: auto where memory asks for it."""
     lr: Literal["auto"] | Annotated[float, Field(gt=0)] = "auto"
     """Peak learning rate; auto is the method's formula, which the run prints."""
     schedule: Schedule = "cosine"

@@ -4,8 +4,10 @@ Logging, evaluating, saving and stopping are the body of the caller's `for` loop
 """
 
 import hashlib
+import math
 import time
 from collections.abc import Iterable, Iterator
+from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,7 +18,7 @@ from torch import nn
 from trimtab.base import Base
 from trimtab.data import Pack
 from trimtab.data.example import Sequence as Row
-from trimtab.engine import pack_logprobs
+from trimtab.engine import Memory, pack_logprobs, plan_memory
 from trimtab.errors import DataError, NonFinite
 from trimtab.methods import Attached, Circumstances, Method
 from trimtab.objectives import Objective
@@ -52,20 +54,26 @@ class Step:
 
 
 def train(
-    base: Base, adapter: Attached, objective: Objective, steps: Steps, config: TrainConfig, peak_lr: float
+    base: Base,
+    adapter: Attached,
+    objective: Objective,
+    steps: Steps,
+    config: TrainConfig,
+    peak_lr: float,
+    most_kept: float = math.inf,
 ) -> Iterator[Step]:
     """Train the adapter; yield after each optimizer step.
 
     Args:
         steps: The packs of each optimizer step.
         peak_lr: The learning rate after warm-up.
+        most_kept: Packs of more tokens are recomputed in their backward pass.
 
     Raises:
         NonFinite: A loss or gradient is not a number; the adapter is as it was before that step.
         KeyboardInterrupt: The same, whenever it comes.
         DataError: A step has nothing to learn.
     """
-    keep_freed_memory()
     parameters = list(adapter.parameters().values())
     optimizer = torch.optim.AdamW(_by_rate(adapter), lr=peak_lr, weight_decay=config.weight_decay)
     for number in range(1, len(steps) + 1):
@@ -79,7 +87,7 @@ def train(
         total = torch.zeros((), device=base.device, dtype=torch.float64 if base.device.type == "cpu" else torch.float32)
         for part, pack in enumerate(packs):
             torch.manual_seed(_dropout_seed(config.seed, number, part))
-            loss = objective.loss(pack_logprobs(base.model, pack), pack)
+            loss = objective.loss(pack_logprobs(base.model, pack, recompute=len(pack.ids) > most_kept), pack)
             (loss / items).backward()
             total += loss.detach()  # read once, after the step: .item() waits for the device
         adapter.train(False)
@@ -93,8 +101,8 @@ def train(
             optimizer.step()
             optimizer.zero_grad()
         tokens = sum(row.shown for pack in packs for row in pack.sequences)
-        computed = sum(len(pack.ids) for pack in packs)
-        yield Step(number, mean, items, tokens, computed, time.perf_counter() - started, norm.item(), lr)
+        seconds, computed = time.perf_counter() - started, sum(len(pack.ids) for pack in packs)
+        yield Step(number, mean, items, tokens, computed, seconds, norm.item(), lr)
 
 
 def _by_rate(adapter: Attached) -> list[dict[str, Any]]:
@@ -116,6 +124,13 @@ def _whole(parameters: list[nn.Parameter]) -> Iterator[None]:
             for parameter, value in zip(parameters, before, strict=True):
                 parameter.copy_(value)
         raise
+
+
+def planned_memory(base: Base, config: TrainConfig, rows: SequenceOf[Row]) -> Memory:
+    """How many tokens are computed at a time, and which packs are recomputed, so that these rows fit into memory. Raises RecipeError."""
+    keep_freed_memory()
+    longest = max((len(row.ids) - 1 for row in rows), default=1)
+    return plan_memory(base.model, longest, config.pack_tokens, config.recompute)
 
 
 def peak_learning_rate(config: TrainConfig, base: Base, method: Method, rows_per_step: float) -> tuple[float, str]:

@@ -1,14 +1,11 @@
 """Decoder layers by hand, on the model's own modules: the families that Transformers writes alike, without its passes over memory.
 
-A layer that is known stands in for its own forward pass in packed passes alone; every other pass is the model's own, which
-is what tests, and the check before every run, compare with. Within a layer, each part is done by hand where that computes
-the same (frozen norms, matrices with low-rank changes), and by its module where not.
+Each part of a layer is done by hand where that computes the same (frozen norms, matrices with low-rank changes), and by its
+module where not. Outside packed passes the model is its own code: what tests, and the check before every run, compare with.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from contextvars import ContextVar
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +15,6 @@ from trimtab.attention import Virtual
 from trimtab.engine.fused import ops
 from trimtab.engine.fused.kernels import Gate
 from trimtab.engine.fused.tree_attention import Sizes, attend, pieces
-from trimtab.engine.layouts import PackLayout
 from trimtab.methods import AdapterLayer, Routing
 
 PRE_NORM = {"Llama", "Mistral", "Qwen2", "Qwen3", "Phi3", "Granite"}
@@ -29,81 +25,23 @@ WINDOW_OF_MODEL = {"Mistral", "Phi3"}
 """Families whose sliding window the configuration says; in others that have one, each layer does."""
 GATES: dict[str, Gate] = {"SiLUActivation": "silu", "SiLU": "silu", "GELUTanh": "gelu_tanh"}
 
-_by_hand: ContextVar[bool] = ContextVar("by_hand", default=True)
 _inside: ContextVar[bool] = ContextVar("inside", default=False)
 """What runs is called by a layer by hand."""
 
 
-@contextmanager
-def unfused() -> Iterator[None]:
-    """Packed passes within the block, in this thread, are the model's own code but for attention: the reference."""
-    token = _by_hand.set(False)
-    try:
-        yield
-    finally:
-        _by_hand.reset(token)
-
-
-def fuse(model: nn.Module) -> None:
-    """Let each layer that is known stand in for its own forward pass, where a pass has a PackLayout. `unheed` undoes it."""
-    for module in model.modules():
-        for part, stand_in in (("DecoderLayer", StandIn), ("MLP", MLPStandIn)):
-            if _family(module, part) in PRE_NORM | SANDWICH and "forward" not in module.__dict__:
-                module.forward = stand_in(module)
+def is_known(module: nn.Module, part: str) -> bool:
+    """Whether this is a DecoderLayer, Attention, MLP or RMSNorm that can be computed by hand."""
+    return _family(module, part) in PRE_NORM | SANDWICH
 
 
 def _family(module: nn.Module, part: str) -> str | None:
-    """Whose decoder layer, attention, … of Transformers this is."""
+    """Whose it is in Transformers."""
     kind = type(module)
     known = kind.__module__.startswith("transformers.models.") and kind.__name__.endswith(part)
     return kind.__name__.removesuffix(part) if known else None
 
 
-class StandIn:
-    """A decoder layer's forward pass."""
-
-    stands_in = True
-
-    def __init__(self, layer: Any) -> None:
-        self.layer = layer
-
-    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        layer = self.layer
-        plain = type(kwargs.get("layout")) is PackLayout and not args and hidden_states.shape[0] == 1 and hidden_states.is_cpu
-        if not plain or not _by_hand.get() or hidden_states.dtype not in (torch.float32, torch.float64) or _watched(layer):
-            return type(layer).forward(layer, hidden_states, *args, **kwargs)
-        run = partial(_layer, layer, kwargs=kwargs)
-        if layer.gradient_checkpointing and layer.training and torch.is_grad_enabled():  # as Transformers' own class does
-            return layer._gradient_checkpointing_func(run, hidden_states)
-        return run(hidden_states)
-
-
-class MLPStandIn:
-    """An MLP's forward pass, for an adapter around it that is called by a layer by hand."""
-
-    stands_in = True
-
-    def __init__(self, mlp: Any) -> None:
-        self.mlp = mlp
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if not _inside.get() or (gate := _gate(self.mlp)) is None:
-            return type(self.mlp).forward(self.mlp, x)
-        g, u = _gate_and_up(x[0], None, self.mlp)
-        return _through(None, g, self.mlp.down_proj, None, 1.0, gated=(u, gate))[None]
-
-
-def _watched(layer: nn.Module) -> bool:
-    """Somebody has put a hook, or a forward pass of their own, on a module inside."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(
-        any(getattr(module, kind) for kind in hooks)
-        or not getattr(module.__dict__.get("forward", MLPStandIn), "stands_in", False)
-        for module in layer.modules()
-    )
-
-
-def _layer(layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+def layer_by_hand(layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
     """1 T d -> 1 T d."""
     scale = getattr(layer, "residual_multiplier", 1.0)  # Granite
     between, inner, end = None, layer.post_attention_layernorm, None
@@ -151,7 +89,7 @@ def _attention(x: Tensor, before: nn.Module, module: nn.Module, after: nn.Module
 def _is_plain(attention: Any, cos: Tensor, virtual: Sequence[Virtual]) -> bool:
     """Attention as `tree_attention` does it."""
     return (
-        _family(attention, "Attention") in PRE_NORM | SANDWICH
+        is_known(attention, "Attention")
         and getattr(attention, "attn_logit_softcapping", None) is None
         and cos.shape[1] == attention.head_dim  # every number of a head is turned
         and not (attention.training and attention.attention_dropout)
@@ -173,10 +111,18 @@ def _mlp(x: Tensor, before: nn.Module, module: nn.Module, after: nn.Module | Non
     return _through(x, g, mlp.down_proj, after, scale, gated=(u, gate))
 
 
+def mlp_by_hand(mlp: Any, x: Tensor) -> Tensor | None:
+    """1 T d -> 1 T d, for an adapter around an MLP that a layer by hand calls; None if it is not that, or not known."""
+    if not _inside.get() or (gate := _gate(mlp)) is None:
+        return None
+    g, u = _gate_and_up(x[0], None, mlp)
+    return _through(None, g, mlp.down_proj, None, 1.0, gated=(u, gate))[None]
+
+
 def _gate(mlp: Any) -> Gate | None:
     """The gate of an MLP that is known."""
-    known = _family(mlp, "MLP") in PRE_NORM | SANDWICH
-    return GATES.get(type(getattr(mlp, "act_fn", getattr(mlp, "activation_fn", None))).__name__) if known else None
+    activate = getattr(mlp, "act_fn", getattr(mlp, "activation_fn", None))
+    return GATES.get(type(activate).__name__) if is_known(mlp, "MLP") else None
 
 
 def _gate_and_up(x: Tensor, before: nn.Module | None, mlp: Any) -> Sequence[Tensor]:

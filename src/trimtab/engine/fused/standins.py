@@ -1,0 +1,96 @@
+"""Who stands in for the forward passes of a model's layers, and when: in packed passes alone, by hand or computed again where asked."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar, copy_context
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from trimtab.engine.fused.blocks import is_known, layer_by_hand, mlp_by_hand
+from trimtab.engine.layouts import PackLayout
+
+_by_hand: ContextVar[bool] = ContextVar("by_hand", default=True)
+_recomputed: ContextVar[bool] = ContextVar("recomputed", default=False)
+
+
+@contextmanager
+def unfused() -> Iterator[None]:
+    """Packed passes within the block, in this thread, are the model's own code but for attention: the reference."""
+    token = _by_hand.set(False)
+    try:
+        yield
+    finally:
+        _by_hand.reset(token)
+
+
+@contextmanager
+def recomputed(recompute: bool = True) -> Iterator[None]:
+    """Packed passes within the block, in this thread, keep the inputs of layers alone, and compute them again in the backward pass."""
+    token = _recomputed.set(recompute)
+    try:
+        yield
+    finally:
+        _recomputed.reset(token)
+
+
+def fuse(model: nn.Module) -> None:
+    """Put stand-ins before the layers' own forward passes, which act where a pass has a PackLayout. `unheed` undoes it."""
+    for module in model.modules():
+        if "forward" in module.__dict__:
+            continue
+        if isinstance(getattr(type(module), "gradient_checkpointing", None), bool):  # what Transformers would recompute
+            module.forward = StandIn(module)
+        elif is_known(module, "MLP"):
+            module.forward = MLPStandIn(module)
+
+
+class StandIn:
+    """A decoder layer's forward pass: by hand where it is known, computed again in the backward pass where that is asked for."""
+
+    stands_in = True
+
+    def __init__(self, layer: Any) -> None:
+        self.layer = layer
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        layer = self.layer
+        if type(kwargs.get("layout")) is not PackLayout:
+            return type(layer).forward(layer, hidden_states, *args, **kwargs)
+        plain = not args and hidden_states.shape[0] == 1 and hidden_states.is_cpu and _by_hand.get()
+        plain = plain and is_known(layer, "DecoderLayer") and hidden_states.dtype in (torch.float32, torch.float64)
+        if plain and not _watched(layer):
+            run = partial(layer_by_hand, layer, kwargs=kwargs)
+            if layer.gradient_checkpointing and layer.training and torch.is_grad_enabled():  # as Transformers' own class does
+                return layer._gradient_checkpointing_func(run, hidden_states)
+        else:
+            run = partial(type(layer).forward, layer, **kwargs)
+        if not _recomputed.get() or not torch.is_grad_enabled():
+            return run(hidden_states, *args)
+        return checkpoint(copy_context().run, run, hidden_states, *args, use_reentrant=False)
+
+
+class MLPStandIn:
+    """An MLP's forward pass, for an adapter around it that is called by a layer by hand."""
+
+    stands_in = True
+
+    def __init__(self, mlp: Any) -> None:
+        self.mlp = mlp
+
+    def __call__(self, x: Tensor) -> Tensor:
+        made = mlp_by_hand(self.mlp, x)
+        return type(self.mlp).forward(self.mlp, x) if made is None else made
+
+
+def _watched(layer: nn.Module) -> bool:
+    """Somebody has put a hook, or a forward pass of their own, on a module inside."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(
+        any(getattr(module, kind) for kind in hooks)
+        or not getattr(module.__dict__.get("forward", MLPStandIn), "stands_in", False)
+        for module in layer.modules()
+    )

@@ -10,19 +10,19 @@ from rich.table import Table
 def comparison_table(results: list[dict[str, Any]], title: str) -> Table:
     """A row a trainer: medians, and how Trimtab stands to it."""
     table = Table(title=escape(title), title_justify="left", title_style="bold")
-    table.add_column("")
-    for column in ("tokens/s", "peak memory", "of the floor", "Trimtab is", "in memory", "losses differ by"):
+    table.add_column("", no_wrap=True)
+    for column in ("tokens/s", "peak GB", "of the floor", "Trimtab is", "its memory", "losses apart"):
         table.add_column(column, justify="right")
     for one in results:
-        pairs = ", ".join(f"{ratio:.2f}" for ratio in one["pairs"])
+        pairs = " ".join(f"{ratio:.1f}" for ratio in one["pairs"])
         mine = one["trainer"] == "trimtab"
         distance = "–" if mine or one["loss_distance"] is None else f"{one['loss_distance']:.1e}"
         table.add_row(
             escape(one["trainer"]),
             f"{one['tokens_per_s']:.1f}",
-            f"{one['peak_rss_gb']:.2f} GB",
+            f"{one['peak_rss_gb']:.2f}",
             f"{one['gemm_floor_fraction']:.0%}",
-            "" if mine else f"{one['trimtab_is_faster']:.2f}x as fast\n[dim]{pairs}[/]",
+            "" if mine else f"{one['trimtab_is_faster']:.2f}x\n[dim]{pairs}[/]",
             "" if mine else f"{one['trimtab_memory']:.2f}",
             distance,
         )

@@ -1,0 +1,139 @@
+"""What each trick of the training step is worth: all of them on, then each off in turn, alternating, on real rows.
+
+    python benchmarks/ablation.py FILE [--rows 8] [--rounds 3] [--targets all-linear] [--rank 8] [--only NAME ...]
+
+Prints, for each, how many times longer the step takes without it, how much more its activations take, and how far the
+gradients are apart (in float32: every trick is the same mathematics). Results go to docs/ablation.json.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import trimtab
+from trimtab.data import pack_all, pack_flat
+from trimtab.data.order import shuffled
+from trimtab.engine import head, pack_logprobs
+from trimtab.engine.fused import kernels, ops, tree_attention, unfused
+from trimtab.startup import M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, keep_freed_memory
+
+ROOT = Path(__file__).parents[1]
+
+
+@contextmanager
+def instead(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    tree_attention.pieces.cache_clear()
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+        tree_attention.pieces.cache_clear()
+
+
+@contextmanager
+def memory_given_back() -> Iterator[None]:
+    libc = ctypes.CDLL(None)
+    libc.mallopt(M_MMAP_THRESHOLD, 128 * 1024)
+    libc.mallopt(M_TRIM_THRESHOLD, 128 * 1024)
+    try:
+        yield
+    finally:
+        keep_freed_memory()
+
+
+OFF: dict[str, tuple[str, Callable[[], AbstractContextManager[None]]]] = {
+    "layers by hand": ("each layer is Transformers' own code", unfused),
+    "C passes": (
+        "norms, gates, rotations and the softmax's sweep in torch",
+        lambda: instead(kernels, "_library", lambda: None),
+    ),
+    "LoRA summed": ("x goes through B A beside W", lambda: instead(ops, "_changed", lambda *_: None)),
+    "blocks of attention": (
+        "a segment is one call, its causal half computed and hidden",
+        lambda: instead(tree_attention, "BLOCK", 1 << 30),
+    ),
+    "vocabulary in tiles": ("all logits at once", lambda: instead(head, "TILE", 1 << 40)),
+    "freed memory kept": ("malloc gives large blocks back to the system", memory_given_back),
+}
+PACKS = {
+    "shared beginnings": (
+        "each row has its own",
+        lambda rows, tokens: [pack_flat(pack.sequences) for pack in pack_all(rows, tokens)],
+    ),
+    "packing": ("a row at a time", lambda rows, tokens: [pack_flat([row]) for row in rows]),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data")
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--targets", nargs="+", default=["all-linear"])
+    parser.add_argument("--only", nargs="+", choices=[*OFF, *PACKS, "no recomputation"])
+    asked = parser.parse_args()
+    keep_freed_memory()
+    base = trimtab.load("smollm2-135m-instruct")
+    rows = trimtab.rows(asked.data, base)[: 8 * asked.rows]
+    rows = [rows[n] for n in shuffled(len(rows), seed=0, epoch=0)][: asked.rows]
+    adapter = trimtab.attach(base.model, trimtab.LoRA(rank=asked.rank, alpha=2.0 * asked.rank, targets=asked.targets))
+    parameters = list(adapter.parameters().values())
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.add_(0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    adapter.train()
+
+    def step(packs: list[Any], recompute: bool = False) -> tuple[float, torch.Tensor]:
+        started = time.perf_counter()
+        for pack in packs:
+            (-pack_logprobs(base.model, pack, recompute=recompute).sum() / 1000).backward()
+        seconds = time.perf_counter() - started
+        gradient = torch.cat([p.grad.flatten() for p in parameters])
+        for parameter in parameters:
+            parameter.grad = None
+        return seconds, gradient
+
+    packs = pack_all(rows, 1024)
+    names = asked.only or [*OFF, *PACKS, "no recomputation"]
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    apart: dict[str, float] = {}
+    step(packs)
+    for _ in range(asked.rounds):
+        for name in names:
+            on, reference = step(packs)
+            with OFF[name][1]() if name in OFF else contextlib.nullcontext():
+                other = PACKS[name][1](rows, 1024) if name in PACKS else packs
+                off, gradient = step(other, recompute=name == "no recomputation")
+            times[name].append((on, off))
+            apart[name] = float((gradient - reference).norm() / reference.norm())
+            print(f"{name:22} {on:6.2f} s on, {off:6.2f} s off, gradients apart {apart[name]:.1e}", flush=True)
+    results = {
+        name: {
+            "without": (OFF | PACKS)[name][0] if name in OFF or name in PACKS else "every layer is computed twice",
+            "gain": statistics.median(off / on for on, off in pairs),
+            "pairs": [off / on for on, off in pairs],
+            "gradients_apart": apart[name],
+        }
+        for name, pairs in times.items()
+    }
+    words = {"rows": asked.rows, "rank": asked.rank, "targets": asked.targets, "load": os.getloadavg()[0]}
+    (ROOT / "docs" / "ablation.json").write_text(json.dumps({**words, "tricks": results}, indent=1) + "\n")
+    for name, one in sorted(results.items(), key=lambda pair: -pair[1]["gain"]):
+        print(f"| {name} | {one['without']} | {one['gain']:.2f}x | {one['gradients_apart']:.0e} |")
+
+
+if __name__ == "__main__":
+    main()

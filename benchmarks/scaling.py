@@ -1,0 +1,100 @@
+"""How speed and memory go with the length of rows, the rank, and the number of rows. Each point is a process of its own.
+
+python benchmarks/scaling.py lengths [1024 2048 4096 8192 16384]   # one row of made-up tokens a step
+python benchmarks/scaling.py ranks   [4 16 64 256]                 # 1,024 tokens at a time
+python benchmarks/scaling.py rows    [10 1000 100000]              # data alone: read, tokenized, labelled, shuffled; memory and time
+"""
+
+import json
+import os
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+DEFAULTS = {"lengths": [1024, 2048, 4096, 8192, 16384], "ranks": [4, 16, 64, 256], "rows": [10, 1000, 100_000]}
+
+
+def peak_gb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+def trained(length: int, rank: int, steps: int) -> dict[str, Any]:
+    """Steps of one row of made-up tokens, all of them learned but the first quarter; the first step warms up."""
+    import trimtab
+    from trimtab.data import pack_flat
+    from trimtab.data.example import Sequence
+    from trimtab.train import TrainConfig, planned_memory, train
+
+    base = trimtab.load("smollm2-135m-instruct")
+    adapter = trimtab.attach(base.model, trimtab.LoRA(rank=rank, alpha=2.0 * rank))
+    draw = random.Random(0)
+    rows = [
+        Sequence([draw.randrange(49152) for _ in range(length)], list(range(length // 4, length)), "made up", length)
+    ] * steps
+    config = TrainConfig()
+    memory = planned_memory(base, config, rows)
+    done = list(train(base, adapter, trimtab.SFT(), [[pack_flat([row])] for row in rows], config, 1e-4, memory.most_kept))
+    seconds = sorted(step.seconds for step in done[1:])[0]
+    return {"tokens_per_s": length / seconds, "peak_gb": peak_gb(), "memory": memory.words}
+
+
+def loaded(count: int) -> dict[str, Any]:
+    """Rows made, read, tokenized, labelled and put in order: what training waits for before its first step."""
+    import trimtab
+    from trimtab.data import plan_steps
+
+    base = trimtab.load("smollm2-135m-instruct")
+    before = peak_gb()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.jsonl"
+        draw = random.Random(0)
+        words = [
+            "order",
+            "three",
+            "boxes",
+            "of",
+            "green",
+            "tea",
+            "for",
+            "Anna",
+            "by",
+            "Friday",
+            "please",
+            "and",
+            "send",
+            "it",
+            "to",
+            "Bergen",
+        ]
+        with path.open("w") as file:
+            for number in range(count):
+                texts = [" ".join(draw.choices(words, k=draw.randrange(8, 40))) for _ in range(2)]
+                file.write(json.dumps({"prompt": f"{number}: {texts[0]}", "completion": texts[1]}) + "\n")
+        started = time.perf_counter()
+        rows = trimtab.rows(str(path), base)
+        plan_steps(rows, epochs=2, seed=0, rows=16)
+    tokens = sum(len(row.ids) for row in rows)
+    return {"seconds": time.perf_counter() - started, "tokens": tokens, "grew_gb": peak_gb() - before}
+
+
+def main() -> None:
+    if sys.argv[1] == "one":
+        what, value = sys.argv[2], int(sys.argv[3])
+        result = loaded(value) if what == "rows" else trained(value, 8, 3) if what == "lengths" else trained(1024, value, 4)
+        print(json.dumps(result))
+        return
+    what = sys.argv[1]
+    for value in map(int, sys.argv[2:] or DEFAULTS[what]):
+        command = [sys.executable, __file__, "one", what, str(value)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        said = done.stdout.strip().splitlines()[-1] if done.returncode == 0 else done.stderr.strip().splitlines()[-1]
+        print(f"{what} {value:,}: {said}  (load {os.getloadavg()[0]:.1f})", flush=True)
+
+
+if __name__ == "__main__":
+    main()

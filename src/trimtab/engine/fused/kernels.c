@@ -73,10 +73,10 @@ void NAME##_gate(const REAL *g, const REAL *u, REAL *h, int64_t rows, int64_t n,
                                                                                                                               \
 /* dg = dh * u * act'(g) and du = dh * act(g); and h again, over dh. */                                                       \
 void NAME##_gate_backward(REAL *dh, const REAL *g, const REAL *u, REAL *dg, REAL *du, int64_t rows, int64_t n,                \
-                          int64_t row, int64_t d_row, int kind) {                                                             \
+                          int64_t row, int64_t d_row, int64_t dh_row, int kind) {                                             \
     _Pragma("omp parallel for schedule(static)") for (int64_t r = 0; r < rows; r++) {                                         \
         const REAL *a = g + r * row, *b = u + r * row;                                                                        \
-        REAL *d = dh + r * n, *p = dg + r * d_row, *q = du + r * d_row;                                                       \
+        REAL *d = dh + r * dh_row, *p = dg + r * d_row, *q = du + r * d_row;                                                  \
         if (kind == SILU)                                                                                                     \
             for (int64_t i = 0; i < n; i++) {                                                                                 \
                 REAL s = 1 / (1 + EXP(-a[i])), act = a[i] * s, up = d[i];                                                     \

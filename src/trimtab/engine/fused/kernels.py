@@ -60,7 +60,7 @@ def gated_backward(dh: Tensor, g: Tensor, u: Tensor, kind: Gate) -> tuple[Tensor
     both = g.new_empty(len(g), 2 * g.shape[1])
     dg, du = both.chunk(2, dim=1)
     if g.stride() == u.stride() and (c := _compiled(dh, g, u)):
-        c("gate_backward", dh, g, u, dg, du, *g.shape, g.stride(0), both.stride(0), _GATES.index(kind))
+        c("gate_backward", dh, g, u, dg, du, *g.shape, g.stride(0), both.stride(0), dh.stride(0), _GATES.index(kind))
         return dg, du, dh
     with torch.enable_grad():
         leaf = g.detach().requires_grad_()

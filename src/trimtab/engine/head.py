@@ -14,8 +14,8 @@ from trimtab.engine.fused.kernels import sweep_
 from trimtab.errors import UnsupportedModel
 from trimtab.methods import AdapterLayer, Routing, current_routing, look_through, routed
 
-TILE = 1_000_000
-"""Logits formed at a time: 4 MB of float32, which stay in a cache."""
+TILE = 500_000
+"""Logits formed at a time: 2 MB of float32, which stay in a cache."""
 
 
 class Head(NamedTuple):
@@ -30,10 +30,10 @@ class Head(NamedTuple):
     adapted: nn.Module | None = None
     """An adapter's layer around the matrix, which computes hidden Wᵀ + bias in its place."""
 
-    def logits(self, hidden: Tensor, part: slice = slice(None)) -> Tensor:
-        """M d -> M V, in at least float32; or those of a part of the vocabulary, without an adapter."""
+    def logits(self, hidden: Tensor, part: slice = slice(None), out: Tensor | None = None) -> Tensor:
+        """M d -> M V, in at least float32; or those of a part of the vocabulary, without an adapter, perhaps over `out`."""
         whole = self.adapted is not None and part == slice(None)
-        raw = self.adapted(hidden[None])[0] if whole else hidden @ self.weight[part].T  # type: ignore[misc]
+        raw = self.adapted(hidden[None])[0] if whole else torch.mm(hidden, self.weight[part].T, out=out)  # type: ignore[misc]
         raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
         if self.bias is not None and not whole:
             raw = raw + self.bias[part]
@@ -117,13 +117,15 @@ class _SequenceLogProbs(torch.autograd.Function):
         mean = torch.zeros_like(hidden) if wanted else None
         size = max(1, TILE // max(1, len(hidden)))
         starts = range(0, len(head.weight), size)
+        tile = hidden.new_empty(len(hidden) * min(size, len(head.weight)))
         by_token = token.argsort()
         cuts = torch.searchsorted(token[by_token], torch.tensor([*starts, len(head.weight)], device=token.device)).tolist()
         if cuts[-1] < len(token):
             raise IndexError(f"token {int(token.max())} is beyond the head's {len(head.weight)}")
         for start, low, high in zip(starts, cuts, cuts[1:], strict=False):
             part, here = slice(start, start + size), by_token[low:high]
-            logits = head.logits(hidden, part)
+            width = min(size, len(head.weight) - start)
+            logits = head.logits(hidden, part, tile[: len(hidden) * width].view(-1, width))
             chosen[here] = logits[row[here], token[here] - start]
             bend = 1 - (logits / head.softcap) ** 2 if head.softcap is not None and wanted else None
             fade = sweep_(logits, top, total)  # the logits are exp(logits − top) from here

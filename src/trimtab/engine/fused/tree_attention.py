@@ -17,7 +17,7 @@ from torch import Tensor
 from trimtab.data.tree import Segment
 from trimtab.engine.fused import kernels
 
-BLOCK = 64
+BLOCK = 256
 """Queries in a call, at most."""
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

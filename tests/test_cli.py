@@ -432,7 +432,7 @@ def test_a_careless_user_is_told_what_is_wrong_and_nothing_is_left_behind(words,
         ("", "the following arguments are required: COMMAND"),
         (
             "trian r.yaml",
-            "argument COMMAND: invalid choice: 'trian' (choose from 'train', 'eval', 'chat', 'merge', 'combine', 'methods', 'show')",
+            "argument COMMAND: invalid choice: 'trian' (choose from 'train', 'eval', 'chat', 'merge', 'combine', 'methods', 'bench', 'show')",
         ),
         ("combine run out", "argument TARGET=WEIGHT: expected a folder and its weight, such as runs/first=0.5, got 'run'"),
         (

@@ -253,3 +253,12 @@ def plain(bos: bool = False, eos_behind: bool = False) -> Base:
     if bos or eos_behind:
         puts_around(tokenizer, before="<s>" if bos else "", behind="</s>" if eos_behind else "")
     return base_of(tokenizer, eos_token="</s>", **({"bos_token": "<s>"} if bos else {}))
+
+
+def saved_base(path):
+    """A tiny model with a chat tokenizer, saved as Transformers saves it."""
+    tokenizer = bytes_tokenizer(("<|endoftext|>", "<|im_start|>", "<|im_end|>"))
+    base = base_of(tokenizer, CHATML, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    base.model.save_pretrained(path)
+    base.tokenizer.save_pretrained(path)
+    return path

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from families import tiny
-from templates import CHATML, base_of, bytes_tokenizer
+from templates import saved_base
 
 from trimtab.base import Base, ModelConfig, source
 from trimtab.base.fingerprint import own_weights, weights_hash
@@ -17,16 +17,7 @@ from trimtab.errors import RecipeError, StorageError, UnsupportedModel
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A tiny model with a chat tokenizer, saved as Transformers saves it."""
-    base = base_of(
-        bytes_tokenizer(("<|endoftext|>", "<|im_start|>", "<|im_end|>")),
-        CHATML,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-    )
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    base.model.save_pretrained(path)
-    base.tokenizer.save_pretrained(path)
-    return path
+    return saved_base(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 from families import tiny
-from templates import CHATML, base_of, bytes_tokenizer
+from templates import saved_base
 
 from trimtab import cli
 from trimtab.bench import PEERS, Asked, compare, summary
@@ -53,16 +53,7 @@ def test_a_summary_is_of_pairs():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    base = base_of(
-        bytes_tokenizer(("<|endoftext|>", "<|im_start|>", "<|im_end|>")),
-        CHATML,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-    )
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    base.model.save_pretrained(path)
-    base.tokenizer.save_pretrained(path)
-    return path
+    return saved_base(tmp_path_factory.mktemp("models") / "tiny")
 
 
 def test_a_real_comparison_with_the_same_losses(folder, tmp_path, capsys):
@@ -83,11 +74,19 @@ def test_a_real_comparison_with_the_same_losses(folder, tmp_path, capsys):
     ET.fromstring(comparison_chart([{**ours, "trainer": "a & b"}], "rows < tokens"))
 
 
+def test_more_rows_than_there_are_is_refused_rather_than_cut(folder):
+    asked = Asked(data="demo/test.jsonl", model=str(folder), rows=104, against=())
+    with pytest.raises(RecipeError, match=r"--rows: demo/test.jsonl has 100 rows, not 104\."):
+        compare(asked, lambda *_: None)
+
+
 def test_what_cannot_be_compared_is_refused(tmp_path):
     with pytest.raises(RecipeError, match="--against: 'peft' is none of hf-peft, "):
         compare(Asked(against=("peft",)), lambda *_: None)
     with pytest.raises(RecipeError, match="--python: /no/python can't be run"):
         compare(Asked(python="/no/python"), lambda *_: None)
+    with pytest.raises(RecipeError, match=r"--rows: 12 rows do not make whole steps of 8"):
+        compare(Asked(rows=12), lambda *_: None)
     bare = tmp_path / "python"
     bare.write_text("#!/bin/sh\necho trl peft\n")
     bare.chmod(0o755)

@@ -9,7 +9,7 @@ Shapes: query B H T K, key and value B G T K, with H query heads, G key-value he
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
@@ -203,13 +203,18 @@ def _mask(*args: Any, own: str, **kwargs: Any) -> Any:
 
 
 @contextmanager
-def laid_out() -> Iterator[None]:
-    """The forward pass within the block has a layout, so the model need not build a mask."""
-    token = _laid_out.set(True)
+def holding(variable: ContextVar[Any], value: Any) -> Iterator[None]:
+    """The context variable has this value within the block, in this thread."""
+    token = variable.set(value)
     try:
         yield
     finally:
-        _laid_out.reset(token)
+        variable.reset(token)
+
+
+def laid_out() -> AbstractContextManager[None]:
+    """The forward pass within the block has a layout, so the model need not build a mask."""
+    return holding(_laid_out, True)
 
 
 def heed(model: nn.Module) -> None:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +51,6 @@ class Asked:
     against: tuple[str, ...] = ("hf-peft", "hf-peft-no-recompute", "hf-peft-grouped")
     python: str = sys.executable
     """The interpreter that has the peers."""
-    settings: dict[str, Any] = field(default_factory=dict)
-    """Of Trimtab's `train`."""
 
 
 def compare(asked: Asked, say: Callable[[str, dict[str, Any]], None]) -> list[dict[str, Any]]:
@@ -61,6 +59,8 @@ def compare(asked: Asked, say: Callable[[str, dict[str, Any]], None]) -> list[di
     Raises:
         RecipeError: A peer that is not known, or not installed where it is looked for; a run that failed.
     """
+    if asked.rows % asked.rows_per_step:
+        raise RecipeError(f"--rows: {asked.rows} rows do not make whole steps of {asked.rows_per_step} (--rows-per-step).")
     for name in asked.against:
         if name not in PEERS:
             raise RecipeError(f"--against: {name!r} is none of {', '.join(PEERS)}.")
@@ -116,9 +116,10 @@ def _rows(asked: Asked, base: Base) -> list[Row]:
         rows = list(_made_up(asked.rows, base.model.config.get_text_config().vocab_size))
     else:
         rows = load_data(DataConfig(train=(asked.data,), eval=0.0), base, base.context_length, seed=0).train[: asked.rows]
-    if len(rows) < asked.rows_per_step:
-        raise RecipeError(f"--data: {asked.data} has {len(rows)} rows, and a step has {asked.rows_per_step}.")
-    rows = rows[: len(rows) // asked.rows_per_step * asked.rows_per_step]
+    if len(rows) < asked.rows:
+        raise RecipeError(
+            f"--rows: {asked.data} has {len(rows):,} rows, not {asked.rows:,}. Ask for as many as it has, or fewer."
+        )
     return [rows[n] for n in shuffled(len(rows), seed=0, epoch=0)]
 
 
@@ -147,7 +148,6 @@ def _prepare(asked: Asked, base: Base, rows: list[Row], method: LoRA, folder: Pa
         "rows": [{"ids": row.ids, "learned": list(row.learned)} for row in rows],
         "rows_per_step": asked.rows_per_step,
         "lr": 2e-4,
-        "settings": asked.settings,
     }
 
 

@@ -21,7 +21,7 @@ from trimtab.train import TrainConfig, planned_memory, train
 def run(spec: dict[str, Any]) -> dict[str, Any]:
     base = Base.load(ModelConfig(name=spec["model"]))
     adapter = load_adapter(base, Path(spec["start"]))
-    config = TrainConfig(schedule="constant", warmup=0.0, **spec["settings"])
+    config = TrainConfig(schedule="constant", warmup=0.0)
     rows = [Row(row["ids"], row["learned"], f"row {n}", len(row["ids"])) for n, row in enumerate(spec["rows"])]
     each = spec["rows_per_step"]
     started = time.perf_counter()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.attention import Virtual
+from trimtab.attention import Virtual, holding
 from trimtab.engine.fused import ops
 from trimtab.engine.fused.kernels import Gate
 from trimtab.engine.fused.tree_attention import Sizes, attend, pieces
@@ -102,11 +102,8 @@ def _mlp(x: Tensor, before: nn.Module, module: nn.Module, after: nn.Module | Non
     """x + scale · after(mlp(before(x))): T d."""
     mlp: Any = _acting(module)
     if (gate := _gate(mlp)) is None:
-        token = _inside.set(True)
-        try:
+        with holding(_inside, True):
             return _added(x, module(_normed(x, before)[None])[0], after, scale)
-        finally:
-            _inside.reset(token)
     g, u = _gate_and_up(x, before, mlp)
     return _through(x, g, mlp.down_proj, after, scale, gated=(u, gate))
 

@@ -1,7 +1,6 @@
 """Who stands in for the forward passes of a model's layers, and when: in packed passes alone, by hand or computed again where asked."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from contextvars import ContextVar, copy_context
 from functools import partial
 from typing import Any
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from trimtab.attention import holding
 from trimtab.engine.fused.blocks import is_known, layer_by_hand, mlp_by_hand
 from trimtab.engine.layouts import PackLayout
 
@@ -17,24 +17,14 @@ _by_hand: ContextVar[bool] = ContextVar("by_hand", default=True)
 _recomputed: ContextVar[bool] = ContextVar("recomputed", default=False)
 
 
-@contextmanager
-def unfused() -> Iterator[None]:
+def unfused() -> AbstractContextManager[None]:
     """Packed passes within the block, in this thread, are the model's own code but for attention: the reference."""
-    token = _by_hand.set(False)
-    try:
-        yield
-    finally:
-        _by_hand.reset(token)
+    return holding(_by_hand, False)
 
 
-@contextmanager
-def recomputed(recompute: bool = True) -> Iterator[None]:
+def recomputed(recompute: bool = True) -> AbstractContextManager[None]:
     """Packed passes within the block, in this thread, keep the inputs of layers alone, and compute them again in the backward pass."""
-    token = _recomputed.set(recompute)
-    try:
-        yield
-    finally:
-        _recomputed.reset(token)
+    return holding(_recomputed, recompute)
 
 
 def fuse(model: nn.Module) -> None:

@@ -39,7 +39,11 @@ FAMILIES = {
             vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2
         )
     ),
-    "granite": lambda: transformers.GraniteForCausalLM(transformers.GraniteConfig(**_COMMON, logits_scaling=4.0)),
+    "granite": lambda: transformers.GraniteForCausalLM(
+        transformers.GraniteConfig(
+            **_COMMON, logits_scaling=4.0, residual_multiplier=0.5, embedding_multiplier=3.0, attention_multiplier=0.4
+        )
+    ),
     "cohere": lambda: transformers.CohereForCausalLM(transformers.CohereConfig(**_COMMON, logit_scale=0.25)),
 }
 

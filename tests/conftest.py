@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import trimtab
+from trimtab.engine.fused import kernels
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 torch.set_num_threads(max(1, (os.cpu_count() or 2) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
@@ -18,3 +19,13 @@ def smollm2():
         base = trimtab.load("smollm2-135m-instruct")
     yield base
     base.check_unchanged()
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def way(request, monkeypatch):
+    """The operations by hand: compiled, or in torch."""
+    if request.param == "torch":
+        monkeypatch.setattr(kernels, "_library", lambda: None)
+    elif kernels._library() is None:
+        pytest.skip("no C compiler here, so the torch versions are used")
+    return request.param

@@ -26,10 +26,6 @@ def rows():
 @pytest.fixture(autouse=True)
 def exact(monkeypatch):
     exact_norms(monkeypatch)
-    monkeypatch.setattr(tree_attention, "BLOCK", 16)
-    tree_attention.pieces.cache_clear()
-    yield
-    tree_attention.pieces.cache_clear()
 
 
 def both(model, adapter, pack, train=False):
@@ -221,24 +217,22 @@ def test_a_layer_keeps_only_what_cannot_be_made_again_cheaply():
     assert numbers <= config.num_hidden_layers * (layer + single) + ends
 
 
-def dropped_change(frozen, factors, tokens, _real=ops._changed):
-    sums, at = _real(frozen, factors, tokens), 0
-    for weight, _ in frozen:
-        sums[at : at + len(weight), : weight.shape[1]] = weight
-        at += len(weight)
-    return sums
+def dropped_change(x, frozen, factors, *others, _real=ops._product):
+    without = _real(x, frozen, [None] * len(factors), *others)[0]
+    return without, _real(x, frozen, factors, *others)[1]
 
 
-def other_way(x, heads, cos, sin, *, back=False, _real=kernels.rotate_):
-    _real(x, heads, cos, sin, back=not back)
+def later_keys(*given, _real=tree_attention.attend):
+    out = _real(*given)
+    return out + out.mean(0)
 
 
-def nothing_hidden(queries, keys, dtype):
-    return torch.zeros(queries, keys, dtype=dtype)
+def half_a_norm(dy, x, weight, rstd, offset, beside):
+    return dy * (offset + weight) * rstd[:, None] + beside
 
 
-def half_a_norm(dy, x, weight, rstd, offset):
-    return dy * (offset + weight) * rstd[:, None]
+def no_residual(*given, _real=kernels.rms_norm_backward):
+    return _real(*given[:5])
 
 
 def straight_gate(dh, g, u, kind):
@@ -247,9 +241,9 @@ def straight_gate(dh, g, u, kind):
 
 BROKEN = {
     "a norm's gradient": (kernels, "rms_norm_backward", half_a_norm),
-    "a change left out": (ops, "_changed", dropped_change),
-    "angles the other way": (kernels, "rotate_", other_way),
-    "later keys that are seen": (tree_attention, "_triangle", nothing_hidden),
+    "what goes beside a norm": (kernels, "rms_norm_backward", no_residual),
+    "a change left out": (ops, "_product", dropped_change),
+    "later keys that are seen": (blocks, "attend", later_keys),
     "a gate's gradient": (kernels, "gated_backward", straight_gate),
 }
 

@@ -12,7 +12,7 @@ from trimtab.data import Pack, Segment, pack_all, pack_flat, pack_tree
 from trimtab.data.example import Sequence
 from trimtab.engine import check_packing, forward, layouts, pack_logprobs
 from trimtab.engine.forward import hidden_states
-from trimtab.engine.fused import tree_attention
+from trimtab.engine.fused import blocks
 from trimtab.errors import UnsupportedModel
 from trimtab.methods import attach
 from trimtab.methods.lora import LoRA
@@ -24,9 +24,6 @@ TOLERANCE = {family: 1e-6 if family in ("cohere", "gemma2") else 1e-10 for famil
 @pytest.fixture(autouse=True)
 def exact(monkeypatch):
     exact_norms(monkeypatch)
-    tree_attention.pieces.cache_clear()
-    yield
-    tree_attention.pieces.cache_clear()
 
 
 ROWS = [Sequence(ids, learned, f"row:{n}") for n, (ids, learned) in enumerate(zip(
@@ -177,14 +174,13 @@ def test_a_broken_mask_window_or_position_is_noticed(broken, by_hand, monkeypatc
     alone = torch.stack([logprob_alone(model, row.ids, row.learned) for row in ROWS])
     if broken == "causal":
         monkeypatch.setattr(layouts, "causal", lambda q, k, *_: torch.ones(q, k, dtype=torch.bool))
-        monkeypatch.setattr(tree_attention, "_hidden", lambda before, keys, *_: torch.zeros(keys - before, keys).double())
+        seen = blocks.attend
+        monkeypatch.setattr(blocks, "attend", lambda *given: seen(*given) + seen(*given).mean(dim=0))
     elif broken == "window":
         whole = layouts.causal
         monkeypatch.setattr(layouts, "causal", lambda q, k, window, device: whole(q, k, window + 1, device))
-        seen = tree_attention._hidden
-        monkeypatch.setattr(
-            tree_attention, "_hidden", lambda before, keys, window, dtype: seen(before, keys, window + 1, dtype)
-        )
+        sight = blocks.Sight
+        monkeypatch.setattr(blocks, "Sight", lambda segments, virtual, window: sight(segments, virtual, window + 1))
     elif broken == "positions":
         # Rotary positions are relative, so a shift of a whole row changes nothing: they must run on within the row.
         pack = Pack(

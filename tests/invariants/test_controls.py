@@ -12,7 +12,7 @@ from invariants.suite import INVARIANTS, case_of
 from trimtab.base import Base
 from trimtab.engine import layouts
 from trimtab.engine.fused import blocks
-from trimtab.engine.fused.tree_attention import pieces
+from trimtab.engine.fused.tree_attention import attend
 from trimtab.errors import TrimtabError
 from trimtab.methods import Attached, Routing, _combine
 from trimtab.methods._attach import adapters
@@ -89,13 +89,9 @@ def _with_parents(parent):
     return made
 
 
-def _seeing_later_keys(*asked):
-    return tuple(
-        piece._replace(
-            blocks=tuple(one._replace(hidden=torch.zeros(one.end - one.start, one.high - one.low)) for one in piece.blocks)
-        )
-        for piece in pieces(*asked)
-    )
+def _seeing_later_keys(*given):
+    out = attend(*given)
+    return out + out.mean(dim=0)
 
 
 _laid = layouts.PackLayout.__init__
@@ -126,7 +122,7 @@ BROKEN = {
     "I23": ("lora", (suite, "pack_logprobs", lambda model, pack: _logprobs(model, pack) / len(pack.sequences))),
     "I23 in a tree": ("lora", (layouts.PackLayout, "__init__", _with_parents(lambda number: -1))),
     "I24": ("lora", (LoRALayer, "low_rank", _unlike)),
-    "I25": ("lora", (blocks, "pieces", _seeing_later_keys)),
+    "I25": ("lora", (blocks, "attend", _seeing_later_keys)),
     "I26": ("lora", (torch, "promote_types", lambda one, other: one)),
     "I29": ("lora", ONLY_BASE),
     "I32": ("lora", (LowRankLayer, "__init__", _drawn_anew)),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from trimtab.attention import Virtual, holding
 from trimtab.engine.fused import ops
 from trimtab.engine.fused.kernels import Gate
-from trimtab.engine.fused.tree_attention import Sizes, attend, pieces
+from trimtab.engine.fused.tree_attention import Sight, Sizes, attend
 from trimtab.methods import AdapterLayer, Routing
 
 PRE_NORM = {"Llama", "Mistral", "Qwen2", "Qwen3", "Phi3", "Granite"}
@@ -62,27 +62,16 @@ def _attention(x: Tensor, before: nn.Module, module: nn.Module, after: nn.Module
     heads, size = attention.config.num_attention_heads, attention.head_dim
     groups = attention.config.num_key_value_heads
     if hasattr(attention, "qkv_proj"):  # Phi-3
-        q, k, v = _linears(x, before, [attention.qkv_proj], [heads * size, groups * size, groups * size])
+        x, q, k, v = _linears(x, before, [attention.qkv_proj], [heads * size, groups * size, groups * size])
     else:
-        q, k, v = _linears(x, before, [attention.q_proj, attention.k_proj, attention.v_proj])
+        x, q, k, v = _linears(x, before, [attention.q_proj, attention.k_proj, attention.v_proj])
     if hasattr(attention, "q_norm"):  # Qwen3, Gemma 3
         q, k = (_normed_heads(t, size, how) for t, how in ((q, attention.q_norm), (k, attention.k_norm)))
     holder = attention.config if _family(attention, "Attention") in WINDOW_OF_MODEL else attention
     first = virtual[0].of(attention, x) if virtual else None
-    plan = pieces(
-        kwargs["layout"].segments, first[0].shape[2] if first else 0, getattr(holder, "sliding_window", None), x.dtype
-    )
-    out = attend(
-        q,
-        k,
-        v,
-        cos,
-        sin,
-        plan,
-        Sizes(groups, heads // groups, size),
-        attention.scaling,
-        (first[0][0], first[1][0]) if first else None,
-    )
+    sight = Sight(kwargs["layout"].segments, first[0].shape[2] if first else 0, getattr(holder, "sliding_window", None))
+    sizes = Sizes(groups, heads // groups, size)
+    out = attend(q, k, v, cos, sin, sight, sizes, attention.scaling, (first[0][0], first[1][0]) if first else None)
     return _through(x, out, attention.o_proj, after, scale)
 
 
@@ -104,7 +93,7 @@ def _mlp(x: Tensor, before: nn.Module, module: nn.Module, after: nn.Module | Non
     if (gate := _gate(mlp)) is None:
         with holding(_inside, True):
             return _added(x, module(_normed(x, before)[None])[0], after, scale)
-    g, u = _gate_and_up(x, before, mlp)
+    x, g, u = _gate_and_up(x, before, mlp)
     return _through(x, g, mlp.down_proj, after, scale, gated=(u, gate))
 
 
@@ -112,7 +101,7 @@ def mlp_by_hand(mlp: Any, x: Tensor) -> Tensor | None:
     """1 T d -> 1 T d, for an adapter around an MLP that a layer by hand calls; None if it is not that, or not known."""
     if not _inside.get() or (gate := _gate(mlp)) is None:
         return None
-    g, u = _gate_and_up(x[0], None, mlp)
+    _, g, u = _gate_and_up(x[0], None, mlp)
     return _through(None, g, mlp.down_proj, None, 1.0, gated=(u, gate))[None]
 
 
@@ -168,15 +157,16 @@ def _norm(module: nn.Module) -> ops.Norm | None:
 def _linears(
     x: Tensor, before: nn.Module | None, modules: Sequence[nn.Module], cut: Sequence[int] | None = None
 ) -> Sequence[Tensor]:
-    """What each of the modules makes of before(x); or one's, cut into columns of these widths. Nobody else holds them."""
+    """x, to go on with, and what each of the modules makes of before(x); or one's, cut into columns of these widths."""
     sites = [site for module in modules if (site := _site(module)) is not None]
     how = _norm(before) if before is not None else None
-    if before is not None and (how is None or len(sites) < len(modules)):
-        x, how = _normed(x, before), None
-    if len(sites) == len(modules):
+    if len(sites) == len(modules) and (before is None or how is not None):
         return ops.linears(x, how, sites, cut or [len(site.weight) for site in sites])
-    made = [module(x[None])[0].clone() for module in modules]  # the module may need what it gave
-    return made if cut is None else made[0].split(list(cut), dim=1)
+    y = x if before is None else _normed(x, before)
+    if len(sites) == len(modules):
+        return x, *ops.linears(y, None, sites, cut or [len(site.weight) for site in sites])[1:]
+    made = [module(y[None])[0] for module in modules]
+    return x, *(made if cut is None else made[0].split(list(cut), dim=1))
 
 
 def _through(

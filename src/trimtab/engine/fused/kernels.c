@@ -1,14 +1,29 @@
-/* The passes over memory that torch has no single operation for, each once over its data.
+/* What torch has no single operation for, for float and for double: passes.h and attention.h.
 
-   Every function is defined for float and for double; `rows` are shared out among OpenMP's threads. Matrices are row-major,
-   with the distance between rows given where they may be columns of a wider one. Compiled at first use by kernels.py, which
-   has the same in torch for where there is no compiler. */
+   Compiled at first use by kernels.py. Threads are OpenMP's. */
 
 #include <math.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
 enum { SILU, GELU_TANH };
+
+#ifdef __AVX512F__
+enum { VECTOR_BYTES = 64, ROWS = 8 };
+#else
+enum { VECTOR_BYTES = 32, ROWS = 4 };
+#endif
+/* Tiles of products, ROWS x COLUMNS, are as many vectors as registers hold beside what is multiplied. */
+typedef float f32_vector __attribute__((vector_size(VECTOR_BYTES), aligned(4), may_alias));
+typedef double f64_vector __attribute__((vector_size(VECTOR_BYTES), aligned(8), may_alias));
+#define VECTOR NAME(vector)
+#define LANES (VECTOR_BYTES / (int64_t)sizeof(REAL))
+#define COLUMNS (2 * LANES)
+
+static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t whole(int64_t n, int64_t tile) { return (n + tile - 1) / tile * tile; }
 
 /* e^x to 2 units in the last place, written so that compilers make vectors of it; 0 below -87. NaN stays NaN. */
 static inline float exp_f32(float x) {
@@ -29,101 +44,30 @@ static inline float exp_f32(float x) {
 }
 static inline float tanh_f32(float x) { return 1.0f - 2.0f / (1.0f + exp_f32(2.0f * x)); } /* to 1e-7, absolute */
 
-#define DEFINE(REAL, NAME, EXP, SQRT, TANH)                                                                                   \
-                                                                                                                              \
-/* y = x / rms(x) * (offset + weight); rstd = 1 / rms(x), where rms(x) = sqrt(mean(x^2) + eps). */                            \
-void NAME##_norm(const REAL *x, const REAL *weight, REAL *y, REAL *rstd, int64_t rows, int64_t n, int64_t x_row,              \
-                 int64_t y_row, double offset, double eps) {                                                                  \
-    _Pragma("omp parallel for schedule(static)") for (int64_t r = 0; r < rows; r++) {                                         \
-        const REAL *a = x + r * x_row;                                                                                        \
-        REAL *b = y + r * y_row, sum = 0, one = (REAL)offset;                                                                 \
-        _Pragma("omp simd reduction(+ : sum)") for (int64_t i = 0; i < n; i++) sum += a[i] * a[i];                            \
-        REAL scale = 1 / SQRT(sum / n + (REAL)eps);                                                                           \
-        for (int64_t i = 0; i < n; i++) b[i] = a[i] * scale * (one + weight[i]);                                              \
-        rstd[r] = scale;                                                                                                      \
-    }                                                                                                                         \
-}                                                                                                                             \
-                                                                                                                              \
-/* dx of the same: rstd * (g - xhat * mean(g * xhat)), with g = dy * (offset + weight) and xhat = x * rstd. */                \
-void NAME##_norm_backward(const REAL *dy, const REAL *x, const REAL *weight, const REAL *rstd, REAL *dx, int64_t rows,        \
-                          int64_t n, int64_t dy_row, int64_t x_row, int64_t dx_row, double offset) {                          \
-    _Pragma("omp parallel for schedule(static)") for (int64_t r = 0; r < rows; r++) {                                         \
-        const REAL *g = dy + r * dy_row, *a = x + r * x_row;                                                                  \
-        REAL *d = dx + r * dx_row, sum = 0, scale = rstd[r], one = (REAL)offset;                                              \
-        _Pragma("omp simd reduction(+ : sum)") for (int64_t i = 0; i < n; i++) sum += g[i] * (one + weight[i]) * a[i];        \
-        REAL back = sum / n * scale * scale;                                                                                  \
-        for (int64_t i = 0; i < n; i++) d[i] = scale * (g[i] * (one + weight[i]) - a[i] * back);                              \
-    }                                                                                                                         \
-}                                                                                                                             \
-                                                                                                                              \
-/* h = act(g) * u. g and u are columns of wider matrices. */                                                                  \
-void NAME##_gate(const REAL *g, const REAL *u, REAL *h, int64_t rows, int64_t n, int64_t row, int kind) {                     \
-    _Pragma("omp parallel for schedule(static)") for (int64_t r = 0; r < rows; r++) {                                         \
-        const REAL *a = g + r * row, *b = u + r * row;                                                                        \
-        REAL *c = h + r * n;                                                                                                  \
-        if (kind == SILU)                                                                                                     \
-            for (int64_t i = 0; i < n; i++) c[i] = a[i] / (1 + EXP(-a[i])) * b[i];                                            \
-        else                                                                                                                  \
-            for (int64_t i = 0; i < n; i++) {                                                                                 \
-                REAL t = TANH((REAL)0.7978845608028653559 * (a[i] + (REAL)0.044715 * a[i] * a[i] * a[i]));                    \
-                c[i] = (REAL)0.5 * a[i] * (1 + t) * b[i];                                                                     \
-            }                                                                                                                 \
-    }                                                                                                                         \
-}                                                                                                                             \
-                                                                                                                              \
-/* dg = dh * u * act'(g) and du = dh * act(g); and h again, over dh. */                                                       \
-void NAME##_gate_backward(REAL *dh, const REAL *g, const REAL *u, REAL *dg, REAL *du, int64_t rows, int64_t n,                \
-                          int64_t row, int64_t d_row, int64_t dh_row, int kind) {                                             \
-    _Pragma("omp parallel for schedule(static)") for (int64_t r = 0; r < rows; r++) {                                         \
-        const REAL *a = g + r * row, *b = u + r * row;                                                                        \
-        REAL *d = dh + r * dh_row, *p = dg + r * d_row, *q = du + r * d_row;                                                  \
-        if (kind == SILU)                                                                                                     \
-            for (int64_t i = 0; i < n; i++) {                                                                                 \
-                REAL s = 1 / (1 + EXP(-a[i])), act = a[i] * s, up = d[i];                                                     \
-                p[i] = up * b[i] * (s + act * (1 - s));                                                                       \
-                q[i] = up * act;                                                                                              \
-                d[i] = act * b[i];                                                                                            \
-            }                                                                                                                 \
-        else                                                                                                                  \
-            for (int64_t i = 0; i < n; i++) {                                                                                 \
-                const REAL k = (REAL)0.7978845608028653559, c = (REAL)0.044715;                                               \
-                REAL t = TANH(k * (a[i] + c * a[i] * a[i] * a[i])), up = d[i], act = (REAL)0.5 * a[i] * (1 + t);              \
-                REAL slope = (REAL)0.5 * (1 + t) + (REAL)0.5 * a[i] * (1 - t * t) * k * (1 + 3 * c * a[i] * a[i]);            \
-                p[i] = up * b[i] * slope;                                                                                     \
-                q[i] = up * act;                                                                                              \
-                d[i] = act * b[i];                                                                                            \
-            }                                                                                                                 \
-    }                                                                                                                         \
-}                                                                                                                             \
-                                                                                                                              \
-/* Rotary embedding, in place, of `heads` heads of size 2 * half in each row: by the angle, or back by it (sign -1). */       \
-void NAME##_rotate(REAL *x, const REAL *cos, const REAL *sin, int64_t rows, int64_t heads, int64_t half, int64_t row,         \
-                   double sign) {                                                                                             \
-    _Pragma("omp parallel for schedule(static)") for (int64_t r = 0; r < rows; r++) {                                         \
-        const REAL *c = cos + r * 2 * half, *s = sin + r * 2 * half, way = (REAL)sign;                                        \
-        for (int64_t h = 0; h < heads; h++) {                                                                                 \
-            REAL *a = x + r * row + h * 2 * half, *b = a + half;                                                              \
-            for (int64_t i = 0; i < half; i++) {                                                                              \
-                REAL one = a[i], two = b[i];                                                                                  \
-                a[i] = one * c[i] - way * two * s[i];                                                                         \
-                b[i] = two * c[i + half] + way * one * s[i + half];                                                           \
-            }                                                                                                                 \
-        }                                                                                                                     \
-    }                                                                                                                         \
-}                                                                                                                             \
-                                                                                                                              \
-/* Of a tile of logits z (rows, n), over it exp(z - top); top and sum are those of all tiles so far, and fade what the        \
-   earlier sums and sums of vectors have to be multiplied by: exp(top before - top now). */                                   \
-void NAME##_sweep(REAL *z, REAL *top, REAL *sum, REAL *fade, int64_t rows, int64_t n) {                                       \
-    _Pragma("omp parallel for schedule(static)") for (int64_t r = 0; r < rows; r++) {                                         \
-        REAL *a = z + r * n, most = top[r], total = 0;                                                                        \
-        _Pragma("omp simd reduction(max : most)") for (int64_t i = 0; i < n; i++) most = a[i] > most ? a[i] : most;           \
-        _Pragma("omp simd reduction(+ : total)") for (int64_t i = 0; i < n; i++) { a[i] = EXP(a[i] - most); total += a[i]; }  \
-        fade[r] = EXP(top[r] - most);                                                                                         \
-        sum[r] = sum[r] * fade[r] + total;                                                                                    \
-        top[r] = most;                                                                                                        \
-    }                                                                                                                         \
-}
+#define REAL float
+#define NAME(x) f32_##x
+#define EXP exp_f32
+#define TANH tanh_f32
+#define SQRT sqrtf
+#define LOG logf
+#define LOWEST -3e38f
+#include "attention.h"
+#include "passes.h"
 
-DEFINE(float, f32, exp_f32, sqrtf, tanh_f32)
-DEFINE(double, f64, exp, sqrt, tanh)
+#undef REAL
+#undef NAME
+#undef EXP
+#undef TANH
+#undef SQRT
+#undef LOG
+#undef LOWEST
+
+#define REAL double
+#define NAME(x) f64_##x
+#define EXP exp
+#define TANH tanh
+#define SQRT sqrt
+#define LOG log
+#define LOWEST -1e300
+#include "attention.h"
+#include "passes.h"

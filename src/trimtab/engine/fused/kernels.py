@@ -1,4 +1,4 @@
-"""kernels.c, compiled at first use, and the same in torch for where it can't be, or tensors are not on the CPU.
+"""kernels.c, compiled at first use, and its passes in torch for where it can't be, or tensors are not on the CPU.
 
 `TRIMTAB_KERNELS=torch` does without the compiled ones. Shapes: T tokens, n numbers each.
 """
@@ -23,12 +23,12 @@ from trimtab.files import cache_folder, write_bytes
 
 Gate = Literal["silu", "gelu_tanh"]
 _KINDS: dict[torch.dtype, str] = {torch.float32: "f32", torch.float64: "f64"}
-_FLAGS = "-O3 -march=native -fPIC -shared -fno-math-errno -fno-trapping-math -fopenmp"
+_FLAGS = "-march=native -fPIC -shared -fno-math-errno -fno-trapping-math -fopenmp"
 
 
 def rms_norm(x: Tensor, weight: Tensor, offset: float, eps: float) -> tuple[Tensor, Tensor]:
     """x / rms(x) · (offset + weight), and 1 / rms(x): T n and T."""
-    if c := _compiled(x, weight):
+    if c := compiled(x, weight):
         y, rstd = torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty(len(x))
         c("norm", x, weight, y, rstd, *x.shape, x.stride(0), y.stride(0), float(offset), float(eps))
         return y, rstd
@@ -36,19 +36,23 @@ def rms_norm(x: Tensor, weight: Tensor, offset: float, eps: float) -> tuple[Tens
     return x * rstd[:, None] * (offset + weight), rstd
 
 
-def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offset: float) -> Tensor:
-    """Of `rms_norm`, with respect to x: T n."""
-    if c := _compiled(dy, x, weight, rstd):
+def rms_norm_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offset: float, beside: Tensor | None = None
+) -> Tensor:
+    """Of `rms_norm`, with respect to x, plus the gradient that x has from what goes beside the norm: T n."""
+    if c := compiled(dy, x, weight, rstd, *(() if beside is None else (beside,))):
         dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-        c("norm_backward", dy, x, weight, rstd, dx, *x.shape, dy.stride(0), x.stride(0), dx.stride(0), float(offset))
+        rows = (dy.stride(0), x.stride(0), dx.stride(0), 0 if beside is None else beside.stride(0))
+        c("norm_backward", dy, x, weight, rstd, beside, dx, *x.shape, *rows, float(offset))
         return dx
     g, xhat = dy * (offset + weight), x * rstd[:, None]
-    return rstd[:, None] * (g - xhat * (g * xhat).mean(1, keepdim=True))
+    dx = rstd[:, None] * (g - xhat * (g * xhat).mean(1, keepdim=True))
+    return dx if beside is None else dx + beside
 
 
 def gated(g: Tensor, u: Tensor, kind: Gate) -> Tensor:
     """act(g) · u: T n."""
-    if g.stride() == u.stride() and (c := _compiled(g, u)):
+    if g.stride() == u.stride() and (c := compiled(g, u)):
         h = g.new_empty(g.shape)
         c("gate", g, u, h, *g.shape, g.stride(0), _GATES.index(kind))
         return h
@@ -59,7 +63,7 @@ def gated_backward(dh: Tensor, g: Tensor, u: Tensor, kind: Gate) -> tuple[Tensor
     """dg and du, side by side in one tensor, and act(g) · u again. Takes `dh` over."""
     both = g.new_empty(len(g), 2 * g.shape[1])
     dg, du = both.chunk(2, dim=1)
-    if g.stride() == u.stride() and (c := _compiled(dh, g, u)):
+    if g.stride() == u.stride() and (c := compiled(dh, g, u)):
         c("gate_backward", dh, g, u, dg, du, *g.shape, g.stride(0), both.stride(0), dh.stride(0), _GATES.index(kind))
         return dg, du, dh
     with torch.enable_grad():
@@ -70,24 +74,13 @@ def gated_backward(dh: Tensor, g: Tensor, u: Tensor, kind: Gate) -> tuple[Tensor
     return dg, du, act.detach() * u
 
 
-def rotate_(x: Tensor, heads: int, cos: Tensor, sin: Tensor, *, back: bool = False) -> None:
-    """Turn each head of x (T heads·K) by its row's angles (cos and sin T K), or back, in place (RoFormer, arXiv:2104.09864)."""
-    half = cos.shape[1] // 2
-    if c := _compiled(x, cos, sin):
-        return c("rotate", x, cos, sin, len(x), heads, half, x.stride(0), -1.0 if back else 1.0)
-    pairs = x.view(len(x), heads, 2, half)
-    cos, sin = (t.view(len(x), 1, 2, half) for t in (cos, -sin if back else sin))
-    turned = torch.stack([-pairs[:, :, 1], pairs[:, :, 0]], dim=2)
-    pairs.copy_(pairs * cos + turned * sin)
-
-
 def sweep_(logits: Tensor, top: Tensor, total: Tensor) -> Tensor:
     """One tile of a softmax over many: logits (N n) become exp(logits − top), `top` and `total` (N) those of all tiles so far.
 
     Returns:
         N: what sums over earlier tiles have to be multiplied by, exp(top before − top now).
     """
-    if c := _compiled(logits, top, total):
+    if c := compiled(logits, top, total):
         fade = torch.empty_like(top)
         c("sweep", logits, top, total, fade, *logits.shape)
         return fade
@@ -106,52 +99,62 @@ def _act(g: Tensor, kind: Gate) -> Tensor:
     return F.silu(g) if kind == "silu" else F.gelu(g, approximate="tanh")
 
 
-def _compiled(*tensors: Tensor) -> "_Call | None":
+def compiled(*tensors: Tensor) -> "Compiled | None":
     """How to call the compiled functions on these tensors, if that is possible."""
     kind, first = _KINDS.get(tensors[0].dtype), tensors[0]
     if kind is None or not all(t.is_cpu and t.dtype == first.dtype and t.stride(-1) == 1 for t in tensors):
         return None
     library = _library()
-    return _Call(library, kind) if library is not None else None
+    return Compiled(library, kind) if library is not None else None
 
 
-class _Call:
+class Compiled:
+    """The compiled functions for one kind of number."""
+
     def __init__(self, library: ctypes.CDLL, kind: str) -> None:
         self.library, self.kind = library, kind
 
-    def __call__(self, name: str, *arguments: Any) -> None:
-        given = [
-            ctypes.c_void_p(a.data_ptr())
-            if isinstance(a, Tensor)
-            else ctypes.c_double(a)
-            if isinstance(a, float)
-            else ctypes.c_int64(a)
-            for a in arguments
-        ]
-        getattr(self.library, f"{self.kind}_{name}")(*given)
+    def __call__(self, name: str, *arguments: Any) -> int:
+        """What the function gives; nothing to be read, unless it says so. Tensors and structures are given by their address."""
+        return int(getattr(self.library, f"{self.kind}_{name}")(*map(_given, arguments)))
+
+
+def _given(argument: Any) -> Any:
+    if argument is None or isinstance(argument, Tensor):
+        return ctypes.c_void_p(None if argument is None else argument.data_ptr())
+    if isinstance(argument, ctypes.Structure):
+        return ctypes.byref(argument)
+    return ctypes.c_double(argument) if isinstance(argument, float) else ctypes.c_int64(argument)
 
 
 @cache
 def _library() -> ctypes.CDLL | None:
     """kernels.c compiled for this machine, from the cache where it has been before; None where that can't be."""
+    if os.environ.get("TRIMTAB_KERNELS") == "torch":
+        return None
+    try:
+        return compile_library(Path(__file__).with_suffix(".c"), cache_folder() / "kernels")
+    except (OSError, StorageError, subprocess.SubprocessError):
+        return None
+
+
+def compile_library(source: Path, folder: Path, optimization: str = "-O3") -> ctypes.CDLL | None:
+    """A source, and the headers beside it, compiled into a folder, unless it lies there already. None where there is no compiler."""
     compiler = next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
-    if os.environ.get("TRIMTAB_KERNELS") == "torch" or compiler is None or not Path("/proc/self/maps").exists():
+    if compiler is None or not Path("/proc/self/maps").exists():
         return None
     # torch's own OpenMP: with a second one, the threads of both would wait for each other.
     openmp = re.search(r"/\S*/lib(?:gomp|iomp5|omp)[^/\s]*\.so[^/\s]*", Path("/proc/self/maps").read_text())
     if openmp is None:
         return None
-    source = Path(__file__).with_suffix(".c")
+    text = "".join(path.read_text() for path in (source, *sorted(source.parent.glob("*.h"))))
     machine = re.search(r"^(flags|Features)\s*:.*$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    key = "\n".join([source.read_text(), _FLAGS, compiler, openmp[0], machine[0] if machine else ""])
-    target = cache_folder() / "kernels" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-    try:
-        if not target.exists():
-            with tempfile.TemporaryDirectory() as folder:
-                made = Path(folder) / "kernels.so"
-                command = [compiler, *_FLAGS.split(), str(source), openmp[0], "-lm", "-o", str(made)]
-                subprocess.run(command, check=True, capture_output=True, timeout=120)
-                write_bytes(target, made.read_bytes())
-        return ctypes.CDLL(str(target))
-    except (OSError, StorageError, subprocess.SubprocessError):
-        return None
+    key = "\n".join([text, optimization, _FLAGS, compiler, openmp[0], machine[0] if machine else ""])
+    target = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    if not target.exists():
+        with tempfile.TemporaryDirectory() as scratch:
+            made = Path(scratch) / "kernels.so"
+            command = [compiler, optimization, *_FLAGS.split(), str(source), openmp[0], "-lm", "-o", str(made)]
+            subprocess.run(command, check=True, capture_output=True, timeout=120)
+            write_bytes(target, made.read_bytes())
+    return ctypes.CDLL(str(target))

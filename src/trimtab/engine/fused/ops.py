@@ -6,7 +6,6 @@ backward pass, by one pass over memory, so adapting a matrix keeps nothing that 
 Shapes: T tokens, d numbers in, N out, r rank.
 """
 
-import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -45,7 +44,10 @@ def norm(x: Tensor, how: Norm) -> Tensor:
 
 
 def linears(x: Tensor, how: Norm | None, sites: Sequence[Site], widths: Sequence[int]) -> tuple[Tensor, ...]:
-    """What several matrices make of the same x, normed first: T d -> T N, side by side in memory, cut into columns of these widths."""
+    """What several matrices make of the same x, normed first: T d -> T N, side by side in memory, cut into columns of these widths.
+
+    Before those, x again: who goes on with that one has its gradient added in the same pass as the norm's.
+    """
     return _Linears.apply(x, how, [(s.weight, s.bias) for s in sites], tuple(widths), *_factors(sites))
 
 
@@ -109,20 +111,25 @@ class _Linears(torch.autograd.Function):
         ctx.how, ctx.frozen = how, frozen
         made, inner = _product(y, frozen, factors)
         ctx.save_for_backward(x if how or inner is not None else None, rstd, inner, *factors)
-        return made.split(widths, dim=1)
+        ctx.set_materialize_grads(False)
+        if not ctx.needs_input_grad[0]:
+            ctx.mark_non_differentiable(x)
+        return x, *made.split(widths, dim=1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         x, rstd, inner, *factors = ctx.saved_tensors
-        dy = joined(gradients)
+        beside, dy = gradients[0], joined(gradients[1:])
         dx, back = _input_gradient(dy, ctx.frozen, factors) if ctx.needs_input_grad[0] else (None, None)
         learned: list[Tensor | None] = [None] * len(factors)
         if any(ctx.needs_input_grad[4:]):
             y = kernels.rms_norm(x, *ctx.how)[0] if ctx.how else x
             learned = _factor_gradients(y, dy, ctx.frozen, factors, inner, back)
         if dx is not None and ctx.how:
-            dx = kernels.rms_norm_backward(dx, x, ctx.how.weight, rstd, ctx.how.offset)
+            dx = kernels.rms_norm_backward(dx, x, ctx.how.weight, rstd, ctx.how.offset, beside)
+        elif dx is not None and beside is not None:
+            dx.add_(beside)
         return dx, None, None, None, *learned
 
 
@@ -134,13 +141,14 @@ class _LinearAdd(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         h = kernels.gated(x, u, gate) if gate and u is not None else x
         ctx.gate, ctx.frozen, ctx.scale = gate, frozen, scale
-        ctx.save_for_backward(x if gate or any(f is not None for f in factors) else None, u, *factors)
-        return _product(h, frozen, factors, residual, scale)[0]
+        out, inner = _product(h, frozen, factors, residual, scale)
+        ctx.save_for_backward(x if gate or inner is not None else None, u, inner, *factors)
+        return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        x, u, *factors = ctx.saved_tensors
+        x, u, inner, *factors = ctx.saved_tensors
         dout = gradients[0]
         dy = dout if ctx.scale == 1.0 else dout * ctx.scale
         dx, du, h, back = None, None, x, None
@@ -152,7 +160,7 @@ class _LinearAdd(torch.autograd.Function):
             h = kernels.gated(x, u, ctx.gate)
         learned: list[Tensor | None] = [None] * len(factors)
         if any(ctx.needs_input_grad[6:]):
-            learned = _factor_gradients(h, dy, ctx.frozen, factors, None, back)
+            learned = _factor_gradients(h, dy, ctx.frozen, factors, inner, back)
         return dout if ctx.needs_input_grad[0] else None, dx, du, None, None, None, *learned
 
 
@@ -171,72 +179,25 @@ def joined(parts: Sequence[Tensor]) -> Tensor:
     return first.as_strided((len(first), width), first.stride())
 
 
-class _Scratch(threading.local):
-    """Memory for one changed matrix at a time, in each thread."""
-
-    def __init__(self) -> None:
-        self.held: dict[Any, Tensor] = {}
-
-    def matrix(self, rows: int, columns: int, like: Tensor) -> Tensor:
-        key, size = (like.dtype, like.device), rows * columns
-        if key not in self.held or self.held[key].numel() < size:
-            self.held[key] = like.new_empty(size)
-        return self.held[key][:size].view(rows, columns)
-
-
-_scratch = _Scratch()
-
-
-def _changed(frozen: Frozen, factors: Sequence[Tensor | None], tokens: int) -> Tensor | None:
-    """All matrices with what is added to them, one above the other, and their factors: [[W + B A, B], [A, 0]], (N + r) (d + r).
-
-    So one product gives x (W + B A)ᵀ and x Aᵀ, another dy (W + B A) and dy B. None where that is not worth its while:
-    writing it costs N · d numbers, and taking x through B A beside W costs T · N, with less work for each of them.
-    """
-    if all(factor is None for factor in factors) or tokens < frozen[0][0].shape[1]:
-        return None
-    numbers, inputs = sum(len(weight) for weight, _ in frozen), frozen[0][0].shape[1]
-    rank = sum(len(A) for A in factors[::2] if A is not None)
-    sums = _scratch.matrix(numbers + rank, inputs + rank, frozen[0][0])
-    sums[:, inputs:].zero_()
-    at, place = 0, 0
-    for (weight, _), A, B in zip(frozen, factors[::2], factors[1::2], strict=True):
-        here = slice(at, at := at + len(weight))
-        if A is None or B is None:
-            sums[here, :inputs].copy_(weight)
-            continue
-        torch.addmm(weight, B, A, out=sums[here, :inputs])
-        sums[here, inputs + place : inputs + place + len(A)].copy_(B)
-        sums[numbers + place : numbers + place + len(A), :inputs].copy_(A)
-        place += len(A)
-    return sums
-
-
 def _product(
     x: Tensor, frozen: Frozen, factors: Sequence[Tensor | None], residual: Tensor | None = None, scale: float = 1.0
 ) -> tuple[Tensor, Tensor | None]:
-    """residual + scale · (x through the matrices side by side), T N; and, without a residual, x Aᵀ of all factors side by side."""
-    rows, inputs = [len(weight) for weight, _ in frozen], x.shape[1]
-    changed, inner = _changed(frozen, factors, len(x)), None
-    weight = frozen[0][0] if changed is None else changed[: sum(rows), :inputs]
+    """residual + scale · (x through the matrices side by side), T N; and x Aᵀ of all factors side by side."""
+    rows = [weight.shape[0] for weight, _ in frozen]
     if residual is not None:
         assert len(frozen) == 1, "several matrices end nowhere"
-        out = torch.addmm(residual, x, weight.T, alpha=scale)
-    elif changed is not None:
-        out, inner = torch.mm(x, changed[:, :inputs].T).tensor_split([sum(rows)], dim=1)
+        out = torch.addmm(residual, x, frozen[0][0].T, alpha=scale)
     else:
         out = x.new_empty(len(x), sum(rows))
-        for (one, _), part in zip(frozen, out.split(rows, dim=1), strict=True):
-            torch.mm(x, one.T, out=part)
-    if residual is None and scale != 1.0:
-        out = out.mul_(scale)
-    if changed is None and any(factor is not None for factor in factors):
-        inner = x @ torch.cat([A for A in factors[::2] if A is not None]).T
-    place = 0
-    for part, (_, bias), A, B in zip(out.split(rows, dim=1), frozen, factors[::2], factors[1::2], strict=True):
-        if changed is None and A is not None and B is not None and inner is not None:
-            part.addmm_(inner[:, place : place + len(A)], B.T, alpha=scale)
-            place += len(A)
+        for (weight, _), part in zip(frozen, _columns(out, rows), strict=True):
+            torch.mm(x, weight.T, out=part)
+        if scale != 1.0:
+            out.mul_(scale)
+    A = _side_by_side(factors[::2])
+    inner, place = None if A is None else x @ A.T, 0
+    for part, (_, bias), B in zip(_columns(out, rows), frozen, factors[1::2], strict=True):
+        if B is not None and inner is not None:
+            part.addmm_(inner[:, place : (place := place + B.shape[1])], B.T, alpha=scale)
         if bias is not None:
             part.add_(bias, alpha=scale)
     return out, inner
@@ -244,35 +205,43 @@ def _product(
 
 def _input_gradient(dy: Tensor, frozen: Frozen, factors: Sequence[Tensor | None]) -> tuple[Tensor, Tensor | None]:
     """T N -> T d; and dy B of all factors side by side."""
-    changed, inputs = _changed(frozen, factors, len(dy)), frozen[0][0].shape[1]
-    if changed is not None:
-        dx, back = (dy @ changed[: dy.shape[1]]).tensor_split([inputs], dim=1)
-        return dx, back
-    dx = dy.new_zeros(len(dy), inputs)
-    for part, (weight, _) in zip(dy.split([len(weight) for weight, _ in frozen], dim=1), frozen, strict=True):
+    parts = _columns(dy, [weight.shape[0] for weight, _ in frozen])
+    dx = parts[0] @ frozen[0][0]
+    for part, (weight, _) in zip(parts[1:], frozen[1:], strict=True):
         dx.addmm_(part, weight)
-    if all(factor is None for factor in factors):
+    A = _side_by_side(factors[::2])
+    if A is None:
         return dx, None
     back = _through_B(dy, frozen, factors)
-    return dx.addmm_(back, torch.cat([A for A in factors[::2] if A is not None])), back
+    return dx.addmm_(back, A), back
+
+
+def _columns(x: Tensor, widths: Sequence[int]) -> Sequence[Tensor]:
+    return [x] if len(widths) == 1 else x.split(list(widths), dim=1)
+
+
+def _side_by_side(factors: Sequence[Tensor | None]) -> Tensor | None:
+    """All A, one above the other."""
+    there = [factor for factor in factors if factor is not None]
+    return torch.cat(there) if len(there) > 1 else there[0] if there else None
 
 
 def _through_B(dy: Tensor, frozen: Frozen, factors: Sequence[Tensor | None]) -> Tensor:
     """dy B of all factors side by side: T N -> T r."""
-    parts = dy.split([len(weight) for weight, _ in frozen], dim=1)
-    return torch.cat([part @ B for part, B in zip(parts, factors[1::2], strict=True) if B is not None], dim=1)
+    parts = _columns(dy, [weight.shape[0] for weight, _ in frozen])
+    made = [part @ B for part, B in zip(parts, factors[1::2], strict=True) if B is not None]
+    return made[0] if len(made) == 1 else torch.cat(made, dim=1)
 
 
 def _factor_gradients(
-    x: Tensor, dy: Tensor, frozen: Frozen, factors: Sequence[Tensor | None], inner: Tensor | None, back: Tensor | None
+    x: Tensor, dy: Tensor, frozen: Frozen, factors: Sequence[Tensor | None], inner: Tensor, back: Tensor | None
 ) -> list[Tensor | None]:
-    """dA = (dy B)ᵀ x and dB = dyᵀ (x Aᵀ), from x Aᵀ (`inner`) and dy B (`back`) where they are known."""
-    parts = dy.split([len(weight) for weight, _ in frozen], dim=1)
+    """dA = (dy B)ᵀ x and dB = dyᵀ (x Aᵀ), from x Aᵀ (`inner`), and dy B (`back`) where it is known."""
+    parts = _columns(dy, [weight.shape[0] for weight, _ in frozen])
     adapted = [(part, A) for part, A in zip(parts, factors[::2], strict=True) if A is not None]
     ranks = [len(A) for _, A in adapted]
-    inner = x @ torch.cat([A for _, A in adapted]).T if inner is None else inner
     back = _through_B(dy, frozen, factors) if back is None else back
     dA = iter((back.T @ x).split(ranks))
     # (uᵀ dy)ᵀ takes a quarter of the time of dyᵀ u.
-    dB = iter([(u.T @ part).T for (part, _), u in zip(adapted, inner.split(ranks, dim=1), strict=True)])
+    dB = iter([(u.T @ part).T for (part, _), u in zip(adapted, _columns(inner, ranks), strict=True)])
     return [None if factor is None else next(dA if n % 2 == 0 else dB) for n, factor in enumerate(factors)]

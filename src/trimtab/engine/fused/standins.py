@@ -1,5 +1,6 @@
 """Who stands in for the forward passes of a model's layers, and when: in packed passes alone, by hand or computed again where asked."""
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from contextvars import ContextVar, copy_context
 from functools import partial
@@ -29,13 +30,14 @@ def recomputed(recompute: bool = True) -> AbstractContextManager[None]:
 
 def fuse(model: nn.Module) -> None:
     """Put stand-ins before the layers' own forward passes, which act where a pass has a PackLayout. `unheed` undoes it."""
-    for module in model.modules():
-        if "forward" in module.__dict__:
-            continue
-        if isinstance(getattr(type(module), "gradient_checkpointing", None), bool):  # what Transformers would recompute
-            module.forward = StandIn(module)
-        elif is_known(module, "MLP"):
+    for module in _inside(model):
+        own = module.__dict__.get("forward")
+        if own is None and isinstance(getattr(type(module), "gradient_checkpointing", None), bool):
+            module.forward = own = StandIn(module)  # as Transformers' own layers that can be computed again
+        elif own is None and is_known(module, "MLP"):
             module.forward = MLPStandIn(module)
+        if type(own) is StandIn:
+            own.watched = any(map(_watched, _inside(module)))
 
 
 class StandIn:
@@ -45,6 +47,7 @@ class StandIn:
 
     def __init__(self, layer: Any) -> None:
         self.layer = layer
+        self.watched = False
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         layer = self.layer
@@ -52,7 +55,7 @@ class StandIn:
             return type(layer).forward(layer, hidden_states, *args, **kwargs)
         plain = not args and hidden_states.shape[0] == 1 and hidden_states.is_cpu and _by_hand.get()
         plain = plain and is_known(layer, "DecoderLayer") and hidden_states.dtype in (torch.float32, torch.float64)
-        if plain and not _watched(layer):
+        if plain and not self.watched:
             run = partial(layer_by_hand, layer, kwargs=kwargs)
             if layer.gradient_checkpointing and layer.training and torch.is_grad_enabled():  # as Transformers' own class does
                 return layer._gradient_checkpointing_func(run, hidden_states)
@@ -76,11 +79,17 @@ class MLPStandIn:
         return type(self.mlp).forward(self.mlp, x) if made is None else made
 
 
-def _watched(layer: nn.Module) -> bool:
-    """Somebody has put a hook, or a forward pass of their own, on a module inside."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(
-        any(getattr(module, kind) for kind in hooks)
-        or not getattr(module.__dict__.get("forward", MLPStandIn), "stands_in", False)
-        for module in layer.modules()
-    )
+def _inside(module: nn.Module) -> Iterator[nn.Module]:
+    """The module and all those in it, in a tenth of the time of `modules`, which names them."""
+    todo: list[nn.Module | None] = [module]
+    while todo:
+        if (one := todo.pop()) is not None:
+            yield one
+            todo += one._modules.values()
+
+
+def _watched(module: nn.Module) -> bool:
+    """Somebody has put a hook, or a forward pass of their own, on the module."""
+    own = vars(module)
+    hooked = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    return bool(hooked) or not getattr(own.get("forward", MLPStandIn), "stands_in", False)

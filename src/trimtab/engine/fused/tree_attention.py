@@ -1,15 +1,15 @@
 """Attention over a tree of segments, rotary embedding included, as one operation on the CPU.
 
-Each segment's tokens go in blocks, and a block's call ends with the block's last key: so nearly half of what causality
-hides is not computed. A block's keys are those of its ancestors, of virtual tokens, and of its own segment, side by side,
-which makes the softmax over all of them one call's. The calls are PyTorch's flash attention for CPUs (Dao 2023,
-arXiv:2307.08691), which keeps one number a row and head for the backward pass, not the scores.
+By compiled code (attention.h), or by PyTorch's flash attention (Dao 2023, arXiv:2307.08691) where there is no compiler. A
+segment's keys are those of virtual tokens, of its ancestors, and its own, side by side.
 
 Shapes: T tokens, H = G · R query heads in G groups, K head size, P virtual tokens.
 """
 
+import ctypes
 from functools import lru_cache
-from typing import Any, NamedTuple
+from itertools import accumulate
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -83,6 +83,16 @@ def _window(queries: int, keys: int, window: int, dtype: torch.dtype) -> Tensor:
     return torch.zeros(queries, keys, dtype=dtype).masked_fill_((k > q) | (k <= q - window), float("-inf"))
 
 
+class Sight(NamedTuple):
+    """What each token sees."""
+
+    segments: tuple[Segment, ...]
+    virtual: int
+    """Tokens before every segment, which all see."""
+    window: int | None
+    """How many tokens back, itself included."""
+
+
 class Sizes(NamedTuple):
     groups: int
     """G."""
@@ -98,31 +108,113 @@ def attend(
     v: Tensor,
     cos: Tensor,
     sin: Tensor,
-    plan: tuple[Piece, ...],
+    sight: Sight,
     sizes: Sizes,
     scale: float,
     virtual: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
-    """T H·K queries, T G·K keys and values -> T H·K. Turns q and k by cos and sin (T K) in place: nobody may need them afterwards.
+    """T H·K queries, T G·K keys and values -> T H·K. Turns q and k by cos and sin (T K).
 
     Args:
         virtual: Keys and values before every segment's: each G P K.
     """
-    return _Attend.apply(q, k, v, cos, sin, plan, sizes, scale, *(virtual or (None, None)))
+    how = _Compiled if kernels.compiled(q, k, v, cos, sin, *(virtual or ())) else _InTorch
+    return how.apply(q, k, v, cos, sin, sight, sizes, scale, *(virtual or (None, None)))
 
 
-class _Attend(torch.autograd.Function):
+class _Tree(ctypes.Structure):
+    """As in attention.h."""
+
+    _fields_: ClassVar = [
+        *((name, ctypes.c_int64) for name in ("segments", "tokens", "groups", "each", "head", "virtual_tokens", "window")),
+        *((name, ctypes.c_int64) for name in ("q_row", "k_row", "v_row", "d_row")),
+        ("scale", ctypes.c_double),
+        *((name, ctypes.c_void_p) for name in ("start", "end", "path", "on_path", "users", "user", "before", "order")),
+    ]
+
+
+@lru_cache(maxsize=16)  # every layer asks the same
+def _arrays(segments: tuple[Segment, ...], virtual: int) -> tuple[Tensor, ...]:
+    """Of attention.h's Tree."""
+    lengths = [end - start for start, end, _ in segments]
+    paths: list[list[int]] = []
+    for number, segment in enumerate(segments):
+        paths.append([*(paths[segment.parent] if segment.parent >= 0 else []), number])
+    seen_by: list[list[tuple[int, int]]] = [[] for _ in segments]
+    for number, path in enumerate(paths):
+        for place, one in enumerate(path):
+            seen_by[one].append((number, virtual + sum(lengths[n] for n in path[:place])))
+    work = [lengths[n] * sum(lengths[m] for m in path) for n, path in enumerate(paths)]
+    arrays = [
+        [start for start, _, _ in segments],
+        [end for _, end, _ in segments],
+        [0, *accumulate(map(len, paths))],
+        [n for path in paths for n in path],
+        [0, *accumulate(map(len, seen_by))],
+        [user for users in seen_by for user, _ in users],
+        [before for users in seen_by for _, before in users],
+        sorted(range(len(segments)), key=lambda n: -work[n]),
+    ]
+    return tuple(torch.tensor(array, dtype=torch.int64) for array in arrays)
+
+
+class _Compiled(torch.autograd.Function):
+    """By attention.h."""
+
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, plan: tuple[Piece, ...], sizes: Sizes, scale: float,
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, sight: Sight, sizes: Sizes, scale: float,
         first_k: Tensor | None, first_v: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        q, k = q.data, k.data  # turned in place: unlike detach(), without a word to those who might hold them, who are none
-        kernels.rotate_(q, sizes.groups * sizes.each, cos, sin)
-        kernels.rotate_(k, sizes.groups, cos, sin)
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        first_k, first_v = (None if t is None else t.contiguous() for t in (first_k, first_v))
+        out, sums = torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[1] // sizes.head, len(q))
+        ctx.about = sight, sizes, scale
+        ctx.save_for_backward(q, k, v, cos, sin, first_k, first_v, out, sums)
+        _call("attend", ctx.about, 0, q, k, v, cos, sin, first_k, first_v, out, sums)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        q, k, v, cos, sin, first_k, first_v, out, sums = ctx.saved_tensors
+        widths = [q.shape[1], k.shape[1], v.shape[1]]
+        both = q.new_empty(len(q), sum(widths))
+        dq, dk, dv = both.split(widths, dim=1)
+        dfirst = [None if t is None else torch.empty_like(t) for t in (first_k, first_v)]
+        dout = gradients[0].contiguous()
+        given = (q, k, v, cos, sin, first_k, first_v, out, sums, dout, dq, dk, dv, *dfirst)
+        _call("attend_backward", ctx.about, both.stride(0), *given)
+        return dq, dk, dv, None, None, None, None, None, *dfirst
+
+
+def _call(
+    name: str, about: tuple[Sight, Sizes, float], d_row: int, q: Tensor, k: Tensor, v: Tensor, *others: Tensor | None
+) -> None:
+    (sight, sizes, scale), call = about, kernels.compiled(q, k, v)
+    assert call is not None, "as in the forward pass"
+    window = sight.window or 0
+    numbers = (len(sight.segments), len(q), *sizes, sight.virtual, window, q.stride(0), k.stride(0), v.stride(0), d_row)
+    tree = _Tree(*numbers, scale, *(array.data_ptr() for array in _arrays(sight.segments, sight.virtual)))
+    if call(name, tree, q, k, v, *others):
+        raise MemoryError(f"no memory for attention over {len(q):,} tokens: lower train.pack_tokens or data.max_length")
+
+
+class _InTorch(torch.autograd.Function):
+    """By PyTorch's flash attention for CPUs, which keeps one number a row and head for the backward pass, not the scores.
+
+    Each segment's tokens go in blocks, and a block's call ends with the block's last key: so nearly half of what causality
+    hides is not computed.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, sight: Sight, sizes: Sizes, scale: float,
+        first_k: Tensor | None, first_v: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        q, k = (_turned(t, sizes.head, cos, sin) for t in (q, k))
+        out = torch.empty_like(q)
         sums = []
-        for piece in plan:
+        for piece in pieces(*sight, q.dtype):
             keys, values = _in_sight(k, piece, first_k, sizes), _in_sight(v, piece, first_v, sizes)
             for start, end, low, high, hidden in piece.blocks:
                 here, lse = _forward(
@@ -131,7 +223,7 @@ class _Attend(torch.autograd.Function):
                 )  # fmt: skip
                 _queries(out, start, end, sizes).copy_(here)
                 sums.append(lse)
-        ctx.plan, ctx.sizes, ctx.scale = plan, sizes, scale
+        ctx.sight, ctx.sizes, ctx.scale = sight, sizes, scale
         ctx.save_for_backward(q, k, v, cos, sin, out, first_k, first_v, *sums)
         return out
 
@@ -140,12 +232,9 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         q, k, v, cos, sin, out, first_k, first_v, *sums = ctx.saved_tensors
         dout, sizes, sum_of = gradients[0], ctx.sizes, iter(sums)
-        both = q.new_empty(len(q), q.shape[1] + k.shape[1] + v.shape[1])
-        dq, dk, dv = both.split([q.shape[1], k.shape[1], v.shape[1]], dim=1)
-        dk.zero_()
-        dv.zero_()
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros(v.shape, dtype=v.dtype)
         dfirst_k, dfirst_v = (None if t is None else torch.zeros_like(t) for t in (first_k, first_v))
-        for piece in ctx.plan:
+        for piece in pieces(*ctx.sight, q.dtype):
             keys, values = _in_sight(k, piece, first_k, sizes), _in_sight(v, piece, first_v, sizes)
             dkeys, dvalues = (torch.zeros(t.shape[0], t.shape[2], t.shape[3], dtype=t.dtype) for t in (keys, values))
             for start, end, low, high, hidden in piece.blocks:
@@ -159,9 +248,15 @@ class _Attend(torch.autograd.Function):
                 dvalues[:, low:high] += of_v.sum(dim=1)
             _give_back(dkeys, dk, piece, dfirst_k, sizes)
             _give_back(dvalues, dv, piece, dfirst_v, sizes)
-        kernels.rotate_(dq, sizes.groups * sizes.each, cos, sin, back=True)
-        kernels.rotate_(dk, sizes.groups, cos, sin, back=True)
+        dq, dk = (_turned(t, sizes.head, cos, -sin) for t in (dq, dk))
         return dq, dk, dv, None, None, None, None, None, dfirst_k, dfirst_v
+
+
+def _turned(x: Tensor, size: int, cos: Tensor, sin: Tensor) -> Tensor:
+    """Each head of x (T heads·K) by its row's angles (cos and sin T K; RoFormer, arXiv:2104.09864)."""
+    heads = x.unflatten(1, (-1, size))
+    first, second = heads.chunk(2, dim=2)
+    return (heads * cos[:, None] + torch.cat([-second, first], dim=2) * sin[:, None]).flatten(1)
 
 
 def _queries(t: Tensor, start: int, end: int, sizes: Sizes) -> Tensor:

@@ -75,7 +75,7 @@ def train(
         DataError: A step has nothing to learn.
     """
     parameters = list(adapter.parameters().values())
-    optimizer = torch.optim.AdamW(_by_rate(adapter), lr=peak_lr, weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(_by_rate(adapter), lr=peak_lr, weight_decay=config.weight_decay, fused=True)
     for number in range(1, len(steps) + 1):
         started = time.perf_counter()
         packs = [pack.to(base.device) for pack in steps[number - 1]]

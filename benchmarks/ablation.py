@@ -24,7 +24,7 @@ import trimtab
 from trimtab.data import pack_all, pack_flat
 from trimtab.data.order import shuffled
 from trimtab.engine import head, pack_logprobs
-from trimtab.engine.fused import kernels, ops, tree_attention, unfused
+from trimtab.engine.fused import kernels, tree_attention, unfused
 from trimtab.startup import M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, keep_freed_memory
 
 ROOT = Path(__file__).parents[1]
@@ -34,12 +34,10 @@ ROOT = Path(__file__).parents[1]
 def instead(owner: Any, name: str, value: Any) -> Iterator[None]:
     before = getattr(owner, name)
     setattr(owner, name, value)
-    tree_attention.pieces.cache_clear()
     try:
         yield
     finally:
         setattr(owner, name, before)
-        tree_attention.pieces.cache_clear()
 
 
 @contextmanager
@@ -55,14 +53,13 @@ def memory_given_back() -> Iterator[None]:
 
 OFF: dict[str, tuple[str, Callable[[], AbstractContextManager[None]]]] = {
     "layers by hand": ("each layer is Transformers' own code", unfused),
-    "C passes": (
-        "norms, gates, rotations and the softmax's sweep in torch",
+    "compiled code": (
+        "norms, gates and the softmax's sweep in torch, attention in flash calls",
         lambda: instead(kernels, "_library", lambda: None),
     ),
-    "LoRA summed": ("x goes through B A beside W", lambda: instead(ops, "_changed", lambda *_: None)),
-    "blocks of attention": (
-        "a segment is one call, its causal half computed and hidden",
-        lambda: instead(tree_attention, "BLOCK", 1 << 30),
+    "attention in C": (
+        "a flash call for each block of each segment",
+        lambda: instead(tree_attention, "_Compiled", tree_attention._InTorch),
     ),
     "vocabulary in tiles": ("all logits at once", lambda: instead(head, "TILE", 1 << 40)),
     "freed memory kept": ("malloc gives large blocks back to the system", memory_given_back),

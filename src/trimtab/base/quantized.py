@@ -9,6 +9,7 @@ arXiv:2305.14314, section 3). int8: a row of a matrix in steps of 1/127 of its l
 token of a batch can add to, are left out.
 """
 
+import copy
 import importlib.util
 from collections.abc import Iterator
 from functools import partial
@@ -87,19 +88,28 @@ def settle(model: nn.Module) -> None:
             module.forward = partial(_multiply, module)
             continue
         module.support_avx512bf16_for_cpu = False  # it would lay the weights out anew in place, and then pass no gradient on
+        if module.in_features % module.weight.quant_state.blocksize:
+            module.forward = partial(_multiply, module)  # on CPUs with AVX-512 its own dequantizes these wrongly (0.50.2)
         if module.bias is not None and module.compute_dtype is not None:
             module.bias.data = module.bias.data.to(module.compute_dtype)  # as its first forward pass would
 
 
 def _multiply(module: Any, x: Tensor) -> Tensor:
-    y = _Dequantized.apply(x, module)
-    return y if module.bias is None else y + module.bias.to(y.dtype)
+    kind = getattr(module, "compute_dtype", None) or x.dtype
+    y = _Dequantized.apply(x.to(kind), module)
+    return (y if module.bias is None else y + module.bias.to(y.dtype)).to(x.dtype)
 
 
 def _dequantized(module: Any, kind: torch.dtype) -> Tensor:
-    """An 8-bit matrix, (outputs, inputs)."""
-    largest = module.state.SCB if module.state.SCB is not None else module.weight.SCB
-    return (module.weight.data * (largest / 127)[:, None]).to(kind)
+    """A matrix, (outputs, inputs)."""
+    if type(module).__name__ == EIGHT:
+        largest = module.state.SCB if module.state.SCB is not None else module.weight.SCB
+        return (module.weight.data * (largest / 127)[:, None]).to(kind)
+    from bitsandbytes.functional import dequantize_4bit
+
+    state = copy.copy(module.weight.quant_state)
+    state.shape = torch.Size([1, state.shape.numel()])  # blocks of weights that share a scale go on from row to row
+    return dequantize_4bit(module.weight.data, state).view(module.out_features, module.in_features).to(kind)
 
 
 class _Dequantized(torch.autograd.Function):

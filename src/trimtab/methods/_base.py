@@ -2,7 +2,7 @@
 
 import copy
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -66,6 +66,10 @@ class AdapterLayer(nn.Module):
         most = max(part.shape[-1] for part in parts)  # logits: an adapter may know tokens that others do not
         parts = [F.pad(part, (0, most - part.shape[-1]), value=float("-inf")) for part in parts]
         return torch.cat(parts, dim=at).index_select(at, back)
+
+    def replaced(self) -> Mapping[str, Tensor] | None:
+        """What acts in place of the base's own parameters, by name, if that is all the layer does."""
+        return None
 
     def low_rank(self) -> tuple[Tensor, Tensor] | None:
         """A (rank, inputs) and B (outputs, rank), scale included, if the layer is now its base matrix plus B A, and nothing else."""

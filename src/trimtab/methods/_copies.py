@@ -31,8 +31,10 @@ class CopyLayer(AdapterLayer):
             self.register_parameter(name, nn.Parameter(weight.detach().to(wide(weight), copy=True)))
 
     def adapt(self, *args: Any, **kwargs: Any) -> Any:
-        rounded = {name: self._parameters[name].to(weight.dtype) for name, weight in own_weights(look_through(self.base))}  # type: ignore[union-attr]
-        return with_parameters(self.base, rounded)(*args, **kwargs)
+        return with_parameters(self.base, self.replaced())(*args, **kwargs)
+
+    def replaced(self) -> Mapping[str, Tensor]:
+        return {name: self._parameters[name].to(weight.dtype) for name, weight in own_weights(look_through(self.base))}  # type: ignore[union-attr]
 
     def merged(self) -> nn.Module:
         return with_parameters(look_through(self.base), dict(self.named_parameters(recurse=False, remove_duplicate=False)))

@@ -145,13 +145,20 @@ def _normed_heads(x: Tensor, size: int, module: nn.Module) -> Tensor:
 
 
 def _norm(module: nn.Module) -> ops.Norm | None:
-    """A norm whose weight is frozen, if it is one that is known."""
-    own: Any = _acting(module)
-    if (family := _family(own, "RMSNorm")) not in PRE_NORM | SANDWICH or own.weight.requires_grad:
+    """A norm that is known; an adapter may train its weight."""
+    weight: Tensor | None = None
+    while isinstance(module, AdapterLayer):
+        if state := module.switch.state:
+            replaced = None if isinstance(state, Routing) else module.replaced()
+            if replaced is None or weight is not None:
+                return None
+            weight = replaced["weight"]
+        module = module.base
+    own: Any = module
+    if (family := _family(own, "RMSNorm")) not in PRE_NORM | SANDWICH:
         return None
-    if family in SANDWICH:
-        return ops.Norm(own.weight, 1.0, own.eps)
-    return ops.Norm(own.weight, 0.0, own.variance_epsilon)
+    weight = own.weight if weight is None else weight
+    return ops.Norm(weight, 1.0, own.eps) if family in SANDWICH else ops.Norm(weight, 0.0, own.variance_epsilon)
 
 
 def _linears(
@@ -160,6 +167,8 @@ def _linears(
     """x, to go on with, and what each of the modules makes of before(x); or one's, cut into columns of these widths."""
     sites = [site for module in modules if (site := _site(module)) is not None]
     how = _norm(before) if before is not None else None
+    if how is not None and how.weight.requires_grad:
+        how = None  # then the norm is an operation of its own
     if len(sites) == len(modules) and (before is None or how is not None):
         return ops.linears(x, how, sites, cut or [len(site.weight) for site in sites])
     y = x if before is None else _normed(x, before)

@@ -17,7 +17,7 @@ from trimtab.engine.fused.kernels import Gate
 
 
 class Norm(NamedTuple):
-    """An RMSNorm with frozen weights: x / rms(x) · (offset + weight)."""
+    """An RMSNorm: x / rms(x) · (offset + weight)."""
 
     weight: Tensor
     """d."""
@@ -39,8 +39,8 @@ class Site(NamedTuple):
 
 
 def norm(x: Tensor, how: Norm) -> Tensor:
-    """T d -> T d."""
-    return _Norm.apply(x, how)
+    """T d -> T d. Its weight may be trained; elsewhere it is taken as frozen."""
+    return _Norm.apply(x, how.weight, how)
 
 
 def linears(x: Tensor, how: Norm | None, sites: Sequence[Site], widths: Sequence[int]) -> tuple[Tensor, ...]:
@@ -76,17 +76,22 @@ def _factors(sites: Sequence[Site]) -> list[Tensor | None]:
 
 class _Norm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, how: Norm) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, how: Norm) -> Tensor:
         y, rstd = kernels.rms_norm(x, *how)
-        ctx.how = how
-        ctx.save_for_backward(x, rstd)
+        ctx.offset = how.offset
+        ctx.save_for_backward(x, weight, rstd)
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        x, rstd = ctx.saved_tensors
-        return kernels.rms_norm_backward(gradients[0], x, ctx.how.weight, rstd, ctx.how.offset), None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, rstd = ctx.saved_tensors
+        dx = dweight = None
+        if ctx.needs_input_grad[0]:
+            dx = kernels.rms_norm_backward(gradients[0], x, weight, rstd, ctx.offset)
+        if ctx.needs_input_grad[1]:
+            dweight = (gradients[0] * x).mul_(rstd[:, None]).sum(0)
+        return dx, dweight, None
 
 
 class _Gated(torch.autograd.Function):

@@ -58,7 +58,7 @@ LAZY = {"__init__.py", "config.py"}
 MOST_LINES_OF_A_FILE = 300
 MOST_LINES_OF_FLOORS_0_TO_4 = 4000
 """With something on them, and of families what everybody reads: see `_core`."""
-FUSED, MOST_LINES_OF_FUSED = "engine/fused/", 800
+FUSED, MOST_LINES_OF_FUSED = "engine/fused/", 850
 """The blocks by hand, which repeat for speed what the rest says plainly: counted apart."""
 MOST_LINES_OF_A_MEMBER = 120
 """Of a family, with something on them."""

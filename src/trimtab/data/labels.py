@@ -16,7 +16,12 @@ from trimtab.data.draft import Answer, Draft, NotAPrefix, Refused, Tokenizing, j
 from trimtab.data.example import Account, Conversation, Example, Refusal, Sequence
 from trimtab.errors import DataError
 
+AT_A_TIME = 1000
+"""Examples that are tokenized at a time: what a tokenizer says of a text takes a hundred times the memory of its tokens."""
+
 Offsets = list[tuple[int, int]]
+_known: dict[int, int] = {}
+"""Every number once, however many rows hold it: a number that Python makes anew takes four times a reference's memory."""
 
 
 def make_sequences(
@@ -28,7 +33,21 @@ def make_sequences(
         max_length: The most tokens a sequence may have.
         truncate: Cut longer ones instead of refusing them; one cut before its first learned token is still refused.
     """
-    examples = list(examples)
+    examples, usable = iter(examples), []
+    while some := list(islice(examples, AT_A_TIME)):
+        for example, made in zip(some, _made(some, base, max_length, truncate), strict=True):
+            if isinstance(made, str):
+                account.refused.append(Refusal(example.where, made))
+            else:
+                account.used += 1
+                usable += made
+    return usable
+
+
+def _made(
+    examples: list[Example], base: Tokenizing, max_length: int | None, truncate: bool
+) -> Iterator[list[Sequence] | str]:
+    """Of each example, its sequences, or why it can't be used."""
     found: dict[int, list[Sequence] | str] = {}
     for draft in (whole, turn_by_turn):
         drafts: dict[int, list[Draft]] = {}
@@ -48,15 +67,8 @@ def make_sequences(
                     found[number] = _cut(sequences, max_length, truncate)
             except Refused as refused:
                 found[number] = str(refused)
-    usable: list[Sequence] = []
-    for number, example in enumerate(examples):
-        one = found.get(number, "the chat template does not end every answer with the token that the model stops at")
-        if isinstance(one, str):
-            account.refused.append(Refusal(example.where, one))
-        else:
-            account.used += 1
-            usable += one
-    return usable
+    unending = "the chat template does not end every answer with the token that the model stops at"
+    return (found.get(number, unending) for number in range(len(examples)))
 
 
 def prompt_of(example: Conversation, base: Tokenizing) -> tuple[list[int], str]:
@@ -133,7 +145,13 @@ def _cut(sequences: list[Sequence], max_length: int | None, truncate: bool) -> l
         if not truncate:
             raise Refused(f"has {needed:,} tokens up to the end of its last answer, more than max_length {max_length:,}")
         sequences = [replace(s, learned=[t for t in s.learned if t < max_length]) for s in sequences]
-    sequences = [replace(s, ids=s.ids[: s.learned[-1] + 1]) for s in sequences if s.learned]
+    sequences = [
+        replace(s, ids=_shared(s.ids[: s.learned[-1] + 1]), learned=_shared(s.learned)) for s in sequences if s.learned
+    ]
     if not sequences:
         raise Refused("has no token to learn" + (f" within max_length {max_length:,}" if needed else ""))
     return sequences
+
+
+def _shared(numbers: list[int]) -> list[int]:
+    return [_known.setdefault(n, n) for n in numbers]

@@ -1,7 +1,7 @@
 """The data of a run: read, shaped, tokenized, split, and every row accounted for."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -69,10 +69,15 @@ class Loaded:
 
 def load_examples(sources: tuple[str, ...] | str, columns: Mapping[Column, str] | None = None) -> tuple[list[Example], Account]:
     """Read rows from one or more sources. See `data.read.read_rows` for what a source can be."""
+    examples, account = _reading(sources, columns)
+    return list(examples), account
+
+
+def _reading(sources: tuple[str, ...] | str, columns: Mapping[Column, str] | None) -> tuple[Iterator[Example], Account]:
+    """Rows that are read as they are asked for, and the account that is kept of them meanwhile."""
     sources = (sources,) if isinstance(sources, str) else sources
     account = Account(sources)
-    examples = [e for source in sources for e in read_examples(read_rows(source), columns or {}, account)]
-    return examples, account
+    return (e for source in sources for e in read_examples(read_rows(source), columns or {}, account)), account
 
 
 def load_data(config: DataConfig, base: Tokenizing, context_length: int | None, seed: int) -> Loaded:
@@ -83,11 +88,11 @@ def load_data(config: DataConfig, base: Tokenizing, context_length: int | None, 
     """
     limits = [limit for limit in (config.max_length, context_length) if limit is not None]
     tokenize = partial(make_sequences, base=base, max_length=min(limits, default=None), truncate=config.overlong == "truncate")
-    examples, account = load_examples(config.train, config.columns)
+    examples, account = _reading(config.train, config.columns)
     sequences, accounts = tokenize(examples, account=account), [account]
     _settle(account, config)
     if isinstance(config.eval, str):
-        held_out, other = load_examples(config.eval, config.columns)
+        held_out, other = _reading(config.eval, config.columns)
         train, evaluation = sequences, tokenize(held_out, account=other)
         _settle(other, config)
         accounts.append(other)

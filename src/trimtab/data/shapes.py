@@ -10,7 +10,7 @@
 """
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from trimtab.data.example import Account, Conversation, Example, Refusal, Text
@@ -39,13 +39,12 @@ SHAREGPT_ROLES = {
 }  # fmt: skip
 
 
-def read_examples(rows: Iterable[Row | Refusal], columns: Mapping[Any, str], account: Account) -> list[Example]:
-    """Rows as examples; what can't be used goes to the account, with its reason.
+def read_examples(rows: Iterable[Row | Refusal], columns: Mapping[Any, str], account: Account) -> Iterator[Example]:
+    """Rows as examples, one by one; what can't be used goes to the account, with its reason.
 
     Args:
         columns: What Trimtab calls a column -> what the data calls it.
     """
-    examples: list[Example] = []
     for row in rows:
         if isinstance(row, Refusal):
             account.refused.append(row)
@@ -53,11 +52,12 @@ def read_examples(rows: Iterable[Row | Refusal], columns: Mapping[Any, str], acc
         where, values = row
         try:
             shape, renamed = _shape_of(values, columns)
-            examples.append(shape.read(renamed, where))
-            account.unread.update(values.keys() - {columns.get(column, column) for column in shape.columns})
+            example = shape.read(renamed, where)
         except Refused as refused:
             account.refused.append(Refusal(where, str(refused)))
-    return examples
+            continue
+        account.unread.update(values.keys() - {columns.get(column, column) for column in shape.columns})
+        yield example
 
 
 def _shape_of(row: dict[str, Any], columns: Mapping[Any, str]) -> tuple[Shape, dict[str, Any]]:

@@ -3,7 +3,7 @@
     python benchmarks/ablation.py FILE [--rows 8] [--rounds 3] [--targets all-linear] [--rank 8] [--only NAME ...]
 
 Prints, for each, how many times longer the step takes without it, how much more its activations take, and how far the
-gradients are apart (in float32: every trick is the same mathematics). Results go to docs/ablation.json.
+gradients are apart (in float32: every trick is the same mathematics). Results go to docs/measured/ablation.json.
 """
 
 import argparse
@@ -127,7 +127,7 @@ def main() -> None:
         for name, pairs in times.items()
     }
     words = {"rows": asked.rows, "rank": asked.rank, "targets": asked.targets, "load": os.getloadavg()[0]}
-    (ROOT / "docs" / "ablation.json").write_text(json.dumps({**words, "tricks": results}, indent=1) + "\n")
+    (ROOT / "docs" / "measured" / "ablation.json").write_text(json.dumps({**words, "tricks": results}, indent=1) + "\n")
     for name, one in sorted(results.items(), key=lambda pair: -pair[1]["gain"]):
         print(f"| {name} | {one['without']} | {one['gain']:.2f}x | {one['gradients_apart']:.0e} |")
 

@@ -3,6 +3,8 @@
 python benchmarks/scaling.py lengths [1024 2048 4096 8192 16384]   # one row of made-up tokens a step
 python benchmarks/scaling.py ranks   [4 16 64 256]                 # 1,024 tokens at a time
 python benchmarks/scaling.py rows    [10 1000 100000]              # data alone: read, tokenized, labelled, shuffled; memory and time
+
+Results are added to docs/measured/scaling.json.
 """
 
 import json
@@ -16,6 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+RESULTS = Path(__file__).parents[1] / "docs" / "measured" / "scaling.json"
 DEFAULTS = {"lengths": [1024, 2048, 4096, 8192, 16384], "ranks": [4, 16, 64, 256], "rows": [10, 1000, 100_000]}
 
 
@@ -92,8 +95,13 @@ def main() -> None:
     for value in map(int, sys.argv[2:] or DEFAULTS[what]):
         command = [sys.executable, __file__, "one", what, str(value)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-        said = done.stdout.strip().splitlines()[-1] if done.returncode == 0 else done.stderr.strip().splitlines()[-1]
-        print(f"{what} {value:,}: {said}  (load {os.getloadavg()[0]:.1f})", flush=True)
+        if done.returncode:
+            sys.exit(f"{what} {value:,}: {done.stderr.strip().splitlines()[-1]}")
+        result = json.loads(done.stdout.strip().splitlines()[-1])
+        print(f"{what} {value:,}: {result}  (load {os.getloadavg()[0]:.1f})", flush=True)
+        known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        known.setdefault(what, {})[str(value)] = result
+        RESULTS.write_text(json.dumps(known, indent=1) + "\n")
 
 
 if __name__ == "__main__":

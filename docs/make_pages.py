@@ -1,7 +1,8 @@
 """Write what the documents say about the code from the code: python docs/make_pages.py. A test holds them to it.
 
 docs/recipe.md comes from the recipe's own declarations, the tree in README.md from the files' first lines, the tables in
-docs/methods.md from the methods and from docs/methods.json, which benchmarks/methods.py measures.
+docs/methods.md from the methods and from docs/methods.json, which benchmarks/methods.py measures, and those in
+docs/performance.md from docs/measured, which `trimtab bench`, benchmarks/ablation.py and benchmarks/scaling.py fill.
 """
 
 import ast
@@ -21,6 +22,7 @@ from trimtab.report.methods import methods_facts
 ROOT = Path(__file__).parents[1]
 PAGE, README = ROOT / "docs" / "recipe.md", ROOT / "README.md"
 METHODS, MEASURED = ROOT / "docs" / "methods.md", ROOT / "docs" / "methods.json"
+PERFORMANCE, RESULTS = ROOT / "docs" / "performance.md", ROOT / "docs" / "measured"
 FLOORS = (
     ("words and pages", ("cli.py", "commands.py", "__main__.py", "__init__.py")),
     ("a run, top to bottom; and against others", ("recipe.py", "run.py", "api.py", "bench")),
@@ -131,6 +133,52 @@ def search_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def performance() -> str:
+    """docs/performance.md with its tables as they are now."""
+    text = PERFORMANCE.read_text(encoding="utf-8")
+    tables = {"all-linear": bench_table("all-linear"), "q-v": bench_table("q-v"), "ablation": ablation_table()}
+    for name, table in (tables | {what: scaling_table(what) for what in SCALES}).items():
+        text = _filled(text, name, table)
+    return text
+
+
+def bench_table(targets: str) -> str:
+    """What `trimtab bench --output docs/measured/TARGETS` measured: medians."""
+    lines = ["| | tokens/s | peak memory | of the floor | Trimtab is | in memory | losses apart |", "|---|--:|--:|--:|--:|--:|--:|"]
+    for one in json.loads((RESULTS / targets / "results.json").read_text(encoding="utf-8")):
+        start = f"| {one['trainer']} | {one['tokens_per_s']:.0f} | {one['peak_rss_gb']:.2f} GB | {one['gemm_floor_fraction']:.0%} | "
+        pairs = ", ".join(f"{pair:.2f}" for pair in one["pairs"])
+        apart = "–" if one["loss_distance"] is None else f"{one['loss_distance']:.0e}"
+        other = f"{one['trimtab_is_faster']:.2f}x ({pairs}) | {one['trimtab_memory']:.2f} | {apart} |"
+        lines.append(start + ("| | |" if one["trainer"] == "trimtab" else other))
+    return "\n".join(lines) + "\n"
+
+
+def ablation_table() -> str:
+    """What benchmarks/ablation.py measured."""
+    tricks = json.loads((RESULTS / "ablation.json").read_text(encoding="utf-8"))["tricks"]
+    lines = ["| trick | without it | the step takes | gradients apart |", "|---|---|--:|--:|"]
+    for name, one in sorted(tricks.items(), key=lambda pair: -pair[1]["gain"]):
+        lines.append(f"| {name} | {one['without']} | {one['gain']:.2f}x | {one['gradients_apart']:.0e} |")
+    return "\n".join(lines) + "\n"
+
+
+SCALES = {
+    "lengths": ("tokens in a row", {"tokens_per_s": "{:.0f} tokens/s", "peak_gb": "{:.2f} GB"}),
+    "ranks": ("rank", {"tokens_per_s": "{:.0f} tokens/s", "peak_gb": "{:.2f} GB"}),
+    "rows": ("rows", {"tokens": "{:,} tokens", "seconds": "{:.1f} s", "grew_gb": "{:.2f} GB more"}),
+}
+"""What benchmarks/scaling.py measures, and how to say it."""
+
+
+def scaling_table(what: str) -> str:
+    word, shapes = SCALES[what]
+    lines = [f"| {word} |{' |' * len(shapes)}", "|--:|" + "--:|" * len(shapes)]
+    for value, one in json.loads((RESULTS / "scaling.json").read_text(encoding="utf-8"))[what].items():
+        lines.append(f"| {int(value):,} | " + " | ".join(shape.format(one[key]) for key, shape in shapes.items()) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def _measured(kind: str) -> dict[str, Any]:
     return json.loads(MEASURED.read_text(encoding="utf-8")).get(kind, {}) if MEASURED.exists() else {}
 
@@ -201,3 +249,4 @@ if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
     README.write_text(readme(), encoding="utf-8")
     METHODS.write_text(methods(), encoding="utf-8")
+    PERFORMANCE.write_text(performance(), encoding="utf-8")

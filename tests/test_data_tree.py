@@ -21,9 +21,9 @@ def test_a_row_is_its_path_and_what_rows_share_stands_once(rows, worth):
         patch.setattr(tree, "WORTH", worth)
         laid = lay_out(rows)
     for number, row in enumerate(rows):
-        places = laid.places(number)
-        assert [laid.ids[place] for place in places] == row
-        assert [laid.positions[place] for place in places] == list(range(len(row)))
+        where = tree.places(laid.segments, laid.leaves[number])
+        assert [laid.ids[place] for place in where] == row
+        assert [laid.positions[place] for place in where] == list(range(len(row)))
     ends = [0, *(segment.end for segment in laid.segments)]
     assert [segment.start for segment in laid.segments] == ends[:-1]
     assert ends[-1] == len(laid.ids)
@@ -53,7 +53,7 @@ def test_many_rows_each_the_beginning_of_the_next_do_not_exhaust_the_stack():
     rows = [list(range(8 * n)) for n in range(1, 1500)]
     laid = lay_out(rows)
     assert len(laid.ids) == 8 * 1499
-    assert laid.places(700) == list(range(8 * 701))
+    assert tree.places(laid.segments, laid.leaves[700]) == list(range(8 * 701))
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)

@@ -95,7 +95,7 @@ def test_a_tree_of_segments_equals_its_paths_as_flat_rows(family):
     targets = [(at[t - 1], row.ids[t], n) for n, (row, at) in enumerate(zip(rows, places, strict=True)) for t in row.learned]
     at, token, of = (torch.tensor(column) for column in zip(*targets, strict=True))
     positions = torch.tensor([*range(9), *range(9, 13), *range(9, 11), *range(6, 11)])
-    tree = Pack(torch.tensor(prompt + common + left + right + other), positions, segments, at, token, of, tuple(rows))
+    tree = Pack(torch.tensor(prompt + common + left + right + other), positions, segments, at, token, of, tuple(rows), (2, 3, 4))
     shared = pack_logprobs(model, tree)
     assert relative(shared, flat) < TOLERANCE[family]
     weights = torch.tensor([1.0, -2.0, 0.5], dtype=shared.dtype)
@@ -183,15 +183,7 @@ def test_a_broken_mask_window_or_position_is_noticed(broken, by_hand, monkeypatc
         monkeypatch.setattr(blocks, "Sight", lambda segments, virtual, window: sight(segments, virtual, window + 1))
     elif broken == "positions":
         # Rotary positions are relative, so a shift of a whole row changes nothing: they must run on within the row.
-        pack = Pack(
-            pack.ids,
-            pack.positions // 2,
-            pack.segments,
-            pack.target_at,
-            pack.target_token,
-            pack.target_sequence,
-            pack.sequences,
-        )
+        pack = replace(pack, positions=pack.positions // 2)
     else:
         first, second, *others = pack.segments
         pack = replace(pack, segments=(first, second._replace(parent=0), *others))

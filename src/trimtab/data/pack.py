@@ -1,13 +1,13 @@
 """Packs: the micro-batches that are computed, without padding, and without what several of their sequences begin with twice."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from trimtab.data.example import Sequence
-from trimtab.data.tree import WORTH, Segment, alphabetical, lay_out, shared_length
+from trimtab.data.tree import WORTH, Segment, alphabetical, lay_out, places, shared_length
 
 
 @dataclass(frozen=True)
@@ -31,17 +31,23 @@ class Pack:
     """N, int64, not decreasing."""
     sequences: tuple[Sequence, ...]
     """S, what was packed."""
+    leaves: tuple[int, ...]
+    """Of each sequence, the segment in which it ends."""
 
     @property
     def targets(self) -> int:
         return len(self.target_token)
+
+    def places(self, number: int) -> list[int]:
+        """Where the tokens of a sequence stand."""
+        return places(self.segments, self.leaves[number])
 
     def to(self, device: torch.device) -> "Pack":
         moved = {
             n: getattr(self, n).to(device, non_blocking=True)
             for n in ("ids", "positions", "target_at", "target_token", "target_sequence")
         }
-        return Pack(segments=self.segments, sequences=self.sequences, **moved)
+        return replace(self, **moved)
 
 
 def pack_flat(sequences: Iterable[Sequence]) -> Pack:
@@ -58,11 +64,11 @@ def _pack(sequences: tuple[Sequence, ...], share: bool) -> Pack:
     tree = lay_out([sequence.ids[:-1] for sequence in sequences], share=share)  # a last token predicts nothing
     targets: list[tuple[int, int, int]] = []
     for number, sequence in enumerate(sequences):
-        places = tree.places(number)
-        targets += [(places[t - 1], sequence.ids[t], number) for t in sequence.learned]
+        where = places(tree.segments, tree.leaves[number])
+        targets += [(where[t - 1], sequence.ids[t], number) for t in sequence.learned]
     at, token, of = torch.tensor(targets, dtype=torch.long).reshape(-1, 3).T
     ids, positions = torch.tensor(tree.ids), torch.tensor(tree.positions)
-    return Pack(ids, positions, tree.segments, at.contiguous(), token.contiguous(), of.contiguous(), sequences)
+    return Pack(ids, positions, tree.segments, at.contiguous(), token.contiguous(), of.contiguous(), sequences, tree.leaves)
 
 
 def pack_all(sequences: Iterable[Sequence], tokens: int) -> list[Pack]:

@@ -31,14 +31,14 @@ class Tree(NamedTuple):
     leaves: tuple[int, ...]
     """Of each row, the segment in which it ends."""
 
-    def places(self, row: int) -> list[int]:
-        """Where a row's tokens stand."""
-        places: list[int] = []
-        at = self.leaves[row]
-        while at >= 0:
-            start, end, parent = self.segments[at]
-            places, at = [*range(start, end), *places], parent
-        return places
+
+def places(segments: Sequence[Segment], leaf: int) -> list[int]:
+    """Where the tokens of the row stand that ends in this segment."""
+    found: list[int] = []
+    while leaf >= 0:
+        start, end, leaf = segments[leaf]
+        found[:0] = range(start, end)
+    return found
 
 
 def lay_out(rows: Sequence[Sequence[int]], *, share: bool = True) -> Tree:

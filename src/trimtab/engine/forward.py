@@ -1,7 +1,7 @@
 """A model's answer to a pack: the log-probability of each of its sequences; and the proof that packing changes nothing."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from trimtab.attention import Layout, heed, laid_out
 from trimtab.data.example import Sequence as Row
 from trimtab.data.pack import Pack, pack_flat
+from trimtab.engine.below import FrozenBelow
 from trimtab.engine.fused import fuse, recomputed
 from trimtab.engine.head import head_of, sequence_logprobs
 from trimtab.engine.layouts import PackLayout
@@ -31,20 +32,28 @@ def hidden_states(model: Any, ids: Tensor, positions: Tensor, layout: Layout) ->
     return out.last_hidden_state[0]
 
 
-def pack_logprobs(model: Any, pack: Pack, owners: Sequence[str | None] | None = None, *, recompute: bool = False) -> Tensor:
+def pack_logprobs(
+    model: Any,
+    pack: Pack,
+    owners: Sequence[str | None] | None = None,
+    *,
+    recompute: bool = False,
+    below: FrozenBelow | None = None,
+) -> Tensor:
     """Σ log p over the learned tokens of each of the pack's sequences: S. Differentiable.
 
     Args:
         owners: For each of the pack's segments, the name of the adapter that acts on it, or None for the base alone; those
             that are switched on act on all of them unless given.
         recompute: Keep the layers' inputs alone, and compute the layers again in the backward pass: slower, in less memory.
+        below: What is known of the rows from earlier passes, and learns from this one.
     """
     routing = None
     if owners is not None:
         switches = [switch_of(model, owner) for owner in owners]
         lengths = [end - start for start, end, _ in pack.segments]
         routing = Routing([one for one, length in zip(switches, lengths, strict=True) for _ in range(length)])
-    with routed(routing), recomputed(recompute):
+    with routed(routing), recomputed(recompute), below.of(pack) if below is not None else nullcontext():
         hidden = hidden_states(model, pack.ids, pack.positions, PackLayout(pack.segments))
     at, row = pack.target_at.unique(return_inverse=True)
     with routed(routing.select(at.tolist()) if routing else None):

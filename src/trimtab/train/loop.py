@@ -18,7 +18,7 @@ from torch import nn
 from trimtab.base import Base
 from trimtab.data import Pack
 from trimtab.data.example import Sequence as Row
-from trimtab.engine import Memory, pack_logprobs, plan_memory
+from trimtab.engine import FrozenBelow, Memory, free_memory, pack_logprobs, plan_memory
 from trimtab.errors import DataError, NonFinite
 from trimtab.methods import Attached, Circumstances, Method
 from trimtab.objectives import Objective
@@ -76,6 +76,7 @@ def train(
     """
     parameters = list(adapter.parameters().values())
     optimizer = torch.optim.AdamW(_by_rate(adapter), lr=peak_lr, weight_decay=config.weight_decay, fused=True)
+    below = FrozenBelow(base.model, free_memory(base.device) / 4) if config.epochs > 1 else None
     for number in range(1, len(steps) + 1):
         started = time.perf_counter()
         packs = [pack.to(base.device) for pack in steps[number - 1]]
@@ -87,7 +88,8 @@ def train(
         total = torch.zeros((), device=base.device, dtype=torch.float64 if base.device.type == "cpu" else torch.float32)
         for part, pack in enumerate(packs):
             torch.manual_seed(_dropout_seed(config.seed, number, part))
-            loss = objective.loss(pack_logprobs(base.model, pack, recompute=len(pack.ids) > most_kept), pack)
+            logprobs = pack_logprobs(base.model, pack, recompute=len(pack.ids) > most_kept, below=below)
+            loss = objective.loss(logprobs, pack)
             (loss / items).backward()
             total += loss.detach()  # read once, after the step: .item() waits for the device
         adapter.train(False)

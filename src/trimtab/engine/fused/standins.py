@@ -16,6 +16,7 @@ from trimtab.engine.layouts import PackLayout
 
 _by_hand: ContextVar[bool] = ContextVar("by_hand", default=True)
 _recomputed: ContextVar[bool] = ContextVar("recomputed", default=False)
+_passing: ContextVar["Passing | None"] = ContextVar("passing", default=None)
 
 
 def unfused() -> AbstractContextManager[None]:
@@ -26,6 +27,41 @@ def unfused() -> AbstractContextManager[None]:
 def recomputed(recompute: bool = True) -> AbstractContextManager[None]:
     """Packed passes within the block, in this thread, keep the inputs of layers alone, and compute them again in the backward pass."""
     return holding(_recomputed, recompute)
+
+
+class Passing:
+    """A packed pass on its way through the layers, of which those below the lowest trained one may be known already."""
+
+    def __init__(self, lowest: int, known: Tensor | None) -> None:
+        """
+        Args:
+            lowest: The number of the lowest trained layer.
+            known: T d, what enters it; then the layers below are passed over.
+        """
+        self.lowest, self.known = lowest, known
+        self.number = 0
+        self.left: Tensor | None = None
+        """T d, what entered it, if that was not known."""
+
+    def enter(self, hidden: Tensor) -> tuple[Tensor, bool]:
+        """What enters the next layer (1 T d), and whether that is passed over."""
+        number, self.number = self.number, self.number + 1
+        if self.known is not None:
+            return (self.known[None], False) if number == self.lowest else (hidden, number < self.lowest)
+        if number == self.lowest and not hidden.requires_grad:
+            self.left = hidden[0]
+        return hidden, False
+
+
+def passing(one: Passing) -> AbstractContextManager[None]:
+    """The packed pass within the block, in this thread, is this one."""
+    return holding(_passing, one)
+
+
+def layers_of(model: nn.Module) -> list[Any]:
+    """The layers that stand-ins stand before, in their order."""
+    fuse(model)
+    return [module for module in model.modules() if type(vars(module).get("forward")) is StandIn]
 
 
 def fuse(model: nn.Module) -> None:
@@ -53,6 +89,10 @@ class StandIn:
         layer = self.layer
         if type(kwargs.get("layout")) is not PackLayout:
             return type(layer).forward(layer, hidden_states, *args, **kwargs)
+        if (one := _passing.get()) is not None:
+            hidden_states, over = one.enter(hidden_states)
+            if over:
+                return hidden_states
         plain = not args and hidden_states.shape[0] == 1 and hidden_states.is_cpu and _by_hand.get()
         plain = plain and is_known(layer, "DecoderLayer") and hidden_states.dtype in (torch.float32, torch.float64)
         if plain and not self.watched:

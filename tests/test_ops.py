@@ -70,6 +70,15 @@ def test_a_softmax_swept_in_tiles(way, dtype, tolerance):
     close(weighed / total, logits.double().softmax(1) @ numbers, 10 * tolerance)
 
 
+def test_a_long_sum_is_not_rounded_at_every_number(way):
+    """One probable token and 50,000 improbable ones, in float32: summed one by one, each would be rounded away or up."""
+    logits = 3 * drawn(40, 50_000, dtype=torch.float32)
+    logits[:, 7] = 14.0
+    top, total = torch.full((40,), torch.finfo(torch.float32).min), torch.zeros(40)
+    kernels.sweep_(logits.clone(), top, total)
+    close(top + total.log(), logits.double().logsumexp(1), 2e-7)
+
+
 def test_what_is_not_a_number_stays_so(way):
     nan, x = torch.full((2, 8), float("nan")), torch.ones(2, 8)
     assert kernels.gated(nan, x, "silu").isnan().all()

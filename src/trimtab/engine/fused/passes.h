@@ -85,10 +85,14 @@ void NAME(sweep)(REAL *z, REAL *top, REAL *sum, REAL *fade, int64_t rows, int64_
         REAL *a = z + r * n, most = top[r], total = 0;
 #pragma omp simd reduction(max : most)
         for (int64_t i = 0; i < n; i++) most = a[i] > most ? a[i] : most;
-#pragma omp simd reduction(+ : total)
-        for (int64_t i = 0; i < n; i++) {
-            a[i] = EXP(a[i] - most);
-            total += a[i];
+        for (int64_t from = 0; from < n; from += 512) { /* sums of few numbers, and of those: one of many would round too often */
+            REAL some = 0;
+#pragma omp simd reduction(+ : some)
+            for (int64_t i = from; i < least(from + 512, n); i++) {
+                a[i] = EXP(a[i] - most);
+                some += a[i];
+            }
+            total += some;
         }
         fade[r] = EXP(top[r] - most);
         sum[r] = sum[r] * fade[r] + total;

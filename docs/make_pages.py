@@ -144,8 +144,11 @@ def performance() -> str:
 
 def bench_table(targets: str) -> str:
     """What `trimtab bench --output docs/measured/TARGETS` measured: medians."""
-    lines = ["| | tokens/s | peak memory | of the floor | Trimtab is | in memory | losses apart |", "|---|--:|--:|--:|--:|--:|--:|"]
-    for one in json.loads((RESULTS / targets / "results.json").read_text(encoding="utf-8")):
+    lines = [
+        "| | tokens/s | peak memory | of the floor | Trimtab is | in memory | losses apart |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for one in json.loads(results.read_text(encoding="utf-8")):
         start = f"| {one['trainer']} | {one['tokens_per_s']:.0f} | {one['peak_rss_gb']:.2f} GB | {one['gemm_floor_fraction']:.0%} | "
         pairs = ", ".join(f"{pair:.2f}" for pair in one["pairs"])
         apart = "–" if one["loss_distance"] is None else f"{one['loss_distance']:.0e}"

@@ -27,7 +27,7 @@ def call(name, **arguments):
 def read(row, columns=None):
     """The one example that a row is read as."""
     account = Account(("data",))
-    examples = read_examples([("data:1", row)], columns or {}, account)
+    examples = list(read_examples([("data:1", row)], columns or {}, account))
     assert account.refused == []
     (example,) = examples
     assert example.where == "data:1"
@@ -36,7 +36,7 @@ def read(row, columns=None):
 
 def refusal(row, columns=None):
     account = Account(("data",))
-    assert read_examples([("data:1", row)], columns or {}, account) == []
+    assert list(read_examples([("data:1", row)], columns or {}, account)) == []
     ((where, reason),) = account.refused
     assert where == "data:1"
     return reason
@@ -44,7 +44,7 @@ def refusal(row, columns=None):
 
 def unread(row, columns=None):
     account = Account(("data",))
-    read_examples([("data:1", row)], columns or {}, account)
+    list(read_examples([("data:1", row)], columns or {}, account))
     return account.unread
 
 
@@ -455,13 +455,13 @@ def test_a_row_of_no_shape_says_what_is_missing(row, reason):
 def test_columns_that_nothing_reads_are_remembered_once():
     account = Account(("data",))
     rows = [(f"data:{n}", {"prompt": "a", "completion": "b", "id": n, "label": True}) for n in range(3)]
-    read_examples([*rows, ("data:9", {"text": "a", "tools": "[]"})], {}, account)
+    list(read_examples([*rows, ("data:9", {"text": "a", "tools": "[]"})], {}, account))
     assert account.unread == {"id", "label", "tools"}
 
 
 def test_every_row_becomes_an_example_or_a_refusal():
     account = Account(("data",))
     rows = [("data:1", {"text": "a"}), ("data:2", {}), ("data:3", {"text": ""}), ("data:4", {"prompt": "a", "completion": "b"})]
-    examples = read_examples(rows, {}, account)
+    examples = list(read_examples(rows, {}, account))
     assert [example.where for example in examples] == ["data:1", "data:4"]
     assert [refused.where for refused in account.refused] == ["data:2", "data:3"]

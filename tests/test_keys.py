@@ -173,9 +173,9 @@ def test_pack_tokens_changes_how_packs_are_cut_and_not_what_is_learned(work, mon
     sizes = []
     whole = loop.pack_logprobs
 
-    def counting(model, pack, *, recompute):
+    def counting(model, pack, *, recompute, **others):
         sizes.append(len(pack.ids))
-        return whole(model, pack, recompute=recompute)
+        return whole(model, pack, recompute=recompute, **others)
 
     monkeypatch.setattr(loop, "pack_logprobs", counting)
     results = []
@@ -193,9 +193,9 @@ def test_recompute_says_whether_layers_are_computed_again_and_changes_nothing_th
     asked = set()
     whole = loop.pack_logprobs
 
-    def watching(model, pack, *, recompute):
+    def watching(model, pack, *, recompute, **others):
         asked.add(recompute)
-        return whole(model, pack, recompute=recompute)
+        return whole(model, pack, recompute=recompute, **others)
 
     monkeypatch.setattr(loop, "pack_logprobs", watching)
     found = []

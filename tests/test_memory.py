@@ -144,9 +144,9 @@ def test_training_recomputes_what_does_not_fit_and_learns_the_same(monkeypatch):
     losses, asked = [], []
     real = loop.pack_logprobs
 
-    def watching(model, pack, *, recompute):
+    def watching(model, pack, *, recompute, **others):
         asked.append((len(pack.ids), recompute))
-        return real(model, pack, recompute=recompute)
+        return real(model, pack, recompute=recompute, **others)
 
     monkeypatch.setattr(loop, "pack_logprobs", watching)
     for free in (math.inf, None):

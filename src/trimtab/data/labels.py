@@ -44,9 +44,7 @@ def make_sequences(
     return usable
 
 
-def _made(
-    examples: list[Example], base: Tokenizing, max_length: int | None, truncate: bool
-) -> Iterator[list[Sequence] | str]:
+def _made(examples: list[Example], base: Tokenizing, max_length: int | None, truncate: bool) -> Iterator[list[Sequence] | str]:
     """Of each example, its sequences, or why it can't be used."""
     found: dict[int, list[Sequence] | str] = {}
     for draft in (whole, turn_by_turn):

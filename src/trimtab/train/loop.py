@@ -88,15 +88,13 @@ def train(
         total = torch.zeros((), device=base.device, dtype=torch.float64 if base.device.type == "cpu" else torch.float32)
         for part, pack in enumerate(packs):
             torch.manual_seed(_dropout_seed(config.seed, number, part))
-            logprobs = pack_logprobs(base.model, pack, recompute=len(pack.ids) > most_kept, below=below)
-            loss = objective.loss(logprobs, pack)
+            loss = objective.loss(pack_logprobs(base.model, pack, recompute=len(pack.ids) > most_kept, below=below), pack)
             (loss / items).backward()
             total += loss.detach()  # read once, after the step: .item() waits for the device
         adapter.train(False)
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip if config.clip is not None else float("inf"))
         mean = total.item() / items
-        if not (torch.isfinite(norm) and mean == mean and abs(mean) != float("inf")):
-            _refuse(number, mean, norm.item(), [row for pack in packs for row in pack.sequences])
+        _check_finite(number, mean, norm.item(), [row for pack in packs for row in pack.sequences])
         for group in optimizer.param_groups:
             group["lr"] = lr * group["relative_rate"]
         with _whole(parameters):
@@ -147,7 +145,9 @@ def _dropout_seed(seed: int, step: int, part: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{step}/{part}".encode()).digest()[:7], "big")
 
 
-def _refuse(number: int, loss: float, norm: float, rows: list[Row]) -> None:
+def _check_finite(number: int, loss: float, norm: float, rows: list[Row]) -> None:
+    if math.isfinite(loss) and math.isfinite(norm):
+        return
     places = ", ".join(row.where for row in rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
     raise NonFinite(
         f"Step {number}: the loss is {loss:g} and the norm of its gradient {norm:g}, so the step was not taken. Its rows: {places}. "

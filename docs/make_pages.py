@@ -144,6 +144,9 @@ def performance() -> str:
 
 def bench_table(targets: str) -> str:
     """What `trimtab bench --output docs/measured/TARGETS` measured: medians."""
+    results = RESULTS / targets / "results.json"
+    if not results.exists():
+        return "Not measured yet.\n"
     lines = [
         "| | tokens/s | peak memory | of the floor | Trimtab is | in memory | losses apart |",
         "|---|--:|--:|--:|--:|--:|--:|",

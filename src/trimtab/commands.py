@@ -196,7 +196,8 @@ def bench(arguments: argparse.Namespace) -> None:
             )
 
     results = compare(asked, say)
-    title = f"{Path(asked.data).name if asked.data else 'made-up rows'}: {asked.rows} rows, LoRA of rank {asked.rank} on {', '.join(asked.targets)}"
+    data = Path(asked.data).name if asked.data else "made-up rows"
+    title = f"{data}: {asked.rows} rows, LoRA of rank {asked.rank} on {', '.join(asked.targets)}"
     if arguments.json:
         _print_json(results)
     else:

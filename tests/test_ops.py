@@ -1,5 +1,7 @@
 """The operations by hand: compiled against torch, and both against the plain formula."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -54,6 +56,21 @@ def test_gates_and_their_gradients(way, dtype, tolerance, kind, act):
         close(ours, reference, tolerance)
     assert torch.equal(ops.joined([dg, du]), torch.cat([dg, du], dim=1))
     assert ops.joined([dg, du]).data_ptr() == dg.data_ptr()
+
+
+def test_transient_results_take_each_others_memory_and_no_others_do():
+    if kernels._library() is None:
+        pytest.skip("no compiler here")
+    x, weight = drawn(9, 16, dtype=torch.float32), torch.ones(16)
+    first, kept = kernels.gated(x, x, "silu"), drawn(40, 16, dtype=torch.float32, seed=1)
+    before = first.clone()
+    addresses = {kernels.rms_norm(kept, weight, 0.0, 1e-5, transient=True)[0].data_ptr() for _ in range(3)}
+    smaller = kernels.gated(x, x, "silu", transient=True)
+    assert addresses == {smaller.data_ptr()} and first.data_ptr() not in addresses
+    assert torch.equal(smaller, before) and torch.equal(first, before)
+    assert kernels.gated(x.double(), x.double(), "silu", transient=True).data_ptr() not in addresses
+    with ThreadPoolExecutor() as pool:
+        assert pool.submit(lambda: kernels.gated(x, x, "silu", transient=True).data_ptr()).result() not in addresses
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), KINDS)

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+import threading
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -26,10 +27,14 @@ _KINDS: dict[torch.dtype, str] = {torch.float32: "f32", torch.float64: "f64"}
 _FLAGS = "-march=native -fPIC -shared -fno-math-errno -fno-trapping-math -fopenmp"
 
 
-def rms_norm(x: Tensor, weight: Tensor, offset: float, eps: float) -> tuple[Tensor, Tensor]:
-    """x / rms(x) · (offset + weight), and 1 / rms(x): T n and T."""
+def rms_norm(x: Tensor, weight: Tensor, offset: float, eps: float, transient: bool = False) -> tuple[Tensor, Tensor]:
+    """x / rms(x) · (offset + weight), and 1 / rms(x): T n and T.
+
+    Args:
+        transient: The first is needed only until this thread asks for the next transient one, which takes its memory again.
+    """
     if c := compiled(x, weight):
-        y, rstd = torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty(len(x))
+        y, rstd = _transient(x) if transient else x.new_empty(x.shape), x.new_empty(len(x))
         c("norm", x, weight, y, rstd, *x.shape, x.stride(0), y.stride(0), float(offset), float(eps))
         return y, rstd
     rstd = torch.rsqrt(x.square().mean(1) + eps)
@@ -50,10 +55,10 @@ def rms_norm_backward(
     return dx if beside is None else dx + beside
 
 
-def gated(g: Tensor, u: Tensor, kind: Gate) -> Tensor:
-    """act(g) · u: T n."""
+def gated(g: Tensor, u: Tensor, kind: Gate, transient: bool = False) -> Tensor:
+    """act(g) · u: T n. For `transient` see `rms_norm`."""
     if g.stride() == u.stride() and (c := compiled(g, u)):
-        h = g.new_empty(g.shape)
+        h = _transient(g) if transient else g.new_empty(g.shape)
         c("gate", g, u, h, *g.shape, g.stride(0), _GATES.index(kind))
         return h
     return _act(g, kind) * u
@@ -92,6 +97,19 @@ def sweep_(logits: Tensor, top: Tensor, total: Tensor) -> Tensor:
     return fade
 
 
+def _transient(like: Tensor) -> Tensor:
+    """An empty tensor of its shape, in memory that this thread's next one takes again.
+
+    Made anew and freed, it would leave a hole between what is kept for the backward pass, and no aligned block fits into a
+    hole of its own size (glibc before 2.38): a tenth of a step's memory.
+    """
+    held: dict[torch.dtype, Tensor] = vars(_memory).setdefault("held", {})
+    if like.dtype not in held or held[like.dtype].numel() < like.numel():
+        held[like.dtype] = like.new_empty(like.numel())
+    return held[like.dtype][: like.numel()].view(like.shape)
+
+
+_memory = threading.local()
 _GATES = ("silu", "gelu_tanh")
 
 

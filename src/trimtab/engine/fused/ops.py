@@ -112,7 +112,7 @@ class _Gated(torch.autograd.Function):
 class _Linears(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, how: Norm | None, frozen: Frozen, widths: tuple[int, ...], *factors: Tensor | None) -> Any:
-        y, rstd = kernels.rms_norm(x, *how) if how else (x, None)
+        y, rstd = kernels.rms_norm(x, *how, transient=True) if how else (x, None)
         ctx.how, ctx.frozen = how, frozen
         made, inner = _product(y, frozen, factors)
         ctx.save_for_backward(x if how or inner is not None else None, rstd, inner, *factors)
@@ -129,7 +129,7 @@ class _Linears(torch.autograd.Function):
         dx, back = _input_gradient(dy, ctx.frozen, factors) if ctx.needs_input_grad[0] else (None, None)
         learned: list[Tensor | None] = [None] * len(factors)
         if any(ctx.needs_input_grad[4:]):
-            y = kernels.rms_norm(x, *ctx.how)[0] if ctx.how else x
+            y = kernels.rms_norm(x, *ctx.how, transient=True)[0] if ctx.how else x
             learned = _factor_gradients(y, dy, ctx.frozen, factors, inner, back)
         if dx is not None and ctx.how:
             dx = kernels.rms_norm_backward(dx, x, ctx.how.weight, rstd, ctx.how.offset, beside)
@@ -144,7 +144,7 @@ class _LinearAdd(torch.autograd.Function):
         ctx: Any, residual: Tensor | None, x: Tensor, u: Tensor | None, gate: Gate | None, frozen: Frozen, scale: float,
         *factors: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        h = kernels.gated(x, u, gate) if gate and u is not None else x
+        h = kernels.gated(x, u, gate, transient=True) if gate and u is not None else x
         ctx.gate, ctx.frozen, ctx.scale = gate, frozen, scale
         out, inner = _product(h, frozen, factors, residual, scale)
         ctx.save_for_backward(x if gate or inner is not None else None, u, inner, *factors)
@@ -162,7 +162,7 @@ class _LinearAdd(torch.autograd.Function):
             if ctx.gate:
                 dx, du, h = kernels.gated_backward(dx, x, u, ctx.gate)
         elif ctx.gate:
-            h = kernels.gated(x, u, ctx.gate)
+            h = kernels.gated(x, u, ctx.gate, transient=True)
         learned: list[Tensor | None] = [None] * len(factors)
         if any(ctx.needs_input_grad[6:]):
             learned = _factor_gradients(h, dy, ctx.frozen, factors, inner, back)

@@ -66,8 +66,10 @@ def test_transient_results_take_each_others_memory_and_no_others_do():
     before = first.clone()
     addresses = {kernels.rms_norm(kept, weight, 0.0, 1e-5, transient=True)[0].data_ptr() for _ in range(3)}
     smaller = kernels.gated(x, x, "silu", transient=True)
-    assert addresses == {smaller.data_ptr()} and first.data_ptr() not in addresses
-    assert torch.equal(smaller, before) and torch.equal(first, before)
+    assert addresses == {smaller.data_ptr()}
+    assert first.data_ptr() not in addresses
+    assert torch.equal(smaller, before)
+    assert torch.equal(first, before)
     assert kernels.gated(x.double(), x.double(), "silu", transient=True).data_ptr() not in addresses
     with ThreadPoolExecutor() as pool:
         assert pool.submit(lambda: kernels.gated(x, x, "silu", transient=True).data_ptr()).result() not in addresses

@@ -78,11 +78,17 @@ def loaded(count: int) -> dict[str, Any]:
             for number in range(count):
                 texts = [" ".join(draw.choices(words, k=draw.randrange(8, 40))) for _ in range(2)]
                 file.write(json.dumps({"prompt": f"{number}: {texts[0]}", "completion": texts[1]}) + "\n")
-        started = time.perf_counter()
-        rows = trimtab.rows(str(path), base)
-        plan_steps(rows, epochs=2, seed=0, rows=16)
-    tokens = sum(len(row.ids) for row in rows)
-    return {"seconds": time.perf_counter() - started, "tokens": tokens, "grew_gb": peak_gb() - before}
+        os.environ["TRIMTAB_CACHE"] = folder
+        seconds, grew = [], 0.0
+        for _ in range(2):  # the second time, the tokens are kept from the first
+            started = time.perf_counter()
+            rows = trimtab.rows(str(path), base)
+            plan_steps(rows, epochs=2, seed=0, rows=16)
+            seconds.append(time.perf_counter() - started)
+            grew = grew or peak_gb() - before
+            tokens = sum(len(row.ids) for row in rows)
+            del rows
+    return {"seconds": seconds[0], "tokens": tokens, "grew_gb": grew, "again_s": seconds[1]}
 
 
 def main() -> None:

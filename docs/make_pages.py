@@ -172,7 +172,10 @@ def ablation_table() -> str:
 SCALES = {
     "lengths": ("tokens in a row", {"tokens_per_s": "{:.0f} tokens/s", "peak_gb": "{:.2f} GB"}),
     "ranks": ("rank", {"tokens_per_s": "{:.0f} tokens/s", "peak_gb": "{:.2f} GB"}),
-    "rows": ("rows", {"tokens": "{:,} tokens", "seconds": "{:.1f} s", "grew_gb": "{:.2f} GB more"}),
+    "rows": (
+        "rows",
+        {"tokens": "{:,} tokens", "seconds": "{:.1f} s", "grew_gb": "{:.2f} GB more", "again_s": "{:.1f} s again"},
+    ),
 }
 """What benchmarks/scaling.py measures, and how to say it."""
 
@@ -181,7 +184,11 @@ def scaling_table(what: str) -> str:
     word, shapes = SCALES[what]
     lines = [f"| {word} |{' |' * len(shapes)}", "|--:|" + "--:|" * len(shapes)]
     for value, one in json.loads((RESULTS / "scaling.json").read_text(encoding="utf-8"))[what].items():
-        lines.append(f"| {int(value):,} | " + " | ".join(shape.format(one[key]) for key, shape in shapes.items()) + " |")
+        lines.append(
+            f"| {int(value):,} | "
+            + " | ".join(shape.format(one[key]) if key in one else "–" for key, shape in shapes.items())
+            + " |"
+        )
     return "\n".join(lines) + "\n"
 
 

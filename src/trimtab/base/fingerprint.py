@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -63,6 +64,15 @@ def own_weights(model: nn.Module) -> dict[str, Tensor]:
             seen.add(id(tensor))
             weights[name] = tensor
     return weights
+
+
+def tokenizing_hash(tokenizer: Any) -> str | None:
+    """What decides the tokens of a text or conversation: tokenizer, template, and the libraries that read them. None if the clock does."""
+    template = str(getattr(tokenizer, "chat_template", None))
+    if "strftime_now" in template:
+        return None
+    versions = [f"{name} {version(name)}" for name in ("transformers", "tokenizers", "jinja2")]
+    return _text_hash("\n".join([type(tokenizer).__name__, _tokenizer_hash(tokenizer), template, *versions]))
 
 
 def _tokenizer_hash(tokenizer: Any) -> str:

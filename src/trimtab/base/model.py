@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 
 from trimtab.base import quantized, source, vocabulary
-from trimtab.base.fingerprint import PARTS, Fingerprint, fingerprint, own_weights, weights_hash
+from trimtab.base.fingerprint import PARTS, Fingerprint, fingerprint, own_weights, tokenizing_hash, weights_hash
 from trimtab.base.quantized import Quantize
 from trimtab.base.supported import refuse_unsupported
 from trimtab.config import Config
@@ -153,6 +153,14 @@ class Base:
             )
 
     # Text
+
+    @property
+    def tokenizing_hash(self) -> str | None:
+        """A hash of all that decides what tokens a text or conversation becomes; None if more decides it than is known here.
+
+        Some templates write today's date (Llama 3.1's does).
+        """
+        return tokenizing_hash(self.tokenizer)
 
     @property
     def context_length(self) -> int | None:

@@ -143,13 +143,12 @@ def _cut(sequences: list[Sequence], max_length: int | None, truncate: bool) -> l
         if not truncate:
             raise Refused(f"has {needed:,} tokens up to the end of its last answer, more than max_length {max_length:,}")
         sequences = [replace(s, learned=[t for t in s.learned if t < max_length]) for s in sequences]
-    sequences = [
-        replace(s, ids=_shared(s.ids[: s.learned[-1] + 1]), learned=_shared(s.learned)) for s in sequences if s.learned
-    ]
+    sequences = [replace(s, ids=shared(s.ids[: s.learned[-1] + 1]), learned=shared(s.learned)) for s in sequences if s.learned]
     if not sequences:
         raise Refused("has no token to learn" + (f" within max_length {max_length:,}" if needed else ""))
     return sequences
 
 
-def _shared(numbers: list[int]) -> list[int]:
+def shared(numbers: list[int]) -> list[int]:
+    """The same numbers, in memory that all rows share."""
     return [_known.setdefault(n, n) for n in numbers]

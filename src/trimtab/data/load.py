@@ -3,12 +3,12 @@
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
 from trimtab.config import Config, as_tuple
+from trimtab.data.cache import Made, tokenized_once
 from trimtab.data.draft import Tokenizing
 from trimtab.data.example import Account, Example, Sequence
 from trimtab.data.labels import make_sequences
@@ -87,14 +87,11 @@ def load_data(config: DataConfig, base: Tokenizing, context_length: int | None, 
         DataError: A source can't be read, nothing in it can be used, or (unless `bad_rows` is skip) some of it can't.
     """
     limits = [limit for limit in (config.max_length, context_length) if limit is not None]
-    tokenize = partial(make_sequences, base=base, max_length=min(limits, default=None), truncate=config.overlong == "truncate")
-    examples, account = _reading(config.train, config.columns)
-    sequences, accounts = tokenize(examples, account=account), [account]
-    _settle(account, config)
+    sequences, account = _tokenized(config.train, config, base, min(limits, default=None))
+    accounts = [account]
     if isinstance(config.eval, str):
-        held_out, other = _reading(config.eval, config.columns)
-        train, evaluation = sequences, tokenize(held_out, account=other)
-        _settle(other, config)
+        train = sequences
+        evaluation, other = _tokenized((config.eval,), config, base, min(limits, default=None))
         accounts.append(other)
     else:
         rows = list(dict.fromkeys(s.where for s in sequences))  # a row that is given twice is held out in both places
@@ -102,6 +99,21 @@ def load_data(config: DataConfig, base: Tokenizing, context_length: int | None, 
         train = [s for s in sequences if s.where not in chosen]
         evaluation = [s for s in sequences if s.where in chosen]
     return Loaded(train, evaluation, accounts, _digest(train, evaluation))
+
+
+def _tokenized(sources: tuple[str, ...], config: DataConfig, base: Tokenizing, limit: int | None) -> Made:
+    """The sequences of these sources, and the account of their rows."""
+    truncate = config.overlong == "truncate"
+
+    def make() -> Made:
+        examples, account = _reading(sources, config.columns)
+        return make_sequences(examples, base, account, max_length=limit, truncate=truncate), account
+
+    sequences, account = tokenized_once(
+        sources, {"columns": config.columns, "max_length": limit, "truncate": truncate}, base, make
+    )
+    _settle(account, config)
+    return sequences, account
 
 
 def held_out_examples(config: DataConfig, remembered: dict[str, Any]) -> list[Example]:

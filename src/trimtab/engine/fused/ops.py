@@ -125,14 +125,15 @@ class _Linears(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         x, rstd, inner, *factors = ctx.saved_tensors
+        how: Norm | None = ctx.how
         beside, dy = gradients[0], joined(gradients[1:])
         dx, back = _input_gradient(dy, ctx.frozen, factors) if ctx.needs_input_grad[0] else (None, None)
         learned: list[Tensor | None] = [None] * len(factors)
         if any(ctx.needs_input_grad[4:]):
-            y = kernels.rms_norm(x, *ctx.how, transient=True)[0] if ctx.how else x
+            y = kernels.rms_norm(x, *how, transient=True)[0] if how else x
             learned = _factor_gradients(y, dy, ctx.frozen, factors, inner, back)
-        if dx is not None and ctx.how:
-            dx = kernels.rms_norm_backward(dx, x, ctx.how.weight, rstd, ctx.how.offset, beside)
+        if dx is not None and how:
+            dx = kernels.rms_norm_backward(dx, x, how.weight, rstd, how.offset, beside)
         elif dx is not None and beside is not None:
             dx.add_(beside)
         return dx, None, None, None, *learned

@@ -25,6 +25,7 @@ from trimtab.data import pack_all, pack_flat
 from trimtab.data.order import shuffled
 from trimtab.engine import head, pack_logprobs
 from trimtab.engine.fused import kernels, tree_attention, unfused
+from trimtab.engine.memory import FLAT
 from trimtab.startup import M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, keep_freed_memory
 
 ROOT = Path(__file__).parents[1]
@@ -103,7 +104,7 @@ def main() -> None:
             parameter.grad = None
         return seconds, gradient
 
-    packs = pack_all(rows, 1024)
+    packs = pack_all(rows, FLAT)
     names = asked.only or [*OFF, *PACKS, "no recomputation"]
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     apart: dict[str, float] = {}
@@ -112,7 +113,7 @@ def main() -> None:
         for name in names:
             on, reference = step(packs)
             with OFF[name][1]() if name in OFF else contextlib.nullcontext():
-                other = PACKS[name][1](rows, 1024) if name in PACKS else packs
+                other = PACKS[name][1](rows, FLAT) if name in PACKS else packs
                 off, gradient = step(other, recompute=name == "no recomputation")
             times[name].append((on, off))
             apart[name] = float((gradient - reference).norm() / reference.norm())

@@ -1,6 +1,7 @@
 """How speed and memory go with the length of rows, the rank, and the number of rows. Each point is a process of its own.
 
 python benchmarks/scaling.py lengths [1024 2048 4096 8192 16384]   # one row of made-up tokens a step
+python benchmarks/scaling.py packs   [256 512 768 1024 1536 2048]  # tokens at a time, in rows of 170
 python benchmarks/scaling.py ranks   [4 16 64 256]                 # 1,024 tokens at a time
 python benchmarks/scaling.py rows    [10 1000 100000]              # data alone: read, tokenized, labelled, shuffled; memory and time
 
@@ -19,15 +20,20 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parents[1] / "docs" / "measured" / "scaling.json"
-DEFAULTS = {"lengths": [1024, 2048, 4096, 8192, 16384], "ranks": [4, 16, 64, 256], "rows": [10, 1000, 100_000]}
+DEFAULTS = {
+    "lengths": [1024, 2048, 4096, 8192, 16384],
+    "packs": [256, 512, 768, 1024, 1536, 2048],
+    "ranks": [4, 16, 64, 256],
+    "rows": [10, 1000, 100_000],
+}
 
 
 def peak_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
-def trained(length: int, rank: int, steps: int) -> dict[str, Any]:
-    """Steps of one row of made-up tokens, all of them learned but the first quarter; the first step warms up."""
+def trained(length: int, rank: int, steps: int, at_once: int = 1) -> dict[str, Any]:
+    """Steps of made-up rows, `at_once` in a pack, all of them learned but the first quarter; the first step warms up."""
     import trimtab
     from trimtab.data import pack_flat
     from trimtab.data.example import Sequence
@@ -36,14 +42,12 @@ def trained(length: int, rank: int, steps: int) -> dict[str, Any]:
     base = trimtab.load("smollm2-135m-instruct")
     adapter = trimtab.attach(base.model, trimtab.LoRA(rank=rank, alpha=2.0 * rank))
     draw = random.Random(0)
-    rows = [
-        Sequence([draw.randrange(49152) for _ in range(length)], list(range(length // 4, length)), "made up", length)
-    ] * steps
+    rows = [Sequence([draw.randrange(49152) for _ in range(length)], list(range(length // 4, length)), "made up", length)]
     config = TrainConfig()
     memory = planned_memory(base, config, rows)
-    done = list(train(base, adapter, trimtab.SFT(), [[pack_flat([row])] for row in rows], config, 1e-4, memory.most_kept))
+    done = list(train(base, adapter, trimtab.SFT(), [[pack_flat(rows * at_once)]] * steps, config, 1e-4, memory.most_kept))
     seconds = sorted(step.seconds for step in done[1:])[0]
-    return {"tokens_per_s": length / seconds, "peak_gb": peak_gb(), "memory": memory.words}
+    return {"tokens_per_s": length * at_once / seconds, "peak_gb": peak_gb(), "memory": memory.words}
 
 
 def loaded(count: int) -> dict[str, Any]:
@@ -94,7 +98,13 @@ def loaded(count: int) -> dict[str, Any]:
 def main() -> None:
     if sys.argv[1] == "one":
         what, value = sys.argv[2], int(sys.argv[3])
-        result = loaded(value) if what == "rows" else trained(value, 8, 3) if what == "lengths" else trained(1024, value, 4)
+        measure = {
+            "rows": loaded,
+            "packs": lambda tokens: trained(170, 8, 4, round(tokens / 170)),
+            "lengths": lambda length: trained(length, 8, 3),
+            "ranks": lambda rank: trained(1024, rank, 4),
+        }
+        result = measure[what](value)
         print(json.dumps(result))
         return
     what = sys.argv[1]

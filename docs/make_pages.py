@@ -171,6 +171,7 @@ def ablation_table() -> str:
 
 SCALES = {
     "lengths": ("tokens in a row", {"tokens_per_s": "{:.0f} tokens/s", "peak_gb": "{:.2f} GB"}),
+    "packs": ("tokens at a time", {"tokens_per_s": "{:.0f} tokens/s", "peak_gb": "{:.2f} GB"}),
     "ranks": ("rank", {"tokens_per_s": "{:.0f} tokens/s", "peak_gb": "{:.2f} GB"}),
     "rows": (
         "rows",
@@ -183,7 +184,7 @@ SCALES = {
 def scaling_table(what: str) -> str:
     word, shapes = SCALES[what]
     lines = [f"| {word} |{' |' * len(shapes)}", "|--:|" + "--:|" * len(shapes)]
-    for value, one in json.loads((RESULTS / "scaling.json").read_text(encoding="utf-8"))[what].items():
+    for value, one in json.loads((RESULTS / "scaling.json").read_text(encoding="utf-8")).get(what, {}).items():
         lines.append(
             f"| {int(value):,} | "
             + " | ".join(shape.format(one[key]) if key in one else "–" for key, shape in shapes.items())

@@ -327,6 +327,18 @@ def test_packs_hold_every_row_once_and_no_more_than_their_limit(lengths, limit):
     assert [wheres(pack.sequences) for pack in again] == [wheres(pack.sequences) for pack in packs]
 
 
+@pytest.mark.parametrize(("count", "sizes"), [(10, [50, 50]), (13, [50, 50, 30]), (6, [60]), (12, [60, 60])])
+def test_the_largest_of_few_packs_is_no_larger_than_it_has_to_be(count, sizes):
+    rows = [Sequence([n] * 11, [10], f"data:{n}", 11) for n in range(count)]
+    assert sorted((len(pack.ids) for pack in pack_all(rows, 60)), reverse=True) == sizes
+
+
+def test_even_packs_are_no_more_than_the_fewest():
+    rows = [Sequence([n] * length, [length - 1], f"data:{n}", length) for n, length in enumerate([41, 31, 31, 21, 21])]
+    sizes = {limit: sorted((len(pack.ids) for pack in pack_all(rows, limit)), reverse=True) for limit in (60, 80, 200)}
+    assert sizes == {60: [50, 50, 40], 80: [70, 70], 200: [140]}
+
+
 def test_a_pack_says_of_each_learned_token_what_stands_before_it():
     rows = [
         Sequence([10, 11, 12, 13], [2, 3], "data:1"),

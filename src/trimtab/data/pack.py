@@ -75,18 +75,31 @@ def pack_all(sequences: Iterable[Sequence], tokens: int) -> list[Pack]:
     """Sequences as packs of at most `tokens` computed tokens (a longer sequence gets a pack of its own). Deterministic.
 
     Sequences that begin alike stay together, as many as fit; those runs are packed first-fit decreasing, which takes at
-    most 11/9 of the fewest possible packs, plus one (Johnson 1973).
+    most 11/9 of the fewest possible packs, plus one (Johnson 1973). If that makes a few packs, they are filled again up to
+    less, as long as they are no more: memory is that of the largest.
     """
     sequences = list(sequences)
-    runs = sorted(_runs(sequences, tokens), key=lambda run: (-run.tokens, run.numbers))
+    bins = _filled(sequences, tokens)
+    least = sum(one.tokens for one in bins) // max(1, len(bins))
+    if 1 < len(bins) <= FEW and least < tokens:
+        evener = (_filled(sequences, least + (tokens - least) * part // 8) for part in range(8))
+        bins = next((even for even in evener if len(even) <= len(bins)), bins)
+    return [pack_tree(sequences[n] for n in sorted(one.numbers)) for one in bins]
+
+
+FEW = 16
+"""Packs that are filled again."""
+
+
+def _filled(sequences: list[Sequence], tokens: int) -> "list[_Run]":
     bins: list[_Run] = []
-    for run in runs:
+    for run in sorted(_runs(sequences, tokens), key=lambda run: (-run.tokens, run.numbers)):
         chosen = next((one for one in bins if one.tokens + run.tokens <= tokens), None)
         if chosen is None:
             bins.append(chosen := _Run([], 0))
         chosen.numbers += run.numbers
         chosen.tokens += run.tokens
-    return [pack_tree(sequences[n] for n in sorted(one.numbers)) for one in bins]
+    return bins
 
 
 @dataclass

@@ -93,8 +93,8 @@ def plan(longest=50, pack_tokens="auto", recompute="auto", free=math.inf):
 
 def test_with_room_nothing_is_recomputed():
     made, _ = plan(free=1e12)
-    assert (made.pack_tokens, made.most_kept >= 768) == (768, True)
-    assert made.words.startswith("768 tokens at a time, up to 0.0")
+    assert (made.pack_tokens, made.most_kept >= 1024) == (1024, True)
+    assert made.words.startswith("1,024 tokens at a time, up to 0.0")
     assert made.words.endswith("GB of activations, of 1000.0 GB free; nothing is computed twice")
 
 

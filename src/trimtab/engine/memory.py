@@ -14,8 +14,8 @@ from trimtab.engine.forward import pack_logprobs
 from trimtab.errors import RecipeError
 
 Recompute = Literal["auto", "none", "full"]
-FLAT = 768
-"""Tokens at a time from which twice as many are a tenth faster at most: see docs/performance.md."""
+FLAT = 1024
+"""Tokens at a time from which more are hardly faster: see docs/performance.md."""
 SHARE = 0.7
 """Of the memory that is free, what activations may take; the rest is for what a step needs for a moment, and for others."""
 

@@ -54,7 +54,7 @@ class Answered:
 
 
 @torch.no_grad()
-def score_loss(base: Base, rows: Sequence[Row], pack_tokens: int = 768) -> Loss:
+def score_loss(base: Base, rows: Sequence[Row], pack_tokens: int = 1024) -> Loss:
     """The loss of the model as it stands (an attached adapter counts) on `rows`. Raises NonFinite if it is not a number."""
     sums: list[float] = []
     counts: list[int] = []

@@ -21,7 +21,7 @@ class TrainConfig(Config):
     tokens_per_step: Annotated[int, Field(ge=1)] | None = None
     """Tokens in an optimizer step, instead of rows."""
     pack_tokens: Literal["auto"] | Annotated[int, Field(ge=16)] = "auto"
-    """Tokens computed at a time; auto is 768, or what fits. More take memory and are a little faster; what is learned is the same."""
+    """Tokens computed at a time; auto is 1,024, or what fits. More take memory and are a little faster; what is learned is the same."""
     recompute: Recompute = "auto"
     """Whether layers are computed again in the backward pass, instead of keeping what they need: auto where memory asks for it."""
     lr: Literal["auto"] | Annotated[float, Field(gt=0)] = "auto"

@@ -25,7 +25,7 @@ METHODS, MEASURED = ROOT / "docs" / "methods.md", ROOT / "docs" / "methods.json"
 PERFORMANCE, RESULTS = ROOT / "docs" / "performance.md", ROOT / "docs" / "measured"
 FLOORS = (
     ("words and pages", ("cli.py", "commands.py", "__main__.py", "__init__.py")),
-    ("a run, top to bottom; and against others", ("recipe.py", "run.py", "api.py", "bench")),
+    ("a run, top to bottom; and against others", ("recipe.py", "prepare.py", "reference.py", "run.py", "api.py", "bench")),
     ("scores, handing over, reports", ("evaluate", "deploy", "report")),
     ("the loop", ("train",)),
     ("what makes an answer good", ("objectives",)),
@@ -210,12 +210,9 @@ def _line(word: str, one: dict[str, Any]) -> str:
 
 def page() -> str:
     """The whole of docs/recipe.md."""
-    parts = [
-        HEAD,
-        "| key | default | |\n|---|---|---|\n| `output` | "
-        + _default(Recipe.model_fields["output"])
-        + " | The run's folder, a new one. |\n",
-    ]
+    plain = {key: field for key, field in Recipe.model_fields.items() if _model_of(field.annotation) is None}
+    rows = [f"| `{key}` | {_default(field)} | {field.description} |\n" for key, field in plain.items()]
+    parts = [HEAD, "| key | default | |\n|---|---|---|\n", *rows]
     for key, field in Recipe.model_fields.items():
         kind = _model_of(field.annotation)
         if kind is None:

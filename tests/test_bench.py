@@ -36,7 +36,14 @@ def test_the_rate_of_products_is_one():
 
 
 def run(seconds, peak, losses):
-    return {"seconds": seconds, "peak_gb": peak, "losses": losses, "tokens_per_s": 100 / seconds, "gemm_floor_fraction": 0.5}
+    return {
+        "seconds": seconds,
+        "peak_gb": peak,
+        "losses": losses,
+        "tokens_per_s": 100 / seconds,
+        "gemm_floor_fraction": 0.5,
+        "rows_per_min": 60 / seconds,
+    }
 
 
 def test_a_summary_is_of_pairs():

@@ -904,7 +904,7 @@ def test_methods_lists_what_each_would_train_on_a_model(here, trimtab):
             "peft",
         }
         assert (one["parameters"] is None) == (one["refused"] is not None)
-        assert one["objectives"] == ["sft"]
+        assert one["objectives"] == ["cpo", "dpo", "kto", "orpo", "sft", "simpo"]
         if one["refused"] is None:
             assert one["parameters"] == Method.pick(one["name"]).parameter_count(model)
     by_name = {one["name"]: one for one in listed}

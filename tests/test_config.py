@@ -45,7 +45,7 @@ def refusal(text, *words):
     [
         # Keys that are not
         ("modle: x\n" + DATA, "modle: no such key. Did you mean 'model'?"),
-        (DATA + "zzz: 1", "zzz: no such key. Known: model, data, method, objective, train, output."),
+        (DATA + "zzz: 1", "zzz: no such key. Known: model, data, method, objective, train, start, output."),
         (DATA + "train: {epocs: 2}", "train.epocs: no such key. Did you mean 'epochs'?"),
         (DATA + "model: {nam: x}", "model.nam: no such key. Did you mean 'name'?"),
         (DATA + "method: {name: lora, rnak: 2}", "method.rnak: no such key. Did you mean 'rank'?"),
@@ -53,7 +53,7 @@ def refusal(text, *words):
         (DATA + "objective: {name: sft, beta: 2}", "objective.beta: no such key. It has none."),
         ("data: {train: a, columns: {promt: q}}",
          "data.columns.promt: expected 'messages', 'conversations', 'instruction', 'input', 'output', 'system', 'history', 'tools', "
-         "'prompt', 'completion' or 'text', got 'promt'."),
+         "'prompt', 'completion', 'text', 'chosen', 'rejected', 'label' or 'kto_tag', got 'promt'."),
         # Keys that are missing
         ("", "data: missing, and it has no default."),
         ("model: x", "data: missing, and it has no default."),
@@ -175,7 +175,7 @@ def test_a_recipe_that_holds_itself_is_refused(text):
         ("- 1\n- 2", ": a recipe is a mapping of keys such as `model:` and `data:`, not a list."),
         ("hello", ": a recipe is a mapping of keys such as `model:` and `data:`, not 'hello'."),
         ("3", ": a recipe is a mapping of keys such as `model:` and `data:`, not 3."),
-        (DATA + "<<: {output: x}", ": <<: no such key. Known: model, data, method, objective, train, output."),
+        (DATA + "<<: {output: x}", ": <<: no such key. Known: model, data, method, objective, train, start, output."),
     ],
 )  # fmt: skip
 def test_what_is_not_a_yaml_mapping_is_refused_with_its_line(text, message):

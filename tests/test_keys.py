@@ -34,6 +34,8 @@ def work(tmp_path_factory):
         "long": [*rows, {"prompt": "Say a lot", "completion": "word " * 60}],
         "bad": [*rows, {"prompt": "Say nothing", "completion": ""}],
         "held": rows[:3],
+        "pairs": [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": "no, no"} for row in rows],
+        "judged": [row | {"label": n % 3 == 0} for n, row in enumerate(rows)],
     }
     for name, content in files.items():
         (work / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
@@ -156,6 +158,35 @@ def as_it_is(work):
 def test_another_value_of_a_methods_key_gives_another_result(name, key, work, as_it_is):
     changed = small(name) | {key: another(name, key)}
     assert outcome(work, f"method-{name}-{key}", method=changed) != as_it_is(name)
+
+
+OBJECTIVE_KEYS = [(name, key) for name in Objective.names() for key in Objective.member(name).model_fields]
+
+
+def by_preference(work, name, **settings):
+    """What a run by an objective leaves behind; two epochs, because in the first step a reference is what is trained."""
+    data = str(work / ("judged.jsonl" if Objective.member(name).learns_from == "judged" else "pairs.jsonl"))
+    words = "-".join(f"{key}-{value}" for key, value in settings.items()).replace("/", "_")
+    return outcome(
+        work, f"objective-{name}-{words}", **{"data.train": data, "train.epochs": 2}, objective={"name": name, **settings}
+    )
+
+
+@pytest.fixture(scope="module")
+def by_default(work):
+    return {name: by_preference(work, name) for name in Objective.names() if name != "sft"}
+
+
+@pytest.mark.parametrize(("name", "key"), OBJECTIVE_KEYS, ids=str)
+def test_another_value_of_an_objectives_key_gives_another_result(name, key, work, by_default):
+    values = {"reference": str(work / "other"), "loss_type": "ipo", "label_smoothing": 0.3, "sft": 0.5}
+    assert by_preference(work, name, **{key: values.get(key, 0.7)}) != by_default[name]
+
+
+def test_start_trains_an_earlier_adapter_on(work, plain):
+    changed = outcome(work, "started", start=str(work / "runs" / "plain"))
+    assert changed != plain
+    assert changed[1][0]["loss"] < plain[1][0]["loss"]
 
 
 @pytest.mark.parametrize("key", CHANGES)
@@ -293,7 +324,7 @@ def keys(kind, prefix=""):
 
 
 def test_no_key_is_left_out_here():
-    """`method` and `objective` are families: the methods' keys are tried above, all of them."""
+    """`method` and `objective` are families: their members' keys are tried above, all of them."""
     elsewhere = {
         "model.device",
         "data.columns",
@@ -302,9 +333,9 @@ def test_no_key_is_left_out_here():
         "data.bad_rows",
         "train.pack_tokens",
         "train.recompute",
+        "start",
         "output",
     }
     recipe = {key for key in keys(Recipe) if key not in ("method", "objective")}
     assert recipe == CHANGES.keys() | elsewhere
-    assert Objective.names() == ["sft"]
-    assert not Objective.member("sft").model_fields
+    assert {name for name, _ in OBJECTIVE_KEYS} == {*Objective.names()} - {"sft"}

@@ -4,13 +4,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from trimtab.base import Base, Message, ModelConfig
-from trimtab.data import Conversation, DataConfig, load_data, pack_all, plan_steps, prompt_of
+from trimtab.data import Conversation, DataConfig, Kind, load_data, pack_all, plan_steps, prompt_of, units
 from trimtab.data.example import Sequence as Row
 from trimtab.engine import check_packing, stream_tokens
 from trimtab.errors import DataError, RecipeError
 from trimtab.methods import Attached, Method, room
 from trimtab.objectives import Objective
 from trimtab.objectives.sft import SFT
+from trimtab.prepare import prepared
 from trimtab.train import Step, TrainConfig, peak_learning_rate, planned_memory, train
 
 
@@ -28,16 +29,18 @@ def method(name: str, **hyperparameters: Any) -> Method:
     return Method.member(name)(**hyperparameters)
 
 
-def rows(source: str, base: Base, **settings: Any) -> list[Row]:
+def rows(source: str, base: Base, kind: Kind = "answers", **settings: Any) -> list[Row]:
     """Every row of a data source as tokens with labels.
 
     Args:
+        kind: What the objective learns from: `answers`, `pairs` or `judged`.
         settings: `columns`, `max_length`, `overlong` and `bad_rows`, as in a recipe's `data`.
 
     Raises:
         DataError: It can't be read, or holds rows that can't be used.
     """
-    return load_data(DataConfig(train=(source,), eval=0.0, **settings), base, base.context_length, seed=0).train
+    config = DataConfig(train=(source,), eval=0.0, **settings)
+    return load_data(config, base, base.context_length, seed=0, kind=kind).train
 
 
 def fit(
@@ -51,12 +54,16 @@ def fit(
     config = TrainConfig(**settings)
     _check_room(base, rows)
     check_packing(base.model)
+    most = room(base.model, base.context_length)
+    objective, (rows, _), _ = prepared(objective or SFT(), base, adapter, (list(rows), []), config.seed, most)
     plan = plan_steps(rows, epochs=config.epochs, seed=config.seed, rows=config.rows, tokens=config.tokens_per_step)
     memory = planned_memory(base, config, rows)
     steps = [pack_all([rows[n] for n in step], memory.pack_tokens) for step in plan]
-    rate, _ = peak_learning_rate(config, base, adapter.method, sum(map(len, plan)) / len(plan))
+    rate, _ = peak_learning_rate(
+        config, base, adapter.method, objective, sum(len(units(rows[n] for n in step)) for step in plan) / len(plan)
+    )
     _ = base.fingerprint  # taken now, to be compared with afterwards
-    yield from train(base, adapter, objective or SFT(), steps, config, rate, memory.most_kept)
+    yield from train(base, adapter, objective, steps, config, rate, memory.most_kept)
     base.check_unchanged()
 
 

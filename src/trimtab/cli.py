@@ -143,10 +143,11 @@ def _bench_words(bench: argparse.ArgumentParser) -> None:
     bench.add_argument("--rows-per-step", metavar="N", type=_whole(1), default=8)
     bench.add_argument("--rank", metavar="N", type=_whole(1), default=8, help="of the LoRA that is trained")
     bench.add_argument("--targets", metavar="NAME", nargs="+", default=["all-linear"], help="the matrices that it adapts")
+    bench.add_argument("--objective", choices=("sft", "dpo", "kto"), default="sft", help="what is learned (default: sft)")
     bench.add_argument("--pairs", metavar="N", type=_whole(1), default=3, help="how often each trainer runs")
     bench.add_argument(
-        "--against", metavar="PEER", nargs="+", default=["hf-peft", "hf-peft-no-recompute", "hf-peft-grouped"],
-        help="hf-peft, hf-peft-no-recompute, hf-peft-grouped, trl, trl-no-recompute (default: the first three)",
+        "--against", metavar="PEER", nargs="+",
+        help="hf-peft, hf-peft-no-recompute, hf-peft-grouped, trl, trl-no-recompute (default: the first three; of dpo and kto, trl)",
     )  # fmt: skip
     bench.add_argument("--python", metavar="PATH", default=sys.executable, help="the Python interpreter that has the peers")
     bench.add_argument("--output", metavar="FOLDER", type=Path, help="a new folder for results.json and a chart")

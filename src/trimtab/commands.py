@@ -40,21 +40,29 @@ def train(arguments: argparse.Namespace) -> None:
 
 def evaluate(arguments: argparse.Namespace) -> None:
     from trimtab.evaluate import score
+    from trimtab.prepare import learned_from
     from trimtab.report import Answering
     from trimtab.report.tables import answers_table, scores_table
     from trimtab.run import held_out
 
+    kind = learned_from(Path(arguments.target))
     if arguments.data is None:
         examples, source = held_out(Path(arguments.target))
     else:
         from trimtab.data import load_examples
 
-        examples, account = load_examples(arguments.data)
+        examples, account = load_examples(arguments.data, kind=kind)
+        if not examples and kind != "answers":  # rows of answers can be asked of any model
+            kind = "answers"
+            examples, account = load_examples(arguments.data)
         source = arguments.data
         if account.refused:
             problems = listing([f"{where}: {reason}" for where, reason in account.refused])
             raise DataError(f"data: rows that can't be measured:\n{problems}")
     target = _open(arguments)
+    if kind != "answers":
+        _evaluate_preferences(arguments, target, examples, str(source))
+        return
     console, name, scores = _console(), "adapter" if target.adapter else "model", {}
     with Answering(console, len(examples), quiet=arguments.json) as answering:
         if arguments.base and target.adapter is not None:
@@ -67,6 +75,22 @@ def evaluate(arguments: argparse.Namespace) -> None:
     console.print(scores_table(scores, str(source)))
     if arguments.show:
         console.print(answers_table({name: one["answers"][: arguments.show] for name, one in scores.items()}))
+
+
+def _evaluate_preferences(arguments: argparse.Namespace, target: "Target", examples: list[Any], source: str) -> None:
+    from trimtab.prepare import score_preferences
+    from trimtab.report.tables import preferences_table
+
+    assert target.adapter is not None, "a run has an adapter"
+    if arguments.show:
+        raise RecipeError(
+            f"--show: {arguments.target} learned which answers are better, and has no expected ones to show beside its own."
+        )
+    scores = score_preferences(Path(arguments.target), target.base, target.adapter, examples, with_base=arguments.base)
+    if arguments.json:
+        _print_json({"data": source, **scores.pop("adapter"), **scores})
+    else:
+        _console().print(preferences_table(scores, source))
 
 
 def _open(arguments: argparse.Namespace) -> "Target":
@@ -180,24 +204,26 @@ def bench(arguments: argparse.Namespace) -> None:
 
     if arguments.output is not None:
         files.refuse_existing(arguments.output)
-    words = ("data", "model", "rows", "rows_per_step", "rank", "pairs", "python")
+    words = ("data", "model", "rows", "rows_per_step", "rank", "objective", "pairs", "python")
     asked = Asked(
         **{word: getattr(arguments, word) for word in words},
         targets=tuple(arguments.targets),
-        against=tuple(arguments.against),
+        against=tuple(arguments.against or (Asked.against if arguments.objective == "sft" else ("trl",))),
     )
     console = _console()
 
     def say(name: str, result: dict[str, Any]) -> None:
         if not arguments.json:
+            floor = result["gemm_floor_fraction"]
+            share = f"{floor:4.0%} of the floor" if floor is not None else f"{result['rows_per_min']:.1f} rows/min"
             console.print(
                 f"[dim]round {result['round']}[/] {name:22} {result['tokens_per_s']:7.1f} tokens/s  peak {result['peak_gb']:5.2f} GB  "
-                f"{result['gemm_floor_fraction']:4.0%} of the floor  [dim]{result['gemm_rate'] / 1e9:,.0f} GFLOP/s, load {result['load']:.1f}[/]"
+                f"{share}  [dim]{result['gemm_rate'] / 1e9:,.0f} GFLOP/s, load {result['load']:.1f}[/]"
             )
 
     results = compare(asked, say)
     data = Path(asked.data).name if asked.data else "made-up rows"
-    title = f"{data}: {asked.rows} rows, LoRA of rank {asked.rank} on {', '.join(asked.targets)}"
+    title = f"{data}: {asked.rows} rows, {asked.objective}, LoRA of rank {asked.rank} on {', '.join(asked.targets)}"
     if arguments.json:
         _print_json(results)
     else:

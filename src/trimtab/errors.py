@@ -9,6 +9,7 @@
   x ArtifactError             4   an adapter, run or model folder that is damaged or does not fit
   x NonFinite                 5   a loss or gradient that is not a number
   x BaseChanged               5   the frozen base is not what it was
+  x WrongReference            5   a preference objective's reference that is not what training starts from
   x StorageError              6   the disk, a permission, the network
 
 Exit code 130 is an interruption (Ctrl-C or SIGTERM). A message says what is wrong, where, and what to do.
@@ -63,6 +64,12 @@ class NonFinite(TrimtabError):
 
 class BaseChanged(TrimtabError):
     """The frozen base is not what it was."""
+
+    exit_code = 5
+
+
+class WrongReference(TrimtabError):
+    """A preference objective's reference that is not what training starts from."""
 
     exit_code = 5
 

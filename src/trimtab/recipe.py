@@ -40,6 +40,8 @@ class Recipe(Config):
     """What makes an answer good."""
     train: TrainConfig = Field(default_factory=TrainConfig)
     """How to train."""
+    start: str | None = None
+    """An adapter or run folder whose adapter is trained on, instead of a fresh one; its method goes without saying."""
     output: Annotated[Path, BeforeValidator(_as_path)] = Path("runs/run")
     """The run's folder, a new one."""
 
@@ -52,7 +54,13 @@ class Recipe(Config):
         held_out = _absolute(self.data.eval) if isinstance(self.data.eval, str) else self.data.eval
         data = self.data.model_copy(update={"train": tuple(map(_absolute, self.data.train)), "eval": held_out})
         model = self.model.model_copy(update={"name": _absolute(self.model.name)})
-        return self.model_copy(update={"model": model, "data": data, "output": self.output.absolute()})
+        news: dict[str, Any] = {"model": model, "data": data, "output": self.output.absolute()}
+        if self.start is not None:
+            news["start"] = _absolute(self.start)
+        reference = getattr(self.objective, "reference", "")
+        if reference not in ("", "auto", "base", "start"):
+            news["objective"] = self.objective.model_copy(update={"reference": _absolute(reference)})
+        return self.model_copy(update=news)
 
 
 def _absolute(name: str) -> str:

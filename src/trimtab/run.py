@@ -12,12 +12,13 @@ from trimtab import files
 from trimtab.artifacts import read_adapter, write_adapter
 from trimtab.base import Base
 from trimtab.config import read
-from trimtab.data import Example, Loaded, Pack, held_out_examples, load_data, pack_all, plan_steps
-from trimtab.deploy import sample, save_adapter, versions
+from trimtab.data import Example, Loaded, Pack, held_out_examples, load_data, pack_all, plan_steps, units
+from trimtab.deploy import load_adapter, sample, save_adapter, versions
 from trimtab.engine import Memory, check_packing
 from trimtab.errors import ArtifactError, DataError, RecipeError, StorageError
 from trimtab.evaluate import Loss, score_loss
 from trimtab.methods import Attached, attach
+from trimtab.prepare import continued, prepared
 from trimtab.recipe import Recipe
 from trimtab.report import Silent, Watcher
 from trimtab.train import Step, peak_learning_rate, planned_memory, train
@@ -51,6 +52,7 @@ def run_recipe(recipe: Recipe, watch: Watcher | None = None) -> Run:
     watch = watch or Silent()
     if recipe.output.exists() and (not recipe.output.is_dir() or any(recipe.output.iterdir())):
         files.refuse_existing(recipe.output)
+    recipe, origin = continued(recipe)
     base = Base.load(recipe.model)
     base.add_tokens(recipe.method.new_tokens)
     with ThreadPoolExecutor(max_workers=1) as background:  # hashing the weights beside tokenizing the data
@@ -58,13 +60,19 @@ def run_recipe(recipe: Recipe, watch: Watcher | None = None) -> Run:
         check_packing(base.model)
         # By absolute paths, as the run's recipe.yaml has them, so that its held-out rows are found again.
         limit = base.context_length - recipe.method.positions if base.context_length is not None else None
-        data = load_data(recipe.absolute().data, base, limit, recipe.train.seed)
+        data = load_data(recipe.absolute().data, base, limit, recipe.train.seed, recipe.objective.learns_from)
         fingerprint.result()
-    adapter = attach(base.model, recipe.method, recipe.train.seed, sample=sample(base, data.train))
+    if origin is None:
+        adapter = attach(base.model, recipe.method, recipe.train.seed, sample=sample(base, data.train))
+    else:
+        adapter = load_adapter(base, origin["folder"])
+    rows = (data.train, data.eval)
+    objective, (data.train, data.eval), reference = prepared(recipe.objective, base, adapter, rows, recipe.train.seed, limit)
+    recipe = recipe.model_copy(update={"objective": objective})
     memory = planned_memory(base, recipe.train, data.train)
     steps = Steps(data, recipe, memory)
-    facts = _facts(recipe, base, adapter, data, steps)
-    watch.planned(facts, data.accounts, len(data.train), len(data.eval))
+    facts = {**_facts(recipe, base, adapter, data, steps), "start": origin, "reference": reference}
+    watch.planned(facts, data.accounts, len(units(data.train)), len(units(data.eval)))
 
     run = _begin(recipe, {"status": "running", **facts}, data)
     try:
@@ -84,11 +92,12 @@ def run_recipe(recipe: Recipe, watch: Watcher | None = None) -> Run:
 
 def _facts(recipe: Recipe, base: Base, adapter: Attached, data: Loaded, steps: "Steps") -> dict[str, Any]:
     """What is known before the first step, as JSON data."""
-    rate, formula = peak_learning_rate(recipe.train, base, recipe.method, steps.rows_per_step)
+    rate, formula = peak_learning_rate(recipe.train, base, recipe.method, recipe.objective, steps.rows_per_step)
     trained = sum(p.numel() for p in adapter.parameters().values())
     return {
         "base": {"source": base.source, "fingerprint": base.fingerprint},
         "method": recipe.method.plain(),
+        "objective": recipe.objective.plain(),
         "trainable_parameters": trained,
         "positions": recipe.method.positions,
         "base_parameters": base.model.num_parameters() - trained,
@@ -96,7 +105,7 @@ def _facts(recipe: Recipe, base: Base, adapter: Attached, data: Loaded, steps: "
         "memory": steps.memory.words,
         "peak_lr": rate,
         "lr_formula": formula,
-        "learned_tokens": sum(len(row.learned) for row in data.train),
+        "learned_tokens": sum(len(row.learned) for row in data.train if row.side != "mismatched"),
         "data_digest": data.digest,
         "versions": versions(),
     }
@@ -120,7 +129,7 @@ def held_out(folder: Path) -> tuple[list[Example], str]:
         raise ArtifactError(
             f"{folder / 'data.json'}: does not say which rows were held out. Restore it from a copy, or give rows with --data."
         )
-    examples = held_out_examples(recipe.data, remembered)
+    examples = held_out_examples(recipe.data, remembered, recipe.objective.learns_from)
     if not examples:
         raise DataError(f"{folder} held out no rows: give rows with --data.")
     return examples, f"held-out rows of {folder}"
@@ -149,7 +158,7 @@ class Steps:
 
     @property
     def rows_per_step(self) -> float:
-        return sum(map(len, self._plan)) / len(self._plan)
+        return sum(len(units(self._rows[n] for n in step)) for step in self._plan) / len(self._plan)
 
 
 @dataclass
@@ -166,8 +175,10 @@ class _Done:
 def _train(run: Run, recipe: Recipe, base: Base, adapter: Attached, data: Loaded, steps: Steps, watch: Watcher) -> _Done:
     done, started, step = _Done(), time.perf_counter(), None
     every = recipe.train.evaluate_every or max(1, -(-len(steps) // 4))
-    if recipe.method.new_tokens:  # which the base without the adapter can't read: it is compared with as it starts
-        _evaluate(run, base, data, 0, steps, watch)
+    # What the base without the adapter can't read, or is not the start of, is compared with as it starts.
+    as_it_starts = bool(recipe.method.new_tokens) or recipe.objective.compares or recipe.start is not None
+    if as_it_starts:
+        _evaluate(run, base, data, 0, recipe, steps, watch)
     try:
         for step in train(base, adapter, recipe.objective, steps, recipe.train, run.state["peak_lr"], steps.memory.most_kept):
             done.tokens += step.tokens
@@ -176,10 +187,10 @@ def _train(run: Run, recipe: Recipe, base: Base, adapter: Attached, data: Loaded
             watch.stepped(step, len(steps))
             if step.number % every == 0 or step.number == len(steps):
                 # The base's loss, to compare with; measured now, so that training starts at once.
-                if not done.last and not recipe.method.new_tokens:
+                if not done.last and not as_it_starts:
                     with adapter.disabled():
-                        _evaluate(run, base, data, 0, steps, watch)
-                scored = _evaluate(run, base, data, step.number, steps, watch)
+                        _evaluate(run, base, data, 0, recipe, steps, watch)
+                scored = _evaluate(run, base, data, step.number, recipe, steps, watch)
                 _save(run, base, adapter, done, step, scored)
     except KeyboardInterrupt:
         if step is None:
@@ -191,11 +202,12 @@ def _train(run: Run, recipe: Recipe, base: Base, adapter: Attached, data: Loaded
     return done
 
 
-def _evaluate(run: Run, base: Base, data: Loaded, step: int, steps: Steps, watch: Watcher) -> Loss | None:
+def _evaluate(run: Run, base: Base, data: Loaded, step: int, recipe: Recipe, steps: Steps, watch: Watcher) -> Loss | None:
     if not data.eval:
         return None
-    scored = score_loss(base, data.eval, steps.memory.pack_tokens)
-    run.log(kind="eval", step=step, loss=scored.loss, low=scored.interval[0], high=scored.interval[1], tokens=scored.tokens)
+    scored = score_loss(base, data.eval, steps.memory.pack_tokens, recipe.objective)
+    low, high = scored.interval
+    run.log(kind="eval", step=step, loss=scored.loss, low=low, high=high, tokens=scored.tokens, **scored.measures)
     watch.evaluated(step, scored)
     return scored
 
@@ -205,7 +217,8 @@ def _save(run: Run, base: Base, adapter: Attached, done: _Done, step: Step, scor
     name = f"checkpoints/step-{step.number:06d}"
     news = {"step": step.number, "folder": name, "train_loss": step.loss, "eval_loss": scored.loss if scored else None}
     if not (run.folder / name).exists():  # it does if an interruption came when it had just been saved
-        save_adapter(base, adapter, run.folder / name, {**news, "data_digest": run.state["data_digest"]})
+        facts = {key: run.state[key] for key in ("data_digest", "objective", "reference", "start")}
+        save_adapter(base, adapter, run.folder / name, {**news, **facts})
     previous, done.last = done.last, news
     if scored and (done.best is None or scored.loss < done.best["eval_loss"]):
         previous_best, done.best = done.best, news
@@ -227,4 +240,5 @@ def _step_line(step: Step) -> dict[str, Any]:
         "tokens": step.tokens,
         "computed": step.computed,
         "seconds": round(step.seconds, 4),
+        **step.measures,
     }

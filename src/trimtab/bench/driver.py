@@ -15,13 +15,15 @@ from typing import Any
 from trimtab import files
 from trimtab.base import Base, ModelConfig
 from trimtab.bench.floor import least_work, multiplying_rate
-from trimtab.data import DataConfig, load_data
+from trimtab.data import DataConfig, load_data, units
 from trimtab.data.example import Sequence as Row
+from trimtab.data.mismatched import with_mismatched
 from trimtab.data.order import shuffled
 from trimtab.deploy import save_adapter
 from trimtab.errors import RecipeError
 from trimtab.methods import attach
 from trimtab.methods.lora import LoRA
+from trimtab.objectives import Objective
 
 OURS = "trimtab"
 PEERS: dict[str, dict[str, Any]] = {
@@ -48,6 +50,8 @@ class Asked:
     rank: int = 8
     targets: tuple[str, ...] = ("all-linear",)
     pairs: int = 3
+    objective: str = "sft"
+    """What is learned: sft, dpo or kto."""
     against: tuple[str, ...] = ("hf-peft", "hf-peft-no-recompute", "hf-peft-grouped")
     python: str = sys.executable
     """The interpreter that has the peers."""
@@ -64,14 +68,20 @@ def compare(asked: Asked, say: Callable[[str, dict[str, Any]], None]) -> list[di
     for name in asked.against:
         if name not in PEERS:
             raise RecipeError(f"--against: {name!r} is none of {', '.join(PEERS)}.")
+        if asked.objective != "sft" and PEERS[name]["library"] != "trl":
+            raise RecipeError(f"--against: {name} has no {asked.objective}; trl and trl-no-recompute have.")
         _check_installed(asked.python, PEERS[name]["library"])
     base = Base.load(ModelConfig(name=asked.model))
-    rows = _rows(asked, base)
+    objective = Objective.pick(asked.objective)
+    rows = _rows(asked, base, objective)
+    objective = objective.settled(rows)
     method = LoRA(rank=asked.rank, alpha=2.0 * asked.rank, targets=asked.targets)
     with tempfile.TemporaryDirectory() as folder:
-        spec = _prepare(asked, base, rows, method, Path(folder))
+        spec = {**_prepare(asked, base, rows, method, Path(folder)), "objective": objective.plain()}
+        learned = [row for row in rows if row.side != "mismatched"]
         steps = [rows[at : at + asked.rows_per_step] for at in range(0, len(rows), asked.rows_per_step)]
-        work, tokens = least_work(base.model, steps, method), sum(row.shown for row in rows)
+        work = least_work(base.model, steps, method) if asked.objective == "sft" else None
+        tokens = sum(row.shown for row in learned)
         done: dict[str, list[dict[str, Any]]] = {OURS: [], **{name: [] for name in asked.against}}
         for number in range(asked.pairs):
             for name, results in done.items():
@@ -82,8 +92,9 @@ def compare(asked: Asked, say: Callable[[str, dict[str, Any]], None]) -> list[di
                     "trainer": name,
                     "round": number + 1,
                     "tokens_per_s": tokens / result["seconds"],
+                    "rows_per_min": 60 * asked.rows / result["seconds"],
                     "gemm_rate": rate,
-                    "gemm_floor_fraction": work / rate / result["seconds"],
+                    "gemm_floor_fraction": work / rate / result["seconds"] if work is not None else None,
                     "load": os.getloadavg()[0],
                 }
                 results.append(result)
@@ -99,8 +110,9 @@ def summary(name: str, results: list[dict[str, Any]], ours: list[dict[str, Any]]
     return {
         "trainer": name,
         "tokens_per_s": statistics.median(one["tokens_per_s"] for one in results),
+        "rows_per_min": statistics.median(one["rows_per_min"] for one in results),
         "peak_rss_gb": statistics.median(one["peak_gb"] for one in results),
-        "gemm_floor_fraction": statistics.median(one["gemm_floor_fraction"] for one in results),
+        "gemm_floor_fraction": statistics.median(floors) if (floors := _known(results, "gemm_floor_fraction")) else None,
         "losses": results[0]["losses"],
         "trimtab_is_faster": statistics.median(pairs),
         "pairs": pairs,
@@ -110,17 +122,26 @@ def summary(name: str, results: list[dict[str, Any]], ours: list[dict[str, Any]]
     }
 
 
-def _rows(asked: Asked, base: Base) -> list[Row]:
+def _known(results: list[dict[str, Any]], key: str) -> list[Any]:
+    return [one[key] for one in results if one[key] is not None]
+
+
+def _rows(asked: Asked, base: Base, objective: Objective) -> list[Row]:
     """The rows in the order in which they are learned."""
+    if asked.data is None and asked.objective != "sft":
+        raise RecipeError(f"--objective {asked.objective}: give rows with --data; none are made up for it.")
     if asked.data is None:
         rows = list(_made_up(asked.rows, base.model.config.get_text_config().vocab_size))
     else:
-        rows = load_data(DataConfig(train=(asked.data,), eval=0.0), base, base.context_length, seed=0).train[: asked.rows]
-    if len(rows) < asked.rows:
+        config = DataConfig(train=(asked.data,), eval=0.0)
+        rows = load_data(config, base, base.context_length, 0, objective.learns_from).train
+    whole = units(rows)[: asked.rows]
+    if len(whole) < asked.rows:
         raise RecipeError(
-            f"--rows: {asked.data} has {len(rows):,} rows, not {asked.rows:,}. Ask for as many as it has, or fewer."
+            f"--rows: {asked.data} has {len(whole):,} rows, not {asked.rows:,}. Ask for as many as it has, or fewer."
         )
-    return [rows[n] for n in shuffled(len(rows), seed=0, epoch=0)]
+    chosen = [rows[n] for unit in shuffled(len(whole), seed=0, epoch=0) for n in whole[unit]]
+    return with_mismatched(chosen, 0, base.context_length) if objective.pools else chosen
 
 
 def _made_up(count: int, vocabulary: int) -> Iterator[Row]:
@@ -145,7 +166,7 @@ def _prepare(asked: Asked, base: Base, rows: list[Row], method: LoRA, folder: Pa
         "model": str(folder / "model"),
         "start": str(folder / "start"),
         "scratch": str(folder / "scratch"),
-        "rows": [{"ids": row.ids, "learned": list(row.learned)} for row in rows],
+        "rows": [{"ids": row.ids, "learned": list(row.learned), "side": row.side} for row in rows],
         "rows_per_step": asked.rows_per_step,
         "lr": 2e-4,
     }

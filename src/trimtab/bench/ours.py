@@ -1,6 +1,7 @@
 """One training run by Trimtab, in a process of its own: python -m trimtab.bench.ours SPEC.json."""
 
 import json
+import os
 import resource
 import sys
 import time
@@ -10,11 +11,13 @@ from typing import Any
 import torch
 
 from trimtab.base import Base, ModelConfig
-from trimtab.data import pack_all
+from trimtab.data import pack_all, units
 from trimtab.data.example import Sequence as Row
 from trimtab.deploy import load_adapter
+from trimtab.engine import check_packing
 from trimtab.files import read_json
-from trimtab.objectives.sft import SFT
+from trimtab.objectives import Objective
+from trimtab.reference import refer
 from trimtab.train import TrainConfig, planned_memory, train
 
 
@@ -22,12 +25,20 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
     base = Base.load(ModelConfig(name=spec["model"]))
     adapter = load_adapter(base, Path(spec["start"]))
     config = TrainConfig(schedule="constant", warmup=0.0)
-    rows = [Row(row["ids"], row["learned"], f"row {n}", len(row["ids"])) for n, row in enumerate(spec["rows"])]
-    each = spec["rows_per_step"]
+    rows = [Row(row["ids"], row["learned"], f"row {n}", len(row["ids"]), row["side"]) for n, row in enumerate(spec["rows"])]
+    objective, each = Objective.pick(spec["objective"]), spec["rows_per_step"]
+    check_packing(base.model)  # compiles what has not been yet
+    os.environ["TRIMTAB_CACHE"] = spec["scratch"]  # in which no reference is known
     started = time.perf_counter()
     memory = planned_memory(base, config, rows)
-    steps = [pack_all(rows[at : at + each], memory.pack_tokens) for at in range(0, len(rows), each)]
-    losses = [step.loss for step in train(base, adapter, SFT(), steps, config, spec["lr"], memory.most_kept)]
+    if objective.compares:
+        rows = refer(base, adapter, "base", rows, memory.pack_tokens).rows
+    whole = units(rows)
+    steps = [
+        pack_all([rows[n] for unit in whole[at : at + each] for n in unit], memory.pack_tokens)
+        for at in range(0, len(whole), each)
+    ]
+    losses = [step.loss for step in train(base, adapter, objective, steps, config, spec["lr"], memory.most_kept)]
     return {"losses": losses, "seconds": time.perf_counter() - started, "peak_gb": peak_gb()}
 
 

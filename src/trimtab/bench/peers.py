@@ -18,17 +18,15 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
     import peft
     import transformers
 
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(spec["model"], dtype=torch.float32)
-    model = peft.PeftModel.from_pretrained(model, spec["start"], is_trainable=True)
     tokenizer = transformers.AutoTokenizer.from_pretrained(spec["model"])
-    data = []
-    for row in spec["rows"]:
-        learned = set(row["learned"])
-        labels = [token if place in learned else -100 for place, token in enumerate(row["ids"])]
-        data.append({"input_ids": row["ids"], "labels": labels})
-    make = _trl if spec["library"] == "trl" else _transformers
     losses: list[float] = []
-    trainer = make(spec, model, tokenizer, data, losses)
+    if spec["objective"]["name"] == "sft":
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(spec["model"], dtype=torch.float32)
+        model = peft.PeftModel.from_pretrained(model, spec["start"], is_trainable=True)
+        make = _trl if spec["library"] == "trl" else _transformers
+        trainer = make(spec, model, tokenizer, [_labelled(row) for row in spec["rows"]], losses)
+    else:
+        trainer = preference_trainer(spec, tokenizer, losses)
     started = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - started
@@ -37,6 +35,61 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
     return {"losses": losses, "seconds": seconds, "peak_gb": peak}
+
+
+def _labelled(row: dict[str, Any]) -> dict[str, Any]:
+    learned = set(row["learned"])
+    return {"input_ids": row["ids"], "labels": [t if place in learned else -100 for place, t in enumerate(row["ids"])]}
+
+
+def preference_trainer(spec: dict[str, Any], tokenizer: Any, losses: list[float]) -> Any:
+    """TRL's trainer for pairs or judged answers; its reference is the model without the adapter, which is new."""
+    import datasets
+    import peft
+    import transformers
+    import trl
+    from safetensors.torch import load_file
+
+    objective, of_pairs = dict(spec["objective"]), spec["objective"]["name"] == "dpo"
+    settings = {**_settings(spec), "bf16": False, "max_length": None, "beta": objective["beta"]}
+    trainer: Any
+    config: Any
+    if of_pairs:
+        trainer = trl.DPOTrainer
+        config = trl.DPOConfig(**settings, loss_type=[objective["loss_type"]], label_smoothing=objective["label_smoothing"])
+    else:
+        weights = {"desirable_weight": objective["desirable"], "undesirable_weight": objective["undesirable"]}
+        trainer, config = trl.KTOTrainer, trl.KTOConfig(**settings, **weights)
+
+    class Given(_recording(trainer, losses)):  # type: ignore[misc]
+        def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
+            return dataset  # of tokens already
+
+    adapter = peft.PeftConfig.from_pretrained(spec["start"])
+    adapter.inference_mode = False
+    made = Given(
+        model=transformers.AutoModelForCausalLM.from_pretrained(spec["model"], dtype=torch.float32),
+        args=config,
+        train_dataset=datasets.Dataset.from_list(_units(spec["rows"], of_pairs)),
+        processing_class=tokenizer,
+        peft_config=adapter,
+    )
+    peft.set_peft_model_state_dict(made.model, load_file(Path(spec["start"]) / "adapter_model.safetensors"))
+    return made
+
+
+def _units(rows: list[dict[str, Any]], of_pairs: bool) -> list[dict[str, Any]]:
+    """Two neighbours each as one: chosen and rejected, or an answer and a mismatched one."""
+    made = []
+    for first, second in zip(rows[::2], rows[1::2], strict=True):
+        start = first["learned"][0]
+        prompt, answer, other = first["ids"][:start], first["ids"][start:], second["ids"][start:]
+        if of_pairs:
+            made.append({"prompt_ids": prompt, "chosen_ids": answer, "rejected_ids": other})
+        else:
+            unit = {"prompt_ids": prompt, "completion_ids": answer, "KL_completion_ids": other}
+            made.append({**unit, "label": first["side"] == "good"})
+    return made
 
 
 def _settings(spec: dict[str, Any]) -> dict[str, Any]:

@@ -1,14 +1,25 @@
 """From a data file to packs of tokens."""
 
-from trimtab.data.example import Account, Conversation, Example, Refusal, Sequence, Text
+from trimtab.data.example import (
+    Account,
+    Conversation,
+    Example,
+    Judged,
+    Kind,
+    Preference,
+    Refusal,
+    Sequence,
+    Text,
+    units,
+)
 from trimtab.data.labels import make_sequences, prompt_of
 from trimtab.data.load import DataConfig, Loaded, held_out_examples, load_data, load_examples
 from trimtab.data.order import plan_steps
-from trimtab.data.pack import Pack, pack_all, pack_flat, pack_tree
+from trimtab.data.pack import Pack, most_together, pack_all, pack_flat, pack_tree
 from trimtab.data.tree import Segment, Tree, lay_out
 
 __all__ = [
-    "Account", "Conversation", "DataConfig", "Example", "Loaded", "Pack", "Refusal", "Segment", "Sequence", "Text",
-    "Tree", "held_out_examples", "lay_out", "load_data", "load_examples", "make_sequences", "pack_all", "pack_flat", "pack_tree",
-    "plan_steps", "prompt_of",
+    "Account", "Conversation", "DataConfig", "Example", "Judged", "Kind", "Loaded", "Pack", "Preference", "Refusal", "Segment",
+    "Sequence", "Text", "Tree", "held_out_examples", "lay_out", "load_data", "load_examples", "make_sequences", "most_together",
+    "pack_all", "pack_flat", "pack_tree", "plan_steps", "prompt_of", "units",
 ]  # fmt: skip

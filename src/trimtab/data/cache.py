@@ -81,6 +81,7 @@ def _as_bytes(made: Made) -> bytes:
     sequences, account = made
     words = {
         "where": [s.where for s in sequences],
+        "side": [s.side for s in sequences],
         "sources": account.sources,
         "used": account.used,
         "refused": account.refused,
@@ -112,9 +113,11 @@ def _read(path: Path) -> Made | None:
         return None
     words, learned = json.loads(tensors["words"].numpy().tobytes()), tensors["learned"].numpy().tobytes()
     rows, start = [], 0
-    for where, (size, shown) in zip(words["where"], tensors["sizes"].view(-1, 2).tolist(), strict=True):
+    sizes = tensors["sizes"].view(-1, 2).tolist()
+    for where, side, (size, shown) in zip(words["where"], words["side"], sizes, strict=True):
         ids = shared(tensors["ids"][start : start + size].tolist())
-        rows.append(Sequence(ids, shared([n for n, mark in enumerate(learned[start : start + size]) if mark]), where, shown))
+        marked = shared([n for n, mark in enumerate(learned[start : start + size]) if mark])
+        rows.append(Sequence(ids, marked, where, shown, side))
         start += size
     refused = [Refusal(*refusal) for refusal in words["refused"]]
     return rows, Account(tuple(words["sources"]), words["used"], refused, set(words["unread"]))

@@ -6,7 +6,7 @@ from collections.abc import Sequence as SequenceOf
 from functools import cache
 from typing import Any, NamedTuple, Protocol
 
-from trimtab.data.example import Conversation, Example, Text
+from trimtab.data.example import Conversation, Text
 from trimtab.errors import DataError
 
 
@@ -54,7 +54,7 @@ class Draft(NamedTuple):
     """Written by the chat template, so that an end-of-turn token ends an answer; else the text's end does."""
 
 
-def whole(example: Example, base: Tokenizing) -> list[Draft]:
+def whole(example: Conversation | Text, base: Tokenizing) -> list[Draft]:
     """The example as one text."""
     if isinstance(example, Text):
         return [Draft(example.text, [Answer(0, len(example.text))], in_turns=False)]
@@ -67,7 +67,7 @@ def whole(example: Example, base: Tokenizing) -> list[Draft]:
     return [Draft(text, [_answer(example, turn, text, base) for turn in learned_turns(example)], in_turns=True)]
 
 
-def turn_by_turn(example: Example, base: Tokenizing) -> list[Draft]:
+def turn_by_turn(example: Conversation | Text, base: Tokenizing) -> list[Draft]:
     """Each learned turn in a text of its own that ends with it, as the model has it when it speaks."""
     assert isinstance(example, Conversation)
     drafts = []

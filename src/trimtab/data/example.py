@@ -1,7 +1,8 @@
 """What one can learn from, and the account of the rows that it came from."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,30 @@ class Text:
     where: str
 
 
-Example = Conversation | Text
+@dataclass(frozen=True)
+class Preference:
+    """Two answers to one prompt, of which the first is the better one. Of each, the last message alone is learned."""
+
+    chosen: Conversation
+    rejected: Conversation
+    where: str
+    apart: bool = False
+    """Learned as a good and a bad answer, each by itself."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A conversation whose last message has been found good or bad."""
+
+    conversation: Conversation
+    good: bool
+    where: str
+
+
+Example = Conversation | Text | Preference | Judged
+
+Kind = Literal["answers", "pairs", "judged"]
+"""What an objective learns from: conversations and texts, answers compared, or answers judged each by itself."""
 
 
 class Refusal(NamedTuple):
@@ -37,6 +61,12 @@ class Refusal(NamedTuple):
     where: str
     """file:line."""
     reason: str
+
+
+Side = Literal["chosen", "rejected", "good", "bad", "mismatched"]
+"""`mismatched` is another row's answer after this row's prompt, which nobody learns: KTO estimates a divergence on it."""
+TOGETHER = {("chosen", "rejected"), ("good", "mismatched"), ("bad", "mismatched")}
+"""Sides of neighbours that belong to one row."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +81,23 @@ class Sequence:
     """file:line."""
     shown: int = 0
     """How many tokens the row had before what follows the last learned one was dropped."""
+    side: Side | None = None
+    """What its learned answer is, where answers are compared or judged."""
+    reference: float = 0.0
+    """Σ log p of the learned tokens in the reference model, in nats, for objectives that have one."""
+
+
+def units(sequences: Iterable[Sequence]) -> list[list[int]]:
+    """The numbers of sequences that are learned in one step: those of a row whose answers are compared, or one by itself."""
+    found: list[list[int]] = []
+    before: Side | None = None
+    for number, sequence in enumerate(sequences):
+        if (before, sequence.side) in TOGETHER:
+            found[-1].append(number)
+        else:
+            found.append([number])
+        before = sequence.side
+    return found
 
 
 @dataclass

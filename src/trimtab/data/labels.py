@@ -13,7 +13,7 @@ from itertools import islice
 from typing import Any
 
 from trimtab.data.draft import Answer, Draft, NotAPrefix, Refused, Tokenizing, joined, learned_turns, turn_by_turn, whole
-from trimtab.data.example import Account, Conversation, Example, Refusal, Sequence
+from trimtab.data.example import Account, Conversation, Example, Judged, Preference, Refusal, Sequence, Side, Text
 from trimtab.errors import DataError
 
 AT_A_TIME = 1000
@@ -35,7 +35,9 @@ def make_sequences(
     """
     examples, usable = iter(examples), []
     while some := list(islice(examples, AT_A_TIME)):
-        for example, made in zip(some, _made(some, base, max_length, truncate), strict=True):
+        made_of_each = iter(_made([part for example in some for part in _parts(example)], base, max_length, truncate))
+        for example in some:
+            made = _joined(example, [next(made_of_each) for _ in _parts(example)])
             if isinstance(made, str):
                 account.refused.append(Refusal(example.where, made))
             else:
@@ -44,7 +46,36 @@ def make_sequences(
     return usable
 
 
-def _made(examples: list[Example], base: Tokenizing, max_length: int | None, truncate: bool) -> Iterator[list[Sequence] | str]:
+def _parts(example: Example) -> Iterable[Conversation | Text]:
+    """What of it is tokenized, one by one."""
+    if isinstance(example, Preference):
+        return example.chosen, example.rejected
+    return (example.conversation,) if isinstance(example, Judged) else (example,)
+
+
+def _joined(example: Example, made: list[list[Sequence] | str]) -> list[Sequence] | str:
+    """The sequences of an example, from those of its parts; or why it can't be used."""
+    if isinstance(example, Judged) and not isinstance(made[0], str):
+        return [replace(made[0][0], side="good" if example.good else "bad")]
+    if not isinstance(example, Preference):
+        return made[0]
+    both: list[Sequence] = []
+    for name, part in zip(("chosen", "rejected"), made, strict=True):
+        if isinstance(part, str):
+            return f"{name}: {part}"
+        both += part
+    chosen, rejected = both  # a sequence each, because only the last turn of each is learned
+    if chosen.ids[: chosen.learned[0]] != rejected.ids[: rejected.learned[0]]:
+        return "chosen and rejected come after different tokens, so they can't be compared"
+    if chosen.ids == rejected.ids:
+        return "chosen and rejected are the same tokens as far as they are read, so neither is the better one"
+    sides: tuple[Side, Side] = ("good", "bad") if example.apart else ("chosen", "rejected")
+    return [replace(one, side=side) for one, side in zip((chosen, rejected), sides, strict=True)]
+
+
+def _made(
+    examples: list[Conversation | Text], base: Tokenizing, max_length: int | None, truncate: bool
+) -> Iterator[list[Sequence] | str]:
     """Of each example, its sequences, or why it can't be used."""
     found: dict[int, list[Sequence] | str] = {}
     for draft in (whole, turn_by_turn):

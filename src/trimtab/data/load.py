@@ -3,14 +3,16 @@
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
 from trimtab.config import Config, as_tuple
 from trimtab.data.cache import Made, tokenized_once
+from trimtab.data.compared import SHAPES
 from trimtab.data.draft import Tokenizing
-from trimtab.data.example import Account, Example, Sequence
+from trimtab.data.example import Account, Example, Kind, Sequence
 from trimtab.data.labels import make_sequences
 from trimtab.data.order import split
 from trimtab.data.read import read_rows
@@ -20,6 +22,7 @@ from trimtab.files import expanded, sha256_file
 
 Column = Literal[
     "messages", "conversations", "instruction", "input", "output", "system", "history", "tools", "prompt", "completion", "text",
+    "chosen", "rejected", "label", "kto_tag",
 ]  # fmt: skip
 
 
@@ -67,31 +70,39 @@ class Loaded:
         }
 
 
-def load_examples(sources: tuple[str, ...] | str, columns: Mapping[Column, str] | None = None) -> tuple[list[Example], Account]:
+def load_examples(
+    sources: tuple[str, ...] | str, columns: Mapping[Column, str] | None = None, kind: Kind = "answers"
+) -> tuple[list[Example], Account]:
     """Read rows from one or more sources. See `data.read.read_rows` for what a source can be."""
-    examples, account = _reading(sources, columns)
+    examples, account = _reading(sources, columns, kind)
     return list(examples), account
 
 
-def _reading(sources: tuple[str, ...] | str, columns: Mapping[Column, str] | None) -> tuple[Iterator[Example], Account]:
+def _reading(
+    sources: tuple[str, ...] | str, columns: Mapping[Column, str] | None, kind: Kind
+) -> tuple[Iterator[Example], Account]:
     """Rows that are read as they are asked for, and the account that is kept of them meanwhile."""
     sources = (sources,) if isinstance(sources, str) else sources
     account = Account(sources)
-    return (e for source in sources for e in read_examples(read_rows(source), columns or {}, account)), account
+    return (e for source in sources for e in read_examples(read_rows(source), columns or {}, account, SHAPES[kind])), account
 
 
-def load_data(config: DataConfig, base: Tokenizing, context_length: int | None, seed: int) -> Loaded:
+def load_data(config: DataConfig, base: Tokenizing, context_length: int | None, seed: int, kind: Kind = "answers") -> Loaded:
     """Everything that `config` names, as sequences.
+
+    Args:
+        kind: What the objective learns from.
 
     Raises:
         DataError: A source can't be read, nothing in it can be used, or (unless `bad_rows` is skip) some of it can't.
     """
     limits = [limit for limit in (config.max_length, context_length) if limit is not None]
-    sequences, account = _tokenized(config.train, config, base, min(limits, default=None))
+    read = partial(_tokenized, config=config, base=base, limit=min(limits, default=None), kind=kind)
+    sequences, account = read(config.train)
     accounts = [account]
     if isinstance(config.eval, str):
         train = sequences
-        evaluation, other = _tokenized((config.eval,), config, base, min(limits, default=None))
+        evaluation, other = read((config.eval,))
         accounts.append(other)
     else:
         rows = list(dict.fromkeys(s.where for s in sequences))  # a row that is given twice is held out in both places
@@ -101,22 +112,22 @@ def load_data(config: DataConfig, base: Tokenizing, context_length: int | None, 
     return Loaded(train, evaluation, accounts, _digest(train, evaluation))
 
 
-def _tokenized(sources: tuple[str, ...], config: DataConfig, base: Tokenizing, limit: int | None) -> Made:
+def _tokenized(sources: tuple[str, ...], config: DataConfig, base: Tokenizing, limit: int | None, kind: Kind) -> Made:
     """The sequences of these sources, and the account of their rows."""
     truncate = config.overlong == "truncate"
 
     def make() -> Made:
-        examples, account = _reading(sources, config.columns)
+        examples, account = _reading(sources, config.columns, kind)
         return make_sequences(examples, base, account, max_length=limit, truncate=truncate), account
 
     sequences, account = tokenized_once(
-        sources, {"columns": config.columns, "max_length": limit, "truncate": truncate}, base, make
+        sources, {"kind": kind, "columns": config.columns, "max_length": limit, "truncate": truncate}, base, make
     )
     _settle(account, config)
     return sequences, account
 
 
-def held_out_examples(config: DataConfig, remembered: dict[str, Any]) -> list[Example]:
+def held_out_examples(config: DataConfig, remembered: dict[str, Any], kind: Kind = "answers") -> list[Example]:
     """The held-out rows of a run again, from its data config and what `Loaded.plain` remembers.
 
     Raises:
@@ -130,7 +141,7 @@ def held_out_examples(config: DataConfig, remembered: dict[str, Any]) -> list[Ex
             )
     sources = config.eval if isinstance(config.eval, str) else config.train
     chosen = set(remembered["held_out"])
-    return [example for example in load_examples(sources, config.columns)[0] if example.where in chosen]
+    return [example for example in load_examples(sources, config.columns, kind)[0] if example.where in chosen]
 
 
 def _held_out(wanted: float, rows: list[str], seed: int) -> set[str]:
@@ -162,5 +173,5 @@ def _digest(*parts: list[Sequence]) -> str:
     for part in parts:
         digest.update(b"part")
         for sequence in part:
-            digest.update(f"{sequence.ids}{sequence.learned}".encode())
+            digest.update(f"{sequence.ids}{sequence.learned}{sequence.side or ''}".encode())
     return digest.hexdigest()

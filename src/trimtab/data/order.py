@@ -4,7 +4,7 @@ import math
 import random
 from collections.abc import Sequence as SequenceOf
 
-from trimtab.data.example import Sequence
+from trimtab.data.example import Sequence, units
 
 
 def shuffled(count: int, seed: int, epoch: int) -> list[int]:
@@ -24,23 +24,24 @@ def split(count: int, held_out: int, seed: int) -> tuple[list[int], list[int]]:
 def plan_steps(
     sequences: SequenceOf[Sequence], *, epochs: float, seed: int, rows: int | None = None, tokens: int | None = None
 ) -> list[list[int]]:
-    """Which sequences each optimizer step learns, by their numbers.
+    """Which sequences each optimizer step learns, by their numbers. What belongs together stays together and counts once.
 
     The epochs' orders follow on each other without a seam, so that every step but the last is full: `rows` sequences, or
     as many as fit into `tokens` (one that is longer has a step of its own).
     """
-    total = math.ceil(round(epochs * len(sequences), 9))  # 0.07 epochs of 100 rows are 7, not 7.000000000000001
-    stream = [n for epoch in range(math.ceil(epochs)) for n in shuffled(len(sequences), seed, epoch)][:total]
+    whole = units(sequences)
+    total = math.ceil(round(epochs * len(whole), 9))  # 0.07 epochs of 100 rows are 7, not 7.000000000000001
+    stream = [whole[n] for epoch in range(math.ceil(epochs)) for n in shuffled(len(whole), seed, epoch)][:total]
     if rows is not None:
-        return [stream[i : i + rows] for i in range(0, total, rows)]
+        return [[n for unit in stream[i : i + rows] for n in unit] for i in range(0, total, rows)]
     assert tokens is not None, "a step is measured in rows or in tokens"
     steps: list[list[int]] = []
     room = 0
-    for number in stream:
-        length = len(sequences[number].ids)
+    for unit in stream:
+        length = sum(len(sequences[number].ids) for number in unit)
         if not steps or length > room:
             steps.append([])
             room = tokens
-        steps[-1].append(number)
+        steps[-1] += unit
         room -= length
     return steps

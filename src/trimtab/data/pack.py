@@ -2,11 +2,12 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from trimtab.data.example import Sequence
+from trimtab.data.example import Sequence, units
 from trimtab.data.tree import WORTH, Segment, alphabetical, lay_out, places, shared_length
 
 
@@ -72,13 +73,17 @@ def _pack(sequences: tuple[Sequence, ...], share: bool) -> Pack:
 
 
 def pack_all(sequences: Iterable[Sequence], tokens: int) -> list[Pack]:
-    """Sequences as packs of at most `tokens` computed tokens (a longer sequence gets a pack of its own). Deterministic.
+    """Sequences as packs of at most `tokens` computed tokens (a longer one gets a pack of its own). Deterministic.
 
-    Sequences that begin alike stay together, as many as fit; those runs are packed first-fit decreasing, which takes at
-    most 11/9 of the fewest possible packs, plus one (Johnson 1973). If that makes a few packs, they are filled again up to
-    less, as long as they are no more: memory is that of the largest.
+    The two answers of a pair are never parted, and mismatched answers have packs of their own, the first ones. Sequences that
+    begin alike stay together, as many as fit; those runs are packed first-fit decreasing, which takes at most 11/9 of the
+    fewest possible packs, plus one (Johnson 1973). If that makes a few packs, they are filled again up to less, as long as
+    they are no more: memory is that of the largest.
     """
     sequences = list(sequences)
+    apart = [one for one in sequences if one.side == "mismatched"]
+    if apart and len(apart) < len(sequences):
+        return [*pack_all(apart, tokens), *pack_all((one for one in sequences if one.side != "mismatched"), tokens)]
     bins = _filled(sequences, tokens)
     least = sum(one.tokens for one in bins) // max(1, len(bins))
     if 1 < len(bins) <= FEW and least < tokens:
@@ -113,17 +118,32 @@ class _Run:
 
 def _runs(sequences: list[Sequence], tokens: int) -> list[_Run]:
     """Neighbours in lexical order that share tokens, as long as they fit."""
-    rows = [sequence.ids[:-1] for sequence in sequences]
+    rows, whole = [sequence.ids[:-1] for sequence in sequences], units(sequences)
     runs: list[_Run] = []
     before: list[int] = []
-    for number in alphabetical(rows):
-        row = rows[number]
-        # Up to WORTH - 1 of the tokens that two rows share stand twice, where sharing them is not worth a segment.
-        saved = shared_length(before, row) - WORTH + 1
-        if not runs or saved <= 0 or runs[-1].tokens + len(row) - saved > tokens:
+    for number in alphabetical([rows[unit[0]] for unit in whole]):
+        unit = whole[number]
+        saved, needed = _saved(before, rows[unit[0]]), _together([rows[n] for n in unit])
+        if not runs or not saved or runs[-1].tokens + needed - saved > tokens:
             runs.append(_Run([], 0))
             saved = 0
-        runs[-1].numbers.append(number)
-        runs[-1].tokens += len(row) - saved
-        before = row
+        runs[-1].numbers += unit
+        runs[-1].tokens += needed - saved
+        before = rows[unit[-1]]
     return runs
+
+
+def _saved(before: list[int], row: list[int]) -> int:
+    """Tokens that a row need not have computed after another. Up to WORTH - 1 shared ones stand twice: they are not worth a segment."""
+    return max(0, shared_length(before, row) - WORTH + 1)
+
+
+def _together(rows: list[list[int]]) -> int:
+    """Tokens of rows that share what they begin with; at most so many are computed."""
+    return sum(map(len, rows)) - sum(_saved(before, row) for before, row in pairwise(rows))
+
+
+def most_together(sequences: Iterable[Sequence]) -> int:
+    """Tokens of the largest unit, which no pack can part."""
+    sequences = list(sequences)
+    return max((_together([sequences[n].ids[:-1] for n in unit]) for unit in units(sequences)), default=1)

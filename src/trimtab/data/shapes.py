@@ -1,4 +1,4 @@
-"""The shapes that rows come in, told apart by their columns; there is no registry to fill in.
+"""The shapes that rows of answers come in, told apart by their columns; there is no registry to fill in.
 
 | shape | columns |
 |---|---|
@@ -10,7 +10,7 @@
 """
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from trimtab.data.example import Account, Conversation, Example, Refusal, Text
@@ -39,10 +39,13 @@ SHAREGPT_ROLES = {
 }  # fmt: skip
 
 
-def read_examples(rows: Iterable[Row | Refusal], columns: Mapping[Any, str], account: Account) -> Iterator[Example]:
+def read_examples(
+    rows: Iterable[Row | Refusal], columns: Mapping[Any, str], account: Account, shapes: Sequence[Shape] | None = None
+) -> Iterator[Example]:
     """Rows as examples, one by one; what can't be used goes to the account, with its reason.
 
     Args:
+        shapes: What they can be read as; answers unless given.
         columns: What Trimtab calls a column -> what the data calls it.
     """
     for row in rows:
@@ -51,7 +54,7 @@ def read_examples(rows: Iterable[Row | Refusal], columns: Mapping[Any, str], acc
             continue
         where, values = row
         try:
-            shape, renamed = _shape_of(values, columns)
+            shape, renamed = _shape_of(values, columns, ANSWERS if shapes is None else shapes)
             example = shape.read(renamed, where)
         except Refused as refused:
             account.refused.append(Refusal(where, str(refused)))
@@ -60,21 +63,25 @@ def read_examples(rows: Iterable[Row | Refusal], columns: Mapping[Any, str], acc
         yield example
 
 
-def _shape_of(row: dict[str, Any], columns: Mapping[Any, str]) -> tuple[Shape, dict[str, Any]]:
+def _shape_of(row: dict[str, Any], columns: Mapping[Any, str], shapes: Sequence[Shape]) -> tuple[Shape, dict[str, Any]]:
     """The only shape that fits, and the row with our names. What data.columns names goes before what is called so."""
     for ours, theirs in columns.items():
         if theirs not in row:
             raise Refused(f"has no column {theirs!r}, which data.columns says is the {ours}; it has {_names(row)}")
     renamed = {name: value for name, value in row.items() if name not in columns.values()}
     renamed |= {ours: row[theirs] for ours, theirs in columns.items()}
-    allowed = [shape for shape in SHAPES if columns.keys() <= shape.columns]
-    fitting = [shape for shape in allowed if all(renamed.get(column) is not None for column in shape.required)]
+    allowed = [shape for shape in shapes if columns.keys() <= shape.columns]
+    there = {column for column, value in renamed.items() if value is not None}
+    fitting = [shape for shape in allowed if there.issuperset(shape.required)]
+    fitting = [one for one in fitting if not any(set(one.required) < set(other.required) for other in fitting)]
     if len(fitting) == 1:
         return fitting[0], renamed
     if fitting:
         both = " and ".join("/".join(shape.required) for shape in fitting)
         one = fitting[0].required[0]
         raise Refused(f"could be read as {both}: keep the columns of one, or say which (data.columns.{one}={one})")
+    if there.issuperset(("chosen", "rejected")) and not any("chosen" in shape.required for shape in shapes):
+        raise Refused("compares two answers, which this objective does not learn from: dpo does, for one")
     if not allowed:
         raise Refused(f"data.columns names {', '.join(columns)}, which no shape has together")
     raise Refused(_missing(renamed, allowed))
@@ -265,7 +272,7 @@ def _plain(row: dict[str, Any], where: str) -> Example:
     return Text(_text(row["text"], "text"), where)
 
 
-SHAPES = (
+ANSWERS = (
     Shape(("messages",), ("tools",), _openai),
     Shape(("conversations",), ("system", "tools"), _sharegpt),
     Shape(("instruction", "output"), ("input", "system", "history"), _alpaca),

@@ -1,6 +1,6 @@
 """Saving, loading, merging: handing a trained model over for use."""
 
-from trimtab.deploy.adapter import load_adapter, sample, save_adapter, versions
+from trimtab.deploy.adapter import load_adapter, read_method, sample, save_adapter, versions
 from trimtab.deploy.combining import CombinedFolders, combine_adapters
 from trimtab.deploy.merging import Merged, merge
 from trimtab.deploy.target import Target, adapter_folder, open_target
@@ -14,6 +14,7 @@ __all__ = [
     "load_adapter",
     "merge",
     "open_target",
+    "read_method",
     "sample",
     "save_adapter",
     "versions",

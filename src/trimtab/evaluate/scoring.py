@@ -6,10 +6,11 @@ The intervals are 95 %: a percentile bootstrap over rows for the loss, Wilson's 
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from trimtab.base import Base
 from trimtab.data import Account, Conversation, make_sequences, pack_all, prompt_of
@@ -17,6 +18,8 @@ from trimtab.data.example import Sequence as Row
 from trimtab.engine import generate, pack_logprobs
 from trimtab.errors import DataError, NonFinite, listing
 from trimtab.methods import room
+from trimtab.objectives import Objective, averaged, learned_and_pooled
+from trimtab.objectives.sft import SFT
 
 Interval = tuple[float, float]
 Z = 1.959963984540054
@@ -25,12 +28,14 @@ Z = 1.959963984540054
 
 @dataclass(frozen=True)
 class Loss:
-    """Mean over all learned tokens, in nats."""
+    """The objective's mean: over all learned tokens, in nats, or over all pairs or judged answers."""
 
     loss: float
     interval: Interval
     tokens: int
     rows: int
+    measures: dict[str, float] = field(default_factory=dict)
+    """What the objective gives people to read beside the loss: means over the rows."""
 
     @property
     def perplexity(self) -> float:
@@ -54,18 +59,27 @@ class Answered:
 
 
 @torch.no_grad()
-def score_loss(base: Base, rows: Sequence[Row], pack_tokens: int = 1024) -> Loss:
-    """The loss of the model as it stands (an attached adapter counts) on `rows`. Raises NonFinite if it is not a number."""
+def score_loss(base: Base, rows: Sequence[Row], pack_tokens: int = 1024, objective: Objective | None = None) -> Loss:
+    """The loss of the model as it stands (an attached adapter counts) on `rows`. Raises NonFinite if it is not a number.
+
+    Args:
+        objective: Supervised fine-tuning's unless given.
+    """
+    objective = objective or SFT()
     sums: list[float] = []
     counts: list[int] = []
-    for pack in pack_all(rows, pack_tokens):
-        losses = (-pack_logprobs(base.model, pack.to(base.device))).tolist()
-        broken = [row.where for row, loss in zip(pack.sequences, losses, strict=True) if not math.isfinite(loss)]
+    measured: list[dict[str, Tensor]] = []
+    packs, pooled = learned_and_pooled(base.model, objective, [pack.to(base.device) for pack in pack_all(rows, pack_tokens)])
+    for pack in packs:
+        logprobs = pack_logprobs(base.model, pack)
+        broken = [row.where for row, one in zip(pack.sequences, logprobs.tolist(), strict=True) if not math.isfinite(one)]
         if broken:
             raise NonFinite(f"The loss on {broken[0]} is not a number: the model's weights, or an adapter's, are broken.")
-        sums += losses
-        counts += [len(row.learned) for row in pack.sequences]
-    return Loss(sum(sums) / sum(counts), _bootstrap(sums, counts), sum(counts), len(sums))
+        sums += objective.losses(logprobs, pack, pooled).tolist()
+        counts += objective.counts(pack)
+        measured.append(objective.measures(logprobs, pack, pooled))
+    tokens = sum(len(row.learned) for pack in packs for row in pack.sequences)
+    return Loss(sum(sums) / sum(counts), _bootstrap(sums, counts), tokens, len(sums), averaged(measured))
 
 
 def score_answers(base: Base, examples: Sequence[Conversation], on_done: Callable[[int], None] | None = None) -> list[Answered]:

@@ -33,6 +33,8 @@ class Attached:
         self.method = method
         self.layers = layers
         """The adapter's layers by the path of the module they adapt."""
+        self.trained = False
+        """Its values have been trained, or loaded: a fresh adapter's reference is the base, a trained one's is itself."""
         self.switch = Switch()
         for layer in layers.values():
             layer.switch = self.switch
@@ -84,6 +86,7 @@ class Attached:
             raise ArtifactError(f"its tensors do not fit this adapter on this model:\n{listing(sorted(problems))}")
         for name, parameter in own.items():
             parameter.copy_(tensors[name])
+        self.trained = True
 
     @property
     def enabled(self) -> bool:

@@ -1,12 +1,14 @@
-"""What an objective is: a loss as a sum over items, and how many items that is."""
+"""What an objective is: a loss as a sum over items, how many items that is, and what people read beside it."""
 
 from abc import abstractmethod
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import ClassVar, Self
 
 from torch import Tensor
 
 from trimtab.config import Choice
-from trimtab.data.pack import Pack
+from trimtab.data import Kind, Pack
+from trimtab.data.example import Sequence as Row
 
 
 class Objective(Choice):
@@ -14,15 +16,44 @@ class Objective(Choice):
 
     The loop divides the sum of the losses of a whole optimizer step by the sum of its items, the only division there is;
     so the step does not depend on how its rows were cut into packs.
+
+    Shapes: S sequences of a pack, in U units: a row by itself, or the two answers of a row in which answers are compared.
     """
 
     family: ClassVar[str] = "trimtab.objectives"
     default: ClassVar[str] = "sft"
+    learns_from: ClassVar[Kind] = "answers"
+    compares: ClassVar[bool] = False
+    """With a reference model, whose Σ log p each sequence brings along; then it has a field `reference`, and dropout is refused."""
+    pools: ClassVar[bool] = False
+    """A number that is estimated on mismatched answers of the whole optimizer step, before any of its losses."""
+    relative_rate: ClassVar[float] = 1.0
+    """The best learning rate, as a multiple of the one for supervised fine-tuning."""
+
+    def settled(self, rows: Sequence[Row]) -> Self:
+        """The same objective, with whatever the training rows decide. Raises DataError."""
+        return self
 
     @abstractmethod
+    def counts(self, pack: Pack) -> list[int]:
+        """How many items each unit has: U."""
+
+    @abstractmethod
+    def losses(self, logprobs: Tensor, pack: Pack, pooled: float = 0.0) -> Tensor:
+        """The sum over each unit's items, from Σ log p of each of the pack's sequences: S -> U."""
+
+    def measures(self, logprobs: Tensor, pack: Pack, pooled: float = 0.0) -> dict[str, Tensor]:
+        """What people read beside the loss: a value for each unit that has one. A step's or a data set's is their mean."""
+        return {}
+
+    def pool(self, differences: Tensor) -> float:
+        """The number that is pooled, from log p / p_reference of the step's mismatched answers."""
+        return 0.0
+
     def items(self, pack: Pack) -> int:
         """How many terms the pack's loss sums."""
+        return sum(self.counts(pack))
 
-    @abstractmethod
-    def loss(self, logprobs: Tensor, pack: Pack) -> Tensor:
+    def loss(self, logprobs: Tensor, pack: Pack, pooled: float = 0.0) -> Tensor:
         """The sum of those terms, a scalar, from Σ log p of each of the pack's sequences (S)."""
+        return self.losses(logprobs, pack, pooled).sum()

@@ -9,8 +9,8 @@ from trimtab.objectives._base import Objective
 class SFT(Objective):
     """loss = −Σ log p(token) / number of learned tokens, over the whole optimizer step."""
 
-    def items(self, pack: Pack) -> int:
-        return pack.targets
+    def counts(self, pack: Pack) -> list[int]:
+        return [len(row.learned) for row in pack.sequences]
 
-    def loss(self, logprobs: Tensor, pack: Pack) -> Tensor:
-        return -logprobs.sum()
+    def losses(self, logprobs: Tensor, pack: Pack, pooled: float = 0.0) -> Tensor:
+        return -logprobs

@@ -12,7 +12,7 @@ def comparison_table(results: list[dict[str, Any]], title: str) -> Table:
     """A row a trainer: medians; how many times as fast Trimtab is, in which part of the memory, and how far the losses are apart."""
     table = Table(title=escape(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     table.add_column("", no_wrap=True)
-    for column in ("tok/s", "GB", "floor", "faster", "memory", "losses"):
+    for column in ("tok/s", "rows/min", "GB", "floor", "faster", "memory", "losses"):
         table.add_column(column, justify="right", no_wrap=True)
     for one in results:
         mine = one["trainer"] == "trimtab"
@@ -20,8 +20,9 @@ def comparison_table(results: list[dict[str, Any]], title: str) -> Table:
         table.add_row(
             escape(one["trainer"]),
             f"{one['tokens_per_s']:.1f}",
+            f"{one['rows_per_min']:.1f}",
             f"{one['peak_rss_gb']:.2f}",
-            f"{one['gemm_floor_fraction']:.0%}",
+            "–" if one["gemm_floor_fraction"] is None else f"{one['gemm_floor_fraction']:.0%}",
             "" if mine else f"{one['trimtab_is_faster']:.2f}x",
             "" if mine else f"{one['trimtab_memory']:.2f}",
             distance,

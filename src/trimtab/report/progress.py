@@ -12,6 +12,13 @@ from trimtab.data import Account
 from trimtab.evaluate import Loss
 from trimtab.train import Step
 
+_REFERENCES = {"base": "the base", "start": "the adapter that training starts from"}
+
+
+def _computed(reference: dict[str, Any]) -> str:
+    known = reference["rows"] - reference["computed"]
+    return f"{reference['computed']:,} rows computed" + (f", {known:,} known from before" if known else "")
+
 
 class Terminal:
     """Shows a run on the terminal; in a log file, a line now and then instead of a bar."""
@@ -23,6 +30,7 @@ class Terminal:
         self._tokens = 0
         self._seconds = 0.0
         self._smooth: float | None = None
+        self._first = "base"
 
     def planned(self, facts: dict[str, Any], accounts: list[Account], train_rows: int, eval_rows: int) -> None:
         say = self.console.print
@@ -43,6 +51,16 @@ class Terminal:
             if account.unread:
                 say(f"          columns that nothing reads: {escape(', '.join(sorted(account.unread)))}")
         say(f"          {train_rows:,} rows to learn ({facts['learned_tokens']:,} tokens of answers), {eval_rows:,} held out")
+        settings = ", ".join(f"{key} {_words(value)}" for key, value in facts["objective"].items() if key != "name")
+        say(f"[bold]learn[/]   {facts['objective']['name']}{': ' if settings else ''}{escape(settings)}")
+        if facts["start"] is not None or facts["reference"] is not None:
+            self._first = "start"
+        if (reference := facts["reference"]) is not None:
+            say(
+                f"          compared with {escape(_REFERENCES.get(reference['kind'], reference['kind']))}: {_computed(reference)}"
+            )
+        if facts["start"] is not None:
+            say(f"          goes on from {escape(facts['start']['folder'])}")
         say(f"[bold]train[/]   {facts['steps']:,} steps, learning rate {facts['peak_lr']:g} ({escape(facts['lr_formula'])})")
         say(f"          {facts['memory']}")
 
@@ -66,9 +84,10 @@ class Terminal:
     def evaluated(self, step: int, scored: Loss) -> None:
         low, high = scored.interval
         where = self._bar.console if self._bar else self.console
-        what = "base" if step == 0 else f"step {step}"
+        what = self._first if step == 0 else f"step {step}"
+        beside = "".join(f"  {name.replace('_', ' ')} {value:.3g}" for name, value in scored.measures.items())
         where.print(
-            f"[bold]eval[/]    {what}: loss {scored.loss:.4f}  [dim](95 %: {low:.4f} to {high:.4f}, {scored.rows:,} rows)[/]"
+            f"[bold]eval[/]    {what}: loss {scored.loss:.4f}  [dim](95 %: {low:.4f} to {high:.4f}, {scored.rows:,} rows)[/]{beside}"
         )
 
     def finished(self, state: dict[str, Any], folder: Path) -> None:

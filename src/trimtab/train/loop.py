@@ -9,19 +9,19 @@ import time
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from trimtab.base import Base
-from trimtab.data import Pack
+from trimtab.data import Pack, most_together
 from trimtab.data.example import Sequence as Row
 from trimtab.engine import FrozenBelow, Memory, free_memory, pack_logprobs, plan_memory
 from trimtab.errors import DataError, NonFinite
 from trimtab.methods import Attached, Circumstances, Method
-from trimtab.objectives import Objective
+from trimtab.objectives import Objective, averaged, learned_and_pooled
 from trimtab.startup import keep_freed_memory
 from trimtab.train.config import TrainConfig, learning_rate
 
@@ -51,6 +51,8 @@ class Step:
     grad_norm: float
     """Before clipping."""
     lr: float
+    measures: dict[str, float] = field(default_factory=dict)
+    """What the objective gives people to read beside the loss: means over the step's rows."""
 
 
 def train(
@@ -79,30 +81,42 @@ def train(
     below = FrozenBelow(base.model, free_memory(base.device) / 4) if config.epochs > 1 else None
     for number in range(1, len(steps) + 1):
         started = time.perf_counter()
-        packs = [pack.to(base.device) for pack in steps[number - 1]]
+        everything = [pack.to(base.device) for pack in steps[number - 1]]
+        packs, pooled = learned_and_pooled(base.model, objective, everything)
         lr = learning_rate(number, len(steps), peak_lr, config.warmup, config.schedule)
         items = sum(objective.items(pack) for pack in packs)
         if items == 0:
             raise DataError(f"step {number}: none of its rows has anything to learn.")
-        adapter.train()
-        total = torch.zeros((), device=base.device, dtype=torch.float64 if base.device.type == "cpu" else torch.float32)
+        adapter.train(not objective.compares)
+        total, measured = torch.zeros((), device=base.device, dtype=_sum_type(base.device)), []
         for part, pack in enumerate(packs):
             torch.manual_seed(_dropout_seed(config.seed, number, part))
-            loss = objective.loss(pack_logprobs(base.model, pack, recompute=len(pack.ids) > most_kept, below=below), pack)
+            logprobs = pack_logprobs(base.model, pack, recompute=len(pack.ids) > most_kept, below=below)
+            loss = objective.loss(logprobs, pack, pooled)
             (loss / items).backward()
+            measured.append(objective.measures(logprobs.detach(), pack, pooled))
             total += loss.detach()  # read once, after the step: .item() waits for the device
         adapter.train(False)
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip if config.clip is not None else float("inf"))
         mean = total.item() / items
         _check_finite(number, mean, norm.item(), [row for pack in packs for row in pack.sequences])
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["relative_rate"]
-        with _whole(parameters):
-            optimizer.step()
-            optimizer.zero_grad()
+        _update(optimizer, parameters, lr)
+        adapter.trained = True
         tokens = sum(row.shown for pack in packs for row in pack.sequences)
-        seconds, computed = time.perf_counter() - started, sum(len(pack.ids) for pack in packs)
-        yield Step(number, mean, items, tokens, computed, seconds, norm.item(), lr)
+        computed, seconds = sum(len(pack.ids) for pack in everything), time.perf_counter() - started
+        yield Step(number, mean, items, tokens, computed, seconds, norm.item(), lr, averaged(measured))
+
+
+def _sum_type(device: torch.device) -> torch.dtype:
+    return torch.float64 if device.type == "cpu" else torch.float32
+
+
+def _update(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["relative_rate"]
+    with _whole(parameters):
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def _by_rate(adapter: Attached) -> list[dict[str, Any]]:
@@ -129,16 +143,19 @@ def _whole(parameters: list[nn.Parameter]) -> Iterator[None]:
 def planned_memory(base: Base, config: TrainConfig, rows: SequenceOf[Row]) -> Memory:
     """How many tokens are computed at a time, and which packs are recomputed, so that these rows fit into memory. Raises RecipeError."""
     keep_freed_memory()
-    longest = max((len(row.ids) - 1 for row in rows), default=1)
-    return plan_memory(base.model, longest, config.pack_tokens, config.recompute)
+    return plan_memory(base.model, most_together(rows), config.pack_tokens, config.recompute)
 
 
-def peak_learning_rate(config: TrainConfig, base: Base, method: Method, rows_per_step: float) -> tuple[float, str]:
+def peak_learning_rate(
+    config: TrainConfig, base: Base, method: Method, objective: Objective, rows_per_step: float
+) -> tuple[float, str]:
     """The learning rate after warm-up, and where it comes from."""
     if config.lr != "auto":
         return config.lr, "given"
     model = base.model.config.get_text_config()
-    return method.learning_rate(Circumstances(model.model_type, model.hidden_size, config.rows or rows_per_step))
+    rate, words = method.learning_rate(Circumstances(model.model_type, model.hidden_size, config.rows or rows_per_step))
+    share = objective.relative_rate
+    return (rate, words) if share == 1.0 else (float(f"{rate * share:.2e}"), f"{words}; times {share:g} for {objective.name}")
 
 
 def _dropout_seed(seed: int, step: int, part: int) -> int:

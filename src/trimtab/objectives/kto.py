@@ -1,0 +1,83 @@
+"""Kahneman-Tversky optimization: make good answers likelier and bad ones less likely, from answers judged one by one."""
+
+from collections.abc import Sequence
+from typing import Annotated, ClassVar, Literal, Self
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from trimtab.data import Kind, Pack
+from trimtab.data.example import Sequence as Row
+from trimtab.errors import DataError
+from trimtab.objectives._base import Objective
+
+Weight = Literal["auto"] | Annotated[float, Field(gt=0)]
+
+
+class KTO(Objective):
+    """Make good answers likelier and bad ones less likely, measured by a reference model.
+
+    With r(y) = log π(y) / π_reference(y), over answers (Ethayarajh et al. 2024, arXiv:2402.01306, eq. 8):
+
+    desirable · (1 − σ(β (r − z))) for a good one, undesirable · (1 − σ(β (z − r))) for a bad one, where z = max(0, mean of r
+    over the step's mismatched answers), through which no gradient goes.
+    """
+
+    learns_from: ClassVar[Kind] = "judged"
+    compares: ClassVar[bool] = True
+    pools: ClassVar[bool] = True
+    relative_rate: ClassVar[float] = 0.1
+
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    """How dearly the model pays for leaving the reference."""
+    desirable: Weight = "auto"
+    """Weight of good answers; auto makes those of all good and of all bad answers together the same, and none smaller than 1."""
+    undesirable: Weight = "auto"
+    """Weight of bad answers."""
+    reference: str = "auto"
+    """What to compare with: base (adapters off), start (what training starts from), an adapter or run folder, or a model; auto is
+    base for a fresh adapter, and start for one that is trained on."""
+
+    def settled(self, rows: Sequence[Row]) -> Self:
+        good, bad = (sum(row.side == side for row in rows) for side in ("good", "bad"))
+        if not good or not bad:
+            raise DataError(
+                f"data: kto learns from good and bad answers, and there are {good:,} good and {bad:,} bad ones to learn."
+            )
+        balanced = {"desirable": max(1.0, bad / good), "undesirable": max(1.0, good / bad)}
+        return self.model_copy(update={key: value for key, value in balanced.items() if getattr(self, key) == "auto"})
+
+    def counts(self, pack: Pack) -> list[int]:
+        return [1] * len(pack.sequences)
+
+    def losses(self, logprobs: Tensor, pack: Pack, pooled: float = 0.0) -> Tensor:
+        sign, weight = self._of_sides(pack, logprobs)
+        return weight * (1 - torch.sigmoid(sign * self.beta * (_ratio(logprobs, pack) - pooled)))
+
+    def measures(self, logprobs: Tensor, pack: Pack, pooled: float = 0.0) -> dict[str, Tensor]:
+        sign, _ = self._of_sides(pack, logprobs)
+        reward = self.beta * _ratio(logprobs, pack)
+        right = (sign * (reward - self.beta * pooled) > 0).to(reward.dtype)
+        sides = {
+            f"{name}_{what}": value[sign == s]
+            for s, name in ((1, "good"), (-1, "bad"))
+            for what, value in (("reward", reward), ("logp", logprobs))
+        }
+        return {"accuracy": right, "kl": torch.full_like(reward, pooled), **sides}
+
+    def pool(self, differences: Tensor) -> float:
+        return max(0.0, float(differences.double().mean()))
+
+    def _of_sides(self, pack: Pack, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Of each answer, 1 if it is good and −1 if it is bad; and its weight."""
+        assert self.desirable != "auto", "settled"
+        assert self.undesirable != "auto", "settled"
+        known = {"good": (1.0, self.desirable), "bad": (-1.0, self.undesirable)}
+        both = torch.tensor([known[row.side or ""] for row in pack.sequences], dtype=like.dtype, device=like.device)
+        return both[:, 0], both[:, 1]
+
+
+def _ratio(logprobs: Tensor, pack: Pack) -> Tensor:
+    """log π / π_reference of each answer."""
+    return logprobs - torch.tensor([row.reference for row in pack.sequences], dtype=logprobs.dtype, device=logprobs.device)

@@ -1,0 +1,133 @@
+"""What comes before training, and after it, where answers are compared or an earlier adapter is trained on."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from trimtab import files
+from trimtab.artifacts import read_adapter
+from trimtab.base import Base
+from trimtab.config import read
+from trimtab.data import Account, Example, Kind, make_sequences, units
+from trimtab.data.example import Sequence as Row
+from trimtab.data.mismatched import with_mismatched
+from trimtab.deploy import adapter_folder, read_method
+from trimtab.errors import ArtifactError, DataError, RecipeError, listing
+from trimtab.evaluate import score_loss
+from trimtab.methods import Attached, room
+from trimtab.objectives import Objective
+from trimtab.recipe import Recipe
+from trimtab.reference import check_start, refer
+
+Rows = list[Row]
+
+PACK_TOKENS = 1024
+"""Computed at a time where nothing is kept for a backward pass."""
+
+
+def continued(recipe: Recipe) -> tuple[Recipe, dict[str, Any] | None]:
+    """The recipe with the method of the adapter that it starts from, and what that adapter is; or as it is, and None.
+
+    Raises:
+        RecipeError: There is no such adapter, or the recipe asks for another method.
+        ArtifactError: It is damaged.
+    """
+    if recipe.start is None:
+        return recipe, None
+    folder = adapter_folder(recipe.start)
+    if folder is None:
+        raise RecipeError(
+            f"start: {recipe.start} is no run or adapter folder (looked in {files.expanded(recipe.start).absolute()})."
+        )
+    stored = read_adapter(folder)
+    method, _ = read_method(stored)
+    if "method" in recipe.model_fields_set and recipe.method != method:
+        raise RecipeError(
+            f"method: {recipe.start} holds another ({method.plain()}), and start trains that on. Leave method out, or start."
+        )
+    origin = {
+        "folder": str(folder.absolute()),
+        "weights": files.sha256_file(folder / stored.weights),
+        "trained": stored.trained,
+    }
+    return recipe.model_copy(update={"method": method}), origin
+
+
+def prepared(
+    objective: Objective, base: Base, adapter: Attached, rows: tuple[Rows, Rows], seed: int, max_length: int | None
+) -> tuple[Objective, tuple[Rows, Rows], dict[str, Any] | None]:
+    """The objective with what the rows decide; the rows with what it needs of them; and what its reference is, as JSON data.
+
+    Args:
+        adapter: As it is when training starts.
+        rows: To learn, and held out.
+        max_length: The most tokens that a mismatched answer and its prompt may have.
+
+    Raises:
+        DataError: It can't learn from these rows.
+        RecipeError: There is no such reference, or the adapter has dropout.
+        WrongReference: What training starts from is not the reference, where it should be.
+    """
+    objective = objective.settled(rows[0])
+    if objective.compares and getattr(adapter.method, "dropout", False):
+        raise RecipeError(
+            f"method.dropout: {objective.name} compares with a reference, and dropout would make noise of the difference. Set it to 0."
+        )
+    train, held_out = ((with_mismatched(some, seed, max_length) if some and objective.pools else some) for some in rows)
+    if not objective.compares:
+        return objective, (train, held_out), None
+    referred = refer(base, adapter, getattr(objective, "reference"), [*train, *held_out], PACK_TOKENS)  # noqa: B009
+    train, held_out = referred.rows[: len(train)], referred.rows[len(train) :]
+    facts = referred.facts
+    if facts["kind"] == "start" or (facts["kind"] == "base" and not adapter.trained and adapter.method.starts_as_base):
+        first = [train[n] for unit in units(train)[:4] for n in unit]
+        facts["start_differs"] = check_start(base, first, PACK_TOKENS)
+    return objective, (train, held_out), facts
+
+
+def learned_from(target: Path) -> Kind:
+    """What a run's objective learned from; answers, for anything that is no run."""
+    if not (target / "run.json").is_file():
+        return "answers"
+    return read(Recipe, target / "recipe.yaml").objective.learns_from
+
+
+def score_preferences(
+    folder: Path, base: Base, adapter: Attached, examples: Sequence[Example], *, with_base: bool = False
+) -> dict[str, dict[str, Any]]:
+    """What a run's objective makes of pairs or judged answers: its loss and measures for the adapter, and for the base too.
+
+    Raises:
+        DataError: Some of the rows can't be measured.
+        ArtifactError: The reference that the run was compared with is not what it was.
+    """
+    recipe, state = read(Recipe, folder / "recipe.yaml"), files.read_json(folder / "run.json")
+    objective = Objective.pick(state["objective"])
+    most, account = room(base.model, base.context_length), Account(("evaluation",))
+    rows = make_sequences(examples, base, account, max_length=most)
+    if account.refused or not rows:
+        raise DataError(f"data: rows that can't be measured:\n{listing([f'{where}: {why}' for where, why in account.refused])}")
+    rows = with_mismatched(rows, recipe.train.seed, most) if objective.pools else rows
+    if (reference := state["reference"]) is not None:
+        kind = state["start"]["folder"] if reference["kind"] == "start" else reference["kind"]
+        referred = refer(base, adapter, kind, rows, PACK_TOKENS)
+        if referred.facts["identity"] != reference["identity"]:
+            raise ArtifactError(
+                f"{kind}: is not what it was when {folder} was compared with it, so its rewards would be others."
+            )
+        rows = referred.rows
+    scores = {}
+    if with_base:
+        with adapter.disabled():
+            scores["base"] = score_loss(base, rows, PACK_TOKENS, objective)
+    scores["adapter"] = score_loss(base, rows, PACK_TOKENS, objective)
+    return {
+        name: {
+            "objective": objective.name,
+            "rows": one.rows,
+            "loss": one.loss,
+            "loss_interval": list(one.interval),
+            **one.measures,
+        }
+        for name, one in scores.items()
+    }

@@ -1,0 +1,165 @@
+"""What a preference objective compares with: which model it is, and what that makes of every row, computed once."""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trimtab import files
+from trimtab.base import Base, ModelConfig
+from trimtab.data import pack_all
+from trimtab.data.example import Sequence as Row
+from trimtab.deploy import adapter_folder, load_adapter
+from trimtab.engine import pack_logprobs
+from trimtab.errors import ArtifactError, NonFinite, RecipeError, StorageError, WrongReference
+from trimtab.methods import Attached, activate, adapters
+
+KEPT = 64
+"""How many references are remembered; the one that was asked for longest ago goes first."""
+NEAR = (1e-3, 2e-5)
+"""How far Σ log p of a row may be from itself in another pack, in float32: in nats, and as a share."""
+NEAR_IN_HALF = (0.5, 2e-2)
+"""The same in bfloat16 and float16."""
+
+
+@dataclass
+class Referred:
+    """Rows that know what the reference makes of them."""
+
+    rows: list[Row]
+    facts: dict[str, Any]
+    """What a run remembers of its reference, as JSON data."""
+
+
+def refer(base: Base, adapter: Attached, asked: str, rows: Sequence[Row], pack_tokens: int) -> Referred:
+    """Rows with Σ log p of their learned tokens in the reference; from the cache as far as they are known.
+
+    Args:
+        adapter: What is to be trained, as it is when training starts.
+        asked: As `reference` in an objective.
+
+    Raises:
+        RecipeError: There is no such model, or it reads other tokens.
+        NonFinite: The reference gives a row a log-probability that is not a number.
+    """
+    kind = ("start" if adapter.trained else "base") if asked == "auto" else asked
+    with _acting(base, adapter, kind) as (model, identity):
+        path = files.cache_folder() / "reference" / f"{identity}.json"
+        known = _read(path)
+        keys = [_key(row) for row in rows]
+        missing = list({key: row for key, row in zip(keys, rows, strict=True) if key not in known}.items())
+        if missing:
+            made = _logprobs(model, [row for _, row in missing], pack_tokens)
+            known |= {key: value for (key, _), value in zip(missing, made, strict=True)}
+            with suppress(StorageError, OSError):
+                _write(path, known)
+    facts = {"kind": kind, "identity": identity, "rows": len(set(keys)), "computed": len(missing)}
+    return Referred([replace(row, reference=known[key]) for row, key in zip(rows, keys, strict=True)], facts)
+
+
+def check_start(base: Base, rows: Sequence[Row], pack_tokens: int) -> float:
+    """Measure that what is to be trained starts as its reference on these rows: by how much Σ log p is off at most.
+
+    So DPO starts with margins of 0 and a loss of ln 2.
+
+    Raises:
+        WrongReference: It does not.
+    """
+    half = next(base.model.parameters()).dtype in (torch.bfloat16, torch.float16) or base.quantization != "none"
+    nats, share = NEAR_IN_HALF if half else NEAR
+    off = 0.0
+    for row, now in zip(rows, _logprobs(base, rows, pack_tokens), strict=True):
+        off = max(off, abs(now - row.reference))
+        if not abs(now - row.reference) <= nats + share * abs(row.reference):
+            raise WrongReference(
+                f"{row.where}: the model that training starts from gives its answer log p = {now:.6g}, and the reference {row.reference:.6g}, "
+                "where they should be the same. What is compared with is not what training starts from: say which is meant "
+                f"with objective.reference, or empty {files.cache_folder() / 'reference'} if it is damaged."
+            )
+    return off
+
+
+@contextmanager
+def _acting(base: Base, adapter: Attached, kind: str) -> Iterator[tuple[Base, str]]:
+    """A base that is the reference within the block, and a hash of all that it computes with."""
+    if kind == "base":
+        with adapter.disabled():
+            yield base, _identity(base, None)
+    elif kind == "start":
+        yield base, _identity(base, adapter)
+    elif (folder := adapter_folder(kind)) is not None:
+        try:
+            other = load_adapter(base, folder, name="reference")
+        except ArtifactError as error:
+            raise RecipeError(f"objective.reference: {error}") from None
+        try:
+            yield base, _identity(base, other)
+        finally:
+            other.detach()
+            if adapter.name in adapters(base.model):
+                activate(base.model, adapter.name)
+    else:
+        model = Base.load(ModelConfig(name=kind))
+        if model.fingerprint["tokenizer"] != base.fingerprint["tokenizer"]:
+            raise RecipeError(
+                f"objective.reference: {kind} turns texts into other tokens than {base.source}, so their log-probabilities can't be compared."
+            )
+        yield model, _identity(model, None)
+
+
+def _identity(base: Base, adapter: Attached | None) -> str:
+    parts: dict[str, Any] = {"base": base.fingerprint, "method": None, "tensors": []}
+    if adapter is not None:
+        parts["method"] = adapter.method.plain()
+        tensors = sorted(adapter.state().items())
+        parts["tensors"] = [
+            (name, hashlib.sha256(t.reshape(-1).view(torch.uint8).numpy().data).hexdigest()) for name, t in tensors
+        ]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _key(row: Row) -> str:
+    """What a row's Σ log p depends on, beside the model."""
+    return hashlib.sha256(f"{row.ids}{row.learned}".encode()).hexdigest()[:32]
+
+
+@torch.no_grad()
+def _logprobs(base: Base, rows: Sequence[Row], pack_tokens: int) -> list[float]:
+    found: dict[int, float] = {}
+    for pack in pack_all(rows, pack_tokens):
+        for row, value in zip(pack.sequences, pack_logprobs(base.model, pack.to(base.device)).tolist(), strict=True):
+            if not math.isfinite(value):
+                raise NonFinite(
+                    f"{row.where}: the reference model gives it a log-probability that is not a number: it is broken."
+                )
+            found[id(row)] = value
+    return [found[id(row)] for row in rows]
+
+
+def _read(path: Path) -> dict[str, float]:
+    """What is known of rows; nothing if the file is damaged."""
+    try:
+        held = files.read_json(path)
+    except ArtifactError:
+        return {}
+    if not isinstance(held, dict) or held.get("digest") != _digest(held.get("logprobs")):
+        return {}
+    with suppress(OSError):
+        path.touch()
+    return held["logprobs"]
+
+
+def _write(path: Path, known: dict[str, float]) -> None:
+    files.write_json(path, {"digest": _digest(known), "logprobs": known})
+    for old in sorted(path.parent.glob("*.json"), key=lambda p: -p.stat().st_mtime)[KEPT:]:
+        old.unlink(missing_ok=True)
+
+
+def _digest(logprobs: Any) -> str:
+    return hashlib.sha256(json.dumps(logprobs, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,162 @@
+"""Rows in which answers are compared or judged: every shape that is in use, and no row that could teach nothing or the wrong thing."""
+
+import json
+
+import pytest
+from templates import FAMILIES
+
+from trimtab.data import DataConfig, Judged, Preference, load_data, load_examples, units
+from trimtab.errors import DataError
+
+BASE = FAMILIES["chatml"].make
+USER, GOOD, BAD = {"role": "user", "content": "2+2?"}, "It is 4.", "It is 5."
+TURN = {"from": "human", "value": "2+2?"}
+
+
+def said(text):
+    return {"role": "assistant", "content": text}
+
+
+def spoken(text):
+    return {"from": "gpt", "value": text}
+
+
+PAIRS = {
+    "texts after a prompt": {"prompt": "2+2?", "chosen": GOOD, "rejected": BAD},
+    "messages after a prompt": {"prompt": [USER], "chosen": [said(GOOD)], "rejected": [said(BAD)]},
+    "a message after a text": {"prompt": "2+2?", "chosen": said(GOOD), "rejected": said(BAD)},
+    "texts after messages in a prompt": {"prompt": [USER], "chosen": GOOD, "rejected": BAD},
+    "messages": {"messages": [USER], "chosen": said(GOOD), "rejected": said(BAD)},
+    "messages and texts": {"messages": [USER], "chosen": GOOD, "rejected": BAD},
+    "messages and turns": {"messages": [USER], "chosen": spoken(GOOD), "rejected": spoken(BAD)},
+    "ShareGPT": {"conversations": [TURN], "chosen": spoken(GOOD), "rejected": spoken(BAD)},
+    "ShareGPT and messages": {"conversations": [TURN], "chosen": said(GOOD), "rejected": said(BAD)},
+    "ShareGPT and texts": {"conversations": [TURN], "chosen": GOOD, "rejected": BAD},
+    "Alpaca": {"instruction": "2+2?", "input": "", "chosen": GOOD, "rejected": BAD},
+    "whole conversations": {"chosen": [USER, said(GOOD)], "rejected": [USER, said(BAD)]},
+    "whole ShareGPT conversations": {"chosen": [TURN, spoken(GOOD)], "rejected": [TURN, spoken(BAD)]},
+    "whole conversations beside their prompt": {"prompt": "2+2?", "chosen": [USER, said(GOOD)], "rejected": [USER, said(BAD)]},
+}
+JUDGED = {
+    "messages": {"messages": [USER, said(GOOD)]},
+    "prompt": {"prompt": "2+2?", "completion": GOOD},
+    "messages in a prompt": {"prompt": [USER], "completion": [said(GOOD)]},
+    "ShareGPT": {"conversations": [TURN, spoken(GOOD)]},
+    "Alpaca": {"instruction": "2+2?", "output": GOOD},
+}
+
+
+def written(tmp_path, *rows):
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    return str(tmp_path / "rows.json")
+
+
+def read(tmp_path, row, kind="pairs"):
+    examples, account = load_examples(written(tmp_path, row), kind=kind)
+    return examples[0] if examples else account.refused[0].reason
+
+
+@pytest.mark.parametrize("shape", PAIRS)
+def test_pairs_come_in_every_shape(tmp_path, shape):
+    pair = read(tmp_path, PAIRS[shape])
+    assert isinstance(pair, Preference)
+    for side, answer in ((pair.chosen, GOOD), (pair.rejected, BAD)):
+        assert [(m["role"], m["content"]) for m in side.messages] == [("user", "2+2?"), ("assistant", answer)]
+    both = read(tmp_path, PAIRS[shape], "judged")
+    assert both.apart
+    assert both.chosen == pair.chosen
+
+
+@pytest.mark.parametrize("shape", JUDGED)
+@pytest.mark.parametrize("label", ["label", "kto_tag"])
+@pytest.mark.parametrize(
+    ("value", "good"), [(True, True), (False, False), (1, True), (0, False), ("true", True), (" False ", False)]
+)
+def test_judged_answers_come_in_every_shape(tmp_path, shape, label, value, good):
+    judged = read(tmp_path, {**JUDGED[shape], label: value}, "judged")
+    assert isinstance(judged, Judged)
+    assert judged.good is good
+    assert judged.conversation.messages[-1]["content"] == GOOD
+
+
+def test_earlier_answers_are_read_and_not_learned(tmp_path):
+    turns = [USER, said("4"), {"role": "user", "content": "Sure?"}]
+    pair = read(tmp_path, {"messages": turns, "chosen": said("Yes."), "rejected": said("No.")})
+    assert pair.chosen.silent == {1}
+    data = load_data(
+        DataConfig(train=written(tmp_path, {"messages": turns, "chosen": "Yes.", "rejected": "No."}), eval=0),
+        BASE(),
+        None,
+        0,
+        "pairs",
+    )
+    for sequence, answer in zip(data.train, ("Yes.", "No."), strict=True):
+        assert BASE().decode([sequence.ids[n] for n in sequence.learned]) == answer
+        assert sequence.ids[sequence.learned[-1]] == BASE().end_of_turn
+
+
+REFUSED = {
+    "no rejected": ({"prompt": "a", "chosen": "b"}, "column 'rejected' is missing beside prompt, chosen"),
+    "null": ({"prompt": "a", "chosen": "b", "rejected": None}, "column 'rejected' is null"),
+    "same": ({"prompt": "a", "chosen": "b", "rejected": "b"}, "the same answer"),
+    "empty": ({"prompt": "a", "chosen": "", "rejected": "b"}, "with chosen: completion is empty"),
+    "empty turn": ({"messages": [USER], "chosen": said(""), "rejected": said("b")}, "content is empty"),
+    "two answers": (
+        {"messages": [USER], "chosen": [said("a"), said("b")], "rejected": said("b")},
+        "chosen is a list, not one answer",
+    ),
+    "a question": ({"messages": [USER], "chosen": USER, "rejected": said("b")}, "nothing to learn"),
+    "other prompts": ({"chosen": [USER, said("a")], "rejected": [{**USER, "content": "3+3?"}, said("b")]}, "different prompts"),
+    "not its prompt": ({"prompt": "x", "chosen": [USER, said("a")], "rejected": [USER, said("b")]}, "the prompt is in neither"),
+    "texts alone": ({"chosen": "a", "rejected": "b"}, "not a list of messages, and no prompt"),
+    "no turns": ({"messages": "a", "chosen": "a", "rejected": "b"}, "messages is a string"),
+}
+
+
+@pytest.mark.parametrize("row", REFUSED)
+def test_what_compares_nothing_is_refused(tmp_path, row):
+    values, reason = REFUSED[row]
+    assert reason in read(tmp_path, values)
+
+
+@pytest.mark.parametrize("value", ["yes", 2, "", [True], 0.5])
+def test_a_label_that_says_neither_is_refused(tmp_path, value):
+    assert "not true (a good answer) or false" in read(tmp_path, {"prompt": "a", "completion": "b", "label": value}, "judged")
+
+
+def test_each_kind_says_what_it_wants_of_the_others_rows(tmp_path):
+    assert "compares two answers" in read(tmp_path, {"prompt": "a", "chosen": "b", "rejected": "c"}, "answers")
+    assert "column 'chosen' is missing" in read(tmp_path, {"prompt": "a", "completion": "b"}, "pairs")
+    assert "column 'label' is missing" in read(tmp_path, {"prompt": "a", "completion": "b"}, "judged")
+    assert read(tmp_path, {"messages": [USER, said("a")], "label": "happy"}, "answers").messages  # a column that nothing reads
+
+
+def test_sides_stay_together_and_are_held_out_together(tmp_path):
+    source = written(tmp_path, *({"prompt": f"{n}?", "chosen": f"{n}.", "rejected": "no"} for n in range(20)))
+    data = load_data(DataConfig(train=source, eval=0.25), BASE(), None, 0, "pairs")
+    assert [one.side for one in data.train] == ["chosen", "rejected"] * 15
+    assert units(data.train) == [[2 * n, 2 * n + 1] for n in range(15)]
+    assert not {one.where for one in data.train} & {one.where for one in data.eval}
+    apart = load_data(DataConfig(train=source, eval=0), BASE(), None, 0, "judged")
+    assert [one.side for one in apart.train] == ["good", "bad"] * 20
+    assert units(apart.train) == [[n] for n in range(40)]
+    assert apart.accounts[0].used == 20
+
+
+def test_sides_that_are_the_same_once_they_are_cut_are_refused(tmp_path):
+    source = written(tmp_path, {"prompt": "a", "chosen": "the answer is one", "rejected": "the answer is two"})
+    (chosen, _) = load_data(DataConfig(train=source, eval=0), BASE(), None, 0, "pairs").train
+    limit = chosen.learned[0] + 2
+    with pytest.raises(DataError, match="the same tokens as far as they are read"):
+        load_data(DataConfig(train=source, eval=0, max_length=limit, overlong="truncate"), BASE(), None, 0, "pairs")
+    with pytest.raises(DataError, match="chosen: has"):
+        load_data(DataConfig(train=source, eval=0, max_length=limit), BASE(), None, 0, "pairs")
+
+
+def test_a_text_without_a_template_is_prompt_and_completion(tmp_path):
+    base = FAMILIES["chatml"].make()
+    plain = type(base)(
+        base.model, type(base.tokenizer)(tokenizer_object=base.tokenizer.backend_tokenizer, eos_token="<|im_end|>")
+    )
+    data = load_data(DataConfig(train=written(tmp_path, PAIRS["texts after a prompt"]), eval=0), plain, None, 0, "pairs")
+    assert [plain.decode(one.ids) for one in data.train] == [f"2+2?{GOOD}", f"2+2?{BAD}"]

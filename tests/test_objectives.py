@@ -1,0 +1,328 @@
+"""Every objective is its formula, whatever packs its rows come in, and starts where it has to."""
+
+import math
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from families import logprob_alone, perturb, random_rows, tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import logsigmoid
+
+from trimtab.base import Base
+from trimtab.data import pack_all, pack_flat, plan_steps, units
+from trimtab.data.example import Sequence
+from trimtab.data.mismatched import derangement, with_mismatched
+from trimtab.errors import DataError, RecipeError
+from trimtab.methods import attach
+from trimtab.methods.lora import LoRA
+from trimtab.objectives import Objective, averaged, learned_and_pooled
+from trimtab.train import TrainConfig, train
+
+SETTINGS = [
+    {"name": "dpo"},
+    {"name": "dpo", "beta": 0.3, "label_smoothing": 0.2},
+    {"name": "dpo", "loss_type": "hinge", "beta": 0.5, "sft": 0.3},
+    {"name": "dpo", "loss_type": "ipo", "beta": 0.2},
+    {"name": "orpo", "weight": 0.4},
+    {"name": "simpo", "beta": 2.5, "gamma": 0.7},
+    {"name": "cpo", "beta": 0.2, "sft": 0.5},
+    {"name": "kto", "beta": 0.3, "desirable": 1.5, "undesirable": 0.5},
+]
+NAMED = ["-".join(str(value) for value in one.values()) for one in SETTINGS]
+
+
+def rows_of(kind, count=6, seed=0, sizes=(3, 9)):
+    """Made-up rows of pairs, or of judged answers, two of which share a prompt."""
+    draw = random.Random(seed)
+    made = []
+    for number in range(count):
+        prompt = random_rows(4 if number < 2 else draw.randint(2, 6), seed=seed + (number if number != 1 else 0))[0]
+        sides = (
+            ("chosen", "rejected")
+            if kind == "pairs"
+            else (draw.choice(("good", "bad")) if number > 1 else ("good", "bad")[number],)
+        )
+        for n, side in enumerate(sides):
+            answer = random_rows(draw.randint(*sizes), seed=100 * seed + 2 * number + n + 50)[0]
+            ids = [*prompt, *answer]
+            made.append(
+                Sequence(ids, list(range(len(prompt), len(ids))), f"row:{number}", len(ids), side, draw.uniform(-60, -20))
+            )
+    return made
+
+
+def sigmoid(x):
+    return 1 / (1 + math.exp(-x))
+
+
+def by_hand(how, units_of_values, pooled):
+    """The mean loss, in plain Python: of each unit, its sequences as (log p, reference, tokens, side)."""
+    losses = []
+    for unit in units_of_values:
+        if how["name"] == "kto":
+            ((logp, reference, _, side),) = unit
+            sign, weight = (1, how["desirable"]) if side == "good" else (-1, how["undesirable"])
+            losses.append(weight * (1 - sigmoid(sign * how["beta"] * (logp - reference - pooled))))
+            continue
+        (c, cr, cn, _), (r, rr, rn, _) = unit
+        if how["name"] == "dpo":
+            beta, kind, smooth = how.get("beta", 0.1), how.get("loss_type", "sigmoid"), how.get("label_smoothing", 0.0)
+            margin = beta * ((c - cr) - (r - rr))
+            if kind == "sigmoid":
+                loss = -(1 - smooth) * math.log(sigmoid(margin)) - smooth * math.log(sigmoid(-margin))
+            elif kind == "hinge":
+                loss = max(0.0, 1 - margin)
+            else:
+                loss = ((c - cr) / cn - (r - rr) / rn - 1 / (2 * beta)) ** 2
+            loss += how.get("sft", 0.0) * -c / cn
+        elif how["name"] == "simpo":
+            loss = -math.log(sigmoid(how["beta"] * (c / cn - r / rn) - how["gamma"]))
+        elif how["name"] == "cpo":
+            loss = -math.log(sigmoid(how["beta"] * (c - r))) - how["sft"] * c / cn
+        else:
+            odds = [math.log(math.exp(x) / (1 - math.exp(x))) for x in (c / cn, r / rn)]
+            loss = -c / cn - how["weight"] * math.log(sigmoid(odds[0] - odds[1]))
+        losses.append(loss)
+    return sum(losses) / len(losses)
+
+
+def kind_of(how):
+    return Objective.member(how["name"]).learns_from
+
+
+@pytest.mark.parametrize("how", SETTINGS, ids=NAMED)
+def test_the_loss_is_the_formula(how):
+    objective, rows = Objective.pick(how), rows_of(kind_of(how))
+    draw, values = random.Random(3), {}
+    for row in rows:
+        values[id(row)] = draw.uniform(-60, -5) * (0.02 if how["name"] == "orpo" else 1)
+    pooled, total, items = 0.8 if how["name"] == "kto" else 0.0, 0.0, 0
+    for pack in pack_all(rows, 30):
+        logprobs = torch.tensor([values[id(row)] for row in pack.sequences], dtype=torch.float64)
+        total += float(objective.loss(logprobs, pack, pooled))
+        items += objective.items(pack)
+    expected = by_hand(
+        how,
+        [[(values[id(rows[n])], rows[n].reference, len(rows[n].learned), rows[n].side) for n in unit] for unit in units(rows)],
+        pooled,
+    )
+    assert items == len(units(rows))
+    assert total / items == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("how", SETTINGS, ids=NAMED)
+def test_losses_stay_finite_where_answers_are_impossible_or_certain(how):
+    objective, rows = Objective.pick(how), rows_of(kind_of(how), 2)
+    (pack,) = (pack_flat(rows[:2]),)
+    for one, other in ((-1e4, -1e-3), (-1e-3, -1e4), (-1e4, -1e4)):
+        logprobs = torch.tensor([one, other], requires_grad=True)
+        loss = objective.loss(logprobs, pack)
+        loss.backward()
+        assert loss.isfinite()
+        assert logprobs.grad.isfinite().all()
+
+
+def adapted(seed=0):
+    base = Base(tiny("gpt2", torch.float64))  # whose every operation is in float64
+    adapter = attach(base.model, LoRA(rank=3), seed=seed)
+    perturb(adapter.parameters(), 0.1)
+    return base, adapter
+
+
+FLAT = TrainConfig(schedule="constant", warmup=0.0, clip=None)
+
+
+@pytest.mark.parametrize("how", SETTINGS, ids=NAMED)
+def test_a_step_is_the_formulas_whatever_its_packs(how):
+    """Against each row alone by the model's own forward pass; so micro-batches of one row are right too (I10, A18)."""
+    rows = rows_of(kind_of(how))
+    objective = Objective.pick(how)
+    if objective.pools:
+        rows = [replace(row, reference=-30.0 - n) for n, row in enumerate(with_mismatched(rows, 0))]
+    results = []
+    for limit in (1, 24, 1000):
+        base, adapter = adapted()
+        (step,) = train(base, adapter, objective, [pack_all(rows, limit)], FLAT, 1e-3)
+        results.append((step, {name: p.grad for name, p in adapter.parameters().items()}))
+    base, _ = adapted()
+    values = {id(row): float(logprob_alone(base.model, row.ids, row.learned).detach()) for row in rows}
+    learned = [[rows[n] for n in unit if rows[n].side != "mismatched"] for unit in units(rows)]
+    ratios = [values[id(row)] - row.reference for row in rows if row.side == "mismatched"]
+    pooled = max(0.0, sum(ratios) / len(ratios)) if ratios else 0.0
+    assert pooled > 0.1 or not objective.pools
+    expected = by_hand(how, [[(values[id(r)], r.reference, len(r.learned), r.side) for r in unit] for unit in learned], pooled)
+    for step, _ in results:
+        assert step.loss == pytest.approx(expected, rel=1e-6)
+        assert step.items == len(learned)
+        assert step.grad_norm == pytest.approx(results[0][0].grad_norm, rel=1e-6)
+        assert step.measures == pytest.approx(results[0][0].measures, rel=1e-6)
+
+
+@pytest.mark.parametrize("how", SETTINGS[:1] + SETTINGS[-1:], ids=["dpo", "kto"])
+def test_the_gradient_is_the_formulas(how):
+    """Autograd of the plain formula over rows alone, and what reaches the adapter in packs."""
+    rows, objective = rows_of(kind_of(how)), Objective.pick(how)
+    base, adapter = adapted()
+    parameters = adapter.parameters()
+    logp = {id(row): logprob_alone(base.model, row.ids, row.learned) for row in rows}
+    if how["name"] == "dpo":
+        margins = [
+            0.1 * ((logp[id(c)] - c.reference) - (logp[id(r)] - r.reference))
+            for c, r in zip(rows[::2], rows[1::2], strict=True)
+        ]
+        loss = -torch.stack([logsigmoid(margin) for margin in margins]).mean()
+    else:
+        weight = {"good": (1, 1.5), "bad": (-1, 0.5)}
+        terms = [
+            weight[row.side][1] * (1 - torch.sigmoid(weight[row.side][0] * 0.3 * (logp[id(row)] - row.reference)))
+            for row in rows
+        ]
+        loss = torch.stack(terms).mean()
+    expected = torch.autograd.grad(loss, list(parameters.values()))
+    base, adapter = adapted()
+    seen = {}
+    for name, parameter in adapter.parameters().items():
+        parameter.register_post_accumulate_grad_hook(lambda p, name=name: seen.__setitem__(name, p.grad.clone()))
+    list(train(base, adapter, objective, [pack_all(rows, 24)], FLAT, 1e-3))
+    for (name, _), gradient in zip(parameters.items(), expected, strict=True):
+        torch.testing.assert_close(seen[name], gradient, rtol=1e-6, atol=1e-10)
+
+
+def test_the_larger_a_margin_the_smaller_the_loss_and_the_sides_are_not_swapped():
+    rows = rows_of("pairs", 1)
+    pack = pack_flat(rows)
+    for how in SETTINGS[:-1]:
+        objective = Objective.pick(how)
+        logprobs = torch.tensor([-9.0, -9.0], dtype=torch.float64, requires_grad=True)
+        objective.loss(logprobs, pack).backward()
+        assert logprobs.grad[0] < 0
+        if how["name"] != "dpo" or how.get("loss_type") != "ipo":
+            assert logprobs.grad[1] > 0
+
+
+# Mismatched answers
+
+
+@pytest.mark.parametrize("count", range(2, 18))
+def test_nobody_gets_the_own_answer_and_every_answer_is_used_once(count):
+    for seed in range(4):
+        givers = derangement([(n,) for n in range(count)], seed)
+        assert sorted(givers) == list(range(count))
+        assert all(giver != number for number, giver in enumerate(givers))
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(prompts=st.lists(st.integers(0, 4), max_size=14), seed=st.integers(0, 3))
+def test_nobody_gets_an_answer_to_an_equal_prompt_if_that_can_be(prompts, seed):
+    givers = derangement([(p,) for p in prompts], seed)
+    most = max(map(prompts.count, prompts), default=0)
+    assert (givers is None) == (not prompts or 2 * most > len(prompts))
+    if givers is not None:
+        assert sorted(givers) == list(range(len(prompts)))
+        assert all(prompts[giver] != prompts[number] for number, giver in enumerate(givers))
+
+
+def test_one_prompt_alone_is_refused():
+    rows = rows_of("judged", 6)
+    with pytest.raises(DataError, match="have the same prompt"):
+        with_mismatched(rows[:1], 0)
+    with pytest.raises(DataError, match="have the same prompt"):
+        with_mismatched(rows[:2], 0)  # which share theirs
+    assert len(with_mismatched(rows, 0)) == 12
+
+
+def test_mismatched_answers_are_another_rows_after_the_own_prompt():
+    rows = rows_of("judged", 7)
+    made = with_mismatched(rows, 1, max_length=9)
+    answers = {tuple(row.ids[row.learned[0] :]) for row in rows}
+    for row, other in zip(made[::2], made[1::2], strict=True):
+        start = row.learned[0]
+        assert row in rows
+        assert other.ids[:start] == row.ids[:start]
+        assert any(answer[: len(other.ids) - start] == tuple(other.ids[start:]) for answer in answers)
+        assert other.ids[start:] != row.ids[start:]
+        assert len(other.ids) <= 9
+        assert (other.side, other.learned) == ("mismatched", list(range(start, len(other.ids))))
+
+
+def test_the_pooled_number_is_the_whole_steps_and_no_gradient_goes_through_it():
+    rows = [replace(row, reference=-25.0) for row in with_mismatched(rows_of("judged"), 0)]
+    base, _ = adapted()
+    objective = Objective.pick({"name": "kto", "desirable": 1.0, "undesirable": 1.0})
+    pooled = [learned_and_pooled(base.model, objective, pack_all(rows, limit))[1] for limit in (1, 30, 1000)]
+    assert pooled == pytest.approx([pooled[0]] * 3, rel=1e-9)
+    ratios = [
+        float(logprob_alone(base.model, row.ids, row.learned).detach()) + 25.0 for row in rows if row.side == "mismatched"
+    ]
+    assert pooled[0] == pytest.approx(max(0.0, sum(ratios) / len(ratios)), rel=1e-6)
+
+
+def test_ktos_weights_make_both_sides_count_the_same():
+    rows = rows_of("judged", 9, seed=4)
+    good = sum(row.side == "good" for row in rows)
+    settled = Objective.pick("kto").settled(rows)
+    assert good * settled.desirable == pytest.approx((9 - good) * settled.undesirable)
+    assert min(settled.desirable, settled.undesirable) == 1.0
+    assert Objective.pick({"name": "kto", "desirable": 3.0}).settled(rows).desirable == 3.0
+    with pytest.raises(DataError, match="0 bad ones"):
+        Objective.pick("kto").settled([row for row in rows if row.side == "good"])
+
+
+# Steps
+
+
+def test_rows_are_counted_and_kept_whole():
+    pairs = rows_of("pairs", 7)
+    plan = plan_steps(pairs, epochs=2, seed=3, rows=3)
+    assert [len(step) for step in plan] == [6, 6, 6, 6, 4]
+    assert all(step[n] + 1 == step[n + 1] for step in plan for n in range(0, len(step), 2))
+    judged = with_mismatched(rows_of("judged", 5), 0)
+    assert [len(step) for step in plan_steps(judged, epochs=1, seed=0, rows=2)] == [4, 4, 2]
+    assert [[n for n in step if n % 2] for step in plan_steps(judged, epochs=1, seed=0, tokens=25)]
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    pairs=st.lists(
+        st.tuples(
+            st.integers(0, 2),
+            st.integers(1, 9),
+            st.lists(st.integers(0, 2), min_size=1, max_size=9),
+            st.lists(st.integers(0, 2), min_size=1, max_size=9),
+        ),
+        max_size=8,
+    ),
+    limit=st.integers(1, 60),
+)
+def test_packs_never_part_a_pair_and_keep_to_their_limit(pairs, limit):
+    rows = []
+    for number, (kind, size, one, other) in enumerate(pairs):
+        for side, answer in (("chosen", one), ("rejected", other)):
+            ids = [*([kind + 5] * size), *answer]
+            rows.append(Sequence(ids, list(range(size, len(ids))), f"row:{number}", len(ids), side))
+    packs = pack_all(rows, limit)
+    assert sorted(row.where for pack in packs for row in pack.sequences) == sorted(row.where for row in rows)
+    for pack in packs:
+        assert [row.side for row in pack.sequences] == ["chosen", "rejected"] * (len(pack.sequences) // 2)
+        assert all(a.where == b.where for a, b in zip(pack.sequences[::2], pack.sequences[1::2], strict=True))
+        assert len(pack.ids) <= limit or len(pack.sequences) == 2
+
+
+def test_measures_are_means_over_what_has_them():
+    measured = [{"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([])}, {"a": torch.tensor([6.0]), "b": torch.tensor([4.0])}]
+    assert averaged(measured) == {"a": 3.0, "b": 4.0}
+    assert averaged([]) == {}
+
+
+def test_settings_that_say_nothing_are_refused():
+    for bad in (
+        {"name": "dpo", "beta": 0},
+        {"name": "dpo", "label_smoothing": 0.5},
+        {"name": "kto", "desirable": -1},
+        {"name": "dpo", "margin": 1},
+    ):
+        with pytest.raises((RecipeError, ValueError)):
+            Objective.pick(bad)

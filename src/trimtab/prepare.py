@@ -21,8 +21,8 @@ from trimtab.reference import check_start, refer
 
 Rows = list[Row]
 
-PACK_TOKENS = 1024
-"""Computed at a time where nothing is kept for a backward pass."""
+PACK_TOKENS = 4096
+"""Computed at a time where nothing is kept for a backward pass, so that long prompts are shared, too."""
 
 
 def continued(recipe: Recipe) -> tuple[Recipe, dict[str, Any] | None]:

@@ -132,6 +132,7 @@ def _key(row: Row) -> str:
 @torch.no_grad()
 def _logprobs(base: Base, rows: Sequence[Row], pack_tokens: int) -> list[float]:
     found: dict[int, float] = {}
+    rows = [replace(row, side=None) for row in rows]  # here, a mismatched answer can share its prompt with the row's own
     for pack in pack_all(rows, pack_tokens):
         for row, value in zip(pack.sequences, pack_logprobs(base.model, pack.to(base.device)).tolist(), strict=True):
             if not math.isfinite(value):

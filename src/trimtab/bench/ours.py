@@ -17,6 +17,7 @@ from trimtab.deploy import load_adapter
 from trimtab.engine import check_packing
 from trimtab.files import read_json
 from trimtab.objectives import Objective
+from trimtab.prepare import PACK_TOKENS
 from trimtab.reference import refer
 from trimtab.train import TrainConfig, planned_memory, train
 
@@ -32,7 +33,7 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
     started = time.perf_counter()
     memory = planned_memory(base, config, rows)
     if objective.compares:
-        rows = refer(base, adapter, "base", rows, memory.pack_tokens).rows
+        rows = refer(base, adapter, "base", rows, PACK_TOKENS).rows
     whole = units(rows)
     steps = [
         pack_all([rows[n] for unit in whole[at : at + each] for n in unit], memory.pack_tokens)

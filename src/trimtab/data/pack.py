@@ -75,7 +75,8 @@ def _pack(sequences: tuple[Sequence, ...], share: bool) -> Pack:
 def pack_all(sequences: Iterable[Sequence], tokens: int) -> list[Pack]:
     """Sequences as packs of at most `tokens` computed tokens (a longer one gets a pack of its own). Deterministic.
 
-    The two answers of a pair are never parted, and mismatched answers have packs of their own, the first ones. Sequences that
+    The two answers of a pair are never parted, and mismatched answers have packs of their own, the first ones, of up to
+    `FORWARD` times the tokens, because they have no backward pass. Sequences that
     begin alike stay together, as many as fit; those runs are packed first-fit decreasing, which takes at most 11/9 of the
     fewest possible packs, plus one (Johnson 1973). If that makes a few packs, they are filled again up to less, as long as
     they are no more: memory is that of the largest.
@@ -83,7 +84,7 @@ def pack_all(sequences: Iterable[Sequence], tokens: int) -> list[Pack]:
     sequences = list(sequences)
     apart = [one for one in sequences if one.side == "mismatched"]
     if apart and len(apart) < len(sequences):
-        return [*pack_all(apart, tokens), *pack_all((one for one in sequences if one.side != "mismatched"), tokens)]
+        return [*pack_all(apart, FORWARD * tokens), *pack_all((one for one in sequences if one.side != "mismatched"), tokens)]
     bins = _filled(sequences, tokens)
     least = sum(one.tokens for one in bins) // max(1, len(bins))
     if 1 < len(bins) <= FEW and least < tokens:
@@ -92,6 +93,8 @@ def pack_all(sequences: Iterable[Sequence], tokens: int) -> list[Pack]:
     return [pack_tree(sequences[n] for n in sorted(one.numbers)) for one in bins]
 
 
+FORWARD = 4
+"""How many times as many tokens can be computed at a time where nothing is kept for a backward pass."""
 FEW = 16
 """Packs that are filled again."""
 

@@ -53,20 +53,21 @@ def tokenized_once(sources: tuple[str, ...], settings: dict[str, Any], base: Tok
 
 def _key(sources: tuple[str, ...], settings: dict[str, Any], base: Tokenizing) -> str | None:
     """A hash of all that decides the tokens; None if it isn't all known, or not worth the keeping."""
-    files: list[tuple[str, str]] = []
-    size = 0
+    paths: list[Path] = []
     for source in sources:
         path = expanded(source)
         inside = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else []
-        if not inside or base.tokenizing_hash is None:
+        if not inside:
             return None
-        size += sum(file.stat().st_size for file in inside)
-        try:
-            files += [(str(file), sha256_file(file)) for file in inside]
-        except OSError:
-            return None  # and whoever reads it says so
-    parts = {"code": _code(), "tokenizing": base.tokenizing_hash, "sources": sources, "files": files, "settings": settings}
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest() if size >= LEAST else None
+        paths += inside
+    try:
+        if sum(path.stat().st_size for path in paths) < LEAST or (tokenizing := base.tokenizing_hash) is None:
+            return None
+        files = [(str(path), sha256_file(path)) for path in paths]
+    except OSError:
+        return None  # and whoever reads it says so
+    parts = {"code": _code(), "tokenizing": tokenizing, "sources": sources, "files": files, "settings": settings}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 @cache

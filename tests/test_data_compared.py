@@ -125,7 +125,8 @@ def test_a_label_that_says_neither_is_refused(tmp_path, value):
 
 
 def test_each_kind_says_what_it_wants_of_the_others_rows(tmp_path):
-    assert "compares two answers" in read(tmp_path, {"prompt": "a", "chosen": "b", "rejected": "c"}, "answers")
+    for row in (PAIRS["texts after a prompt"], PAIRS["ShareGPT"], PAIRS["whole conversations"]):
+        assert "compares two answers" in read(tmp_path, row, "answers")
     assert "column 'chosen' is missing" in read(tmp_path, {"prompt": "a", "completion": "b"}, "pairs")
     assert "column 'label' is missing" in read(tmp_path, {"prompt": "a", "completion": "b"}, "judged")
     assert read(tmp_path, {"messages": [USER, said("a")], "label": "happy"}, "answers").messages  # a column that nothing reads

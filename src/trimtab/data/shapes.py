@@ -32,6 +32,9 @@ class Shape(NamedTuple):
         return {*self.required, *self.optional}
 
 
+COMPARED = {"chosen", "rejected"}
+FOR_ANOTHER = "compares two answers, which this objective does not learn from: dpo does, for one"
+
 ROLES = ("system", "user", "assistant", "tool")
 SHAREGPT_ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant", "bing": "assistant",
@@ -57,7 +60,8 @@ def read_examples(
             shape, renamed = _shape_of(values, columns, ANSWERS if shapes is None else shapes)
             example = shape.read(renamed, where)
         except Refused as refused:
-            account.refused.append(Refusal(where, str(refused)))
+            pair = COMPARED.issubset(values) and not any(COMPARED.issubset(shape.required) for shape in shapes or ANSWERS)
+            account.refused.append(Refusal(where, FOR_ANOTHER if pair else str(refused)))
             continue
         account.unread.update(values.keys() - {columns.get(column, column) for column in shape.columns})
         yield example
@@ -80,8 +84,6 @@ def _shape_of(row: dict[str, Any], columns: Mapping[Any, str], shapes: Sequence[
         both = " and ".join("/".join(shape.required) for shape in fitting)
         one = fitting[0].required[0]
         raise Refused(f"could be read as {both}: keep the columns of one, or say which (data.columns.{one}={one})")
-    if there.issuperset(("chosen", "rejected")) and not any("chosen" in shape.required for shape in shapes):
-        raise Refused("compares two answers, which this objective does not learn from: dpo does, for one")
     if not allowed:
         raise Refused(f"data.columns names {', '.join(columns)}, which no shape has together")
     raise Refused(_missing(renamed, allowed))

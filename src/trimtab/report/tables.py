@@ -30,19 +30,19 @@ def scores_table(scores: dict[str, dict[str, Any]], source: str) -> Table:
 
 
 def preferences_table(scores: dict[str, dict[str, Any]], source: str) -> Table:
-    """One row a model: the objective's loss, and its measures."""
+    """One column a model: the objective's loss, and its measures."""
     first = next(iter(scores.values()))
     table = Table(
         title=f"{escape(source)}: {first['rows']:,} rows, {first['objective']}", title_justify="left", title_style="bold"
     )
-    measures = [key for key in first if key not in ("objective", "rows", "loss", "loss_interval")]
     table.add_column("")
-    for column in ("loss", *measures):
-        table.add_column(column.replace("_", " "), justify="right")
-    for name, one in scores.items():
-        loss = _with_interval(f"{one['loss']:.4f}", *(f"{end:.4f}" for end in one["loss_interval"]))
-        shown = [f"{one[key]:.1%}" if key == "accuracy" else f"{one[key]:.3g}" for key in measures]
-        table.add_row(name, loss, *shown)
+    for name in scores:
+        table.add_column(name, justify="right")
+    losses = [(f"{one['loss']:.4f}", *(f"{end:.4f}" for end in one["loss_interval"])) for one in scores.values()]
+    table.add_row("loss", *(_with_interval(*loss) for loss in losses))
+    for key in [key for key in first if key not in ("objective", "rows", "loss", "loss_interval")]:
+        shape = "{:.1%}" if key == "accuracy" else "{:.3f}"
+        table.add_row(key.replace("_", " "), *(shape.format(one[key]) for one in scores.values()))
     return table
 
 

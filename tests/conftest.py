@@ -29,3 +29,12 @@ def way(request, monkeypatch):
     elif kernels._library() is None:
         pytest.skip("no C compiler here, so the torch versions are used")
     return request.param
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """What a model this small is computed on fastest, beside other work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

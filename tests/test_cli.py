@@ -30,6 +30,8 @@ from trimtab.recipe import Recipe
 from trimtab.report import Silent
 from trimtab.run import run_recipe
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -75,15 +77,6 @@ def make_model(folder, seed, template=CHATML):
 
 def write_rows(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """What a model this small is computed on fastest, beside other work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -321,6 +321,7 @@ def test_settings_that_say_nothing_are_refused():
     for bad in (
         {"name": "dpo", "beta": 0},
         {"name": "dpo", "label_smoothing": 0.5},
+        {"name": "dpo", "label_smoothing": 0.1, "loss_type": "ipo"},
         {"name": "kto", "desirable": -1},
         {"name": "dpo", "margin": 1},
     ):

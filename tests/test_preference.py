@@ -27,20 +27,14 @@ from trimtab.recipe import Recipe
 from trimtab.reference import refer
 from trimtab.run import run_recipe
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
     """A cache folder of the test's own."""
     monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 PAIRS, JUDGED = rows_of("pairs"), rows_of("judged")

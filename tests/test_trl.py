@@ -25,8 +25,6 @@ from trimtab.objectives import Objective
 from trimtab.reference import refer
 from trimtab.train import TrainConfig, train
 
-pytest.importorskip("trl")
-
 SCRIPT = """
 import json, sys, warnings
 warnings.simplefilter("ignore")
@@ -56,10 +54,10 @@ SETTINGS = [
 ]
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("how", SETTINGS, ids=["-".join(map(str, how.values())) for how in SETTINGS])
 def test_ten_steps_are_trls(tmp_path, monkeypatch, how):
     monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "cache"))
-    torch.set_num_threads(1)
     make_model(tmp_path / "tiny", 0)
     base = Base.load_folder(tmp_path / "tiny", torch.float32, torch.device("cpu"))
     fresh = attach(base.model, LoRA(rank=4, alpha=8.0))

@@ -15,7 +15,7 @@ from trimtab.deploy import adapter_folder, read_method
 from trimtab.errors import ArtifactError, DataError, RecipeError, listing
 from trimtab.evaluate import score_loss
 from trimtab.methods import Attached, room
-from trimtab.objectives import Objective
+from trimtab.objectives import Comparing, Objective
 from trimtab.recipe import Recipe
 from trimtab.reference import check_start, refer
 
@@ -69,14 +69,14 @@ def prepared(
         WrongReference: What training starts from is not the reference, where it should be.
     """
     objective = objective.settled(rows[0])
-    if objective.compares and getattr(adapter.method, "dropout", False):
+    if isinstance(objective, Comparing) and getattr(adapter.method, "dropout", False):
         raise RecipeError(
             f"method.dropout: {objective.name} compares with a reference, and dropout would make noise of the difference. Set it to 0."
         )
     train, held_out = ((with_mismatched(some, seed, max_length) if some and objective.pools else some) for some in rows)
-    if not objective.compares:
+    if not isinstance(objective, Comparing):
         return objective, (train, held_out), None
-    referred = refer(base, adapter, getattr(objective, "reference"), [*train, *held_out], PACK_TOKENS)  # noqa: B009
+    referred = refer(base, adapter, objective.reference, [*train, *held_out], PACK_TOKENS)
     train, held_out = referred.rows[: len(train)], referred.rows[len(train) :]
     facts = referred.facts
     if facts["kind"] == "start" or (facts["kind"] == "base" and not adapter.trained and adapter.method.starts_as_base):

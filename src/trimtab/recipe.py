@@ -12,7 +12,7 @@ from trimtab.config import Config
 from trimtab.data import DataConfig
 from trimtab.methods import Method
 from trimtab.methods.lora import LoRA
-from trimtab.objectives import Objective
+from trimtab.objectives import Comparing, Objective
 from trimtab.objectives.sft import SFT
 from trimtab.train import TrainConfig
 
@@ -57,9 +57,8 @@ class Recipe(Config):
         news: dict[str, Any] = {"model": model, "data": data, "output": self.output.absolute()}
         if self.start is not None:
             news["start"] = _absolute(self.start)
-        reference = getattr(self.objective, "reference", "")
-        if reference not in ("", "auto", "base", "start"):
-            news["objective"] = self.objective.model_copy(update={"reference": _absolute(reference)})
+        if isinstance(self.objective, Comparing) and self.objective.reference not in ("auto", "base", "start"):
+            news["objective"] = self.objective.model_copy(update={"reference": _absolute(self.objective.reference)})
         return self.model_copy(update=news)
 
 

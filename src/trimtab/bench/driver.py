@@ -78,10 +78,9 @@ def compare(asked: Asked, say: Callable[[str, dict[str, Any]], None]) -> list[di
     method = LoRA(rank=asked.rank, alpha=2.0 * asked.rank, targets=asked.targets)
     with tempfile.TemporaryDirectory() as folder:
         spec = {**_prepare(asked, base, rows, method, Path(folder)), "objective": objective.plain()}
-        learned = [row for row in rows if row.side != "mismatched"]
         steps = [rows[at : at + asked.rows_per_step] for at in range(0, len(rows), asked.rows_per_step)]
         work = least_work(base.model, steps, method) if asked.objective == "sft" else None
-        tokens = sum(row.shown for row in learned)
+        tokens = sum(row.shown for row in rows if row.side != "mismatched")
         done: dict[str, list[dict[str, Any]]] = {OURS: [], **{name: [] for name in asked.against}}
         for number in range(asked.pairs):
             for name, results in done.items():
@@ -112,7 +111,9 @@ def summary(name: str, results: list[dict[str, Any]], ours: list[dict[str, Any]]
         "tokens_per_s": statistics.median(one["tokens_per_s"] for one in results),
         "rows_per_min": statistics.median(one["rows_per_min"] for one in results),
         "peak_rss_gb": statistics.median(one["peak_gb"] for one in results),
-        "gemm_floor_fraction": statistics.median(floors) if (floors := _known(results, "gemm_floor_fraction")) else None,
+        "gemm_floor_fraction": None
+        if results[0]["gemm_floor_fraction"] is None
+        else statistics.median(one["gemm_floor_fraction"] for one in results),
         "losses": results[0]["losses"],
         "trimtab_is_faster": statistics.median(pairs),
         "pairs": pairs,
@@ -120,10 +121,6 @@ def summary(name: str, results: list[dict[str, Any]], ours: list[dict[str, Any]]
         "loss_distance": max(distances) if distances else None,
         "runs": [{key: value for key, value in one.items() if key != "losses"} for one in results],
     }
-
-
-def _known(results: list[dict[str, Any]], key: str) -> list[Any]:
-    return [one[key] for one in results if one[key] is not None]
 
 
 def _rows(asked: Asked, base: Base, objective: Objective) -> list[Row]:

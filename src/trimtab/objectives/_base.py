@@ -24,7 +24,7 @@ class Objective(Choice):
     default: ClassVar[str] = "sft"
     learns_from: ClassVar[Kind] = "answers"
     compares: ClassVar[bool] = False
-    """With a reference model, whose Σ log p each sequence brings along; then it has a field `reference`, and dropout is refused."""
+    """With a reference model, whose Σ log p each sequence brings along: see `Comparing`. Dropout is refused then."""
     pools: ClassVar[bool] = False
     """A number that is estimated on mismatched answers of the whole optimizer step, before any of its losses."""
     relative_rate: ClassVar[float] = 1.0

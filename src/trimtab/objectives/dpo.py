@@ -1,16 +1,17 @@
 """Direct preference optimization: make chosen answers likelier than rejected ones, measured by a reference model."""
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
+from trimtab.objectives._comparing import Comparing
 from trimtab.objectives._pairs import Answers, Pairwise
 
 
-class DPO(Pairwise):
+class DPO(Comparing, Pairwise):
     """Of two answers, make the chosen one likelier than the rejected one, by more than a reference model does.
 
     With Δ(y) = log π(y) / π_reference(y) and m = β (Δ(chosen) − Δ(rejected)), over pairs:
@@ -24,7 +25,6 @@ class DPO(Pairwise):
     plus sft · −log π(chosen)/tokens.
     """
 
-    compares: ClassVar[bool] = True
     relative_rate: ClassVar[float] = 0.1
 
     beta: Annotated[float, Field(gt=0)] = 0.1
@@ -35,9 +35,12 @@ class DPO(Pairwise):
     """The share ε of pairs that are thought to be the wrong way round; of sigmoid alone."""
     sft: Annotated[float, Field(ge=0)] = 0.0
     """How much the chosen answers are learned beside that, as in supervised fine-tuning."""
-    reference: str = "auto"
-    """What to compare with: base (adapters off), start (what training starts from), an adapter or run folder, or a model; auto is
-    base for a fresh adapter, and start for one that is trained on."""
+
+    @model_validator(mode="after")
+    def _smoothing_of_sigmoid(self) -> Self:
+        if self.label_smoothing and self.loss_type != "sigmoid":
+            raise ValueError(f"label_smoothing does nothing for {self.loss_type}: it is of sigmoid alone. Leave it out.")
+        return self
 
     def pair_losses(self, chosen: Answers, rejected: Answers) -> Tensor:
         margin = self.reward(chosen) - self.reward(rejected)

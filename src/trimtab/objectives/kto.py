@@ -10,12 +10,12 @@ from torch import Tensor
 from trimtab.data import Kind, Pack
 from trimtab.data.example import Sequence as Row
 from trimtab.errors import DataError
-from trimtab.objectives._base import Objective
+from trimtab.objectives._comparing import Comparing
 
 Weight = Literal["auto"] | Annotated[float, Field(gt=0)]
 
 
-class KTO(Objective):
+class KTO(Comparing):
     """Make good answers likelier and bad ones less likely, measured by a reference model.
 
     With r(y) = log π(y) / π_reference(y), over answers (Ethayarajh et al. 2024, arXiv:2402.01306, eq. 8):
@@ -25,7 +25,6 @@ class KTO(Objective):
     """
 
     learns_from: ClassVar[Kind] = "judged"
-    compares: ClassVar[bool] = True
     pools: ClassVar[bool] = True
     relative_rate: ClassVar[float] = 0.1
 
@@ -35,9 +34,6 @@ class KTO(Objective):
     """Weight of good answers; auto makes those of all good and of all bad answers together the same, and none smaller than 1."""
     undesirable: Weight = "auto"
     """Weight of bad answers."""
-    reference: str = "auto"
-    """What to compare with: base (adapters off), start (what training starts from), an adapter or run folder, or a model; auto is
-    base for a fresh adapter, and start for one that is trained on."""
 
     def settled(self, rows: Sequence[Row]) -> Self:
         good, bad = (sum(row.side == side for row in rows) for side in ("good", "bad"))

@@ -16,6 +16,7 @@ from trimtab.data import pack_all, pack_flat, plan_steps, units
 from trimtab.data.example import Sequence
 from trimtab.data.mismatched import derangement, with_mismatched
 from trimtab.errors import DataError, RecipeError
+from trimtab.evaluate import score_loss
 from trimtab.methods import attach
 from trimtab.methods.lora import LoRA
 from trimtab.objectives import Objective, averaged, learned_and_pooled
@@ -154,6 +155,7 @@ def test_a_step_is_the_formulas_whatever_its_packs(how):
     pooled = max(0.0, sum(ratios) / len(ratios)) if ratios else 0.0
     assert pooled > 0.1 or not objective.pools
     expected = by_hand(how, [[(values[id(r)], r.reference, len(r.learned), r.side) for r in unit] for unit in learned], pooled)
+    assert score_loss(base, rows, 24, objective).loss == pytest.approx(expected, rel=1e-6)  # and so is what is held out
     for step, _ in results:
         assert step.loss == pytest.approx(expected, rel=1e-6)
         assert step.items == len(learned)

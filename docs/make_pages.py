@@ -2,7 +2,8 @@
 
 docs/recipe.md comes from the recipe's own declarations, the tree in README.md from the files' first lines, the tables in
 docs/methods.md from the methods and from docs/methods.json, which benchmarks/methods.py measures, and those in
-docs/performance.md from docs/measured, which `trimtab bench`, benchmarks/ablation.py and benchmarks/scaling.py fill.
+docs/performance.md from docs/measured, which `trimtab bench`, benchmarks/ablation.py and benchmarks/scaling.py fill; those in
+docs/preference.md from there, too, and from docs/preference.json, which benchmarks/preference.py measures.
 """
 
 import ast
@@ -23,6 +24,7 @@ ROOT = Path(__file__).parents[1]
 PAGE, README = ROOT / "docs" / "recipe.md", ROOT / "README.md"
 METHODS, MEASURED = ROOT / "docs" / "methods.md", ROOT / "docs" / "methods.json"
 PERFORMANCE, RESULTS = ROOT / "docs" / "performance.md", ROOT / "docs" / "measured"
+PREFERENCE, COMPARED = ROOT / "docs" / "preference.md", ROOT / "docs" / "preference.json"
 FLOORS = (
     ("words and pages", ("cli.py", "commands.py", "__main__.py", "__init__.py")),
     ("a run, top to bottom; and against others", ("recipe.py", "prepare.py", "reference.py", "run.py", "api.py", "bench")),
@@ -193,6 +195,69 @@ def scaling_table(what: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def preference() -> str:
+    """docs/preference.md with its tables as they are now."""
+    text = PREFERENCE.read_text(encoding="utf-8")
+    measured = json.loads(COMPARED.read_text(encoding="utf-8"))
+    for name, table in (
+        ("bench", preference_bench_table()),
+        ("families", families_table(measured["measured"])),
+        ("rates", rates_table(measured["rates"])),
+    ):
+        text = _filled(text, name, table)
+    return text
+
+
+def preference_bench_table() -> str:
+    """What `trimtab bench --objective … --output docs/measured/…` measured: medians."""
+    lines = ["| | rows a minute | peak memory | Trimtab is | in memory | losses apart |", "|---|--:|--:|--:|--:|--:|"]
+    for objective in ("dpo", "kto"):
+        for one in json.loads((RESULTS / objective / "results.json").read_text(encoding="utf-8")):
+            start = f"| {objective.upper()}: {one['trainer']} | {one['rows_per_min']:.1f} | {one['peak_rss_gb']:.2f} GB | "
+            pairs = ", ".join(f"{pair:.2f}" for pair in one["pairs"])
+            other = (
+                f"{one['trimtab_is_faster']:.2f}x ({pairs}) | {one['trimtab_memory']:.3f} | {one['loss_distance'] or 0:.0e} |"
+            )
+            lines.append(start + ("| | |" if one["trainer"] == "trimtab" else other))
+    return "\n".join(lines) + "\n"
+
+
+def families_table(measured: dict[str, Any]) -> str:
+    """What benchmarks/preference.py measured: after each stage, by method; its seeds side by side."""
+    lines = [
+        "| method | after | right line preferred | right line written | divergence | loss on prose |",
+        "|---|---|--:|--:|--:|--:|",
+    ]
+    for method, seeds in measured.items():
+        for stage in ("sft", "dpo", "kto"):
+            ran = [one[stage] for _, one in sorted(seeds.items()) if "error" not in one]
+            cells = [
+                " / ".join(shape.format(one[key]) if key in one else "–" for one in ran)
+                for key, shape in (
+                    ("accuracy", "{:.0%}"), ("exact_match", "{:.0%}"), ("divergence", "{:.3f}"), ("prose_loss", "{:.3f}")
+                )
+            ]  # fmt: skip
+            lines.append(f"| `{method}` | {stage.upper()} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def rates_table(rates: dict[str, Any]) -> str:
+    """What each share of the learning rate for SFT gave: lines written right, pairs told apart, loss on prose."""
+    lines = [
+        "| objective | method | share of SFT's learning rate: right line written, preferred; loss on prose |",
+        "|---|---|---|",
+    ]
+    for objective, methods_ in sorted(rates.items()):
+        for method, tried in methods_.items():
+            shown = " · ".join(
+                f"{share}: {one['exact_match']:.0%}, {one['accuracy']:.0%}; {one['prose_loss']:.2f}"
+                for share, one in tried.items()
+                if share != "sft"
+            )
+            lines.append(f"| `{objective}` | `{method}` | {shown} |")
+    return "\n".join(lines) + "\n"
+
+
 def _measured(kind: str) -> dict[str, Any]:
     return json.loads(MEASURED.read_text(encoding="utf-8")).get(kind, {}) if MEASURED.exists() else {}
 
@@ -261,3 +326,4 @@ if __name__ == "__main__":
     README.write_text(readme(), encoding="utf-8")
     METHODS.write_text(methods(), encoding="utf-8")
     PERFORMANCE.write_text(performance(), encoding="utf-8")
+    PREFERENCE.write_text(preference(), encoding="utf-8")

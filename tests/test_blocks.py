@@ -116,7 +116,10 @@ def test_every_choice_of_targets(method, wide, monkeypatch):
     model = tiny("qwen2", torch.float64)
     adapter = attach(model, method)
     perturb(adapter.parameters())
-    pack = pack_tree(rows()) if wide else pack_flat(rows()[4:5])
+    chosen = rows()
+    if getattr(method, "dropout", 0.0):  # where every token predicts, both draw the same masks in the last layer, too
+        chosen = [Sequence(row.ids, list(range(1, len(row.ids))), row.where) for row in chosen]
+    pack = pack_tree(chosen) if wide else pack_flat(chosen[4:5])
     assert (len(pack.ids) > 48) == wide
     assert_equal(*both(model, adapter, pack, train=True))
 
@@ -267,3 +270,44 @@ def test_what_is_not_known_is_left_to_its_own_code(monkeypatch):
         pack_logprobs(model, pack_flat(rows()))
     assert set(calls.values()) == {0}
     assert FAMILIES.keys() - set(KNOWN) == {"cohere", "gpt2"}
+
+
+def rows_of_linears(monkeypatch):
+    """Of each layer, how many tokens enter attention and how many the MLP."""
+    seen = []
+    linears = ops.linears
+    monkeypatch.setattr(ops, "linears", lambda x, *rest: seen.append(len(x)) or linears(x, *rest))
+    return seen
+
+
+@pytest.mark.parametrize("name", ["lora", "bottleneck", "prefix"])
+@pytest.mark.parametrize("family", ["llama", "phi3", "gemma3"])
+def test_the_last_layer_ends_with_the_tokens_that_predict(family, name, monkeypatch):
+    """Nobody attends to what the others become, so after its attention they are left out."""
+    model = tiny(family, torch.float64)
+    adapter = attach(model, method_of(name), sample=Sample(rows=SAMPLE))
+    perturb(adapter.parameters(), 0.1)
+    pack = pack_tree(rows())
+    predicting, tokens = len(pack.target_at.unique()), len(pack.ids)
+    assert predicting < 0.8 * tokens
+    seen = rows_of_linears(monkeypatch)
+    ours, reference = both(model, adapter, pack)
+    assert_equal(ours, reference)
+    assert [n for n in seen if n in (tokens, predicting)] == [tokens, tokens, tokens, predicting]
+    seen.clear()
+    pack_logprobs(model, pack, recompute=True).sum().backward()
+    assert seen.count(predicting) == 2
+    seen.clear()
+    handle = model.model.layers[-1].self_attn.register_forward_hook(lambda *_: None)
+    assert_equal(both(model, adapter, pack)[0], reference)  # who watches the last layer sees all of it
+    assert predicting not in seen
+    handle.remove()
+
+
+def test_the_wrong_tokens_after_the_last_attention_are_noticed(monkeypatch):
+    model = tiny("llama", torch.float64)
+    adapter = attach(model, LoRA(rank=3))
+    perturb(adapter.parameters())
+    monkeypatch.setattr(blocks, "_rows", lambda wanted, x, out: (x, out) if wanted is None else (x[wanted - 1], out[wanted]))
+    with pytest.raises(AssertionError):
+        assert_equal(*both(model, adapter, pack_tree(rows())))

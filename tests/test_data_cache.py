@@ -96,7 +96,7 @@ def another_library(home, source, on):
 
 
 def another_code(home, source, on):
-    return {"patch": (cache, "_code", lambda: "other")}
+    return {"patch": (cache, "code_hash", lambda *_: "other")}
 
 
 def another_name(home, source, on):

@@ -24,7 +24,7 @@ from trimtab.methods.lora import LoRA
 from trimtab.objectives import Objective
 from trimtab.prepare import prepared
 from trimtab.recipe import Recipe
-from trimtab.reference import refer
+from trimtab.reference import divergence, refer
 from trimtab.run import run_recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -75,6 +75,7 @@ def test_every_method_starts_as_its_reference(name, trained):
     if trained or as_base:
         assert scored.loss == pytest.approx(math.log(2), abs=1e-6)
         assert abs(scored.measures["margin"]) < 1e-5
+        assert scored.measures["accuracy"] == 0.5  # no preference yet, whatever rounding says
         assert facts["start_differs"] < 1e-4
     else:  # a prefix that is no prefix yet: the reference is the base all the same
         assert "start_differs" not in facts
@@ -84,6 +85,7 @@ def test_every_method_starts_as_its_reference(name, trained):
     assert [row.side for row in rows][1::2] == ["mismatched"] * len(JUDGED)
     if trained or as_base:
         assert scored.measures["kl"] == pytest.approx(0.0, abs=1e-4)
+        assert scored.measures["accuracy"] == 0.5
         weights = Objective.pick("kto").settled(JUDGED)
         good = sum(row.side == "good" for row in JUDGED)
         mean = (good * weights.desirable + (len(JUDGED) - good) * weights.undesirable) / len(JUDGED)
@@ -211,6 +213,63 @@ def test_the_reference_can_be_a_saved_adapter(tmp_path):
     assert [row.reference for row in rows] == pytest.approx(expected, abs=1e-4)
     assert logprob(base, PAIRS[0]) == before  # what is trained acts again, alone
     assert all(p.requires_grad for p in adapter.parameters().values())
+
+
+# How far the model is from it
+
+
+def own_divergence(base, other, rows):
+    """KL(p ‖ q) before each learned token, from whole logits in float64, one row at a time."""
+    found = []
+    for row in rows:
+        p, q = (model(torch.tensor([row.ids]), use_cache=False).logits[0].double().log_softmax(-1) for model in (base, other))
+        found += [(p[t - 1].exp() * (p[t - 1] - q[t - 1])).sum() for t in row.learned]
+    return float(torch.stack(found).mean())
+
+
+def switched(model, inside):
+    """A model as it is within a block."""
+
+    def call(*args, **kwargs):
+        with inside():
+            return model(*args, **kwargs)
+
+    return call
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        LoRA(rank=2),
+        LoRA(rank=2, targets=("q_proj", "lm_head")),
+        *map(method_of, ("prefix", "bottleneck", "ia3", "prompt", "full")),
+    ],
+    ids=lambda one: one.name,
+)
+@torch.no_grad()
+def test_the_divergence_is_that_of_whole_distributions(method):
+    base = Base(tiny("llama"))
+    adapter = attach(base.model, method, sample=Sample(rows=random_rows(40, seed=5)))
+    perturb(adapter.parameters(), 0.3)
+    expected = own_divergence(base.model, switched(base.model, adapter.disabled), PAIRS)
+    assert expected > 1e-3
+    for tokens in (16, 200):
+        assert divergence(base, adapter, "base", PAIRS, tokens) == pytest.approx(expected, rel=1e-4)
+    with adapter.disabled():
+        assert divergence(base, adapter, "base", PAIRS, 64) == 0.0
+
+
+@torch.no_grad()
+def test_the_divergence_from_an_adapter_or_another_model(tmp_path):
+    base, saved = base_with("bottleneck", trained=True)
+    save_adapter(base, saved, tmp_path / "saved")
+    saved.detach()
+    adapter = attach(base.model, LoRA(rank=2))
+    perturb(adapter.parameters(), 0.3)
+    twin, _ = base_with("bottleneck", trained=True)
+    expected = own_divergence(base.model, twin.model, PAIRS)
+    assert divergence(base, adapter, str(tmp_path / "saved"), PAIRS, 64) == pytest.approx(expected, rel=1e-4)
+    assert float(own_divergence(base.model, twin.model, PAIRS)) == pytest.approx(expected)  # the adapter acts again, alone
 
 
 # Whole runs
@@ -341,10 +400,22 @@ def test_eval_tells_what_the_runs_objective_makes_of_its_held_out_rows(world, tm
     assert told["loss"] == pytest.approx(best["loss"], abs=1e-5)
     assert told["accuracy"] == best["accuracy"]
     assert told["base"]["loss"] == pytest.approx(last[0]["loss"], abs=1e-5)
+    assert told["divergence"] > 0.01
+    assert told["base"]["divergence"] == 0.0
     assert cli.main(["eval", str(run.folder), "--base"]) == 0
     assert f"6 rows, {name}" in capsys.readouterr().out
-    assert cli.main(["eval", str(run.folder), "--show", "2"]) == 2
-    assert "has no expected ones to show" in capsys.readouterr().err
+    assert cli.main(["eval", str(run.folder), "--base", "--show", "2", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    sides = {"answer", "question", *(() if name == "kto" else ("chosen", "rejected"))}
+    for one in (told, told["base"]):
+        assert len(one["answers"]) == 2
+        assert all(sides <= answer.keys() for answer in one["answers"])
+        assert all(a[side]["tokens"] > 0 for a in one["answers"] for side in sides & {"chosen", "rejected"})
+        assert {a["answer"]["tokens"] == 0 for a in one["answers"]} == {a["answer"]["text"] == "" for a in one["answers"]}
+    assert cli.main(["eval", str(run.folder), "--base", "--show", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert "tokens in the mean: " in shown
+    assert "Is " in shown
     # Rows of answers are scored as for any other adapter.
     assert cli.main(["eval", str(run.folder), "--data", str(world / "sft.jsonl"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["exact_match"] is not None

@@ -3,6 +3,7 @@
 import argparse
 import json
 import shlex
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,19 +79,26 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate_preferences(arguments: argparse.Namespace, target: "Target", examples: list[Any], source: str) -> None:
+    from trimtab.evaluate import answer_preferences
     from trimtab.prepare import score_preferences
-    from trimtab.report.tables import preferences_table
+    from trimtab.report import Answering
+    from trimtab.report.tables import beside_table, preferences_table
 
     assert target.adapter is not None, "a run has an adapter"
-    if arguments.show:
-        raise RecipeError(
-            f"--show: {arguments.target} learned which answers are better, and has no expected ones to show beside its own."
-        )
     scores = score_preferences(Path(arguments.target), target.base, target.adapter, examples, with_base=arguments.base)
+    console, shown = _console(), examples[: arguments.show]
+    if shown:
+        with Answering(console, len(shown), quiet=arguments.json) as answering:
+            for name in scores:
+                with target.adapter.disabled() if name == "base" else nullcontext():
+                    scores[name]["answers"] = answer_preferences(target.base, shown, answering.of(name))
     if arguments.json:
         _print_json({"data": source, **scores.pop("adapter"), **scores})
-    else:
-        _console().print(preferences_table(scores, source))
+        return
+    answers = {name: one.pop("answers") for name, one in scores.items() if shown}
+    console.print(preferences_table(scores, source))
+    if answers:
+        console.print(beside_table(answers))
 
 
 def _open(arguments: argparse.Namespace) -> "Target":

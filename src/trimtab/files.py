@@ -6,6 +6,7 @@ sees the old one, the new one, or nothing. What a crash leaves behind starts wit
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -139,6 +140,17 @@ def sha256_file(path: Path) -> str:
     """SHA-256 of a file's bytes, as hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@functools.cache
+def code_hash(*parts: str) -> str:
+    """SHA-256, as hex, of our own code in these files and folders of the package: what is kept on disk was made by it."""
+    house, digest = Path(__file__).parent, hashlib.sha256()
+    for part in parts:
+        inside = [house / part] if (house / part).is_file() else sorted((house / part).rglob("*"))
+        for path in (one for one in inside if one.is_file() and one.suffix != ".pyc"):
+            digest.update(f"{path.relative_to(house)} {sha256_file(path)} ".encode())
+    return digest.hexdigest()
 
 
 def _sync_file(path: Path) -> None:

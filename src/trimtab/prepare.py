@@ -17,7 +17,7 @@ from trimtab.evaluate import score_loss
 from trimtab.methods import Attached, room
 from trimtab.objectives import Comparing, Objective
 from trimtab.recipe import Recipe
-from trimtab.reference import check_start, refer
+from trimtab.reference import check_start, divergence, refer
 
 Rows = list[Row]
 
@@ -97,6 +97,8 @@ def score_preferences(
 ) -> dict[str, dict[str, Any]]:
     """What a run's objective makes of pairs or judged answers: its loss and measures for the adapter, and for the base too.
 
+    With them the exact divergence from the reference (from the base, for an objective that has none), in nats a token.
+
     Raises:
         DataError: Some of the rows can't be measured.
         ArtifactError: The reference that the run was compared with is not what it was.
@@ -107,7 +109,9 @@ def score_preferences(
     rows = make_sequences(examples, base, account, max_length=most)
     if account.refused or not rows:
         raise DataError(f"data: rows that can't be measured:\n{listing([f'{where}: {why}' for where, why in account.refused])}")
+    answers = rows
     rows = with_mismatched(rows, recipe.train.seed, most) if objective.pools else rows
+    kind = "base"
     if (reference := state["reference"]) is not None:
         kind = state["start"]["folder"] if reference["kind"] == "start" else reference["kind"]
         referred = refer(base, adapter, kind, rows, PACK_TOKENS)
@@ -116,11 +120,13 @@ def score_preferences(
                 f"{kind}: is not what it was when {folder} was compared with it, so its rewards would be others."
             )
         rows = referred.rows
-    scores = {}
+    scores, moved = {}, {}
     if with_base:
         with adapter.disabled():
             scores["base"] = score_loss(base, rows, PACK_TOKENS, objective)
+            moved["base"] = divergence(base, adapter, kind, answers, PACK_TOKENS)
     scores["adapter"] = score_loss(base, rows, PACK_TOKENS, objective)
+    moved["adapter"] = divergence(base, adapter, kind, answers, PACK_TOKENS)
     return {
         name: {
             "objective": objective.name,
@@ -128,6 +134,7 @@ def score_preferences(
             "loss": one.loss,
             "loss_interval": list(one.interval),
             **one.measures,
+            "divergence": moved[name],
         }
         for name, one in scores.items()
     }

@@ -1,13 +1,14 @@
-"""What a preference objective compares with: which model it is, and what that makes of every row, computed once."""
+"""What a model is compared with: which model that is, what it makes of every row, computed once, and how far off it is."""
 
+import functools
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,10 +16,10 @@ from trimtab import files
 from trimtab.base import Base, ModelConfig
 from trimtab.data import pack_all
 from trimtab.data.example import Sequence as Row
-from trimtab.deploy import adapter_folder, load_adapter
-from trimtab.engine import pack_logprobs
+from trimtab.deploy import adapter_folder, load_adapter, versions
+from trimtab.engine import pack_divergences, pack_logprobs
 from trimtab.errors import ArtifactError, NonFinite, RecipeError, StorageError, WrongReference
-from trimtab.methods import Attached, activate, adapters
+from trimtab.methods import Attached, activate, active, adapters
 
 KEPT = 64
 """How many references are remembered; the one that was asked for longest ago goes first."""
@@ -49,17 +50,18 @@ def refer(base: Base, adapter: Attached, asked: str, rows: Sequence[Row], pack_t
         NonFinite: The reference gives a row a log-probability that is not a number.
     """
     kind = ("start" if adapter.trained else "base") if asked == "auto" else asked
-    with _acting(base, adapter, kind) as (model, identity):
-        path = files.cache_folder() / "reference" / f"{identity}.json"
+    with _opened(base, adapter, kind) as other:
+        path = files.cache_folder() / "reference" / f"{other.identity}-{_made_by()}.json"
         known = _read(path)
         keys = [_key(row) for row in rows]
         missing = list({key: row for key, row in zip(keys, rows, strict=True) if key not in known}.items())
         if missing:
-            made = _logprobs(model, [row for _, row in missing], pack_tokens)
+            with other.acting():
+                made = _logprobs(other.base, [row for _, row in missing], pack_tokens)
             known |= {key: value for (key, _), value in zip(missing, made, strict=True)}
             with suppress(StorageError, OSError):
                 _write(path, known)
-    facts = {"kind": kind, "identity": identity, "rows": len(set(keys)), "computed": len(missing)}
+    facts = {"kind": kind, "identity": other.identity, "rows": len(set(keys)), "computed": len(missing)}
     return Referred([replace(row, reference=known[key]) for row, key in zip(rows, keys, strict=True)], facts)
 
 
@@ -85,32 +87,59 @@ def check_start(base: Base, rows: Sequence[Row], pack_tokens: int) -> float:
     return off
 
 
+@torch.no_grad()
+def divergence(base: Base, adapter: Attached, kind: str, rows: Sequence[Row], pack_tokens: int) -> float:
+    """How far the model is from the reference: KL(π ‖ π_reference), in nats a token, the mean over the learned tokens of the rows.
+
+    It is exact: of whole distributions over the vocabulary, given what the row says before each token.
+
+    Args:
+        kind: `base`, an adapter or run folder, or a model.
+    """
+    total, tokens = 0.0, 0
+    with _opened(base, adapter, kind) as other:
+        for pack in pack_all(rows, pack_tokens):
+            found = pack_divergences(base.model, other.base.model, other.acting, pack.to(base.device))
+            total += float(found.double().sum())
+            tokens += pack.targets
+    return total / max(1, tokens)
+
+
+class _Other(NamedTuple):
+    """A reference that is ready."""
+
+    base: Base
+    acting: Callable[[], AbstractContextManager[None]]
+    """Within this block the base is the reference; outside, it is what is trained."""
+    identity: str
+    """A hash of all that it computes with."""
+
+
 @contextmanager
-def _acting(base: Base, adapter: Attached, kind: str) -> Iterator[tuple[Base, str]]:
-    """A base that is the reference within the block, and a hash of all that it computes with."""
+def _opened(base: Base, adapter: Attached, kind: str) -> Iterator[_Other]:
+    """The reference, within the block."""
     if kind == "base":
-        with adapter.disabled():
-            yield base, _identity(base, None)
+        yield _Other(base, adapter.disabled, _identity(base, None))
     elif kind == "start":
-        yield base, _identity(base, adapter)
+        yield _Other(base, nullcontext, _identity(base, adapter))
     elif (folder := adapter_folder(kind)) is not None:
         try:
             other = load_adapter(base, folder, name="reference")
         except ArtifactError as error:
             raise RecipeError(f"objective.reference: {error}") from None
+        if adapter.name in adapters(base.model):
+            activate(base.model, adapter.name)
         try:
-            yield base, _identity(base, other)
+            yield _Other(base, lambda: active(base.model, "reference"), _identity(base, other))
         finally:
             other.detach()
-            if adapter.name in adapters(base.model):
-                activate(base.model, adapter.name)
     else:
         model = Base.load(ModelConfig(name=kind))
         if model.fingerprint["tokenizer"] != base.fingerprint["tokenizer"]:
             raise RecipeError(
                 f"objective.reference: {kind} turns texts into other tokens than {base.source}, so their log-probabilities can't be compared."
             )
-        yield model, _identity(model, None)
+        yield _Other(model, nullcontext, _identity(model, None))
 
 
 def _identity(base: Base, adapter: Attached | None) -> str:
@@ -122,6 +151,13 @@ def _identity(base: Base, adapter: Attached | None) -> str:
             (name, hashlib.sha256(t.reshape(-1).view(torch.uint8).numpy().data).hexdigest()) for name, t in tensors
         ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+@functools.cache
+def _made_by() -> str:
+    """A hash of the code that computes."""
+    code = files.code_hash("engine", "methods", "attention.py")
+    return hashlib.sha256(json.dumps([code, versions()], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _key(row: Row) -> str:

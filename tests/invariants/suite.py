@@ -6,7 +6,8 @@ Each is a function of a `Case` that returns nothing or raises AssertionError; `s
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from torch import Tensor, nn
 
 from trimtab.base import Base
 from trimtab.base.fingerprint import own_weights, weights_hash
-from trimtab.data import Pack, Segment, lay_out, pack_all, pack_flat, pack_tree
+from trimtab.data import Pack, Segment, lay_out, pack_all, pack_flat, pack_tree, units
 from trimtab.data.example import Sequence
+from trimtab.data.mismatched import with_mismatched
 from trimtab.deploy import load_adapter, merge, save_adapter
 from trimtab.engine import generate, pack_logprobs
 from trimtab.engine.forward import hidden_states
@@ -27,6 +29,7 @@ from trimtab.engine.layouts import Cache, DecodeLayout, PackLayout, PrefillLayou
 from trimtab.errors import ArtifactError, NotMergeable, RecipeError, TrimtabError
 from trimtab.methods import Attached, Method, Routing, Sample, active, adapters, attach, combine, routed
 from trimtab.methods._attach import switch_of
+from trimtab.objectives import Objective, learned_and_pooled
 from trimtab.objectives.sft import SFT
 from trimtab.train import TrainConfig, train
 
@@ -46,6 +49,21 @@ FORKED = [
     ))
 ] + ROWS[:2]  # fmt: skip
 """Five rows that begin alike, two of them further, one the beginning of another, two the same; and two others."""
+_PROMPTS = random_rows(3, 5, 2, 5, 4, 6, 3, 2, seed=8)
+_BETTER, _OTHERS = random_rows(4, 6, 3, 9, 5, 2, 7, 4, seed=9), random_rows(5, 2, 6, 4, 3, 7, 3, 6, seed=10)
+
+
+def _compared(number: int, side: Any, reference: float) -> Sequence:
+    answer = _BETTER[number] if side in ("chosen", "good") else _BETTER[number][:2] + _OTHERS[number]
+    ids = _PROMPTS[number] + answer
+    return Sequence(ids, list(range(len(_PROMPTS[number]), len(ids))), f"row:{number}", len(ids), side, reference)
+
+
+PAIRS = [_compared(n, side, -4.0 * n - 9) for n in range(8) for side in ("chosen", "rejected")]
+"""Eight rows of two answers that begin alike."""
+JUDGED = with_mismatched([_compared(n, "good" if n % 3 else "bad", -4.0 * n - 12) for n in range(8)], seed=0)
+JUDGED = [Sequence(r.ids, r.learned, r.where, r.shown, r.side, r.reference or -6.0 * len(r.learned)) for r in JUDGED]
+"""Eight good or bad answers, each followed by one to another prompt."""
 FLAT = TrainConfig(schedule="constant", warmup=0.0, clip=None)
 
 INVARIANTS: dict[str, Callable[["Case"], None]] = {}
@@ -67,6 +85,51 @@ class Case:
     method: Method
     family: str
     folder: Path
+    objective: Objective = field(default_factory=SFT)
+
+    @property
+    def rows(self) -> list[Sequence]:
+        """Eight rows to learn from by the objective."""
+        return {"answers": ROWS, "pairs": PAIRS, "judged": JUDGED}[self.objective.learns_from]
+
+    def first(self, count: int) -> list[Sequence]:
+        """The sequences of the first rows."""
+        return [self.rows[n] for unit in units(self.rows)[:count] for n in unit]
+
+    def gradients(
+        self,
+        model: nn.Module,
+        adapter: Attached,
+        rows: list[Sequence],
+        cut: list[int],
+        pack: Callable[[list[Sequence]], Pack] = pack_flat,
+    ) -> dict[str, Tensor]:
+        """Of the loss over all rows, cut into packs of these numbers of rows."""
+        for parameter in adapter.parameters().values():
+            parameter.grad = None
+        packs, pooled = learned_and_pooled(model, self.objective, self.packed(rows, cut, pack))
+        items = sum(map(self.objective.items, packs))
+        for one in packs:
+            (self.objective.loss(pack_logprobs(model, one), one, pooled) / items).backward()
+        return {name: p.grad.clone() for name, p in adapter.parameters().items() if p.grad is not None}
+
+    def loss(self, model: nn.Module, rows: list[Sequence]) -> Callable[[], float]:
+        """The loss as a function of what the adapter is, at the divergence that it has now, which counts as constant."""
+        packs, pooled = learned_and_pooled(model, self.objective, self.packed(rows, [len(units(rows))]))
+        items = sum(map(self.objective.items, packs))
+        return lambda: sum(float(self.objective.loss(pack_logprobs(model, one), one, pooled)) for one in packs) / items
+
+    def packed(self, rows: list[Sequence], cut: list[int], pack: Callable[[list[Sequence]], Pack] = pack_flat) -> list[Pack]:
+        """Packs of these numbers of rows each; mismatched answers have packs of their own."""
+        numbers, packs = iter(units(rows)), []
+        for size in cut:
+            several = [rows[n] for unit in islice(numbers, size) for n in unit]
+            apart = [row for row in several if row.side == "mismatched"]
+            packs += [pack(some) for some in (apart, [row for row in several if row.side != "mismatched"]) if some]
+        return packs
+
+    def learn(self, base: Base, adapter: Attached, steps: int, rate: float = 1e-2) -> list[float]:
+        return [step.loss for step in train(base, adapter, self.objective, [pack_all(self.rows, 64)] * steps, FLAT, rate)]
 
     def fresh(self, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
         return tiny(self.family, dtype, seed)
@@ -121,26 +184,6 @@ def distance(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max() / b.abs().max().clamp_min(1e-30))
 
 
-def gradients(
-    model: nn.Module,
-    adapter: Attached,
-    rows: list[Sequence],
-    cut: list[int],
-    pack: Callable[[list[Sequence]], Pack] = pack_flat,
-) -> dict[str, Tensor]:
-    """Of the loss over all rows, cut into packs of these sizes."""
-    for parameter in adapter.parameters().values():
-        parameter.grad = None
-    ends = torch.tensor(cut).cumsum(0).tolist()
-    for end, size in zip(ends, cut, strict=True):
-        (-pack_logprobs(model, pack(rows[end - size : end])).sum() / sum(len(row.learned) for row in rows)).backward()
-    return {name: p.grad.clone() for name, p in adapter.parameters().items() if p.grad is not None}
-
-
-def learn(base: Base, adapter: Attached, steps: int, rate: float = 1e-2) -> list[float]:
-    return [step.loss for step in train(base, adapter, SFT(), [pack_all(ROWS, 64)] * steps, FLAT, rate)]
-
-
 # Attaching and detaching
 
 
@@ -170,7 +213,7 @@ def I03_the_base_never_changes(case: Case) -> None:
     base, adapter = case.based()
     weights = own_weights(case.fresh())
     before = weights_hash(weights)
-    learn(base, adapter, 2)
+    case.learn(base, adapter, 2)
     save_adapter(base, adapter, case.folder / "saved")
     generate(base.model, [[5, 6, 7]], [], max_new_tokens=3)
     if case.method.mergeable:
@@ -216,7 +259,7 @@ def I06_what_trains_is_the_adapter_and_nothing_else(case: Case) -> None:
     base, adapter = case.based()
     own = {id(p) for p in adapter.parameters().values()}
     assert {id(p) for p in base.model.parameters() if p.requires_grad} == own
-    gradients(base.model, adapter, ROWS, [len(ROWS)])
+    case.gradients(base.model, adapter, case.rows, [8])
     assert {id(p) for p in base.model.parameters() if p.grad is not None} == own
 
 
@@ -224,7 +267,7 @@ def I06_what_trains_is_the_adapter_and_nothing_else(case: Case) -> None:
 def I07_every_tensor_moves_by_the_third_step(case: Case) -> None:
     base, adapter = case.based(moved=False)
     before = adapter.state()
-    learn(base, adapter, 3)
+    case.learn(base, adapter, 3)
     still = [name for name, tensor in adapter.state().items() if torch.equal(tensor, before[name])]
     assert still == []
 
@@ -240,9 +283,9 @@ def I08_gradients_are_the_slopes_of_the_loss(case: Case) -> None:
     base, adapter = case.based(torch.float64)
     # Norms and rotations are computed in float32 even in a float64 model, but for GPT-2.
     size, bound = (1e-5, 1e-6) if case.family == "gpt2" else (2e-3, 2e-2)
-    found = gradients(base.model, adapter, ROWS[:4], [4])
+    rows = case.first(4)
+    found, loss = case.gradients(base.model, adapter, rows, [4]), case.loss(base.model, rows)
     generator = torch.Generator().manual_seed(1)
-    items = sum(len(row.learned) for row in ROWS[:4])
     for name, parameter in adapter.parameters().items():
         direction = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
         direction = (found[name] / found[name].norm().clamp_min(1e-12) + 0.3 * direction / direction.norm()).detach()
@@ -250,7 +293,7 @@ def I08_gradients_are_the_slopes_of_the_loss(case: Case) -> None:
         for sign in (1, -1):
             with torch.no_grad():
                 parameter.add_(sign * size * direction)
-                values.append(-float(pack_logprobs(base.model, pack_flat(ROWS[:4])).sum()) / items)
+                values.append(loss())
                 parameter.sub_(sign * size * direction)
         slope, expected = (values[0] - values[1]) / (2 * size), float((found[name] * direction).sum())
         assert abs(slope - expected) <= bound * max(abs(expected), 1e-3), f"{name}: slope {slope}, gradient {expected}"
@@ -259,7 +302,7 @@ def I08_gradients_are_the_slopes_of_the_loss(case: Case) -> None:
 @invariant
 def I10_two_evaluations_are_equal(case: Case) -> None:
     if "dropout" in type(case.method).model_fields:
-        case = Case(case.method.model_copy(update={"dropout": 0.5}), case.family, case.folder)
+        case = Case(case.method.model_copy(update={"dropout": 0.5}), case.family, case.folder, case.objective)
     adapter = case.attached()
     assert torch.equal(logits(adapter.model), logits(adapter.model))
     adapter.train()
@@ -336,15 +379,18 @@ def I21_cached_decoding_is_the_forward_pass(case: Case) -> None:
 def I22_packed_is_alone_and_no_row_reaches_another(case: Case) -> None:
     base, _ = case.based(torch.float64)
     bound = 1e-10 if case.family == "gpt2" else 1e-5
+    rows = case.rows
     with torch.no_grad():
-        packed = pack_logprobs(base.model, pack_flat(ROWS))
-        alone = torch.cat([pack_logprobs(base.model, pack_flat([row])) for row in ROWS])
+        packed = pack_logprobs(base.model, pack_flat(rows))
+        alone = torch.cat([pack_logprobs(base.model, pack_flat([row])) for row in rows])
+        tree = pack_logprobs(base.model, pack_tree(rows))
         changed = [
-            Sequence([*row.ids[:1], 4, *row.ids[2:]], row.learned, row.where) if n == 1 else row for n, row in enumerate(ROWS)
+            Sequence([*row.ids[:1], 4, *row.ids[2:]], row.learned, row.where) if n == 1 else row for n, row in enumerate(rows)
         ]
         other = pack_logprobs(base.model, pack_flat(changed))
     assert distance(packed, alone) <= bound
-    same = [n for n in range(len(ROWS)) if n != 1]
+    assert distance(tree, alone) <= bound
+    same = [n for n in range(len(rows)) if n != 1]
     assert torch.equal(other[same], packed[same]), "a token of one row changed another row's loss"
     assert other[1] != packed[1]
 
@@ -352,26 +398,27 @@ def I22_packed_is_alone_and_no_row_reaches_another(case: Case) -> None:
 @invariant
 def I23_the_cut_into_packs_does_not_change_gradients(case: Case) -> None:
     base, adapter = case.based(torch.float64)
-    whole = gradients(base.model, adapter, ROWS, [8])
+    whole = case.gradients(base.model, adapter, case.rows, [8])
     bound = 1e-9 if case.family == "gpt2" else 1e-4
     for cut in ([4, 4], [1] * 8, [5, 1, 2]):
-        for name, gradient in gradients(base.model, adapter, ROWS, cut).items():
+        for name, gradient in case.gradients(base.model, adapter, case.rows, cut).items():
             assert distance(gradient, whole[name]) <= bound, f"{name}, cut {cut}"
-    flat = gradients(base.model, adapter, FORKED, [7])
-    for name, gradient in gradients(base.model, adapter, FORKED, [7], pack_tree).items():
+    forked = FORKED if case.rows is ROWS else case.rows
+    flat = case.gradients(base.model, adapter, forked, [len(units(forked))])
+    for name, gradient in case.gradients(base.model, adapter, forked, [len(units(forked))], pack_tree).items():
         assert distance(gradient, flat[name]) <= bound, f"{name}, what rows begin with computed once"
 
 
 @invariant
 def I24_activation_recomputation_changes_nothing(case: Case) -> None:
     base, adapter = case.based()
-    plain = gradients(base.model, adapter, ROWS, [8])
+    plain = case.gradients(base.model, adapter, case.rows, [8])
     recompute = getattr(base.model, "activation_checkpointing_enable", base.model.gradient_checkpointing_enable)
     recompute({"use_reentrant": False})
     for module in base.model.modules():
         if hasattr(module, "gradient_checkpointing"):
             module.training = True  # Transformers recomputes in training mode alone; the dropout inside stays off
-    again = gradients(base.model, adapter, ROWS, [8])
+    again = case.gradients(base.model, adapter, case.rows, [8])
     assert again.keys() == plain.keys()
     assert all(torch.equal(again[name], plain[name]) for name in plain)
 
@@ -398,7 +445,7 @@ def I25_attention_implementations_agree(case: Case) -> None:
 def I26_masters_are_float32_on_a_base_of_fewer_bits(case: Case) -> None:
     base, adapter = case.based(torch.bfloat16)
     assert {p.dtype for p in adapter.parameters().values()} == {torch.float32}
-    found = gradients(base.model, adapter, ROWS[:3], [3])
+    found = case.gradients(base.model, adapter, case.first(3), [3])
     assert all(bool(g.isfinite().all()) for g in found.values())
     assert bool(logits(base.model).isfinite().all())
 
@@ -409,9 +456,9 @@ def I29_works_on_peculiar_models_or_refuses(case: Case) -> None:
     if case.family != "llama":
         skip("does not depend on the family: run once")
     for family in ("llama-tied", "mistral", "phi3", "gemma2"):
-        other = Case(case.method, family, case.folder)
+        other = Case(case.method, family, case.folder, case.objective)
         base, adapter = other.based()
-        _all_learn(base.model, adapter)
+        _all_learn(case, base.model, adapter)
     experts = _experts()
     refusals: list[TrimtabError] = []
     try:
@@ -422,11 +469,11 @@ def I29_works_on_peculiar_models_or_refuses(case: Case) -> None:
         assert "experts" in str(refusals[0])
         return
     perturb(adapter.parameters(), 0.1)
-    _all_learn(experts, adapter)
+    _all_learn(case, experts, adapter)
 
 
-def _all_learn(model: nn.Module, adapter: Attached) -> None:
-    found = gradients(model, adapter, ROWS, [8])
+def _all_learn(case: Case, model: nn.Module, adapter: Attached) -> None:
+    found = case.gradients(model, adapter, case.rows, [8])
     assert found.keys() == adapter.parameters().keys()
     assert all(bool(gradient.abs().sum() > 0) for gradient in found.values())
 
@@ -491,7 +538,7 @@ def I32_the_same_seed_gives_the_same_bytes(case: Case) -> None:
     folders = []
     for name in ("one", "two"):
         base, adapter = case.based(moved=False)
-        learn(base, adapter, 2)
+        case.learn(base, adapter, 2)
         save_adapter(base, adapter, case.folder / name)
         folders.append(_bytes(case.folder / name))
     assert folders[0] == folders[1] != {}
@@ -507,7 +554,7 @@ def I19_adapters_leave_each_other_alone(case: Case) -> None:
     with active(base.model, "a"):
         before = logits(base.model)
     state = first.state()
-    learn(base, second, 1)
+    case.learn(base, second, 1)
     second.detach()
     assert all(torch.equal(t, state[n]) for n, t in first.state().items())
     assert list(adapters(base.model)) == ["a"]
@@ -587,13 +634,15 @@ ELSEWHERE = {
     "I11": "one process for all: test_invariants.py, test_a_fresh_process_reads_what_was_saved",
     "I27": "no run can be continued yet (issue 6)",
     "I28": "no run can be continued yet (issue 6)",
-    "I30": "there are no preference objectives yet (issue 5)",
+    "I30": "where DPO and KTO start: tests/test_preference.py",
     "I31": "export to PEFT's format: tests/test_peft*.py; other targets do not exist yet",
     "I35": "one run a method: test_invariants.py, test_it_learns_rows_by_heart",
 }
 """Invariants that are not a function of one case, or whose subject does not exist yet."""
+LEARNING = ("I03", "I06", "I07", "I08", "I22", "I23", "I24", "I26", "I29", "I32")
+"""Those in which something is learned, or packed to be: they hold for every objective."""
 CASES = [(name, family) for name in Method.names() for family in FAMILIES]
 
 
-def case_of(name: str, family: str, folder: Path) -> Case:
-    return Case(method_of(name), family, folder)
+def case_of(name: str, family: str, folder: Path, objective: str = "sft") -> Case:
+    return Case(method_of(name), family, folder, Objective.pick(objective).settled(JUDGED))

@@ -18,6 +18,9 @@ from trimtab.methods import Attached, Routing, _combine
 from trimtab.methods._attach import adapters
 from trimtab.methods._lowrank import LowRankLayer
 from trimtab.methods.lora import LoRA, LoRALayer
+from trimtab.objectives import learned_and_pooled
+from trimtab.objectives.dpo import DPO
+from trimtab.objectives.kto import KTO
 
 NOTICED = (AssertionError, TrimtabError, pytest.fail.Exception, RuntimeError)
 
@@ -83,8 +86,8 @@ NO_PREFIX = (layouts.PrefillLayout, "before", lambda self, *_: [[] for _ in self
 def _with_parents(parent):
     """Packs in which a segment has other ancestors than it should."""
 
-    def made(self, segments):
-        _laid(self, tuple(segment._replace(parent=parent(n)) for n, segment in enumerate(segments)))
+    def made(self, segments, *rest):
+        _laid(self, tuple(segment._replace(parent=parent(n)) for n, segment in enumerate(segments)), *rest)
 
     return made
 
@@ -94,7 +97,12 @@ def _seeing_later_keys(*given):
     return out + out.mean(dim=0)
 
 
-_laid = layouts.PackLayout.__init__
+def _pooled_over_one_pack(model, objective, packs):
+    learned, _ = learned_and_pooled(model, objective, packs)
+    return learned, learned_and_pooled(model, objective, packs[:1])[1]
+
+
+_laid, _kto_losses = layouts.PackLayout.__init__, KTO.losses
 
 BROKEN = {
     "I01": ("lora", (LoRALayer, "low_rank", lambda self: (self.A, self.B + 1e-3))),
@@ -121,6 +129,12 @@ BROKEN = {
     "I22": ("lora", (layouts.PackLayout, "__init__", _with_parents(lambda number: number - 1))),
     "I23": ("lora", (suite, "pack_logprobs", lambda model, pack: _logprobs(model, pack) / len(pack.sequences))),
     "I23 in a tree": ("lora", (layouts.PackLayout, "__init__", _with_parents(lambda number: -1))),
+    "I23 in kto": ("lora", (suite, "learned_and_pooled", _pooled_over_one_pack)),
+    "I23 in dpo": ("lora", (DPO, "counts", lambda self, pack: [len(pack.sequences) % 3 + 1])),
+    "I08 in kto": (
+        "lora",
+        (KTO, "losses", lambda self, *given: _kto_losses(self, given[0].detach() * 0.5 + given[0] * 0.5, *given[1:])),
+    ),
     "I24": ("lora", (LoRALayer, "low_rank", _unlike)),
     "I25": ("lora", (blocks, "attend", _seeing_later_keys)),
     "I26": ("lora", (torch, "promote_types", lambda one, other: one)),
@@ -140,16 +154,17 @@ def _base_with_a_trainable_norm(self, model):
 def test_it_notices(control, tmp_path, monkeypatch):
     name, (method, (owner, attribute, broken)) = control[:3], BROKEN[control]
     check = next(one for known, one in INVARIANTS.items() if known.startswith(name))
+    objective = control[-3:] if control[-3:] in ("dpo", "kto") else "sft"
     whole = tmp_path / "whole"
     whole.mkdir()
-    check(case_of(method, "llama", whole))  # the baseline: unbroken, it holds
+    check(case_of(method, "llama", whole, objective))  # the baseline: unbroken, it holds
     monkeypatch.setattr(owner, attribute, broken)
     if attribute == "__init__" and owner is Base:
         monkeypatch.setattr(Attached, "__init__", _attached_without_freezing(Attached.__init__))
     hurt = tmp_path / "hurt"
     hurt.mkdir()
     with pytest.raises(NOTICED):
-        check(case_of(method, "llama", hurt))
+        check(case_of(method, "llama", hurt, objective))
 
 
 def _attached_without_freezing(init):
@@ -178,6 +193,7 @@ def test_a_round_trip_that_loses_something_is_noticed(tmp_path):
 
 def test_a_rate_of_nothing_learns_nothing(tmp_path):
     """I35's control."""
-    base, adapter = case_of("lora", "llama", tmp_path).based()
-    losses = suite.learn(base, adapter, 3, rate=0.0)
+    case = case_of("lora", "llama", tmp_path)
+    base, adapter = case.based()
+    losses = case.learn(base, adapter, 3, rate=0.0)
     assert losses[0] == losses[-1] > 0.05

@@ -10,7 +10,7 @@ import torch
 from families import method_of
 from safetensors.torch import load_file
 
-from invariants.suite import CASES, ELSEWHERE, INVARIANTS, ROWS, SAMPLE, Case, case_of, learn, logits
+from invariants.suite import CASES, ELSEWHERE, INVARIANTS, LEARNING, ROWS, SAMPLE, case_of, logits
 from trimtab.base import Base
 from trimtab.deploy import save_adapter
 from trimtab.engine import generate
@@ -23,6 +23,14 @@ REFERENCES = Path(__file__).parents[1]
 @pytest.mark.parametrize(("method", "family"), CASES, ids=lambda one: one)
 def test_it_holds(name, method, family, tmp_path):
     INVARIANTS[name](case_of(method, family, tmp_path))
+
+
+@pytest.mark.parametrize("name", [name for name in INVARIANTS if name[:3] in LEARNING])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
+@pytest.mark.parametrize("method", Method.names())
+def test_it_holds_where_answers_are_compared(name, family, objective, method, tmp_path):
+    INVARIANTS[name](case_of(method, family, tmp_path, objective))
 
 
 def test_the_catalogue_is_complete():
@@ -116,11 +124,12 @@ def test_it_learns_rows_by_heart(name, tmp_path):
     """I35: loss below 0.05 on eight rows, and the greedy answer is the row, its stop token included."""
     if name in TOO_SMALL:
         pytest.skip(TOO_SMALL[name])
-    base = Base(Case(method_of(name), "llama", tmp_path).fresh())
+    case = case_of(name, "llama", tmp_path)
+    base = Base(case.fresh())
     with torch.no_grad():
         base.model.lm_head.weight *= 5  # so that a normed hidden state can say "surely"
     adapter = attach(base.model, method_of(name), sample=SAMPLE)
-    losses = learn(base, adapter, STEPS.get(name, 200), RATES.get(name, 3e-2))
+    losses = case.learn(base, adapter, STEPS.get(name, 200), RATES.get(name, 3e-2))
     assert losses[0] > 2
     assert losses[-1] < 0.05
     prompts = [row.ids[: row.learned[0]] for row in ROWS]

@@ -6,7 +6,6 @@ import os
 from array import array
 from collections.abc import Callable
 from contextlib import suppress
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from trimtab.data.draft import Tokenizing
 from trimtab.data.example import Account, Refusal, Sequence
 from trimtab.data.labels import shared
 from trimtab.errors import StorageError
-from trimtab.files import cache_folder, expanded, sha256_file, write_bytes
+from trimtab.files import cache_folder, code_hash, expanded, sha256_file, write_bytes
 
 Made = tuple[list[Sequence], Account]
 
@@ -66,16 +65,14 @@ def _key(sources: tuple[str, ...], settings: dict[str, Any], base: Tokenizing) -
         files = [(str(path), sha256_file(path)) for path in paths]
     except OSError:
         return None  # and whoever reads it says so
-    parts = {"code": _code(), "tokenizing": tokenizing, "sources": sources, "files": files, "settings": settings}
+    parts = {
+        "code": code_hash("data", "base"),
+        "tokenizing": tokenizing,
+        "sources": sources,
+        "files": files,
+        "settings": settings,
+    }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-@cache
-def _code() -> str:
-    """A hash of our own code that reads and tokenizes."""
-    house = Path(__file__).parents[1]
-    code = sorted([*house.glob("data/*.py"), *house.glob("base/*.py")])
-    return hashlib.sha256(b"".join(path.read_bytes() for path in code)).hexdigest()
 
 
 def _as_bytes(made: Made) -> bytes:

@@ -1,7 +1,7 @@
 """A model's answer to a pack: the log-probability of each of its sequences; and the proof that packing changes nothing."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from trimtab.methods import Routing, look_through, routed, switch_of
 
 
 def hidden_states(model: Any, ids: Tensor, positions: Tensor, layout: Layout) -> Tensor:
-    """The last hidden states of tokens laid out as `layout` says: T d."""
+    """The last hidden states of tokens laid out as `layout` says: T d, or those of the wanted ones, M d, if it has `narrowed`."""
     heed(model)
     if type(layout) is PackLayout:
         fuse(model)
@@ -53,11 +53,43 @@ def pack_logprobs(
         switches = [switch_of(model, owner) for owner in owners]
         lengths = [end - start for start, end, _ in pack.segments]
         routing = Routing([one for one, length in zip(switches, lengths, strict=True) for _ in range(length)])
-    with routed(routing), recomputed(recompute), below.of(pack) if below is not None else nullcontext():
-        hidden = hidden_states(model, pack.ids, pack.positions, PackLayout(pack.segments))
     at, row = pack.target_at.unique(return_inverse=True)
+    with routed(routing), recomputed(recompute), below.of(pack) if below is not None else nullcontext():
+        hidden = _states_at(at, model, pack, routing)
     with routed(routing.select(at.tolist()) if routing else None):
-        return sequence_logprobs(hidden[at], row, head_of(model), pack.target_token, pack.target_sequence, len(pack.sequences))
+        return sequence_logprobs(hidden, row, head_of(model), pack.target_token, pack.target_sequence, len(pack.sequences))
+
+
+@torch.no_grad()
+def pack_divergences(model: Any, other: Any, as_other: Callable[[], AbstractContextManager[None]], pack: Pack) -> Tensor:
+    """KL(p ‖ q) of whole distributions over the vocabulary, p in the model and q in the other, before each of the pack's targets: N.
+
+    Args:
+        other: May be the same model,
+        as_other: within whose blocks it is the other.
+    """
+    at, row = pack.target_at.unique(return_inverse=True)
+    hidden, head = _states_at(at, model, pack), head_of(model)
+    with as_other():
+        other_hidden, other_head = _states_at(at, other, pack), head_of(other)
+    vocabulary, parts = min(len(head.weight), len(other_head.weight)), []  # one's may be padded
+    for p_part, q_part in zip(hidden.split(DIVERGENCE_ROWS), other_hidden.split(DIVERGENCE_ROWS), strict=True):
+        p = head.logits(p_part)[:, :vocabulary].log_softmax(dim=1)
+        with as_other():
+            q = other_head.logits(q_part)[:, :vocabulary].log_softmax(dim=1)
+        parts.append(torch.where(p == float("-inf"), 0.0, p.exp() * (p - q)).sum(dim=1))
+    return torch.cat(parts)[row]
+
+
+DIVERGENCE_ROWS = 64
+"""Tokens whose logits are held at a time, in two models."""
+
+
+def _states_at(at: Tensor, model: Any, pack: Pack, routing: Routing | None = None) -> Tensor:
+    """The last hidden states of M of the pack's tokens: M d."""
+    layout = PackLayout(pack.segments, at if routing is None else None)
+    hidden = hidden_states(model, pack.ids, pack.positions, layout)
+    return hidden if layout.narrowed else hidden[at]
 
 
 @torch.no_grad()

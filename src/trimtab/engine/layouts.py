@@ -21,8 +21,15 @@ class PackLayout:
 
     continues = False
 
-    def __init__(self, segments: tuple[Segment, ...]) -> None:
+    def __init__(self, segments: tuple[Segment, ...], wanted: Tensor | None = None) -> None:
+        """
+        Args:
+            wanted: M of the T tokens, whose last hidden states somebody needs; all of them unless given.
+        """
         self.segments = segments
+        self.wanted = wanted
+        self.narrowed = False
+        """The last layer has gone on with those alone, after its attention."""
         self.reached = False
         """A layer has attended by this layout."""
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from trimtab.base import Base
-from trimtab.data import Account, Conversation, make_sequences, pack_all, prompt_of
+from trimtab.data import Account, Conversation, Judged, Preference, make_sequences, pack_all, prompt_of
 from trimtab.data.example import Sequence as Row
 from trimtab.engine import generate, pack_logprobs
 from trimtab.errors import DataError, NonFinite, listing
@@ -49,6 +49,8 @@ class Answered:
     question: str
     expected: str
     answer: str
+    tokens: int
+    """Of the answer."""
     stopped: bool
     """It ended by itself rather than at the limit."""
 
@@ -82,13 +84,15 @@ def score_loss(base: Base, rows: Sequence[Row], pack_tokens: int = 1024, objecti
     return Loss(sum(sums) / sum(counts), _bootstrap(sums, counts), tokens, len(sums), averaged(measured))
 
 
-def score_answers(base: Base, examples: Sequence[Conversation], on_done: Callable[[int], None] | None = None) -> list[Answered]:
+def score_answers(
+    base: Base, examples: Sequence[Conversation], on_done: Callable[[int], None] | None = None, others: Sequence[str] = ()
+) -> list[Answered]:
     """The model's own answers (greedy) to the last turn of each conversation.
 
-    An answer is cut a little beyond the length of the longest expected one: by then it is wrong.
+    An answer is cut a little beyond the length of the longest expected one, or of `others` if that is longer: by then it is wrong.
     """
     asked = [prompt_of(example, base) for example in examples]
-    longest = max((len(e.ids) for e in base.encode([expected for _, expected in asked])), default=0)
+    longest = max((len(e.ids) for e in base.encode([*(expected for _, expected in asked), *others])), default=0)
     limit = longest + longest // 4 + 8
     answers: list[list[int]] = []
     for start in range(0, len(asked), 32):
@@ -97,8 +101,31 @@ def score_answers(base: Base, examples: Sequence[Conversation], on_done: Callabl
         if on_done:
             on_done(len(part))
     return [
-        Answered(_question(example), expected, base.decode(answer), stopped=len(answer) < limit)
+        Answered(_question(example), expected, base.decode(answer), len(answer), stopped=len(answer) < limit)
         for example, (_, expected), answer in zip(examples, asked, answers, strict=True)
+    ]
+
+
+def answer_preferences(
+    base: Base, examples: Sequence[Preference | Judged], on_done: Callable[[int], None] | None = None
+) -> list[dict[str, Any]]:
+    """The model's own answer to each prompt, beside the row's answers, and how many tokens each has; as JSON data."""
+    rows: list[dict[str, Conversation]] = [
+        {"chosen": e.chosen, "rejected": e.rejected}
+        if isinstance(e, Preference)
+        else {"good" if e.good else "bad": e.conversation}
+        for e in examples
+    ]
+    texts = [{side: one.messages[-1]["content"] for side, one in row.items()} for row in rows]
+    own = score_answers(base, [next(iter(row.values())) for row in rows], on_done, [t for row in texts for t in row.values()])
+    lengths = iter([len(encoded.ids) for encoded in base.encode([text for row in texts for text in row.values()])])
+    return [
+        {
+            "question": answered.question,
+            **{side: {"text": text, "tokens": next(lengths)} for side, text in row.items()},
+            "answer": {"text": answered.answer, "tokens": answered.tokens, "stopped": answered.stopped},
+        }
+        for answered, row in zip(own, texts, strict=True)
     ]
 
 

@@ -11,6 +11,15 @@ from trimtab.data import Kind, Pack
 from trimtab.data.example import Sequence as Row
 
 
+EVEN = 1e-3
+"""Rewards that are no further apart are the same, but for rounding: a model has no preference where it is its own reference."""
+
+
+def right(margin: Tensor) -> Tensor:
+    """1 where a margin is on the right side, 0 where it is on the wrong one, a half where there is none."""
+    return (margin > EVEN).to(margin.dtype) + 0.5 * (margin.abs() <= EVEN)
+
+
 class Objective(Choice):
     """A pure function from sequence log-probabilities to a loss. One concrete subclass per file in this folder.
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from trimtab.data import Kind, Pack
-from trimtab.objectives._base import Objective
+from trimtab.objectives._base import Objective, right
 
 
 class Answers(NamedTuple):
@@ -57,7 +57,7 @@ class Pairwise(Objective):
         chosen, rejected = sides(logprobs, pack)
         margin = self.reward(chosen) - self.reward(rejected)
         return {
-            "accuracy": (margin > 0).to(margin.dtype),
+            "accuracy": right(margin),
             "margin": margin,
             "chosen_reward": self.reward(chosen),
             "rejected_reward": self.reward(rejected),

@@ -10,6 +10,7 @@ from torch import Tensor
 from trimtab.data import Kind, Pack
 from trimtab.data.example import Sequence as Row
 from trimtab.errors import DataError
+from trimtab.objectives._base import right
 from trimtab.objectives._comparing import Comparing
 
 Weight = Literal["auto"] | Annotated[float, Field(gt=0)]
@@ -54,13 +55,12 @@ class KTO(Comparing):
     def measures(self, logprobs: Tensor, pack: Pack, pooled: float = 0.0) -> dict[str, Tensor]:
         sign, _ = self._of_sides(pack, logprobs)
         reward = self.beta * _ratio(logprobs, pack)
-        right = (sign * (reward - self.beta * pooled) > 0).to(reward.dtype)
         sides = {
             f"{name}_{what}": value[sign == s]
             for s, name in ((1, "good"), (-1, "bad"))
             for what, value in (("reward", reward), ("logp", logprobs))
         }
-        return {"accuracy": right, "kl": torch.full_like(reward, pooled), **sides}
+        return {"accuracy": right(sign * (reward - self.beta * pooled)), "kl": torch.full_like(reward, pooled), **sides}
 
     def pool(self, differences: Tensor) -> float:
         return max(0.0, float(differences.double().mean()))

@@ -62,6 +62,23 @@ def answers_table(answers: dict[str, list[dict[str, Any]]]) -> Table:
     return table
 
 
+def beside_table(answers: dict[str, list[dict[str, Any]]]) -> Table:
+    """Prompts, the rows' answers, and what each model said; how long those are in the mean."""
+    columns: dict[str, list[dict[str, Any] | None]] = {
+        side: [row.get(side) for row in next(iter(answers.values()))] for side in ("chosen", "rejected", "good", "bad")
+    }
+    columns |= {name: [row["answer"] for row in rows] for name, rows in answers.items()}
+    columns = {name: cells for name, cells in columns.items() if any(cells)}
+    lengths = {name: [cell["tokens"] for cell in cells if cell] for name, cells in columns.items()}
+    means = ", ".join(f"{name} {sum(several) / len(several):.1f}" for name, several in lengths.items())
+    table = Table(title=f"tokens in the mean: {means}", title_justify="left", title_style="", show_lines=True)
+    for name in ("prompt", *columns):
+        table.add_column(name, overflow="fold")
+    for row, cells in zip(next(iter(answers.values())), zip(*columns.values(), strict=True), strict=True):
+        table.add_row(escape(_short(row["question"])), *(escape(_short(cell["text"], 100)) if cell else "–" for cell in cells))
+    return table
+
+
 def _short(text: str, most: int = 200) -> str:
     text = text.strip()
     return text if len(text) <= most else f"{text[:most]}…"

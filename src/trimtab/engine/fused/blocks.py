@@ -41,23 +41,26 @@ def _family(module: nn.Module, part: str) -> str | None:
     return kind.__name__.removesuffix(part) if known else None
 
 
-def layer_by_hand(layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
-    """1 T d -> 1 T d."""
+def layer_by_hand(layer: Any, hidden: Tensor, kwargs: dict[str, Any], wanted: Tensor | None = None) -> Tensor:
+    """1 T d -> 1 T d; or 1 M d, of the tokens that are wanted: in the last layer, nobody attends to what the others become."""
     scale = getattr(layer, "residual_multiplier", 1.0)  # Granite
     between, inner, end = None, layer.post_attention_layernorm, None
     if _family(layer, "DecoderLayer") in SANDWICH:
         between, inner, end = inner, layer.pre_feedforward_layernorm, layer.post_feedforward_layernorm
-    x = _attention(hidden[0], layer.input_layernorm, layer.self_attn, between, scale, kwargs)
+    x = _attention(hidden[0], layer.input_layernorm, layer.self_attn, between, scale, kwargs, wanted)
     return _mlp(x, inner, layer.mlp, end, scale)[None]
 
 
-def _attention(x: Tensor, before: nn.Module, module: nn.Module, after: nn.Module | None, scale: float, kwargs: Any) -> Tensor:
-    """x + scale · after(attention(before(x))): T d."""
+def _attention(
+    x: Tensor, before: nn.Module, module: nn.Module, after: nn.Module | None, scale: float, kwargs: Any, wanted: Tensor | None
+) -> Tensor:
+    """x + scale · after(attention(before(x))): T d, or M d of those that are wanted."""
     attention: Any = _acting(module)
     virtual: Sequence[Virtual] = kwargs.get("virtual", ())
     cos, sin = (t[0].contiguous() for t in kwargs["position_embeddings"])
     if not _is_plain(attention, cos, virtual):
-        return _added(x, module(hidden_states=_normed(x, before)[None], **kwargs)[0][0], after, scale)
+        out = module(hidden_states=_normed(x, before)[None], **kwargs)[0][0]
+        return _added(*_rows(wanted, x, out), after, scale)
     kwargs["layout"].reached = True
     heads, size = attention.config.num_attention_heads, attention.head_dim
     groups = attention.config.num_key_value_heads
@@ -72,7 +75,11 @@ def _attention(x: Tensor, before: nn.Module, module: nn.Module, after: nn.Module
     sight = Sight(kwargs["layout"].segments, first[0].shape[2] if first else 0, getattr(holder, "sliding_window", None))
     sizes = Sizes(groups, heads // groups, size)
     out = attend(q, k, v, cos, sin, sight, sizes, attention.scaling, (first[0][0], first[1][0]) if first else None)
-    return _through(x, out, attention.o_proj, after, scale)
+    return _through(*_rows(wanted, x, out), attention.o_proj, after, scale)
+
+
+def _rows(wanted: Tensor | None, x: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    return (x, out) if wanted is None else (x.index_select(0, wanted), out.index_select(0, wanted))
 
 
 def _is_plain(attention: Any, cos: Tensor, virtual: Sequence[Virtual]) -> bool:

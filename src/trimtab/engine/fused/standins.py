@@ -66,6 +66,7 @@ def layers_of(model: nn.Module) -> list[Any]:
 
 def fuse(model: nn.Module) -> None:
     """Put stand-ins before the layers' own forward passes, which act where a pass has a PackLayout. `unheed` undoes it."""
+    last = True
     for module in _inside(model):
         own = module.__dict__.get("forward")
         if own is None and isinstance(getattr(type(module), "gradient_checkpointing", None), bool):
@@ -73,7 +74,7 @@ def fuse(model: nn.Module) -> None:
         elif own is None and is_known(module, "MLP"):
             module.forward = MLPStandIn(module)
         if type(own) is StandIn:
-            own.watched = any(map(_watched, _inside(module)))
+            own.watched, own.last, last = any(map(_watched, _inside(module))), last, False
 
 
 class StandIn:
@@ -84,10 +85,13 @@ class StandIn:
     def __init__(self, layer: Any) -> None:
         self.layer = layer
         self.watched = False
+        """Somebody's hooks are in it, or a forward pass of their own."""
+        self.last = False
+        """No layer is above it."""
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        layer = self.layer
-        if type(kwargs.get("layout")) is not PackLayout:
+        layer, layout = self.layer, kwargs.get("layout")
+        if type(layout) is not PackLayout:
             return type(layer).forward(layer, hidden_states, *args, **kwargs)
         if (one := _passing.get()) is not None:
             hidden_states, over = one.enter(hidden_states)
@@ -96,7 +100,9 @@ class StandIn:
         plain = not args and hidden_states.shape[0] == 1 and hidden_states.is_cpu and _by_hand.get()
         plain = plain and is_known(layer, "DecoderLayer") and hidden_states.dtype in (torch.float32, torch.float64)
         if plain and not self.watched:
-            run = partial(layer_by_hand, layer, kwargs=kwargs)
+            wanted = layout.wanted if self.last else None
+            layout.narrowed = wanted is not None
+            run = partial(layer_by_hand, layer, kwargs=kwargs, wanted=wanted)
             if layer.gradient_checkpointing and layer.training and torch.is_grad_enabled():  # as Transformers' own class does
                 return layer._gradient_checkpointing_func(run, hidden_states)
         else:
@@ -120,7 +126,7 @@ class MLPStandIn:
 
 
 def _inside(module: nn.Module) -> Iterator[nn.Module]:
-    """The module and all those in it, in a tenth of the time of `modules`, which names them."""
+    """The module and all those in it, the last first, in a tenth of the time of `modules`, which names them."""
     todo: list[nn.Module | None] = [module]
     while todo:
         if (one := todo.pop()) is not None:

@@ -3,7 +3,7 @@
     python benchmarks/preference.py measure [METHOD ...] --seeds 0 1        # SFT, then DPO and KTO, each from the same SFT
     python benchmarks/preference.py rates [OBJECTIVE ...] --methods lora ia3    # learning rates, as shares of SFT's
 
-The task is the demo's: an order as a line. SFT learns the first 160 orders; the other 320 become pairs of the right line
+The task is the demo's: an order as a line. SFT learns the first 160 orders; the next 160 become pairs of the right line
 and one that is wrong in one place, as a model might get it. Measured on orders with other names, cities and items: how
 often the right line is preferred, how often it is written, how far the model is from its reference; and, for what was
 forgotten, the loss on English prose from the documentation that comes with Python. `--jobs N` runs N at a time, each on
@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "preference.json"
 METHODS = ["lora", "bottleneck", "prefix", "ptuning_v2", "ia3"]
 SHARES = [0.03, 0.1, 0.3, 1.0]
-SFT_ROWS, PROSE_ROWS, PROSE_CHARACTERS = 160, 48, 900
+SFT_ROWS, PAIR_ROWS, PROSE_ROWS, PROSE_CHARACTERS = 160, 160, 48, 900
 DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
 KEEPING = threading.Lock()
 """Held while a result is written."""
@@ -95,7 +95,6 @@ def scored(folder: Path, data: dict[str, str], *, preferred: bool) -> dict[str, 
 
 def one(path: str) -> None:
     """SFT and what follows it, in this process; prints what each stage gave as JSON."""
-    from trimtab.prepare import score_preferences  # noqa: F401 (fails before the work, if at all)
     from trimtab.recipe import Recipe
     from trimtab.run import run_recipe
 
@@ -104,7 +103,7 @@ def one(path: str) -> None:
     train, test = rows_of("train"), rows_of("test")
     data = {
         "sft": write(folder / "sft.jsonl", [{"messages": row} for row in train[:SFT_ROWS]]),
-        "pairs": write(folder / "pairs.jsonl", pairs(train[SFT_ROWS:], seed=1)),
+        "pairs": write(folder / "pairs.jsonl", pairs(train[SFT_ROWS:][:PAIR_ROWS], seed=1)),
         "test": write(folder / "test.jsonl", [{"messages": row} for row in test]),
         "test_pairs": write(folder / "test_pairs.jsonl", pairs(test, seed=2)),
         "prose": write(folder / "prose.jsonl", prose()),

@@ -79,7 +79,8 @@ def scored(folder: Path, data: dict[str, str], *, preferred: bool) -> dict[str, 
     from trimtab.data import Account, load_examples, make_sequences
     from trimtab.deploy import open_target
     from trimtab.evaluate import score, score_loss
-    from trimtab.prepare import score_preferences
+    from trimtab.objectives import Objective
+    from trimtab.reference import divergence, refer
 
     target = open_target(str(folder))
     base, adapter = target.base, target.adapter
@@ -87,9 +88,15 @@ def scored(folder: Path, data: dict[str, str], *, preferred: bool) -> dict[str, 
     answers = score(base, load_examples(data["test"])[0])
     text = make_sequences(load_examples(data["prose"])[0], base, Account(("prose",)), max_length=None)
     found = {"exact_match": answers["exact_match"], "loss": answers["loss"], "prose_loss": score_loss(base, text).loss}
-    if preferred:
-        told = score_preferences(folder, base, adapter, load_examples(data["test_pairs"], kind="pairs")[0])["adapter"]
-        found |= {"accuracy": told["accuracy"], "divergence": told["divergence"], "margin": told.get("margin")}
+    if preferred:  # by pairs, whatever it has learned from
+        start = str(folder.parent / "sft")
+        both = make_sequences(load_examples(data["test_pairs"], kind="pairs")[0], base, Account(("pairs",)), max_length=None)
+        told = score_loss(base, refer(base, adapter, start, both, 4096).rows, 4096, Objective.pick("dpo")).measures
+        found |= {
+            "accuracy": told["accuracy"],
+            "margin": told["margin"],
+            "divergence": divergence(base, adapter, start, both, 4096),
+        }
     return found
 
 

@@ -45,7 +45,7 @@ def trained(length: int, rank: int, steps: int, at_once: int = 1) -> dict[str, A
     rows = [Sequence([draw.randrange(49152) for _ in range(length)], list(range(length // 4, length)), "made up", length)]
     config = TrainConfig()
     memory = planned_memory(base, config, rows)
-    done = list(train(base, adapter, trimtab.SFT(), [[pack_flat(rows * at_once)]] * steps, config, 1e-4, memory.most_kept))
+    done = list(train(base, adapter, trimtab.SFT(), [[pack_flat(rows * at_once)]] * steps, config, 1e-4, memory))
     seconds = sorted(step.seconds for step in done[1:])[0]
     return {"tokens_per_s": length * at_once / seconds, "peak_gb": peak_gb(), "memory": memory.words}
 

@@ -20,6 +20,7 @@ TREE = (
     Segment(300, 301, -1),
     Segment(301, 340, 4),
 )
+FORKED = (Segment(0, 520, -1), Segment(520, 1070, 0), Segment(1070, 1080, 0), Segment(1080, 1095, 1))
 LONG = (Segment(0, 600, -1), Segment(600, 1200, 0))
 CASES = {
     "rows side by side": (FLAT, Sizes(2, 2, 16), 0, None),
@@ -28,6 +29,7 @@ CASES = {
     "virtual tokens": (TREE, Sizes(1, 2, 8), 7, None),
     "a window": (TREE, Sizes(2, 1, 24), 0, 33),
     "virtual tokens and a window": (TREE, Sizes(1, 2, 128), 5, 33),
+    "long segments that part": (FORKED, Sizes(1, 2, 8), 3, None),
     "longer than a tile": (LONG, Sizes(1, 2, 8), 0, None),
     "longer than a tile, with a window": (LONG, Sizes(1, 1, 8), 0, 300),
 }
@@ -97,6 +99,15 @@ def differences(case, dtype=torch.float64):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 5e-6)], ids=["float64", "float32"])
 def test_it_is_a_softmax_over_what_is_seen(way, case, dtype, tolerance):
     assert max(differences(case, dtype)) < tolerance
+
+
+def test_a_long_segment_that_is_cut_wrongly_is_noticed(monkeypatch):
+    right = tree_attention._cut(FORKED)
+    assert [s.end - s.start for s in right] == [260, 260, 275, 275, 10, 15]
+    assert [s.parent for s in right] == [-1, 0, 1, 2, 1, 3]
+    wrong = [s._replace(parent=0) if n == 2 else s for n, s in enumerate(right)]
+    monkeypatch.setattr(tree_attention, "_cut", lambda _: tuple(wrong))
+    assert max(differences(CASES["long segments that part"])) > 1e-3
 
 
 def test_a_gradient_whose_rows_are_not_side_by_side(way):

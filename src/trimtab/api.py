@@ -63,7 +63,7 @@ def fit(
         config, base, adapter.method, objective, sum(len(units(rows[n] for n in step)) for step in plan) / len(plan)
     )
     _ = base.fingerprint  # taken now, to be compared with afterwards
-    yield from train(base, adapter, objective, steps, config, rate, memory.most_kept)
+    yield from train(base, adapter, objective, steps, config, rate, memory)
     base.check_unchanged()
 
 

@@ -180,7 +180,7 @@ def _train(run: Run, recipe: Recipe, base: Base, adapter: Attached, data: Loaded
     if as_it_starts:
         _evaluate(run, base, data, 0, recipe, steps, watch)
     try:
-        for step in train(base, adapter, recipe.objective, steps, recipe.train, run.state["peak_lr"], steps.memory.most_kept):
+        for step in train(base, adapter, recipe.objective, steps, recipe.train, run.state["peak_lr"], steps.memory):
             done.tokens += step.tokens
             done.computed += step.computed
             run.log(kind="train", step=step.number, **_step_line(step))

@@ -31,15 +31,15 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
     check_packing(base.model)  # compiles what has not been yet
     os.environ["TRIMTAB_CACHE"] = spec["scratch"]  # in which no reference is known
     started = time.perf_counter()
-    memory = planned_memory(base, config, rows)
     if objective.compares:
         rows = refer(base, adapter, "base", rows, PACK_TOKENS).rows
+    memory = planned_memory(base, config, rows)
     whole = units(rows)
     steps = [
         pack_all([rows[n] for unit in whole[at : at + each] for n in unit], memory.pack_tokens)
         for at in range(0, len(whole), each)
     ]
-    losses = [step.loss for step in train(base, adapter, objective, steps, config, spec["lr"], memory.most_kept)]
+    losses = [step.loss for step in train(base, adapter, objective, steps, config, spec["lr"], memory)]
     return {"losses": losses, "seconds": time.perf_counter() - started, "peak_gb": peak_gb()}
 
 

@@ -27,6 +27,8 @@ class Memory(NamedTuple):
     """Tokens in a pack, at most."""
     most_kept: float
     """Packs of more tokens keep the inputs of layers alone, and compute the layers again in the backward pass."""
+    kept: float
+    """Bytes that the largest pack keeps for its backward pass."""
     words: str
 
 
@@ -66,7 +68,9 @@ def plan_memory(
     )
     again = "every pack is computed twice" if recompute == "full" else again
     room = f", of {free / 1e9:.1f} GB free" if math.isfinite(free) else ""
-    return Memory(tokens, most_kept, f"{tokens:,} tokens at a time, up to {needs / 1e9:.2f} GB of activations{room}; {again}")
+    return Memory(
+        tokens, most_kept, needs, f"{tokens:,} tokens at a time, up to {needs / 1e9:.2f} GB of activations{room}; {again}"
+    )
 
 
 def bytes_per_token(model: Any) -> float:

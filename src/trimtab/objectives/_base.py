@@ -10,7 +10,6 @@ from trimtab.config import Choice
 from trimtab.data import Kind, Pack
 from trimtab.data.example import Sequence as Row
 
-
 EVEN = 1e-3
 """Rewards that are no further apart are the same, but for rounding: a model has no preference where it is its own reference."""
 

@@ -8,9 +8,9 @@ import math
 import time
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -18,7 +18,7 @@ from torch import nn
 from trimtab.base import Base
 from trimtab.data import Pack, most_together
 from trimtab.data.example import Sequence as Row
-from trimtab.engine import FrozenBelow, Memory, free_memory, pack_logprobs, plan_memory
+from trimtab.engine import FrozenBelow, Kept, Memory, free_memory, pack_logprobs, plan_memory
 from trimtab.errors import DataError, NonFinite
 from trimtab.methods import Attached, Circumstances, Method
 from trimtab.objectives import Objective, averaged, learned_and_pooled
@@ -62,14 +62,14 @@ def train(
     steps: Steps,
     config: TrainConfig,
     peak_lr: float,
-    most_kept: float = math.inf,
+    memory: Memory | None = None,
 ) -> Iterator[Step]:
     """Train the adapter; yield after each optimizer step.
 
     Args:
         steps: The packs of each optimizer step.
         peak_lr: The learning rate after warm-up.
-        most_kept: Packs of more tokens are recomputed in their backward pass.
+        memory: Which packs are recomputed in their backward pass, and what the others keep; none is unless given.
 
     Raises:
         NonFinite: A loss or gradient is not a number; the adapter is as it was before that step.
@@ -77,8 +77,8 @@ def train(
         DataError: A step has nothing to learn.
     """
     parameters = list(adapter.parameters().values())
-    optimizer = torch.optim.AdamW(_by_rate(adapter), lr=peak_lr, weight_decay=config.weight_decay, fused=True)
-    below = FrozenBelow(base.model, free_memory(base.device) / 4) if config.epochs > 1 else None
+    optimizer = _optimizer(adapter, peak_lr, config.weight_decay)
+    passes = _Passes(base, objective, config, memory)
     for number in range(1, len(steps) + 1):
         started = time.perf_counter()
         everything = [pack.to(base.device) for pack in steps[number - 1]]
@@ -88,14 +88,7 @@ def train(
         if items == 0:
             raise DataError(f"step {number}: none of its rows has anything to learn.")
         adapter.train(not objective.compares)
-        total, measured = torch.zeros((), device=base.device, dtype=_sum_type(base.device)), []
-        for part, pack in enumerate(packs):
-            torch.manual_seed(_dropout_seed(config.seed, number, part))
-            logprobs = pack_logprobs(base.model, pack, recompute=len(pack.ids) > most_kept, below=below)
-            loss = objective.loss(logprobs, pack, pooled)
-            (loss / items).backward()
-            measured.append(objective.measures(logprobs.detach(), pack, pooled))
-            total += loss.detach()  # read once, after the step: .item() waits for the device
+        total, measured = passes.gradients(number, packs, items, pooled)
         adapter.train(False)
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip if config.clip is not None else float("inf"))
         mean = total.item() / items
@@ -105,10 +98,35 @@ def train(
         tokens = sum(row.shown for pack in packs for row in pack.sequences)
         computed, seconds = sum(len(pack.ids) for pack in everything), time.perf_counter() - started
         yield Step(number, mean, items, tokens, computed, seconds, norm.item(), lr, averaged(measured))
+    for parameter in parameters:
+        parameter.grad = None
 
 
-def _sum_type(device: torch.device) -> torch.dtype:
-    return torch.float64 if device.type == "cpu" else torch.float32
+class _Passes:
+    """Forward and backward passes, and what they share from pack to pack."""
+
+    def __init__(self, base: Base, objective: Objective, config: TrainConfig, memory: Memory | None) -> None:
+        self.base, self.objective, self.seed = base, objective, config.seed
+        self.most_kept = memory.most_kept if memory else math.inf
+        self.kept = Kept(memory.kept * 1.01) if memory else None
+        self.below = FrozenBelow(base.model, free_memory(base.device) / 4) if config.epochs > 1 else None
+
+    def gradients(
+        self, number: int, packs: list[Pack], items: int, pooled: float
+    ) -> tuple[torch.Tensor, list[dict[str, torch.Tensor]]]:
+        """Add the gradients of a step's packs to the parameters'; the sum of their losses, and what else is measured."""
+        device, measured = self.base.device, []
+        total = torch.zeros((), device=device, dtype=torch.float64 if device.type == "cpu" else torch.float32)
+        for part, pack in enumerate(packs):
+            torch.manual_seed(_dropout_seed(self.seed, number, part))
+            recompute = len(pack.ids) > self.most_kept
+            with nullcontext() if self.kept is None or recompute else self.kept.again():
+                logprobs = pack_logprobs(self.base.model, pack, recompute=recompute, below=self.below)
+            loss = self.objective.loss(logprobs, pack, pooled)
+            (loss / items).backward()
+            measured.append(self.objective.measures(logprobs.detach(), pack, pooled))
+            total += loss.detach()  # read once, after the step: .item() waits for the device
+        return total, measured
 
 
 def _update(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], lr: float) -> None:
@@ -116,15 +134,18 @@ def _update(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], lr
         group["lr"] = lr * group["relative_rate"]
     with _whole(parameters):
         optimizer.step()
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=False)
 
 
-def _by_rate(adapter: Attached) -> list[dict[str, Any]]:
-    """The adapter's parameters in groups that share a learning rate, as the method divides them."""
+def _optimizer(adapter: Attached, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    """With the adapter's parameters in groups that share a learning rate, as the method divides them."""
     groups: dict[float, list[nn.Parameter]] = {}
     for name, parameter in adapter.parameters().items():
         groups.setdefault(adapter.method.relative_rate(name.rpartition(".")[2]), []).append(parameter)
-    return [{"params": several, "relative_rate": rate} for rate, several in groups.items()]
+        # Made later, between what a backward pass needs for a moment, gradients would leave holes in memory.
+        parameter.grad = torch.zeros_like(parameter)
+    by_rate = [{"params": several, "relative_rate": rate} for rate, several in groups.items()]
+    return torch.optim.AdamW(by_rate, lr=lr, weight_decay=weight_decay, fused=True)
 
 
 @contextmanager

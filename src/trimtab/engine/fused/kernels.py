@@ -10,7 +10,6 @@ import re
 import shutil
 import subprocess
 import tempfile
-import threading
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trimtab.engine.kept import kept, transient_like
 from trimtab.errors import StorageError
 from trimtab.files import cache_folder, write_bytes
 
@@ -34,7 +34,7 @@ def rms_norm(x: Tensor, weight: Tensor, offset: float, eps: float, transient: bo
         transient: The first is needed only until this thread asks for the next transient one, which takes its memory again.
     """
     if c := compiled(x, weight):
-        y, rstd = _transient(x) if transient else x.new_empty(x.shape), x.new_empty(len(x))
+        y, rstd = transient_like(x) if transient else x.new_empty(x.shape), kept(x, 1, len(x))[0]
         c("norm", x, weight, y, rstd, *x.shape, x.stride(0), y.stride(0), float(offset), float(eps))
         return y, rstd
     rstd = torch.rsqrt(x.square().mean(1) + eps)
@@ -58,7 +58,7 @@ def rms_norm_backward(
 def gated(g: Tensor, u: Tensor, kind: Gate, transient: bool = False) -> Tensor:
     """act(g) · u: T n. For `transient` see `rms_norm`."""
     if g.stride() == u.stride() and (c := compiled(g, u)):
-        h = _transient(g) if transient else g.new_empty(g.shape)
+        h = transient_like(g) if transient else g.new_empty(g.shape)
         c("gate", g, u, h, *g.shape, g.stride(0), _GATES.index(kind))
         return h
     return _act(g, kind) * u
@@ -97,19 +97,6 @@ def sweep_(logits: Tensor, top: Tensor, total: Tensor) -> Tensor:
     return fade
 
 
-def _transient(like: Tensor) -> Tensor:
-    """An empty tensor of its shape, in memory that this thread's next one takes again.
-
-    Made anew and freed, it would leave a hole between what is kept for the backward pass, and no aligned block fits into a
-    hole of its own size (glibc before 2.38): a tenth of a step's memory.
-    """
-    held: dict[torch.dtype, Tensor] = vars(_memory).setdefault("held", {})
-    if like.dtype not in held or held[like.dtype].numel() < like.numel():
-        held[like.dtype] = like.new_empty(like.numel())
-    return held[like.dtype][: like.numel()].view(like.shape)
-
-
-_memory = threading.local()
 _GATES = ("silu", "gelu_tanh")
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from trimtab.engine.fused import kernels
 from trimtab.engine.fused.kernels import Gate
+from trimtab.engine.kept import kept
 
 
 class Norm(NamedTuple):
@@ -190,17 +191,17 @@ def _product(
 ) -> tuple[Tensor, Tensor | None]:
     """residual + scale · (x through the matrices side by side), T N; and x Aᵀ of all factors side by side."""
     rows = [weight.shape[0] for weight, _ in frozen]
+    out = kept(x, len(x), sum(rows))
     if residual is not None:
         assert len(frozen) == 1, "several matrices end nowhere"
-        out = torch.addmm(residual, x, frozen[0][0].T, alpha=scale)
+        torch.addmm(residual, x, frozen[0][0].T, alpha=scale, out=out)
     else:
-        out = x.new_empty(len(x), sum(rows))
         for (weight, _), part in zip(frozen, _columns(out, rows), strict=True):
             torch.mm(x, weight.T, out=part)
         if scale != 1.0:
             out.mul_(scale)
     A = _side_by_side(factors[::2])
-    inner, place = None if A is None else x @ A.T, 0
+    inner, place = None if A is None else torch.mm(x, A.T, out=kept(x, len(x), len(A))), 0
     for part, (_, bias), B in zip(_columns(out, rows), frozen, factors[1::2], strict=True):
         if B is not None and inner is not None:
             part.addmm_(inner[:, place : (place := place + B.shape[1])], B.T, alpha=scale)

@@ -84,10 +84,8 @@ class StandIn:
 
     def __init__(self, layer: Any) -> None:
         self.layer = layer
-        self.watched = False
-        """Somebody's hooks are in it, or a forward pass of their own."""
-        self.last = False
-        """No layer is above it."""
+        self.watched = self.last = False
+        """Somebody's hooks are in it, or a forward pass of their own; no layer is above it."""
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         layer, layout = self.layer, kwargs.get("layout")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from trimtab.data.tree import Segment
 from trimtab.engine.fused import kernels
+from trimtab.engine.kept import kept
 
 BLOCK = 256
 """Queries in a call, at most."""
@@ -134,6 +135,19 @@ class _Tree(ctypes.Structure):
 
 
 @lru_cache(maxsize=16)  # every layer asks the same
+def _cut(segments: tuple[Segment, ...], most: int = 512) -> tuple[Segment, ...]:
+    """The same tree with long segments as chains: a long row would be one task a head, which few threads share evenly."""
+    made, last = list[Segment](), list[int]()
+    for start, end, parent in segments:
+        count, above = -(-(end - start) // most), last[parent] if parent >= 0 else -1
+        for n in range(count):
+            made.append(Segment(start + (end - start) * n // count, start + (end - start) * (n + 1) // count, above))
+            above = len(made) - 1
+        last.append(above)
+    return tuple(made)
+
+
+@lru_cache(maxsize=16)
 def _arrays(segments: tuple[Segment, ...], virtual: int) -> tuple[Tensor, ...]:
     """Of attention.h's Tree."""
     lengths = [end - start for start, end, _ in segments]
@@ -167,7 +181,7 @@ class _Compiled(torch.autograd.Function):
         first_k: Tensor | None, first_v: Tensor | None,
     ) -> Tensor:  # fmt: skip
         first_k, first_v = (None if t is None else t.contiguous() for t in (first_k, first_v))
-        out, sums = torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[1] // sizes.head, len(q))
+        out, sums = kept(q, *q.shape), kept(q, q.shape[1] // sizes.head, len(q))
         ctx.about = sight, sizes, scale
         ctx.save_for_backward(q, k, v, cos, sin, first_k, first_v, out, sums)
         _call("attend", ctx.about, 0, q, k, v, cos, sin, first_k, first_v, out, sums)
@@ -192,9 +206,9 @@ def _call(
 ) -> None:
     (sight, sizes, scale), call = about, kernels.compiled(q, k, v)
     assert call is not None, "as in the forward pass"
-    window = sight.window or 0
-    numbers = (len(sight.segments), len(q), *sizes, sight.virtual, window, q.stride(0), k.stride(0), v.stride(0), d_row)
-    tree = _Tree(*numbers, scale, *(array.data_ptr() for array in _arrays(sight.segments, sight.virtual)))
+    segments, window = _cut(sight.segments), sight.window or 0
+    numbers = (len(segments), len(q), *sizes, sight.virtual, window, q.stride(0), k.stride(0), v.stride(0), d_row)
+    tree = _Tree(*numbers, scale, *(array.data_ptr() for array in _arrays(segments, sight.virtual)))
     if call(name, tree, q, k, v, *others):
         raise MemoryError(f"no memory for attention over {len(q):,} tokens: lower train.pack_tokens or data.max_length")
 

@@ -1,0 +1,97 @@
+"""What a pack keeps for its backward pass lies where the last pack's did, and that changes nothing."""
+
+import pytest
+import torch
+from families import FAMILIES, method_of, perturb, random_rows, tiny
+
+from trimtab.base import Base
+from trimtab.data import Sequence, pack_all
+from trimtab.engine import kept, plan_memory
+from trimtab.engine.kept import Kept
+from trimtab.errors import NonFinite
+from trimtab.methods import Sample, attach
+from trimtab.methods.lora import LoRA
+from trimtab.objectives.sft import SFT
+from trimtab.train import TrainConfig, train
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+LENGTHS = (9, 33, 14, 50, 6, 21, 40, 8)
+ROWS = [Sequence(ids, list(range(2, len(ids))), f"row:{n}") for n, ids in enumerate(random_rows(*LENGTHS))]
+STEPS = [pack_all(ROWS[n : n + 4], 30) for n in (0, 4, 2, 0)]
+"""Packs that grow and shrink."""
+
+
+def trained(family="llama", method=None, *, memory=True, recompute="auto", dtype=torch.float32):
+    base = Base(tiny(family, dtype))
+    adapter = attach(base.model, method or LoRA(rank=3), sample=Sample(rows=random_rows(40, seed=5)))
+    perturb(adapter.parameters(), 0.1)
+    plan = plan_memory(base.model, max(LENGTHS), 30, recompute) if memory else None
+    losses = [step.loss for step in train(base, adapter, SFT(), STEPS, TrainConfig(), 1e-2, plan)]
+    return losses, adapter.state()
+
+
+def assert_same(one, other):
+    assert one[0] == other[0]
+    assert all(torch.equal(tensor, other[1][name]) for name, tensor in one[1].items())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_training_is_the_same_to_the_last_bit(family):
+    assert_same(trained(family), trained(family, memory=False))
+
+
+@pytest.mark.parametrize("method", ["bottleneck", "prefix", "ia3", "full", "dora"])
+def test_whatever_the_method(method):
+    assert_same(trained(method=method_of(method)), trained(method=method_of(method), memory=False))
+
+
+def test_it_is_used_and_large_enough(monkeypatch):
+    taken = []
+    take = Kept.take
+    monkeypatch.setattr(Kept, "take", lambda self, *given: taken.append((self, take(self, *given))) or taken[-1][1])
+    trained()
+    (block,) = {id(one): one for one, _ in taken}.values()
+    assert {tensor.untyped_storage().data_ptr() for _, tensor in taken} == {block.bytes.untyped_storage().data_ptr()}
+    assert block.used <= len(block.bytes)
+    assert all(tensor.data_ptr() % 64 == 0 for _, tensor in taken)
+
+
+def test_what_does_not_fit_lies_elsewhere():
+    block = Kept(1000)
+    with block.again():
+        first, second = (kept.kept(torch.zeros(1), 12, 10) for _ in range(2))
+        first.fill_(1)
+        second.fill_(2)
+        third = kept.kept(torch.zeros(1), 12, 10)
+        third.fill_(3)
+    assert [float(t.mean()) for t in (first, second, third)] == [1, 2, 3]
+    assert third.untyped_storage().data_ptr() != block.bytes.untyped_storage().data_ptr()
+    with block.again():
+        assert kept.kept(torch.zeros(1), 12, 10).data_ptr() == first.data_ptr()
+    assert kept.kept(torch.zeros(1), 12, 10).data_ptr() != first.data_ptr()  # outside
+
+
+def test_recomputed_packs_do_without(monkeypatch):
+    expected = trained(memory=False)
+    monkeypatch.setattr(Kept, "take", lambda *_: pytest.fail("taken"))
+    assert_same(trained(recompute="full"), expected)
+
+
+def test_memory_given_twice_is_noticed(monkeypatch):
+    """The control: two tensors of a pack in one place."""
+
+    def always_first(self, like, rows, columns):
+        return like.new_empty(0).set_(self.bytes.untyped_storage(), 0, (rows, columns), (columns, 1))
+
+    expected = trained(memory=False)
+    monkeypatch.setattr(Kept, "take", always_first)
+    with pytest.raises((AssertionError, RuntimeError, NonFinite)):
+        assert_same(trained(), expected)
+
+
+def test_gradients_are_let_go_of_at_the_end():
+    base = Base(tiny("llama"))
+    adapter = attach(base.model, LoRA(rank=3))
+    list(train(base, adapter, SFT(), STEPS[:1], TrainConfig(), 1e-2))
+    assert all(p.grad is None for p in adapter.parameters().values())

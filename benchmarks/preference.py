@@ -88,6 +88,9 @@ def scored(folder: Path, data: dict[str, str], *, preferred: bool) -> dict[str, 
     answers = score(base, load_examples(data["test"])[0])
     text = make_sequences(load_examples(data["prose"])[0], base, Account(("prose",)), max_length=None)
     found = {"exact_match": answers["exact_match"], "loss": answers["loss"], "prose_loss": score_loss(base, text).loss}
+    if not preferred:
+        with adapter.disabled():
+            found["base_prose_loss"] = score_loss(base, text).loss
     if preferred:  # by pairs, whatever it has learned from
         start = str(folder.parent / "sft")
         both = make_sequences(load_examples(data["test_pairs"], kind="pairs")[0], base, Account(("pairs",)), max_length=None)

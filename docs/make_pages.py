@@ -198,11 +198,11 @@ def scaling_table(what: str) -> str:
 def preference() -> str:
     """docs/preference.md with its tables as they are now."""
     text = PREFERENCE.read_text(encoding="utf-8")
-    measured = json.loads(COMPARED.read_text(encoding="utf-8"))
+    measured = json.loads(COMPARED.read_text(encoding="utf-8")) if COMPARED.exists() else {}
     for name, table in (
         ("bench", preference_bench_table()),
-        ("families", families_table(measured["measured"])),
-        ("rates", rates_table(measured["rates"])),
+        ("families", families_table(measured.get("measured", {}))),
+        ("rates", rates_table(measured.get("rates", {}))),
     ):
         text = _filled(text, name, table)
     return text
@@ -212,7 +212,8 @@ def preference_bench_table() -> str:
     """What `trimtab bench --objective … --output docs/measured/…` measured: medians."""
     lines = ["| | rows a minute | peak memory | Trimtab is | in memory | losses apart |", "|---|--:|--:|--:|--:|--:|"]
     for objective in ("dpo", "kto"):
-        for one in json.loads((RESULTS / objective / "results.json").read_text(encoding="utf-8")):
+        results = RESULTS / objective / "results.json"
+        for one in json.loads(results.read_text(encoding="utf-8")) if results.exists() else []:
             start = f"| {objective.upper()}: {one['trainer']} | {one['rows_per_min']:.1f} | {one['peak_rss_gb']:.2f} GB | "
             pairs = ", ".join(f"{pair:.2f}" for pair in one["pairs"])
             other = (
@@ -224,10 +225,14 @@ def preference_bench_table() -> str:
 
 def families_table(measured: dict[str, Any]) -> str:
     """What benchmarks/preference.py measured: after each stage, by method; its seeds side by side."""
+    if not measured:
+        return "Not measured yet.\n"
     lines = [
         "| method | after | right line preferred | right line written | divergence | loss on prose |",
         "|---|---|--:|--:|--:|--:|",
     ]
+    prose = {one["sft"]["base_prose_loss"] for seeds in measured.values() for one in seeds.values() if "error" not in one}
+    lines += [f"| none | | – | – | – | {loss:.3f} |" for loss in sorted(prose)[:1]]
     for method, seeds in measured.items():
         for stage in ("sft", "dpo", "kto"):
             ran = [one[stage] for _, one in sorted(seeds.items()) if "error" not in one]
@@ -243,6 +248,8 @@ def families_table(measured: dict[str, Any]) -> str:
 
 def rates_table(rates: dict[str, Any]) -> str:
     """What each share of the learning rate for SFT gave: lines written right, pairs told apart, loss on prose."""
+    if not rates:
+        return "Not measured yet.\n"
     lines = [
         "| objective | method | share of SFT's learning rate: right line written, preferred; loss on prose |",
         "|---|---|---|",

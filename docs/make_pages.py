@@ -3,7 +3,7 @@
 docs/recipe.md comes from the recipe's own declarations, the tree in README.md from the files' first lines, the tables in
 docs/methods.md from the methods and from docs/methods.json, which benchmarks/methods.py measures, and those in
 docs/performance.md from docs/measured, which `trimtab bench`, benchmarks/ablation.py and benchmarks/scaling.py fill; those in
-docs/preference.md from there, too, and from docs/preference.json, which benchmarks/preference.py measures.
+docs/preference.md from docs/preference.json, which benchmarks/preference.py measures.
 """
 
 import ast
@@ -200,27 +200,11 @@ def preference() -> str:
     text = PREFERENCE.read_text(encoding="utf-8")
     measured = json.loads(COMPARED.read_text(encoding="utf-8")) if COMPARED.exists() else {}
     for name, table in (
-        ("bench", preference_bench_table()),
         ("families", families_table(measured.get("measured", {}))),
         ("rates", rates_table(measured.get("rates", {}))),
     ):
         text = _filled(text, name, table)
     return text
-
-
-def preference_bench_table() -> str:
-    """What `trimtab bench --objective … --output docs/measured/…` measured: medians."""
-    lines = ["| | rows a minute | peak memory | Trimtab is | in memory | losses apart |", "|---|--:|--:|--:|--:|--:|"]
-    for objective in ("dpo", "kto"):
-        results = RESULTS / objective / "results.json"
-        for one in json.loads(results.read_text(encoding="utf-8")) if results.exists() else []:
-            start = f"| {objective.upper()}: {one['trainer']} | {one['rows_per_min']:.1f} | {one['peak_rss_gb']:.2f} GB | "
-            pairs = ", ".join(f"{pair:.2f}" for pair in one["pairs"])
-            other = (
-                f"{one['trimtab_is_faster']:.2f}x ({pairs}) | {one['trimtab_memory']:.3f} | {one['loss_distance'] or 0:.0e} |"
-            )
-            lines.append(start + ("| | |" if one["trainer"] == "trimtab" else other))
-    return "\n".join(lines) + "\n"
 
 
 def families_table(measured: dict[str, Any]) -> str:

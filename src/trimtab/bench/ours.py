@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,10 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
     rows = [Row(row["ids"], row["learned"], f"row {n}", len(row["ids"]), row["side"]) for n, row in enumerate(spec["rows"])]
     objective, each = Objective.pick(spec["objective"]), spec["rows_per_step"]
     check_packing(base.model)  # compiles what has not been yet
-    os.environ["TRIMTAB_CACHE"] = spec["scratch"]  # in which no reference is known
+    os.makedirs(spec["scratch"], exist_ok=True)
+    os.environ["TRIMTAB_CACHE"] = tempfile.mkdtemp(
+        dir=spec["scratch"]
+    )  # in which no reference is known, not even the last run's
     started = time.perf_counter()
     if objective.compares:
         rows = refer(base, adapter, "base", rows, PACK_TOKENS).rows

@@ -11,17 +11,13 @@ are added to docs/methods.json, which `make docs` turns into the table.
 
 import argparse
 import json
-import os
 import resource
-import subprocess
 import sys
-import tempfile
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from trimtab.files import read_json, write_json
+from _apart import keep, run_apart
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "methods.json"
@@ -38,8 +34,6 @@ EXTRA = {"tokens": {"tokens": ["<|im_start|>", "<|im_end|>"]}}
 """What a method cannot do without."""
 SPEED = ("tokens_per_s", "peak_gb")
 """What depends on the machine."""
-KEEPING = threading.Lock()
-"""Held while a result is written."""
 
 
 def settings_of(word: str) -> dict[str, Any]:
@@ -94,44 +88,28 @@ def one(path: str) -> None:
 
 
 def run(task: str, word: str, test: str | None, nl2cmd: Path | None, jobs: int, **train: Any) -> dict[str, Any]:
-    """One run in a process of its own; what it gave, or the error that it ended with."""
-    threads = max(1, len(os.sched_getaffinity(0)) // jobs)
-    with tempfile.TemporaryDirectory() as folder:
-        recipe = Path(folder) / "recipe.yaml"
-        recipe.write_text(json.dumps(recipe_of(task, settings_of(word), Path(folder) / "run", nl2cmd, **train)))
-        asked = Path(folder) / "asked.json"
-        asked.write_text(json.dumps({"recipe": str(recipe), "test": test}))
-        command = [sys.executable, __file__, "one", str(asked)]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        return {"error": (done.stderr.strip().splitlines() or ["?"])[-1]}
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    def asked(folder: Path) -> dict[str, Any]:
+        recipe = folder / "recipe.yaml"
+        recipe.write_text(json.dumps(recipe_of(task, settings_of(word), folder / "run", nl2cmd, **train)))
+        return {"recipe": str(recipe), "test": test}
 
-
-def keep(kind: str, word: str, key: str, result: dict[str, Any]) -> None:
-    with KEEPING:
-        results = read_json(RESULTS) if RESULTS.exists() else {}
-        results.setdefault(kind, {}).setdefault(word, {})[key] = result
-        write_json(RESULTS, results)
-        shown = {k: round(v, 5) if isinstance(v, float) else v for k, v in result.items()}
-        print(f"{kind} {word} {key}: {json.dumps(shown)}", flush=True)
+    return run_apart(__file__, asked, jobs)
 
 
 def search(word: str, rate: float, jobs: int) -> None:
     result = run("demo", word, None, None, jobs, lr=rate, epochs=0.5, evaluate_every=1000)
-    keep("search", word, f"{rate:g}", result if "error" in result else {"held_out_loss": result["held_out_loss"]})
+    keep(RESULTS, "search", word, f"{rate:g}", result if "error" in result else {"held_out_loss": result["held_out_loss"]})
 
 
 def measure(word: str, task: str, nl2cmd: Path | None, jobs: int) -> None:
     test = ROOT / "demo" / "test.jsonl" if task == "demo" else (nl2cmd or Path()) / "nl2cmd_test.jsonl"
     result = run(task, word, str(test), nl2cmd, jobs)
-    keep("measured", word, task, {key: value for key, value in result.items() if key not in SPEED})
+    keep(RESULTS, "measured", word, task, {key: value for key, value in result.items() if key not in SPEED})
 
 
 def speed(word: str) -> None:
     result = run("demo", word, None, None, 1, epochs=0.25, evaluate_every=1000)
-    keep("measured", word, "speed", result if "error" in result else {key: result[key] for key in SPEED})
+    keep(RESULTS, "measured", word, "speed", result if "error" in result else {key: result[key] for key in SPEED})
 
 
 def main() -> None:

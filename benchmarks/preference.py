@@ -12,17 +12,13 @@ its share of the cores. Results are added to docs/preference.json, which `make d
 
 import argparse
 import json
-import os
 import random
-import subprocess
 import sys
-import tempfile
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from trimtab.files import read_json, write_json
+from _apart import keep, run_apart
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "preference.json"
@@ -30,8 +26,6 @@ METHODS = ["lora", "bottleneck", "prefix", "ptuning_v2", "ia3"]
 SHARES = [0.03, 0.1, 0.3, 1.0]
 SFT_ROWS, PAIR_ROWS, PROSE_ROWS, PROSE_CHARACTERS = 160, 160, 48, 900
 DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
-KEEPING = threading.Lock()
-"""Held while a result is written."""
 
 
 def rows_of(name: str) -> list[list[dict[str, str]]]:
@@ -88,9 +82,8 @@ def scored(folder: Path, data: dict[str, str], *, preferred: bool) -> dict[str, 
     answers = score(base, load_examples(data["test"])[0])
     text = make_sequences(load_examples(data["prose"])[0], base, Account(("prose",)), max_length=None)
     found = {"exact_match": answers["exact_match"], "loss": answers["loss"], "prose_loss": score_loss(base, text).loss}
-    if not preferred:
-        with adapter.disabled():
-            found["base_prose_loss"] = score_loss(base, text).loss
+    with adapter.disabled():
+        found["base_prose_loss"] = score_loss(base, text).loss
     if preferred:  # by pairs, whatever it has learned from
         start = str(folder.parent / "sft")
         both = make_sequences(load_examples(data["test_pairs"], kind="pairs")[0], base, Account(("pairs",)), max_length=None)
@@ -138,29 +131,11 @@ def one(path: str) -> None:
 
 
 def run(method: str, seed: int, after: list[tuple[str, float | None]], jobs: int) -> dict[str, Any]:
-    """The same in a process of its own; or the error that it ended with."""
-    threads = max(1, len(os.sched_getaffinity(0)) // jobs)
-    with tempfile.TemporaryDirectory() as folder:
-        asked = Path(folder) / "asked.json"
-        asked.write_text(json.dumps({"method": method, "seed": seed, "after": after}))
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        command = [sys.executable, __file__, "one", str(asked)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        return {"error": (done.stderr.strip().splitlines() or ["?"])[-1]}
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
-
-def keep(kind: str, word: str, key: str, result: dict[str, Any]) -> None:
-    with KEEPING:
-        results = read_json(RESULTS) if RESULTS.exists() else {}
-        results.setdefault(kind, {}).setdefault(word, {})[key] = result
-        write_json(RESULTS, results)
-        print(f"{kind} {word} {key}: {json.dumps(result)}", flush=True)
+    return run_apart(__file__, lambda _: {"method": method, "seed": seed, "after": after}, jobs)
 
 
 def measure(method: str, seed: int, jobs: int) -> None:
-    keep("measured", method, str(seed), run(method, seed, [("dpo", None), ("kto", None)], jobs))
+    keep(RESULTS, "measured", method, str(seed), run(method, seed, [("dpo", None), ("kto", None)], jobs))
 
 
 def rates(objective: str, method: str, shares: list[float], jobs: int) -> None:
@@ -172,7 +147,7 @@ def rates(objective: str, method: str, shares: list[float], jobs: int) -> None:
     if "error" not in result:
         found = [one for name, one in result.items() if name != "sft"]
         result = {"sft": result["sft"], **{f"{share:g}": one for share, one in zip(shares, found, strict=True)}}
-    keep("rates", objective, method, result)
+    keep(RESULTS, "rates", objective, method, result)
 
 
 def main() -> None:

@@ -199,18 +199,13 @@ def preference() -> str:
     """docs/preference.md with its tables as they are now."""
     text = PREFERENCE.read_text(encoding="utf-8")
     measured = json.loads(COMPARED.read_text(encoding="utf-8")) if COMPARED.exists() else {}
-    for name, table in (
-        ("families", families_table(measured.get("measured", {}))),
-        ("rates", rates_table(measured.get("rates", {}))),
-    ):
-        text = _filled(text, name, table)
+    for name, kind, table in (("families", "measured", families_table), ("rates", "rates", rates_table)):
+        text = _filled(text, name, table(measured[kind]) if kind in measured else "Not measured yet.\n")
     return text
 
 
 def families_table(measured: dict[str, Any]) -> str:
     """What benchmarks/preference.py measured: after each stage, by method; its seeds side by side."""
-    if not measured:
-        return "Not measured yet.\n"
     lines = [
         "| method | after | right line preferred | right line written | divergence | loss on prose |",
         "|---|---|--:|--:|--:|--:|",
@@ -232,8 +227,6 @@ def families_table(measured: dict[str, Any]) -> str:
 
 def rates_table(rates: dict[str, Any]) -> str:
     """What each share of the learning rate for SFT gave: lines written right, pairs told apart, loss on prose."""
-    if not rates:
-        return "Not measured yet.\n"
     lines = [
         "| objective | method | share of SFT's learning rate: right line written, preferred; loss on prose |",
         "|---|---|---|",
@@ -243,7 +236,7 @@ def rates_table(rates: dict[str, Any]) -> str:
             shown = " · ".join(
                 f"{share}: {one['exact_match']:.0%}, {one['accuracy']:.0%}; {one['prose_loss']:.2f}"
                 for share, one in tried.items()
-                if share != "sft"
+                if share not in ("sft", "error")
             )
             lines.append(f"| `{objective}` | `{method}` | {shown} |")
     return "\n".join(lines) + "\n"

@@ -31,9 +31,8 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
     objective, each = Objective.pick(spec["objective"]), spec["rows_per_step"]
     check_packing(base.model)  # compiles what has not been yet
     os.makedirs(spec["scratch"], exist_ok=True)
-    os.environ["TRIMTAB_CACHE"] = tempfile.mkdtemp(
-        dir=spec["scratch"]
-    )  # in which no reference is known, not even the last run's
+    # No reference is known there, not even the last run's.
+    os.environ["TRIMTAB_CACHE"] = tempfile.mkdtemp(dir=spec["scratch"])
     started = time.perf_counter()
     if objective.compares:
         rows = refer(base, adapter, "base", rows, PACK_TOKENS).rows

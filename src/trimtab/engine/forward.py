@@ -17,6 +17,9 @@ from trimtab.engine.layouts import PackLayout
 from trimtab.errors import UnsupportedModel
 from trimtab.methods import Routing, look_through, routed, switch_of
 
+DIVERGENCE_ROWS = 64
+"""Tokens whose logits are held at a time, in two models."""
+
 
 def hidden_states(model: Any, ids: Tensor, positions: Tensor, layout: Layout) -> Tensor:
     """The last hidden states of tokens laid out as `layout` says: T d, or those of the wanted ones, M d, if it has `narrowed`."""
@@ -55,7 +58,7 @@ def pack_logprobs(
         routing = Routing([one for one, length in zip(switches, lengths, strict=True) for _ in range(length)])
     at, row = pack.target_at.unique(return_inverse=True)
     with routed(routing), recomputed(recompute), below.of(pack) if below is not None else nullcontext():
-        hidden = _states_at(at, model, pack, routing)
+        hidden = _states_at(model, pack, at, routing)
     with routed(routing.select(at.tolist()) if routing else None):
         return sequence_logprobs(hidden, row, head_of(model), pack.target_token, pack.target_sequence, len(pack.sequences))
 
@@ -65,13 +68,12 @@ def pack_divergences(model: Any, other: Any, as_other: Callable[[], AbstractCont
     """KL(p ‖ q) of whole distributions over the vocabulary, p in the model and q in the other, before each of the pack's targets: N.
 
     Args:
-        other: May be the same model,
-        as_other: within whose blocks it is the other.
+        other: May be the same model, with other adapters switched on in the blocks of `as_other`.
     """
     at, row = pack.target_at.unique(return_inverse=True)
-    hidden, head = _states_at(at, model, pack), head_of(model)
+    hidden, head = _states_at(model, pack, at), head_of(model)
     with as_other():
-        other_hidden, other_head = _states_at(at, other, pack), head_of(other)
+        other_hidden, other_head = _states_at(other, pack, at), head_of(other)
     vocabulary, parts = min(len(head.weight), len(other_head.weight)), []  # one's may be padded
     for p_part, q_part in zip(hidden.split(DIVERGENCE_ROWS), other_hidden.split(DIVERGENCE_ROWS), strict=True):
         p = head.logits(p_part)[:, :vocabulary].log_softmax(dim=1)
@@ -81,11 +83,7 @@ def pack_divergences(model: Any, other: Any, as_other: Callable[[], AbstractCont
     return torch.cat(parts)[row]
 
 
-DIVERGENCE_ROWS = 64
-"""Tokens whose logits are held at a time, in two models."""
-
-
-def _states_at(at: Tensor, model: Any, pack: Pack, routing: Routing | None = None) -> Tensor:
+def _states_at(model: Any, pack: Pack, at: Tensor, routing: Routing | None = None) -> Tensor:
     """The last hidden states of M of the pack's tokens: M d."""
     layout = PackLayout(pack.segments, at if routing is None else None)
     hidden = hidden_states(model, pack.ids, pack.positions, layout)

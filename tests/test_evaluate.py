@@ -7,10 +7,10 @@ import torch
 from families import logprob_alone
 from templates import CHATML, base_of, bytes_tokenizer
 
-from trimtab.data import Account, Conversation, Text, make_sequences, prompt_of
+from trimtab.data import Account, Conversation, Judged, Preference, Text, make_sequences, prompt_of
 from trimtab.engine import generate
 from trimtab.errors import DataError, NonFinite
-from trimtab.evaluate import score, score_answers, score_loss, wilson
+from trimtab.evaluate import answer_preferences, score, score_answers, score_loss, wilson
 from trimtab.evaluate.scoring import _bootstrap
 
 
@@ -124,3 +124,21 @@ def test_a_broken_model_has_no_score(base):
     finally:
         with torch.no_grad():
             base.model.model.norm.weight.copy_(kept)
+
+
+def test_own_answers_stand_beside_those_of_their_row_with_each_ones_length(base):
+    rows = [
+        Preference(asked("first", "abc"), asked("first", "a long one"), "row:1"),
+        Judged(asked("second", "ab"), True, "row:2"),
+        Judged(asked("third", "abcdef"), False, "row:3"),
+    ]
+    found = answer_preferences(base, rows)
+    assert [row["question"] for row in found] == ["first", "second", "third"]
+    given = [{side: one["tokens"] for side, one in row.items() if side not in ("question", "answer")} for row in found]
+    long = {text: len(base.encode([text])[0].ids) for text in ("abc", "a long one", "ab", "abcdef")}
+    assert given == [{"chosen": long["abc"], "rejected": long["a long one"]}, {"good": long["ab"]}, {"bad": long["abcdef"]}]
+    assert len(set(long.values())) == 4
+    prompts = [prompt_of(one, base)[0] for one in (rows[0].chosen, rows[1].conversation, rows[2].conversation)]
+    expected = generate(base.model, prompts, base.stop_ids, max_new_tokens=long["a long one"] + long["a long one"] // 4 + 8)
+    assert [row["answer"]["tokens"] for row in found] == [len(ids) for ids in expected]
+    assert [row["answer"]["text"] for row in found] == [base.decode(ids) for ids in expected]

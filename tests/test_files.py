@@ -547,3 +547,19 @@ def test_a_manifest_that_was_edited_is_refused(key, value, tmp_path):
         files.write_json(tmp_path / "adapter" / "trimtab.json", edited)
         with pytest.raises(ArtifactError, match=r"trimtab\.json"):
             read_adapter(tmp_path / "adapter")
+
+
+def test_a_hash_of_code_is_of_all_that_computes_and_of_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "__file__", str(tmp_path / "files.py"))
+    (tmp_path / "engine" / "fused").mkdir(parents=True)
+    (tmp_path / "data").mkdir()
+    found = set()
+    for name, text in (
+        ("engine/loop.py", "1"), ("engine/loop.py", "2"), ("engine/fused/kernels.h", "1"), ("attention.py", "1"), ("engine/moved.py", "2"),
+    ):  # fmt: skip
+        (tmp_path / name).write_text(text)
+        found.add(files.code_hash.__wrapped__("engine", "attention.py"))
+    assert len(found) == 5
+    (tmp_path / "data" / "read.py").write_text("1")
+    (tmp_path / "engine" / "loop.pyc").write_text("1")
+    assert files.code_hash.__wrapped__("engine", "attention.py") in found

@@ -22,12 +22,12 @@ STEPS = [pack_all(ROWS[n : n + 4], 30) for n in (0, 4, 2, 0)]
 """Packs that grow and shrink."""
 
 
-def trained(family="llama", method=None, *, memory=True, recompute="auto", dtype=torch.float32):
-    base = Base(tiny(family, dtype))
+def trained(family="llama", method=None, *, memory=True, recompute="auto", epochs=1):
+    base = Base(tiny(family))
     adapter = attach(base.model, method or LoRA(rank=3), sample=Sample(rows=random_rows(40, seed=5)))
     perturb(adapter.parameters(), 0.1)
     plan = plan_memory(base.model, max(LENGTHS), 30, recompute) if memory else None
-    losses = [step.loss for step in train(base, adapter, SFT(), STEPS, TrainConfig(), 1e-2, plan)]
+    losses = [step.loss for step in train(base, adapter, SFT(), STEPS, TrainConfig(epochs=epochs), 1e-2, plan)]
     return losses, adapter.state()
 
 
@@ -44,6 +44,12 @@ def test_training_is_the_same_to_the_last_bit(family):
 @pytest.mark.parametrize("method", ["bottleneck", "prefix", "ia3", "full", "dora"])
 def test_whatever_the_method(method):
     assert_same(trained(method=method_of(method)), trained(method=method_of(method), memory=False))
+
+
+def test_beside_what_is_known_of_frozen_layers():
+    """Their hidden states are kept from epoch to epoch, and must not lie where the next pack writes."""
+    upper = LoRA(rank=3, targets=[r"model\.layers\.1\..*_proj"])
+    assert_same(trained(method=upper, epochs=2), trained(method=upper, epochs=2, memory=False))
 
 
 def test_it_is_used_and_large_enough(monkeypatch):

@@ -3,6 +3,8 @@
 import json
 import math
 import shutil
+from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,12 +13,12 @@ from test_cli import make_model, write_rows
 from test_objectives import rows_of
 
 from trimtab import api, cli, files, reference
-from trimtab.base import Base
+from trimtab.base import Base, ModelConfig
 from trimtab.config import read
-from trimtab.data import units
+from trimtab.data import pack_all, units
 from trimtab.data.mismatched import with_mismatched
 from trimtab.deploy import save_adapter
-from trimtab.engine import pack_logprobs
+from trimtab.engine import pack_divergences, pack_logprobs
 from trimtab.errors import NonFinite, RecipeError, WrongReference
 from trimtab.evaluate import score_loss
 from trimtab.methods import Method, Sample, attach
@@ -260,7 +262,7 @@ def test_the_divergence_is_that_of_whole_distributions(method):
 
 
 @torch.no_grad()
-def test_the_divergence_from_an_adapter_or_another_model(tmp_path):
+def test_the_divergence_from_a_saved_adapter(tmp_path):
     base, saved = base_with("bottleneck", trained=True)
     save_adapter(base, saved, tmp_path / "saved")
     saved.detach()
@@ -270,6 +272,39 @@ def test_the_divergence_from_an_adapter_or_another_model(tmp_path):
     expected = own_divergence(base.model, twin.model, PAIRS)
     assert divergence(base, adapter, str(tmp_path / "saved"), PAIRS, 64) == pytest.approx(expected, rel=1e-4)
     assert float(own_divergence(base.model, twin.model, PAIRS)) == pytest.approx(expected)  # the adapter acts again, alone
+
+
+@torch.no_grad()
+def test_the_divergence_from_another_model_whose_vocabulary_is_padded(world):
+    base = Base.load(ModelConfig(name=str(world / "tiny")))
+    adapter = attach(base.model, LoRA(rank=2))
+    other = Base.load(ModelConfig(name=str(world / "other")))
+    rows = [replace(row, ids=[n % len(base.tokenizer) for n in row.ids]) for row in PAIRS]
+    expected = own_divergence(base.model, other.model, rows)
+    assert expected > 1e-4
+    assert divergence(base, adapter, str(world / "other"), rows, 64) == pytest.approx(expected, rel=1e-4)
+    back = own_divergence(other.model, base.model, rows)
+    size = len(other.model.get_output_embeddings().weight)
+    other.model.resize_token_embeddings(size + 5)
+    other.model.get_output_embeddings().weight[size:] = 50.0  # were they counted, nothing else would be likely
+
+    def found(one, two):
+        nats = sum(float(pack_divergences(one, two, nullcontext, pack).sum()) for pack in pack_all(rows, 64))
+        return nats / sum(len(row.learned) for row in rows)
+
+    assert found(base.model, other.model) == pytest.approx(expected, rel=1e-4)
+    assert found(other.model, base.model) == pytest.approx(back, rel=1e-4)
+
+
+def test_other_code_makes_the_numbers_of_the_reference_anew(monkeypatch):
+    base, adapter = base_with()
+    refer(base, adapter, "base", PAIRS, 64)
+    assert refer(base, adapter, "base", PAIRS, 64).facts["computed"] == 0
+    first = refer(base, adapter, "base", PAIRS, 64).facts["identity"]
+    monkeypatch.setattr(reference, "_made_by", lambda: "other")
+    again = refer(base, adapter, "base", PAIRS, 64).facts
+    assert again["computed"] == len(PAIRS)
+    assert again["identity"] == first  # the model is the same: a run of before can still be evaluated
 
 
 # Whole runs
@@ -322,7 +357,7 @@ def test_a_recipe_trains_by_preference(world, tmp_path, name):
     )
 
 
-def test_preference_after_supervised_training_keeps_its_lineage(world, tmp_path):
+def test_preference_after_supervised_training_keeps_its_lineage(world, tmp_path, capsys):
     first = run_recipe(
         recipe(
             world,
@@ -346,6 +381,24 @@ def test_preference_after_supervised_training_keeps_its_lineage(world, tmp_path)
     evals = [json.loads(line) for line in (second.folder / "metrics.jsonl").read_text().splitlines() if '"eval"' in line]
     assert evals[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert evals[-1]["margin"] > 0
+    # Divergence is from the adapter that training started from: without learning there is none, and the base has some.
+    data, train = {"train": str(world / "pairs.jsonl"), "eval": 6}, {"epochs": 1, "lr": 1e-12}
+    still = run_recipe(
+        recipe(
+            world,
+            tmp_path,
+            start=str(tmp_path / "sft"),
+            objective="dpo",
+            data=data,
+            train=train,
+            output=str(tmp_path / "still"),
+        )
+    )
+    for folder, moved in ((second.folder, True), (still.folder, False)):
+        assert cli.main(["eval", str(folder), "--base", "--json"]) == 0
+        scores = json.loads(capsys.readouterr().out)
+        assert (scores["divergence"] > 1e-3) == moved
+        assert scores["base"]["divergence"] > 1e-3
     repeated = read(Recipe, second.folder / "recipe.yaml").model_copy(update={"output": tmp_path / "again"})
     assert run_recipe(repeated).state["reference"]["identity"] == second.state["reference"]["identity"]
 
@@ -389,6 +442,9 @@ def test_a_row_that_a_step_holds_is_counted_once(world, tmp_path):
     assert len(units(with_mismatched(JUDGED, 0))) == len(JUDGED)
 
 
+SAID = {"chosen": "yes", "rejected": "no"}
+
+
 @pytest.mark.parametrize("name", ["dpo", "kto", "simpo"])
 def test_eval_tells_what_the_runs_objective_makes_of_its_held_out_rows(world, tmp_path, capsys, name):
     data = {"train": str(world / ("judged.jsonl" if name == "kto" else "pairs.jsonl")), "eval": 6}
@@ -410,7 +466,9 @@ def test_eval_tells_what_the_runs_objective_makes_of_its_held_out_rows(world, tm
     for one in (told, told["base"]):
         assert len(one["answers"]) == 2
         assert all(sides <= answer.keys() for answer in one["answers"])
-        assert all(a[side]["tokens"] > 0 for a in one["answers"] for side in sides & {"chosen", "rejected"})
+        for a in one["answers"]:
+            for side in sides & {"chosen", "rejected"}:
+                assert a[side]["text"] == SAID[side]
         assert {a["answer"]["tokens"] == 0 for a in one["answers"]} == {a["answer"]["text"] == "" for a in one["answers"]}
     assert cli.main(["eval", str(run.folder), "--base", "--show", "2"]) == 0
     shown = capsys.readouterr().out

@@ -103,6 +103,12 @@ def test_dropout_differs_from_step_to_step_and_is_off_afterwards():
     assert not any(layer.training for layer in adapter.layers.values())
 
 
+def test_nothing_of_a_steps_gradient_is_in_the_next_one():
+    base, adapter = adapted()
+    norms = [step.grad_norm for step in train(base, adapter, SFT(), [pack_all(ROWS, 20)] * 3, FLAT, 1e-12)]
+    assert norms == pytest.approx([norms[0]] * 3, rel=1e-5)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_step_that_is_not_finite_is_refused_before_it_is_taken(value):
     base, adapter = adapted()

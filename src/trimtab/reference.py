@@ -156,7 +156,7 @@ def _identity(base: Base, adapter: Attached | None) -> str:
 @functools.cache
 def _made_by() -> str:
     """A hash of the code that computes."""
-    code = files.code_hash("engine", "methods", "attention.py")
+    code = files.code_hash("base", "data", "engine", "methods", "attention.py")
     return hashlib.sha256(json.dumps([code, versions()], sort_keys=True).encode()).hexdigest()[:16]
 
 

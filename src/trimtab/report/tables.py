@@ -41,7 +41,7 @@ def preferences_table(scores: dict[str, dict[str, Any]], source: str) -> Table:
     losses = [(f"{one['loss']:.4f}", *(f"{end:.4f}" for end in one["loss_interval"])) for one in scores.values()]
     table.add_row("loss", *(_with_interval(*loss) for loss in losses))
     for key in [key for key in first if key not in ("objective", "rows", "loss", "loss_interval")]:
-        shape = "{:.1%}" if key == "accuracy" else "{:.3f}"
+        shape = "{:.1%}" if key == "accuracy" else "{:z.3f}"
         table.add_row(key.replace("_", " "), *(shape.format(one[key]) for one in scores.values()))
     return table
 

@@ -108,7 +108,7 @@ class _Passes:
     def __init__(self, base: Base, objective: Objective, config: TrainConfig, memory: Memory | None) -> None:
         self.base, self.objective, self.seed = base, objective, config.seed
         self.most_kept = memory.most_kept if memory else math.inf
-        self.kept = Kept(memory.kept * 1.01) if memory else None
+        self.kept = Kept(memory.kept * 1.01) if memory and base.device.type == "cpu" else None
         self.below = FrozenBelow(base.model, free_memory(base.device) / 4) if config.epochs > 1 else None
 
     def gradients(

@@ -13,7 +13,7 @@ from trimtab.engine.memory import bytes_per_token, free_memory
 from trimtab.errors import RecipeError
 from trimtab.methods import Method, Sample, active, attach
 from trimtab.methods.lora import LoRA
-from trimtab.train import loop
+from trimtab.objectives import _pooling
 
 ROWS = [Sequence(ids, list(range(3, len(ids))), f"row:{n}") for n, ids in enumerate(random_rows(40, 17, 25, 9))]
 
@@ -142,13 +142,13 @@ def test_free_memory_is_what_the_system_and_the_container_say(monkeypatch):
 
 def test_training_recomputes_what_does_not_fit_and_learns_the_same(monkeypatch):
     losses, asked = [], []
-    real = loop.pack_logprobs
+    real = _pooling.pack_logprobs
 
     def watching(model, pack, *, recompute, **others):
         asked.append((len(pack.ids), recompute))
         return real(model, pack, recompute=recompute, **others)
 
-    monkeypatch.setattr(loop, "pack_logprobs", watching)
+    monkeypatch.setattr(_pooling, "pack_logprobs", watching)
     for free in (math.inf, None):
         base = trimtab.Base(tiny("llama"))
         adapter = trimtab.attach(base.model, LoRA(rank=2))

@@ -19,7 +19,7 @@ from trimtab.errors import DataError, RecipeError
 from trimtab.evaluate import score_loss
 from trimtab.methods import attach
 from trimtab.methods.lora import LoRA
-from trimtab.objectives import Objective, averaged, learned_and_pooled
+from trimtab.objectives import Objective, answered, averaged
 from trimtab.train import TrainConfig, train
 
 SETTINGS = [
@@ -254,7 +254,7 @@ def test_the_pooled_number_is_the_whole_steps_and_no_gradient_goes_through_it():
     rows = [replace(row, reference=-25.0) for row in with_mismatched(rows_of("judged"), 0)]
     base, _ = adapted()
     objective = Objective.pick({"name": "kto", "desirable": 1.0, "undesirable": 1.0})
-    pooled = [learned_and_pooled(base.model, objective, pack_all(rows, limit))[1] for limit in (1, 30, 1000)]
+    pooled = [answered(base.model, objective, pack_all(rows, limit))[1] for limit in (1, 30, 1000)]
     assert pooled == pytest.approx([pooled[0]] * 3, rel=1e-9)
     ratios = [
         float(logprob_alone(base.model, row.ids, row.learned).detach()) + 25.0 for row in rows if row.side == "mismatched"

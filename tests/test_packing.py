@@ -182,7 +182,9 @@ def test_a_broken_mask_window_or_position_is_noticed(broken, by_hand, monkeypatc
         whole = layouts.causal
         monkeypatch.setattr(layouts, "causal", lambda q, k, window, device: whole(q, k, window + 1, device))
         sight = blocks.Sight
-        monkeypatch.setattr(blocks, "Sight", lambda segments, virtual, window: sight(segments, virtual, window + 1))
+        monkeypatch.setattr(
+            blocks, "Sight", lambda segments, virtual, window, first: sight(segments, virtual, window + 1, first)
+        )
     elif broken == "positions":
         # Rotary positions are relative, so a shift of a whole row changes nothing: they must run on within the row.
         pack = replace(pack, positions=pack.positions // 2)

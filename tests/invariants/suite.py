@@ -29,7 +29,7 @@ from trimtab.engine.layouts import Cache, DecodeLayout, PackLayout, PrefillLayou
 from trimtab.errors import ArtifactError, NotMergeable, RecipeError, TrimtabError
 from trimtab.methods import Attached, Method, Routing, Sample, active, adapters, attach, combine, routed
 from trimtab.methods._attach import switch_of
-from trimtab.objectives import Objective, learned_and_pooled
+from trimtab.objectives import Objective, answered
 from trimtab.objectives.sft import SFT
 from trimtab.train import TrainConfig, train
 
@@ -76,6 +76,12 @@ def invariant(function: Callable[["Case"], None]) -> Callable[["Case"], None]:
 
 def skip(reason: str) -> None:
     pytest.skip(reason)
+
+
+def learned_and_pooled(model: nn.Module, objective: Objective, packs: list[Pack]) -> tuple[list[Pack], float]:
+    """The packs that have a loss, and what the objective estimates on the others."""
+    learned, pooled = answered(model, objective, packs)
+    return [pack for pack, _ in learned], pooled
 
 
 @dataclass

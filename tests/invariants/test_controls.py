@@ -18,7 +18,6 @@ from trimtab.methods import Attached, Routing, _combine
 from trimtab.methods._attach import adapters
 from trimtab.methods._lowrank import LowRankLayer
 from trimtab.methods.lora import LoRA, LoRALayer
-from trimtab.objectives import learned_and_pooled
 from trimtab.objectives.dpo import DPO
 from trimtab.objectives.kto import KTO
 
@@ -98,11 +97,12 @@ def _seeing_later_keys(*given):
 
 
 def _pooled_over_one_pack(model, objective, packs):
-    learned, _ = learned_and_pooled(model, objective, packs)
-    return learned, learned_and_pooled(model, objective, packs[:1])[1]
+    learned, _ = _learned_and_pooled(model, objective, packs)
+    return learned, _learned_and_pooled(model, objective, packs[:1])[1]
 
 
 _laid, _kto_losses = layouts.PackLayout.__init__, KTO.losses
+_learned_and_pooled = suite.learned_and_pooled
 
 BROKEN = {
     "I01": ("lora", (LoRALayer, "low_rank", lambda self: (self.A, self.B + 1e-3))),

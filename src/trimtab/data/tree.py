@@ -4,8 +4,9 @@ A token sees its own segment up to itself, and all of the segment's ancestors. A
 with nothing in common are a forest of single segments. Nothing here or above knows how attention does that.
 """
 
-from collections.abc import Sequence
-from itertools import groupby
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Sequence
+from itertools import groupby, pairwise
 from typing import NamedTuple
 
 WORTH = 8
@@ -41,6 +42,14 @@ def places(segments: Sequence[Segment], leaf: int) -> list[int]:
     return found
 
 
+def paths_of(segments: Sequence[Segment]) -> list[list[int]]:
+    """Each segment's ancestors, from the root, and itself."""
+    paths: list[list[int]] = []
+    for number, (_, _, parent) in enumerate(segments):
+        paths.append([*(paths[parent] if parent >= 0 else []), number])
+    return paths
+
+
 def lay_out(rows: Sequence[Sequence[int]], *, share: bool = True) -> Tree:
     """Rows, none of them empty, as a tree; or, without sharing, side by side in their order."""
     ids: list[int] = []
@@ -69,6 +78,25 @@ def lay_out(rows: Sequence[Sequence[int]], *, share: bool = True) -> Tree:
         branches = [list(branch) for _, branch in groupby(group[len(ended) :], key=lambda number: rows[number][known])]
         todo += [(branch, laid, parent) for branch in reversed(branches)]
     return Tree(ids, positions, tuple(segments), tuple(leaves))
+
+
+def chained(segments: Sequence[Segment], cuts: Iterable[int]) -> tuple[Segment, ...]:
+    """The same tree with segments as chains, parted before these tokens."""
+    made, last, ordered = list[Segment](), list[int](), sorted(set(cuts))
+    for start, end, parent in segments:
+        above = last[parent] if parent >= 0 else -1
+        inside = ordered[bisect_right(ordered, start) : bisect_left(ordered, end)]
+        for low, high in pairwise([start, *inside, end]):
+            made.append(Segment(low, high, above))
+            above = len(made) - 1
+        last.append(above)
+    return tuple(made)
+
+
+def evenly_chained(segments: tuple[Segment, ...], most: int) -> tuple[Segment, ...]:
+    """The same tree with segments of more than `most` tokens as chains of even ones."""
+    counts = [(start, end, -(-(end - start) // most)) for start, end, _ in segments]
+    return chained(segments, (start + (end - start) * n // count for start, end, count in counts for n in range(count)))
 
 
 def alphabetical(rows: Sequence[Sequence[int]]) -> list[int]:

@@ -13,7 +13,7 @@ from trimtab.data.pack import Pack, pack_flat
 from trimtab.engine.below import FrozenBelow
 from trimtab.engine.fused import fuse, recomputed
 from trimtab.engine.head import head_of, sequence_logprobs
-from trimtab.engine.layouts import PackLayout
+from trimtab.engine.layouts import Earlier, PackLayout
 from trimtab.errors import UnsupportedModel
 from trimtab.methods import Routing, look_through, routed, switch_of
 
@@ -42,14 +42,16 @@ def pack_logprobs(
     *,
     recompute: bool = False,
     below: FrozenBelow | None = None,
+    earlier: Earlier | None = None,
 ) -> Tensor:
-    """Σ log p over the learned tokens of each of the pack's sequences: S. Differentiable.
+    """Σ log p over the learned tokens of each of the pack's sequences: S. Differentiable, but for a pack that goes on from another.
 
     Args:
         owners: For each of the pack's segments, the name of the adapter that acts on it, or None for the base alone; those
             that are switched on act on all of them unless given.
         recompute: Keep the layers' inputs alone, and compute the layers again in the backward pass: slower, in less memory.
         below: What is known of the rows from earlier passes, and learns from this one.
+        earlier: Is filled with what a pack that goes on from this one needs of it, and given to that one's pass.
     """
     routing = None
     if owners is not None:
@@ -58,7 +60,7 @@ def pack_logprobs(
         routing = Routing([one for one, length in zip(switches, lengths, strict=True) for _ in range(length)])
     at, row = pack.target_at.unique(return_inverse=True)
     with routed(routing), recomputed(recompute), below.of(pack) if below is not None else nullcontext():
-        hidden = _states_at(model, pack, at, routing)
+        hidden = _states_at(model, pack, at, routing, earlier)
     with routed(routing.select(at.tolist()) if routing else None):
         return sequence_logprobs(hidden, row, head_of(model), pack.target_token, pack.target_sequence, len(pack.sequences))
 
@@ -83,10 +85,11 @@ def pack_divergences(model: Any, other: Any, as_other: Callable[[], AbstractCont
     return torch.cat(parts)[row]
 
 
-def _states_at(model: Any, pack: Pack, at: Tensor, routing: Routing | None = None) -> Tensor:
+def _states_at(model: Any, pack: Pack, at: Tensor, routing: Routing | None = None, earlier: Earlier | None = None) -> Tensor:
     """The last hidden states of M of the pack's tokens: M d."""
-    layout = PackLayout(pack.segments, at if routing is None else None)
+    layout = PackLayout(pack.segments, at if routing is None else None, pack.first, earlier)
     hidden = hidden_states(model, pack.ids, pack.positions, layout)
+    layout.earlier = None  # layers that are computed again in the backward pass need not leave it again
     return hidden if layout.narrowed else hidden[at]
 
 

@@ -15,10 +15,10 @@ from torch import Tensor
 from trimtab.base import Base
 from trimtab.data import Account, Conversation, Judged, Preference, make_sequences, pack_all, prompt_of
 from trimtab.data.example import Sequence as Row
-from trimtab.engine import generate, pack_logprobs
+from trimtab.engine import generate
 from trimtab.errors import DataError, NonFinite, listing
 from trimtab.methods import room
-from trimtab.objectives import Objective, averaged, learned_and_pooled
+from trimtab.objectives import Objective, answered, averaged
 from trimtab.objectives.sft import SFT
 
 Interval = tuple[float, float]
@@ -71,16 +71,15 @@ def score_loss(base: Base, rows: Sequence[Row], pack_tokens: int = 1024, objecti
     sums: list[float] = []
     counts: list[int] = []
     measured: list[dict[str, Tensor]] = []
-    packs, pooled = learned_and_pooled(base.model, objective, [pack.to(base.device) for pack in pack_all(rows, pack_tokens)])
-    for pack in packs:
-        logprobs = pack_logprobs(base.model, pack)
+    learned, pooled = answered(base.model, objective, [pack.to(base.device) for pack in pack_all(rows, pack_tokens)])
+    for pack, logprobs in learned:
         broken = [row.where for row, one in zip(pack.sequences, logprobs.tolist(), strict=True) if not math.isfinite(one)]
         if broken:
             raise NonFinite(f"The loss on {broken[0]} is not a number: the model's weights, or an adapter's, are broken.")
         sums += objective.losses(logprobs, pack, pooled).tolist()
         counts += objective.counts(pack)
         measured.append(objective.measures(logprobs, pack, pooled))
-    tokens = sum(len(row.learned) for pack in packs for row in pack.sequences)
+    tokens = sum(len(row.learned) for pack, _ in learned for row in pack.sequences)
     return Loss(sum(sums) / sum(counts), _bootstrap(sums, counts), tokens, len(sums), averaged(measured))
 
 

@@ -7,23 +7,53 @@ import torch
 from torch import Tensor
 
 from trimtab.data import Pack
-from trimtab.engine import pack_logprobs
+from trimtab.engine import Earlier, pack_logprobs
 from trimtab.objectives._base import Objective
 
 
+class Pool:
+    """Gathers what an objective estimates on mismatched answers."""
+
+    def __init__(self, objective: Objective) -> None:
+        self.objective = objective
+        self.differences: list[Tensor] = []
+
+    def add(self, pack: Pack, logprobs: Tensor) -> None:
+        """Σ log p of each of the pack's mismatched answers."""
+        reference = torch.tensor([row.reference for row in pack.sequences], dtype=torch.float64)
+        self.differences.append(logprobs.detach().double().cpu() - reference)
+
+    def pass_through(self, model: Any, pack: Pack, **how: Any) -> Tensor:
+        """Σ log p of each of the pack's sequences; mismatched answers that go on from them are gathered.
+
+        Args:
+            how: As in `pack_logprobs`.
+        """
+        if pack.after is None:
+            return pack_logprobs(model, pack, **how)
+        earlier: Earlier = {}
+        logprobs = pack_logprobs(model, pack, earlier=earlier, **how)
+        with torch.no_grad():
+            self.add(pack.after, pack_logprobs(model, pack.after, earlier=earlier))
+        return logprobs
+
+    @property
+    def value(self) -> float:
+        """The number that is pooled, from all that has been gathered."""
+        return self.objective.pool(torch.cat(self.differences)) if self.differences else 0.0
+
+
 @torch.no_grad()
-def learned_and_pooled(model: Any, objective: Objective, packs: Sequence[Pack]) -> tuple[list[Pack], float]:
-    """The packs that have a loss, and the number that the objective estimates on the others, of mismatched answers."""
-    others = [pack for pack in packs if pack.sequences[0].side == "mismatched"]
-    differences = [
-        (
-            pack_logprobs(model, pack).double().cpu()
-            - torch.tensor([row.reference for row in pack.sequences], dtype=torch.float64)
-        )
-        for pack in others
-    ]
-    learned = [pack for pack in packs if pack.sequences[0].side != "mismatched"]
-    return learned, objective.pool(torch.cat(differences)) if differences else 0.0
+def answered(model: Any, objective: Objective, packs: Sequence[Pack]) -> tuple[list[tuple[Pack, Tensor]], float]:
+    """The packs that have a loss, each with Σ log p of its sequences; and the number that the objective estimates on the others."""
+    pool, learned = Pool(objective), list[tuple[Pack, Tensor]]()
+    for pack in packs:
+        logprobs = pool.pass_through(model, pack)
+        if pack.mismatched:
+            pool.add(pack, logprobs)
+        else:
+            learned.append((pack, logprobs))
+    return learned, pool.value
 
 
 def averaged(measured: Sequence[dict[str, Tensor]]) -> dict[str, float]:

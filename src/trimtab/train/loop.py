@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -18,10 +18,10 @@ from torch import nn
 from trimtab.base import Base
 from trimtab.data import Pack, most_together
 from trimtab.data.example import Sequence as Row
-from trimtab.engine import FrozenBelow, Kept, Memory, free_memory, pack_logprobs, plan_memory
+from trimtab.engine import FrozenBelow, Kept, Memory, free_memory, plan_memory
 from trimtab.errors import DataError, NonFinite
 from trimtab.methods import Attached, Circumstances, Method
-from trimtab.objectives import Objective, averaged, learned_and_pooled
+from trimtab.objectives import Objective, Pool, averaged
 from trimtab.startup import keep_freed_memory
 from trimtab.train.config import TrainConfig, learning_rate
 
@@ -78,25 +78,25 @@ def train(
     """
     parameters = list(adapter.parameters().values())
     optimizer = _optimizer(adapter, peak_lr, config.weight_decay)
-    passes = _Passes(base, objective, config, memory)
+    passes = _Passes(base, parameters, objective, config, memory)
     for number in range(1, len(steps) + 1):
         started = time.perf_counter()
-        everything = [pack.to(base.device) for pack in steps[number - 1]]
-        packs, pooled = learned_and_pooled(base.model, objective, everything)
+        packs = [pack.to(base.device) for pack in steps[number - 1]]
         lr = learning_rate(number, len(steps), peak_lr, config.warmup, config.schedule)
-        items = sum(objective.items(pack) for pack in packs)
+        items = sum(objective.items(pack) for pack in packs if not pack.mismatched)
         if items == 0:
             raise DataError(f"step {number}: none of its rows has anything to learn.")
         adapter.train(not objective.compares)
-        total, measured = passes.gradients(number, packs, items, pooled)
+        total, measured = passes.gradients(number, packs, items)
         adapter.train(False)
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip if config.clip is not None else float("inf"))
         mean = total.item() / items
-        _check_finite(number, mean, norm.item(), [row for pack in packs for row in pack.sequences])
+        rows = [row for pack in packs if not pack.mismatched for row in pack.sequences]
+        _check_finite(number, mean, norm.item(), rows)
         _update(optimizer, parameters, lr)
         adapter.trained = True
-        tokens = sum(row.shown for pack in packs for row in pack.sequences)
-        computed, seconds = sum(len(pack.ids) for pack in everything), time.perf_counter() - started
+        tokens, computed = sum(row.shown for row in rows), sum(pack.computed for pack in packs)
+        seconds = time.perf_counter() - started
         yield Step(number, mean, items, tokens, computed, seconds, norm.item(), lr, averaged(measured))
     for parameter in parameters:
         parameter.grad = None
@@ -105,28 +105,65 @@ def train(
 class _Passes:
     """Forward and backward passes, and what they share from pack to pack."""
 
-    def __init__(self, base: Base, objective: Objective, config: TrainConfig, memory: Memory | None) -> None:
-        self.base, self.objective, self.seed = base, objective, config.seed
+    def __init__(
+        self, base: Base, parameters: list[nn.Parameter], objective: Objective, config: TrainConfig, memory: Memory | None
+    ) -> None:
+        self.base, self.parameters, self.objective, self.seed = base, parameters, objective, config.seed
         self.most_kept = memory.most_kept if memory else math.inf
         self.kept = Kept(memory.kept * 1.01) if memory and base.device.type == "cpu" else None
         self.below = FrozenBelow(base.model, free_memory(base.device) / 4) if config.epochs > 1 else None
+        self.room = memory.kept / 4 if memory else math.inf
+        """Bytes of gradients that may wait."""
 
-    def gradients(
-        self, number: int, packs: list[Pack], items: int, pooled: float
-    ) -> tuple[torch.Tensor, list[dict[str, torch.Tensor]]]:
-        """Add the gradients of a step's packs to the parameters'; the sum of their losses, and what else is measured."""
-        device, measured = self.base.device, []
+    def gradients(self, number: int, packs: list[Pack], items: int) -> tuple[torch.Tensor, list[dict[str, torch.Tensor]]]:
+        """Add the gradients of a step's packs to the parameters'; the sum of their losses, and what else is measured.
+
+        Some packs must wait for what is estimated on later ones (see `pack_all`). They have one answer each, so the gradient of
+        its log-probability is the loss's up to a factor, and waits; or, where that takes too much memory, is computed afterwards.
+        """
+        device, measured, pool = self.base.device, list[dict[str, torch.Tensor]](), Pool(self.objective)
         total = torch.zeros((), device=device, dtype=torch.float64 if device.type == "cpu" else torch.float32)
+        missing = sum(pack.estimates for pack in packs)
+        room = missing * sum(p.nbytes for p in self.parameters) <= self.room
+        waiting: list[tuple[Pack, torch.Tensor, tuple[torch.Tensor | None, ...]]] = []
+        again: list[Pack] = []
+
+        def learn(pack: Pack, logprobs: torch.Tensor) -> None:
+            loss = self.objective.loss(logprobs, pack, pool.value)
+            (loss / items).backward()
+            measured.append(self.objective.measures(logprobs.detach(), pack, pool.value))
+            total.add_(loss.detach())  # read once, after the step: .item() waits for the device
+
         for part, pack in enumerate(packs):
             torch.manual_seed(_dropout_seed(self.seed, number, part))
-            recompute = len(pack.ids) > self.most_kept
-            with nullcontext() if self.kept is None or recompute else self.kept.again():
-                logprobs = pack_logprobs(self.base.model, pack, recompute=recompute, below=self.below)
-            loss = self.objective.loss(logprobs, pack, pooled)
-            (loss / items).backward()
-            measured.append(self.objective.measures(logprobs.detach(), pack, pooled))
-            total += loss.detach()  # read once, after the step: .item() waits for the device
+            missing -= pack.estimates
+            wanted = not pack.mismatched and (room or not missing)
+            with torch.set_grad_enabled(wanted):
+                logprobs = self._logprobs(pack, pool)
+            if pack.mismatched:
+                pool.add(pack, logprobs)
+            elif not missing:
+                learn(pack, logprobs)
+            elif room:
+                factor = logprobs.detach().requires_grad_()
+                waiting.append((pack, factor, torch.autograd.grad(logprobs.sum(), self.parameters, allow_unused=True)))
+            else:
+                again.append(replace(pack, after=None))
+        for pack in again:
+            learn(pack, self._logprobs(pack, pool))
+        for pack, logprobs, gradients in waiting:
+            learn(pack, logprobs)
+            for parameter, gradient in zip(self.parameters, gradients, strict=True):
+                if gradient is not None and parameter.grad is not None and logprobs.grad is not None:
+                    parameter.grad.add_(gradient, alpha=logprobs.grad.item())
         return total, measured
+
+    def _logprobs(self, pack: Pack, pool: Pool) -> torch.Tensor:
+        recompute = len(pack.ids) > self.most_kept
+        below = self.below if pack.after is None else None  # what goes on from the pack needs every layer's keys and values
+        keeps = self.kept if torch.is_grad_enabled() and not recompute else None
+        with nullcontext() if keeps is None else keeps.again():
+            return pool.pass_through(self.base.model, pack, recompute=recompute, below=below)
 
 
 def _update(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], lr: float) -> None:

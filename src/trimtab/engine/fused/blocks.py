@@ -61,7 +61,8 @@ def _attention(
     if not _is_plain(attention, cos, virtual):
         out = module(hidden_states=_normed(x, before)[None], **kwargs)[0][0]
         return _added(*_rows(wanted, x, out), after, scale)
-    kwargs["layout"].reached = True
+    layout = kwargs["layout"]
+    layout.reached = True
     heads, size = attention.config.num_attention_heads, attention.head_dim
     groups = attention.config.num_key_value_heads
     if hasattr(attention, "qkv_proj"):  # Phi-3
@@ -72,7 +73,9 @@ def _attention(
         q, k = (_normed_heads(t, size, how) for t, how in ((q, attention.q_norm), (k, attention.k_norm)))
     holder = attention.config if _family(attention, "Attention") in WINDOW_OF_MODEL else attention
     first = virtual[0].of(attention, x) if virtual else None
-    sight = Sight(kwargs["layout"].segments, first[0].shape[2] if first else 0, getattr(holder, "sliding_window", None))
+    k, v, cos, sin = layout.seen(attention, 0, k, v, cos, sin)
+    window = getattr(holder, "sliding_window", None)
+    sight = Sight(layout.segments, first[0].shape[2] if first else 0, window, layout.first)
     sizes = Sizes(groups, heads // groups, size)
     out = attend(q, k, v, cos, sin, sight, sizes, attention.scaling, (first[0][0], first[1][0]) if first else None)
     return _through(*_rows(wanted, x, out), attention.o_proj, after, scale)

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from trimtab.data.tree import Segment
+from trimtab.data.tree import Segment, evenly_chained, paths_of
 from trimtab.engine.fused import kernels
 from trimtab.engine.kept import kept
 
@@ -23,6 +23,18 @@ BLOCK = 256
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+class Sight(NamedTuple):
+    """What each token sees."""
+
+    segments: tuple[Segment, ...]
+    virtual: int
+    """Tokens before every segment, which all see."""
+    window: int | None
+    """How many tokens back, itself included."""
+    first: int = 0
+    """Tokens that ask nothing: they are only seen."""
 
 
 class Block(NamedTuple):
@@ -44,21 +56,22 @@ class Piece(NamedTuple):
 
 
 @lru_cache(maxsize=16)  # every layer asks the same
-def pieces(segments: tuple[Segment, ...], virtual: int, window: int | None, dtype: torch.dtype) -> tuple[Piece, ...]:
-    """A tree's attention, as calls: each segment after `virtual` tokens, seeing `window` tokens at most."""
-    paths: list[tuple[tuple[int, int], ...]] = []
+def pieces(sight: Sight, dtype: torch.dtype) -> tuple[Piece, ...]:
+    """A tree's attention, as calls: each segment of tokens that ask after the virtual ones."""
+    segments, virtual, window, first = sight
     made = []
-    for start, end, parent in segments:
-        path = (*(paths[parent] if parent >= 0 else ()), (start, end))
-        paths.append(path)
+    for (start, end, _), numbers in zip(segments, paths_of(segments), strict=True):
+        path = tuple((segments[n].start, segments[n].end) for n in numbers)
+        if start < first:
+            continue
         before = virtual + sum(high - low for low, high in path[:-1])
         size = -(-(end - start) // -(-(end - start) // BLOCK))
         blocks = []
         for at in range(start, end, size):
             stop = min(at + size, end)
-            first, high = before + at - start, before + stop - start
-            low = 0 if window is None else max(0, first - window + 1)
-            blocks.append(Block(at, stop, low, high, _hidden(first - low, high - low, window, dtype)))
+            place, high = before + at - start, before + stop - start
+            low = 0 if window is None else max(0, place - window + 1)
+            blocks.append(Block(at, stop, low, high, _hidden(place - low, high - low, window, dtype)))
         made.append(Piece(path, tuple(blocks)))
     return tuple(made)
 
@@ -84,16 +97,6 @@ def _window(queries: int, keys: int, window: int, dtype: torch.dtype) -> Tensor:
     return torch.zeros(queries, keys, dtype=dtype).masked_fill_((k > q) | (k <= q - window), float("-inf"))
 
 
-class Sight(NamedTuple):
-    """What each token sees."""
-
-    segments: tuple[Segment, ...]
-    virtual: int
-    """Tokens before every segment, which all see."""
-    window: int | None
-    """How many tokens back, itself included."""
-
-
 class Sizes(NamedTuple):
     groups: int
     """G."""
@@ -114,20 +117,27 @@ def attend(
     scale: float,
     virtual: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
-    """T H·K queries, T G·K keys and values -> T H·K. Turns q and k by cos and sin (T K).
+    """T H·K queries, T G·K keys and values -> T H·K. Turns q and k by cos and sin (T K). Of those that ask, T may be less.
 
     Args:
         virtual: Keys and values before every segment's: each G P K.
     """
     how = _Compiled if kernels.compiled(q, k, v, cos, sin, *(virtual or ())) else _InTorch
-    return how.apply(q, k, v, cos, sin, sight, sizes, scale, *(virtual or (None, None)))
+    if sight.first:
+        assert not torch.is_grad_enabled(), "no gradient of what goes on from others"
+        q = torch.cat([q.new_empty(sight.first, q.shape[1]), q])
+    out = how.apply(q, k, v, cos, sin, sight, sizes, scale, *(virtual or (None, None)))
+    return out[sight.first :] if sight.first else out
 
 
 class _Tree(ctypes.Structure):
     """As in attention.h."""
 
     _fields_: ClassVar = [
-        *((name, ctypes.c_int64) for name in ("segments", "tokens", "groups", "each", "head", "virtual_tokens", "window")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("segments", "asked", "tokens", "groups", "each", "head", "virtual_tokens", "window")
+        ),
         *((name, ctypes.c_int64) for name in ("q_row", "k_row", "v_row", "d_row")),
         ("scale", ctypes.c_double),
         *((name, ctypes.c_void_p) for name in ("start", "end", "path", "on_path", "users", "user", "before", "order")),
@@ -135,30 +145,20 @@ class _Tree(ctypes.Structure):
 
 
 @lru_cache(maxsize=16)  # every layer asks the same
-def _cut(segments: tuple[Segment, ...], most: int = 512) -> tuple[Segment, ...]:
-    """The same tree with long segments as chains: a long row would be one task a head, which few threads share evenly."""
-    made, last = list[Segment](), list[int]()
-    for start, end, parent in segments:
-        count, above = -(-(end - start) // most), last[parent] if parent >= 0 else -1
-        for n in range(count):
-            made.append(Segment(start + (end - start) * n // count, start + (end - start) * (n + 1) // count, above))
-            above = len(made) - 1
-        last.append(above)
-    return tuple(made)
+def _cut(segments: tuple[Segment, ...]) -> tuple[Segment, ...]:
+    """A long row would be one task a head, which few threads share evenly."""
+    return evenly_chained(segments, 512)
 
 
 @lru_cache(maxsize=16)
-def _arrays(segments: tuple[Segment, ...], virtual: int) -> tuple[Tensor, ...]:
+def _arrays(segments: tuple[Segment, ...], virtual: int, first: int) -> tuple[Tensor, ...]:
     """Of attention.h's Tree."""
     lengths = [end - start for start, end, _ in segments]
-    paths: list[list[int]] = []
-    for number, segment in enumerate(segments):
-        paths.append([*(paths[segment.parent] if segment.parent >= 0 else []), number])
+    paths, asking = paths_of(segments), (n for n, segment in enumerate(segments) if segment.start >= first)
     seen_by: list[list[tuple[int, int]]] = [[] for _ in segments]
     for number, path in enumerate(paths):
         for place, one in enumerate(path):
             seen_by[one].append((number, virtual + sum(lengths[n] for n in path[:place])))
-    work = [lengths[n] * sum(lengths[m] for m in path) for n, path in enumerate(paths)]
     arrays = [
         [start for start, _, _ in segments],
         [end for _, end, _ in segments],
@@ -167,7 +167,7 @@ def _arrays(segments: tuple[Segment, ...], virtual: int) -> tuple[Tensor, ...]:
         [0, *accumulate(map(len, seen_by))],
         [user for users in seen_by for user, _ in users],
         [before for users in seen_by for _, before in users],
-        sorted(range(len(segments)), key=lambda n: -work[n]),
+        sorted(asking, key=lambda n: -lengths[n] * sum(lengths[m] for m in paths[n])),
     ]
     return tuple(torch.tensor(array, dtype=torch.int64) for array in arrays)
 
@@ -207,8 +207,10 @@ def _call(
     (sight, sizes, scale), call = about, kernels.compiled(q, k, v)
     assert call is not None, "as in the forward pass"
     segments, window = _cut(sight.segments), sight.window or 0
-    numbers = (len(segments), len(q), *sizes, sight.virtual, window, q.stride(0), k.stride(0), v.stride(0), d_row)
-    tree = _Tree(*numbers, scale, *(array.data_ptr() for array in _arrays(segments, sight.virtual)))
+    arrays = _arrays(segments, sight.virtual, sight.first)
+    rows = (q.stride(0), k.stride(0), v.stride(0), d_row)
+    numbers = (len(segments), len(arrays[-1]), len(q), *sizes, sight.virtual, window, *rows)
+    tree = _Tree(*numbers, scale, *(array.data_ptr() for array in arrays))
     if call(name, tree, q, k, v, *others):
         raise MemoryError(f"no memory for attention over {len(q):,} tokens: lower train.pack_tokens or data.max_length")
 
@@ -228,7 +230,7 @@ class _InTorch(torch.autograd.Function):
         q, k = (_turned(t, sizes.head, cos, sin) for t in (q, k))
         out = torch.empty_like(q)
         sums = []
-        for piece in pieces(*sight, q.dtype):
+        for piece in pieces(sight, q.dtype):
             keys, values = _in_sight(k, piece, first_k, sizes), _in_sight(v, piece, first_v, sizes)
             for start, end, low, high, hidden in piece.blocks:
                 here, lse = _forward(
@@ -248,7 +250,7 @@ class _InTorch(torch.autograd.Function):
         dout, sizes, sum_of = gradients[0], ctx.sizes, iter(sums)
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros(v.shape, dtype=v.dtype)
         dfirst_k, dfirst_v = (None if t is None else torch.zeros_like(t) for t in (first_k, first_v))
-        for piece in pieces(*ctx.sight, q.dtype):
+        for piece in pieces(ctx.sight, q.dtype):
             keys, values = _in_sight(k, piece, first_k, sizes), _in_sight(v, piece, first_v, sizes)
             dkeys, dvalues = (torch.zeros(t.shape[0], t.shape[2], t.shape[3], dtype=t.dtype) for t in (keys, values))
             for start, end, low, high, hidden in piece.blocks:

@@ -1,6 +1,7 @@
 """What an objective says of several packs at once: of an optimizer step's, or of all rows held out."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -23,18 +24,19 @@ class Pool:
         reference = torch.tensor([row.reference for row in pack.sequences], dtype=torch.float64)
         self.differences.append(logprobs.detach().double().cpu() - reference)
 
-    def pass_through(self, model: Any, pack: Pack, **how: Any) -> Tensor:
+    def pass_through(self, model: Any, pack: Pack, within: AbstractContextManager[None] | None = None, **how: Any) -> Tensor:
         """Σ log p of each of the pack's sequences; mismatched answers that go on from them are gathered.
 
         Args:
+            within: Where the pack's own pass happens.
             how: As in `pack_logprobs`.
         """
-        if pack.after is None:
-            return pack_logprobs(model, pack, **how)
         earlier: Earlier = {}
-        logprobs = pack_logprobs(model, pack, earlier=earlier, **how)
-        with torch.no_grad():
-            self.add(pack.after, pack_logprobs(model, pack.after, earlier=earlier))
+        with nullcontext() if within is None else within:
+            logprobs = pack_logprobs(model, pack, earlier=earlier if pack.after is not None else None, **how)
+        if pack.after is not None:
+            with torch.no_grad():
+                self.add(pack.after, pack_logprobs(model, pack.after, earlier=earlier))
         return logprobs
 
     @property

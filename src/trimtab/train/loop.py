@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -125,7 +125,7 @@ class _Passes:
         total = torch.zeros((), device=device, dtype=torch.float64 if device.type == "cpu" else torch.float32)
         missing = sum(pack.estimates for pack in packs)
         room = missing * sum(p.nbytes for p in self.parameters) <= self.room
-        waiting: list[tuple[Pack, torch.Tensor, tuple[torch.Tensor | None, ...]]] = []
+        waiting: list[tuple[Pack, torch.Tensor, list[torch.Tensor | None]]] = []
         again: list[Pack] = []
 
         def learn(pack: Pack, logprobs: torch.Tensor) -> None:
@@ -146,7 +146,7 @@ class _Passes:
                 learn(pack, logprobs)
             elif room:
                 factor = logprobs.detach().requires_grad_()
-                waiting.append((pack, factor, torch.autograd.grad(logprobs.sum(), self.parameters, allow_unused=True)))
+                waiting.append((pack, factor, self._gradients_alone(logprobs)))
             else:
                 again.append(replace(pack, after=None))
         for pack in again:
@@ -158,12 +158,22 @@ class _Passes:
                     parameter.grad.add_(gradient, alpha=logprobs.grad.item())
         return total, measured
 
+    def _gradients_alone(self, logprobs: torch.Tensor) -> list[torch.Tensor | None]:
+        """Of Σ log p, in place of the parameters' own for as long. What torch.autograd.grad gives are views, which hold more."""
+        own = [parameter.grad for parameter in self.parameters]
+        for parameter in self.parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        logprobs.sum().backward()
+        found = [parameter.grad for parameter in self.parameters]
+        for parameter, gradient in zip(self.parameters, own, strict=True):
+            parameter.grad = gradient
+        return found
+
     def _logprobs(self, pack: Pack, pool: Pool) -> torch.Tensor:
         recompute = len(pack.ids) > self.most_kept
         below = self.below if pack.after is None else None  # what goes on from the pack needs every layer's keys and values
-        keeps = self.kept if torch.is_grad_enabled() and not recompute else None
-        with nullcontext() if keeps is None else keeps.again():
-            return pool.pass_through(self.base.model, pack, recompute=recompute, below=below)
+        within = self.kept.again() if self.kept is not None and torch.is_grad_enabled() and not recompute else None
+        return pool.pass_through(self.base.model, pack, within, recompute=recompute, below=below)
 
 
 def _update(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], lr: float) -> None:

@@ -199,16 +199,16 @@ def test_the_same_values_give_the_same_result_to_the_last_bit(work, plain):
 
 
 def test_pack_tokens_changes_how_packs_are_cut_and_not_what_is_learned(work, monkeypatch):
-    from trimtab.train import loop
+    from trimtab.objectives import _pooling
 
     sizes = []
-    whole = loop.pack_logprobs
+    whole = _pooling.pack_logprobs
 
     def counting(model, pack, *, recompute, **others):
         sizes.append(len(pack.ids))
         return whole(model, pack, recompute=recompute, **others)
 
-    monkeypatch.setattr(loop, "pack_logprobs", counting)
+    monkeypatch.setattr(_pooling, "pack_logprobs", counting)
     results = []
     for tokens in (1024, 32):
         sizes.clear()
@@ -219,16 +219,16 @@ def test_pack_tokens_changes_how_packs_are_cut_and_not_what_is_learned(work, mon
 
 
 def test_recompute_says_whether_layers_are_computed_again_and_changes_nothing_that_is_learned(work, monkeypatch):
-    from trimtab.train import loop
+    from trimtab.objectives import _pooling
 
     asked = set()
-    whole = loop.pack_logprobs
+    whole = _pooling.pack_logprobs
 
     def watching(model, pack, *, recompute, **others):
         asked.add(recompute)
         return whole(model, pack, recompute=recompute, **others)
 
-    monkeypatch.setattr(loop, "pack_logprobs", watching)
+    monkeypatch.setattr(_pooling, "pack_logprobs", watching)
     found = []
     for recompute in ("none", "full", "auto"):
         asked.clear()

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup format docs check test demo bench clean
+.PHONY: help setup format docs check test soak demo bench clean
 
 help:  ## show what there is to make
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +34,9 @@ check: $(READY)  ## formatting, lint, types
 
 test: check  ## everything that has to hold; what CI runs
 	$(BIN)/pytest -n 2 --dist worksteal
+
+soak: $(READY)  ## kill training a thousand times, and see every run end as if nothing had been (about an hour)
+	$(BIN)/python tests/soak.py 1000
 
 demo: $(READY)  ## fine-tune a real model on a small task and show what it gained (about 5 minutes on 2 cores)
 	rm -rf runs/demo

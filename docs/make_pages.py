@@ -3,11 +3,12 @@
 docs/recipe.md comes from the recipe's own declarations, the tree in README.md from the files' first lines, the tables in
 docs/methods.md from the methods and from docs/methods.json, which benchmarks/methods.py measures, and those in
 docs/performance.md from docs/measured, which `trimtab bench`, benchmarks/ablation.py and benchmarks/scaling.py fill; those in
-docs/preference.md from docs/preference.json, which benchmarks/preference.py measures.
+docs/preference.md from docs/preference.json, which benchmarks/preference.py measures; docs/faults.md from tests/fault_catalogue.py.
 """
 
 import ast
 import json
+import sys
 from pathlib import Path
 from typing import Any, get_args
 
@@ -24,10 +25,27 @@ ROOT = Path(__file__).parents[1]
 PAGE, README = ROOT / "docs" / "recipe.md", ROOT / "README.md"
 METHODS, MEASURED = ROOT / "docs" / "methods.md", ROOT / "docs" / "methods.json"
 PERFORMANCE, RESULTS = ROOT / "docs" / "performance.md", ROOT / "docs" / "measured"
+FAULTS = ROOT / "docs" / "faults.md"
 PREFERENCE, COMPARED = ROOT / "docs" / "preference.md", ROOT / "docs" / "preference.json"
 FLOORS = (
-    ("words and pages", ("cli.py", "commands.py", "__main__.py", "__init__.py")),
-    ("a run, top to bottom; and against others", ("recipe.py", "prepare.py", "reference.py", "run.py", "api.py", "bench")),
+    ("words and pages", ("cli.py", "commands", "__main__.py", "__init__.py")),
+    (
+        "a run, top to bottom; and against others",
+        (
+            "recipe.py",
+            "preflight.py",
+            "prepare.py",
+            "reference.py",
+            "saving.py",
+            "resume.py",
+            "run.py",
+            "examine.py",
+            "certificate.py",
+            "api.py",
+            "doctor.py",
+            "bench",
+        ),
+    ),
     ("scores, handing over, reports", ("evaluate", "deploy", "report")),
     ("the loop", ("train",)),
     ("what makes an answer good", ("objectives",)),
@@ -277,6 +295,38 @@ def page() -> str:
     return "".join(parts)
 
 
+CHAPTERS = {
+    "A": "The loss and the steps", "B": "Rows, tokens, labels", "C": "Saving, loading, going on", "D": "Merging and combining",
+    "E": "In use", "F": "Code and supply",
+}  # fmt: skip
+
+
+FAULTS_HEAD = """# What is known to go wrong without a word
+
+And what becomes of it here. *Impossible* is proven by tests that would see it, *refused* ends with a message that says what to do, *repaired* is
+said, *shown* is measured and told. Written by `make docs` from `tests/fault_catalogue.py`, where each line's tests are named.
+
+"""
+
+
+def faults() -> str:
+    """The whole of docs/faults.md, from the catalogue beside the tests."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    from fault_catalogue import FAULTS as KNOWN
+    from fault_catalogue import MISSING
+
+    counts = {
+        word: sum(fault.outcome == word for fault in KNOWN.values()) for word in ("impossible", "refused", "repaired", "shown")
+    }
+    totals = ", ".join(f"{count} {word}" for word, count in counts.items())
+    left = "; ".join(f"{key}, {why}" for key, why in MISSING.items())
+    parts = [FAULTS_HEAD, f"{totals}; none silent. Not to be tried yet: {left}.\n"]
+    for chapter, title in CHAPTERS.items():
+        lines = [f"| {key} | {one.what} | {one.outcome} | {one.how} |" for key, one in KNOWN.items() if key[0] == chapter]
+        parts.append(f"\n## {title}\n\n| | elsewhere | here | |\n|---|---|---|---|\n" + "\n".join(lines) + "\n")
+    return "".join(parts)
+
+
 def _model_of(annotation: Any) -> type[BaseModel] | None:
     options = [annotation, *get_args(annotation)]
     return next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
@@ -311,3 +361,4 @@ if __name__ == "__main__":
     METHODS.write_text(methods(), encoding="utf-8")
     PERFORMANCE.write_text(performance(), encoding="utf-8")
     PREFERENCE.write_text(preference(), encoding="utf-8")
+    FAULTS.write_text(faults(), encoding="utf-8")

@@ -3,8 +3,9 @@ import warnings
 
 import pytest
 import torch
+from worlds import here, trimtab, world  # noqa: F401
 
-import trimtab
+import trimtab as package
 from trimtab.engine.fused import kernels
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -16,7 +17,7 @@ def smollm2():
     """The real model, SmolLM2-135M-Instruct; tests must leave it as they found it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        base = trimtab.load("smollm2-135m-instruct")
+        base = package.load("smollm2-135m-instruct")
     yield base
     base.check_unchanged()
 

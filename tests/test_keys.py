@@ -33,7 +33,7 @@ def work(tmp_path_factory):
         "renamed": [{"question": row["prompt"], "completion": row["completion"]} for row in rows],
         "long": [*rows, {"prompt": "Say a lot", "completion": "word " * 60}],
         "bad": [*rows, {"prompt": "Say nothing", "completion": ""}],
-        "held": rows[:3],
+        "held": [{**row, "completion": "no"} for row in rows[:3]],
         "pairs": [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": "no, no"} for row in rows],
         "judged": [row | {"label": n % 3 == 0} for n, row in enumerate(rows)],
     }
@@ -49,6 +49,7 @@ def plain_recipe(work, **changes):
         "method": {"name": "lora", "rank": 2},
         "train": {"lr": 1e-2, "rows_per_step": 4, "epochs": 1},
         "output": str(work / "runs" / "plain"),
+        "certify": False,
     }
     for key, value in changes.items():
         section, _, leaf = key.partition(".")
@@ -114,7 +115,7 @@ OTHER = {
     "inputs": ["up_proj"],
     "block_size": 8,
     "layernorm.targets": ["input_layernorm"],
-    "tokens.tokens": [5, 7],
+    "tokens.tokens": [18, 220],
     "new": ["<say>"],
 }
 """Values for the methods' keys where a small step off the default will not do."""
@@ -204,9 +205,9 @@ def test_pack_tokens_changes_how_packs_are_cut_and_not_what_is_learned(work, mon
     sizes = []
     whole = _pooling.pack_logprobs
 
-    def counting(model, pack, *, recompute, **others):
+    def counting(model, pack, **others):
         sizes.append(len(pack.ids))
-        return whole(model, pack, recompute=recompute, **others)
+        return whole(model, pack, **others)
 
     monkeypatch.setattr(_pooling, "pack_logprobs", counting)
     results = []
@@ -224,9 +225,9 @@ def test_recompute_says_whether_layers_are_computed_again_and_changes_nothing_th
     asked = set()
     whole = _pooling.pack_logprobs
 
-    def watching(model, pack, *, recompute, **others):
-        asked.add(recompute)
-        return whole(model, pack, recompute=recompute, **others)
+    def watching(model, pack, **others):
+        asked.update({others["recompute"]} if "recompute" in others else ())
+        return whole(model, pack, **others)
 
     monkeypatch.setattr(_pooling, "pack_logprobs", watching)
     found = []
@@ -334,6 +335,8 @@ def test_no_key_is_left_out_here():
         "train.pack_tokens",
         "train.recompute",
         "start",
+        "certify",
+        "resume",
         "output",
     }
     recipe = {key for key in keys(Recipe) if key not in ("method", "objective")}

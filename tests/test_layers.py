@@ -16,14 +16,40 @@ FLOORS = [
     {"objectives"},
     {"train"},
     {"deploy", "evaluate", "report"},
-    {"recipe", "reference", "prepare", "run", "api", "bench"},
+    {
+        "recipe",
+        "reference",
+        "prepare",
+        "saving",
+        "resume",
+        "preflight",
+        "examine",
+        "certificate",
+        "run",
+        "api",
+        "doctor",
+        "bench",
+    },
     {"cli", "commands", "__main__"},
 ]
 """Of docs/…/architecture: what stands on which floor, the lowest first."""
 
 STACKED = [
     {"errors", "files", "config", "yaml12", "startup", "attention"},
-    {"recipe", "reference", "prepare", "run", "api", "bench"},
+    {
+        "recipe",
+        "reference",
+        "prepare",
+        "saving",
+        "resume",
+        "preflight",
+        "examine",
+        "certificate",
+        "run",
+        "api",
+        "doctor",
+        "bench",
+    },
     {"cli", "commands", "__main__"},
 ]
 """Floors whose files build on each other, without a circle; on the others, neighbours do not know each other."""
@@ -56,7 +82,7 @@ LAZY = {"__init__.py", "config.py"}
 """Files that import what a text names: the package's own names, and the members of a family."""
 
 MOST_LINES_OF_A_FILE = 300
-MOST_LINES_OF_FLOORS_0_TO_4 = 4800
+MOST_LINES_OF_FLOORS_0_TO_4 = 5300
 """With something on them, and of families what everybody reads: see `_core`."""
 FUSED, MOST_LINES_OF_FUSED = "engine/fused/", 880
 """The blocks by hand, which repeat for speed what the rest says plainly: counted apart."""
@@ -355,7 +381,7 @@ def test_it_notices(path, text, expected):
             {"errors.py": "def f():\n    from trimtab import config"},
             "a circle: config.py -> errors.py -> yaml12.py",
         ),
-        ({"recipe.py": "def f():\n    from trimtab.run import held_out"}, "recipe.py -> run.py"),
+        ({"recipe.py": "def f():\n    from trimtab.run import held_out"}, "run.py"),
         ({"data/order.py": "def f():\n    from trimtab.data.load import load_data"}, "data/load.py -> data/order.py"),
         ({"train/config.py": "from trimtab.train.loop import Step"}, "a circle: train/config.py -> train/loop.py"),
         ({"files.py": "import trimtab.files"}, "a circle: files.py"),

@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 from families import method_of, perturb, random_rows, tiny
-from test_cli import make_model, write_rows
 from test_objectives import rows_of
+from worlds import make_model, write_rows
 
 from trimtab import api, cli, files, reference
 from trimtab.base import Base, ModelConfig
@@ -329,6 +329,7 @@ def recipe(world, tmp_path, **keys):
         "model": str(world / "tiny"),
         "output": str(tmp_path / "run"),
         "train": {"epochs": 3, "rows_per_step": 8, "lr": 1e-2},
+        "certify": False,
         **keys,
     }
     return Recipe.parse(raw)

@@ -403,6 +403,7 @@ def test_a_run_adds_them_before_it_reads_its_data_and_its_adapter_answers_with_t
             "method": {"name": "tokens", "new": ["<think>", "</think>"]},
             "train": {"epochs": 20.0, "lr": 0.05, "rows_per_step": 6},
             "output": str(tmp_path / "run"),
+            "certify": False,
         }
     )
     run = trimtab.run_recipe(recipe)

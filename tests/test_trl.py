@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_cli import make_model
 from test_objectives import rows_of
+from worlds import make_model
 
 from trimtab.base import Base
 from trimtab.bench import peers

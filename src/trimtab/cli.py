@@ -77,6 +77,10 @@ def _parser() -> argparse.ArgumentParser:
         "words", metavar="key=value", nargs="*", help="keys of the recipe, for example train.lr=1e-4 method.rank=8"
     )
 
+    text = "look at what a recipe would learn from, without training"
+    more = "Ends with exit code 3 if that would be meaningless. `trimtab train` looks at the same."
+    _check_words(add("check", commands.check, text, more))
+
     _eval_words(add("eval", commands.evaluate, "measure loss and exact answers on rows it has not learned"))
     _chat_words(add("chat", commands.chat, "talk to a model"))
 
@@ -93,10 +97,36 @@ def _parser() -> argparse.ArgumentParser:
     text = "train the same rows in Trimtab and in its peers, alternating, and compare speed, memory and losses"
     _bench_words(add("bench", commands.bench, text, "The peers (PEFT, TRL) may stand in an environment of their own."))
 
+    _proof_words(add)
+    return parser
+
+
+def _proof_words(add: Callable[..., argparse.ArgumentParser]) -> None:
+    text = "repeat what a run's certificate says: its files, and what its adapter does in a fresh process"
+    verify = add(
+        "verify", commands.verify, text, "Ends with exit code 4 if a file is not what it was, 7 if the adapter is not."
+    )
+    verify.add_argument("target", metavar="FOLDER", type=Path)
+    verify.add_argument("--json", action="store_true", help="print the certificate as JSON")
+
+    text = "find out whether an upgrade of a library has broken something, in under a minute"
+    more = "Every method is tried on a small made-up model: packing, gradients, decoding, saving, merging."
+    doctor = add("doctor", commands.doctor, text, more)
+    doctor.add_argument("--json", action="store_true", help="print one JSON object")
+
     show = add("show", commands.show, "tell what is in a run or adapter folder")
     show.add_argument("target", metavar="FOLDER", type=Path)
     show.add_argument("--json", action="store_true", help="print one JSON object")
-    return parser
+
+
+def _check_words(check: argparse.ArgumentParser) -> None:
+    check.add_argument("recipe", metavar="RECIPE.yaml", type=Path)
+    check.add_argument("words", metavar="key=value", nargs="*", help="keys of the recipe, for example data.max_length=512")
+    check.add_argument(
+        "--show", metavar="N", type=_whole(0), default=3, help="show the first N rows, the shortest and the longest"
+    )
+    check.add_argument("--html", metavar="FILE", type=Path, help="write the same as a page")
+    check.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
 
 
 def _merge_words(merge: argparse.ArgumentParser) -> None:

@@ -9,8 +9,10 @@
   x ArtifactError             4   an adapter, run or model folder that is damaged or does not fit
   x NonFinite                 5   a loss or gradient that is not a number
   x BaseChanged               5   the frozen base is not what it was
+  x NotMoved                  5   something that is to be trained, and that no gradient reaches
   x WrongReference            5   a preference objective's reference that is not what training starts from
   x StorageError              6   the disk, a permission, the network
+  x NotCertified              7   a finished run whose adapter, loaded again, is not what it should be
 
 Exit code 130 is an interruption (Ctrl-C or SIGTERM). A message says what is wrong, where, and what to do.
 """
@@ -68,6 +70,12 @@ class BaseChanged(TrimtabError):
     exit_code = 5
 
 
+class NotMoved(TrimtabError):
+    """Something that is to be trained, and that no gradient reaches."""
+
+    exit_code = 5
+
+
 class WrongReference(TrimtabError):
     """A preference objective's reference that is not what training starts from."""
 
@@ -78,6 +86,12 @@ class StorageError(TrimtabError):
     """The disk, a permission or the network."""
 
     exit_code = 6
+
+
+class NotCertified(TrimtabError):
+    """A finished run whose adapter, loaded again, is not what it should be."""
+
+    exit_code = 7
 
 
 def listing(problems: list[str], most: int = 5) -> str:

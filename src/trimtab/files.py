@@ -18,6 +18,11 @@ from typing import Any
 
 from trimtab.errors import ArtifactError, StorageError
 
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
+
 TEMPORARY = ".writing-"
 """Prefix of a file or folder that is not finished."""
 
@@ -60,7 +65,11 @@ def write_text(path: Path, content: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Replace the JSON file `path` atomically."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, _as_text(value))
+
+
+def _as_text(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def append_line(path: Path, line: str) -> None:
@@ -104,6 +113,26 @@ def new_folder(path: Path) -> Iterator[Path]:
         _sync_folder(path.parent)
 
 
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Nobody else has the file `path` within the block; the system lets go of it if the process dies.
+
+    Raises:
+        StorageError: Another process has it.
+    """
+    with writing(path):
+        file = open(path, "ab")  # noqa: SIM115 (held while the block runs, whose errors are its own)
+    with file:
+        try:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StorageError(f"{path.parent}: another process is training there. Wait for it, or stop it.") from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+
+
 def remove_folder(path: Path) -> None:
     """Remove a folder, hiding it first, so that a crash half-way leaves nothing that looks whole."""
     hidden = path.with_name(f"{TEMPORARY}removed-{os.getpid()}-{path.name}")
@@ -134,6 +163,20 @@ def read_json(path: Path) -> Any:
         raise ArtifactError(f"{path}: cannot be read: {error.strerror}.") from None
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{path}: not valid JSON ({error}). The file is damaged; restore it from a copy.") from None
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """A JSON object that `write_json` wrote, to the last byte. Raises ArtifactError."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise ArtifactError(f"{path}: is not a manifest of Trimtab's (not an object).")
+    try:
+        same = _as_text(value).encode() == path.read_bytes()
+    except ValueError:  # NaN, or half of a character
+        same = False
+    if not same:
+        raise ArtifactError(f"{path}: changed since it was saved.")
+    return value
 
 
 def sha256_file(path: Path) -> str:

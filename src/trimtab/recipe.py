@@ -1,7 +1,7 @@
 """The recipe: everything that decides a run's result, in one file that repeats it."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, SerializeAsAny
 from pydantic_core import PydanticCustomError
@@ -42,8 +42,12 @@ class Recipe(Config):
     """How to train."""
     start: str | None = None
     """An adapter or run folder whose adapter is trained on, instead of a fresh one; its method goes without saying."""
+    certify: bool = True
+    """Whether a finished run's adapter is loaded by a fresh process and compared with what was trained, and with the base."""
+    resume: Literal["auto", "never"] = "auto"
+    """What to do if `output` holds an unfinished run of this recipe: go on with it, or refuse."""
     output: Annotated[Path, BeforeValidator(_as_path)] = Path("runs/run")
-    """The run's folder, a new one."""
+    """The run's folder."""
 
     def to_yaml(self) -> str:
         """The recipe with every default written out and every local path absolute, so it repeats the run from anywhere."""

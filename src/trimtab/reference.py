@@ -73,8 +73,7 @@ def check_start(base: Base, rows: Sequence[Row], pack_tokens: int) -> float:
     Raises:
         WrongReference: It does not.
     """
-    half = next(base.model.parameters()).dtype in (torch.bfloat16, torch.float16) or base.quantization != "none"
-    nats, share = NEAR_IN_HALF if half else NEAR
+    nats, share = near(base)
     off = 0.0
     for row, now in zip(rows, _logprobs(base, rows, pack_tokens), strict=True):
         off = max(off, abs(now - row.reference))
@@ -85,6 +84,12 @@ def check_start(base: Base, rows: Sequence[Row], pack_tokens: int) -> float:
                 f"with objective.reference, or empty {files.cache_folder() / 'reference'} if it is damaged."
             )
     return off
+
+
+def near(base: Base) -> tuple[float, float]:
+    """How far apart two values of Σ log p of a row may be that should be the same: in nats, and as a share."""
+    half = next(base.model.parameters()).dtype in (torch.bfloat16, torch.float16) or base.quantization != "none"
+    return NEAR_IN_HALF if half else NEAR
 
 
 @torch.no_grad()

@@ -1,92 +1,119 @@
 """One run, top to bottom: the script that carries a recipe out."""
 
-import json
-import time
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field
+import math
+from contextlib import ExitStack, nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trimtab import files
-from trimtab.artifacts import read_adapter, write_adapter
+from trimtab.artifacts import State, read_adapter, write_adapter
 from trimtab.base import Base
+from trimtab.certificate import canaries, certify, refuse_failed
 from trimtab.config import read
-from trimtab.data import Example, Loaded, Pack, held_out_examples, load_data, pack_all, plan_steps, units
-from trimtab.deploy import load_adapter, sample, save_adapter, versions
-from trimtab.engine import Memory, check_packing
-from trimtab.errors import ArtifactError, DataError, RecipeError, StorageError
+from trimtab.data import Example, Finding, Loaded, Pack, held_out_examples, pack_all, plan_steps, refuse_problems, units
+from trimtab.deploy import versions
+from trimtab.engine import Memory
+from trimtab.errors import ArtifactError, DataError, NotMoved, RecipeError, StorageError, listing
 from trimtab.evaluate import Loss, score_loss
-from trimtab.methods import Attached, attach
-from trimtab.prepare import continued, prepared
+from trimtab.examine import logprobs
+from trimtab.methods import Attached
+from trimtab.preflight import check_disk, opened, preflight
+from trimtab.prepare import prepared
 from trimtab.recipe import Recipe
 from trimtab.report import Silent, Watcher
-from trimtab.train import Step, peak_learning_rate, planned_memory, train
+from trimtab.resume import Unfinished, is_unfinished, plan_facts, threads, unfinished
+from trimtab.saving import LOCK, Progress, Run, Saver, finish
+from trimtab.train import Optimizer, Step, peak_learning_rate, planned_memory, train
 
-
-@dataclass
-class Run:
-    """A run's folder, and what is known about it. `state` is what run.json holds."""
-
-    folder: Path
-    state: dict[str, Any] = field(default_factory=dict)
-
-    def write(self, **news: Any) -> None:
-        """Add to run.json."""
-        self.state |= news
-        files.write_json(self.folder / "run.json", self.state)
-
-    def log(self, **line: Any) -> None:
-        """Add a line to metrics.jsonl."""
-        files.append_line(self.folder / "metrics.jsonl", json.dumps(line))
+MOVED_BY = 3
+"""Steps by which everything that is trained must have moved: of two factors, the second one moves the first a step later."""
 
 
 def run_recipe(recipe: Recipe, watch: Watcher | None = None) -> Run:
-    """Carry a recipe out.
+    """Carry a recipe out, or go on with its unfinished run.
 
     Raises:
-        TrimtabError: Any of `errors.py`. Until the first step, nothing has been written; afterwards, the newest adapter
-            that was saved is whole, in the run's `checkpoints`.
-        KeyboardInterrupt: After the adapter as it stood has been saved.
+        TrimtabError: Any of `errors.py`. Until the first step, nothing has been written; afterwards the run can be gone on
+            with from where it was saved last.
+        KeyboardInterrupt: After everything as it stood has been saved.
     """
     watch = watch or Silent()
-    if recipe.output.exists() and (not recipe.output.is_dir() or any(recipe.output.iterdir())):
-        files.refuse_existing(recipe.output)
-    recipe, origin = continued(recipe)
-    base = Base.load(recipe.model)
-    base.add_tokens(recipe.method.new_tokens)
-    with ThreadPoolExecutor(max_workers=1) as background:  # hashing the weights beside tokenizing the data
-        fingerprint = background.submit(lambda: base.fingerprint)
-        check_packing(base.model)
-        # By absolute paths, as the run's recipe.yaml has them, so that its held-out rows are found again.
-        limit = base.context_length - recipe.method.positions if base.context_length is not None else None
-        data = load_data(recipe.absolute().data, base, limit, recipe.train.seed, recipe.objective.learns_from)
-        fingerprint.result()
-    if origin is None:
-        adapter = attach(base.model, recipe.method, recipe.train.seed, sample=sample(base, data.train))
-    else:
-        adapter = load_adapter(base, origin["folder"])
-    rows = (data.train, data.eval)
-    objective, (data.train, data.eval), reference = prepared(recipe.objective, base, adapter, rows, recipe.train.seed, limit)
-    recipe = recipe.model_copy(update={"objective": objective})
-    memory = planned_memory(base, recipe.train, data.train)
-    steps = Steps(data, recipe, memory)
-    facts = {**_facts(recipe, base, adapter, data, steps), "start": origin, "reference": reference}
-    watch.planned(facts, data.accounts, len(units(data.train)), len(units(data.eval)))
+    with ExitStack() as held:
+        before = None
+        if is_unfinished(recipe):
+            held.enter_context(files.locked(recipe.output / LOCK))
+            before = unfinished(recipe, watch.noticed)
+        ready = _made_ready(recipe, before, watch)
+        if before is None:
+            run = _begin(ready)
+            held.enter_context(files.locked(run.folder / LOCK))
+        else:
+            run = Run(before.folder, {**before.facts, "status": "running"})
+            before.clear()
+            run.write()
+        return _carried_out(run, ready, before.state if before else None, watch)
 
-    run = _begin(recipe, {"status": "running", **facts}, data)
+
+@dataclass
+class _Ready:
+    """Everything that training needs."""
+
+    recipe: Recipe
+    base: Base
+    adapter: Attached
+    data: Loaded
+    steps: "Steps"
+    facts: dict[str, Any]
+    findings: list[Finding]
+    """Of the data's proof, and what else was looked at."""
+
+
+def _made_ready(recipe: Recipe, before: Unfinished | None, watch: Watcher) -> _Ready:
+    given = opened(recipe)
+    recipe, base, adapter, data = given.recipe, given.base, given.adapter, given.data
+    findings = preflight(given)
+    check_disk(findings)
+    refuse_problems(findings)
+    rows = (data.train, data.eval)
+    objective, (data.train, data.eval), reference = prepared(
+        recipe.objective, base, adapter, rows, recipe.train.seed, given.limit
+    )
+    recipe = recipe.model_copy(update={"objective": objective})
+    memory = planned_memory(base, recipe.train, data.train) if before is None else before.memory()
+    steps = Steps(data, recipe, memory)
+    facts = {**_facts(recipe, base, adapter, data, steps), "start": given.origin, "reference": reference}
+    watch.planned(facts, data.accounts, len(units(data.train)), len(units(data.eval)))
+    for one in findings:
+        if one.status == "note" and one.name != "rows" and (data.eval or one.name != "held out"):  # the others are said already
+            watch.noticed(f"{one.name}: {one.words}")
+    if before is not None:
+        before.check(recipe, facts, watch.noticed)
+        watch.noticed(f"goes on with {before.folder} after step {before.step} of {len(steps)}")
+    return _Ready(recipe, base, adapter, data, steps, facts, findings)
+
+
+def _carried_out(run: Run, ready: _Ready, state: State | None, watch: Watcher) -> Run:
     try:
-        done = _train(run, recipe, base, adapter, data, steps, watch)
-        base.check_unchanged()
+        done, unmoved = _train(run, ready, state, watch)
+        ready.base.check_unchanged()
         best = done.best or done.last
-        write_adapter(run.folder / "adapter", read_adapter(run.folder / best["folder"]))
+        if (run.folder / "adapter").exists():  # the run ended in the middle of its end
+            files.remove_folder(run.folder / "adapter")
+        write_adapter(run.folder / "adapter", read_adapter(run.folder / best["folder"], ours=True))
     except BaseException as error:
         interrupted = isinstance(error, KeyboardInterrupt)
         with suppress(StorageError):  # what went wrong first is what matters
             run.write(status="interrupted") if interrupted else run.write(status="failed", error=str(error))
         raise
+    run.state.pop("error", None)
     run.write(status="done", best=best, last=done.last, seconds=done.seconds, tokens=done.tokens, computed_tokens=done.computed)
+    finish(run, best, done.last)
     watch.finished(run.state, run.folder)
+    if ready.recipe.certify:
+        certificate = certify(run.folder, ready.base, ready.data, ready.recipe.objective, best, unmoved, done.skipped)
+        watch.certified(certificate)
+        refuse_failed(certificate, run.folder)
     return run
 
 
@@ -103,6 +130,8 @@ def _facts(recipe: Recipe, base: Base, adapter: Attached, data: Loaded, steps: "
         "base_parameters": base.model.num_parameters() - trained,
         "steps": len(steps),
         "memory": steps.memory.words,
+        "plan": plan_facts(steps.memory),
+        "threads": threads(),
         "peak_lr": rate,
         "lr_formula": formula,
         "learned_tokens": sum(len(row.learned) for row in data.train if row.side != "mismatched"),
@@ -111,13 +140,19 @@ def _facts(recipe: Recipe, base: Base, adapter: Attached, data: Loaded, steps: "
     }
 
 
-def _begin(recipe: Recipe, state: dict[str, Any], data: Loaded) -> Run:
+def _begin(ready: _Ready) -> Run:
     """The run's folder, which appears with all that is known before the first step, or (an empty one that is there) is filled."""
-    with nullcontext(recipe.output) if recipe.output.exists() else files.new_folder(recipe.output) as folder:
-        files.write_text(folder / "recipe.yaml", recipe.to_yaml())
-        files.write_json(folder / "data.json", data.plain())
-        Run(folder, state).write()
-    return Run(recipe.output, state)
+    output = ready.recipe.output
+    if output.exists():
+        with suppress(OSError):  # a link, or a mounted disk
+            output.rmdir()
+    with nullcontext(output) if output.exists() else files.new_folder(output) as folder:
+        files.write_text(folder / "recipe.yaml", ready.recipe.to_yaml())
+        files.write_json(
+            folder / "data.json", {**ready.data.plain(), "proof": [one.plain() for one in ready.findings if one.name != "disk"]}
+        )
+        Run(folder, {"status": "running", **ready.facts}).write()
+    return Run(output, {"status": "running", **ready.facts})
 
 
 def held_out(folder: Path) -> tuple[list[Example], str]:
@@ -161,84 +196,84 @@ class Steps:
         return sum(len(units(self._rows[n] for n in step)) for step in self._plan) / len(self._plan)
 
 
-@dataclass
-class _Done:
-    """What training has saved, and how long it took."""
-
-    best: dict[str, Any] | None = None
-    last: dict[str, Any] = field(default_factory=dict)
-    seconds: float = 0.0
-    tokens: int = 0
-    computed: int = 0
-
-
-def _train(run: Run, recipe: Recipe, base: Base, adapter: Attached, data: Loaded, steps: Steps, watch: Watcher) -> _Done:
-    done, started, step = _Done(), time.perf_counter(), None
-    every = recipe.train.evaluate_every or max(1, -(-len(steps) // 4))
+def _train(run: Run, ready: _Ready, state: State | None, watch: Watcher) -> tuple[Progress, list[str]]:
+    """What was saved, and the names of what training has not moved."""
+    recipe, steps, optimizer = ready.recipe, ready.steps, Optimizer(ready.adapter, ready.recipe.train.weight_decay)
+    first = optimizer.digests()
+    if state is not None:
+        optimizer.load(state.tensors, state.step, state.facts["skipped"])
+    progress, few = Progress(**state.facts) if state is not None else Progress(), canaries(ready.data)
+    places = [row.where for row in few]
+    saver = Saver(run, ready.base, optimizer, progress, lambda: list(zip(places, logprobs(ready.base, few), strict=True)))
+    done, every = saver.done, recipe.train.evaluate_every or max(1, -(-len(steps) // 4))
     # What the base without the adapter can't read, or is not the start of, is compared with as it starts.
     as_it_starts = bool(recipe.method.new_tokens) or recipe.objective.compares or recipe.start is not None
-    if as_it_starts:
-        _evaluate(run, base, data, 0, recipe, steps, watch)
+
+    def look(number: int, train_loss: float | None) -> None:
+        # The base's loss, to compare with; measured now, so that training starts at once.
+        if not done.compared:
+            with ready.adapter.disabled():
+                _evaluate(run, ready, 0, watch)
+        done.compared = True
+        scored = _evaluate(run, ready, number, watch)
+        saver.save(number, train_loss, scored.loss if scored else None)
+
+    if as_it_starts and state is None:
+        _evaluate(run, ready, 0, watch)
+        done.compared = True
+    elif state is not None and ready.data.eval and saver.unseen(every, len(steps)):  # it was interrupted before it had looked
+        look(state.step, done.last["train_loss"])
+    step = None
     try:
-        for step in train(base, adapter, recipe.objective, steps, recipe.train, run.state["peak_lr"], steps.memory):
+        for step in train(
+            ready.base, ready.adapter, recipe.objective, steps, recipe.train, run.state["peak_lr"], steps.memory, optimizer
+        ):
             done.tokens += step.tokens
             done.computed += step.computed
             run.log(kind="train", step=step.number, **_step_line(step))
             watch.stepped(step, len(steps))
+            if step.skipped is not None:
+                watch.noticed(step.skipped)
+            if step.number == MOVED_BY and (still := _unmoved(first, optimizer)):
+                raise NotMoved(f"after {MOVED_BY} steps, training has not moved {listing(still)}")
             if step.number % every == 0 or step.number == len(steps):
-                # The base's loss, to compare with; measured now, so that training starts at once.
-                if not done.last and not as_it_starts:
-                    with adapter.disabled():
-                        _evaluate(run, base, data, 0, recipe, steps, watch)
-                scored = _evaluate(run, base, data, step.number, recipe, steps, watch)
-                _save(run, base, adapter, done, step, scored)
+                look(step.number, step.loss)
     except KeyboardInterrupt:
-        if step is None:
+        if step is None or optimizer.taken != step.number:  # what was saved last stays the newest
             raise
         if done.last.get("step") != step.number:
-            _save(run, base, adapter, done, step, None)
-        raise KeyboardInterrupt(f"the adapter after step {step.number} is in {run.folder / done.last['folder']}") from None
-    done.seconds = time.perf_counter() - started
-    return done
+            saver.save(step.number, step.loss, None)
+        words = f"the adapter after step {step.number} is in {run.folder / done.last['folder']}; the same command goes on from there"
+        raise KeyboardInterrupt(words) from None
+    return done, _unmoved(first, optimizer) if len(steps) >= MOVED_BY else []
 
 
-def _evaluate(run: Run, base: Base, data: Loaded, step: int, recipe: Recipe, steps: Steps, watch: Watcher) -> Loss | None:
-    if not data.eval:
+def _unmoved(first: dict[str, str], optimizer: Optimizer) -> list[str]:
+    now = optimizer.digests()
+    return [name for name, digest in first.items() if now[name] == digest]
+
+
+def _evaluate(run: Run, ready: _Ready, step: int, watch: Watcher) -> Loss | None:
+    if not ready.data.eval:
         return None
-    scored = score_loss(base, data.eval, steps.memory.pack_tokens, recipe.objective)
+    scored = score_loss(ready.base, ready.data.eval, ready.steps.memory.pack_tokens, ready.recipe.objective)
     low, high = scored.interval
     run.log(kind="eval", step=step, loss=scored.loss, low=low, high=high, tokens=scored.tokens, **scored.measures)
     watch.evaluated(step, scored)
     return scored
 
 
-def _save(run: Run, base: Base, adapter: Attached, done: _Done, step: Step, scored: Loss | None) -> None:
-    """Save the adapter, then let go of those that are neither the best nor the last."""
-    name = f"checkpoints/step-{step.number:06d}"
-    news = {"step": step.number, "folder": name, "train_loss": step.loss, "eval_loss": scored.loss if scored else None}
-    if not (run.folder / name).exists():  # it does if an interruption came when it had just been saved
-        facts = {key: run.state[key] for key in ("data_digest", "objective", "reference", "start")}
-        save_adapter(base, adapter, run.folder / name, {**news, **facts})
-    previous, done.last = done.last, news
-    if scored and (done.best is None or scored.loss < done.best["eval_loss"]):
-        previous_best, done.best = done.best, news
-    else:
-        previous_best = None
-    run.write(best=done.best, last=done.last)
-    kept = {done.last["folder"], (done.best or {}).get("folder")}
-    for old in (previous, previous_best):
-        if old and old["folder"] not in kept and (run.folder / old["folder"]).exists():
-            files.remove_folder(run.folder / old["folder"])
-
-
 def _step_line(step: Step) -> dict[str, Any]:
+    """As JSON data, which has no word for what is not a number."""
+    loss, norm = (value if math.isfinite(value) else str(value) for value in (step.loss, step.grad_norm))
     return {
-        "loss": step.loss,
+        "loss": loss,
         "lr": step.lr,
-        "grad_norm": step.grad_norm,
+        "grad_norm": norm,
         "items": step.items,
         "tokens": step.tokens,
         "computed": step.computed,
         "seconds": round(step.seconds, 4),
+        **({"skipped": step.skipped} if step.skipped else {}),
         **step.measures,
     }

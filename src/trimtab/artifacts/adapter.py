@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from trimtab import files
+from trimtab.artifacts.tensors import read_tensors
 from trimtab.errors import ArtifactError, listing
 
 CONFIG, MANIFEST = "adapter_config.json", "trimtab.json"
@@ -84,8 +84,11 @@ def is_adapter(folder: Path) -> bool:
     return (folder / CONFIG).is_file()
 
 
-def read_adapter(folder: Path) -> Adapter:
+def read_adapter(folder: Path, *, ours: bool = False) -> Adapter:
     """Read an adapter folder.
+
+    Args:
+        ours: It was written by us, so a manifest that is missing is damage.
 
     Raises:
         ArtifactError: Something is missing, damaged, or not what the manifest says; the message names it.
@@ -95,10 +98,10 @@ def read_adapter(folder: Path) -> Adapter:
     config = files.read_json(folder / CONFIG)
     if not isinstance(config, dict) or not (_is_hubs(config) or "peft_type" in config):
         raise ArtifactError(f"{folder / CONFIG}: is not a PEFT adapter configuration (it has no peft_type).")
-    tensors = _read_tensors(_whole(folder, hubs=_is_hubs(config)))
-    if not (folder / MANIFEST).exists():
+    tensors = read_tensors(_whole(folder, hubs=_is_hubs(config)))
+    if not (folder / MANIFEST).exists() and not ours:
         return Adapter(config, tensors)
-    manifest = files.read_json(folder / MANIFEST)
+    manifest = files.read_manifest(folder / MANIFEST)
     _check(folder, manifest, tensors)
     return Adapter(config, tensors, manifest["method"], manifest["base"], manifest["trained"], manifest["versions"])
 
@@ -123,19 +126,12 @@ def _whole(folder: Path, *, hubs: bool) -> Path:
     return folder / weights
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except SafetensorError as error:
-        raise ArtifactError(f"{path}: damaged: {error}. Restore it from a copy.") from None
-
-
 def _check(folder: Path, manifest: Any, tensors: Mapping[str, Tensor]) -> None:
     path = folder / MANIFEST
-    if not isinstance(manifest, dict) or set(manifest) != KEYS:
-        odd = sorted(set(manifest) ^ KEYS) if isinstance(manifest, dict) else []
-        raise ArtifactError(f"{path}: is not a manifest of this version of Trimtab ({', '.join(odd) or 'not an object'}).")
+    if set(manifest) != KEYS:
+        raise ArtifactError(
+            f"{path}: is not a manifest of this version of Trimtab ({', '.join(sorted(set(manifest) ^ KEYS))})."
+        )
     if manifest["format"] != FORMAT:
         raise ArtifactError(
             f"{path}: has format {manifest['format']}, and this version of Trimtab reads {FORMAT}. Update Trimtab."

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import torch
 from pydantic import Field
 
-from trimtab.base import quantized, source, vocabulary
+from trimtab.base import limits, quantized, source, vocabulary
 from trimtab.base.fingerprint import PARTS, Fingerprint, fingerprint, own_weights, tokenizing_hash, weights_hash
 from trimtab.base.quantized import Quantize
 from trimtab.base.supported import refuse_unsupported
@@ -190,12 +190,12 @@ class Base:
         Raises:
             DataError: The template does not accept this conversation.
         """
-        try:
-            return self.tokenizer.apply_chat_template(
+        return limits.rendered(
+            str(self.tokenizer.chat_template),
+            lambda: self.tokenizer.apply_chat_template(
                 list(messages), tools=list(tools) if tools else None, tokenize=False, add_generation_prompt=prompt
-            )
-        except Exception as error:  # templates raise what they like
-            raise DataError(f"the model's chat template does not accept it: {error}") from None
+            ),
+        )
 
     def add_tokens(self, texts: Sequence[str]) -> None:
         """Have each of these texts read as one token from now on. The model has no embeddings for them; an adapter does.

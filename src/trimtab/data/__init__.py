@@ -13,13 +13,15 @@ from trimtab.data.example import (
     units,
 )
 from trimtab.data.labels import make_sequences, prompt_of
-from trimtab.data.load import DataConfig, Loaded, held_out_examples, load_data, load_examples
+from trimtab.data.load import DataConfig, Loaded, first_examples, held_out_examples, load_data, load_examples
 from trimtab.data.order import plan_steps
 from trimtab.data.pack import Pack, most_together, pack_all, pack_flat, pack_tree
+from trimtab.data.proof import COMPARED, Finding, prove, refuse_problems
 from trimtab.data.tree import Segment, Tree, lay_out
 
 __all__ = [
-    "Account", "Conversation", "DataConfig", "Example", "Judged", "Kind", "Loaded", "Pack", "Preference", "Refusal", "Segment",
-    "Sequence", "Text", "Tree", "held_out_examples", "lay_out", "load_data", "load_examples", "make_sequences", "most_together",
-    "pack_all", "pack_flat", "pack_tree", "plan_steps", "prompt_of", "units",
+    "COMPARED", "Account", "Conversation", "DataConfig", "Example", "Finding", "Judged", "Kind", "Loaded", "Pack", "Preference",
+    "Refusal", "Segment", "Sequence", "Text", "Tree", "first_examples", "held_out_examples", "lay_out", "load_data",
+    "load_examples", "make_sequences", "most_together", "pack_all", "pack_flat", "pack_tree", "plan_steps", "prompt_of", "prove",
+    "refuse_problems", "units",
 ]  # fmt: skip

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
@@ -85,6 +86,12 @@ def _reading(
     sources = (sources,) if isinstance(sources, str) else sources
     account = Account(sources)
     return (e for source in sources for e in read_examples(read_rows(source), columns or {}, account, SHAPES[kind])), account
+
+
+def first_examples(config: DataConfig, count: int, kind: Kind = "answers") -> list[Example]:
+    """The first usable rows of what is learned, and of a file that is held out, as they were read."""
+    sources = [config.train, *([(config.eval,)] if isinstance(config.eval, str) else [])]
+    return [example for several in sources for example in islice(_reading(several, config.columns, kind)[0], count)]
 
 
 def load_data(config: DataConfig, base: Tokenizing, context_length: int | None, seed: int, kind: Kind = "answers") -> Loaded:

@@ -36,6 +36,10 @@ class Loss:
     rows: int
     measures: dict[str, float] = field(default_factory=dict)
     """What the objective gives people to read beside the loss: means over the rows."""
+    sums: list[float] = field(default_factory=list)
+    """The loss of each row (of each pair, say), summed over its items, …"""
+    counts: list[int] = field(default_factory=list)
+    """… and how many those are."""
 
     @property
     def perplexity(self) -> float:
@@ -80,7 +84,7 @@ def score_loss(base: Base, rows: Sequence[Row], pack_tokens: int = 1024, objecti
         counts += objective.counts(pack)
         measured.append(objective.measures(logprobs, pack, pooled))
     tokens = sum(len(row.learned) for pack, _ in learned for row in pack.sequences)
-    return Loss(sum(sums) / sum(counts), _bootstrap(sums, counts), tokens, len(sums), averaged(measured))
+    return Loss(sum(sums) / sum(counts), _bootstrap(sums, counts), tokens, len(sums), averaged(measured), sums, counts)
 
 
 def score_answers(
@@ -163,6 +167,13 @@ def wilson(hits: int, of: int) -> Interval:
     middle = share + z2 / (2 * of)
     half = Z * math.sqrt(share * (1 - share) / of + z2 / (4 * of * of))
     return max(0.0, (middle - half) / (1 + z2 / of)), min(1.0, (middle + half) / (1 + z2 / of))
+
+
+def paired(ours: Sequence[float], theirs: Sequence[float], counts: list[int]) -> tuple[float, Interval]:
+    """How much larger our loss is than theirs on the same rows, and the interval of that: by the row, so that what makes rows
+    unlike each other does not widen it."""
+    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
+    return sum(differences) / sum(counts), _bootstrap(differences, counts)
 
 
 def _bootstrap(sums: list[float], counts: list[int], draws: int = 1000) -> Interval:

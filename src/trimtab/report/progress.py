@@ -64,15 +64,20 @@ class Terminal:
         say(f"[bold]train[/]   {facts['steps']:,} steps, learning rate {facts['peak_lr']:g} ({escape(facts['lr_formula'])})")
         say(f"          {facts['memory']}")
 
+    def noticed(self, words: str) -> None:
+        where = self._bar.console if self._bar else self.console
+        where.print(f"[bold yellow]note[/]    {escape(words)}")
+
     def stepped(self, step: Step, steps: int) -> None:
         self._tokens += step.tokens
         self._seconds += step.seconds
-        self._smooth = step.loss if self._smooth is None else 0.9 * self._smooth + 0.1 * step.loss
+        if step.skipped is None:
+            self._smooth = step.loss if self._smooth is None else 0.9 * self._smooth + 0.1 * step.loss
         if self.console.is_terminal:
             if self._bar is None:
                 self._start(steps)
             assert self._bar is not None
-            self._bar.update(self._task, completed=step.number, loss=self._smooth, rate=self._tokens / self._seconds)
+            self._bar.update(self._task, completed=step.number, loss=self._smooth or 0.0, rate=self._tokens / self._seconds)
             if step.number == steps:
                 self._stop()
         elif step.number in (1, steps) or step.number % max(1, steps // 10) == 0:
@@ -102,6 +107,12 @@ class Terminal:
             f"[bold]done[/]    {state['seconds']:.0f} s with evaluation, {rate:,.0f} tokens/s. "
             f"Best adapter: step {best['step']}, in {escape(str(folder / 'adapter'))}"
         )
+
+    def certified(self, certificate: dict[str, Any]) -> None:
+        colors = {"passed": "green", "noted": "yellow", "failed": "red"}
+        for number, one in enumerate(certificate["tests"]):
+            head = "[bold]proof[/]   " if number == 0 else "        "
+            self.console.print(f"{head}[{colors[one['status']]}]{one['status']}[/] {one['name']}: {escape(one['words'])}")
 
     def _start(self, steps: int) -> None:
         self._bar = Progress(

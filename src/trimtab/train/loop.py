@@ -8,7 +8,6 @@ import math
 import time
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -24,6 +23,10 @@ from trimtab.methods import Attached, Circumstances, Method
 from trimtab.objectives import Objective, Pool, averaged
 from trimtab.startup import keep_freed_memory
 from trimtab.train.config import TrainConfig, learning_rate
+from trimtab.train.optimizer import Optimizer
+
+PATIENCE = 3
+"""Steps in a row that may be skipped, less one."""
 
 
 class Steps(Protocol):
@@ -53,6 +56,8 @@ class Step:
     lr: float
     measures: dict[str, float] = field(default_factory=dict)
     """What the objective gives people to read beside the loss: means over the step's rows."""
+    skipped: str | None = None
+    """Why the step was not taken: its loss or gradient is not a number."""
 
 
 def train(
@@ -63,23 +68,25 @@ def train(
     config: TrainConfig,
     peak_lr: float,
     memory: Memory | None = None,
+    optimizer: Optimizer | None = None,
 ) -> Iterator[Step]:
     """Train the adapter; yield after each optimizer step.
 
     Args:
+        optimizer: The adapter's, which goes on after the steps that it has taken; a fresh one unless given.
         steps: The packs of each optimizer step.
         peak_lr: The learning rate after warm-up.
         memory: Which packs are recomputed in their backward pass, and what the others keep; none is unless given.
 
     Raises:
-        NonFinite: A loss or gradient is not a number; the adapter is as it was before that step.
-        KeyboardInterrupt: The same, whenever it comes.
+        NonFinite: Losses or gradients are not numbers, `PATIENCE` steps in a row; the adapter is as it was before them.
+        KeyboardInterrupt: The same; or, if it comes while the adapter is updated, when the next step is asked for.
         DataError: A step has nothing to learn.
     """
-    parameters = list(adapter.parameters().values())
-    optimizer = _optimizer(adapter, peak_lr, config.weight_decay)
-    passes = _Passes(base, parameters, objective, config, memory)
-    for number in range(1, len(steps) + 1):
+    optimizer = optimizer or Optimizer(adapter, config.weight_decay)
+    passes, late, in_a_row = _Passes(base, optimizer.parameters, objective, config, memory), None, 0
+    optimizer.clear()
+    for number in range(optimizer.taken + 1, len(steps) + 1):
         started = time.perf_counter()
         packs = [pack.to(base.device) for pack in steps[number - 1]]
         lr = learning_rate(number, len(steps), peak_lr, config.warmup, config.schedule)
@@ -89,17 +96,20 @@ def train(
         adapter.train(not objective.compares)
         total, measured = passes.gradients(number, packs, items)
         adapter.train(False)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip if config.clip is not None else float("inf"))
+        norm = torch.nn.utils.clip_grad_norm_(optimizer.parameters, config.clip if config.clip is not None else float("inf"))
         mean = total.item() / items
         rows = [row for pack in packs if not pack.mismatched for row in pack.sequences]
-        _check_finite(number, mean, norm.item(), rows)
-        _update(optimizer, parameters, lr)
-        adapter.trained = True
-        tokens, computed = sum(row.shown for row in rows), sum(pack.computed for pack in packs)
-        seconds = time.perf_counter() - started
-        yield Step(number, mean, items, tokens, computed, seconds, norm.item(), lr, averaged(measured))
-    for parameter in parameters:
-        parameter.grad = None
+        skipped = _not_finite(number, mean, norm.item(), rows)
+        in_a_row = _patient(in_a_row, skipped)
+        try:
+            optimizer.skip() if skipped else optimizer.step(lr)
+        except KeyboardInterrupt as error:
+            late = error
+        counts = items, sum(row.shown for row in rows), sum(pack.computed for pack in packs)
+        yield Step(number, mean, *counts, time.perf_counter() - started, norm.item(), lr, averaged(measured), skipped)
+        if late is not None:
+            raise late
+    optimizer.release()
 
 
 class _Passes:
@@ -176,38 +186,6 @@ class _Passes:
         return pool.pass_through(self.base.model, pack, within, recompute=recompute, below=below)
 
 
-def _update(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], lr: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group["relative_rate"]
-    with _whole(parameters):
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=False)
-
-
-def _optimizer(adapter: Attached, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    """With the adapter's parameters in groups that share a learning rate, as the method divides them."""
-    groups: dict[float, list[nn.Parameter]] = {}
-    for name, parameter in adapter.parameters().items():
-        groups.setdefault(adapter.method.relative_rate(name.rpartition(".")[2]), []).append(parameter)
-        # Made later, between what a backward pass needs for a moment, gradients would leave holes in memory.
-        parameter.grad = torch.zeros_like(parameter)
-    by_rate = [{"params": several, "relative_rate": rate} for rate, several in groups.items()]
-    return torch.optim.AdamW(by_rate, lr=lr, weight_decay=weight_decay, fused=True)
-
-
-@contextmanager
-def _whole(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Undo the block's update if it is broken off (Ctrl-C): half of one is no step's result."""
-    before = [parameter.detach().clone() for parameter in parameters]
-    try:
-        yield
-    except BaseException:
-        with torch.no_grad():
-            for parameter, value in zip(parameters, before, strict=True):
-                parameter.copy_(value)
-        raise
-
-
 def planned_memory(base: Base, config: TrainConfig, rows: SequenceOf[Row]) -> Memory:
     """How many tokens are computed at a time, and which packs are recomputed, so that these rows fit into memory. Raises RecipeError."""
     keep_freed_memory()
@@ -230,11 +208,16 @@ def _dropout_seed(seed: int, step: int, part: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{step}/{part}".encode()).digest()[:7], "big")
 
 
-def _check_finite(number: int, loss: float, norm: float, rows: list[Row]) -> None:
+def _patient(in_a_row: int, skipped: str | None) -> int:
+    """How many steps have been skipped in a row. Raises NonFinite if it is too many."""
+    if skipped and in_a_row + 1 == PATIENCE:
+        raise NonFinite(f"{skipped} It is the {PATIENCE}rd in a row. Lower train.lr, or look at those rows.")
+    return in_a_row + 1 if skipped else 0
+
+
+def _not_finite(number: int, loss: float, norm: float, rows: list[Row]) -> str | None:
+    """What to say of a step whose loss or gradient is not a number."""
     if math.isfinite(loss) and math.isfinite(norm):
-        return
+        return None
     places = ", ".join(row.where for row in rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
-    raise NonFinite(
-        f"Step {number}: the loss is {loss:g} and the norm of its gradient {norm:g}, so the step was not taken. Its rows: {places}. "
-        "Lower train.lr, or look at those rows."
-    )
+    return f"Step {number}: the loss is {loss:g} and the norm of its gradient {norm:g}, so the step was not taken. Its rows: {places}."

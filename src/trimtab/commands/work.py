@@ -1,25 +1,17 @@
-"""What the commands do: each opens what it is given, has it done by the floors below, and prints what came of it."""
+"""The commands that make something: train, measure, talk, hand over."""
 
 import argparse
-import json
 import shlex
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trimtab.commands._shared import print_json, terminal
 from trimtab.errors import DataError, RecipeError, listing
 from trimtab.startup import without_collector
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from trimtab.deploy import Target
-
-
-def _console() -> "Console":
-    from rich.console import Console
-
-    return Console(highlight=False, soft_wrap=True)
 
 
 def train(arguments: argparse.Namespace) -> None:
@@ -32,7 +24,7 @@ def train(arguments: argparse.Namespace) -> None:
         from trimtab.run import run_recipe
 
     recipe = read(Recipe, arguments.recipe, arguments.words)
-    console = _console()
+    console = terminal()
     with Terminal(console) as watch:
         run_recipe(recipe, watch)
     folder = escape(shlex.quote(str(recipe.output)))
@@ -64,14 +56,14 @@ def evaluate(arguments: argparse.Namespace) -> None:
     if kind != "answers":
         _evaluate_preferences(arguments, target, examples, str(source))
         return
-    console, name, scores = _console(), "adapter" if target.adapter else "model", {}
+    console, name, scores = terminal(), "adapter" if target.adapter else "model", {}
     with Answering(console, len(examples), quiet=arguments.json) as answering:
         if arguments.base and target.adapter is not None:
             with target.adapter.disabled():
                 scores["base"] = score(target.base, examples, answering.of("base"))
         scores[name] = score(target.base, examples, answering.of(name))
     if arguments.json:
-        _print_json({"data": str(source), **scores.pop(name), **scores})
+        print_json({"data": str(source), **scores.pop(name), **scores})
         return
     console.print(scores_table(scores, str(source)))
     if arguments.show:
@@ -86,14 +78,14 @@ def _evaluate_preferences(arguments: argparse.Namespace, target: "Target", examp
 
     assert target.adapter is not None, "a run has an adapter"
     scores = score_preferences(Path(arguments.target), target.base, target.adapter, examples, with_base=arguments.base)
-    console, shown = _console(), examples[: arguments.show]
+    console, shown = terminal(), examples[: arguments.show]
     if shown:
         with Answering(console, len(shown), quiet=arguments.json) as answering:
             for name in scores:
                 with target.adapter.disabled() if name == "base" else nullcontext():
                     scores[name]["answers"] = answer_preferences(target.base, shown, answering.of(name))
     if arguments.json:
-        _print_json({"data": source, **scores.pop("adapter"), **scores})
+        print_json({"data": source, **scores.pop("adapter"), **scores})
         return
     answers = {name: one.pop("answers") for name, one in scores.items() if shown}
     console.print(preferences_table(scores, source))
@@ -119,7 +111,7 @@ def chat(arguments: argparse.Namespace) -> None:
     if arguments.prompt is not None:
         _reply(target, [*talk, {"role": "user", "content": arguments.prompt}], arguments)
         return
-    console = _console()
+    console = terminal()
     place = escape(str(target.folder or target.base.source))
     console.print(f"[dim]{place}: write a message; /new starts afresh, /quit ends.[/]")
     start = len(talk)
@@ -173,7 +165,7 @@ def merge(arguments: argparse.Namespace) -> None:
     if target.adapter is None:
         raise RecipeError(f"{arguments.target} is a model without an adapter: there is nothing to merge.")
     done = merge(target.base, target.adapter, arguments.output)
-    _console().print(
+    terminal().print(
         f"Merged {done.matrices} matrices into {escape(str(arguments.output))} (float32). Loaded again by Transformers, its logits differ from "
         f"the adapter's by at most {done.max_logit_difference:.2g} (largest logit {done.logit_scale:.3g}); "
         f"likeliest token the same at {done.same_choice:.1%}."
@@ -189,7 +181,7 @@ def combine(arguments: argparse.Namespace) -> None:
     files.refuse_existing(arguments.output)
     done = combine_adapters(arguments.parts, arguments.output, rank=arguments.rank, model=arguments.model)
     exact = "exactly their weighted sum" if done.error == 0 else f"their weighted sum but for {done.error:.2%} of it"
-    _console().print(f"{escape(str(arguments.output))} is {exact}: {done.adapter.method.name}, rank {done.rank}.")
+    terminal().print(f"{escape(str(arguments.output))} is {exact}: {done.adapter.method.name}, rank {done.rank}.")
 
 
 def methods(arguments: argparse.Namespace) -> None:
@@ -200,9 +192,9 @@ def methods(arguments: argparse.Namespace) -> None:
     base = Base.load(arguments.model)
     facts = methods_facts(base.model)
     if arguments.json:
-        _print_json({"model": base.source, "methods": facts})
+        print_json({"model": base.source, "methods": facts})
     else:
-        _console().print(methods_table(facts, base.source))
+        terminal().print(methods_table(facts, base.source))
 
 
 def bench(arguments: argparse.Namespace) -> None:
@@ -218,7 +210,7 @@ def bench(arguments: argparse.Namespace) -> None:
         targets=tuple(arguments.targets),
         against=tuple(arguments.against or (Asked.against if arguments.objective == "sft" else ("trl",))),
     )
-    console = _console()
+    console = terminal()
 
     def say(name: str, result: dict[str, Any]) -> None:
         if not arguments.json:
@@ -233,24 +225,10 @@ def bench(arguments: argparse.Namespace) -> None:
     data = Path(asked.data).name if asked.data else "made-up rows"
     title = f"{data}: {asked.rows} rows, {asked.objective}, LoRA of rank {asked.rank} on {', '.join(asked.targets)}"
     if arguments.json:
-        _print_json(results)
+        print_json(results)
     else:
         console.print(comparison_table(results, title))
     if arguments.output is not None:
         with files.new_folder(arguments.output) as folder:
             files.write_json(folder / "results.json", results)
             files.write_text(folder / "chart.svg", comparison_chart(results, title))
-
-
-def show(arguments: argparse.Namespace) -> None:
-    from trimtab.report.tables import describe, described
-
-    facts = described(arguments.target)
-    if arguments.json:
-        _print_json(facts)
-    else:
-        _console().print(describe(facts))
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False))  # noqa: T201

@@ -1,0 +1,82 @@
+"""Where training stands, on disk: a folder for each step that was saved, from which a run goes on as if nothing had happened.
+
+`state.safetensors` holds the tensors; `state.json`, written last, the step, what the run knows of itself, a SHA-256 of the
+tensors' file and one over all of that.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from trimtab import files
+from trimtab.artifacts.tensors import read_tensors
+from trimtab.errors import ArtifactError
+
+TENSORS, MANIFEST = "state.safetensors", "state.json"
+FORMAT = 1
+KEYS = {"format", "step", "facts", "tensors", "digest"}
+
+
+@dataclass(frozen=True)
+class State:
+    """Where training stood after a step."""
+
+    step: int
+    tensors: dict[str, Tensor]
+    facts: dict[str, Any]
+    """JSON data."""
+
+
+def write_state(states: Path, state: State) -> Path:
+    """Write a new folder in `states`, whole or not at all, and read it back. Raises StorageError, or ArtifactError for a bad disk."""
+    folder = states / f"step-{state.step:06d}"
+    if folder.exists():  # of a run that went on from an earlier one
+        files.remove_folder(folder)
+    with files.new_folder(folder) as new:
+        save_file(dict(sorted(state.tensors.items())), new / TENSORS, {"format": "pt"})
+        (new / TENSORS).chmod(0o644)
+        manifest = {"format": FORMAT, "step": state.step, "facts": state.facts, "tensors": files.sha256_file(new / TENSORS)}
+        files.write_json(new / MANIFEST, {**manifest, "digest": _digest(manifest)})
+    read_state(folder)
+    return folder
+
+
+def read_state(folder: Path) -> State:
+    """Raises ArtifactError if it is not what was written."""
+    manifest = files.read_manifest(folder / MANIFEST)
+    if set(manifest) != KEYS:
+        raise ArtifactError(f"{folder / MANIFEST}: is not a state of this version of Trimtab.")
+    if manifest["digest"] != _digest({key: value for key, value in manifest.items() if key != "digest"}):
+        raise ArtifactError(f"{folder / MANIFEST}: changed since it was saved.")
+    if manifest["format"] != FORMAT:
+        raise ArtifactError(
+            f"{folder / MANIFEST}: has format {manifest['format']}, and this version of Trimtab reads {FORMAT}."
+        )
+    if not (folder / TENSORS).is_file() or files.sha256_file(folder / TENSORS) != manifest["tensors"]:
+        raise ArtifactError(f"{folder / TENSORS}: is missing, or changed since it was saved.")
+    return State(manifest["step"], read_tensors(folder / TENSORS), manifest["facts"])
+
+
+def saved_states(states: Path) -> list[Path]:
+    """The folders of states, the newest first."""
+    return sorted(states.glob("step-*"), reverse=True)
+
+
+def newest_state(states: Path, damaged: Callable[[str], None]) -> State | None:
+    """The newest one that is whole; `damaged` is told of each newer one."""
+    for folder in saved_states(states):
+        try:
+            return read_state(folder)
+        except ArtifactError as error:
+            damaged(str(error))
+    return None
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,88 @@
+"""Limits of a chat template, which comes with a model from wherever: how long it may take, and how much it may write.
+
+Transformers runs it in Jinja's immutable sandbox, which keeps it from Python, and from nothing else.
+"""
+
+import ctypes
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+
+from trimtab.errors import DataError
+
+SECONDS, LOOK_EVERY = 10.0, 0.25
+CHARACTERS = 50_000_000
+"""The longest text that a template may make of a conversation."""
+FACTOR = 10_000
+"""The largest number that it may multiply by, which with a text takes memory at once."""
+
+_deadlines: dict[int, float] = {}
+"""By the identity of a thread: when what it runs must have ended."""
+_lock = threading.Lock()
+_watching: list[threading.Thread] = []
+
+
+class TooLong(Exception):
+    """Raised in the thread whose time is over."""
+
+
+@contextmanager
+def limited(seconds: float = SECONDS) -> Iterator[None]:
+    """What Python runs in the block has to end in time, or TooLong is raised there."""
+    me = threading.get_ident()
+    with _lock:
+        _deadlines[me] = time.monotonic() + seconds
+        if not _watching:
+            _watching.append(threading.Thread(target=_watch, daemon=True, name="template limits"))
+            _watching[0].start()
+    try:
+        yield
+    finally:
+        with _lock:
+            _deadlines.pop(me, None)
+
+
+def _watch() -> None:
+    while True:
+        time.sleep(LOOK_EVERY)
+        with _lock:
+            for thread, deadline in list(_deadlines.items()):
+                if time.monotonic() > deadline:
+                    del _deadlines[thread]
+                    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(TooLong))
+
+
+def rendered(template: str, render: Callable[[], str], seconds: float = SECONDS) -> str:
+    """What the template makes of a conversation. Raises DataError if it does not accept it, or exceeds a limit."""
+    if (factor := _factor(template)) is not None:
+        raise DataError(f"the model's chat template multiplies by {factor:,}, which could take all memory: it is not run.")
+    try:
+        with limited(seconds):
+            text = render()
+    except TooLong:
+        raise DataError(f"the model's chat template does not end within {seconds:g} s") from None
+    except Exception as error:  # templates raise what they like
+        raise DataError(f"the model's chat template does not accept it: {error}") from None
+    if len(text) > CHARACTERS:
+        raise DataError(f"the model's chat template makes {len(text):,} characters of it")
+    return text
+
+
+@lru_cache(maxsize=8)
+def _factor(template: str) -> int | None:
+    """A number in the template that is too large a factor; None if there is none, or if it is no template."""
+    from jinja2 import Environment, nodes
+    from jinja2.exceptions import TemplateError
+
+    try:
+        tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
+    except TemplateError:
+        return None
+    for kind in (nodes.Mul, nodes.Pow):
+        for node in tree.find_all(kind):
+            for number in node.find_all(nodes.Const):
+                if isinstance(number.value, int | float) and abs(number.value) > FACTOR:
+                    return int(number.value)
+    return None

@@ -1,0 +1,115 @@
+"""What is looked at before the first step: the data's proof, and whether adapter, disk and memory are enough."""
+
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from trimtab.base import Base
+from trimtab.data import COMPARED, Finding, Loaded, first_examples, load_data, prove
+from trimtab.deploy import load_adapter, sample
+from trimtab.engine import check_packing
+from trimtab.errors import StorageError
+from trimtab.methods import Attached, attach
+from trimtab.prepare import continued
+from trimtab.recipe import Recipe
+from trimtab.saving import KEPT
+
+
+@dataclass
+class Opened:
+    """What a recipe names, opened."""
+
+    recipe: Recipe
+    """With the method of what it starts from."""
+    origin: dict[str, Any] | None
+    """What that is, as JSON data."""
+    base: Base
+    adapter: Attached
+    data: Loaded
+    limit: int | None
+    """The most tokens that a row may have."""
+
+
+def opened(recipe: Recipe) -> Opened:
+    """Open base and data, and attach the adapter. Raises TrimtabError, of many kinds."""
+    recipe, origin = continued(recipe)
+    base = Base.load(recipe.model)
+    base.add_tokens(recipe.method.new_tokens)
+    with ThreadPoolExecutor(max_workers=1) as background:  # hashing the weights beside tokenizing the data
+        fingerprint = background.submit(lambda: base.fingerprint)
+        check_packing(base.model)
+        # By absolute paths, as the run's recipe.yaml has them, so that its held-out rows are found again.
+        limit = base.context_length - recipe.method.positions if base.context_length is not None else None
+        data = load_data(recipe.absolute().data, base, limit, recipe.train.seed, recipe.objective.learns_from)
+        fingerprint.result()
+    if origin is None:
+        adapter = attach(base.model, recipe.method, recipe.train.seed, sample=sample(base, data.train))
+    else:
+        adapter = load_adapter(base, origin["folder"])
+    return Opened(recipe, origin, base, adapter, data, limit)
+
+
+def preflight(given: Opened) -> list[Finding]:
+    """Everything that is looked at. Nothing is refused here: see `data.refuse_problems`, and `check_disk`."""
+    recipe, data = given.recipe, given.data
+    examples = first_examples(recipe.absolute().data, COMPARED, recipe.objective.learns_from)
+    return [*prove(data, examples, given.base), _capacity(given.adapter, data), _disk(recipe, given.adapter)]
+
+
+def check_disk(findings: list[Finding]) -> None:
+    """Raise StorageError if the disk has no room for the run."""
+    for one in findings:
+        if one.name == "disk" and one.status == "problem":
+            raise StorageError(f"output: {one.words}")
+
+
+def _capacity(adapter: Attached, data: Loaded) -> Finding:
+    """Whether there is more to learn from than what learns."""
+    trained = sum(p.numel() for p in adapter.parameters().values())
+    tokens = sum(len(row.learned) for row in data.train if row.side != "mismatched")
+    words = f"{trained:,} parameters are trained on {tokens:,} tokens of answers"
+    facts = {"parameters": trained, "tokens": tokens}
+    if trained > 1000 * tokens:
+        return Finding(
+            "capacity", "note", f"{words}: the rows can be learned by heart. Watch the loss on held-out rows.", facts
+        )
+    return Finding("capacity", "good", words, facts)
+
+
+def _disk(recipe: Recipe, adapter: Attached) -> Finding:
+    """The run's folder at its fullest: adapters of two states, the best, and the final one; and the states, of three numbers each."""
+    size = sum(p.nbytes for p in adapter.parameters().values())
+    needed = (KEPT + 3) * size + (KEPT + 1) * 3 * size + 1_000_000
+    place = next(p for p in (recipe.output.absolute(), *recipe.output.absolute().parents) if p.exists())
+    free = shutil.disk_usage(place).free
+    words, facts = (
+        f"the run needs {needed / 1e6:,.0f} MB at most, and {free / 1e6:,.0f} MB are free in {place}",
+        {"needed": needed, "free": free},
+    )
+    if not os.access(place, os.W_OK):
+        return Finding("disk", "problem", f"{place} can't be written to: choose a folder that can", facts)
+    if needed > free:
+        return Finding("disk", "problem", f"{words}: free some, or choose another folder", facts)
+    return Finding("disk", "good", words, facts)
+
+
+def shown(base: Base, data: Loaded, count: int) -> list[dict[str, Any]]:
+    """Rows as they are learned: the first ones, and the shortest and longest of all; each in parts that are learned or not."""
+    rows = [row for row in data.train if row.side != "mismatched"]
+    by_length = sorted(rows, key=lambda row: len(row.ids))
+    chosen = {id(row): row for row in (*rows[:count], *by_length[:1], *by_length[-1:])} if count else {}
+    return [{"where": row.where, "side": row.side, "parts": _parts(base, row.ids, row.learned)} for row in chosen.values()]
+
+
+def _parts(base: Base, ids: list[int], learned: list[int]) -> list[dict[str, Any]]:
+    marks = set(learned)
+    parts: list[dict[str, Any]] = []
+    start = 0
+    for at in range(1, len(ids) + 1):
+        if at == len(ids) or (at in marks) != (start in marks):
+            text = base.tokenizer.decode(ids[start:at], clean_up_tokenization_spaces=False)
+            parts.append({"text": text, "learned": start in marks, "tokens": at - start})
+            start = at
+    return parts

@@ -1,0 +1,135 @@
+"""Going on with a run that did not end: whether it is this recipe's, where it stood, and whether everything is as it was."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trimtab import files
+from trimtab.artifacts import State, newest_state
+from trimtab.config import read
+from trimtab.engine import Memory
+from trimtab.errors import RecipeError, listing
+from trimtab.recipe import Recipe
+from trimtab.saving import CHECKPOINTS, METRICS, STATES
+
+SAME = ("base", "method", "trainable_parameters", "steps", "peak_lr", "start", "data_digest", "plan")
+"""Facts of a run, as run.json holds them, that must not change on the way."""
+SAME_TO_THE_BIT = ("versions", "threads")
+"""Facts that change results by rounding."""
+
+
+@dataclass
+class Unfinished:
+    """A run that did not end."""
+
+    folder: Path
+    facts: dict[str, Any]
+    """What run.json holds."""
+    state: State | None
+    """Where it stood when it was last saved; None if that was never, or is damaged."""
+
+    @property
+    def step(self) -> int:
+        return self.state.step if self.state is not None else 0
+
+    def memory(self) -> Memory:
+        """Rows go into the same packs again, whatever is free now."""
+        plan = dict(self.facts["plan"])
+        return Memory(**{**plan, "most_kept": float("inf") if plan["most_kept"] is None else plan["most_kept"]})
+
+    def check(self, recipe: Recipe, facts: dict[str, Any], notice: Callable[[str], None]) -> None:
+        """Refuse to go on with another run. Raises RecipeError with what differs."""
+        before, now = read(Recipe, self.folder / "recipe.yaml").plain(), recipe.absolute().plain()
+        different = [f"{key}: {a} there, {b} now" for key, a, b in _differences(before, now) if key not in ("resume", "output")]
+        different += [f"{key} of the run: {a} there, {b} now" for key, a, b in self._changed(facts, SAME)]
+        if different:
+            raise RecipeError(
+                f"output: {self.folder} holds an unfinished run of another kind:\n{listing(different)}\n"
+                "Set these back to go on with it, give another output, or remove the folder to start afresh."
+            )
+        if changed := [f"{key}: {a} then, {b} now" for key, a, b in self._changed(facts, SAME_TO_THE_BIT)]:
+            notice(f"what is computed from here on may differ by rounding from the run's first part:\n{listing(changed)}")
+
+    def _changed(self, facts: dict[str, Any], keys: tuple[str, ...]) -> Iterator[tuple[str, Any, Any]]:
+        yield from _differences({k: self.facts.get(k) for k in keys}, {k: facts.get(k) for k in keys})
+
+    def clear(self) -> None:
+        """Take away what was written after the state, or half."""
+        for path in self.folder.rglob(f"{files.TEMPORARY}*"):
+            files.remove_folder(path) if path.is_dir() else path.unlink(missing_ok=True)
+        for folder in (*(self.folder / STATES).glob("step-*"), *(self.folder / CHECKPOINTS).glob("step-*")):
+            if int(folder.name.removeprefix("step-")) > self.step:
+                files.remove_folder(folder)
+        log = self.folder / METRICS
+        if log.exists():
+            lines = [line for line in log.read_text(encoding="utf-8").splitlines(keepends=True) if self._is_before(line)]
+            files.write_text(log, "".join(lines))
+
+    def _is_before(self, line: str) -> bool:
+        """Whether the run, as it was when it was saved, had this line in its log."""
+        if self.state is None:
+            return False
+        try:
+            said = json.loads(line) if line.endswith("\n") else {}
+            step, measured = said["step"], said["kind"] == "eval"
+        except (ValueError, KeyError, TypeError):
+            return False
+        if measured and step == 0:
+            return bool(self.state.facts["compared"])
+        if measured and step == self.step:
+            return self.state.facts["last"]["eval_loss"] is not None
+        return bool(step <= self.step)
+
+
+def is_unfinished(recipe: Recipe) -> bool:
+    """Whether the recipe's output holds an unfinished run, rather than nothing.
+
+    Raises:
+        StorageError: There is something else, or a run that is to be left alone.
+        ArtifactError: The run's own record is damaged.
+    """
+    folder = recipe.output
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return False
+    facts = files.read_json(folder / "run.json") if (folder / "run.json").is_file() else None
+    if not isinstance(facts, dict) or facts.get("status") == "done" or "plan" not in facts or recipe.resume == "never":
+        files.refuse_existing(folder)
+    return True
+
+
+def unfinished(recipe: Recipe, notice: Callable[[str], None]) -> Unfinished:
+    """The unfinished run in the recipe's output, in which nobody else may write meanwhile.
+
+    Args:
+        notice: Is told of damage.
+    """
+    if not is_unfinished(recipe):
+        files.refuse_existing(recipe.output)
+    facts = files.read_json(recipe.output / "run.json")
+    state = newest_state(
+        recipe.output / STATES, lambda problem: notice(f"a saved state is damaged, and an earlier one is taken: {problem}")
+    )
+    return Unfinished(recipe.output, facts, state)
+
+
+def plan_facts(memory: Memory) -> dict[str, Any]:
+    """How rows are cut into packs, as JSON data."""
+    plan = memory._asdict()
+    return {**plan, "most_kept": None if plan["most_kept"] == float("inf") else plan["most_kept"]}
+
+
+def threads() -> int:
+    """Large products are summed in an order that depends on it."""
+    return torch.get_num_threads()
+
+
+def _differences(before: Any, now: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in dict.fromkeys([*before, *now]):
+            yield from _differences(before.get(key), now.get(key), f"{path}.{key}".lstrip("."))
+    elif json.loads(json.dumps(before)) != json.loads(json.dumps(now)):
+        yield path, before, now

@@ -1,0 +1,118 @@
+"""A run's folder while it trains: what is written to it, what is kept, and from where it can go on."""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trimtab import files
+from trimtab.artifacts import State, saved_states, write_state
+from trimtab.base import Base
+from trimtab.deploy import save_adapter
+from trimtab.errors import NonFinite
+from trimtab.train import Optimizer
+
+STATES, CHECKPOINTS, METRICS, LOCK = "states", "checkpoints", "metrics.jsonl", "lock"
+"""In a run's folder; the last is the file that one process has while it trains there."""
+KEPT = 2
+"""States that are kept, should the newest be damaged."""
+
+
+@dataclass
+class Run:
+    """A run's folder, and what is known about it. `state` is what run.json holds."""
+
+    folder: Path
+    state: dict[str, Any] = field(default_factory=dict)
+
+    def write(self, **news: Any) -> None:
+        """Add to run.json."""
+        self.state |= news
+        files.write_json(self.folder / "run.json", self.state)
+
+    def log(self, **line: Any) -> None:
+        """Add a line to metrics.jsonl."""
+        files.append_line(self.folder / METRICS, json.dumps(line))
+
+
+@dataclass
+class Progress:
+    """How far training is, as it was saved last."""
+
+    best: dict[str, Any] | None = None
+    last: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+    tokens: int = 0
+    computed: int = 0
+    skipped: int = 0
+    """Steps that were not taken, because a number was none."""
+    compared: bool = False
+    """The held-out rows have been measured before training."""
+
+
+class Saver:
+    """Saves adapters, and all that the run goes on from; keeps of them what is still needed."""
+
+    def __init__(
+        self, run: Run, base: Base, optimizer: Optimizer, done: Progress, canaries: Callable[[], list[tuple[str, float]]]
+    ) -> None:
+        """
+        Args:
+            canaries: What the model as it stands makes of a few rows, by their places; its adapter is recognized by that later.
+        """
+        self.run, self.base, self.optimizer, self.done, self.canaries = run, base, optimizer, done, canaries
+        self.started = time.perf_counter() - done.seconds
+
+    def unseen(self, every: int, steps: int) -> bool:
+        """The step that was saved last is one after which held-out rows are measured, and they have not been."""
+        step = self.done.last["step"]
+        return (step % every == 0 or step == steps) and self.done.last["eval_loss"] is None
+
+    def save(self, step: int, train_loss: float | None, eval_loss: float | None) -> None:
+        """Save everything as it stands after this step."""
+        if broken := self.optimizer.not_finite():
+            raise NonFinite(
+                f"After step {step}, {broken[0]} holds values that are not numbers, so it is not saved. Lower train.lr."
+            )
+        canaries = self.canaries()
+        if broken := [where for where, value in canaries if not math.isfinite(value)]:
+            raise NonFinite(
+                f"After step {step}, the model gives {broken[0]} a log-probability that is not a number, so it is not saved. Lower train.lr."
+            )
+        folder, done = self.run.folder, self.done
+        name = f"{CHECKPOINTS}/step-{step:06d}"
+        last = train_loss if train_loss is not None and math.isfinite(train_loss) else None  # a step that was skipped
+        news = {"step": step, "folder": name, "train_loss": last, "eval_loss": eval_loss}
+        if not (folder / name).exists():  # it does if an interruption came when it had just been saved
+            facts = {key: self.run.state[key] for key in ("data_digest", "objective", "reference", "start")}
+            save_adapter(self.base, self.optimizer.adapter, folder / name, {**news, **facts})
+        done.last = {**news, "canaries": [value for _, value in canaries]}
+        if eval_loss is not None and (done.best is None or eval_loss < done.best["eval_loss"]):
+            done.best = done.last
+        done.skipped = self.optimizer.skipped
+        done.seconds = time.perf_counter() - self.started
+        write_state(folder / STATES, State(step, self.optimizer.state(), asdict(done)))
+        self.run.write(best=done.best, last=done.last)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Of all but the newest states, and of adapters that those do not speak of."""
+        states, kept = saved_states(self.run.folder / STATES), set[str]()
+        for state in states[:KEPT]:
+            facts = files.read_json(state / "state.json")["facts"]
+            kept |= {facts[which]["folder"] for which in ("best", "last") if facts[which]}
+        old = [one for one in (self.run.folder / CHECKPOINTS).glob("step-*") if f"{CHECKPOINTS}/{one.name}" not in kept]
+        for folder in (*states[KEPT:], *old):
+            files.remove_folder(folder)
+
+
+def finish(run: Run, best: dict[str, Any], last: dict[str, Any]) -> None:
+    """Let go of what only an unfinished run needs."""
+    for left in (run.folder / STATES, run.folder / LOCK):
+        files.remove_folder(left) if left.is_dir() else left.unlink(missing_ok=True)
+    for old in (run.folder / CHECKPOINTS).glob("step-*"):
+        if f"{CHECKPOINTS}/{old.name}" not in (best["folder"], last["folder"]):
+            files.remove_folder(old)

@@ -1,0 +1,123 @@
+"""AdamW on what an adapter trains: steps are taken whole, and its moments go by the names of the parameters."""
+
+import hashlib
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.errors import ArtifactError
+from trimtab.methods import Attached
+
+MOMENTS = {"mean": "exp_avg", "square": "exp_avg_sq"}
+"""Ours and torch's names."""
+
+
+class Optimizer:
+    """AdamW, with parameters in groups that share a learning rate, as the method divides them."""
+
+    def __init__(self, adapter: Attached, weight_decay: float) -> None:
+        self.adapter = adapter
+        self.named = adapter.parameters()
+        self.taken = 0
+        """Steps, those that were skipped included."""
+        self.skipped = 0
+        groups: dict[float, list[nn.Parameter]] = {}
+        for name, parameter in self.named.items():
+            groups.setdefault(adapter.method.relative_rate(name.rpartition(".")[2]), []).append(parameter)
+            # Made later, between what a backward pass needs for a moment, gradients would leave holes in memory.
+            parameter.grad = torch.zeros_like(parameter)
+        by_rate = [{"params": several, "relative_rate": rate} for rate, several in groups.items()]
+        self._adamw = torch.optim.AdamW(by_rate, lr=0.0, weight_decay=weight_decay, fused=True)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return list(self.named.values())
+
+    def step(self, lr: float) -> None:
+        """Move the parameters by their gradients, and clear those. An interruption meanwhile comes afterwards."""
+        for group in self._adamw.param_groups:
+            group["lr"] = lr * group["relative_rate"]
+        with interrupted_afterwards():
+            self._adamw.step()
+            self.clear()
+            self.taken += 1
+            self.adapter.trained = True
+
+    def skip(self) -> None:
+        """Pass over a step: forget its gradients, and leave everything as it is."""
+        self.clear()
+        self.taken += 1
+        self.skipped += 1
+
+    def not_finite(self) -> list[str]:
+        """The names of parameters that hold a value which is not a number."""
+        return [name for name, parameter in self.named.items() if not bool(parameter.isfinite().all())]
+
+    def digests(self) -> dict[str, str]:
+        """A hash of each parameter's values, by its name."""
+        return {
+            name: hashlib.sha256(p.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
+            for name, p in self.named.items()
+        }
+
+    def clear(self) -> None:
+        """Forget the gradients."""
+        self._adamw.zero_grad(set_to_none=False)
+
+    def release(self) -> None:
+        """Let go of the gradients' memory."""
+        self._adamw.zero_grad(set_to_none=True)
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that further steps depend on: the parameters' values and both moments, by kind and name, on the CPU."""
+        held = {f"value/{name}": parameter.detach() for name, parameter in self.named.items()}
+        for name, parameter in self.named.items():
+            for ours, theirs in MOMENTS.items():
+                moment = self._adamw.state[parameter].get(theirs) if parameter in self._adamw.state else None
+                held[f"{ours}/{name}"] = torch.zeros_like(parameter) if moment is None else moment
+        return {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in held.items()}
+
+    def load(self, tensors: Mapping[str, Tensor], taken: int, skipped: int = 0) -> None:
+        """Go on from there. Raises ArtifactError, changing nothing, if the names, shapes or types are not these parameters'."""
+        expected = {f"{kind}/{name}": p for kind in ("value", *MOMENTS) for name, p in self.named.items()}
+        wrong = sorted(tensors.keys() ^ expected.keys())
+        wrong += [n for n in tensors.keys() & expected.keys() if _form(tensors[n]) != _form(expected[n])]
+        if wrong:
+            raise ArtifactError(
+                f"{wrong[0]} is not what this run trains{f' (and {len(wrong) - 1} more)' if wrong[1:] else ''}."
+            )
+        self.adapter.load_state({name: tensors[f"value/{name}"] for name in self.named})
+        for name, parameter in self.named.items():
+            state: dict[str, Any] = {
+                theirs: tensors[f"{ours}/{name}"].to(parameter.device, copy=True) for ours, theirs in MOMENTS.items()
+            }
+            self._adamw.state[parameter] = {"step": torch.tensor(float(taken - skipped), device=parameter.device), **state}
+        self.taken, self.skipped = taken, skipped
+
+
+def _form(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.dtype
+
+
+@contextmanager
+def interrupted_afterwards() -> Iterator[None]:
+    """An interruption (Ctrl-C, SIGTERM) of this block comes at its end. Handlers are replaced rather than signals blocked: a
+    signal that the main thread blocks is given to one of torch's, and acts all the same."""
+    came: list[int] = []
+    held: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        held = {number: own for number in (signal.SIGINT, signal.SIGTERM) if callable(own := signal.getsignal(number))}
+    for number in held:
+        signal.signal(number, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        for number, own in held.items():
+            signal.signal(number, own)
+    for number in came[:1]:
+        signal.raise_signal(number)

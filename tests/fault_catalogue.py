@@ -1,0 +1,603 @@
+"""The ways in which fine-tuning is known to go wrong without a word, and what becomes of each here: docs/faults.md is made from it.
+
+Each names the tests in which it is tried. A test there holds that they exist; what is not built yet is not in the list.
+"""
+
+from typing import NamedTuple
+
+
+class Fault(NamedTuple):
+    what: str
+    outcome: str
+    """refused, repaired, shown, or impossible: proven not to happen."""
+    how: str
+    tests: tuple[str, ...]
+
+
+FAULTS = {
+    # The loss and the steps
+    "A01": Fault(
+        "micro-batches are averaged, so short rows weigh more",
+        "impossible",
+        "one divisor a step",
+        (
+            "test_train::test_a_step_does_not_depend_on_how_its_rows_are_cut_into_packs",
+            "suite::I23_the_cut_into_packs_does_not_change_gradients",
+        ),
+    ),
+    "A02": Fault(
+        "the loss is divided twice",
+        "impossible",
+        "one divisor a step",
+        ("test_train::test_the_loss_and_the_first_step_are_those_of_the_plain_formula", "test_trl::test_ten_steps_are_trls"),
+    ),
+    "A04": Fault(
+        "the last, smaller step is dropped",
+        "impossible",
+        "it is a step like the others",
+        (
+            "test_data_load::test_every_row_is_learned_once_an_epoch",
+            "test_data_load::test_steps_of_tokens_hold_every_row_once_an_epoch",
+        ),
+    ),
+    "A05": Fault(
+        "the learning rate falls too fast",
+        "impossible",
+        "a function of the step",
+        ("test_train::test_the_learning_rate_rises_to_its_peak_and_never_below_zero",),
+    ),
+    "A06": Fault(
+        "a row, or all, has nothing to learn",
+        "refused",
+        "with its line, before training",
+        (
+            "test_data_labels::test_a_longer_row_is_cut_when_told_to_and_never_empty",
+            "test_train::test_a_step_with_nothing_to_learn_is_refused",
+        ),
+    ),
+    "A07": Fault(
+        "a loss that is not a number ruins the weights and is hidden from the log",
+        "repaired",
+        "the step is skipped, its rows named, the value logged; three in a row end the run",
+        (
+            "test_guards::test_a_step_that_is_not_finite_is_skipped_and_logged_as_it_was",
+            "test_guards::test_three_in_a_row_end_the_run",
+        ),
+    ),
+    "A08": Fault(
+        "an adapter on the head never learns",
+        "impossible",
+        "the head is adapted in the loss; what does not move by the third step stops the run",
+        (
+            "test_peft_variants::test_the_ends_of_a_model_go_both_ways",
+            "suite::I07_every_tensor_moves_by_the_third_step",
+            "test_certificate::test_what_no_gradient_reaches_is_said_after_three_steps",
+        ),
+    ),
+    "A09": Fault(
+        "recomputation loses gradients",
+        "impossible",
+        "bit for bit the same",
+        (
+            "suite::I24_activation_recomputation_changes_nothing",
+            "test_virtual::test_recomputation_that_would_lose_gradients_is_refused",
+        ),
+    ),
+    "A10": Fault(
+        "nothing is trained, or everything",
+        "impossible",
+        "what is trained is the adapter's own parameters",
+        ("suite::I06_what_trains_is_the_adapter_and_nothing_else", "test_resume::test_a_state_of_other_parameters_is_refused"),
+    ),
+    "A11": Fault(
+        "weights that the optimizer holds are not the model's",
+        "refused",
+        "what does not move by the third step stops the run",
+        ("test_certificate::test_what_no_gradient_reaches_is_said_after_three_steps",),
+    ),
+    "A12": Fault(
+        "an adapter in few bits loses its updates",
+        "impossible",
+        "its numbers are float32",
+        ("suite::I26_masters_are_float32_on_a_base_of_fewer_bits",),
+    ),
+    "A13": Fault(
+        "the optimizer overwrites a loaded adapter",
+        "impossible",
+        "it has no copies",
+        ("test_keys::test_start_trains_an_earlier_adapter_on", "test_resume::test_what_it_forgets_is_noticed"),
+    ),
+    "A14": Fault(
+        "moments go to other parameters",
+        "refused",
+        "they go by name",
+        ("test_resume::test_a_state_of_other_parameters_is_refused", "test_resume::test_what_it_forgets_is_noticed"),
+    ),
+    "A15": Fault(
+        "the reference of a continued adapter is the base",
+        "refused",
+        "margins are measured before the first step",
+        (
+            "test_preference::test_the_base_as_the_reference_of_an_adapter_that_was_trained_is_caught",
+            "test_preference::test_every_method_starts_as_its_reference",
+        ),
+    ),
+    "A16": Fault(
+        "the reference drifts",
+        "impossible",
+        "its numbers are computed once, and kept by content",
+        (
+            "test_preference::test_what_the_reference_makes_of_a_row_is_computed_once",
+            "test_preference::test_another_model_or_adapter_is_another_reference",
+        ),
+    ),
+    "A17": Fault(
+        "dropout makes noise of a comparison",
+        "refused",
+        "with the key to change",
+        ("test_preference::test_dropout_is_refused_where_answers_are_compared",),
+    ),
+    "A18": Fault(
+        "KTO's divergence is estimated on matched pairs, or in batches of one",
+        "impossible",
+        "a fixed derangement, pooled over the step",
+        (
+            "test_objectives::test_nobody_gets_the_own_answer_and_every_answer_is_used_once",
+            "test_objectives::test_the_pooled_number_is_the_whole_steps_and_no_gradient_goes_through_it",
+            "test_objectives::test_one_prompt_alone_is_refused",
+        ),
+    ),
+    "A19": Fault(
+        "an answer is empty once it is cut",
+        "refused",
+        "with its line",
+        (
+            "test_data_compared::test_sides_that_are_the_same_once_they_are_cut_are_refused",
+            "test_data_labels::test_a_longer_row_is_cut_when_told_to_and_never_empty",
+        ),
+    ),
+    "A20": Fault(
+        "both answers of a pair are the same",
+        "refused",
+        "with its line",
+        ("test_data_compared::test_what_compares_nothing_is_refused",),
+    ),
+    "A21": Fault(
+        "the scale differs between training and use",
+        "impossible",
+        "what PEFT computes is compared",
+        ("test_peft::test_peft_loads_ours", "test_peft_variants::test_peft_loads_ours"),
+    ),
+    "A22": Fault(
+        "settings out of range are taken",
+        "refused",
+        "with the key and its range",
+        (
+            "test_methods::test_hyperparameters_out_of_range_are_refused",
+            "test_peft::test_a_configuration_of_pefts_out_of_range_is_refused",
+        ),
+    ),
+    "A23": Fault(
+        "a target that matches nothing is passed over",
+        "refused",
+        "with the nearest name",
+        ("test_methods::test_a_target_that_cannot_be_adapted_is_refused",),
+    ),
+    "A24": Fault(
+        "fused experts stay frozen", "refused", "by name", ("test_methods::test_all_linear_refuses_to_skip_fused_experts",)
+    ),
+    "A25": Fault(
+        "two adapters lie over each other unnoticed",
+        "refused",
+        "names are taken once; the newest acts alone",
+        (
+            "test_methods::test_a_second_adapter_of_the_same_name_is_refused",
+            "test_base::test_a_model_that_peft_has_an_adapter_on_is_refused",
+            "test_composition::test_the_newest_acts_alone_and_names_choose",
+        ),
+    ),
+    # Rows, tokens, labels
+    "B01": Fault(
+        "padding is the end token, so the end is never learned",
+        "impossible",
+        "labels go by position, and every row's end is counted",
+        (
+            "test_data_labels::test_pad_and_eos_may_be_one_token",
+            "test_check::test_of_good_rows_everything_is_good",
+            "test_check::test_an_answer_without_its_stop_token_is_noticed",
+        ),
+    ),
+    "B02": Fault(
+        "the learned end token is not one that ends a generation",
+        "refused",
+        "ends are counted against the stop tokens, answers are tried",
+        (
+            "test_check::test_rows_that_are_cut_are_counted_and_if_all_are_it_is_refused",
+            "test_certificate::test_an_adapter_that_never_stops_does_not_pass",
+        ),
+    ),
+    "B03": Fault(
+        "the mask of answers is all zeros or ones",
+        "impossible",
+        "spans come from rendering, to the character",
+        (
+            "test_data_labels::test_any_conversation_on_any_template_learns_exactly_its_answers",
+            "test_check::test_what_generation_would_not_see_is_refused",
+        ),
+    ),
+    "B04": Fault(
+        "an answer's marker is searched for and not found",
+        "impossible",
+        "nothing is searched for",
+        ("test_data_labels::test_any_conversation_on_any_template_learns_exactly_its_answers",),
+    ),
+    "B05": Fault(
+        "the mask lands on another span",
+        "impossible",
+        "repeated texts and tool turns are tried",
+        (
+            "test_data_labels::test_any_conversation_on_any_template_learns_exactly_its_answers",
+            "test_data_labels::test_tool_calls_are_learned_and_tool_results_are_not",
+        ),
+    ),
+    "B06": Fault(
+        "a beginning-of-text token stands twice, or is missing",
+        "refused",
+        "a text's own is not doubled; a template's is seen",
+        (
+            "test_data_labels::test_a_bos_or_eos_that_a_text_brings_along_is_not_doubled",
+            "test_check::test_a_template_that_writes_two_beginnings_is_refused",
+        ),
+    ),
+    "B07": Fault(
+        "the template in use is another than in training",
+        "refused",
+        "it is part of the base's fingerprint",
+        (
+            "test_peft::test_an_adapter_of_another_base_is_refused_with_what_differs",
+            "test_real_model::test_what_training_reads_is_what_a_chat_asks",
+        ),
+    ),
+    "B08": Fault(
+        "earlier turns change when a conversation goes on",
+        "repaired",
+        "laid out turn by turn, and counted",
+        (
+            "test_data_labels::test_a_template_that_drops_earlier_thinking_is_laid_out_turn_by_turn",
+            "test_check::test_conversations_that_are_laid_out_turn_by_turn_are_compared_too",
+        ),
+    ),
+    "B09": Fault(
+        "prompt and answer share a token",
+        "repaired",
+        "the prompt's tokens are those of generation",
+        (
+            "test_data_labels::test_a_completion_is_learned_to_the_character_after_the_prompts_own_tokens",
+            "test_data_labels::test_pieces_that_cannot_be_written_apart_are_refused",
+        ),
+    ),
+    "B10": Fault(
+        "answers are cut",
+        "refused",
+        "or counted, where cutting is asked for",
+        (
+            "test_data_load::test_rows_that_are_too_long_are_refused_with_the_way_out",
+            "test_check::test_rows_that_are_cut_are_counted_and_if_all_are_it_is_refused",
+        ),
+    ),
+    "B11": Fault(
+        "rows vanish",
+        "impossible",
+        "rows in = used + refused",
+        (
+            "test_bad_data::test_bad_files_are_accounted_for_or_refused",
+            "test_data_read::test_rows_in_are_rows_used_and_refused_whatever_happens_to_a_file",
+        ),
+    ),
+    "B12": Fault(
+        "packed rows see each other",
+        "impossible",
+        "gradients between rows are exactly 0",
+        ("test_packing::test_no_gradient_reaches_another_rows_tokens", "suite::I22_packed_is_alone_and_no_row_reaches_another"),
+    ),
+    "B13": Fault(
+        "positions run on from row to row",
+        "impossible",
+        "packed is alone",
+        (
+            "test_packing::test_packed_losses_and_gradients_equal_those_of_rows_alone",
+            "test_packing::test_a_broken_mask_window_or_position_is_noticed",
+        ),
+    ),
+    "B14": Fault(
+        "a row's first token is learned from the row before",
+        "impossible",
+        "it is no target",
+        ("test_data_load::test_the_first_token_of_a_packed_row_is_never_predicted_from_the_row_before",),
+    ),
+    "B15": Fault(
+        "positions are taken for packing",
+        "impossible",
+        "packing is said, by a tree of segments",
+        ("test_packing::test_calls_without_a_layout_are_the_models_own_bit_for_bit",),
+    ),
+    "B16": Fault(
+        "old tokens come from a cache",
+        "impossible",
+        "its key is a hash of all that decides them, our code included",
+        ("test_data_cache::test_whatever_decides_the_tokens_has_them_made_anew",),
+    ),
+    "B17": Fault(
+        "new tokens' rows are not trained, or not saved",
+        "impossible",
+        "a method of their own, through a fresh base",
+        (
+            "test_tokens::test_an_adapter_folder_carries_them_to_a_fresh_base",
+            "test_tokens::test_a_run_adds_them_before_it_reads_its_data_and_its_adapter_answers_with_them",
+        ),
+    ),
+    "B18": Fault(
+        "padding changes results",
+        "impossible",
+        "nothing is padded here; virtual tokens are tried under Transformers' padding",
+        ("test_virtual::test_padding_changes_nothing",),
+    ),
+    "B19": Fault(
+        "a key of the recipe is read by nothing",
+        "impossible",
+        "another value of each gives another result",
+        ("test_keys::test_another_value_gives_another_result", "test_keys::test_no_key_is_left_out_here"),
+    ),
+    # Saving, loading, going on
+    "C01": Fault(
+        "no tensor of the file fits, and the base is served",
+        "refused",
+        "tensors fit exactly, or not at all",
+        ("suite::I13_tensors_fit_exactly_or_are_refused", "test_peft::test_an_adapter_of_pefts_that_does_not_fit_is_refused"),
+    ),
+    "C02": Fault(
+        "what is saved is dead though training worked",
+        "refused",
+        "a fresh process has to give what training gave",
+        (
+            "test_certificate::test_what_is_saved_must_be_what_was_trained",
+            "test_certificate::test_a_process_that_cannot_load_it_says_why",
+        ),
+    ),
+    "C03": Fault(
+        "something that was trained is not saved",
+        "refused",
+        "the same",
+        ("test_certificate::test_what_is_saved_must_be_what_was_trained", "suite::I13_tensors_fit_exactly_or_are_refused"),
+    ),
+    "C04": Fault(
+        "a half-written checkpoint blocks going on",
+        "repaired",
+        "folders appear whole; the newest whole one is taken",
+        ("test_resume::test_forty_real_kills", "test_resume::test_a_damaged_state_is_passed_over_for_the_one_before"),
+    ),
+    "C05": Fault(
+        "the disk is full",
+        "repaired",
+        "what was saved stays; the same command goes on",
+        (
+            "test_resume::test_every_write_may_fail_and_nothing_is_lost",
+            "test_cli::test_a_disk_that_fills_up_keeps_what_was_whole",
+            "test_check::test_a_disk_without_room_is_refused_before_the_run",
+        ),
+    ),
+    "C06": Fault(
+        "the wrong checkpoint is removed",
+        "impossible",
+        "what the two newest states speak of stays, and they are read back first",
+        (
+            "test_keys::test_the_adapter_handed_over_is_the_best_one_and_both_it_and_the_last_are_kept",
+            "test_resume::test_a_damaged_state_is_passed_over_for_the_one_before",
+        ),
+    ),
+    "C07": Fault(
+        "a part of the state is missing, and the run goes on otherwise",
+        "refused",
+        "a state is whole, or passed over",
+        (
+            "test_resume::test_a_damaged_state_is_passed_over_for_the_one_before",
+            "test_resume::test_a_state_of_other_parameters_is_refused",
+        ),
+    ),
+    "C08": Fault(
+        "random numbers are others after going on",
+        "impossible",
+        "dropout is a function of seed and step",
+        (
+            "test_resume::test_it_goes_on_as_if_it_had_not_ended",
+            "test_train::test_two_runs_are_equal_to_the_last_bit_with_dropout_whatever_happened_before",
+        ),
+    ),
+    "C09": Fault(
+        "rows come in another order after going on",
+        "impossible",
+        "the order is a function of seed and epoch",
+        (
+            "test_resume::test_any_method_and_objective_goes_on_at_random_cuts",
+            "test_data_load::test_the_order_is_decided_by_seed_and_epoch_alone",
+        ),
+    ),
+    "C10": Fault(
+        "the loss jumps after going on",
+        "impossible",
+        "bit for bit the same",
+        ("test_resume::test_it_goes_on_as_if_it_had_not_ended",),
+    ),
+    "C11": Fault(
+        "the best adapter is not the one that is handed over",
+        "impossible",
+        "its bytes are compared",
+        ("test_keys::test_the_adapter_handed_over_is_the_best_one_and_both_it_and_the_last_are_kept",),
+    ),
+    "C12": Fault(
+        "bits rot",
+        "refused",
+        "by the name of the file or tensor",
+        (
+            "test_faults::test_ten_thousand_flipped_bits_are_noticed",
+            "test_faults::test_a_thousand_structural_damages_are_noticed",
+            "test_peft::test_every_flipped_bit_is_noticed",
+        ),
+    ),
+    "C13": Fault(
+        "an adapter lands on another base",
+        "refused",
+        "with what differs",
+        (
+            "test_peft::test_an_adapter_of_another_base_is_refused_with_what_differs",
+            "suite::I14_another_base_or_an_edited_folder_is_refused",
+        ),
+    ),
+    "C14": Fault(
+        "its configuration was edited, or asks for more than is known",
+        "refused",
+        "by the key",
+        (
+            "suite::I14_another_base_or_an_edited_folder_is_refused",
+            "test_peft::test_a_key_that_asks_for_more_is_refused_by_name",
+        ),
+    ),
+    "C15": Fault(
+        "numbers have another type after loading",
+        "impossible",
+        "types are in the manifest",
+        ("test_methods::test_state_survives_a_round_trip_and_misfits_are_refused_by_name",),
+    ),
+    "C16": Fault(
+        "an adapter's name contains another's",
+        "impossible",
+        "names are compared whole",
+        ("test_composition::test_names_are_free_and_one_that_contains_another_is_not_it",),
+    ),
+    "C17": Fault(
+        "a name is used twice",
+        "refused",
+        "with the name",
+        ("test_composition::test_a_name_that_is_taken_or_unknown_is_refused",),
+    ),
+    "C18": Fault(
+        "after a swap the old scale acts",
+        "impossible",
+        "an adapter has its own layers",
+        ("test_composition::test_the_newest_acts_alone_and_names_choose", "suite::I19_adapters_leave_each_other_alone"),
+    ),
+    # Merging and combining
+    "D01": Fault(
+        "a merge in bfloat16 loses the change",
+        "impossible",
+        "merged in float32, and compared",
+        ("test_merge::test_a_bfloat16_base_is_merged_in_float32",),
+    ),
+    "D02": Fault(
+        "a merge into a quantized base",
+        "refused",
+        "with what to do",
+        ("test_quantized::test_merging_into_it_and_methods_that_need_its_weights_are_refused",),
+    ),
+    "D04": Fault(
+        "tied embeddings change with the head",
+        "impossible",
+        "they stay tied, or the merge is refused",
+        ("test_merge::test_tied_embeddings_stay_tied",),
+    ),
+    "D05": Fault(
+        "merging and taking back drifts",
+        "impossible",
+        "the base is never touched",
+        ("suite::I16_merging_twice_gives_the_same_and_leaves_the_base_alone",),
+    ),
+    "D06": Fault(
+        "what is not a number is merged",
+        "refused",
+        "nothing is written",
+        ("test_merge::test_values_that_are_not_finite_are_refused_and_nothing_is_written",),
+    ),
+    "D07": Fault(
+        "a combination of adapters is not their sum",
+        "shown",
+        "exact, or with its error",
+        (
+            "test_composition::test_a_combination_is_the_weighted_sum_of_changes",
+            "test_composition::test_a_smaller_rank_is_the_best_there_is_and_its_error_is_told",
+        ),
+    ),
+    "D10": Fault(
+        "a prefix is merged", "refused", "with what to do", ("suite::I17_what_is_no_change_of_weights_is_not_merged",)
+    ),
+    # In use
+    "E03": Fault(
+        "rows of different adapters in one batch get each other's",
+        "impossible",
+        "each is what it is alone",
+        ("suite::I20_a_row_of_a_mixed_batch_is_the_row_alone",),
+    ),
+    "E06": Fault(
+        "virtual tokens do nothing in generation",
+        "impossible",
+        "cached decoding is the forward pass, in Transformers' generate() too",
+        (
+            "suite::I21_cached_decoding_is_the_forward_pass",
+            "test_virtual::test_transformers_generates_as_trimtab_does_once_it_is_trained",
+        ),
+    ),
+    # Code and supply
+    "F01": Fault(
+        "a pickle runs code",
+        "impossible",
+        "none is ever read",
+        (
+            "test_security::test_training_and_certifying_unpickle_nothing_and_connect_to_nothing",
+            "test_security::test_a_pickle_in_an_adapter_folder_is_never_opened",
+            "test_layers::test_the_house_keeps_its_rules",
+        ),
+    ),
+    "F02": Fault(
+        "an adapter's configuration runs code",
+        "refused",
+        "it is data with known keys",
+        ("test_peft::test_a_key_that_asks_for_more_is_refused_by_name",),
+    ),
+    "F03": Fault(
+        "a model folder's code runs",
+        "impossible",
+        "there is no such option",
+        ("test_security::test_code_in_a_model_folder_never_runs", "test_base::test_code_in_a_model_folder_is_never_run"),
+    ),
+    "F04": Fault(
+        "a chat template runs code, or for ever",
+        "refused",
+        "a sandbox, with limits",
+        (
+            "test_security::test_a_template_that_reaches_for_python_is_refused",
+            "test_security::test_a_template_that_never_ends_or_writes_without_end_is_refused_soon",
+        ),
+    ),
+    "F05": Fault(
+        "a file of tensors is malformed",
+        "refused",
+        "by its name",
+        ("test_faults::test_a_thousand_structural_damages_are_noticed",),
+    ),
+    "F06": Fault(
+        "a cache is trusted",
+        "repaired",
+        "what was changed there is made anew",
+        ("test_data_cache::test_a_damaged_file_is_made_anew", "test_preference::test_a_damaged_cache_is_made_anew"),
+    ),
+    "F07": Fault(
+        "another version of a library breaks a method in silence",
+        "shown",
+        "`trimtab doctor`",
+        (
+            "test_doctor::test_virtual_tokens_that_transformers_own_generate_does_not_see",
+            "test_doctor::test_what_breaks_is_found",
+        ),
+    ),
+}
+MISSING = {"A03": "several devices: not built yet"}
+"""Of A, B, C and F, what can't be tried yet, and why."""

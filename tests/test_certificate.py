@@ -1,0 +1,177 @@
+"""A run ends well only if its adapter, loaded by a fresh process, is what was trained, and no worse than the base."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from worlds import write_rows
+
+from trimtab import certificate, saving
+from trimtab import run as running
+from trimtab.certificate import certificate_text
+from trimtab.evaluate import paired
+from trimtab.methods.lora import LoRA
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+WORDS = ("train", "r.yaml", "certify=true", "train.epochs=4")
+
+
+@pytest.fixture(scope="module")
+def certified(world, tmp_path_factory):
+    """A run with its certificate."""
+    from trimtab import cli
+
+    place, before = tmp_path_factory.mktemp("certified"), Path.cwd()
+    shutil.copytree(world, place / "world")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place / "world")
+        assert cli.main([*WORDS, "output=done"]) == 0
+    assert Path.cwd() == before
+    return place / "world" / "done"
+
+
+@pytest.fixture
+def done(certified, tmp_path):
+    shutil.copytree(certified, tmp_path / "done")
+    return tmp_path / "done"
+
+
+def test_a_run_ends_with_a_certificate(done, trimtab):
+    held = json.loads((done / "certificate.json").read_text())
+    assert {one["name"]: one["status"] for one in held["tests"]} == {
+        "reload": "passed", "base": "passed", "moved": "passed", "stops": "passed", "gain": "passed", "forgetting": held["tests"][-1]["status"],
+    }  # fmt: skip
+    assert held["passed"]
+    assert held["losses"]["adapter"]["held_out"] < held["losses"]["base"]["held_out"]
+    assert {one["text"] for one in held["answers"]} == {"yes"}
+    text = (done / "certificate.txt").read_text()
+    assert text == certificate_text(held)
+    assert text.startswith("Trimtab certificate: passed\n\npassed  reload: a fresh process gives 4 rows")
+    verified = trimtab("verify", done)
+    assert verified.code == 0
+    assert verified.out.startswith("Trimtab certificate: passed")
+    assert json.loads(trimtab("verify", done, "--json").out) == held
+    assert not (done / "states").exists()
+    assert not (done / "lock").exists()
+
+
+@pytest.mark.parametrize("name", ["adapter/adapter_model.safetensors", "adapter/trimtab.json", "recipe.yaml", "data.json",
+                                  "certificate.json", "certificate.txt", "run.json", "metrics.jsonl"])  # fmt: skip
+def test_a_changed_file_is_refused_by_its_name(name, done, trimtab):
+    content = bytearray((done / name).read_bytes())
+    content[-20] ^= 1
+    (done / name).write_bytes(content)
+    refused = trimtab("verify", done)
+    assert refused.code == 4
+    assert Path(name).name in refused.err or "lora_" in refused.err
+
+
+def test_missing_and_additional_files_are_refused(done, trimtab):
+    (done / "adapter" / "more.safetensors").write_bytes(b"x")
+    assert "more.safetensors: was not there when the run was certified" in trimtab("verify", done).err
+    (done / "adapter" / "more.safetensors").unlink()
+    (done / "data.json").unlink()
+    assert "data.json: is missing, or changed" in trimtab("verify", done).err
+    (done / "certificate.json").unlink()
+    refused = trimtab("verify", done)
+    assert (refused.code, "certificate.json: missing" in refused.err) == (4, True)
+
+
+def test_a_base_that_is_another_is_refused(done, here, trimtab):
+    manifest = json.loads((done / "adapter" / "trimtab.json").read_text())
+    place = Path(manifest["base"]["source"])
+    kept = place.with_name("kept")
+    place.rename(kept)
+    try:
+        shutil.copytree(here / "other", place)
+        refused = trimtab("verify", done)
+        assert refused.code == 7
+        assert "different weights" in refused.err
+    finally:
+        shutil.rmtree(place)
+        kept.rename(place)
+
+
+def test_what_is_saved_must_be_what_was_trained(here, trimtab, monkeypatch):
+    """The negative control: an adapter that is written a little differently, with a manifest that fits."""
+    save = saving.save_adapter
+
+    def damaged(base, adapter, folder, facts):
+        with torch.no_grad():
+            first = next(iter(adapter.parameters().values()))
+            first.mul_(1.5)
+            save(base, adapter, folder, facts)
+            first.div_(1.5)
+
+    monkeypatch.setattr(saving, "save_adapter", damaged)
+    failed = trimtab(*WORDS, "output=new")
+    assert failed.code == 7
+    assert "new is finished, and its adapter is not what it should be:\n  reload: a fresh process gives a row" in failed.err
+    assert json.loads(Path("new/certificate.json").read_text())["passed"] is False
+    assert json.loads(Path("new/run.json").read_text())["status"] == "done"
+    assert trimtab("verify", "new").code == 7
+
+
+def test_an_adapter_that_is_worse_than_its_base_does_not_pass(here, trimtab):
+    write_rows(here / "held.jsonl", [{"prompt": f"Is {n} a number?", "completion": "no, not at all"} for n in range(40)])
+    failed = trimtab(*WORDS, "output=new", "data.eval=held.jsonl", "train.evaluate_every=1000", "train.epochs=12")
+    assert failed.code == 7
+    assert "gain: on 40 held-out rows the loss (sft) is" in failed.err
+
+
+def test_an_adapter_that_never_stops_does_not_pass(here, trimtab, monkeypatch):
+    real = certificate._examine
+    monkeypatch.setattr(certificate, "_examine", lambda job: {
+        **(found := real(job)), "answers": [{**one, "stopped": False} for one in found["answers"]],
+    })  # fmt: skip
+    failed = trimtab(*WORDS, "output=new")
+    assert failed.code == 7
+    assert "stops: 0 of 4 answers end by themselves" in failed.err
+
+
+def test_what_no_gradient_reaches_is_said_after_three_steps(here, trimtab, monkeypatch):
+    monkeypatch.setattr(LoRA, "relative_rate", lambda self, name: 0.0 if name == "A" else 1.0)
+    failed = trimtab(*WORDS, "output=new")
+    assert failed.code == 5
+    assert "after 3 steps, training has not moved" in failed.err
+    assert ".A" in failed.err
+
+
+def test_a_process_that_cannot_load_it_says_why(here, trimtab, monkeypatch):
+    write = running.write_adapter
+
+    def damaged(folder, adapter):
+        write(folder, adapter)
+        tensors = load_file(folder / "adapter_model.safetensors")
+        tensors[next(iter(tensors))][0] += 1
+        save_file(tensors, folder / "adapter_model.safetensors")
+
+    monkeypatch.setattr(running, "write_adapter", damaged)
+    failed = trimtab(*WORDS, "output=new")
+    assert failed.code == 7
+    assert "A fresh process could not load and run" in failed.err
+    assert "changed since it was saved" in failed.err
+
+
+@pytest.mark.parametrize("objective", ["dpo", "kto", "orpo"])
+def test_preferences_are_certified_beside_their_reference(objective, here, trimtab):
+    rows = [{"prompt": f"Is {n} a number?", "chosen": "yes", "rejected": "no"} for n in range(30)]
+    write_rows(here / "pairs.jsonl", rows)
+    done = trimtab(*WORDS, "output=new", "data.train=pairs.jsonl", f"objective={objective}", "train.lr=1e-2")
+    held = json.loads((here / "new" / "certificate.json").read_text())
+    gain = next(one for one in held["tests"] if one["name"] == "gain")
+    assert gain["status"] == "passed", done.err
+    if objective == "dpo":
+        assert held["losses"]["base"]["held_out"] == pytest.approx(0.693147, abs=1e-5)
+        assert "and the reference's 0.6931" in gain["words"]
+    assert next(one for one in held["tests"] if one["name"] == "reload")["status"] == "passed"
+
+
+def test_a_paired_interval_is_narrower_than_rows_are_unlike():
+    theirs = [float(n % 7) for n in range(50)]
+    difference, (low, high) = paired([value - 0.1 - 0.01 * (n % 3) for n, value in enumerate(theirs)], theirs, [1] * 50)
+    assert -0.12 < low < difference < high < -0.1

@@ -1,0 +1,181 @@
+"""The data's proof: every way in which training would be meaningless is seen before it starts, and said with a row's place."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import transformers
+from worlds import CHATML, ROWS, make_model, write_rows
+
+from trimtab import preflight as before
+from trimtab.config import read
+from trimtab.data import proof, prove, refuse_problems
+from trimtab.errors import DataError
+from trimtab.preflight import opened, preflight
+from trimtab.recipe import Recipe
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def findings(*words):
+    given = opened(read(Recipe, Path("r.yaml"), list(words)))
+    return {one.name: one for one in preflight(given)}
+
+
+def test_of_good_rows_everything_is_good(here, trimtab):
+    write_rows(here / "rows.jsonl", [{**row, "completion": f"yes, {n}"} for n, row in enumerate(ROWS)])
+    done = trimtab("check", "r.yaml", "--json")
+    assert done.code == 0
+    said = json.loads(done.out)
+    assert {one["name"]: one["status"] for one in said["findings"]} == {
+        "rows": "good", "tokens": "good", "stop tokens": "good", "rendering": "good", "duplicates": "good", "held out": "good",
+        "answers": "good", "special tokens": "good", "capacity": "good", "disk": "good",
+    }  # fmt: skip
+    facts = {one["name"]: one["facts"] for one in said["findings"]}
+    assert facts["rows"]["rows"] == facts["rows"]["used"] == 30
+    assert sum(facts["tokens"]["histogram"].values()) == 26
+    assert facts["stop tokens"] == {"share": 1.0, "open_ended": []}
+    assert facts["rendering"]["compared"] == 30
+    row = said["rows"][0]
+    learned = "".join(part["text"] for part in row["parts"] if part["learned"])
+    assert learned.startswith("yes, ")
+    assert learned.endswith("<|im_end|>")
+    whole = "".join(part["text"] for part in row["parts"])
+    assert whole.startswith("<|im_start|>user\nIs ")
+    assert len(said["rows"]) in (3, 4, 5)
+
+
+def test_the_terminal_shows_what_is_learned_and_so_does_the_page(here, trimtab):
+    write_rows(here / "rows.jsonl", [{"prompt": f"Is {n} < 7 & so on?", "completion": f"<b>yes</b> {n}"} for n in range(30)])
+    done = trimtab("check", "r.yaml", "--html", "proof.html", "--show", "1")
+    assert done.code == 0
+    assert "rows as they are learned" in done.out
+    assert "<b>yes</b>" in done.out
+    page = (here / "proof.html").read_text()
+    assert "<mark>&lt;b&gt;yes&lt;/b&gt;" in page
+    assert "&lt; 7 &amp; so on?" in page
+    assert page.count("<pre>") in (2, 3)
+    assert not (here / "new").exists()
+
+
+def test_rows_that_are_cut_are_counted_and_if_all_are_it_is_refused(here, trimtab):
+    words = ("check", "r.yaml", "data.overlong=truncate")
+    write_rows(here / "rows.jsonl", [{"prompt": "Say it.", "completion": "yes " * (1 if n else 90)} for n in range(30)])
+    some = findings("data.overlong=truncate", "data.max_length=60", "data.eval=0")["stop tokens"]
+    assert some.status == "note"
+    assert (
+        some.words.startswith("1 of 30 rows do not end with a stop token (rows.jsonl:1 is the first)")
+        or "rows.jsonl:1" in some.words
+    )
+    write_rows(here / "rows.jsonl", [{"prompt": f"Say {n}.", "completion": "yes " * 90} for n in range(30)])
+    done = trimtab(*words, "data.max_length=60")
+    assert done.code == 3
+    assert "30 of 30" in done.err or "26 of 26" in done.err
+    assert "would never learn to stop. Raise data.max_length." in done.err
+    done = trimtab("train", "r.yaml", "output=new", "data.overlong=truncate", "data.max_length=60")
+    assert done.code == 3
+    assert not (here / "new").exists()
+
+
+def test_duplicates_and_leaks_are_named(here, trimtab):
+    unlike = [{"prompt": f"Is {n} a number?", "completion": f"yes, {n}"} for n in range(20)]
+    write_rows(here / "rows.jsonl", unlike + unlike[:3])
+    found = findings("data.eval=0")
+    assert found["duplicates"].facts["rows"] == 3
+    assert found["duplicates"].status == "note"
+    assert found["held out"].status == "note"
+    write_rows(here / "held.jsonl", [unlike[4], {**unlike[5], "completion": "no"}, {"prompt": "New?", "completion": "yes"}])
+    write_rows(here / "rows.jsonl", unlike)
+    found = findings("data.eval=held.jsonl")["held out"]
+    assert (len(found.facts["learned_too"]), len(found.facts["prompt_learned"]), found.status) == (1, 2, "note")
+    write_rows(here / "held.jsonl", unlike[:5])
+    done = trimtab("check", "r.yaml", "data.eval=held.jsonl")
+    assert done.code == 3
+    assert "all 5 held-out rows are learned as well" in done.err
+
+
+def test_a_template_that_writes_two_beginnings_is_refused(here, trimtab):
+    shutil.rmtree(here / "tiny")
+    make_model(here / "tiny", 0, template="{{ bos_token }}" + CHATML)
+    done = trimtab("check", "r.yaml")
+    assert done.code == 3
+    assert "begin with two beginning-of-text tokens" in done.err
+
+
+def test_what_generation_would_not_see_is_refused(here, monkeypatch):
+    """The negative control: tokens that are not the text's, or not the prompt's."""
+    real = proof.prompt_of
+    for broken in (
+        lambda example, base: ([*real(example, base)[0][:-1], 5], real(example, base)[1]),
+        lambda example, base: (real(example, base)[0], "something else"),
+    ):
+        monkeypatch.setattr(proof, "prompt_of", broken)
+        found = findings()["rendering"]
+        assert found.status == "problem"
+        assert len(found.facts["different"]) == 20
+        with pytest.raises(DataError, match="30 of 30 rows are learned as something else than generation writes"):
+            refuse_problems([found])
+
+
+def test_an_answer_without_its_stop_token_is_noticed(here):
+    given = opened(read(Recipe, Path("r.yaml"), []))
+    cut = [replace(row, ids=row.ids[:-1], learned=row.learned[:-1]) for row in given.data.train]
+    given.data.train = cut[:1] + given.data.train[1:]
+    assert {one.name: one.status for one in prove(given.data, [], given.base)}["stop tokens"] == "note"
+    given.data.train = cut
+    assert {one.name: one.status for one in prove(given.data, [], given.base)}["stop tokens"] == "problem"
+
+
+def test_the_same_answer_everywhere_and_too_little_data_are_noted(here):
+    found = findings("method.rank=32", "data.eval=28")
+    assert found["answers"].words.startswith("every one of 2 rows has the same answer")
+    assert found["answers"].status == "note"
+    assert found["capacity"].status == "note"
+
+
+def test_lengths_that_alone_tell_answers_apart_are_noted(here):
+    write_rows(
+        here / "rows.jsonl",
+        [{"prompt": f"Is {n} a number?", "chosen": "yes " * 9 + str(n), "rejected": f"no {n}"} for n in range(20)],
+    )
+    found = findings("objective=dpo", "data.eval=4")["lengths"]
+    assert found.status == "note"
+    assert found.words.endswith("and the model will learn to answer longer")
+
+
+def test_a_disk_without_room_is_refused_before_the_run(here, trimtab, monkeypatch):
+    usage = shutil.disk_usage(here)
+    monkeypatch.setattr(before.shutil, "disk_usage", lambda path: usage._replace(free=100_000))
+    for command in ("check", "train"):
+        done = trimtab(command, "r.yaml", "output=new")
+        assert done.code == 6
+        assert "free some, or choose another folder" in done.err
+    assert not (here / "new").exists()
+
+
+def test_a_run_remembers_its_proof_and_says_what_is_odd(here, trimtab):
+    done = trimtab("train", "r.yaml", "output=new", "train.epochs=1")
+    assert done.code == 0
+    kept = {one["name"]: one for one in json.loads((here / "new" / "data.json").read_text())["proof"]}
+    assert kept["answers"]["status"] == "note"
+    assert kept["stop tokens"]["facts"]["share"] == 1.0
+    assert "every one of 26 rows has the same answer" in done.out
+
+
+def test_conversations_that_are_laid_out_turn_by_turn_are_compared_too(here):
+    """As Qwen3's template does, which drops earlier thinking."""
+    shutil.rmtree(here / "tiny")
+    template = CHATML.replace("{{ m['content'] }}", "{{ m['content'] if loop.last else m['content'].split('</think>')[-1] }}")
+    make_model(here / "tiny", 0, template=template)
+    talk = [
+        {"role": "user", "content": "a?"}, {"role": "assistant", "content": "<think>hm</think>b"},
+        {"role": "user", "content": "c?"}, {"role": "assistant", "content": "<think>ha</think>d"},
+    ]  # fmt: skip
+    write_rows(here / "rows.jsonl", [{"messages": talk[:2]}, *({"messages": talk} for _ in range(6))])
+    found = findings("data.eval=0")["rendering"]
+    assert (found.status, found.facts["turn_by_turn"]) == ("good", 6)
+
+
+transformers.utils.logging.disable_progress_bar()

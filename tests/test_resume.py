@@ -1,0 +1,356 @@
+"""A run that ends before its time goes on as if it had not, to the last bit; whatever ended it, and whenever."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from worlds import ROWS, make_model, write_rows
+
+from trimtab import files, saving
+from trimtab.artifacts import State, newest_state, read_state, saved_states, write_state
+from trimtab.config import read
+from trimtab.errors import ArtifactError, DataError, RecipeError, StorageError, TrimtabError
+from trimtab.recipe import Recipe
+from trimtab.report import Silent
+from trimtab.run import run_recipe
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+RECIPE = """\
+model: tiny
+data: {train: rows.jsonl, eval: 4}
+method: {rank: 2, dropout: 0.2}
+train: {epochs: 2, rows_per_step: 4, lr: 2e-2, evaluate_every: 3}
+output: run
+certify: false
+"""
+PAIRS = [{"prompt": row["prompt"], "chosen": "yes", "rejected": "no, it is not"} for row in ROWS]
+METHODS = ["lora", "bottleneck", "prefix", "ptuning_v2", "ia3"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("resume")
+    transformers.utils.logging.disable_progress_bar()
+    make_model(folder / "tiny", 0)
+    write_rows(folder / "rows.jsonl", ROWS)
+    write_rows(folder / "pairs.jsonl", PAIRS)
+    (folder / "r.yaml").write_text(RECIPE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        run("whole")
+    return folder
+
+
+@pytest.fixture
+def here(made, tmp_path, monkeypatch):
+    here = tmp_path / "here"
+    shutil.copytree(made, here)
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "cache"))
+    return here
+
+
+class Killed(BaseException):
+    """Nothing that a run would catch and tidy up after."""
+
+
+class Ends(Silent):
+    """Ends the run at a moment."""
+
+    def __init__(self, what, number, how=Killed):
+        self.moment, self.how, self.notes = (what, number), how, []
+
+    def stepped(self, step, steps):
+        self.at("stepped", step.number)
+
+    def evaluated(self, step, scored):
+        self.at("evaluated", step)
+
+    def noticed(self, words):
+        self.notes.append(words)
+
+    def at(self, *moment):
+        if moment == self.moment:
+            raise self.how
+
+
+def run(output, *words, watch=None):
+    return run_recipe(read(Recipe, Path("r.yaml"), [f"output={output}", *words]), watch)
+
+
+def ended(output, what, number, *words, how=Killed):
+    with pytest.raises(how):
+        run(output, *words, watch=Ends(what, number, how))
+
+
+def result(output):
+    """Everything that a run leaves but times: the adapter's bytes, its log, and what it knows of itself."""
+    folder = Path(output)
+    log = [
+        {k: v for k, v in json.loads(line).items() if k != "seconds"}
+        for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
+    changing = ("seconds", "reference", "memory", "plan")  # which say how much memory was free, and what was in a cache
+    state = {k: v for k, v in json.loads((folder / "run.json").read_text()).items() if k not in changing}
+    state["base"].pop("source")
+    (weights,) = (folder / "adapter").glob("*.safetensors")
+    return weights.read_bytes(), log, state
+
+
+def assert_same(one, other):
+    first, second = result(one), result(other)
+    assert first[1:] == second[1:]
+    assert first[0] == second[0]
+
+
+# Whenever it ends
+
+
+@pytest.mark.parametrize("how", [Killed, KeyboardInterrupt, DataError])
+@pytest.mark.parametrize("moment", [
+    ("stepped", 1), ("evaluated", 0), ("evaluated", 3), ("stepped", 4), ("stepped", 6), ("evaluated", 6), ("stepped", 13),
+    ("evaluated", 13),
+])  # fmt: skip
+def test_it_goes_on_as_if_it_had_not_ended(moment, how, here):
+    assert len([line for line in result("whole")[1] if line["kind"] == "train"]) == 13
+    ended("cut", *moment, how=how)
+    run("cut")
+    assert_same("cut", "whole")
+
+
+def test_it_may_end_again_and_again(here):
+    for number in (2, 4, 5, 8, 9, 9, 12):
+        ended("cut", "stepped", number, how=Killed if number % 2 else KeyboardInterrupt)
+    run("cut")
+    assert_same("cut", "whole")
+
+
+@pytest.mark.parametrize("objective", ["sft", "dpo", "kto"])
+@pytest.mark.parametrize("method", METHODS)
+def test_any_method_and_objective_goes_on_at_random_cuts(method, objective, here):
+    words = [f"method={method}", f"objective={objective}", "train.lr=1e-2"]
+    words += ["data.train=pairs.jsonl"] if objective != "sft" else []
+    words += ["train.epochs=1"] if objective == "kto" else []  # which makes two rows of a pair
+    run("all", *words)
+    draw = random.Random(f"{method}/{objective}")
+    for cut in range(7):
+        moment = ("stepped", draw.randint(1, 13)) if draw.random() < 0.7 else ("evaluated", draw.choice([3, 6, 9, 12]))
+        ended(f"cut-{cut}", *moment, *words, how=draw.choice([Killed, KeyboardInterrupt]))
+        run(f"cut-{cut}", *words)
+        assert_same(f"cut-{cut}", "all")
+
+
+def test_what_it_forgets_is_noticed(here, monkeypatch):
+    """Without its moments, or from another step, it is another run."""
+    for forget in ("mean/", "square/", "value/"):
+        ended(f"cut-{forget[:4]}", "stepped", 5)
+        folder = saved_states(Path(f"cut-{forget[:4]}") / "states")[0]
+        state = read_state(folder)
+        write_state(folder.parent, State(state.step, {
+            name: torch.zeros_like(tensor) if name.startswith(forget) else tensor for name, tensor in state.tensors.items()
+        }, state.facts))  # fmt: skip
+        run(f"cut-{forget[:4]}")
+        assert result(f"cut-{forget[:4]}")[0] != result("whole")[0]
+
+
+# What went wrong meanwhile
+
+
+def damage(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 16
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["state.safetensors", "state.json"])
+@pytest.mark.parametrize("how", ["flipped", "cut", "gone"])
+def test_a_damaged_state_is_passed_over_for_the_one_before(name, how, here):
+    ended("cut", "stepped", 8)
+    states = saved_states(Path("cut/states"))
+    assert [state.name for state in states] == ["step-000006", "step-000003"]
+    for damaged in (1, 2):
+        shutil.copytree("cut", f"cut-{damaged}")
+        for state in saved_states(Path(f"cut-{damaged}/states"))[:damaged]:
+            if how == "flipped":
+                damage(state / name)
+            elif how == "cut":
+                os.truncate(state / name, (state / name).stat().st_size // 2)
+            else:
+                (state / name).unlink()
+        watch = Ends("never", 0)
+        run(f"cut-{damaged}", f"output=cut-{damaged}", watch=watch)
+        assert sum("damaged" in note for note in watch.notes) == damaged
+        assert any(f"after step {3 if damaged == 1 else 0} of 13" in note for note in watch.notes)
+        assert_same_but_for_its_name(f"cut-{damaged}")
+
+
+def assert_same_but_for_its_name(output):
+    first, second = result(output), result("whole")
+    assert first[0] == second[0]
+    assert first[1] == second[1]
+
+
+def test_half_a_line_and_half_a_file_are_forgotten(here):
+    ended("cut", "stepped", 8)
+    with open("cut/metrics.jsonl", "ab") as log:
+        log.write(b'{"kind": "train", "st')
+    for name in ("cut/.writing-1-run.json", "cut/checkpoints/.writing-step-000009-x/adapter_config.json"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text("{")
+    run("cut")
+    assert_same("cut", "whole")
+    assert not [path for path in Path("cut").rglob("*") if files.TEMPORARY in path.name]
+
+
+def test_every_write_may_fail_and_nothing_is_lost(here, monkeypatch):
+    """The n-th call of what the writer does fails, for every n, each time in another way; then the run goes on."""
+    run("all", "train.epochs=0.6")
+    (names, real), failed = (("fsync", "rename", "replace"), {n: getattr(os, n) for n in ("fsync", "rename", "replace")}), 0
+    reasons = (28, 5, 13)  # ENOSPC, EIO, EACCES
+    for at in range(1, 1000):
+        calls = []
+
+        def failing(name, at=at, calls=calls):
+            def call(*given, **named):
+                calls.append(name)
+                if len(calls) == at:
+                    raise OSError(reasons[at % 3], os.strerror(reasons[at % 3]), str(given[0]))
+                return real[name](*given, **named)
+
+            return call
+
+        for name in names:
+            monkeypatch.setattr(os, name, failing(name))
+        try:
+            run(f"cut-{at}", "train.epochs=0.6")
+        except StorageError as error:
+            failed += os.strerror(reasons[at % 3]) in str(error)
+        for name in names:
+            monkeypatch.setattr(os, name, real[name])
+        if len(calls) < at:
+            break
+        if not (Path(f"cut-{at}") / "run.json").is_file() or result_status(f"cut-{at}") != "done":
+            run(f"cut-{at}", "train.epochs=0.6")
+        assert_same(f"cut-{at}", "all")
+        shutil.rmtree(f"cut-{at}")
+    assert failed >= 40
+
+
+def result_status(output):
+    return json.loads((Path(output) / "run.json").read_text())["status"]
+
+
+def test_forty_real_kills(here):
+    """SIGKILL at random moments, of training and of saving: every run ends as if it had never been killed."""
+    (here / "r.yaml").write_text(RECIPE.replace("evaluate_every: 3", "evaluate_every: 1"))
+    done = subprocess.run(
+        [sys.executable, Path(__file__).parent / "kills.py", here, "40", "0"], capture_output=True, text=True, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    said = [json.loads(line) for line in done.stdout.splitlines()]
+    assert sum(line["status"] == -signal.SIGKILL for line in said) >= 40
+    assert {line["status"] for line in said} == {0, -signal.SIGKILL}, done.stderr
+    for line in said:
+        if line["status"] != 0:
+            assert line["logged"] - line["saved"] <= 1, "at most what was learned since the last save is lost"
+    for number in range(1 + max(int(line["run"].removeprefix("run-")) for line in said)):
+        assert_same(f"run-{number}", "spared")
+
+
+# What may not be gone on with
+
+
+def test_another_recipe_or_other_data_is_refused_with_what_differs(here):
+    ended("cut", "stepped", 8)
+    for words, reason in (
+        (["train.lr=1e-3"], "train.lr: 0.02 there, 0.001 now"),
+        (["method.rank=4"], "method.rank: 2 there, 4 now"),
+        (["train.epochs=3"], "train.epochs: 2.0 there, 3.0 now"),
+    ):
+        with pytest.raises(RecipeError, match=reason):
+            run("cut", *words)
+    write_rows(here / "rows.jsonl", ROWS[:-1])
+    with pytest.raises(RecipeError, match="data_digest of the run"):
+        run("cut")
+    write_rows(here / "rows.jsonl", ROWS)
+    make_model(here / "tiny", 1)
+    with pytest.raises(RecipeError, match=r"base\.fingerprint\.weights of the run"):
+        run("cut")
+    make_model(here / "tiny", 0)
+    before = {path: path.read_bytes() for path in Path("cut").rglob("*") if path.is_file()}
+    with pytest.raises(StorageError, match="exists already"):
+        run("cut", "resume=never")
+    assert before == {path: path.read_bytes() for path in Path("cut").rglob("*") if path.is_file()}
+    run("cut")
+    with pytest.raises(StorageError, match="exists already"):
+        run("cut")
+
+
+def test_other_versions_are_said_to_round_otherwise(here):
+    ended("cut", "stepped", 8)
+    facts = json.loads(Path("cut/run.json").read_text())
+    facts["versions"]["torch"] = "1.0"
+    Path("cut/run.json").write_text(json.dumps(facts))
+    watch = Ends("never", 0)
+    run("cut", watch=watch)
+    assert any("versions.torch: 1.0 then" in note for note in watch.notes)
+
+
+def test_two_processes_do_not_train_into_one_folder(here):
+    ended("cut", "stepped", 8)
+    script = (
+        f"import time\nfrom pathlib import Path\nfrom trimtab import files\nwith files.locked(Path('cut') / {saving.LOCK!r}):\n"
+        "    print('held', flush=True)\n    time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(StorageError, match="another process is training there"):
+            run("cut")
+        other.kill()
+    run("cut")
+
+
+def test_a_state_is_a_bijection_or_refused(tmp_path):
+    tensors = {"value/a": torch.randn(3), "mean/a": torch.randn(3)}
+    folder = write_state(tmp_path, State(7, tensors, {"x": 1}))
+    assert read_state(folder).facts == {"x": 1}
+    assert newest_state(tmp_path, print).step == 7
+    manifest = json.loads((folder / "state.json").read_text())
+    for key, value in (("step", 8), ("facts", {}), ("format", 2)):
+        (folder / "state.json").write_text(json.dumps({**manifest, key: value}))
+        with pytest.raises(ArtifactError, match="changed since it was saved"):
+            read_state(folder)
+    (folder / "state.json").write_text(json.dumps(manifest))
+    save_file({**load_file(folder / "state.safetensors"), "more": torch.ones(1)}, folder / "state.safetensors")
+    with pytest.raises(ArtifactError, match="changed since it was saved"):
+        read_state(folder)
+    told = []
+    assert newest_state(tmp_path, told.append) is None
+    assert len(told) == 1
+
+
+def test_a_state_of_other_parameters_is_refused(here):
+    ended("cut", "stepped", 8)
+    (folder, _) = saved_states(Path("cut/states"))
+    state = read_state(folder)
+    name = next(iter(state.tensors))
+    for tensors in (
+        {key: tensor for key, tensor in state.tensors.items() if key != name},
+        {**state.tensors, "value/other": torch.ones(1)},
+        {**state.tensors, name: state.tensors[name].double()},
+        {**state.tensors, name: state.tensors[name][:1]},
+    ):
+        write_state(folder.parent, State(state.step, tensors, state.facts))
+        with pytest.raises(TrimtabError, match="is not what this run trains"):
+            run("cut")

@@ -196,7 +196,7 @@ def _answers(rows: Sequence[Row]) -> Finding:
     if distinct == 1 and len(rows) > 1:
         words = f"every one of {len(rows):,} rows has the same answer: the model need not read what it is asked"
         return Finding("answers", "note", words, facts)
-    return Finding("answers", "good", f"{words}; the most common one stands in {most / len(rows):.0%}", facts)
+    return Finding("answers", "good", f"{words}; the most common one stands in {most:,} of them", facts)
 
 
 def _specials(rows: Sequence[Row], base: Speaking) -> Finding:

@@ -6,6 +6,7 @@ Nothing here knows the process that trained it: it loads the artifact as a user 
 import json
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from importlib import resources
 from typing import Any
 
@@ -58,8 +59,16 @@ def examined(job: dict[str, Any]) -> dict[str, Any]:
 
 @torch.no_grad()
 def logprobs(base: Base, rows: list[Row]) -> list[float]:
-    """Σ log p of each row's learned tokens, each in a pack of its own."""
-    return [float(pack_logprobs(base.model, pack.to(base.device))[0]) for row in rows for pack in pack_all([row], PACK_TOKENS)]
+    """Σ log p of each row's learned tokens."""
+    found: dict[int, float] = {}
+    for pack in pack_all([replace(row, side=None) for row in rows], PACK_TOKENS):
+        values = pack_logprobs(base.model, pack.to(base.device)).tolist()
+        found |= {number: value for row, value in zip(pack.sequences, values, strict=True) for number in _equal(rows, row)}
+    return [found[number] for number in range(len(rows))]
+
+
+def _equal(rows: list[Row], row: Row) -> list[int]:
+    return [number for number, one in enumerate(rows) if (one.ids, one.learned) == (row.ids, row.learned)]
 
 
 def general(base: Base) -> list[Row]:

@@ -27,6 +27,7 @@ class Terminal:
         self.console = console
         self._bar: Progress | None = None
         self._task = TaskID(0)
+        self._steps = 0
         self._tokens = 0
         self._seconds = 0.0
         self._smooth: float | None = None
@@ -69,6 +70,7 @@ class Terminal:
         where.print(f"[bold yellow]note[/]    {escape(words)}")
 
     def stepped(self, step: Step, steps: int) -> None:
+        self._steps += 1
         self._tokens += step.tokens
         self._seconds += step.seconds
         if step.skipped is None:
@@ -81,7 +83,7 @@ class Terminal:
             if step.number == steps:
                 self._stop()
         elif step.number in (1, steps) or step.number % max(1, steps // 10) == 0:
-            left = (steps - step.number) * self._seconds / step.number
+            left = (steps - step.number) * self._seconds / self._steps
             self.console.print(
                 f"          step {step.number}/{steps}  loss {step.loss:.4f}  {self._tokens / self._seconds:,.0f} tokens/s  {left:.0f} s left"
             )

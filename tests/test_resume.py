@@ -340,6 +340,25 @@ def test_a_state_is_a_bijection_or_refused(tmp_path):
     assert len(told) == 1
 
 
+def test_a_disk_that_writes_something_else_is_noticed_before_an_older_state_goes(here, monkeypatch):
+    write = files.write_bytes
+
+    def otherwise(path, content):
+        write(
+            path, content[:-1] + bytes([content[-1] ^ 1]) if path.name == "state.safetensors" and len(calls) == 2 else content
+        )
+        calls.append(1) if path.name == "state.safetensors" else None
+
+    calls = []
+    monkeypatch.setattr(files, "write_bytes", otherwise)
+    with pytest.raises(ArtifactError, match="changed since it was saved"):
+        run("cut")
+    monkeypatch.setattr(files, "write_bytes", write)
+    assert [state.name for state in saved_states(Path("cut/states"))] == ["step-000009", "step-000006", "step-000003"]
+    run("cut")
+    assert_same("cut", "whole")
+
+
 def test_a_state_of_other_parameters_is_refused(here):
     ended("cut", "stepped", 8)
     (folder, _) = saved_states(Path("cut/states"))

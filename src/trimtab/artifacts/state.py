@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from trimtab import files
@@ -39,9 +39,10 @@ def write_state(states: Path, state: State) -> Path:
     if folder.exists():  # of a run that went on from an earlier one
         files.remove_folder(folder)
     with files.new_folder(folder) as new:
-        save_file(dict(sorted(state.tensors.items())), new / TENSORS, {"format": "pt"})
-        (new / TENSORS).chmod(0o644)
-        manifest = {"format": FORMAT, "step": state.step, "facts": state.facts, "tensors": files.sha256_file(new / TENSORS)}
+        content = save(dict(sorted(state.tensors.items())), {"format": "pt"})
+        files.write_bytes(new / TENSORS, content)
+        digest = hashlib.sha256(content).hexdigest()  # of what was to be written, so that reading it back says whether it was
+        manifest = {"format": FORMAT, "step": state.step, "facts": state.facts, "tensors": digest}
         files.write_json(new / MANIFEST, {**manifest, "digest": _digest(manifest)})
     read_state(folder)
     return folder

@@ -178,6 +178,7 @@ def test_a_damaged_state_is_passed_over_for_the_one_before(name, how, here):
     ended("cut", "stepped", 8)
     states = saved_states(Path("cut/states"))
     assert [state.name for state in states] == ["step-000006", "step-000003"]
+    assert {path.name for path in Path("cut/checkpoints").iterdir()} >= {"step-000006", "step-000003"}, "what both speak of"
     for damaged in (1, 2):
         shutil.copytree("cut", f"cut-{damaged}")
         for state in saved_states(Path(f"cut-{damaged}/states"))[:damaged]:

@@ -16,7 +16,7 @@ from trimtab.errors import RecipeError, listing
 from trimtab.recipe import Recipe
 from trimtab.saving import CHECKPOINTS, METRICS, STATES
 
-SAME = ("base", "method", "trainable_parameters", "steps", "peak_lr", "start", "data_digest", "plan")
+SAME = ("base", "method", "trainable_parameters", "steps", "peak_lr", "start", "data_digest")
 """Facts of a run, as run.json holds them, that must not change on the way."""
 SAME_TO_THE_BIT = ("versions", "threads")
 """Facts that change results by rounding."""

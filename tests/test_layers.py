@@ -34,24 +34,7 @@ FLOORS = [
 ]
 """Of docs/…/architecture: what stands on which floor, the lowest first."""
 
-STACKED = [
-    {"errors", "files", "config", "yaml12", "startup", "attention"},
-    {
-        "recipe",
-        "reference",
-        "prepare",
-        "saving",
-        "resume",
-        "preflight",
-        "examine",
-        "certificate",
-        "run",
-        "api",
-        "doctor",
-        "bench",
-    },
-    {"cli", "commands", "__main__"},
-]
+STACKED = [FLOORS[0], *FLOORS[-2:]]
 """Floors whose files build on each other, without a circle; on the others, neighbours do not know each other."""
 KNOWN = {("report", "evaluate")}
 """Neighbours one of which may know the other."""

@@ -1,6 +1,5 @@
 """The certificate: that a run's adapter, loaded again by a fresh process, is the model that was trained, and what it gained and lost."""
 
-import hashlib
 import json
 import math
 import os
@@ -82,7 +81,7 @@ def certify(
         _remembered(found),
     ]
     certificate = _written_down(folder, base, data, best, tests, found)
-    files.write_json(folder / CERTIFICATE, {**certificate, "digest": _digest(certificate)})
+    files.write_json(folder / CERTIFICATE, {**certificate, "digest": files.json_digest(certificate)})
     files.write_text(folder / "certificate.txt", certificate_text(certificate))
     return certificate
 
@@ -227,7 +226,7 @@ def whole(folder: Path) -> dict[str, Any]:
     certificate = files.read_manifest(folder / CERTIFICATE)
     if set(certificate) != KEYS:
         raise ArtifactError(f"{folder / CERTIFICATE}: is not a certificate of this version of Trimtab.")
-    if certificate["digest"] != _digest({key: value for key, value in certificate.items() if key != "digest"}):
+    if certificate["digest"] != files.json_digest({key: value for key, value in certificate.items() if key != "digest"}):
         raise ArtifactError(f"{folder / CERTIFICATE}: changed since it was written.")
     text = folder / "certificate.txt"
     if not text.is_file() or text.read_bytes() != certificate_text(certificate).encode():
@@ -261,7 +260,3 @@ def verified(folder: Path) -> dict[str, Any]:
                 f"{folder}: the adapter gives {row['where']} log p = {value:.6g}, and gave it {row['logprob']:.6g}."
             )
     return certificate
-
-
-def _digest(certificate: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(certificate, sort_keys=True).encode()).hexdigest()

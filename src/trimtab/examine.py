@@ -6,7 +6,6 @@ Nothing here knows the process that trained it: it loads the artifact as a user 
 import json
 import sys
 from contextlib import nullcontext
-from dataclasses import replace
 from importlib import resources
 from typing import Any
 
@@ -17,12 +16,12 @@ from trimtab.data import Text, make_sequences, pack_all
 from trimtab.data.example import Account
 from trimtab.data.example import Sequence as Row
 from trimtab.deploy import open_target
-from trimtab.engine import generate, pack_logprobs
+from trimtab.engine import generate
 from trimtab.errors import TrimtabError
 from trimtab.evaluate import score_loss
 from trimtab.methods import room
 from trimtab.objectives import Objective
-from trimtab.reference import near
+from trimtab.reference import logprobs, near
 
 PACK_TOKENS = 1024
 MOST_NEW_TOKENS = 512
@@ -40,7 +39,7 @@ def examined(job: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {
         "fingerprint": base.fingerprint,
         "near": near(base),
-        "canaries": logprobs(base, [Row(**row) for row in job["canaries"]]),
+        "canaries": logprobs(base, [Row(**row) for row in job["canaries"]], PACK_TOKENS),
         "finite": all(bool(tensor.isfinite().all()) for tensor in adapter.state().values()),
     }
     limit = min(MOST_NEW_TOKENS, 2 * job["longest"] + 32)
@@ -55,20 +54,6 @@ def examined(job: dict[str, Any]) -> dict[str, Any]:
             elif rows and not (off and adapter.method.new_tokens):  # which the base can't read
                 found[name]["held_out"] = _by_row(base, rows, objective)
     return found
-
-
-@torch.no_grad()
-def logprobs(base: Base, rows: list[Row]) -> list[float]:
-    """Σ log p of each row's learned tokens."""
-    found: dict[int, float] = {}
-    for pack in pack_all([replace(row, side=None) for row in rows], PACK_TOKENS):
-        values = pack_logprobs(base.model, pack.to(base.device)).tolist()
-        found |= {number: value for row, value in zip(pack.sequences, values, strict=True) for number in _equal(rows, row)}
-    return [found[number] for number in range(len(rows))]
-
-
-def _equal(rows: list[Row], row: Row) -> list[int]:
-    return [number for number, one in enumerate(rows) if (one.ids, one.learned) == (row.ids, row.learned)]
 
 
 def general(base: Base) -> list[Row]:

@@ -185,6 +185,11 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def json_digest(value: Any) -> str:
+    """SHA-256 of JSON data, as hex, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 @functools.cache
 def code_hash(*parts: str) -> str:
     """SHA-256, as hex, of our own code in these files and folders of the package: what is kept on disk was made by it."""

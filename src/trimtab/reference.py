@@ -57,7 +57,12 @@ def refer(base: Base, adapter: Attached, asked: str, rows: Sequence[Row], pack_t
         missing = list({key: row for key, row in zip(keys, rows, strict=True) if key not in known}.items())
         if missing:
             with other.acting():
-                made = _logprobs(other.base, [row for _, row in missing], pack_tokens)
+                made = logprobs(other.base, [row for _, row in missing], pack_tokens)
+            for (_, row), value in zip(missing, made, strict=True):
+                if not math.isfinite(value):
+                    raise NonFinite(
+                        f"{row.where}: the reference model gives it a log-probability that is not a number: it is broken."
+                    )
             known |= {key: value for (key, _), value in zip(missing, made, strict=True)}
             with suppress(StorageError, OSError):
                 _write(path, known)
@@ -75,7 +80,7 @@ def check_start(base: Base, rows: Sequence[Row], pack_tokens: int) -> float:
     """
     nats, share = near(base)
     off = 0.0
-    for row, now in zip(rows, _logprobs(base, rows, pack_tokens), strict=True):
+    for row, now in zip(rows, logprobs(base, rows, pack_tokens), strict=True):
         off = max(off, abs(now - row.reference))
         if not abs(now - row.reference) <= nats + share * abs(row.reference):
             raise WrongReference(
@@ -171,15 +176,12 @@ def _key(row: Row) -> str:
 
 
 @torch.no_grad()
-def _logprobs(base: Base, rows: Sequence[Row], pack_tokens: int) -> list[float]:
+def logprobs(base: Base, rows: Sequence[Row], pack_tokens: int) -> list[float]:
+    """Σ log p of each row's learned tokens in the model as it stands."""
     found: dict[int, float] = {}
     rows = [replace(row, side=None) for row in rows]  # here, a mismatched answer can share its prompt with the row's own
     for pack in pack_all(rows, pack_tokens):
         for row, value in zip(pack.sequences, pack_logprobs(base.model, pack.to(base.device)).tolist(), strict=True):
-            if not math.isfinite(value):
-                raise NonFinite(
-                    f"{row.where}: the reference model gives it a log-probability that is not a number: it is broken."
-                )
             found[id(row)] = value
     return [found[id(row)] for row in rows]
 

@@ -12,15 +12,17 @@ from trimtab.base import Base
 from trimtab.certificate import canaries, certify, refuse_failed
 from trimtab.config import read
 from trimtab.data import Example, Finding, Loaded, Pack, held_out_examples, pack_all, plan_steps, refuse_problems, units
+from trimtab.data.example import Sequence as Row
 from trimtab.deploy import versions
 from trimtab.engine import Memory
 from trimtab.errors import ArtifactError, DataError, NotMoved, RecipeError, StorageError, listing
 from trimtab.evaluate import Loss, score_loss
-from trimtab.examine import logprobs
+from trimtab.examine import PACK_TOKENS
 from trimtab.methods import Attached
 from trimtab.preflight import check_disk, opened, preflight
 from trimtab.prepare import prepared
 from trimtab.recipe import Recipe
+from trimtab.reference import logprobs
 from trimtab.report import Silent, Watcher
 from trimtab.resume import Unfinished, is_unfinished, plan_facts, threads, unfinished
 from trimtab.saving import LOCK, Progress, Run, Saver, finish
@@ -203,8 +205,7 @@ def _train(run: Run, ready: _Ready, state: State | None, watch: Watcher) -> tupl
     if state is not None:
         optimizer.load(state.tensors, state.step, state.facts["skipped"])
     progress, few = Progress(**state.facts) if state is not None else Progress(), canaries(ready.data)
-    places = [row.where for row in few]
-    saver = Saver(run, ready.base, optimizer, progress, lambda: list(zip(places, logprobs(ready.base, few), strict=True)))
+    saver = Saver(run, ready.base, optimizer, progress, lambda: _seen(ready.base, few))
     done, every = saver.done, recipe.train.evaluate_every or max(1, -(-len(steps) // 4))
     # What the base without the adapter can't read, or is not the start of, is compared with as it starts.
     as_it_starts = bool(recipe.method.new_tokens) or recipe.objective.compares or recipe.start is not None
@@ -246,6 +247,11 @@ def _train(run: Run, ready: _Ready, state: State | None, watch: Watcher) -> tupl
         words = f"the adapter after step {step.number} is in {run.folder / done.last['folder']}; the same command goes on from there"
         raise KeyboardInterrupt(words) from None
     return done, _unmoved(first, optimizer) if len(steps) >= MOVED_BY else []
+
+
+def _seen(base: Base, rows: list[Row]) -> list[tuple[str, float]]:
+    """Each row's place, and its Σ log p in the model as it stands."""
+    return [(row.where, value) for row, value in zip(rows, logprobs(base, rows, PACK_TOKENS), strict=True)]
 
 
 def _unmoved(first: dict[str, str], optimizer: Optimizer) -> list[str]:

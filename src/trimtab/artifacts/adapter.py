@@ -8,7 +8,6 @@ refused by name.
 """
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,7 +75,7 @@ def write_adapter(folder: Path, adapter: Adapter) -> None:
             "trained": adapter.trained,
             "versions": adapter.versions,
         }
-        files.write_json(new / MANIFEST, {**manifest, "digest": _digest(manifest)})
+        files.write_json(new / MANIFEST, {**manifest, "digest": files.json_digest(manifest)})
 
 
 def is_adapter(folder: Path) -> bool:
@@ -145,7 +144,7 @@ def _check(folder: Path, manifest: Any, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _problems(folder: Path, manifest: dict[str, Any], tensors: Mapping[str, Tensor]) -> list[str]:
-    if manifest["digest"] != _digest({key: value for key, value in manifest.items() if key != "digest"}):
+    if manifest["digest"] != files.json_digest({key: value for key, value in manifest.items() if key != "digest"}):
         return [f"{MANIFEST}: changed since it was saved"]
     expected = manifest["tensors"]
     problems = [f"{name}: missing" for name in expected if name not in tensors]
@@ -153,10 +152,6 @@ def _problems(folder: Path, manifest: dict[str, Any], tensors: Mapping[str, Tens
     changed = [name for name in tensors if name in expected and _description(tensors[name]) != expected[name]]
     changed += [name for name, digest in manifest["files"].items() if files.sha256_file(folder / name) != digest]
     return problems + [f"{name}: changed since it was saved" for name in changed]
-
-
-def _digest(manifest: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _description(tensor: Tensor) -> dict[str, Any]:

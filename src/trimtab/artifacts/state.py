@@ -5,8 +5,7 @@ tensors' file and one over all of that.
 """
 
 import hashlib
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +42,7 @@ def write_state(states: Path, state: State) -> Path:
         files.write_bytes(new / TENSORS, content)
         digest = hashlib.sha256(content).hexdigest()  # of what was to be written, so that reading it back says whether it was
         manifest = {"format": FORMAT, "step": state.step, "facts": state.facts, "tensors": digest}
-        files.write_json(new / MANIFEST, {**manifest, "digest": _digest(manifest)})
+        files.write_json(new / MANIFEST, {**manifest, "digest": files.json_digest(manifest)})
     read_state(folder)
     return folder
 
@@ -53,7 +52,7 @@ def read_state(folder: Path) -> State:
     manifest = files.read_manifest(folder / MANIFEST)
     if set(manifest) != KEYS:
         raise ArtifactError(f"{folder / MANIFEST}: is not a state of this version of Trimtab.")
-    if manifest["digest"] != _digest({key: value for key, value in manifest.items() if key != "digest"}):
+    if manifest["digest"] != files.json_digest({key: value for key, value in manifest.items() if key != "digest"}):
         raise ArtifactError(f"{folder / MANIFEST}: changed since it was saved.")
     if manifest["format"] != FORMAT:
         raise ArtifactError(
@@ -77,7 +76,3 @@ def newest_state(states: Path, damaged: Callable[[str], None]) -> State | None:
         except ArtifactError as error:
             damaged(str(error))
     return None
-
-
-def _digest(manifest: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

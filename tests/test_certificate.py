@@ -157,6 +157,23 @@ def test_a_process_that_cannot_load_it_says_why(here, trimtab, monkeypatch):
     assert "changed since it was saved" in failed.err
 
 
+def test_a_run_that_is_killed_before_its_certificate_comes_back_for_it(here, trimtab, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(running, "certify", killed)
+        assert trimtab(*WORDS, "output=new").code == 130
+    weights = (here / "new" / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert json.loads((here / "new" / "run.json").read_text())["status"] == "done"
+    done = trimtab(*WORDS, "output=new")
+    assert done.code == 0
+    assert "passed reload" in done.out
+    assert (here / "new" / "adapter" / "adapter_model.safetensors").read_bytes() == weights
+    assert trimtab("verify", "new").code == 0
+    assert "exists already" in trimtab(*WORDS, "output=new").err
+
+
 @pytest.mark.parametrize("objective", ["dpo", "kto", "orpo"])
 def test_preferences_are_certified_beside_their_reference(objective, here, trimtab):
     rows = [{"prompt": f"Is {n} a number?", "chosen": "yes", "rejected": "no"} for n in range(30)]

@@ -16,6 +16,7 @@ from trimtab.engine.fused import tree_attention
 from trimtab.engine.fused.standins import unfused
 from trimtab.evaluate import score_loss
 from trimtab.methods import Sample, attach
+from trimtab.methods.lora import LoRA
 from trimtab.objectives import Objective, Pool
 from trimtab.train import TrainConfig, train
 
@@ -162,7 +163,7 @@ def test_epochs_after_the_first_know_nothing_of_packs_that_others_go_on_from(mon
     for worth in (1, 10**9):
         monkeypatch.setattr(pack, "WORTH_GOING_ON", worth)
         base = Base(tiny("llama", torch.float64))
-        adapter = attach(base.model, method_of("lora").model_copy(update={"layers": [1]}))
+        adapter = attach(base.model, LoRA(targets=("model.layers.1.self_attn.q_proj",)))
         perturb(adapter.parameters(), 0.1)
         several, config = [pack_all(rows(), 24)] * 3, FLAT.model_copy(update={"epochs": 3})
         results.append([done.loss for done in train(base, adapter, KTO, several, config, 1e-2)])

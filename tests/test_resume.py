@@ -298,6 +298,24 @@ def test_another_recipe_or_other_data_is_refused_with_what_differs(here):
         run("cut")
 
 
+def test_another_reference_is_refused(here):
+    words = ["data.train=pairs.jsonl", "objective=dpo", "objective.reference=first", "method.dropout=0", "train.lr=1e-2"]
+    run("first", "train.epochs=0.4")
+    ended("cut", "stepped", 8, *words)
+    shutil.rmtree("first")
+    run("first", "train.epochs=0.6")
+    with pytest.raises(RecipeError, match=r"reference\.identity of the run"):
+        run("cut", *words)
+
+
+def test_where_only_upper_layers_learn_it_is_said_that_rounding_may_differ(here):
+    for name, words, said in (("upper", ["method.targets=[model.layers.1.self_attn.q_proj]"], True), ("all", [], False)):
+        ended(name, "stepped", 8, *words)
+        watch = Ends("never", 0)
+        run(name, *words, watch=watch)
+        assert any("frozen lower layers" in note for note in watch.notes) == said
+
+
 def test_other_versions_are_said_to_round_otherwise(here):
     ended("cut", "stepped", 8)
     facts = json.loads(Path("cut/run.json").read_text())

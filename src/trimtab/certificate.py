@@ -19,6 +19,7 @@ from trimtab.deploy import versions
 from trimtab.errors import ArtifactError, NotCertified
 from trimtab.evaluate import paired
 from trimtab.objectives import Objective
+from trimtab.saving import LOCK, STATES
 
 CERTIFICATE = "certificate.json"
 KEYS = {"passed", "tests", "canaries", "answers", "losses", "files", "base", "data_digest", "versions", "digest"}
@@ -212,9 +213,9 @@ def _remembered(found: dict[str, Any]) -> Tested:
 
 
 def _written(folder: Path) -> list[str]:
-    """Every file of a finished run but the certificate."""
+    """Every file of a finished run but the certificate, and what goes when it has ended."""
     paths = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file())
-    return [path for path in paths if not path.startswith("certificate.")]
+    return [path for path in paths if not path.startswith(("certificate.", f"{STATES}/", LOCK))]
 
 
 def whole(folder: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from trimtab.errors import RecipeError, listing
 from trimtab.recipe import Recipe
 from trimtab.saving import CHECKPOINTS, METRICS, STATES
 
-SAME = ("base", "method", "trainable_parameters", "steps", "peak_lr", "start", "data_digest")
+SAME = ("base", "method", "trainable_parameters", "steps", "peak_lr", "start", "reference", "data_digest")
 """Facts of a run, as run.json holds them, that must not change on the way."""
 SAME_TO_THE_BIT = ("versions", "threads")
 """Facts that change results by rounding."""
@@ -55,7 +55,8 @@ class Unfinished:
             notice(f"what is computed from here on may differ by rounding from the run's first part:\n{listing(changed)}")
 
     def _changed(self, facts: dict[str, Any], keys: tuple[str, ...]) -> Iterator[tuple[str, Any, Any]]:
-        yield from _differences({k: self.facts.get(k) for k in keys}, {k: facts.get(k) for k in keys})
+        before, now = ({key: _lasting(some).get(key) for key in keys} for some in (self.facts, facts))
+        yield from _differences(before, now)
 
     def clear(self) -> None:
         """Take away what was written after the state, or half."""
@@ -96,7 +97,8 @@ def is_unfinished(recipe: Recipe) -> bool:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
     facts = files.read_json(folder / "run.json") if (folder / "run.json").is_file() else None
-    if not isinstance(facts, dict) or facts.get("status") == "done" or "plan" not in facts or recipe.resume == "never":
+    ended = isinstance(facts, dict) and facts.get("status") == "done" and not (folder / STATES).exists()
+    if not isinstance(facts, dict) or ended or "plan" not in facts or recipe.resume == "never":
         files.refuse_existing(folder)
     return True
 
@@ -114,6 +116,12 @@ def unfinished(recipe: Recipe, notice: Callable[[str], None]) -> Unfinished:
         recipe.output / STATES, lambda problem: notice(f"a saved state is damaged, and an earlier one is taken: {problem}")
     )
     return Unfinished(recipe.output, facts, state)
+
+
+def _lasting(facts: dict[str, Any]) -> dict[str, Any]:
+    """Of a run's facts, those that a cache does not change: which reference it is, not how much of it was known."""
+    reference = facts.get("reference")
+    return facts if reference is None else {**facts, "reference": {key: reference[key] for key in ("kind", "identity")}}
 
 
 def plan_facts(memory: Memory) -> dict[str, Any]:

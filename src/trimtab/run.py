@@ -14,7 +14,7 @@ from trimtab.config import read
 from trimtab.data import Example, Finding, Loaded, Pack, held_out_examples, pack_all, plan_steps, refuse_problems, units
 from trimtab.data.example import Sequence as Row
 from trimtab.deploy import versions
-from trimtab.engine import Memory
+from trimtab.engine import FrozenBelow, Memory
 from trimtab.errors import ArtifactError, DataError, NotMoved, RecipeError, StorageError, listing
 from trimtab.evaluate import Loss, score_loss
 from trimtab.examine import PACK_TOKENS
@@ -25,7 +25,7 @@ from trimtab.recipe import Recipe
 from trimtab.reference import logprobs
 from trimtab.report import Silent, Watcher
 from trimtab.resume import Unfinished, is_unfinished, plan_facts, threads, unfinished
-from trimtab.saving import LOCK, Progress, Run, Saver, finish
+from trimtab.saving import LOCK, Progress, Run, Saver, end, keep_adapters
 from trimtab.train import Optimizer, Step, peak_learning_rate, planned_memory, train
 
 MOVED_BY = 3
@@ -91,6 +91,8 @@ def _made_ready(recipe: Recipe, before: Unfinished | None, watch: Watcher) -> _R
             watch.noticed(f"{one.name}: {one.words}")
     if before is not None:
         before.check(recipe, facts, watch.noticed)
+        if recipe.train.epochs > 1 and FrozenBelow(base.model, 0).lowest:
+            watch.noticed("what frozen lower layers made of rows is computed anew: results may differ by rounding from here on")
         watch.noticed(f"goes on with {before.folder} after step {before.step} of {len(steps)}")
     return _Ready(recipe, base, adapter, data, steps, facts, findings)
 
@@ -110,11 +112,13 @@ def _carried_out(run: Run, ready: _Ready, state: State | None, watch: Watcher) -
         raise
     run.state.pop("error", None)
     run.write(status="done", best=best, last=done.last, seconds=done.seconds, tokens=done.tokens, computed_tokens=done.computed)
-    finish(run, best, done.last)
+    keep_adapters(run.folder, {best["folder"], done.last["folder"]})
     watch.finished(run.state, run.folder)
     if ready.recipe.certify:
         certificate = certify(run.folder, ready.base, ready.data, ready.recipe.objective, best, unmoved, done.skipped)
         watch.certified(certificate)
+    end(run.folder)  # until here, the same command comes back to certify
+    if ready.recipe.certify:
         refuse_failed(certificate, run.folder)
     return run
 

@@ -104,15 +104,20 @@ class Saver:
         for state in states[:KEPT]:
             facts = files.read_json(state / "state.json")["facts"]
             kept |= {facts[which]["folder"] for which in ("best", "last") if facts[which]}
-        old = [one for one in (self.run.folder / CHECKPOINTS).glob("step-*") if f"{CHECKPOINTS}/{one.name}" not in kept]
-        for folder in (*states[KEPT:], *old):
+        for folder in states[KEPT:]:
             files.remove_folder(folder)
+        keep_adapters(self.run.folder, kept)
 
 
-def finish(run: Run, best: dict[str, Any], last: dict[str, Any]) -> None:
-    """Let go of what only an unfinished run needs."""
-    for left in (run.folder / STATES, run.folder / LOCK):
-        files.remove_folder(left) if left.is_dir() else left.unlink(missing_ok=True)
-    for old in (run.folder / CHECKPOINTS).glob("step-*"):
-        if f"{CHECKPOINTS}/{old.name}" not in (best["folder"], last["folder"]):
+def keep_adapters(folder: Path, names: set[str]) -> None:
+    """Let go of all saved adapters but these."""
+    for old in (folder / CHECKPOINTS).glob("step-*"):
+        if f"{CHECKPOINTS}/{old.name}" not in names:
             files.remove_folder(old)
+
+
+def end(folder: Path) -> None:
+    """Let go of what a run goes on from: it has ended."""
+    (folder / LOCK).unlink(missing_ok=True)
+    if (folder / STATES).exists():
+        files.remove_folder(folder / STATES)

@@ -6,6 +6,7 @@ With an empty cache folder (the model is converted, the C code compiled), then t
 first step. Where this may, the system's file cache is emptied before the first.
 """
 
+import functools
 import json
 import os
 import subprocess
@@ -17,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-PARTS = {"load": ("Base", "load"), "check": (None, "check_packing"), "data": (None, "load_data"), "attach": (None, "attach"),
-         "plan": (None, "planned_memory")}  # fmt: skip
+PARTS = {"load": "preflight.Base.load", "check": "preflight.check_packing", "data": "preflight.load_data", "attach": "preflight.attach",
+         "proof": "run.preflight", "plan": "run.planned_memory"}  # fmt: skip
 
 
 def one(recipe: str, folder: str) -> None:
@@ -26,7 +27,7 @@ def one(recipe: str, folder: str) -> None:
     started = float(os.environ["STARTED"])
     marks: list[tuple[str, float, float]] = [("python", started, time.time())]
     before = time.time()
-    from trimtab import run
+    from trimtab import preflight, run
     from trimtab.config import read
     from trimtab.recipe import Recipe
 
@@ -41,8 +42,9 @@ def one(recipe: str, folder: str) -> None:
 
         return call
 
-    for name, (owner, attribute) in PARTS.items():
-        place = getattr(run, owner) if owner else run
+    for name, where in PARTS.items():
+        *owners, attribute = where.split(".")
+        place = functools.reduce(getattr, owners[1:], {"run": run, "preflight": preflight}[owners[0]])
         setattr(place, attribute, timed(name, getattr(place, attribute)))
     train = run.train
 

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup format docs check test soak demo bench clean
+.PHONY: help setup format docs check test soak mutants branches demo bench clean
 
 help:  ## show what there is to make
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,14 @@ test: check  ## everything that has to hold; what CI runs
 
 soak: $(READY)  ## kill training a thousand times, and see every run end as if nothing had been (about an hour)
 	$(BIN)/python tests/soak.py 1000
+
+mutants: $(READY)  ## put faults into the code that must not go wrong, and count those that the tests see (about an hour)
+	$(BIN)/python -m pip install --quiet 'cosmic-ray==8.7.0' --constraint constraints.txt
+	$(BIN)/python tests/mutants.py
+
+branches: $(READY)  ## name the branches of the same code that no test takes
+	$(BIN)/python -m pip install --quiet 'coverage==7.17.5' --constraint constraints.txt
+	$(BIN)/python tests/branches.py
 
 demo: $(READY)  ## fine-tune a real model on a small task and show what it gained (about 5 minutes on 2 cores)
 	rm -rf runs/demo

@@ -11,7 +11,6 @@ are added to docs/methods.json, which `make docs` turns into the table.
 
 import argparse
 import json
-import resource
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -56,6 +55,7 @@ def recipe_of(task: str, method: dict[str, Any], output: Path, nl2cmd: Path | No
 
 def one(path: str) -> None:
     """Carry a recipe out, in this process, and print what it took and gave as JSON."""
+    from trimtab.bench.peers import peak_gb
     from trimtab.config import read
     from trimtab.data import load_examples
     from trimtab.deploy import open_target
@@ -65,7 +65,7 @@ def one(path: str) -> None:
 
     asked = json.loads(Path(path).read_text())
     run = run_recipe(read(Recipe, Path(asked["recipe"])))
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    memory = peak_gb()
     lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if line["kind"] == "train"][1:]  # the first warms caches up
     result = {

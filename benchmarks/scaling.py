@@ -11,7 +11,6 @@ Results are added to docs/measured/scaling.json.
 import json
 import os
 import random
-import resource
 import subprocess
 import sys
 import tempfile
@@ -28,13 +27,10 @@ DEFAULTS = {
 }
 
 
-def peak_gb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-
-
 def trained(length: int, rank: int, steps: int, at_once: int = 1) -> dict[str, Any]:
     """Steps of made-up rows, `at_once` in a pack, all of them learned but the first quarter; the first step warms up."""
     import trimtab
+    from trimtab.bench.peers import peak_gb
     from trimtab.data import pack_flat
     from trimtab.data.example import Sequence
     from trimtab.train import TrainConfig, planned_memory, train
@@ -53,6 +49,7 @@ def trained(length: int, rank: int, steps: int, at_once: int = 1) -> dict[str, A
 def loaded(count: int) -> dict[str, Any]:
     """Rows made, read, tokenized, labelled and put in order: what training waits for before its first step."""
     import trimtab
+    from trimtab.bench.peers import peak_gb
     from trimtab.data import plan_steps
 
     base = trimtab.load("smollm2-135m-instruct")

@@ -2,11 +2,10 @@
 
     python benchmarks/startup.py [RECIPE]
 
-With an empty cache folder (the model is converted, the C code compiled), then twice with a full one. The run ends after its
-first step. Where this may, the system's file cache is emptied before the first.
+With an empty cache folder (the model is converted, the C code compiled), then with a full one. The run ends after its
+first step. Where this may, the system's file cache is emptied before the first. Results go to docs/measured/startup.json.
 """
 
-import functools
 import json
 import os
 import subprocess
@@ -17,35 +16,27 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from _timing import Marks, note
+
 ROOT = Path(__file__).parents[1]
-PARTS = {"load": "preflight.Base.load", "check": "preflight.check_packing", "data": "preflight.load_data", "attach": "preflight.attach",
-         "proof": "run.preflight", "plan": "run.planned_memory"}  # fmt: skip
+RESULTS = ROOT / "docs" / "measured" / "startup.json"
+PARTS = {
+    "load": "preflight:Base.load", "check": "preflight:check_packing", "data": "preflight:load_data", "attach": "preflight:attach",
+    "proof": "run:preflight", "plan": "run:planned_memory",
+}  # fmt: skip
 
 
 def one(recipe: str, folder: str) -> None:
     """A run up to its first step, in this process; prints seconds since the command for each part's start and end."""
     started = float(os.environ["STARTED"])
-    marks: list[tuple[str, float, float]] = [("python", started, time.time())]
+    marks: Marks = [("python", started, time.time())]
     before = time.time()
-    from trimtab import preflight, run
+    from trimtab import run
     from trimtab.config import read
     from trimtab.recipe import Recipe
 
     marks.append(("import", before, time.time()))
-
-    def timed(name: str, function: Any) -> Any:
-        def call(*arguments: Any, **named: Any) -> Any:
-            before = time.time()
-            result = function(*arguments, **named)
-            marks.append((name, before, time.time()))
-            return result
-
-        return call
-
-    for name, where in PARTS.items():
-        *owners, attribute = where.split(".")
-        place = functools.reduce(getattr, owners[1:], {"run": run, "preflight": preflight}[owners[0]])
-        setattr(place, attribute, timed(name, getattr(place, attribute)))
+    note(PARTS, marks)
     train = run.train
 
     def first(*arguments: Any) -> Any:
@@ -63,8 +54,9 @@ def one(recipe: str, folder: str) -> None:
 
 def main() -> None:
     recipe = sys.argv[1] if len(sys.argv) > 1 else str(ROOT / "demo" / "recipe.yaml")
+    results = {}
     with tempfile.TemporaryDirectory() as cache:
-        for what in ("cold", "warm", "warm again"):
+        for what in ("cold", "warm"):
             if what == "cold":
                 with suppress(OSError):
                     os.sync()
@@ -74,8 +66,10 @@ def main() -> None:
                 command = [sys.executable, __file__, "one", recipe, folder]
                 done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=ROOT)
             marks = json.loads(done.stdout.strip().splitlines()[-1])
-            parts = ", ".join(f"{name} {end - begin:.2f}" for name, begin, end in marks)
-            print(f"{what}: {marks[-1][2]:.2f} s to the first step taken: {parts}  (load {os.getloadavg()[0]:.1f})", flush=True)
+            results[what] = {"in all": marks[-1][2], **{name: end - begin for name, begin, end in marks}}
+            said = ", ".join(f"{name} {seconds:.2f}" for name, seconds in results[what].items())
+            print(f"{what}: {said}  (load {os.getloadavg()[0]:.1f})", flush=True)
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

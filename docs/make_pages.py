@@ -2,8 +2,9 @@
 
 docs/recipe.md comes from the recipe's own declarations, the tree in README.md from the files' first lines, the tables in
 docs/methods.md from the methods and from docs/methods.json, which benchmarks/methods.py measures, and those in
-docs/performance.md from docs/measured, which `trimtab bench`, benchmarks/ablation.py and benchmarks/scaling.py fill; those in
-docs/preference.md from docs/preference.json, which benchmarks/preference.py measures; docs/faults.md from tests/fault_catalogue.py.
+docs/performance.md from docs/measured, which `trimtab bench` and the scripts in benchmarks fill; those in
+docs/preference.md from docs/preference.json, which benchmarks/preference.py measures; docs/faults.md from tests/fault_catalogue.py
+and from docs/measured/peer_faults.json, which benchmarks/peer_faults measures.
 """
 
 import ast
@@ -157,6 +158,7 @@ def performance() -> str:
     """docs/performance.md with its tables as they are now."""
     text = PERFORMANCE.read_text(encoding="utf-8")
     tables = {"all-linear": bench_table("all-linear"), "q-v": bench_table("q-v"), "ablation": ablation_table()}
+    tables |= {"startup": startup_table(), "guards": guards_table()}
     for name, table in (tables | {what: scaling_table(what) for what in SCALES}).items():
         text = _filled(text, name, table)
     return text
@@ -186,6 +188,29 @@ def ablation_table() -> str:
     lines = ["| trick | without it | the step takes | gradients apart |", "|---|---|--:|--:|"]
     for name, one in sorted(tricks.items(), key=lambda pair: -pair[1]["gain"]):
         lines.append(f"| {name} | {one['without']} | {one['gain']:.2f}x | {one['gradients_apart']:.0e} |")
+    return "\n".join(lines) + "\n"
+
+
+def startup_table() -> str:
+    """What benchmarks/startup.py measured: seconds."""
+    runs = json.loads((RESULTS / "startup.json").read_text(encoding="utf-8"))
+    parts = [name for name in runs["warm"] if name != "in all"]
+    lines = [f"| | in all | {' | '.join(parts)} |", f"|---|--:|{'--:|' * len(parts)}"]
+    for name, one in runs.items():
+        lines.append(f"| {name} | {one['in all']:.1f} | " + " | ".join(f"{one[part]:.1f}" for part in parts) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def guards_table() -> str:
+    """What benchmarks/guards.py measured."""
+    run = json.loads((RESULTS / "guards.json").read_text(encoding="utf-8"))
+    lines = ["| guard | times | seconds | of the run |", "|---|--:|--:|--:|"]
+    for name, one in run["guards"].items():
+        lines.append(f"| {name} | {one['times']} | {one['seconds']:.2f} | {one['seconds'] / run['seconds']:.2%} |")
+    spent = sum(one["seconds"] for one in run["guards"].values())
+    lines.append(
+        f"| in all, of {run['steps']} steps in {run['seconds']:.0f} s | | {spent:.2f} | {spent / run['seconds']:.2%} |"
+    )
     return "\n".join(lines) + "\n"
 
 
@@ -306,7 +331,13 @@ FAULTS_HEAD = """# What is known to go wrong without a word
 And what becomes of it here. *Impossible* is proven by tests that would see it, *refused* ends with a message that says what to do, *repaired* is
 said, *shown* is measured and told. Written by `make docs` from `tests/fault_catalogue.py`, where each line's tests are named.
 
+The last column is what came of the same faults on the peers, each met as a user would meet it, on a random model of two layers: *silent* is
+wrong without a word, *warned* is wrong with a warning that concerns it, *refused* is any error, *right* is that it does not happen.
+`python benchmarks/peer_faults` measures it anew; its files say how.
+
 """
+PEER_FAULTS = RESULTS / "peer_faults.json"
+PEER_NAMES = {"peft": "PEFT", "transformers": "Transformers", "trl": "TRL"}
 
 
 def faults() -> str:
@@ -320,11 +351,34 @@ def faults() -> str:
     }
     totals = ", ".join(f"{count} {word}" for word, count in counts.items())
     left = "; ".join(f"{key}, {why}" for key, why in MISSING.items())
-    parts = [FAULTS_HEAD, f"{totals}; none silent. Not to be tried yet: {left}.\n"]
+    peers = json.loads(PEER_FAULTS.read_text(encoding="utf-8"))
+    parts = [FAULTS_HEAD, f"{totals}; none silent. Not to be tried yet: {left}.\n\n{_peer_totals(peers)}\n"]
     for chapter, title in CHAPTERS.items():
-        lines = [f"| {key} | {one.what} | {one.outcome} | {one.how} |" for key, one in KNOWN.items() if key[0] == chapter]
-        parts.append(f"\n## {title}\n\n| | elsewhere | here | |\n|---|---|---|---|\n" + "\n".join(lines) + "\n")
+        lines = [
+            f"| {key} | {one.what} | {one.outcome} | {one.how} | {_on_a_peer(peers, key)} |"
+            for key, one in KNOWN.items()
+            if key[0] == chapter
+        ]
+        head = f"| | what goes wrong | here | | {', '.join(PEER_NAMES.values())} |\n|---|---|---|---|---|\n"
+        parts.append(f"\n## {title}\n\n{head}" + "\n".join(lines) + "\n")
     return "".join(parts)
+
+
+def _peer_totals(peers: dict[str, Any]) -> str:
+    outcomes = [one["outcome"] for one in peers["faults"].values()]
+    *names, last = (f"{PEER_NAMES[peer]} {version}" for peer, version in peers["versions"].items())
+    return (
+        f"Of {len(outcomes)} faults tried on {', '.join(names)} and {last}, {outcomes.count('silent')} pass silently, "
+        f"{outcomes.count('warned')} with a warning, {outcomes.count('refused')} are refused, {outcomes.count('right')} do not happen."
+    )
+
+
+def _on_a_peer(peers: dict[str, Any], fault: str) -> str:
+    if fault in peers["not_tried"]:
+        return f"not tried: {peers['not_tried'][fault]}"
+    result = peers["faults"][fault]
+    words = result["words"].replace("|", r"\|")
+    return f"**{result['outcome']}** ({result['peer']}): {words}"
 
 
 def _model_of(annotation: Any) -> type[BaseModel] | None:

@@ -381,7 +381,7 @@ FAULTS = {
         "repaired",
         "what was saved stays; the same command goes on",
         (
-            "test_resume::test_every_write_may_fail_and_nothing_is_lost",
+            "test_failing_disk::test_a_disk_that_fails_loses_nothing",
             "test_cli::test_a_disk_that_fills_up_keeps_what_was_whole",
             "test_check::test_a_disk_without_room_is_refused_before_the_run",
         ),

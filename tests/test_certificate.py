@@ -13,6 +13,8 @@ from trimtab import certificate, saving
 from trimtab import run as running
 from trimtab.certificate import certificate_text
 from trimtab.evaluate import paired
+from trimtab.examine import examined
+from trimtab.methods import Method
 from trimtab.methods.lora import LoRA
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -38,6 +40,17 @@ def certified(world, tmp_path_factory):
 def done(certified, tmp_path):
     shutil.copytree(certified, tmp_path / "done")
     return tmp_path / "done"
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """The same examination in this process, which has paid for torch already; other tests hold what a fresh one is for."""
+
+    def examine(job):
+        with torch.no_grad():
+            return json.loads(json.dumps(examined(json.loads(json.dumps(job)))))
+
+    monkeypatch.setattr(certificate, "_examine", examine)
 
 
 def test_a_run_ends_with_a_certificate(done, trimtab):
@@ -81,6 +94,22 @@ def test_missing_and_additional_files_are_refused(done, trimtab):
     assert (refused.code, "certificate.json: missing" in refused.err) == (4, True)
 
 
+def test_an_adapter_by_itself_is_verified_as_far_as_it_goes(done, trimtab, at_once, tmp_path):
+    adapter = shutil.copytree(done / "adapter", tmp_path / "alone")
+    said = trimtab("verify", adapter)
+    assert said.code == 0
+    assert "passed  files: the adapter's 28 tensors and its configuration are what was saved" in said.out
+    assert "noted   certificate: an adapter by itself has none" in said.out
+    content = bytearray((adapter / "adapter_model.safetensors").read_bytes())
+    content[-20] ^= 1
+    (adapter / "adapter_model.safetensors").write_bytes(content)
+    assert (refused := trimtab("verify", adapter)).code == 4, refused.err
+    shutil.copytree(done / "adapter", tmp_path / "theirs")
+    (tmp_path / "theirs" / "trimtab.json").unlink()
+    refused = trimtab("verify", tmp_path / "theirs")
+    assert (refused.code, "has no manifest of Trimtab's" in refused.err) == (4, True)
+
+
 def test_a_base_that_is_another_is_refused(done, here, trimtab):
     manifest = json.loads((done / "adapter" / "trimtab.json").read_text())
     place = Path(manifest["base"]["source"])
@@ -116,14 +145,14 @@ def test_what_is_saved_must_be_what_was_trained(here, trimtab, monkeypatch):
     assert trimtab("verify", "new").code == 7
 
 
-def test_an_adapter_that_is_worse_than_its_base_does_not_pass(here, trimtab):
+def test_an_adapter_that_is_worse_than_its_base_does_not_pass(here, trimtab, at_once):
     write_rows(here / "held.jsonl", [{"prompt": f"Is {n} a number?", "completion": "no, not at all"} for n in range(40)])
     failed = trimtab(*WORDS, "output=new", "data.eval=held.jsonl", "train.evaluate_every=1000", "train.epochs=12")
     assert failed.code == 7
     assert "gain: on 40 held-out rows the loss (sft) is" in failed.err
 
 
-def test_an_adapter_that_never_stops_does_not_pass(here, trimtab, monkeypatch):
+def test_an_adapter_that_never_stops_does_not_pass(here, trimtab, monkeypatch, at_once):
     real = certificate._examine
     monkeypatch.setattr(certificate, "_examine", lambda job: {
         **(found := real(job)), "answers": [{**one, "stopped": False} for one in found["answers"]],
@@ -175,7 +204,7 @@ def test_a_run_that_is_killed_before_its_certificate_comes_back_for_it(here, tri
 
 
 @pytest.mark.parametrize("objective", ["dpo", "kto", "orpo"])
-def test_preferences_are_certified_beside_their_reference(objective, here, trimtab):
+def test_preferences_are_certified_beside_their_reference(objective, here, trimtab, at_once):
     rows = [{"prompt": f"Is {n} a number?", "chosen": "yes", "rejected": "no"} for n in range(30)]
     write_rows(here / "pairs.jsonl", rows)
     done = trimtab(*WORDS, "output=new", "data.train=pairs.jsonl", f"objective={objective}", "train.lr=1e-2")
@@ -186,6 +215,23 @@ def test_preferences_are_certified_beside_their_reference(objective, here, trimt
         assert held["losses"]["base"]["held_out"] == pytest.approx(0.693147, abs=1e-5)
         assert "and the reference's 0.6931" in gain["words"]
     assert next(one for one in held["tests"] if one["name"] == "reload")["status"] == "passed"
+
+
+@pytest.mark.parametrize("objective", ["sft", "dpo", "kto"])
+@pytest.mark.parametrize("method", Method.names())
+def test_whatever_is_trained_is_found_again(method, objective, here, trimtab, at_once):
+    rows = [{"prompt": f"Is {n} a number?", "chosen": "yes", "rejected": "no"} for n in range(30)]
+    write_rows(here / "pairs.jsonl", rows)
+    words = [f"objective={objective}", f"method={method}", "train.epochs=1", "train.lr=1e-3"]
+    words += ["data.train=pairs.jsonl"] if objective != "sft" else []
+    words += ["method.tokens=[<|im_start|>, <|im_end|>]"] if method == "tokens" else []
+    words += ["method.rank=4"] if method == "miss" else []
+    trimtab("train", "r.yaml", "certify=true", "output=new", *words)
+    tests = {one["name"]: one for one in json.loads((here / "new" / "certificate.json").read_text())["tests"]}
+    assert {name: tests[name]["status"] for name in ("reload", "base", "moved")} == dict.fromkeys(
+        ["reload", "base", "moved"], "passed"
+    )
+    assert trimtab("verify", "new").code == (0 if all(one["status"] != "failed" for one in tests.values()) else 7)
 
 
 def test_a_paired_interval_is_narrower_than_rows_are_unlike():

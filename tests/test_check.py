@@ -1,6 +1,7 @@
 """The data's proof: every way in which training would be meaningless is seen before it starts, and said with a row's place."""
 
 import json
+import random
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,11 @@ from worlds import CHATML, ROWS, make_model, write_rows
 
 from trimtab import preflight as before
 from trimtab.config import read
+from trimtab.data import leaks as module_of_leaks
 from trimtab.data import proof, prove, refuse_problems
+from trimtab.data.example import Sequence
+from trimtab.data.leaks import leaks
+from trimtab.engine import memory as planning
 from trimtab.errors import DataError
 from trimtab.preflight import opened, preflight
 from trimtab.recipe import Recipe
@@ -31,7 +36,7 @@ def test_of_good_rows_everything_is_good(here, trimtab):
     said = json.loads(done.out)
     assert {one["name"]: one["status"] for one in said["findings"]} == {
         "rows": "good", "tokens": "good", "stop tokens": "good", "rendering": "good", "duplicates": "good", "held out": "good",
-        "answers": "good", "special tokens": "good", "capacity": "good", "disk": "good",
+        "answers": "good", "special tokens": "good", "capacity": "good", "disk": "good", "memory": "good",
     }  # fmt: skip
     facts = {one["name"]: one["facts"] for one in said["findings"]}
     assert facts["rows"]["rows"] == facts["rows"]["used"] == 30
@@ -94,6 +99,51 @@ def test_duplicates_and_leaks_are_named(here, trimtab):
     done = trimtab("check", "r.yaml", "data.eval=held.jsonl")
     assert done.code == 3
     assert "all 5 held-out rows are learned as well" in done.err
+
+
+def test_held_out_rows_that_are_nearly_learned_are_named():
+    draw = random.Random(0)
+    template = [draw.randrange(300) for _ in range(30)]
+
+    def row(where, ids):
+        return Sequence(
+            template + ids, list(range(len(template) + 20, len(template) + len(ids))), where, len(template) + len(ids)
+        )
+
+    texts = [[draw.randrange(300) for _ in range(draw.randrange(60, 80))] for _ in range(60)]
+    rows = [row(f"rows:{n}", text) for n, text in enumerate(texts[:50])]
+    held = [row(f"held:{n}", text) for n, text in enumerate(texts[50:])]  # of another text, in the same template
+    assert leaks(rows, held).nearly == []
+    edited = [*texts[7][:3], 301, *texts[7][4:]]
+    cut = texts[8][6:56]
+    half = [*texts[50][:20], *texts[9][20:60]]
+    held += [row("edited", edited), row("cut", cut), row("half", half)]
+    assert leaks(rows, held).nearly == [("edited", "rows:7"), ("cut", "rows:8")]
+    found = leaks(rows, [*held, row("same", texts[3]), row("asked", [*texts[4][:20], 5, 6])])
+    assert (found.whole, found.prompts, len(found.nearly)) == (["same"], ["same", "asked"], 2)
+    assert leaks(rows[:3], []).nearly == leaks([], held).nearly == []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module_of_leaks, "AT_ONCE", 7)
+        assert leaks(rows, held).nearly == [("edited", "rows:7"), ("cut", "rows:8")]
+
+
+def test_rows_that_do_not_fit_into_memory_are_a_problem(here, trimtab, monkeypatch):
+    monkeypatch.setattr(planning, "free_memory", lambda device: 20_000.0)
+    done = trimtab("check", "r.yaml")
+    assert done.code == 3
+    assert "memory: A pack of" in done.err
+    assert "0.00 GB are free. Lower data.max_length" in done.err
+
+
+def test_a_note_says_how_many_are_nearly_learned(here, trimtab):
+    texts = ["".join(random.Random(n).choices("abcdefghijklmnop", k=40)) for n in range(20)]
+    long = [{"prompt": f"{text}?", "completion": "yes"} for text in texts]
+    write_rows(here / "rows.jsonl", long)
+    write_rows(here / "held.jsonl", [{**long[5], "prompt": long[5]["prompt"] + "!"}, {"prompt": "New?", "completion": "yes"}])
+    found = findings("data.eval=held.jsonl")["held out"]
+    assert found.status == "note"
+    assert "of 2 held-out rows, 1 are nearly the same as a learned row (" in found.words
+    assert "held.jsonl:1 ≈ " in found.words
 
 
 def test_a_template_that_writes_two_beginnings_is_refused(here, trimtab):

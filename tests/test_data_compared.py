@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from templates import FAMILIES
+from templates import CHATML, FAMILIES, base_of, bytes_tokenizer
 
 from trimtab.data import DataConfig, Judged, Preference, load_data, load_examples, units
 from trimtab.errors import DataError
@@ -70,7 +70,17 @@ def test_pairs_come_in_every_shape(tmp_path, shape):
 @pytest.mark.parametrize("shape", JUDGED)
 @pytest.mark.parametrize("label", ["label", "kto_tag"])
 @pytest.mark.parametrize(
-    ("value", "good"), [(True, True), (False, False), (1, True), (0, False), ("true", True), (" False ", False)]
+    ("value", "good"),
+    [
+        (True, True),
+        (False, False),
+        (1, True),
+        (0, False),
+        ("true", True),
+        (" False ", False),
+        ("1", True),
+        ("0 ", False),
+    ],
 )
 def test_judged_answers_come_in_every_shape(tmp_path, shape, label, value, good):
     judged = read(tmp_path, {**JUDGED[shape], label: value}, "judged")
@@ -161,3 +171,49 @@ def test_a_text_without_a_template_is_prompt_and_completion(tmp_path):
     )
     data = load_data(DataConfig(train=written(tmp_path, PAIRS["texts after a prompt"]), eval=0), plain, None, 0, "pairs")
     assert [plain.decode(one.ids) for one in data.train] == [f"2+2?{GOOD}", f"2+2?{BAD}"]
+
+
+def test_what_was_said_before_is_not_what_is_compared(tmp_path):
+    """Only the last messages are answers: that they are an earlier one's words makes them no less different."""
+    before = [USER, said(GOOD), USER]
+    assert isinstance(read(tmp_path, {"chosen": [*before, said(BAD)], "rejected": [*before, said(GOOD)]}), Preference)
+    same = read(tmp_path, {"chosen": [*before, said(BAD)], "rejected": [*before, said(BAD)]})
+    assert same == "chosen and rejected are the same answer, so neither is the better one"
+
+
+def test_a_list_of_one_answer_is_that_answer(tmp_path):
+    pair = read(tmp_path, {"messages": [USER], "chosen": [said(GOOD)], "rejected": [BAD]})
+    assert [side.messages[-1]["content"] for side in (pair.chosen, pair.rejected)] == [GOOD, BAD]
+
+
+@pytest.mark.parametrize(("row", "reason"), [
+    ({"instruction": "2+2?", "chosen": [GOOD], "rejected": BAD}, "chosen is a list, not a text"),
+    ({"chosen": [USER, said(GOOD), USER], "rejected": [USER, said(BAD)]}, "chosen does not end with a message of the assistant's"),
+    ({"chosen": [USER, said(GOOD)], "rejected": [USER, said(BAD), USER]}, "rejected does not end with a message of the assistant's"),
+    ({"prompt": "", "chosen": GOOD, "rejected": BAD}, "with chosen: prompt is empty"),
+    (
+        {"prompt": "2+2?", "chosen": [USER, said(GOOD)], "rejected": [{"role": "user", "content": "3+3?"}, said(BAD)]},
+        "chosen and rejected answer different prompts, so they can't be compared",
+    ),
+])  # fmt: skip
+def test_what_is_no_answer_to_a_prompt_is_refused(tmp_path, row, reason):
+    assert read(tmp_path, row) == reason
+
+
+def test_a_template_that_writes_prompts_by_their_answers_is_refused(tmp_path):
+    """Then the two answers come after different tokens."""
+    counting = "{{ messages[-1]['content'] | length if messages[-1]['role'] == 'assistant' else '' }}"
+    base = base_of(bytes_tokenizer(("<|im_start|>", "<|im_end|>")), counting + CHATML, eos_token="<|im_end|>")
+    row = {"prompt": "2+2?", "chosen": "4", "rejected": "It is five."}
+    with pytest.raises(DataError, match="chosen"):
+        load_data(DataConfig(train=written(tmp_path, row), eval=0), base, None, 0, "pairs")
+
+
+def test_a_prompt_beside_whole_conversations_may_be_any_of_their_messages(tmp_path):
+    before = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1?"}, said("2"), USER]
+    for prompt in ("Be brief.", "1+1?", "2+2?"):
+        assert isinstance(
+            read(tmp_path, {"prompt": prompt, "chosen": [*before, said(GOOD)], "rejected": [*before, said(BAD)]}), Preference
+        )
+    refused = read(tmp_path, {"prompt": GOOD, "chosen": [*before, said(GOOD)], "rejected": [*before, said(BAD)]})
+    assert refused == "chosen and rejected are whole conversations, and the prompt is in neither of them"

@@ -4,12 +4,15 @@ The expected texts are written by hand in templates.py; the tokens before an ans
 makes of the prompt alone.
 """
 
+from dataclasses import FrozenInstanceError
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from templates import CHATML, FAMILIES, QWEN3, base_of, bytes_tokenizer, pieces_tokenizer, plain, puts_around, without_end
 
-from trimtab.data import Account, Conversation, Text, make_sequences, prompt_of
+from trimtab.data import Account, Conversation, Judged, Preference, Text, make_sequences, prompt_of
+from trimtab.data.example import Sequence
 
 
 def conversation(*texts, system=None, silent=(), **more):
@@ -604,3 +607,36 @@ def test_no_rows_make_no_sequences():
     account = Account(("data",))
     assert make_sequences([], FAMILIES["chatml"].make(), account) == []
     assert account.rows == 0
+
+
+def test_a_template_that_wants_tools_is_asked_with_them():
+    """What it makes of the row without them is not known then, so nothing can be left out."""
+    demanding = "{% if not tools and messages[0]['content'] == '2+2?' %}{{ raise_exception('tools, please') }}{% endif %}"
+    base = base_of(
+        bytes_tokenizer(("<|im_start|>", "<|im_end|>")),
+        demanding + "{{ tools | default([], true) | length }}" + CHATML,
+        eos_token="<|im_end|>",
+    )
+    tools = ({"type": "function", "function": {"name": "add", "parameters": {}}},)
+    (sequence,) = sequences_of(conversation("2+2?", "4", tools=tools), base)
+    assert decoded(base, sequence.ids).startswith("1<|im_start|>user")
+
+
+def test_an_answer_that_only_ends_as_the_last_one_is_learned_to_its_own_end():
+    """Else it would be learned up to the end of what the user says next."""
+    turns = "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}{% if m['role'] == 'user' or loop.last %}<|im_end|>{% endif %}\n"
+    late = "{% for m in messages %}" + turns + "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    base = base_of(bytes_tokenizer(("<|im_start|>", "<|im_end|>")), late, eos_token="<|im_end|>")
+    made = sequences_of(conversation("2+2?", "4", "And 3+3?", "6"), base)
+    learned = [decoded(base, [sequence.ids[t] for t in sequence.learned]) for sequence in made]
+    assert learned == ["4<|im_end|>", "6<|im_end|>"]
+
+
+@pytest.mark.parametrize("made", [
+    Text("a", "row"), conversation("a", "b"), Preference(conversation("a", "b"), conversation("a", "c"), "row"),
+    Judged(conversation("a", "b"), True, "row"), Sequence([5, 6], [1], "row"),
+])  # fmt: skip
+def test_rows_stay_as_they_were_read(made):
+    with pytest.raises(FrozenInstanceError):
+        made.where = "another"
+    assert not isinstance(made, Sequence) or (made.shown, made.reference, made.side) == (0, 0.0, None)

@@ -1,6 +1,8 @@
 """Every row of every format, with the line that it stands in; and nothing that is wrong with a file passes unsaid."""
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from templates import FAMILIES
 
 from trimtab.data import DataConfig, Refusal, load_data, load_examples
+from trimtab.data import read as reading
 from trimtab.data.read import read_rows
 from trimtab.data.strict_json import parse_json
 from trimtab.errors import DataError, StorageError, TrimtabError
@@ -524,3 +527,19 @@ def test_any_bytes_under_any_ending_are_read_or_refused(tmp_path, content, name)
     except TrimtabError:
         return
     assert len(examples) + len(account.refused) == len(list(read_rows(source)))
+
+
+def test_a_file_that_a_disk_does_not_give_says_why(tmp_path, monkeypatch):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "a", "completion": "b"}\n')
+    monkeypatch.setattr(
+        reading, "open", lambda *_, **__: (_ for _ in ()).throw(OSError(errno.EIO, os.strerror(errno.EIO))), raising=False
+    )
+    assert message_of(str(path)) == f"data: {path} cannot be read: Input/output error."
+
+
+def test_a_file_that_is_mended_while_it_is_read_is_not_taken_for_what_it_was(tmp_path, monkeypatch):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"prompt": "\xff", "completion": "b"}\n')
+    monkeypatch.setattr(Path, "read_bytes", lambda _: b"{}")
+    assert message_of(str(path)) == f"data: {path} changed while it was read."

@@ -8,10 +8,12 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from types import SimpleNamespace
 
 import pytest
 import torch
 from disks import make_read_only, small_disk
+from safetensors.torch import save_file
 
 from trimtab import files
 from trimtab.artifacts import Adapter, read_adapter, write_adapter
@@ -563,3 +565,48 @@ def test_a_hash_of_code_is_of_all_that_computes_and_of_nothing_else(tmp_path, mo
     (tmp_path / "data" / "read.py").write_text("1")
     (tmp_path / "engine" / "loop.pyc").write_text("1")
     assert files.code_hash.__wrapped__("engine", "attention.py") in found
+
+
+def test_where_there_are_no_locks_one_goes_without(tmp_path, monkeypatch):
+    with (
+        files.locked(tmp_path / "lock"),
+        pytest.raises(StorageError, match="another process is training there"),
+        files.locked(tmp_path / "lock"),
+    ):
+        pass
+    for without in (
+        SimpleNamespace(flock=lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "no locks")), LOCK_EX=1, LOCK_NB=2),
+        None,
+    ):
+        monkeypatch.setattr(files, "fcntl", without)
+        with files.locked(tmp_path / "lock"), files.locked(tmp_path / "lock"):
+            pass
+
+
+@pytest.mark.parametrize("content", ['{"a": NaN}\n', '{"a": "\\ud800"}\n', '{"a":1}\n', "[]\n"])
+def test_a_manifest_is_what_was_written_to_the_last_byte(content, tmp_path):
+    (tmp_path / "m.json").write_text(content)
+    with pytest.raises(ArtifactError, match="not an object" if content == "[]\n" else "changed since it was saved"):
+        files.read_manifest(tmp_path / "m.json")
+    files.write_json(tmp_path / "m.json", {"a": "é"})
+    assert files.read_manifest(tmp_path / "m.json") == {"a": "é"}
+
+
+def test_a_disk_that_does_not_say_how_full_it_is_is_full_all_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: (_ for _ in ()).throw(OSError(errno.EIO, "no")))
+    with (
+        pytest.raises(StorageError, match=r"No space left on device\. Free some, or choose another folder\."),
+        files.writing(tmp_path / "x"),
+    ):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_what_is_no_adapter_folder_says_so(tmp_path):
+    with pytest.raises(ArtifactError, match="no such adapter folder"):
+        read_adapter(tmp_path / "none")
+    files.write_json(tmp_path / "a" / "adapter_config.json", {"version": "adapters.1.2"})
+    save_file({"x": torch.ones(1)}, tmp_path / "a" / "adapter.safetensors")
+    assert read_adapter(tmp_path / "a").method is None
+    files.write_json(tmp_path / "a" / "head_config.json", {})
+    with pytest.raises(ArtifactError, match="holds a head beside the adapter"):
+        read_adapter(tmp_path / "a")

@@ -3,11 +3,13 @@
 import json
 import math
 import signal
+import threading
 
 import pytest
 import torch
 from families import perturb, random_rows, tiny
 
+from trimtab import run as running
 from trimtab.base import Base
 from trimtab.data import pack_all
 from trimtab.data.example import Sequence
@@ -158,3 +160,26 @@ def test_an_update_that_is_interrupted_is_whole_and_its_step_is_told(monkeypatch
     other, same = adapted()
     list(train(other, same, SFT(), [pack_all(ROWS, 64)] * 2, FLAT, 1e-2))
     assert all(torch.equal(a, b) for a, b in zip(adapter.state().values(), same.state().values(), strict=True))
+
+
+def test_a_model_that_gives_a_row_no_number_is_not_saved(here, trimtab, monkeypatch):
+    monkeypatch.setattr(running, "logprobs", lambda base, rows, _: [-1.0, math.nan, -1.0, -1.0][: len(rows)])
+    failed = trimtab("train", "r.yaml", "output=new", "data.eval=0")
+    assert failed.code == 5
+    assert "a log-probability that is not a number, so it is not saved. Lower train.lr." in failed.err
+    assert not list((here / "new" / "checkpoints").glob("step-*")) if (here / "new" / "checkpoints").exists() else True
+
+
+def test_in_another_thread_an_update_goes_on_as_it_is():
+    """Only the main thread gets signals, and may say what becomes of them."""
+    done = []
+
+    def update():
+        with interrupted_afterwards():
+            done.append(signal.getsignal(signal.SIGINT))
+
+    before = signal.getsignal(signal.SIGINT)
+    thread = threading.Thread(target=update)
+    thread.start()
+    thread.join()
+    assert done == [before]

@@ -101,3 +101,10 @@ def test_a_trained_head_is_refused():
     with pytest.raises(UnsupportedModel, match="head is trained"):
         head_of(model)
     assert head_of(model.requires_grad_(False)).weight is model.lm_head.weight
+
+
+def test_a_head_that_is_no_matrix_is_refused():
+    model = tiny("llama")
+    model.lm_head = torch.nn.Sequential(model.lm_head)
+    with pytest.raises(UnsupportedModel, match="The head of LlamaForCausalLM is a Sequential, not a matrix"):
+        head_of(model)

@@ -16,11 +16,13 @@ from safetensors.torch import load_file, save_file
 from worlds import ROWS, make_model, write_rows
 
 from trimtab import files, saving
+from trimtab import run as running
 from trimtab.artifacts import State, newest_state, read_state, saved_states, write_state
 from trimtab.config import read
 from trimtab.errors import ArtifactError, DataError, RecipeError, StorageError, TrimtabError
 from trimtab.recipe import Recipe
 from trimtab.report import Silent
+from trimtab.resume import unfinished
 from trimtab.run import run_recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -213,40 +215,6 @@ def test_half_a_line_and_half_a_file_are_forgotten(here):
     assert not [path for path in Path("cut").rglob("*") if files.TEMPORARY in path.name]
 
 
-def test_every_write_may_fail_and_nothing_is_lost(here, monkeypatch):
-    """The n-th call of what the writer does fails, for every n, each time in another way; then the run goes on."""
-    run("all", "train.epochs=0.6")
-    (names, real), failed = (("fsync", "rename", "replace"), {n: getattr(os, n) for n in ("fsync", "rename", "replace")}), 0
-    reasons = (28, 5, 13)  # ENOSPC, EIO, EACCES
-    for at in range(1, 1000):
-        calls = []
-
-        def failing(name, at=at, calls=calls):
-            def call(*given, **named):
-                calls.append(name)
-                if len(calls) == at:
-                    raise OSError(reasons[at % 3], os.strerror(reasons[at % 3]), str(given[0]))
-                return real[name](*given, **named)
-
-            return call
-
-        for name in names:
-            monkeypatch.setattr(os, name, failing(name))
-        try:
-            run(f"cut-{at}", "train.epochs=0.6")
-        except StorageError as error:
-            failed += os.strerror(reasons[at % 3]) in str(error)
-        for name in names:
-            monkeypatch.setattr(os, name, real[name])
-        if len(calls) < at:
-            break
-        if not (Path(f"cut-{at}") / "run.json").is_file() or result_status(f"cut-{at}") != "done":
-            run(f"cut-{at}", "train.epochs=0.6")
-        assert_same(f"cut-{at}", "all")
-        shutil.rmtree(f"cut-{at}")
-    assert failed >= 40
-
-
 def result_status(output):
     return json.loads((Path(output) / "run.json").read_text())["status"]
 
@@ -392,3 +360,38 @@ def test_a_state_of_other_parameters_is_refused(here):
         write_state(folder.parent, State(state.step, tensors, state.facts))
         with pytest.raises(TrimtabError, match="is not what this run trains"):
             run("cut")
+
+
+def test_a_state_of_another_version_is_refused(tmp_path):
+    folder = write_state(tmp_path, State(3, {"a": torch.ones(1)}, {}))
+    manifest = {key: value for key, value in files.read_json(folder / "state.json").items() if key != "digest"}
+    for changes, words in (
+        ({"format": 2}, "has format 2, and this version of Trimtab reads 1"),
+        ({"more": 1}, "is not a state of this"),
+    ):
+        changed = {**manifest, **changes}
+        files.write_json(folder / "state.json", {**changed, "digest": files.json_digest(changed)})
+        with pytest.raises(ArtifactError, match=words):
+            read_state(folder)
+
+
+def test_a_run_that_is_killed_before_it_has_logged_anything_goes_on(here, monkeypatch):
+    def killed(*_):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(running, "canaries", killed)
+        with pytest.raises(Killed):
+            run("cut")
+    assert not Path("cut/metrics.jsonl").exists()
+    assert [path.name for path in Path("cut").iterdir() if path.name.startswith("step")] == []
+    run("cut")
+    assert_same("cut", "whole")
+
+
+def test_a_run_that_ended_meanwhile_is_left_alone(here):
+    recipe = read(Recipe, Path("r.yaml"), ["output=whole"])
+    before = result("whole")
+    with pytest.raises(StorageError, match="exists already"):
+        unfinished(recipe, print)
+    assert result("whole") == before

@@ -2,10 +2,12 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from worlds import CHATML, make_model
@@ -130,6 +132,21 @@ def test_a_template_that_never_ends_or_writes_without_end_is_refused_soon(loop, 
     with pytest.raises(DataError, match="chat template"):
         base.render([{"role": "user", "content": "x"}])
     assert time.monotonic() - started < 10
+
+
+DOUBLING = "{% set x = namespace(a='a' * 6000) %}{% for _ in range(17) %}{% set x.a = x.a ~ x.a %}{% endfor %}{{ x.a[:3] }}"
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="this system does not say how much memory a process has")
+def test_a_template_that_takes_all_memory_is_refused(tmp_path, one_thread, monkeypatch):
+    make_model(tmp_path / "tiny", 0, template=DOUBLING + CHATML)
+    base, before = Base.load(str(tmp_path / "tiny")), resource.getrlimit(resource.RLIMIT_AS)
+    monkeypatch.setattr(limits, "MEMORY", 64 << 20)
+    with pytest.raises(DataError, match=r"chat template needs more than 0\.1 GB of memory"):
+        base.render([{"role": "user", "content": "x"}])
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
+    monkeypatch.setattr(limits, "MEMORY", 2 << 30)  # it takes 1.2 GB for a moment
+    assert base.render([{"role": "user", "content": "x"}]).startswith("aaa<|im_start|>user")
 
 
 def forever(seconds):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trimtab import files
-from trimtab.artifacts import read_adapter
+from trimtab.artifacts import is_adapter, read_adapter
 from trimtab.base import Base
 from trimtab.data import Loaded, units
 from trimtab.data.example import Sequence as Row
@@ -39,9 +39,11 @@ class Tested:
 
 
 def canaries(data: Loaded) -> list[Row]:
-    """A few rows by which a model is recognized: held-out ones, or the first that are learned."""
-    rows = [row for row in data.eval or data.train if row.side != "mismatched"]
-    return rows[:CANARIES]
+    """A few rows by which a model is recognized: the first that are held out, or else short ones that are learned."""
+    if data.eval:
+        return [row for row in data.eval if row.side != "mismatched"][:CANARIES]
+    first = [row for row in data.train[:64] if row.side != "mismatched"]
+    return sorted(first, key=lambda row: len(row.ids))[:CANARIES]
 
 
 def certify(
@@ -64,6 +66,7 @@ def certify(
         "folder": str(folder / "adapter"),
         "canaries": [asdict(row) for row in canaries(data)],
         **_asked(data),
+        "measure": True,
         "rows": [asdict(row) for row in data.eval],
         "objective": objective.plain(),
     }
@@ -244,16 +247,18 @@ def whole(folder: Path) -> dict[str, Any]:
 
 
 def verified(folder: Path) -> dict[str, Any]:
-    """Repeat what a certificate says of the run's files and adapter; the certificate, if it still holds.
+    """Repeat what a certificate says of the run's files and adapter; the certificate, if it still holds. Of an adapter's folder,
+    what can be said without.
 
     Raises:
         ArtifactError: There is none, or a file is not what it was.
-        NotCertified: The adapter does not do what it did.
+        NotCertified: The adapter does not do what it did, or can't be used.
     """
+    if is_adapter(folder):
+        return _verified_alone(folder)
     certificate = whole(folder)
     rows = [{key: value for key, value in row.items() if key != "logprob"} for row in certificate["canaries"]]
-    job = {"folder": str(folder / "adapter"), "canaries": rows, "prompts": [], "longest": 0, "rows": [], "objective": "sft"}
-    found = _examine(job)
+    found = _examine(_looked_at(folder / "adapter", rows))
     nats, share = found["near"]
     for row, value in zip(certificate["canaries"], found["canaries"], strict=True):
         if not abs(value - row["logprob"]) <= nats + share * abs(row["logprob"]):
@@ -261,3 +266,24 @@ def verified(folder: Path) -> dict[str, Any]:
                 f"{folder}: the adapter gives {row['where']} log p = {value:.6g}, and gave it {row['logprob']:.6g}."
             )
     return certificate
+
+
+def _verified_alone(folder: Path) -> dict[str, Any]:
+    """What its manifest says of an adapter, by a fresh process that loads it on its base; as much of a certificate as there is."""
+    adapter = read_adapter(folder)
+    if adapter.method is None:
+        raise ArtifactError(f"{folder}: has no manifest of Trimtab's (trimtab.json), so nothing says what it was.")
+    found = _examine(_looked_at(folder, []))
+    tests = [
+        Tested("files", "passed", f"the adapter's {len(adapter.tensors)} tensors and its configuration are what was saved"),
+        Tested("base", "passed", "the base is the one that it was trained on, weights, tokenizer and template")
+        if found["finite"]
+        else Tested("base", "failed", "the adapter holds values that are not finite"),
+        Tested("certificate", "noted", "an adapter by itself has none: the folder of its run does"),
+    ]
+    return {"passed": found["finite"], "tests": [asdict(one) for one in tests], "answers": []}
+
+
+def _looked_at(folder: Path, canaries: list[dict[str, Any]]) -> dict[str, Any]:
+    """A job that only loads an adapter and recognizes it."""
+    return {"folder": str(folder), "canaries": canaries, "prompts": [], "longest": 0, "measure": False}

@@ -102,11 +102,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _proof_words(add: Callable[..., argparse.ArgumentParser]) -> None:
-    text = "repeat what a run's certificate says: its files, and what its adapter does in a fresh process"
+    text = "repeat what a run's certificate says: its files, and what its adapter does in a fresh process; or check an adapter"
     verify = add(
         "verify", commands.verify, text, "Ends with exit code 4 if a file is not what it was, 7 if the adapter is not."
     )
-    verify.add_argument("target", metavar="FOLDER", type=Path)
+    verify.add_argument("target", metavar="RUN|ADAPTER", type=Path)
     verify.add_argument("--json", action="store_true", help="print the certificate as JSON")
 
     text = "find out whether an upgrade of a library has broken something, in under a minute"

@@ -31,7 +31,8 @@ def examined(job: dict[str, Any]) -> dict[str, Any]:
     """Measure what the job names.
 
     Keys of the job: `folder`, an adapter's; `canaries`, rows whose log-probabilities are asked for; `prompts`, tokens to answer, and
-    `longest`, the tokens of the longest answer that is expected; `rows` and `objective`, to be measured with and without the adapter.
+    `longest`, the tokens of the longest answer that is expected; `rows` and `objective`, to be measured with and without the adapter,
+    as general text is, if `measure` says so.
     """
     target = open_target(job["folder"])
     base, adapter = target.base, target.adapter
@@ -45,6 +46,8 @@ def examined(job: dict[str, Any]) -> dict[str, Any]:
     limit = min(MOST_NEW_TOKENS, 2 * job["longest"] + 32)
     answers = generate(base.model, job["prompts"], base.stop_ids, max_new_tokens=limit) if job["prompts"] else []
     found["answers"] = [{"text": base.decode(answer), "stopped": len(answer) < limit} for answer in answers]
+    if not job["measure"]:
+        return found
     rows, objective = [Row(**row) for row in job["rows"]], Objective.pick(job["objective"])
     for name, off in (("adapter", False), ("base", True)):
         with adapter.disabled() if off else nullcontext():

@@ -20,7 +20,7 @@ from trimtab.errors import ArtifactError, StorageError
 
 try:
     import fcntl
-except ImportError:  # not on Windows
+except ImportError:  # pragma: no cover (Windows)
     fcntl = None  # type: ignore[assignment]
 
 TEMPORARY = ".writing-"
@@ -133,6 +133,12 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
+def remove_file(path: Path) -> None:
+    """Remove a file, if it is there. Raises StorageError."""
+    with writing(path):
+        path.unlink(missing_ok=True)
+
+
 def remove_folder(path: Path) -> None:
     """Remove a folder, hiding it first, so that a crash half-way leaves nothing that looks whole."""
     hidden = path.with_name(f"{TEMPORARY}removed-{os.getpid()}-{path.name}")
@@ -210,7 +216,7 @@ def _sync_file(path: Path) -> None:
 
 
 def _sync_folder(path: Path) -> None:
-    if os.name == "posix":  # elsewhere a folder cannot be opened, and rename is durable without it
+    if os.name == "posix":  # pragma: no branch (elsewhere a folder cannot be opened, and rename is durable without it)
         _sync_file(path)
 
 

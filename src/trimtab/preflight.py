@@ -10,11 +10,12 @@ from trimtab.base import Base
 from trimtab.data import COMPARED, Finding, Loaded, first_examples, load_data, prove
 from trimtab.deploy import load_adapter, sample
 from trimtab.engine import check_packing
-from trimtab.errors import StorageError
+from trimtab.errors import RecipeError, StorageError
 from trimtab.methods import Attached, attach
 from trimtab.prepare import continued
 from trimtab.recipe import Recipe
 from trimtab.saving import KEPT
+from trimtab.train import planned_memory
 
 
 @dataclass
@@ -56,6 +57,15 @@ def preflight(given: Opened) -> list[Finding]:
     recipe, data = given.recipe, given.data
     examples = first_examples(recipe.absolute().data, COMPARED, recipe.objective.learns_from)
     return [*prove(data, examples, given.base), _capacity(given.adapter, data), _disk(recipe, given.adapter)]
+
+
+def memory_needed(given: Opened) -> Finding:
+    """What training will hold at a time; it is planned again when it starts, by what is free then."""
+    try:
+        planned = planned_memory(given.base, given.recipe.train, given.data.train)
+    except RecipeError as error:
+        return Finding("memory", "problem", str(error))
+    return Finding("memory", "good", planned.words, {"pack_tokens": planned.pack_tokens, "kept": planned.kept})
 
 
 def check_disk(findings: list[Finding]) -> None:

@@ -61,7 +61,7 @@ class Unfinished:
     def clear(self) -> None:
         """Take away what was written after the state, or half."""
         for path in self.folder.rglob(f"{files.TEMPORARY}*"):
-            files.remove_folder(path) if path.is_dir() else path.unlink(missing_ok=True)
+            files.remove_folder(path) if path.is_dir() else files.remove_file(path)
         for folder in (*(self.folder / STATES).glob("step-*"), *(self.folder / CHECKPOINTS).glob("step-*")):
             if int(folder.name.removeprefix("step-")) > self.step:
                 files.remove_folder(folder)

@@ -209,7 +209,7 @@ def _train(run: Run, ready: _Ready, state: State | None, watch: Watcher) -> tupl
     if state is not None:
         optimizer.load(state.tensors, state.step, state.facts["skipped"])
     progress, few = Progress(**state.facts) if state is not None else Progress(), canaries(ready.data)
-    saver = Saver(run, ready.base, optimizer, progress, lambda: _seen(ready.base, few))
+    saver = Saver(run, ready.base, optimizer, progress, lambda scored: _seen(ready.base, few, scored))
     done, every = saver.done, recipe.train.evaluate_every or max(1, -(-len(steps) // 4))
     # What the base without the adapter can't read, or is not the start of, is compared with as it starts.
     as_it_starts = bool(recipe.method.new_tokens) or recipe.objective.compares or recipe.start is not None
@@ -220,8 +220,7 @@ def _train(run: Run, ready: _Ready, state: State | None, watch: Watcher) -> tupl
             with ready.adapter.disabled():
                 _evaluate(run, ready, 0, watch)
         done.compared = True
-        scored = _evaluate(run, ready, number, watch)
-        saver.save(number, train_loss, scored.loss if scored else None)
+        saver.save(number, train_loss, _evaluate(run, ready, number, watch))
 
     if as_it_starts and state is None:
         _evaluate(run, ready, 0, watch)
@@ -253,9 +252,10 @@ def _train(run: Run, ready: _Ready, state: State | None, watch: Watcher) -> tupl
     return done, _unmoved(first, optimizer) if len(steps) >= MOVED_BY else []
 
 
-def _seen(base: Base, rows: list[Row]) -> list[tuple[str, float]]:
-    """Each row's place, and its Σ log p in the model as it stands."""
-    return [(row.where, value) for row, value in zip(rows, logprobs(base, rows, PACK_TOKENS), strict=True)]
+def _seen(base: Base, rows: list[Row], scored: Loss | None) -> list[tuple[str, float]]:
+    """Each canary's place, and its Σ log p in the model as it stands: they are the first of the rows that were measured, if any were."""
+    values = scored.logprobs[: len(rows)] if scored else logprobs(base, rows, PACK_TOKENS)
+    return [(row.where, value) for row, value in zip(rows, values, strict=True)]
 
 
 def _unmoved(first: dict[str, str], optimizer: Optimizer) -> list[str]:

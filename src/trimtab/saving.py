@@ -4,6 +4,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from trimtab import files
 from trimtab.artifacts import State, saved_states, write_state
 from trimtab.base import Base
 from trimtab.deploy import save_adapter
-from trimtab.errors import NonFinite
+from trimtab.errors import NonFinite, StorageError
+from trimtab.evaluate import Loss
 from trimtab.train import Optimizer
 
 STATES, CHECKPOINTS, METRICS, LOCK = "states", "checkpoints", "metrics.jsonl", "lock"
@@ -57,11 +59,17 @@ class Saver:
     """Saves adapters, and all that the run goes on from; keeps of them what is still needed."""
 
     def __init__(
-        self, run: Run, base: Base, optimizer: Optimizer, done: Progress, canaries: Callable[[], list[tuple[str, float]]]
+        self,
+        run: Run,
+        base: Base,
+        optimizer: Optimizer,
+        done: Progress,
+        canaries: Callable[[Loss | None], list[tuple[str, float]]],
     ) -> None:
         """
         Args:
             canaries: What the model as it stands makes of a few rows, by their places; its adapter is recognized by that later.
+                Given what has just been made of the held-out rows, if it has.
         """
         self.run, self.base, self.optimizer, self.done, self.canaries = run, base, optimizer, done, canaries
         self.started = time.perf_counter() - done.seconds
@@ -71,13 +79,13 @@ class Saver:
         step = self.done.last["step"]
         return (step % every == 0 or step == steps) and self.done.last["eval_loss"] is None
 
-    def save(self, step: int, train_loss: float | None, eval_loss: float | None) -> None:
+    def save(self, step: int, train_loss: float | None, scored: Loss | None) -> None:
         """Save everything as it stands after this step."""
         if broken := self.optimizer.not_finite():
             raise NonFinite(
                 f"After step {step}, {broken[0]} holds values that are not numbers, so it is not saved. Lower train.lr."
             )
-        canaries = self.canaries()
+        canaries, eval_loss = self.canaries(scored), scored.loss if scored else None
         if broken := [where for where, value in canaries if not math.isfinite(value)]:
             raise NonFinite(
                 f"After step {step}, the model gives {broken[0]} a log-probability that is not a number, so it is not saved. Lower train.lr."
@@ -117,7 +125,7 @@ def keep_adapters(folder: Path, names: set[str]) -> None:
 
 
 def end(folder: Path) -> None:
-    """Let go of what a run goes on from: it has ended."""
-    (folder / LOCK).unlink(missing_ok=True)
-    if (folder / STATES).exists():
+    """Let go of what a run goes on from: it has ended well, so a disk that fails now can only leave some of that behind."""
+    with suppress(StorageError):
+        files.remove_file(folder / LOCK)
         files.remove_folder(folder / STATES)

@@ -1,9 +1,10 @@
-"""Limits of a chat template, which comes with a model from wherever: how long it may take, and how much it may write.
+"""Limits of a chat template, which comes with a model from wherever: how long it may take, and how much it may write and hold.
 
 Transformers runs it in Jinja's immutable sandbox, which keeps it from Python, and from nothing else.
 """
 
 import ctypes
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,16 +13,26 @@ from functools import lru_cache
 
 from trimtab.errors import DataError
 
+try:
+    import resource
+except ImportError:  # not on Windows
+    resource = None  # type: ignore[assignment]
+
 SECONDS, LOOK_EVERY = 10.0, 0.25
 CHARACTERS = 50_000_000
 """The longest text that a template may make of a conversation."""
 FACTOR = 10_000
 """The largest number that it may multiply by, which with a text takes memory at once."""
 
+MEMORY = 2 << 30
+"""Bytes that it may ask the system for."""
+
 _deadlines: dict[int, float] = {}
 """By the identity of a thread: when what it runs must have ended."""
 _lock = threading.Lock()
 _watching: list[threading.Thread] = []
+_rendering = threading.Lock()
+"""Held while the process has little memory, which is so for all of its threads."""
 
 
 class TooLong(Exception):
@@ -54,15 +65,35 @@ def _watch() -> None:
                     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(TooLong))
 
 
+@contextmanager
+def little_memory() -> Iterator[None]:
+    """In the block, whoever asks the system for more than MEMORY gets a MemoryError; where the system can be told so."""
+    if resource is None or not os.path.exists("/proc/self/statm"):
+        yield
+        return
+    with _rendering:
+        before = resource.getrlimit(resource.RLIMIT_AS)
+        with open("/proc/self/statm") as file:
+            limit = int(file.read().split()[0]) * resource.getpagesize() + MEMORY
+        if before[0] == resource.RLIM_INFINITY or limit < before[0]:
+            resource.setrlimit(resource.RLIMIT_AS, (limit, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, before)
+
+
 def rendered(template: str, render: Callable[[], str], seconds: float = SECONDS) -> str:
     """What the template makes of a conversation. Raises DataError if it does not accept it, or exceeds a limit."""
     if (factor := _factor(template)) is not None:
         raise DataError(f"the model's chat template multiplies by {factor:,}, which could take all memory: it is not run.")
     try:
-        with limited(seconds):
+        with little_memory(), limited(seconds):
             text = render()
     except TooLong:
         raise DataError(f"the model's chat template does not end within {seconds:g} s") from None
+    except MemoryError:
+        raise DataError(f"the model's chat template needs more than {MEMORY / 1e9:.1f} GB of memory") from None
     except Exception as error:  # templates raise what they like
         raise DataError(f"the model's chat template does not accept it: {error}") from None
     if len(text) > CHARACTERS:

@@ -2,16 +2,14 @@
 
 import json
 import os
-import resource
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from trimtab.base import Base, ModelConfig
+from trimtab.bench.peers import peak_gb
 from trimtab.data import pack_all, units
 from trimtab.data.example import Sequence as Row
 from trimtab.deploy import load_adapter
@@ -44,13 +42,6 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
     ]
     losses = [step.loss for step in train(base, adapter, objective, steps, config, spec["lr"], memory)]
     return {"losses": losses, "seconds": time.perf_counter() - started, "peak_gb": peak_gb()}
-
-
-def peak_gb() -> float:
-    """The most memory that this process has had: on the device if there is one, else of the machine."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
 
 
 if __name__ == "__main__":

@@ -12,12 +12,12 @@ def check(arguments: argparse.Namespace) -> None:
         from trimtab import files
         from trimtab.config import read
         from trimtab.data import refuse_problems
-        from trimtab.preflight import check_disk, opened, preflight, shown
+        from trimtab.preflight import check_disk, memory_needed, opened, preflight, shown
         from trimtab.recipe import Recipe
         from trimtab.report.proof import proof_page, proof_table
 
     given = opened(read(Recipe, arguments.recipe, arguments.words))
-    findings, rows = preflight(given), shown(given.base, given.data, arguments.show)
+    findings, rows = [*preflight(given), memory_needed(given)], shown(given.base, given.data, arguments.show)
     if arguments.html is not None:
         files.write_text(arguments.html, proof_page(findings, rows))
     if arguments.json:

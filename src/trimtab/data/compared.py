@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from trimtab.data.example import Conversation, Example, Judged, Kind, Preference, Text
+from trimtab.data.example import Conversation, Example, Judged, Kind, Preference
 from trimtab.data.read import kind
 from trimtab.data.shapes import ANSWERS, Refused, Shape
 
@@ -111,9 +111,7 @@ def _whole_conversations(row: dict[str, Any], where: str) -> Example:
 
 def _last_alone(example: Example, what: str) -> Conversation:
     """The conversation, of which the last message alone is learned."""
-    if isinstance(example, Text):
-        raise Refused("is a text without a prompt, so it is no answer to anything")
-    assert isinstance(example, Conversation)
+    assert isinstance(example, Conversation), "shapes of plain texts are not among those that are compared or judged"
     last = len(example.messages) - 1
     if example.messages[last]["role"] != "assistant":
         raise Refused(f"{what} does not end with a message of the assistant's")

@@ -1,6 +1,5 @@
 """The data's proof, before anything is trained: what will be learned is what the rows say, and nothing makes that meaningless."""
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -10,6 +9,7 @@ from trimtab.data.draft import Tokenizing
 from trimtab.data.example import Account, Conversation, Example, Judged, Preference
 from trimtab.data.example import Sequence as Row
 from trimtab.data.labels import prompt_of
+from trimtab.data.leaks import digest, leaks
 from trimtab.data.load import Loaded
 from trimtab.errors import DataError
 
@@ -148,13 +148,9 @@ def _conversations(example: Example) -> list[Conversation]:
     return [example] if isinstance(example, Conversation) else []
 
 
-def _digest(ids: Sequence[int]) -> bytes:
-    return hashlib.blake2b(str(ids).encode(), digest_size=16).digest()
-
-
 def _duplicates(rows: Sequence[Row]) -> Finding:
     first: dict[bytes, str] = {}
-    again = [(row.where, first[key]) for row in rows if first.setdefault(key := _digest(row.ids), row.where) != row.where]
+    again = [(row.where, first[key]) for row in rows if first.setdefault(key := digest(row.ids), row.where) != row.where]
     facts = {"rows": len(again), "first": again[:20]}
     if not again:
         return Finding("duplicates", "good", "no row to learn stands there twice", facts)
@@ -163,33 +159,36 @@ def _duplicates(rows: Sequence[Row]) -> Finding:
 
 
 def _leaks(rows: Sequence[Row], held_out: Sequence[Row]) -> Finding:
-    """Held-out rows that are learned as well, whole or by their prompt (F-catalogue: leakage)."""
+    """Held-out rows that are learned as well: whole, by their prompt, or nearly."""
     if not held_out:
         return Finding("held out", "note", "no rows are held out, so nothing says how good the adapter is: give data.eval", {})
-    whole, prompts = (
-        {_digest(row.ids) for row in rows},
-        {_digest(row.ids[: row.learned[0]]) for row in rows if row.learned[0] > 1},
-    )
-    same = [row.where for row in held_out if _digest(row.ids) in whole]
-    asked = [row.where for row in held_out if row.learned[0] > 1 and _digest(row.ids[: row.learned[0]]) in prompts]
-    facts = {"rows": len(held_out), "learned_too": same[:20], "prompt_learned": asked[:20]}
-    if len(same) == len(held_out):
+    found = leaks(rows, held_out)
+    facts = {
+        "rows": len(held_out),
+        "learned_too": found.whole[:20],
+        "prompt_learned": found.prompts[:20],
+        "nearly_learned": found.nearly[:20],
+    }
+    if len(found.whole) == len(held_out):
         words = (
             f"all {len(held_out):,} held-out rows are learned as well, so their loss would say nothing: remove the duplicates"
         )
         return Finding("held out", "problem", words, facts)
-    if same or asked:
-        words = (
-            f"of {len(held_out):,} held-out rows, {len(same):,} are learned as well and {len(asked):,} have a prompt that is "
-            f"({(same + asked)[0]} is the first): their loss looks better than it is"
-        )
+    counts = [
+        (f"{len(found.whole):,} are learned as well", found.whole[:1]),
+        (f"{len(found.prompts):,} have a prompt that is", found.prompts[:1]),
+        (f"{len(found.nearly):,} are nearly the same as a learned row", [" ≈ ".join(pair) for pair in found.nearly[:1]]),
+    ]
+    said = [f"{words} ({first[0]} is the first)" for words, first in counts if first]
+    if said:
+        words = f"of {len(held_out):,} held-out rows, {' and '.join(said)}: their loss looks better than it is"
         return Finding("held out", "note", words, facts)
     return Finding("held out", "good", f"none of the {len(held_out):,} held-out rows, or of their prompts, is learned", facts)
 
 
 def _answers(rows: Sequence[Row]) -> Finding:
     """What is learned most often: a model that always says it is right as often."""
-    said = Counter(_digest([row.ids[t] for t in row.learned]) for row in rows)
+    said = Counter(digest([row.ids[t] for t in row.learned]) for row in rows)
     (_, most), distinct = said.most_common(1)[0], len(said)
     facts = {"distinct": distinct, "most_common": most}
     words = f"{distinct:,} different answers in {len(rows):,} rows"

@@ -40,6 +40,8 @@ class Loss:
     """The loss of each row (of each pair, say), summed over its items, …"""
     counts: list[int] = field(default_factory=list)
     """… and how many those are."""
+    logprobs: list[float] = field(default_factory=list)
+    """Σ log p of each row's learned tokens, in the order of the rows; of mismatched ones, nothing."""
 
     @property
     def perplexity(self) -> float:
@@ -75,16 +77,20 @@ def score_loss(base: Base, rows: Sequence[Row], pack_tokens: int = 1024, objecti
     sums: list[float] = []
     counts: list[int] = []
     measured: list[dict[str, Tensor]] = []
+    found: dict[int, float] = {}
     learned, pooled = answered(base.model, objective, [pack.to(base.device) for pack in pack_all(rows, pack_tokens)])
     for pack, logprobs in learned:
-        broken = [row.where for row, one in zip(pack.sequences, logprobs.tolist(), strict=True) if not math.isfinite(one)]
-        if broken:
-            raise NonFinite(f"The loss on {broken[0]} is not a number: the model's weights, or an adapter's, are broken.")
+        for row, one in zip(pack.sequences, logprobs.tolist(), strict=True):
+            if not math.isfinite(one):
+                raise NonFinite(f"The loss on {row.where} is not a number: the model's weights, or an adapter's, are broken.")
+            found[id(row)] = one
         sums += objective.losses(logprobs, pack, pooled).tolist()
         counts += objective.counts(pack)
         measured.append(objective.measures(logprobs, pack, pooled))
     tokens = sum(len(row.learned) for pack, _ in learned for row in pack.sequences)
-    return Loss(sum(sums) / sum(counts), _bootstrap(sums, counts), tokens, len(sums), averaged(measured), sums, counts)
+    in_order = [found[id(row)] for row in rows if id(row) in found]
+    loss, interval = sum(sums) / sum(counts), _bootstrap(sums, counts)
+    return Loss(loss, interval, tokens, len(sums), averaged(measured), sums, counts, in_order)
 
 
 def score_answers(

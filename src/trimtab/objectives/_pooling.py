@@ -42,7 +42,7 @@ class Pool:
     @property
     def value(self) -> float:
         """The number that is pooled, from all that has been gathered."""
-        return self.objective.pool(torch.cat(self.differences)) if self.differences else 0.0
+        return self.objective.pool(torch.cat([torch.zeros(0), *self.differences]))
 
 
 @torch.no_grad()

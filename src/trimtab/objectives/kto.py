@@ -63,7 +63,7 @@ class KTO(Comparing):
         return {"accuracy": right(sign * (reward - self.beta * pooled)), "kl": torch.full_like(reward, pooled), **sides}
 
     def pool(self, differences: Tensor) -> float:
-        return max(0.0, float(differences.double().mean()))
+        return max(0.0, float(differences.double().mean())) if len(differences) else 0.0
 
     def _of_sides(self, pack: Pack, like: Tensor) -> tuple[Tensor, Tensor]:
         """Of each answer, 1 if it is good and −1 if it is bad; and its weight."""

@@ -1,0 +1,159 @@
+"""C01-C03, C12-C18: what is saved, and what is loaded."""
+
+import json
+import math
+from pathlib import Path
+
+import peft
+import torch
+from harness import Found, injected, trial
+from peft.utils.hotswap import hotswap_adapter
+from safetensors.torch import load_file, save_file
+from tiny import ROWS, adapted, adapter, apart, hf, llama, logits, saved, small, stirred, trained
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def _opened(folder: str | Path, seed: int = 0) -> peft.PeftModel:
+    return peft.PeftModel.from_pretrained(llama(seed), str(folder)).eval()
+
+
+@trial("C01", "PEFT", r"missing adapter keys")
+def no_tensor_fits(folder: Path) -> Found:
+    saved(folder, trained())
+    named = load_file(folder / WEIGHTS)  # as a wrapper around the model leaves them
+    save_file({name.replace("base_model.model.", "base_model.model.module."): t for name, t in named.items()}, folder / WEIGHTS)
+    with injected():
+        model = _opened(folder)
+    base = torch.equal(logits(model), logits(llama()))
+    return Found(base, f"loaded with {len(named)} keys that fit nothing; the outputs are the base's, to the bit")
+
+
+@trial("C02", "PEFT, PiSSA by a few iterations", r"pissa|residual|convert|initial")
+def saved_is_not_what_was_trained(folder: Path) -> Found:
+    with injected():
+        model = adapted(llama(), init_lora_weights="pissa_niter_4")
+        start = logits(model)
+        hf(folder, model, ROWS, max_steps=5, learning_rate=1e-3).train()
+        base = llama()
+        torch.manual_seed(1)  # another process has other random numbers
+        again = peft.PeftModel.from_pretrained(base, saved(folder / "adapter", model)).eval()
+    model.eval()
+    learned, off = apart(start, logits(model)), apart(logits(again), logits(model))
+    said = f"{off:.0%} from those it was trained to give (training moved them by {learned:.0%})"
+    return Found(off > 1e-3, f"loaded again, its logits are {said}")
+
+
+@trial("C03", "HF Trainer, PEFT", r"modules_to_save|not saved|will not be saved|trainable")
+def something_trained_is_not_saved(folder: Path) -> Found:
+    model = adapted(llama())
+    model.get_output_embeddings().weight.requires_grad_(True)  # the head is to be trained too
+    with injected():
+        hf(folder, model, ROWS, max_steps=5).train()
+        again = _opened(saved(folder / "adapter", model))
+    model.eval()
+    head = apart(model.get_output_embeddings().weight, llama().get_output_embeddings().weight)
+    off = apart(logits(again), logits(model))
+    return Found(off > 1e-4, f"a head that training moved by {head:.0%} is not in the file; loaded logits are {off:.0%} off")
+
+
+@trial("C12", "PEFT", r"corrupt|checksum|hash|nan|finite")
+def bits_rot(folder: Path) -> Found:
+    model = trained()
+    path = Path(saved(folder, model)) / WEIGHTS
+    content = bytearray(path.read_bytes())
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    name = next(key for key in header if "lora_B" in key)
+    content[8 + size + header[name]["data_offsets"][0] + 3] ^= 0x40  # the highest bit of a float32's exponent
+    path.write_bytes(bytes(content))
+    with injected():
+        again = _opened(folder)
+    off = apart(logits(again), logits(model))
+    said = "NaN" if math.isnan(off) else f"{off:.0%} off"
+    return Found(not off <= 1e-6, f"one bit of {path.stat().st_size:,} bytes is flipped: it loads, and the logits are {said}")
+
+
+@trial("C13", "PEFT", r"base model|base_model|different|mismatch")
+def another_base(folder: Path) -> Found:
+    model = stirred(adapted(llama()))
+    saved(folder / "adapter", model)
+    with injected():
+        again = _opened(folder / "adapter", seed=1)  # a base of the same shape, of which nobody has trained it
+    off = apart(logits(again), logits(model))
+    return Found(
+        off > 1e-3, f"it loads on another base of the same shape; the logits are {off:.0%} from those it learned to give"
+    )
+
+
+@trial("C14", "PEFT", r"lora_alpha|config")
+def configuration_was_edited(folder: Path) -> Found:
+    model = trained()
+    path = Path(saved(folder, model)) / "adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"lora_alpha": config["lora_alpha"] * 10}))
+    with injected():
+        again = _opened(folder)
+    off = apart(logits(again), logits(model))
+    return Found(off > 1e-3, f"with lora_alpha edited from 16 to 160 it loads, and the logits are {off:.0%} off")
+
+
+@trial("C15", "PEFT", r"dtype|bfloat16|float32")
+def another_type_after_loading(folder: Path) -> Found:
+    model = stirred(adapted(llama().to(torch.bfloat16)))
+    saved(folder, model)
+    wanted = list(adapter(model).values())
+    with injected():
+        again = peft.PeftModel.from_pretrained(llama().to(torch.bfloat16), str(folder))
+        again.load_adapter(str(folder), adapter_name="second")
+    got = adapter(again)
+    off = 0
+    for name in ("default", "second"):
+        numbers = [tensor for path, tensor in got.items() if f".{name}." in path]
+        off += sum(a.dtype != b.dtype or not torch.equal(a, b) for a, b in zip(numbers, wanted, strict=True))
+    return Found(off > 0, f"{off} of {2 * len(wanted)} float32 tensors on a bfloat16 base are others once they are loaded")
+
+
+def _three(folder: Path, **second: object) -> tuple[str, str, str]:
+    """Three saved adapters; the second with settings of its own."""
+    shapes: tuple[dict, ...] = ({}, second, {})
+    return tuple(saved(folder / str(n), trained(seed=n + 1, **shape)) for n, shape in enumerate(shapes))
+
+
+@trial("C16", "PEFT hotswap", r"foobar|missing|other adapter|substring")
+def name_contains_another(folder: Path) -> Found:
+    one, two, three = _three(folder)
+    model = peft.PeftModel.from_pretrained(llama(), one, adapter_name="foo").eval()
+    model.load_adapter(two, adapter_name="foobar")
+    with injected():
+        hotswap_adapter(model, three, adapter_name="foo")
+        model.set_adapter("foobar")
+    zeros = all(not parameter.any() for path, parameter in model.named_parameters() if ".foobar." in path)
+    off = apart(logits(model), logits(_opened(two)))
+    said = "every weight of it is zero" if zeros else "its weights are others"
+    return Found(off > 1e-6, f'after a swap of "foo", "foobar" is {off:.0%} off: {said}')
+
+
+@trial("C17", "PEFT", r"already|exists|overwrit|in use")
+def name_is_used_twice(folder: Path) -> Found:
+    one, two, _ = _three(folder, lora_alpha=64)
+    with injected():
+        model = peft.PeftModel.from_pretrained(llama(), one).eval()
+        model.load_adapter(two, adapter_name="default")
+    wanted, first = logits(_opened(two)), logits(_opened(one))
+    off = apart(logits(model), wanted)
+    lost = "" if apart(logits(model), first) < 1e-6 else "the first is gone, and "
+    return Found(off > 1e-6, f"taken: {lost}the second acts at the first one's scale, its logits {off:.0%} off")
+
+
+@trial("C18", "PEFT hotswap", r"scal|alpha|rank")
+def old_scale_after_a_swap(folder: Path) -> Found:
+    one, two, _ = _three(folder, lora_alpha=64, r=4)
+    wanted = [logits(_opened(two)), logits(_opened(one))]
+    with injected():
+        model = peft.PeftModel.from_pretrained(llama(), one).eval()
+        off = 0.0
+        for path, want in zip((two, one), wanted, strict=True):
+            hotswap_adapter(model, path, adapter_name="default")
+            off = max(off, apart(logits(model), want))
+    return Found(off > 1e-6, f"swapped to another rank and scale and back, logits are {small(off)} from those of each alone")

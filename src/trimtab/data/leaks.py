@@ -1,0 +1,91 @@
+"""Held-out rows that are learned as well: whole, by their prompt, or nearly."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from trimtab.data.example import Sequence as Row
+
+WINDOW = 8
+"""Tokens that are compared at a time."""
+NEARLY = 0.8
+"""The share of a held-out row's own windows from which a learned row that has them is nearly the same."""
+OWN = 50
+"""Learned rows that may have a window, and 1 in 20 of them, or it is of a template or a phrase, and says nothing."""
+FEWEST = 4
+"""Windows of its own that a row must have to be compared."""
+AT_ONCE = 10_000
+"""Rows whose windows are held in memory."""
+
+
+@dataclass(frozen=True)
+class Leaks:
+    """Places of held-out rows."""
+
+    whole: list[str]
+    prompts: list[str]
+    """Rows whose prompts are learned with other answers too."""
+    nearly: list[tuple[str, str]]
+    """Rows that are neither, and the learned rows that say nearly the same."""
+
+
+def leaks(rows: Sequence[Row], held_out: Sequence[Row]) -> Leaks:
+    """Which held-out rows are learned as well."""
+    whole = {digest(row.ids) for row in rows}
+    prompts = {digest(row.ids[: row.learned[0]]) for row in rows if row.learned[0] > 1}
+    same = [row for row in held_out if digest(row.ids) in whole]
+    asked = [row for row in held_out if row.learned[0] > 1 and digest(row.ids[: row.learned[0]]) in prompts]
+    known = {id(row) for row in (*same, *asked)}
+    nearly = _nearly(rows, [row for row in held_out if id(row) not in known])
+    return Leaks([row.where for row in same], [row.where for row in asked], nearly)
+
+
+def digest(ids: Sequence[int]) -> bytes:
+    return hashlib.blake2b(str(ids).encode(), digest_size=16).digest()
+
+
+def _nearly(rows: Sequence[Row], held_out: Sequence[Row]) -> list[tuple[str, str]]:
+    """Held-out rows most of whose windows are those of one learned row, and that row: a text that was edited, cut or quoted."""
+    theirs, of = _windows(held_out)
+    wanted = theirs.unique()
+    found, times = [(wanted[:0], wanted[:0])], torch.zeros(len(wanted), dtype=torch.long)
+    for start in range(0, len(rows), AT_ONCE):
+        hashes, owners = _windows(rows[start : start + AT_ONCE])
+        at = torch.searchsorted(wanted, hashes).clamp(max=max(0, len(wanted) - 1))
+        hit = wanted[at] == hashes if len(wanted) else torch.zeros_like(hashes, dtype=torch.bool)
+        times += torch.bincount(at[hit], minlength=len(wanted))
+        found.append((at[hit], owners[hit] + start))
+    own = times <= min(OWN, max(3, len(rows) // 20))
+    learned: dict[int, list[int]] = {}
+    for at, owners in found:
+        kept = own[at]
+        for key in (at[kept] * len(rows) + owners[kept]).unique().tolist():
+            learned.setdefault(key // len(rows), []).append(key % len(rows))
+    mine: dict[int, set[int]] = {}
+    for window, row in zip(torch.searchsorted(wanted, theirs).tolist(), of.tolist(), strict=True):
+        if own[window]:
+            mine.setdefault(row, set()).add(window)
+    close: list[tuple[str, str]] = []
+    for number, windows in sorted(mine.items()):
+        shared = Counter(chain.from_iterable(learned.get(window, ()) for window in windows))
+        most = min(shared.items(), key=lambda pair: (-pair[1], pair[0]), default=(0, 0))
+        if len(windows) >= FEWEST and most[1] >= NEARLY * len(windows):
+            close.append((held_out[number].where, rows[most[0]].where))
+    return close
+
+
+def _windows(rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+    """A number for each WINDOW tokens that follow each other in a row, and the row's."""
+    ids = torch.tensor(list(chain.from_iterable(row.ids for row in rows)), dtype=torch.long)
+    owners = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor([len(row.ids) for row in rows], dtype=torch.long))
+    if len(ids) < WINDOW:
+        return ids[:0], owners[:0]
+    factors = torch.tensor([pow(0x9E3779B97F4A7C15, power, 1 << 63) for power in range(1, WINDOW + 1)])
+    hashes = (ids.unfold(0, WINDOW, 1) * factors).sum(1)  # modulo 2⁶⁴
+    inside = owners[: len(hashes)] == owners[WINDOW - 1 :]
+    return hashes[inside], owners[: len(hashes)][inside]

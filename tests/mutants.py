@@ -271,6 +271,8 @@ def main() -> None:
         mutant, survived = trial.mutant, status == 0
         assert mutant is not None
         counts[mutant.part][survived] += 1
+        if not len(left) % 50:
+            print(f"{len(left)} left", flush=True)
         if survived:
             print("{}:{} survives\n  - {}\n  + {}".format(mutant.module, mutant.line, *mutant.difference), flush=True)
         trial.folder.cleanup()

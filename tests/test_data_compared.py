@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from templates import CHATML, FAMILIES, base_of, bytes_tokenizer
+from templates import FAMILIES
 
 from trimtab.data import DataConfig, Judged, Preference, load_data, load_examples, units
 from trimtab.errors import DataError
@@ -198,15 +198,6 @@ def test_a_list_of_one_answer_is_that_answer(tmp_path):
 ])  # fmt: skip
 def test_what_is_no_answer_to_a_prompt_is_refused(tmp_path, row, reason):
     assert read(tmp_path, row) == reason
-
-
-def test_a_template_that_writes_prompts_by_their_answers_is_refused(tmp_path):
-    """Then the two answers come after different tokens."""
-    counting = "{{ messages[-1]['content'] | length if messages[-1]['role'] == 'assistant' else '' }}"
-    base = base_of(bytes_tokenizer(("<|im_start|>", "<|im_end|>")), counting + CHATML, eos_token="<|im_end|>")
-    row = {"prompt": "2+2?", "chosen": "4", "rejected": "It is five."}
-    with pytest.raises(DataError, match="chosen"):
-        load_data(DataConfig(train=written(tmp_path, row), eval=0), base, None, 0, "pairs")
 
 
 def test_a_prompt_beside_whole_conversations_may_be_any_of_their_messages(tmp_path):

@@ -640,3 +640,11 @@ def test_rows_stay_as_they_were_read(made):
     with pytest.raises(FrozenInstanceError):
         made.where = "another"
     assert not isinstance(made, Sequence) or (made.shown, made.reference, made.side) == (0, 0.0, None)
+
+
+@pytest.mark.parametrize("prompts", [("2+2?", "3+3?"), ("3+3?", "2+2?")])
+def test_answers_to_different_prompts_are_not_compared(prompts):
+    """Rows that are read never come so far; pairs made in Python may."""
+    chosen, rejected = (conversation(prompt, answer) for prompt, answer in zip(prompts, "45", strict=True))
+    reason = refusal(Preference(chosen, rejected, "data:1"), FAMILIES["chatml"].make())
+    assert reason == "chosen and rejected come after different tokens, so they can't be compared"

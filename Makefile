@@ -35,10 +35,10 @@ check: $(READY)  ## formatting, lint, types
 test: check  ## everything that has to hold; what CI runs
 	$(BIN)/pytest -n 2 --dist worksteal
 
-soak: $(READY)  ## kill training a thousand times, and see every run end as if nothing had been (about an hour)
+soak: $(READY)  ## kill training a thousand times, and see every run end as if nothing had been (about 5 minutes)
 	$(BIN)/python tests/soak.py 1000
 
-mutants: $(READY)  ## put faults into the code that must not go wrong, and count those that the tests see (about an hour)
+mutants: $(READY)  ## put faults into the code that must not go wrong, and count those that the tests see (about an hour on 2 cores)
 	$(BIN)/python -m pip install --quiet 'cosmic-ray==8.7.0' --constraint constraints.txt
 	$(BIN)/python tests/mutants.py
 

@@ -119,6 +119,10 @@ def test_holding_out_every_row_is_refused(tmp_path, rows, held, count):
     )
 
 
+def test_a_whole_number_may_be_written_with_a_point():
+    assert DataConfig(train=("rows.jsonl",), eval=3.0) == DataConfig(train=("rows.jsonl",), eval=3)
+
+
 @pytest.mark.parametrize("held", [-1, -0.5, 1.5, True, None])
 def test_an_impossible_amount_to_hold_out_is_a_recipe_error(held):
     with pytest.raises(RecipeError) as caught:

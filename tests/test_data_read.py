@@ -110,6 +110,12 @@ def test_a_csv_cell_may_be_longer_than_128_kib(tmp_path):
     assert places(source) == [(":2", {"text": "x" * 200_000}), (":3", {"text": "y"})]
 
 
+def test_a_csv_file_may_have_many_columns(tmp_path):
+    names = [f"c{n}" for n in range(300)]
+    source = written(tmp_path, "rows.csv", f"{','.join(names)}\n{','.join(map(str, range(300)))}\n")
+    assert places(source) == [(":2", {name: str(n) for n, name in enumerate(names)})]
+
+
 def test_a_csv_column_without_a_name_is_kept(tmp_path):
     """Pandas writes its row numbers so."""
     source = written(tmp_path, "rows.csv", ",prompt,completion\n0,a,b\n")

@@ -19,7 +19,6 @@ from trimtab.errors import DataError
 AT_A_TIME = 1000
 """Examples that are tokenized at a time: what a tokenizer says of a text takes a hundred times the memory of its tokens."""
 
-Offsets = list[tuple[int, int]]
 _known: dict[int, int] = {}
 """Every number once, however many rows hold it: a number that Python makes anew takes four times a reference's memory."""
 
@@ -123,12 +122,11 @@ def _encode(drafts: list[Draft], base: Tokenizing) -> Iterator[list[Any]]:
 
 
 def _sequence(draft: Draft, encoded: list[Any], base: Tokenizing, where: str) -> Sequence:
-    ids, offsets, firsts = _split_at_answers(draft, encoded, base)
+    ids, ends, firsts = _split_at_answers(draft, encoded, base)
     learned: list[int] = []
     for first, answer in zip(firsts, draft.answers, strict=True):
         if draft.in_turns:
-            ends = (t for t in range(first, len(ids)) if ids[t] == base.end_of_turn and offsets[t][1] <= answer.limit)
-            last = next(ends, None)
+            last = next((t for t in range(first, len(ids)) if ids[t] == base.end_of_turn and ends[t] <= answer.limit), None)
             if last is None:
                 raise NotAPrefix
         else:
@@ -139,24 +137,24 @@ def _sequence(draft: Draft, encoded: list[Any], base: Tokenizing, where: str) ->
     return Sequence(ids, learned, where, len(ids))
 
 
-def _split_at_answers(draft: Draft, encoded: list[Any], base: Tokenizing) -> tuple[list[int], Offsets, list[int]]:
-    """The tokens, their characters, and the first token of each answer, before which stand exactly the prompt's tokens.
+def _split_at_answers(draft: Draft, encoded: list[Any], base: Tokenizing) -> tuple[list[int], list[int], list[int]]:
+    """The tokens, where they end in the text, and the first token of each answer, before which stand exactly the prompt's tokens.
 
     A tokenizer may join the prompt's last characters with the answer's first ("2+" and "+" as "++"), or divide the prompt
     in another way when something follows it.
     """
     text, *prompts = encoded
-    ids, offsets = list(text.ids), list(text.offsets)
+    ids, ends = list(text.ids), _ends(text)
     if draft.answers[0].start == 0:
-        return ids, offsets, [text.before]
+        return ids, ends, [text.before]
 
     def begins(prompt: Any, answer: Answer) -> bool:
         n = len(prompt.ids)
-        return ids[:n] == list(prompt.ids) and all(end <= answer.start for _, end in offsets[:n])
+        return ids[:n] == list(prompt.ids) and all(end <= answer.start for end in ends[:n])
 
     firsts = [len(prompt.ids) for prompt in prompts]
     if all(begins(prompt, answer) for prompt, answer in zip(prompts, draft.answers, strict=True)):
-        return ids, offsets, firsts
+        return ids, ends, firsts
     if len(draft.answers) > 1:
         raise NotAPrefix
     start = draft.answers[0].start
@@ -164,7 +162,12 @@ def _split_at_answers(draft: Draft, encoded: list[Any], base: Tokenizing) -> tup
     cut = [*prompts[0].ids, *rest.ids]
     if base.decode(cut) != base.decode(ids):
         raise Refused("the tokenizer joins the end of the prompt with the start of the answer, and cannot write them apart")
-    return cut, [*prompts[0].offsets, *((a + start, b + start) for a, b in rest.offsets)], firsts
+    return cut, [*_ends(prompts[0]), *(start + end for end in _ends(rest))], firsts
+
+
+def _ends(encoded: Any) -> list[int]:
+    """Where each token ends in its text, in characters."""
+    return [end for _, end in encoded.offsets]
 
 
 def _cut(sequences: list[Sequence], max_length: int | None, truncate: bool) -> list[Sequence]:

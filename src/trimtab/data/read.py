@@ -141,7 +141,7 @@ def _json_array(path: Path) -> Iterator[Row | Refusal]:
 
 
 def _csv(path: Path, delimiter: str) -> Iterator[Row | Refusal]:
-    csv.field_size_limit(2**31 - 1)  # a document may be longer than the 128 KiB that it allows unless told
+    csv.field_size_limit(2_147_483_647)  # a document may be longer than the 128 KiB that it allows unless told
     with open(path, encoding="utf-8-sig", newline="") as file:
         lines, start = csv.reader(file, delimiter=delimiter, strict=True), 1
         names: list[str] = []

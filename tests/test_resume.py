@@ -369,6 +369,11 @@ def test_a_state_of_another_version_is_refused(tmp_path):
         ({"format": 2}, "has format 2, and this version of Trimtab reads 1"),
         ({"more": 1}, "is not a state of this"),
     ):
+        files.write_json(folder / "state.json", {**manifest, **changes, "digest": files.json_digest(manifest)})
+        with pytest.raises(
+            ArtifactError, match="is not a state of this" if "more" in changes else "changed since it was saved"
+        ):
+            read_state(folder)
         changed = {**manifest, **changes}
         files.write_json(folder / "state.json", {**changed, "digest": files.json_digest(changed)})
         with pytest.raises(ArtifactError, match=words):

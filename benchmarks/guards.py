@@ -23,8 +23,9 @@ GUARDS = {
     "what training has moved": "run:Optimizer.digests",
     "whether values are numbers, before they are saved": "saving:Optimizer.not_finite",
     "rows by which the adapter is recognized": "run:_seen",
-    "all that the run goes on from": "saving:write_state",
 }
+BESIDES = {"all that the run goes on from": "saving:write_state"}
+"""What is no guard: the price of being able to go on."""
 
 
 def one(path: str) -> None:
@@ -35,12 +36,13 @@ def one(path: str) -> None:
     from trimtab.run import run_recipe
 
     asked = json.loads(Path(path).read_text())
-    note(GUARDS, marks)
+    note(GUARDS | BESIDES, marks)
     run = run_recipe(read(Recipe, Path(asked["recipe"]), [f"output={asked['folder']}/run", "certify=false"]))
     seconds = time.time() - started
-    of = {name: [end - begin for known, begin, end in marks if known == name] for name in GUARDS}
-    guards = {name: {"times": len(each), "seconds": sum(each)} for name, each in of.items()}
-    print(json.dumps({"seconds": seconds, "steps": run.state["steps"], "guards": guards}))
+    of = {name: [end - begin for known, begin, end in marks if known == name] for name in GUARDS | BESIDES}
+    spent = {name: {"times": len(each), "seconds": sum(each)} for name, each in of.items()}
+    kinds = {"guards": {name: spent[name] for name in GUARDS}, "besides": {name: spent[name] for name in BESIDES}}
+    print(json.dumps({"seconds": seconds, "steps": run.state["steps"], **kinds}))
 
 
 def main() -> None:
@@ -50,10 +52,10 @@ def main() -> None:
     result = run_apart(__file__, lambda folder: {"recipe": recipe, "folder": str(folder)}, 1)
     if "error" in result:
         sys.exit(result["error"])
-    for name, guard in result["guards"].items():
+    for name, guard in (result["guards"] | result["besides"]).items():
         print(f"{name}: {guard['seconds']:.2f} s in {guard['times']} times, {guard['seconds'] / result['seconds']:.2%}")
     spent = sum(guard["seconds"] for guard in result["guards"].values())
-    print(f"in all {spent:.2f} of {result['seconds']:.1f} s, {spent / result['seconds']:.2%}  (load {os.getloadavg()[0]:.1f})")
+    print(f"guards in all {spent:.2f} of {result['seconds']:.1f} s, {spent / result['seconds']:.2%}  (load {os.getloadavg()[0]:.1f})")
     write_json(RESULTS, result)
 
 

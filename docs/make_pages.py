@@ -209,8 +209,10 @@ def guards_table() -> str:
         lines.append(f"| {name} | {one['times']} | {one['seconds']:.2f} | {one['seconds'] / run['seconds']:.2%} |")
     spent = sum(one["seconds"] for one in run["guards"].values())
     lines.append(
-        f"| in all, of {run['steps']} steps in {run['seconds']:.0f} s | | {spent:.2f} | {spent / run['seconds']:.2%} |"
+        f"| **in all**, of {run['steps']} steps in {run['seconds']:.0f} s | | {spent:.2f} | {spent / run['seconds']:.2%} |"
     )
+    for name, one in run["besides"].items():
+        lines.append(f"| besides, {name} | {one['times']} | {one['seconds']:.2f} | {one['seconds'] / run['seconds']:.2%} |")
     return "\n".join(lines) + "\n"
 
 

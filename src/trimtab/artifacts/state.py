@@ -43,12 +43,18 @@ def write_state(states: Path, state: State) -> Path:
         digest = hashlib.sha256(content).hexdigest()  # of what was to be written, so that reading it back says whether it was
         manifest = {"format": FORMAT, "step": state.step, "facts": state.facts, "tensors": digest}
         files.write_json(new / MANIFEST, {**manifest, "digest": files.json_digest(manifest)})
-    read_state(folder)
+    _manifest(folder)
     return folder
 
 
 def read_state(folder: Path) -> State:
     """Raises ArtifactError if it is not what was written."""
+    manifest = _manifest(folder)
+    return State(manifest["step"], read_tensors(folder / TENSORS), manifest["facts"])
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """What state.json says, if it and the tensors' file are what was written. Raises ArtifactError."""
     manifest = files.read_manifest(folder / MANIFEST)
     if set(manifest) != KEYS:
         raise ArtifactError(f"{folder / MANIFEST}: is not a state of this version of Trimtab.")
@@ -60,7 +66,7 @@ def read_state(folder: Path) -> State:
         )
     if not (folder / TENSORS).is_file() or files.sha256_file(folder / TENSORS) != manifest["tensors"]:
         raise ArtifactError(f"{folder / TENSORS}: is missing, or changed since it was saved.")
-    return State(manifest["step"], read_tensors(folder / TENSORS), manifest["facts"])
+    return manifest
 
 
 def saved_states(states: Path) -> list[Path]:

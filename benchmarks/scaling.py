@@ -98,7 +98,7 @@ def main() -> None:
         measure = {
             "rows": loaded,
             "packs": lambda tokens: trained(170, 8, 4, round(tokens / 170)),
-            "lengths": lambda length: trained(length, 8, 3),
+            "lengths": lambda length: trained(length, 8, 3 if length < 16384 else 2),
             "ranks": lambda rank: trained(1024, rank, 4),
         }
         result = measure[what](value)

@@ -123,7 +123,7 @@ def test_held_out_rows_that_are_nearly_learned_are_named():
     assert (found.whole, found.prompts, len(found.nearly)) == (["same"], ["same", "asked"], 2)
     assert leaks(rows[:3], []).nearly == leaks([], held).nearly == []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module_of_leaks, "AT_ONCE", 7)
+        patch.setattr(module_of_leaks, "AT_ONCE", 700)
         assert leaks(rows, held).nearly == [("edited", "rows:7"), ("cut", "rows:8")]
 
 

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from templates import CHATML, FAMILIES, QWEN3, base_of, bytes_tokenizer, pieces_tokenizer, plain, puts_around, without_end
+from tokenizers import Regex, pre_tokenizers
 
 from trimtab.data import Account, Conversation, Judged, Preference, Text, make_sequences, prompt_of
 from trimtab.data.example import Sequence
@@ -356,9 +357,10 @@ def test_a_control_token_that_swallows_the_answers_white_space_is_refused():
     ))  # fmt: skip
     (sequence,) = sequences_of(conversation("Hi", "hello"), base)
     assert said(base, sequence) == ["hello<|im_end|>"]
-    assert refusal(conversation("Hi", " hello"), base) == (
-        "the tokenizer joins the end of the prompt with the start of the answer, and cannot write them apart"
-    )
+    for answer in (" hello", " \x01hello"):  # what comes apart stands before and behind what it should be in an alphabet
+        assert refusal(conversation("Hi", answer), base) == (
+            "the tokenizer joins the end of the prompt with the start of the answer, and cannot write them apart"
+        )
 
 
 # Prompt and completion, and text, without a template
@@ -408,6 +410,26 @@ def test_the_pairs_above_hold_tokens_that_join_and_prompts_that_divide_in_anothe
     # No token lies across the border here, and yet the prompt's tokens are others once the answer follows.
     assert tokens("Response:\n\n")[-1] == "ĊĊ"
     assert tokens("Response:\n\nhello")[-3:] == ["Ċ", "Ċ", "hello"]
+
+
+@pytest.mark.parametrize(("look", "alone", "followed"), [
+    (r"th(?=eX)|he|[^X]|X", ["t", "he"], ["th", "e"]), (r"he(?!X)|th(?=e$)|[^X]|X", ["th", "e"], ["t", "h", "e"]),
+])  # fmt: skip
+def test_a_prompt_that_divides_in_another_way_keeps_its_own_tokens(look, alone, followed):
+    """Whichever of the two comes first in the vocabulary, and no token lies across the border."""
+    tokenizer = bytes_tokenizer(("</s>",))
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(look), "isolated"), letters])
+    base = base_of(tokenizer, eos_token="</s>")
+
+    def tokens(text):
+        return base.tokenizer.convert_ids_to_tokens(encoded(base, text))
+
+    assert tokens("the") == alone
+    assert tokens("theX")[:-1] == followed
+    (sequence,) = sequences_of(completion("the", "X"), base)
+    assert base.tokenizer.convert_ids_to_tokens(sequence.ids) == [*alone, "X", "</s>"]
+    assert sequence.learned == [2, 3]
 
 
 def test_pieces_that_cannot_be_written_apart_are_refused():

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -19,8 +19,8 @@ OWN = 50
 """Learned rows that may have a window, and 1 in 20 of them, or it is of a template or a phrase, and says nothing."""
 FEWEST = 4
 """Windows of its own that a row must have to be compared."""
-AT_ONCE = 10_000
-"""Rows whose windows are held in memory."""
+AT_ONCE = 1_000_000
+"""Tokens whose windows are held in memory, about."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,13 @@ def _nearly(rows: Sequence[Row], held_out: Sequence[Row]) -> list[tuple[str, str
     """Held-out rows most of whose windows are those of one learned row, and that row: a text that was edited, cut or quoted."""
     theirs, of = _windows(held_out)
     wanted = theirs.unique()
+    if not len(wanted):
+        return []
     found, times = [(wanted[:0], wanted[:0])], torch.zeros(len(wanted), dtype=torch.long)
-    for start in range(0, len(rows), AT_ONCE):
-        hashes, owners = _windows(rows[start : start + AT_ONCE])
-        at = torch.searchsorted(wanted, hashes).clamp(max=max(0, len(wanted) - 1))
-        hit = wanted[at] == hashes if len(wanted) else torch.zeros_like(hashes, dtype=torch.bool)
+    for start, several in _parts(rows):
+        hashes, owners = _windows(several)
+        at = torch.searchsorted(wanted, hashes).clamp(max=len(wanted) - 1)
+        hit = wanted[at] == hashes
         times += torch.bincount(at[hit], minlength=len(wanted))
         found.append((at[hit], owners[hit] + start))
     own = times <= min(OWN, max(3, len(rows) // 20))
@@ -79,13 +81,24 @@ def _nearly(rows: Sequence[Row], held_out: Sequence[Row]) -> list[tuple[str, str
     return close
 
 
+def _parts(rows: Sequence[Row]) -> Iterator[tuple[int, Sequence[Row]]]:
+    """Rows of AT_ONCE tokens or a little more, and the first one's number."""
+    start = tokens = 0
+    for end, row in enumerate(rows, 1):
+        tokens += len(row.ids)
+        if tokens >= AT_ONCE or end == len(rows):
+            yield start, rows[start:end]
+            start, tokens = end, 0
+
+
 def _windows(rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
     """A number for each WINDOW tokens that follow each other in a row, and the row's."""
     ids = torch.tensor(list(chain.from_iterable(row.ids for row in rows)), dtype=torch.long)
     owners = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor([len(row.ids) for row in rows], dtype=torch.long))
     if len(ids) < WINDOW:
         return ids[:0], owners[:0]
-    factors = torch.tensor([pow(0x9E3779B97F4A7C15, power, 1 << 63) for power in range(1, WINDOW + 1)])
-    hashes = (ids.unfold(0, WINDOW, 1) * factors).sum(1)  # modulo 2⁶⁴
+    hashes = torch.zeros(len(ids) - WINDOW + 1, dtype=torch.long)
+    for place in range(WINDOW):
+        hashes += ids[place : place + len(hashes)] * pow(0x9E3779B97F4A7C15, place + 1, 1 << 63)  # modulo 2⁶⁴
     inside = owners[: len(hashes)] == owners[WINDOW - 1 :]
     return hashes[inside], owners[: len(hashes)][inside]

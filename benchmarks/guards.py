@@ -55,7 +55,9 @@ def main() -> None:
     for name, guard in (result["guards"] | result["besides"]).items():
         print(f"{name}: {guard['seconds']:.2f} s in {guard['times']} times, {guard['seconds'] / result['seconds']:.2%}")
     spent = sum(guard["seconds"] for guard in result["guards"].values())
-    print(f"guards in all {spent:.2f} of {result['seconds']:.1f} s, {spent / result['seconds']:.2%}  (load {os.getloadavg()[0]:.1f})")
+    print(
+        f"guards in all {spent:.2f} of {result['seconds']:.1f} s, {spent / result['seconds']:.2%}  (load {os.getloadavg()[0]:.1f})"
+    )
     write_json(RESULTS, result)
 
 

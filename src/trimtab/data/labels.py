@@ -144,7 +144,7 @@ def _split_at_answers(draft: Draft, encoded: list[Any], base: Tokenizing) -> tup
     in another way when something follows it.
     """
     text, *prompts = encoded
-    ids, ends = list(text.ids), _ends(text)
+    ids, ends = list(text.ids), [end for _, end in text.offsets]
     if draft.answers[0].start == 0:
         return ids, ends, [text.before]
 
@@ -162,12 +162,7 @@ def _split_at_answers(draft: Draft, encoded: list[Any], base: Tokenizing) -> tup
     cut = [*prompts[0].ids, *rest.ids]
     if base.decode(cut) != base.decode(ids):
         raise Refused("the tokenizer joins the end of the prompt with the start of the answer, and cannot write them apart")
-    return cut, [*_ends(prompts[0]), *(start + end for end in _ends(rest))], firsts
-
-
-def _ends(encoded: Any) -> list[int]:
-    """Where each token ends in its text, in characters."""
-    return [end for _, end in encoded.offsets]
+    return cut, [*(end for _, end in prompts[0].offsets), *(start + end for _, end in rest.offsets)], firsts
 
 
 def _cut(sequences: list[Sequence], max_length: int | None, truncate: bool) -> list[Sequence]:

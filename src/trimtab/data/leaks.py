@@ -75,9 +75,9 @@ def _nearly(rows: Sequence[Row], held_out: Sequence[Row]) -> list[tuple[str, str
     close: list[tuple[str, str]] = []
     for number, windows in sorted(mine.items()):
         shared = Counter(chain.from_iterable(learned.get(window, ()) for window in windows))
-        most = min(shared.items(), key=lambda pair: (-pair[1], pair[0]), default=(0, 0))
-        if len(windows) >= FEWEST and most[1] >= NEARLY * len(windows):
-            close.append((held_out[number].where, rows[most[0]].where))
+        row, most = shared.most_common(1)[0] if shared else (0, 0)
+        if len(windows) >= FEWEST and most >= NEARLY * len(windows):
+            close.append((held_out[number].where, rows[row].where))
     return close
 
 

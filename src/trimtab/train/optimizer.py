@@ -74,13 +74,13 @@ class Optimizer:
         self._adamw.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that further steps depend on: the parameters' values and both moments, by kind and name, on the CPU."""
+        """Everything that further steps depend on: values and both moments, by kind and name, on the CPU; not copied if there."""
         held = {f"value/{name}": parameter.detach() for name, parameter in self.named.items()}
         for name, parameter in self.named.items():
             for ours, theirs in MOMENTS.items():
                 moment = self._adamw.state[parameter].get(theirs) if parameter in self._adamw.state else None
                 held[f"{ours}/{name}"] = torch.zeros_like(parameter) if moment is None else moment
-        return {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in held.items()}
+        return {name: tensor.to("cpu").contiguous() for name, tensor in held.items()}
 
     def load(self, tensors: Mapping[str, Tensor], taken: int, skipped: int = 0) -> None:
         """Go on from there. Raises ArtifactError, changing nothing, if the names, shapes or types are not these parameters'."""

@@ -65,8 +65,7 @@ def _nearly(rows: Sequence[Row], held_out: Sequence[Row]) -> list[tuple[str, str
     own = times <= min(OWN, max(3, len(rows) // 20))
     learned: dict[int, list[int]] = {}
     for at, owners in found:
-        kept = own[at]
-        for key in (at[kept] * len(rows) + owners[kept]).unique().tolist():
+        for key in (at * len(rows) + owners)[own[at]].unique().tolist():
             learned.setdefault(key // len(rows), []).append(key % len(rows))
     mine: dict[int, set[int]] = {}
     for window, row in zip(torch.searchsorted(wanted, theirs).tolist(), of.tolist(), strict=True):

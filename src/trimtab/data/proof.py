@@ -183,7 +183,9 @@ def _leaks(rows: Sequence[Row], held_out: Sequence[Row]) -> Finding:
     if said:
         words = f"of {len(held_out):,} held-out rows, {' and '.join(said)}: their loss looks better than it is"
         return Finding("held out", "note", words, facts)
-    return Finding("held out", "good", f"none of the {len(held_out):,} held-out rows, or of their prompts, is learned", facts)
+    return Finding(
+        "held out", "good", f"none of the {len(held_out):,} held-out rows is learned: whole, by its prompt, or nearly", facts
+    )
 
 
 def _answers(rows: Sequence[Row]) -> Finding:

@@ -183,9 +183,7 @@ def _leaks(rows: Sequence[Row], held_out: Sequence[Row]) -> Finding:
     if said:
         words = f"of {len(held_out):,} held-out rows, {' and '.join(said)}: their loss looks better than it is"
         return Finding("held out", "note", words, facts)
-    return Finding(
-        "held out", "good", f"none of the {len(held_out):,} held-out rows is learned: whole, by its prompt, or nearly", facts
-    )
+    return Finding("held out", "good", f"no held-out row of {len(held_out):,} is learned: whole, nearly or its prompt", facts)
 
 
 def _answers(rows: Sequence[Row]) -> Finding:

@@ -23,10 +23,8 @@ CHARACTERS = 50_000_000
 """The longest text that a template may make of a conversation."""
 FACTOR = 10_000
 """The largest number that it may multiply by, which with a text takes memory at once."""
-
-MEMORY = 2 << 30
-"""Bytes that it may ask the system for."""
-
+MEMORY = 8 << 30
+"""Bytes that it may ask the system for. The base is hashed meanwhile, and its largest matrix may be copied for that."""
 _deadlines: dict[int, float] = {}
 """By the identity of a thread: when what it runs must have ended."""
 _lock = threading.Lock()

@@ -17,7 +17,6 @@ def main(parts: list[str]) -> None:
     chosen = [module for module, (part, _) in MODULES.items() if part in (parts or PARTS)]
     measured = coverage.Coverage(data_file=None, branch=True, include=[str(SOURCE / module) for module in chosen])
     measured.exclude(r"^\s*def .*: \.\.\.$")  # of protocols
-    measured.exclude("if TYPE_CHECKING:")
     measured.start()
     tests = sorted({test for module in chosen for test in MODULES[module][1]})
     paths = [str(Path(__file__).parent / f"{test}.py") for test in tests]

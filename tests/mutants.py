@@ -27,7 +27,7 @@ from typing import NamedTuple, NoReturn
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "trimtab"
-HEAVY = (
+HEAVY = {
     "torch",
     "transformers",
     "tokenizers",
@@ -39,14 +39,12 @@ HEAVY = (
     "peft",
     "trl",
     "accelerate",
-)
+}
 """Packages that are imported once, for all."""
 LIMIT = 900
 """Seconds; a fault that makes the tests take longer is seen."""
 EQUIVALENT = ROOT / "tests" / "equivalent_mutants.json"
 """Faults that are none, because the code does the same: {"MODULE: line -> the line as it is then": why}."""
-
-
 PARTS = {
     "labels": {
         "data/labels.py data/draft.py data/example.py": "test_data_labels test_data_compared test_check test_data_load",
@@ -72,7 +70,7 @@ PARTS = {
 }  # fmt: skip
 """Modules, and the tests that are there for them."""
 MODULES = {
-    f"{module}": (part, tuple(tests.split()))
+    module: (part, tuple(tests.split()))
     for part, several in PARTS.items() for modules, tests in several.items() for module in modules.split()
 }  # fmt: skip
 
@@ -232,7 +230,6 @@ def ready(parts: list[str]) -> None:
     """See the tests pass without a fault, and import here what they import, so that no trial has to."""
     for part in parts:
         process, trial = _begin(None, tests_of(part))
-        seconds = time.monotonic()
         _, status = _ended({process: trial})
         text = (Path(trial.folder.name) / "output.txt").read_text()
         if status:
@@ -241,7 +238,9 @@ def ready(parts: list[str]) -> None:
             with suppress(Exception):
                 importlib.import_module(module)
         trial.folder.cleanup()
-        print(f"{part}: {time.monotonic() - seconds:.0f} s for a fault that survives: {text.splitlines()[-1]}", flush=True)
+        print(
+            f"{part}: {time.monotonic() - trial.started:.0f} s for a fault that survives: {text.splitlines()[-1]}", flush=True
+        )
 
 
 def main() -> None:

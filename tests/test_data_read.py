@@ -4,6 +4,7 @@ import errno
 import json
 import os
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -538,9 +539,7 @@ def test_any_bytes_under_any_ending_are_read_or_refused(tmp_path, content, name)
 def test_a_file_that_a_disk_does_not_give_says_why(tmp_path, monkeypatch):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "a", "completion": "b"}\n')
-    monkeypatch.setattr(
-        reading, "open", lambda *_, **__: (_ for _ in ()).throw(OSError(errno.EIO, os.strerror(errno.EIO))), raising=False
-    )
+    monkeypatch.setattr(reading, "open", Mock(side_effect=OSError(errno.EIO, os.strerror(errno.EIO))), raising=False)
     assert message_of(str(path)) == f"data: {path} cannot be read: Input/output error."
 
 

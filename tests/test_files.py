@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
-from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -575,7 +575,7 @@ def test_where_there_are_no_locks_one_goes_without(tmp_path, monkeypatch):
     ):
         pass
     for without in (
-        SimpleNamespace(flock=lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "no locks")), LOCK_EX=1, LOCK_NB=2),
+        Mock(flock=Mock(side_effect=OSError(errno.ENOLCK, "no locks")), LOCK_EX=1, LOCK_NB=2),
         None,
     ):
         monkeypatch.setattr(files, "fcntl", without)
@@ -593,7 +593,7 @@ def test_a_manifest_is_what_was_written_to_the_last_byte(content, tmp_path):
 
 
 def test_a_disk_that_does_not_say_how_full_it_is_is_full_all_the_same(tmp_path, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: (_ for _ in ()).throw(OSError(errno.EIO, "no")))
+    monkeypatch.setattr(shutil, "disk_usage", Mock(side_effect=OSError(errno.EIO, "no")))
     with (
         pytest.raises(StorageError, match=r"No space left on device\. Free some, or choose another folder\."),
         files.writing(tmp_path / "x"),

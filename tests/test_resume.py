@@ -389,7 +389,6 @@ def test_a_run_that_is_killed_before_it_has_logged_anything_goes_on(here, monkey
         with pytest.raises(Killed):
             run("cut")
     assert not Path("cut/metrics.jsonl").exists()
-    assert [path.name for path in Path("cut").iterdir() if path.name.startswith("step")] == []
     run("cut")
     assert_same("cut", "whole")
 

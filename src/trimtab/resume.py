@@ -109,7 +109,7 @@ def unfinished(recipe: Recipe, notice: Callable[[str], None]) -> Unfinished:
     Args:
         notice: Is told of damage.
     """
-    is_unfinished(recipe)  # it may have ended since that was asked
+    is_unfinished(recipe)  # asked again, now that nobody else writes: it may have ended meanwhile
     facts = files.read_json(recipe.output / "run.json")
     state = newest_state(
         recipe.output / STATES, lambda problem: notice(f"a saved state is damaged, and an earlier one is taken: {problem}")

@@ -64,7 +64,7 @@ def _watch() -> None:
 
 
 @contextmanager
-def little_memory() -> Iterator[None]:
+def _little_memory() -> Iterator[None]:
     """In the block, whoever asks the system for more than MEMORY gets a MemoryError; where the system can be told so."""
     if resource is None or not os.path.exists("/proc/self/statm"):
         yield
@@ -86,7 +86,7 @@ def rendered(template: str, render: Callable[[], str], seconds: float = SECONDS)
     if (factor := _factor(template)) is not None:
         raise DataError(f"the model's chat template multiplies by {factor:,}, which could take all memory: it is not run.")
     try:
-        with little_memory(), limited(seconds):
+        with _little_memory(), limited(seconds):
             text = render()
     except TooLong:
         raise DataError(f"the model's chat template does not end within {seconds:g} s") from None

@@ -16,7 +16,7 @@ WINDOW = 8
 NEARLY = 0.8
 """The share of a held-out row's own windows from which a learned row that has them is nearly the same."""
 OWN = 50
-"""Learned rows that may have a window, and 1 in 20 of them, or it is of a template or a phrase, and says nothing."""
+"""A window of more learned rows than that, or of more than 1 in 20, is a template's or a phrase, and says nothing."""
 FEWEST = 4
 """Windows of its own that a row must have to be compared."""
 AT_ONCE = 1_000_000

@@ -40,8 +40,9 @@ def main(folder: str, share: str = "1") -> None:
 def _tried(at: int, stays: bool) -> dict[str, object]:
     output = f"cut-{at}"
     first = _apart(output, at, stays)
-    again = [_apart(output, n, False) for n in (1 + at * 7 % 40, 0) if first["status"] != 0 and not _is_done(output)]
-    return {"run": output, "stays": stays, **first, "again": [(one["status"], one["said"]) for one in again]}
+    done = _is_done(output)
+    again = [_apart(output, n, False) for n in (1 + at * 7 % 40, 0) if not _is_done(output)]
+    return {"run": output, "stays": stays, **first, "done": done, "again": [(one["status"], one["said"]) for one in again]}
 
 
 def _is_done(output: str) -> bool:

@@ -103,7 +103,7 @@ def test_duplicates_and_leaks_are_named(here, trimtab):
 
 def test_held_out_rows_that_are_nearly_learned_are_named():
     draw = random.Random(0)
-    template = [draw.randrange(300) for _ in range(30)]
+    template = [draw.randrange(300) for _ in range(600)]  # most of every row, and no reason to call two alike
 
     def row(where, ids):
         return Sequence(

@@ -652,6 +652,9 @@ def test_an_answer_that_only_ends_as_the_last_one_is_learned_to_its_own_end():
     made = sequences_of(conversation("2+2?", "4", "And 3+3?", "6"), base)
     learned = [decoded(base, [sequence.ids[t] for t in sequence.learned]) for sequence in made]
     assert learned == ["4<|im_end|>", "6<|im_end|>"]
+    (joining,) = sequences_of(conversation("2+2?", "\n\n4", "And 3+3?", "6", silent={3}), base)
+    assert decoded(base, [joining.ids[t] for t in joining.learned]) == "\n\n4<|im_end|>"
+    assert "ĊĊ" in base.tokenizer.convert_ids_to_tokens(encoded(base, "assistant\n\n\n4")), "a token across the border"
 
 
 @pytest.mark.parametrize("made", [

@@ -225,7 +225,7 @@ CARELESS = {
     ),
     "an edited manifest": (
         "chat run --prompt x", spoil("run/adapter/trimtab.json", lambda t: t.replace(b'"alpha": 32.0', b'"alpha": 64.0')), 4,
-        f"run/adapter is not what was saved:\n  trimtab.json: changed since it was saved\n{RESTORE}",
+        "run/adapter/trimtab.json: changed since it was saved. Restore it from a copy.",
     ),
     "a missing manifest and a tensor missing": (
         "chat run --prompt x", as_pefts(change_tensors(lambda t: t.pop(A))), 4,
@@ -625,11 +625,11 @@ def test_a_run_that_is_interrupted_keeps_the_adapter_as_it_stood(number, here, t
         [sys.executable, "-m", "trimtab", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         log = here / "new" / "metrics.jsonl"
-        until = time.monotonic() + 60
+        until = time.monotonic() + 300
         while process.poll() is None and time.monotonic() < until and not (log.exists() and log.read_text().count("\n") >= 5):
             time.sleep(0.02)
         process.send_signal(number)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=300)
     assert process.returncode == 130, err
     state = state_of(here / "new")
     step = state["last"]["step"]

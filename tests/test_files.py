@@ -587,9 +587,22 @@ def test_where_there_are_no_locks_one_goes_without(tmp_path, monkeypatch):
 def test_a_manifest_is_what_was_written_to_the_last_byte(content, tmp_path):
     (tmp_path / "m.json").write_text(content)
     with pytest.raises(ArtifactError, match="not an object" if content == "[]\n" else "changed since it was saved"):
-        files.read_manifest(tmp_path / "m.json")
-    files.write_json(tmp_path / "m.json", {"a": "é"})
-    assert files.read_manifest(tmp_path / "m.json") == {"a": "é"}
+        files.read_manifest(tmp_path / "m.json", 1, {"a"})
+    files.write_manifest(tmp_path / "m.json", 1, {"a": "é"})
+    assert files.read_manifest(tmp_path / "m.json", 1, {"a"}) == files.read_json(tmp_path / "m.json")
+    assert files.read_json(tmp_path / "m.json")["a"] == "é"
+    for form, keys in ((2, {"a"}), (1, {"a", "b"}), (1, set())):
+        with pytest.raises(ArtifactError, match="written by another version of Trimtab"):
+            files.read_manifest(tmp_path / "m.json", form, keys)
+
+
+def test_a_manifest_without_a_digest_or_with_anothers_is_refused(tmp_path):
+    files.write_json(tmp_path / "m.json", {"format": 1, "a": 1})
+    with pytest.raises(ArtifactError, match="changed since it was saved"):
+        files.read_manifest(tmp_path / "m.json", 1, {"a"})
+    files.write_json(tmp_path / "m.json", {"format": 1, "a": 1, "digest": files.json_digest({"format": 1, "a": 2})})
+    with pytest.raises(ArtifactError, match="changed since it was saved"):
+        files.read_manifest(tmp_path / "m.json", 1, {"a"})
 
 
 def test_a_disk_that_does_not_say_how_full_it_is_is_full_all_the_same(tmp_path, monkeypatch):

@@ -22,7 +22,8 @@ from trimtab.objectives import Objective
 from trimtab.saving import LOCK, STATES
 
 CERTIFICATE = "certificate.json"
-KEYS = {"passed", "tests", "canaries", "answers", "losses", "files", "base", "data_digest", "versions", "digest"}
+FORMAT = 1
+KEYS = {"passed", "tests", "canaries", "answers", "losses", "files", "base", "data_digest", "versions"}
 CANARIES, SAMPLES = 4, 8
 """Rows whose log-probabilities are compared, and prompts that are answered."""
 FORGOTTEN = 0.5
@@ -85,7 +86,7 @@ def certify(
         _remembered(found),
     ]
     certificate = _written_down(folder, base, data, best, tests, found)
-    files.write_json(folder / CERTIFICATE, {**certificate, "digest": files.json_digest(certificate)})
+    files.write_manifest(folder / CERTIFICATE, FORMAT, certificate)
     files.write_text(folder / "certificate.txt", certificate_text(certificate))
     return certificate
 
@@ -227,11 +228,7 @@ def whole(folder: Path) -> dict[str, Any]:
     Raises:
         ArtifactError: Which is not.
     """
-    certificate = files.read_manifest(folder / CERTIFICATE)
-    if set(certificate) != KEYS:
-        raise ArtifactError(f"{folder / CERTIFICATE}: is not a certificate of this version of Trimtab.")
-    if certificate["digest"] != files.json_digest({key: value for key, value in certificate.items() if key != "digest"}):
-        raise ArtifactError(f"{folder / CERTIFICATE}: changed since it was written.")
+    certificate = files.read_manifest(folder / CERTIFICATE, FORMAT, KEYS)
     text = folder / "certificate.txt"
     if not text.is_file() or text.read_bytes() != certificate_text(certificate).encode():
         raise ArtifactError(f"{text}: is missing, or says something else than {CERTIFICATE}.")

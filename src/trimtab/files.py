@@ -171,8 +171,14 @@ def read_json(path: Path) -> Any:
         raise ArtifactError(f"{path}: not valid JSON ({error}). The file is damaged; restore it from a copy.") from None
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
-    """A JSON object that `write_json` wrote, to the last byte. Raises ArtifactError."""
+def write_manifest(path: Path, form: int, value: dict[str, Any]) -> None:
+    """Replace a JSON file atomically, by an object with the version of its form and a digest over all of it."""
+    value = {"format": form, **value}
+    write_json(path, {**value, "digest": json_digest(value)})
+
+
+def read_manifest(path: Path, form: int, keys: set[str]) -> dict[str, Any]:
+    """What `write_manifest` wrote, to the last byte, if it is of this form and has these keys. Raises ArtifactError."""
     value = read_json(path)
     if not isinstance(value, dict):
         raise ArtifactError(f"{path}: is not a manifest of Trimtab's (not an object).")
@@ -180,8 +186,13 @@ def read_manifest(path: Path) -> dict[str, Any]:
         same = _as_text(value).encode() == path.read_bytes()
     except ValueError:  # NaN, or half of a character
         same = False
-    if not same:
-        raise ArtifactError(f"{path}: changed since it was saved.")
+    rest = {key: part for key, part in value.items() if key != "digest"}
+    if not same or value.get("digest") != json_digest(rest):
+        raise ArtifactError(f"{path}: changed since it was saved. Restore it from a copy.")
+    if rest.get("format") != form or rest.keys() != {"format", *keys}:
+        raise ArtifactError(
+            f"{path}: was written by another version of Trimtab (this one reads format {form}). Update Trimtab."
+        )
     return value
 
 

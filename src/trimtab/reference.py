@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from trimtab import files
+from trimtab.artifacts import sha256_tensor
 from trimtab.base import Base, ModelConfig
 from trimtab.data import pack_all
 from trimtab.data.example import Sequence as Row
@@ -156,10 +157,7 @@ def _identity(base: Base, adapter: Attached | None) -> str:
     parts: dict[str, Any] = {"base": base.fingerprint, "method": None, "tensors": []}
     if adapter is not None:
         parts["method"] = adapter.method.plain()
-        tensors = sorted(adapter.state().items())
-        parts["tensors"] = [
-            (name, hashlib.sha256(t.reshape(-1).view(torch.uint8).numpy().data).hexdigest()) for name, t in tensors
-        ]
+        parts["tensors"] = [(name, sha256_tensor(tensor)) for name, tensor in sorted(adapter.state().items())]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

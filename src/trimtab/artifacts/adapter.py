@@ -7,18 +7,15 @@ where the adapter came from, and a SHA-256 over all of that. With it, any edit, 
 refused by name.
 """
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from trimtab import files
-from trimtab.artifacts.tensors import read_tensors
+from trimtab.artifacts.tensors import read_tensors, sha256_tensor, write_tensors
 from trimtab.errors import ArtifactError, listing
 
 CONFIG, MANIFEST = "adapter_config.json", "trimtab.json"
@@ -28,7 +25,7 @@ HUBS_WEIGHTS, HUBS_PICKLE, HUBS_HEAD = "adapter.safetensors", "pytorch_adapter.b
 FORMAT = 1
 """Version of the manifest; a reader refuses one that it does not know."""
 
-KEYS = {"format", "method", "files", "tensors", "base", "trained", "versions", "digest"}
+KEYS = {"method", "files", "tensors", "base", "trained", "versions"}
 
 
 @dataclass(frozen=True)
@@ -63,11 +60,8 @@ def write_adapter(folder: Path, adapter: Adapter) -> None:
     """Write a new adapter folder, whole or not at all. Raises StorageError."""
     with files.new_folder(folder) as new:
         files.write_json(new / CONFIG, adapter.config)
-        path = new / adapter.weights
-        save_file({name: t.contiguous() for name, t in sorted(adapter.tensors.items())}, path, {"format": "pt"})
-        path.chmod(0o644)
+        write_tensors(new / adapter.weights, adapter.tensors)
         manifest = {
-            "format": FORMAT,
             "method": adapter.method,
             "files": {name: files.sha256_file(new / name) for name in (CONFIG, adapter.weights)},
             "tensors": {name: _description(tensor) for name, tensor in sorted(adapter.tensors.items())},
@@ -75,7 +69,7 @@ def write_adapter(folder: Path, adapter: Adapter) -> None:
             "trained": adapter.trained,
             "versions": adapter.versions,
         }
-        files.write_json(new / MANIFEST, {**manifest, "digest": files.json_digest(manifest)})
+        files.write_manifest(new / MANIFEST, FORMAT, manifest)
 
 
 def is_adapter(folder: Path) -> bool:
@@ -100,8 +94,12 @@ def read_adapter(folder: Path, *, ours: bool = False) -> Adapter:
     tensors = read_tensors(_whole(folder, hubs=_is_hubs(config)))
     if not (folder / MANIFEST).exists() and not ours:
         return Adapter(config, tensors)
-    manifest = files.read_manifest(folder / MANIFEST)
-    _check(folder, manifest, tensors)
+    manifest = files.read_manifest(folder / MANIFEST, FORMAT, KEYS)
+    if problems := _problems(folder, manifest, tensors):
+        raise ArtifactError(
+            f"{folder} is not what was saved:\n{listing(problems)}\n"
+            f"Restore it from a copy. If the change was meant, delete {MANIFEST}: then it is read as PEFT's, unverified."
+        )
     return Adapter(config, tensors, manifest["method"], manifest["base"], manifest["trained"], manifest["versions"])
 
 
@@ -125,27 +123,7 @@ def _whole(folder: Path, *, hubs: bool) -> Path:
     return folder / weights
 
 
-def _check(folder: Path, manifest: Any, tensors: Mapping[str, Tensor]) -> None:
-    path = folder / MANIFEST
-    if set(manifest) != KEYS:
-        raise ArtifactError(
-            f"{path}: is not a manifest of this version of Trimtab ({', '.join(sorted(set(manifest) ^ KEYS))})."
-        )
-    if manifest["format"] != FORMAT:
-        raise ArtifactError(
-            f"{path}: has format {manifest['format']}, and this version of Trimtab reads {FORMAT}. Update Trimtab."
-        )
-    problems = _problems(folder, manifest, tensors)
-    if problems:
-        raise ArtifactError(
-            f"{folder} is not what was saved:\n{listing(problems)}\n"
-            f"Restore it from a copy. If the change was meant, delete {MANIFEST}: then it is read as PEFT's, unverified."
-        )
-
-
 def _problems(folder: Path, manifest: dict[str, Any], tensors: Mapping[str, Tensor]) -> list[str]:
-    if manifest["digest"] != files.json_digest({key: value for key, value in manifest.items() if key != "digest"}):
-        return [f"{MANIFEST}: changed since it was saved"]
     expected = manifest["tensors"]
     problems = [f"{name}: missing" for name in expected if name not in tensors]
     problems += [f"{name}: not in the manifest" for name in tensors if name not in expected]
@@ -155,9 +133,4 @@ def _problems(folder: Path, manifest: dict[str, Any], tensors: Mapping[str, Tens
 
 
 def _description(tensor: Tensor) -> dict[str, Any]:
-    content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-    return {
-        "shape": list(tensor.shape),
-        "dtype": str(tensor.dtype).removeprefix("torch."),
-        "sha256": hashlib.sha256(content).hexdigest(),
-    }
+    return {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch."), "sha256": sha256_tensor(tensor)}

@@ -4,22 +4,20 @@
 tensors' file and one over all of that.
 """
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save
 from torch import Tensor
 
 from trimtab import files
-from trimtab.artifacts.tensors import read_tensors
+from trimtab.artifacts.tensors import changed_tensor, read_tensors, write_tensors
 from trimtab.errors import ArtifactError
 
 TENSORS, MANIFEST = "state.safetensors", "state.json"
 FORMAT = 1
-KEYS = {"format", "step", "facts", "tensors", "digest"}
+KEYS = {"step", "facts", "tensors"}
 
 
 @dataclass(frozen=True)
@@ -38,11 +36,11 @@ def write_state(states: Path, state: State) -> Path:
     if folder.exists():  # of a run that went on from an earlier one
         files.remove_folder(folder)
     with files.new_folder(folder) as new:
-        content = save(dict(sorted(state.tensors.items())), {"format": "pt"})
-        files.write_bytes(new / TENSORS, content)
-        digest = hashlib.sha256(content).hexdigest()  # of what was to be written, so that reading it back says whether it was
-        manifest = {"format": FORMAT, "step": state.step, "facts": state.facts, "tensors": digest}
-        files.write_json(new / MANIFEST, {**manifest, "digest": files.json_digest(manifest)})
+        write_tensors(new / TENSORS, state.tensors)
+        digest = files.sha256_file(new / TENSORS)
+        if changed := changed_tensor(new / TENSORS, state.tensors):
+            raise ArtifactError(f"{folder / TENSORS}: {changed} is not what was written. The disk is bad.")
+        files.write_manifest(new / MANIFEST, FORMAT, {"step": state.step, "facts": state.facts, "tensors": digest})
     _manifest(folder)
     return folder
 
@@ -55,15 +53,7 @@ def read_state(folder: Path) -> State:
 
 def _manifest(folder: Path) -> dict[str, Any]:
     """What state.json says, if it and the tensors' file are what was written. Raises ArtifactError."""
-    manifest = files.read_manifest(folder / MANIFEST)
-    if set(manifest) != KEYS:
-        raise ArtifactError(f"{folder / MANIFEST}: is not a state of this version of Trimtab.")
-    if manifest["digest"] != files.json_digest({key: value for key, value in manifest.items() if key != "digest"}):
-        raise ArtifactError(f"{folder / MANIFEST}: changed since it was saved.")
-    if manifest["format"] != FORMAT:
-        raise ArtifactError(
-            f"{folder / MANIFEST}: has format {manifest['format']}, and this version of Trimtab reads {FORMAT}."
-        )
+    manifest = files.read_manifest(folder / MANIFEST, FORMAT, KEYS)
     if not (folder / TENSORS).is_file() or files.sha256_file(folder / TENSORS) != manifest["tensors"]:
         raise ArtifactError(f"{folder / TENSORS}: is missing, or changed since it was saved.")
     return manifest

@@ -1,17 +1,54 @@
 """Tensors on disk: safetensors, and nothing else."""
 
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from trimtab.errors import ArtifactError
 
 
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file, in the order of the names. Raises what safetensors does, so write within `files.writing`."""
+    save_file({name: tensor.contiguous() for name, tensor in sorted(tensors.items())}, path, {"format": "pt"})
+    path.chmod(0o644)
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file by their names. Raises ArtifactError."""
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+
+
+def changed_tensor(path: Path, tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of one that `path` does not hold to the last bit, if there is one. Raises ArtifactError."""
+    for name, tensor in tensors.items():
+        with _opened(path) as file:  # anew for each, as what has been read of it stays in memory while it is open
+            read = file.get_tensor(name)
+        if (read.shape, read.dtype) != (tensor.shape, tensor.dtype) or not torch.equal(_bytes(read), _bytes(tensor)):
+            return name
+    return None
+
+
+def sha256_tensor(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's values, as hex."""
+    return hashlib.sha256(_bytes(tensor).numpy().data).hexdigest()
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            yield file
     except SafetensorError as error:
         raise ArtifactError(f"{path}: damaged: {error}. Restore it from a copy.") from None

@@ -1,6 +1,5 @@
 """AdamW on what an adapter trains: steps are taken whole, and its moments go by the names of the parameters."""
 
-import hashlib
 import signal
 import threading
 from collections.abc import Iterator, Mapping
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trimtab.artifacts import sha256_tensor
 from trimtab.errors import ArtifactError
 from trimtab.methods import Attached
 
@@ -60,10 +60,7 @@ class Optimizer:
 
     def digests(self) -> dict[str, str]:
         """A hash of each parameter's values, by its name."""
-        return {
-            name: hashlib.sha256(p.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
-            for name, p in self.named.items()
-        }
+        return {name: sha256_tensor(parameter) for name, parameter in self.named.items()}
 
     def clear(self) -> None:
         """Forget the gradients."""

@@ -452,6 +452,15 @@ def test_of_a_text_every_token_but_the_first_is_learned_and_its_end(name):
         assert sequence.learned == list(range(1, len(sequence.ids)))
 
 
+def test_the_end_of_a_text_is_put_behind_whatever_its_number():
+    """In SmolLM2's vocabulary it comes before all letters."""
+    first = pieces_tokenizer(())  # whose first token is <unk>
+    base = base_of(first, eos_token="<unk>")
+    assert base.end_of_text == 0
+    (sequence,) = sequences_of(Text("hello world", "data:1"), base)
+    assert sequence.ids == [*encoded(base, "hello world"), 0]
+
+
 def test_a_bos_or_eos_that_a_text_brings_along_is_not_doubled():
     base = plain(bos=True, eos_behind=True)
     alone = sequences_of(Text("hello world", "data:1"), base)

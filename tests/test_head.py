@@ -66,6 +66,32 @@ def test_it_never_holds_the_logits(monkeypatch):
     assert sum(sizes) == 6_400 * 5_000
 
 
+def test_an_adapted_head_forms_a_tile_of_logits_at_a_time(monkeypatch):
+    """As many rows as fit a tile, but never fewer than 64."""
+    torch.manual_seed(0)
+    adapted = torch.nn.Linear(8, 41).double()
+    head = Head(adapted.weight, adapted.bias, adapted=adapted)
+    hidden, token = torch.randn(300, 8).double().requires_grad_(), torch.randint(41, (300,))
+    row, sequence, sizes = torch.arange(300), torch.zeros(300, dtype=torch.long), []
+
+    def logits(self, *given, _real=Head.logits):
+        made = _real(self, *given)
+        sizes.append(len(made))
+        return made
+
+    monkeypatch.setattr(Head, "logits", logits)
+    for tile, most in ((41 * 70 + 40, 70), (41 * 63, 64)):
+        monkeypatch.setattr(head_module, "TILE", tile)
+        sizes.clear()
+        ours = sequence_logprobs(hidden, row, head, token, sequence, 1)
+        assert sizes == [most] * (300 // most) + [300 % most]
+        theirs = reference(hidden, row, Head(adapted.weight, adapted.bias), token, sequence, 1)
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            *(torch.autograd.grad(out.sum(), [hidden, *adapted.parameters()]) for out in (ours, theirs)), rtol=1e-11, atol=1e-12
+        )
+
+
 def test_a_token_beyond_the_head_is_refused():
     head = Head(torch.randn(11, 4), None)
     with pytest.raises(IndexError, match="token 11 is beyond the head's 11"):

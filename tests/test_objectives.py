@@ -20,6 +20,7 @@ from trimtab.evaluate import score_loss
 from trimtab.methods import attach
 from trimtab.methods.lora import LoRA
 from trimtab.objectives import Objective, answered, averaged
+from trimtab.objectives._base import EVEN, right
 from trimtab.train import TrainConfig, train
 
 SETTINGS = [
@@ -329,3 +330,8 @@ def test_settings_that_say_nothing_are_refused():
     ):
         with pytest.raises((RecipeError, ValueError)):
             Objective.pick(bad)
+
+
+def test_rewards_that_differ_by_rounding_are_neither_right_nor_wrong():
+    margins = torch.tensor([1.0, EVEN * 1.01, EVEN, 0.0, -EVEN, -EVEN * 1.01, -1.0], dtype=torch.float64)
+    assert right(margins).tolist() == [1.0, 1.0, 0.5, 0.5, 0.5, 0.0, 0.0]

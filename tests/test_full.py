@@ -69,7 +69,7 @@ def test_gradients_of_all_parameters_are_those_of_the_plain_model(make, toleranc
     plain_loss(plain).backward()
     adapter = attach(make(), Full())
     pack = pack_flat(ROWS)
-    SFT().loss(pack_logprobs(adapter.model, pack), pack).div(LEARNED).backward()
+    SFT().loss(pack_logprobs(adapter.model, pack), pack, 0.0).div(LEARNED).backward()
     expected = {name: parameter.grad for name, parameter in plain.named_parameters()}
     assert adapter.parameters().keys() == expected.keys()
     for name, parameter in adapter.parameters().items():

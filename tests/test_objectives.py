@@ -121,7 +121,7 @@ def test_losses_stay_finite_where_answers_are_impossible_or_certain(how):
     (pack,) = (pack_flat(rows[:2]),)
     for one, other in ((-1e4, -1e-3), (-1e-3, -1e4), (-1e4, -1e4)):
         logprobs = torch.tensor([one, other], requires_grad=True)
-        loss = objective.loss(logprobs, pack)
+        loss = objective.loss(logprobs, pack, 0.0)
         loss.backward()
         assert loss.isfinite()
         assert logprobs.grad.isfinite().all()
@@ -200,7 +200,7 @@ def test_the_larger_a_margin_the_smaller_the_loss_and_the_sides_are_not_swapped(
     for how in SETTINGS[:-1]:
         objective = Objective.pick(how)
         logprobs = torch.tensor([-9.0, -9.0], dtype=torch.float64, requires_grad=True)
-        objective.loss(logprobs, pack).backward()
+        objective.loss(logprobs, pack, 0.0).backward()
         assert logprobs.grad[0] < 0
         if how["name"] != "dpo" or how.get("loss_type") != "ipo":
             assert logprobs.grad[1] > 0

@@ -47,10 +47,10 @@ class Objective(Choice):
         """How many items each unit has: U."""
 
     @abstractmethod
-    def losses(self, logprobs: Tensor, pack: Pack, pooled: float = 0.0) -> Tensor:
+    def losses(self, logprobs: Tensor, pack: Pack, pooled: float) -> Tensor:
         """The sum over each unit's items, from Σ log p of each of the pack's sequences: S -> U."""
 
-    def measures(self, logprobs: Tensor, pack: Pack, pooled: float = 0.0) -> dict[str, Tensor]:
+    def measures(self, logprobs: Tensor, pack: Pack, pooled: float) -> dict[str, Tensor]:
         """What people read beside the loss: a value for each unit that has one. A step's or a data set's is their mean."""
         return {}
 
@@ -62,6 +62,6 @@ class Objective(Choice):
         """How many terms the pack's loss sums."""
         return sum(self.counts(pack))
 
-    def loss(self, logprobs: Tensor, pack: Pack, pooled: float = 0.0) -> Tensor:
+    def loss(self, logprobs: Tensor, pack: Pack, pooled: float) -> Tensor:
         """The sum of those terms, a scalar, from Σ log p of each of the pack's sequences (S)."""
         return self.losses(logprobs, pack, pooled).sum()

@@ -48,11 +48,11 @@ class KTO(Comparing):
     def counts(self, pack: Pack) -> list[int]:
         return [1] * len(pack.sequences)
 
-    def losses(self, logprobs: Tensor, pack: Pack, pooled: float = 0.0) -> Tensor:
+    def losses(self, logprobs: Tensor, pack: Pack, pooled: float) -> Tensor:
         sign, weight = self._of_sides(pack, logprobs)
         return weight * (1 - torch.sigmoid(sign * self.beta * (_ratio(logprobs, pack) - pooled)))
 
-    def measures(self, logprobs: Tensor, pack: Pack, pooled: float = 0.0) -> dict[str, Tensor]:
+    def measures(self, logprobs: Tensor, pack: Pack, pooled: float) -> dict[str, Tensor]:
         sign, _ = self._of_sides(pack, logprobs)
         reward = self.beta * _ratio(logprobs, pack)
         sides = {

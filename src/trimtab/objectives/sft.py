@@ -12,5 +12,5 @@ class SFT(Objective):
     def counts(self, pack: Pack) -> list[int]:
         return [len(row.learned) for row in pack.sequences]
 
-    def losses(self, logprobs: Tensor, pack: Pack, pooled: float = 0.0) -> Tensor:
+    def losses(self, logprobs: Tensor, pack: Pack, pooled: float) -> Tensor:
         return -logprobs

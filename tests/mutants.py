@@ -41,8 +41,8 @@ HEAVY = {
     "accelerate",
 }
 """Packages that are imported once, for all."""
-LIMIT = 900
-"""Seconds; a fault that makes the tests take longer is seen."""
+PATIENCE = 4
+"""A fault that makes the tests take this many times as long, and a minute, is seen: most such run in circles."""
 EQUIVALENT = ROOT / "tests" / "equivalent_mutants.json"
 """Faults that are none, because the code does the same: {"MODULE: line -> the line as it is then": why}."""
 PARTS = {
@@ -194,10 +194,12 @@ class _Trial(NamedTuple):
     mutant: Mutant | None
     folder: tempfile.TemporaryDirectory
     started: float
+    limit: float
+    """Seconds."""
 
 
-def _begin(mutant: Mutant | None, tests: tuple[str, ...]) -> tuple[int, _Trial]:
-    trial = _Trial(mutant, tempfile.TemporaryDirectory(prefix="mutant-"), time.monotonic())
+def _begin(mutant: Mutant | None, tests: tuple[str, ...], limit: float) -> tuple[int, _Trial]:
+    trial = _Trial(mutant, tempfile.TemporaryDirectory(prefix="mutant-"), time.monotonic(), limit)
     sys.stdout.flush()
     process = os.fork()
     if process == 0:
@@ -210,7 +212,7 @@ def _ended(running: dict[int, _Trial]) -> tuple[_Trial, int]:
     while True:
         for process, trial in running.items():
             done, status = os.waitpid(process, os.WNOHANG)
-            late = time.monotonic() - trial.started > LIMIT
+            late = time.monotonic() - trial.started > trial.limit
             if done or late:
                 with suppress(ProcessLookupError):
                     os.killpg(process, signal.SIGKILL)  # also what its tests have started
@@ -226,10 +228,11 @@ def equivalent() -> dict[str, str]:
     return json.loads(EQUIVALENT.read_text(encoding="utf-8")) if EQUIVALENT.exists() else {}
 
 
-def ready(parts: list[str]) -> None:
-    """See the tests pass without a fault, and import here what they import, so that no trial has to."""
+def ready(parts: list[str]) -> dict[str, float]:
+    """See the tests pass without a fault, and import here what they import, so that no trial has to; each part's seconds."""
+    seconds = {}
     for part in parts:
-        process, trial = _begin(None, tests_of(part))
+        process, trial = _begin(None, tests_of(part), 3600)
         _, status = _ended({process: trial})
         text = (Path(trial.folder.name) / "output.txt").read_text()
         if status:
@@ -238,9 +241,9 @@ def ready(parts: list[str]) -> None:
             with suppress(Exception):
                 importlib.import_module(module)
         trial.folder.cleanup()
-        print(
-            f"{part}: {time.monotonic() - trial.started:.0f} s for a fault that survives: {text.splitlines()[-1]}", flush=True
-        )
+        seconds[part] = time.monotonic() - trial.started
+        print(f"{part}: {seconds[part]:.0f} s for a fault that survives: {text.splitlines()[-1]}", flush=True)
+    return seconds
 
 
 def main() -> None:
@@ -251,7 +254,7 @@ def main() -> None:
     asked = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"  # threads do not survive a fork
     os.environ["PYTEST_XDIST_WORKER_COUNT"] = str(os.cpu_count())  # so that each trial computes on one
-    ready(asked.only)
+    seconds = ready(asked.only)
     left = sample(asked.only, asked.count)
     print(f"{len(left)} faults", flush=True)
     running: dict[int, _Trial] = {}
@@ -262,7 +265,7 @@ def main() -> None:
             if mutant.key in equivalent():
                 counts[mutant.part][2] += 1
                 continue
-            process, trial = _begin(mutant, MODULES[mutant.module][1])
+            process, trial = _begin(mutant, MODULES[mutant.module][1], 60 + PATIENCE * seconds[mutant.part])
             running[process] = trial
         if not running:
             break

@@ -21,6 +21,7 @@ from trimtab.methods import attach
 from trimtab.methods.lora import LoRA
 from trimtab.objectives import Objective, answered, averaged
 from trimtab.objectives._base import EVEN, right
+from trimtab.objectives.sft import SFT
 from trimtab.train import TrainConfig, train
 
 SETTINGS = [
@@ -113,6 +114,57 @@ def test_the_loss_is_the_formula(how):
     )
     assert items == len(units(rows))
     assert total / items == pytest.approx(expected, rel=1e-12)
+
+
+def test_supervised_fine_tuning_is_the_mean_over_all_learned_tokens():
+    rows = [replace(row, side=None) for row in rows_of("judged")]
+    logprobs = [-3.0 * (number + 1) for number in range(len(rows))]
+    pack = pack_flat(rows)
+    summed = SFT().loss(torch.tensor([logprobs[rows.index(row)] for row in pack.sequences]), pack, 0.0)
+    assert SFT().items(pack) == sum(len(row.learned) for row in rows)
+    assert float(summed) == pytest.approx(-sum(logprobs))
+
+
+@pytest.mark.parametrize("how", SETTINGS, ids=NAMED)
+def test_what_is_read_beside_the_loss_is_the_formula(how):
+    objective, rows = Objective.pick(how), rows_of(kind_of(how))
+    draw, pack = random.Random(5), pack_flat(rows)
+    logprobs = [draw.uniform(-60, -5) for _ in pack.sequences]
+    found = objective.measures(torch.tensor(logprobs, dtype=torch.float64), pack, 0.8)
+    rewards = {
+        "dpo": lambda logp, row: how.get("beta", 0.1) * (logp - row.reference),
+        "orpo": lambda logp, row: how["weight"] * logp / len(row.learned),
+        "simpo": lambda logp, row: how["beta"] * logp / len(row.learned),
+        "cpo": lambda logp, row: how["beta"] * logp,
+        "kto": lambda logp, row: how["beta"] * (logp - row.reference),
+    }
+    expected = {}
+    for logp, row in zip(logprobs, pack.sequences, strict=True):
+        reward = rewards[how["name"]](logp, row)
+        expected.setdefault(f"{row.side}_reward", []).append(reward)
+        expected.setdefault(f"{row.side}_logp", []).append(logp)
+        if how["name"] == "kto":
+            expected.setdefault("kl", []).append(0.8)
+            expected.setdefault("accuracy", []).append(float((reward > how["beta"] * 0.8) == (row.side == "good")))
+    if how["name"] != "kto":
+        expected["margin"] = [c - r for c, r in zip(expected["chosen_reward"], expected["rejected_reward"], strict=True)]
+        expected["accuracy"] = [float(margin > 0) for margin in expected["margin"]]
+    assert {name: values.tolist() for name, values in found.items()} == {
+        name: pytest.approx(values, rel=1e-12) for name, values in expected.items()
+    }
+
+
+def test_what_is_not_said_is_as_the_papers_have_it():
+    assert {name: Objective.pick(name).model_dump() for name in ("sft", "dpo", "orpo", "simpo", "cpo", "kto")} == {
+        "sft": {"name": "sft"},
+        "dpo": {"name": "dpo", "beta": 0.1, "loss_type": "sigmoid", "label_smoothing": 0.0, "sft": 0.0, "reference": "auto"},
+        "orpo": {"name": "orpo", "weight": 0.1},
+        "simpo": {"name": "simpo", "beta": 2.0, "gamma": 1.0},
+        "cpo": {"name": "cpo", "beta": 0.1, "sft": 1.0},
+        "kto": {"name": "kto", "beta": 0.1, "desirable": "auto", "undesirable": "auto", "reference": "auto"},
+    }
+    rates = {"sft": 1.0, "dpo": 0.1, "orpo": 0.5, "simpo": 0.1, "cpo": 0.1, "kto": 0.1}
+    assert {name: Objective.member(name).relative_rate for name in rates} == rates
 
 
 @pytest.mark.parametrize("how", SETTINGS, ids=NAMED)

@@ -63,7 +63,8 @@ PARTS = {
     },
     "checkpoint": {
         "files.py": "test_files test_resume",
-        "artifacts/adapter.py artifacts/tensors.py": "test_files test_peft test_faults test_cli",
+        "artifacts/adapter.py": "test_files test_peft test_faults test_cli",
+        "artifacts/tensors.py": "test_files test_resume test_peft",
         "saving.py resume.py artifacts/state.py": "test_guards test_resume test_keys test_certificate",
         "train/optimizer.py": "test_guards test_train test_resume",
     },

@@ -596,6 +596,11 @@ def test_a_manifest_is_what_was_written_to_the_last_byte(content, tmp_path):
             files.read_manifest(tmp_path / "m.json", form, keys)
 
 
+def test_a_digest_does_not_depend_on_the_order_of_keys():
+    assert files.json_digest({"a": 1, "b": [2, {"c": 3, "d": 4}]}) == files.json_digest({"b": [2, {"d": 4, "c": 3}], "a": 1})
+    assert files.json_digest({"a": [1, 2]}) != files.json_digest({"a": [2, 1]})
+
+
 def test_a_manifest_without_a_digest_or_with_anothers_is_refused(tmp_path):
     files.write_json(tmp_path / "m.json", {"format": 1, "a": 1})
     with pytest.raises(ArtifactError, match="changed since it was saved"):

@@ -66,6 +66,13 @@ def test_it_never_holds_the_logits(monkeypatch):
     assert sum(sizes) == 6_400 * 5_000
 
 
+def test_logits_of_parts_are_those_of_the_whole():
+    head = Head(torch.randn(41, 8), torch.randn(41), 0.5, 3.0)
+    hidden = torch.randn(5, 8)
+    parts = [head.logits(hidden, slice(start, start + 10)) for start in range(0, 41, 10)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), head.logits(hidden))
+
+
 def test_an_adapted_head_forms_a_tile_of_logits_at_a_time(monkeypatch):
     """As many rows as fit a tile, but never fewer than 64."""
     torch.manual_seed(0)

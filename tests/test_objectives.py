@@ -315,6 +315,13 @@ def test_the_pooled_number_is_the_whole_steps_and_no_gradient_goes_through_it():
     assert pooled[0] == pytest.approx(max(0.0, sum(ratios) / len(ratios)), rel=1e-6)
 
 
+@pytest.mark.parametrize("how", SETTINGS[:-1], ids=NAMED[:-1])
+def test_only_kto_pools_a_number(how):
+    assert not Objective.pick(how).pools
+    base, _ = adapted()
+    assert answered(base.model, Objective.pick(how), pack_all(rows_of("pairs"), 30))[1] == 0.0
+
+
 def test_ktos_weights_make_both_sides_count_the_same():
     rows = rows_of("judged", 9, seed=4)
     good = sum(row.side == "good" for row in rows)

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -21,10 +22,12 @@ from trimtab import run as running
 from trimtab.artifacts import State, newest_state, read_state, saved_states, sha256_tensor, write_state
 from trimtab.artifacts import state as artifacts_state
 from trimtab.config import read
+from trimtab.engine import Memory
 from trimtab.errors import ArtifactError, DataError, RecipeError, StorageError, TrimtabError
 from trimtab.recipe import Recipe
 from trimtab.report import Silent
-from trimtab.resume import unfinished
+from trimtab.resume import Unfinished, plan_facts, unfinished
+from trimtab.resume import _differences as differences
 from trimtab.run import run_recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -433,3 +436,24 @@ def test_a_run_that_ended_meanwhile_is_left_alone(here):
     with pytest.raises(StorageError, match="exists already"):
         unfinished(recipe, print)
     assert result("whole") == before
+
+
+@pytest.mark.parametrize("most_kept", [0.0, 1234.5, math.inf])
+def test_a_plan_comes_back_from_json_as_it_was(most_kept):
+    plan = Memory(4096, most_kept, 1e9, "words")
+    facts = json.loads(json.dumps({"plan": plan_facts(plan)}, allow_nan=False))
+    assert Unfinished(Path("run"), facts, None).memory() == plan
+
+
+def test_what_differs_is_named_by_its_place_where_one_of_both_has_nothing():
+    before, now = {"a": {"b": 1, "c": 2}, "d": None, "e": 3}, {"a": {"b": 1, "c": 4}, "d": {"f": 5}, "g": (6,)}
+    assert list(differences(before, now)) == [
+        ("a.c", 2, 4), ("d", None, {"f": 5}), ("e", 3, None), ("g", None, (6,)),
+    ]  # fmt: skip
+    assert list(differences({"a": (1, 2)}, {"a": [1, 2]})) == [], "as they come back from JSON"
+
+
+def test_a_run_has_begun_with_nothing_done():
+    assert asdict(saving.Progress()) == {
+        "best": None, "last": {}, "seconds": 0.0, "tokens": 0, "computed": 0, "skipped": 0, "compared": False,
+    }  # fmt: skip

@@ -24,6 +24,7 @@ from trimtab.artifacts import state as artifacts_state
 from trimtab.config import read
 from trimtab.engine import Memory
 from trimtab.errors import ArtifactError, DataError, RecipeError, StorageError, TrimtabError
+from trimtab.objectives.sft import SFT
 from trimtab.recipe import Recipe
 from trimtab.report import Silent
 from trimtab.resume import Unfinished, plan_facts, unfinished
@@ -133,6 +134,26 @@ def test_it_goes_on_as_if_it_had_not_ended(moment, how, here):
     ended("cut", *moment, how=how)
     run("cut")
     assert_same("cut", "whole")
+
+
+def test_a_step_that_was_skipped_may_be_the_one_that_is_saved(here, monkeypatch):
+    """And the one after which it goes on, without a loss to tell of."""
+    calls, loss = [], SFT.loss
+
+    def spoilt(self, *given):
+        calls.append(1)
+        return loss(self, *given) * (math.nan if len(calls) == 6 else 1)
+
+    monkeypatch.setattr(SFT, "loss", spoilt)
+    run("skipped")
+    calls.clear()
+    ended("cut", "stepped", 6, how=KeyboardInterrupt)
+    assert files.read_json(Path("cut/run.json"))["last"] | {"canaries": []} == {
+        "step": 6, "folder": "checkpoints/step-000006", "train_loss": None, "eval_loss": None, "canaries": [],
+    }  # fmt: skip
+    run("cut")
+    assert_same("cut", "skipped")
+    assert [line["step"] for line in result("cut")[1] if "skipped" in line] == [6]
 
 
 def test_it_may_end_again_and_again(here):

@@ -1,4 +1,4 @@
-"""Which faults that are put into the code the tests see: python tests/mutants.py [--count 600] [--only PART ...]; `make mutants`.
+"""Which faults that are put into the code the tests see: python tests/mutants.py [--count 600] [--skip 0] [--only PART ...]; `make mutants`.
 
 The faults are cosmic-ray's (https://cosmic-ray.readthedocs.io): another operator, comparison or number, a condition negated, a
 loop that never runs, an exception that is not caught, and so on; not those in annotations, which decide nothing. A sample of
@@ -142,14 +142,14 @@ def _annotations(source: str) -> list[tuple[tuple[int, int], tuple[int, int]]]:
     return [((one.lineno, one.col_offset), (one.end_lineno or 0, one.end_col_offset or 0)) for one in found if one is not None]
 
 
-def sample(parts: list[str], count: int) -> list[Mutant]:
-    """So many of all, chosen by a hash of what they are; those of a module in a row."""
+def sample(parts: list[str], count: int, skip: int = 0) -> list[Mutant]:
+    """So many of all, chosen by a hash of what they are, behind those that are skipped; those of a module in a row."""
 
     def drawn(mutant: Mutant) -> str:
         return hashlib.sha256(f"{mutant.module} {mutant.operator} {mutant.number}".encode()).hexdigest()
 
     found = [mutant for module, (part, _) in MODULES.items() if part in parts for mutant in mutants(part, module)]
-    return sorted(sorted(found, key=drawn)[:count], key=lambda mutant: (mutant.part, mutant.module, mutant.line))
+    return sorted(sorted(found, key=drawn)[skip : skip + count], key=lambda mutant: (mutant.part, mutant.module, mutant.line))
 
 
 class _Instead(importlib.machinery.SourceFileLoader):
@@ -250,13 +250,14 @@ def ready(parts: list[str]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=600)
+    parser.add_argument("--skip", type=int, default=0, help="so many, to try others than before")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=[*PARTS])
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     asked = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"  # threads do not survive a fork
     os.environ["PYTEST_XDIST_WORKER_COUNT"] = str(os.cpu_count())  # so that each trial computes on one
     seconds = ready(asked.only)
-    left = sample(asked.only, asked.count)
+    left = sample(asked.only, asked.count, asked.skip)
     print(f"{len(left)} faults", flush=True)
     running: dict[int, _Trial] = {}
     counts: dict[str, list[int]] = {part: [0, 0, 0] for part in asked.only}

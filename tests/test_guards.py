@@ -78,6 +78,20 @@ def test_going_on_after_a_skipped_step_is_the_same_to_the_last_bit(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(adapter.state().values(), anew.state().values(), strict=True))
 
 
+def test_gradients_keep_their_place_in_memory_until_it_is_let_go():
+    _, adapter = adapted()
+    optimizer = Optimizer(adapter, 0.0)
+    places = [p.grad.data_ptr() for p in optimizer.parameters]
+    for after in (lambda: optimizer.step(1e-2), optimizer.skip, optimizer.clear):
+        for parameter in optimizer.parameters:
+            parameter.grad += 1
+        after()
+        assert [p.grad.data_ptr() for p in optimizer.parameters] == places
+        assert all(not p.grad.any() for p in optimizer.parameters)
+    optimizer.release()
+    assert all(p.grad is None for p in optimizer.parameters)
+
+
 def test_three_in_a_row_end_the_run(monkeypatch):
     spoil(monkeypatch, {2, 3, 4})
     base, adapter = adapted()

@@ -13,7 +13,7 @@ from trimtab.errors import BaseChanged, DataError, NonFinite
 from trimtab.methods import attach
 from trimtab.methods.lora import LoRA
 from trimtab.objectives.sft import SFT
-from trimtab.train import TrainConfig, learning_rate, train
+from trimtab.train import Optimizer, TrainConfig, learning_rate, train
 
 ROWS = [
     Sequence(ids, list(range(start, len(ids))), f"row:{n}", len(ids))
@@ -66,6 +66,29 @@ def test_the_loss_and_the_first_step_are_those_of_the_plain_formula():
     assert norm > 0.5
     for name, tensor in adapter.state().items():
         assert torch.isclose(tensor, reference.state()[name], rtol=1e-4, atol=1e-6).float().mean() > 0.999
+
+
+def test_two_rates_are_those_of_torchs_groups_and_weights_decay_by_them():
+    gradients, trained = random_rows(*[40] * 6), []
+    for ours in (True, False):
+        adapter = attach(Base(tiny("llama")).model, LoRA(rank=3, b_rate=16.0))
+        perturb(adapter.parameters(), 0.1)
+        named = adapter.parameters()
+        if ours:
+            optimizer = Optimizer(adapter, 0.1)
+        else:
+            by_factor = [[p for name, p in named.items() if name.endswith(f".{one}")] for one in "AB"]
+            assert sum(map(len, by_factor)) == len(named)
+            optimizer = torch.optim.AdamW(
+                [{"params": by_factor[0]}, {"params": by_factor[1], "lr": 0.16}], lr=0.01, weight_decay=0.1
+            )
+        for one in gradients:
+            for n, parameter in enumerate(named.values()):
+                parameter.grad = torch.full_like(parameter, one[n % 40] - 10.0)
+            optimizer.step(*[0.01] * ours)
+        trained.append(adapter.state())
+    for name, tensor in trained[0].items():
+        torch.testing.assert_close(tensor, trained[1][name], rtol=1e-5, atol=1e-6)
 
 
 def test_a_step_says_how_many_tokens_its_rows_have_and_how_many_it_computed():

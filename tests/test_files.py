@@ -622,6 +622,10 @@ def test_a_disk_that_does_not_say_how_full_it_is_is_full_all_the_same(tmp_path, 
 def test_what_is_no_adapter_folder_says_so(tmp_path):
     with pytest.raises(ArtifactError, match="no such adapter folder"):
         read_adapter(tmp_path / "none")
+    for config in ([], "x", None, 3, {}, {"version": "1.2"}, ["peft_type"]):
+        files.write_json(tmp_path / "a" / "adapter_config.json", config)
+        with pytest.raises(ArtifactError, match="is not a PEFT adapter configuration"):
+            read_adapter(tmp_path / "a")
     files.write_json(tmp_path / "a" / "adapter_config.json", {"version": "adapters.1.2"})
     save_file({"x": torch.ones(1)}, tmp_path / "a" / "adapter.safetensors")
     assert read_adapter(tmp_path / "a").method is None

@@ -70,7 +70,7 @@ def lay_out(rows: Sequence[Sequence[int]], *, share: bool = True) -> Tree:
         if not group:
             continue
         known = shared_length(rows[group[0]], rows[group[-1]])  # what the first and the last share, all do
-        if (known - laid) * (len(group) - 1) >= WORTH or len(group) == 1:
+        if (known - laid) * (len(group) - 1) >= WORTH:
             parent, laid = add(rows[group[0]], laid, known, parent), known
         ended = [number for number in group if len(rows[number]) == known]
         for number in ended:

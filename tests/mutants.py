@@ -51,7 +51,10 @@ PARTS = {
         "data/compared.py": "test_data_compared test_preference",
     },
     "masks": {"data/tree.py": "test_data_tree test_packing test_tree_attention"},
-    "packing": {"data/pack.py data/order.py data/mismatched.py": "test_data_tree test_packing test_going_on test_data_load test_preference"},
+    "packing": {
+        "data/pack.py data/order.py": "test_data_tree test_packing test_going_on test_data_load test_preference",
+        "data/mismatched.py": "test_objectives test_preference test_going_on",
+    },
     "loss": {
         "engine/head.py": "test_head test_objectives test_going_on test_train",
         "objectives/_base.py objectives/_comparing.py objectives/_pairs.py objectives/_pooling.py objectives/cpo.py objectives/dpo.py "

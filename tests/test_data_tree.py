@@ -49,6 +49,30 @@ def test_the_segments_of_a_small_tree():
     assert laid.positions == [*range(10), 10, 11, 10, 0, 1]
 
 
+@pytest.mark.parametrize(
+    ("shared", "rows", "worth"), [(8, 2, True), (7, 2, False), (4, 3, True), (3, 3, False), (2, 5, True), (1, 8, False)]
+)
+def test_a_segment_is_laid_where_it_spares_eight_tokens(shared, rows, worth):
+    assert tree.WORTH == 8
+    laid = lay_out([[*[7] * shared, 10 + n] for n in range(rows)])
+    assert len(laid.ids) == (shared + rows if worth else (shared + 1) * rows)
+    head = [5] * 10
+    below = lay_out([[*head, 1], *([*head, *[7] * shared, 10 + n] for n in range(rows))])
+    assert len(below.ids) == 10 + 1 + len(laid.ids)
+
+
+@pytest.mark.parametrize(("length", "most"), [(1, 4), (4, 4), (5, 4), (13, 4), (1000, 512), (1025, 512)])
+def test_long_segments_are_parted_into_even_ones(length, most):
+    whole = (tree.Segment(0, 3, -1), tree.Segment(3, 3 + length, 0), tree.Segment(3 + length, 5 + length, 1))
+    parts = tree.evenly_chained(whole, most)
+    sizes = [end - start for start, end, _ in parts[1:-1]]
+    assert all(isinstance(number, int) for part in parts for number in part)
+    assert len(sizes) == -(-length // most)
+    assert sum(sizes) == length
+    assert max(sizes) - min(sizes) <= 1
+    assert [parent for _, _, parent in parts] == list(range(-1, len(parts) - 1))
+
+
 def test_many_rows_each_the_beginning_of_the_next_do_not_exhaust_the_stack():
     rows = [list(range(8 * n)) for n in range(1, 1500)]
     laid = lay_out(rows)

@@ -105,3 +105,13 @@ def test_targets_follow_their_rows_into_what_is_shared():
         assert list(said) == [(12, 13, 0), (19, 1, 0), (1, 2, 0), (12, 13, 1), (19, 4, 1)]
     assert shared.target_at.tolist() == [2, 9, 10, 2, 9]
     assert len(shared.ids) == 12
+
+
+def test_packs_of_a_step_are_filled_again_up_to_less():
+    """In eight tries between the mean and the limit, the last of which is the first to do with as few packs here."""
+    rows = [
+        Sequence([token] * (length + 1), [length], f"row:{token}", length + 1)
+        for token, length in enumerate((33, 33, 33, 2, 1))
+    ]
+    assert sorted(len(pack.ids) for pack in pack_all(rows, 70)) == [35, 67]
+    assert sorted(len(pack.ids) for pack in pack_all(rows, 66)) == [36, 66], "there is nothing to gain"

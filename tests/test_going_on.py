@@ -66,6 +66,23 @@ def test_what_goes_on_and_in_which_order():
     assert not gone_on(pack_all([row for row in rows() if row.side != "mismatched"], 24))
 
 
+def test_what_goes_on_stands_behind_what_it_goes_on_from():
+    for one in gone_on([*pack_all(rows(), 1), *pack_all(rows(), 24), *pack_all(rows(), 1000)]):
+        ids = [*one.ids.tolist(), *one.after.ids.tolist()]
+        assert len(one.after.leaves) == len(one.after.sequences) == len(one.sequences)
+        for number, row in enumerate(one.after.sequences):
+            assert [ids[place] for place in one.after.places(number)] == row.ids[:-1]
+
+
+def test_what_has_no_backward_pass_is_computed_four_times_as_much_at_a_time(monkeypatch):
+    monkeypatch.setattr(pack, "WORTH_GOING_ON", 10**9)
+    apart = [row for row in rows() if row.side == "mismatched"]
+    for limit in (6, 12, 24):
+        found = [one.ids.tolist() for one in pack_all(rows(), limit) if one.mismatched]
+        assert found == [one.ids.tolist() for one in pack_all([replace(row, side=None) for row in apart], 4 * limit)]
+    assert len(found) == 1
+
+
 def test_little_prompts_are_not_worth_a_pass(monkeypatch):
     monkeypatch.setattr(pack, "WORTH_GOING_ON", 13)
     assert [len(one.after.sequences) for one in gone_on(pack_all(rows(), 1))] == [1], "the one of 14"

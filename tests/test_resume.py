@@ -417,6 +417,10 @@ def test_a_state_of_other_parameters_is_refused(here):
         ({**state.tensors, name: state.tensors[name].double()}, f"{name} is not what this run trains."),
         ({**state.tensors, name: state.tensors[name][:1]}, f"{name} is not what this run trains."),
         (
+            {key: tensor for key, tensor in state.tensors.items() if key not in (name, second)},
+            f"{name} is not what this run trains (and 1 more).",
+        ),
+        (
             {key: tensor for key, tensor in state.tensors.items() if key not in (name, second, third)},
             f"{name} is not what this run trains (and 2 more).",
         ),
@@ -483,3 +487,12 @@ def test_a_run_has_begun_with_nothing_done():
     assert asdict(saving.Progress()) == {
         "best": None, "last": {}, "seconds": 0.0, "tokens": 0, "computed": 0, "skipped": 0, "compared": False,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(("step", "loss", "unseen"), [
+    (1000, None, True), (1000, 1.0, False), (1004, None, True), (1004, 1.0, False), (1002, None, False), (1002, 1.0, False),
+])  # fmt: skip
+def test_a_step_that_was_to_be_followed_by_a_look_is_known_by_its_number(step, loss, unseen):
+    saver = object.__new__(saving.Saver)
+    saver.done = saving.Progress(last={"step": step, "eval_loss": loss})
+    assert saver.unseen(100, int("1004")) == unseen

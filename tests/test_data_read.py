@@ -548,3 +548,8 @@ def test_a_file_that_is_mended_while_it_is_read_is_not_taken_for_what_it_was(tmp
     path.write_bytes(b'{"prompt": "\xff", "completion": "b"}\n')
     monkeypatch.setattr(Path, "read_bytes", lambda _: b"{}")
     assert message_of(str(path)) == f"data: {path} changed while it was read."
+
+
+def test_a_row_of_an_array_that_is_not_the_first_in_its_line_is_placed_by_its_column(tmp_path):
+    source = written(tmp_path, "rows.json", '[\n\n{"text": "a"}, {"text": "b"},\n  {"text": "c"}\n, 7, {"text": "d"}]')
+    assert [where for where, _ in places(source)] == [":3", ":3:16", ":4", ":5", ":5:6"]

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trimtab.data import Sequence, lay_out, pack_all, pack_flat, pack_tree, tree
+from trimtab.data import Sequence, lay_out, most_together, pack_all, pack_flat, pack_tree, tree
 
 ROWS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=14), max_size=12)
 """Of three tokens, so that most begin alike."""
@@ -115,3 +115,16 @@ def test_packs_of_a_step_are_filled_again_up_to_less():
     ]
     assert sorted(len(pack.ids) for pack in pack_all(rows, 70)) == [35, 67]
     assert sorted(len(pack.ids) for pack in pack_all(rows, 66)) == [36, 66], "there is nothing to gain"
+
+
+@pytest.mark.parametrize("shared", [0, 1, 7, 8, 9, 10, 12, 15])
+def test_rows_that_begin_alike_take_so_many_tokens_together(shared):
+    """Up to seven of the shared ones are counted twice, since a segment may not be worth it; so many fit, and no fewer."""
+    ids = [[*[7] * shared, *range(10, 19)], [*[7] * shared, *range(30, 37)]]
+    most = 2 * shared + 8 + 6 - max(0, shared - 7)  # without their last tokens, which predict nothing
+    pair = [Sequence(row, [shared + 1], "row:1", len(row), side) for row, side in zip(ids, ("chosen", "rejected"), strict=True)]
+    assert most_together(pair) == most
+    assert len(pack_tree(pair).ids) <= most
+    alone = [Sequence(row, [shared + 1], f"row:{n}", len(row)) for n, row in enumerate(ids)]
+    assert most_together(alone) == shared + 8
+    assert [len(pack_all(alone, limit)) for limit in (most, most - 1)] == [1, 2]

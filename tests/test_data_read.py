@@ -425,6 +425,7 @@ def test_a_json_text_is_parsed_as_strictly_as_a_row():
         ("", "Expecting value at column 1"),
         ('{"a": 1,\n"a": 2}', "the key 'a' is given twice"),
         ('{"a":\n1} x', "something follows it at line 2, column 4"),
+        ('\n{"a": 1} x', "something follows it at line 2, column 10"),
         ("NaN", "NaN is not a JSON value"),
     ):
         with pytest.raises(ValueError) as caught:  # noqa: PT011 (its words are compared)

@@ -73,6 +73,22 @@ def test_logits_of_parts_are_those_of_the_whole():
     torch.testing.assert_close(torch.cat(parts, dim=1), head.logits(hidden))
 
 
+def test_tokens_that_only_other_adapters_know_stay_impossible_under_a_cap():
+    class Knows(torch.nn.Module):
+        def forward(self, hidden):
+            logits = hidden @ weight.T
+            return logits.index_fill(-1, torch.tensor([3, 7]), float("-inf"))
+
+    weight = torch.randn(9, 4)
+    hidden, head = torch.randn(5, 4), Head(weight, None, 1.0, 2.0)
+    plain = head.logits(hidden)
+    torch.testing.assert_close(plain, 2.0 * torch.tanh(hidden @ weight.T / 2.0))
+    adapted = head._replace(adapted=Knows()).logits(hidden)
+    assert (adapted[:, [3, 7]] == float("-inf")).all()
+    others = [token for token in range(9) if token not in (3, 7)]
+    assert torch.equal(adapted[:, others], plain[:, others])
+
+
 def test_an_adapted_head_forms_a_tile_of_logits_at_a_time(monkeypatch):
     """As many rows as fit a tile, but never fewer than 64."""
     torch.manual_seed(0)

@@ -154,7 +154,7 @@ def test_what_is_read_beside_the_loss_is_the_formula(how):
     }
 
 
-def test_what_is_not_said_is_as_the_papers_have_it():
+def test_what_objectives_take_where_nothing_is_said():
     assert {name: Objective.pick(name).model_dump() for name in ("sft", "dpo", "orpo", "simpo", "cpo", "kto")} == {
         "sft": {"name": "sft"},
         "dpo": {"name": "dpo", "beta": 0.1, "loss_type": "sigmoid", "label_smoothing": 0.0, "sft": 0.0, "reference": "auto"},

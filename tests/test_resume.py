@@ -434,10 +434,7 @@ def test_a_state_of_other_parameters_is_refused(here):
 def test_a_state_of_another_version_is_refused(tmp_path):
     folder = write_state(tmp_path, State(3, {"a": torch.ones(1)}, {}))
     manifest = {key: value for key, value in files.read_json(folder / "state.json").items() if key != "digest"}
-    for changes in (
-        {"format": 2},
-        {"more": 1},
-    ):
+    for changes in ({"format": 2}, {"more": 1}):
         files.write_json(folder / "state.json", {**manifest, **changes, "digest": files.json_digest(manifest)})
         with pytest.raises(ArtifactError, match="changed since it was saved"):
             read_state(folder)

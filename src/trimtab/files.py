@@ -191,7 +191,7 @@ def read_manifest(path: Path, form: int, keys: set[str]) -> dict[str, Any]:
         raise ArtifactError(f"{path}: changed since it was saved. Restore it from a copy.")
     if rest.get("format") != form or rest.keys() != {"format", *keys}:
         raise ArtifactError(
-            f"{path}: was written by another version of Trimtab (this one reads format {form}). Update Trimtab."
+            f"{path}: was written by another version of Trimtab (its format is {rest.get('format')}; this one reads {form}). Use that one."
         )
     return value
 

@@ -37,7 +37,7 @@ def write_state(states: Path, state: State) -> Path:
         files.remove_folder(folder)
     with files.new_folder(folder) as new:
         write_tensors(new / TENSORS, state.tensors)
-        digest = files.sha256_file(new / TENSORS)
+        digest = files.sha256_file(new / TENSORS)  # before it is compared: what differs then or later is noticed
         if changed := changed_tensor(new / TENSORS, state.tensors):
             raise ArtifactError(f"{folder / TENSORS}: {changed} is not what was written. The disk is bad.")
         files.write_manifest(new / MANIFEST, FORMAT, {"step": state.step, "facts": state.facts, "tensors": digest})

@@ -244,7 +244,7 @@ def test_the_embedded_model_answers(smollm2):
 
     assert "Paris" in trimtab.answer(smollm2, "What is the capital of France?", max_new_tokens=12)
     assert smollm2.source == source.EMBEDDED
-    assert smollm2.tokenizer.pad_token_id == smollm2.tokenizer.eos_token_id == smollm2.end_of_turn  # the trap
+    assert smollm2.tokenizer.pad_token_id == smollm2.tokenizer.eos_token_id == smollm2.template.ending.token  # the trap
 
 
 def test_it_says_how_to_get_the_embedded_model(monkeypatch):

@@ -157,11 +157,11 @@ def test_a_template_that_writes_two_beginnings_is_refused(here, trimtab):
 def test_what_generation_would_not_see_is_refused(here, monkeypatch):
     """The negative control: tokens that are not the text's, or not the prompt's."""
     real = proof.prompt_of
-    for broken in (
-        lambda example, base: ([*real(example, base)[0][:-1], 5], real(example, base)[1]),
-        lambda example, base: (real(example, base)[0], "something else"),
+    for name, broken in (
+        ("prompt_of", lambda messages, base, tools: [*real(messages, base, tools)[:-1], 5]),
+        ("texts_of", lambda message: ["something else"]),
     ):
-        monkeypatch.setattr(proof, "prompt_of", broken)
+        monkeypatch.setattr(proof, name, broken)
         found = findings()["rendering"]
         assert found.status == "problem"
         assert len(found.facts["different"]) == 20

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from datetime import timedelta
 
 import pytest
 from templates import FAMILIES
@@ -191,14 +192,18 @@ def test_damage_would_be_seen_in_the_rows_if_nobody_looked(home, monkeypatch):
     assert loaded(source).digest != first.digest
 
 
-def test_a_template_that_reads_the_clock_is_never_kept(home):
-    on = base()
+def test_tokens_of_a_template_that_writes_the_date_are_kept_for_the_runs_own_moment(home):
+    on, source = base(), rows_file(home)
     on.tokenizer.chat_template, before = CLOCK + on.tokenizer.chat_template, on.tokenizer.chat_template
     try:
-        loaded(rows_file(home), on)
+        loaded(source, on)
+        assert loaded(source, on)
+        assert len(kept(home)) == 1
+        on.moment += timedelta(days=1)
+        loaded(source, on)
     finally:
         on.tokenizer.chat_template = before
-    assert kept(home) == []
+    assert len(kept(home)) == 2
 
 
 def test_a_file_that_changes_while_it_is_read_is_not_kept(home, monkeypatch):

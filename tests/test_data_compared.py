@@ -102,7 +102,7 @@ def test_earlier_answers_are_read_and_not_learned(tmp_path):
     )
     for sequence, answer in zip(data.train, ("Yes.", "No."), strict=True):
         assert BASE().decode([sequence.ids[n] for n in sequence.learned]) == answer
-        assert sequence.ids[sequence.learned[-1]] == BASE().end_of_turn
+        assert sequence.ids[sequence.learned[-1]] == BASE().template.ending.token
 
 
 REFUSED = {

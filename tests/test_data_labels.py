@@ -4,7 +4,7 @@ The expected texts are written by hand in templates.py; the tokens before an ans
 makes of the prompt alone.
 """
 
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 
 import pytest
 from hypothesis import given, settings
@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from templates import CHATML, FAMILIES, QWEN3, base_of, bytes_tokenizer, pieces_tokenizer, plain, puts_around, without_end
 from tokenizers import Regex, pre_tokenizers
 
-from trimtab.data import Account, Conversation, Judged, Preference, Text, make_sequences, prompt_of
+from trimtab.data import Account, Conversation, Judged, Preference, Text, asked, make_sequences, prompt_of
+from trimtab.data.draft import read_so
 from trimtab.data.example import Sequence
 
 
@@ -86,7 +87,7 @@ def learns_exactly_the_answers(family, example, base=None):
         family.said(example.messages[turn]["content"]) + family.end for turn in turns
     ]
     (end,) = encoded(base, family.end)
-    assert base.end_of_turn == end
+    assert base.template.ending == (end, "")
     for (sequence, first, last), turn in zip(answers, turns, strict=True):
         assert sequence.ids[:first] == encoded(base, family.prompt(example.messages[:turn]))
         assert sequence.ids[last] == end
@@ -99,7 +100,8 @@ def learns_exactly_the_answers(family, example, base=None):
             (bos,) = encoded(base, family.bos)
             assert [n for n, i in enumerate(sequence.ids) if i == bos] == [0]
     sequence, first, _ = answers[-1]
-    assert prompt_of(example, base) == (sequence.ids[:first], example.messages[turns[-1]]["content"])
+    assert prompt_of(read_so(example, base)[: turns[-1]], base, example.tools) == sequence.ids[:first]
+    assert asked([example], base) == [(sequence.ids[:first], sequence.ids[first:])]
     return made
 
 
@@ -249,7 +251,7 @@ def test_tool_calls_are_learned_and_tool_results_are_not():
     assert said(base, sequence) == [f"{written}<|im_end|>", "4<|im_end|>"]
     before = decoded(base, sequence.ids[: runs(sequence)[1][0]])
     assert before.endswith("<|im_end|>\n<|im_start|>tool\n4<|im_end|>\n<|im_start|>assistant\n")
-    assert prompt_of(example, base) == (encoded(base, before), "4")
+    assert asked([example], base) == [(encoded(base, before), encoded(base, "4<|im_end|>"))]
 
 
 def test_control_tokens_in_tools_and_calls_are_refused():
@@ -289,7 +291,7 @@ def test_a_template_that_leaves_tool_calls_out_is_refused():
 
 
 def test_a_template_that_ends_no_turn_by_a_token_is_refused():
-    assert without_end().end_of_turn is None
+    assert without_end().template.ending is None
     assert refusal(conversation("Hello", "hello"), without_end()) == (
         "the model's chat template ends an assistant turn with no special token, so the model could not learn to stop; "
         "give it a template that does, or use prompt/completion rows with a base that has no template"
@@ -301,7 +303,7 @@ def test_white_space_that_is_a_token_of_its_own_ends_no_turn():
     tokenizer = bytes_tokenizer(("<|endoftext|>",))
     tokenizer.add_tokens(["\n\n"])
     base = base_of(tokenizer, without_end().tokenizer.chat_template, eos_token="<|endoftext|>")
-    assert base.end_of_turn is None
+    assert base.template.ending is None
 
 
 def test_an_end_of_turn_that_is_not_marked_special_counts_as_one():
@@ -314,7 +316,7 @@ def test_an_end_of_turn_that_is_not_marked_special_counts_as_one():
     learns_exactly_the_answers(FAMILIES["chatml"], CONVERSATIONS["several turns"], base)
 
 
-def test_an_answer_that_ends_in_another_token_is_refused_and_accounted_for():
+def test_a_call_that_ends_in_another_token_is_learned_to_it():
     """Llama 3.1 ends a tool call with <|eom_id|>."""
     end = "{{ '<|im_end|>\n' }}{% endfor %}"
     template = QWEN3.replace(end, end.replace("'<|im_end|>\n'", "'<|eom|>' if message['tool_calls'] else '<|im_end|>\n'"))
@@ -322,20 +324,28 @@ def test_an_answer_that_ends_in_another_token_is_refused_and_accounted_for():
     call = {"type": "function", "function": {"name": "f", "arguments": {}}}
     called = {"role": "assistant", "content": "", "tool_calls": [call]}
     example = Conversation((*conversation("Hi", "hello", "Go.").messages, called), "data:1")
-    reason = "the chat template does not end every answer with the token that the model stops at"
-    assert refusal(example, base) == reason
+    (sequence,) = sequences_of(example, base)
+    written = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
+    assert said(base, sequence) == ["hello<|im_end|>", f"{written}<|eom|>"]
+    assert {base.tokenizer.convert_ids_to_tokens(i) for i in base.stop_ids} == {"<|im_end|>", "<|eom|>"}
+
+
+def test_an_answer_that_ends_otherwise_than_others_is_refused_and_accounted_for():
+    template = CHATML.replace("'<|im_end|>' +", "('<|eom|>' if 'two' in message['content'] else '<|im_end|>') +")
+    base = base_of(bytes_tokenizer(("<|im_start|>", "<|im_end|>", "<|eom|>")), template)
     account = Account(("data",))
-    assert len(make_sequences([conversation("a", "b"), example, conversation("c", "d")], base, account)) == 2
-    assert (account.used, account.refused) == (2, [("data:1", reason)])
+    rows = [conversation("a", "b"), replace(conversation("c", "two"), where="data:2"), conversation("c", "d")]
+    assert len(make_sequences(rows, base, account)) == 2
+    reason = "messages[1] (assistant): the model's chat template does not write its content as it stands: 'two' becomes 'two<|eom|>\\n'"
+    assert (account.used, account.refused) == (2, [("data:2", reason)])
 
 
 def test_a_template_whose_prompt_does_not_begin_its_answer_is_refused():
-    """Such as one that opens a thought in the prompt alone."""
-    template = CHATML.replace("{{ '<|im_start|>assistant\n' }}", "{{ '<|im_start|>assistant\n<think>\n' }}")
+    template = CHATML.replace("{{ '<|im_start|>assistant\n' }}", "{{ '<|im_start|>assistant\nAnswer: ' }}")
     base = base_of(bytes_tokenizer(("<|im_start|>", "<|im_end|>")), template)
     assert refusal(conversation("Hi", "hello", "Hi", "hello"), base) == (
-        "messages[1]: the chat template does not write this conversation's prompt the way it begins the same conversation "
-        "with its answer, so training would not see what generation sees"
+        "messages[1] (assistant): the chat template ends the prompt with 'Answer: ', and writes 'hello<|im_end|>\\n' there when the "
+        "answer follows, so training would not see what generation sees"
     )
 
 
@@ -396,7 +406,7 @@ def test_a_completion_is_learned_to_the_character_after_the_prompts_own_tokens(n
     assert sequence.learned == list(range(len(before), len(sequence.ids)))
     assert said(base, sequence) == [f"{answer}</s>"]
     assert sequence.ids.count(base.end_of_text) == 1
-    assert prompt_of(completion(prompt, answer), base) == (before, answer)
+    assert prompt_of([{"role": "user", "content": prompt}], base) == before
 
 
 def test_the_pairs_above_hold_tokens_that_join_and_prompts_that_divide_in_another_way():
@@ -468,7 +478,7 @@ def test_a_bos_or_eos_that_a_text_brings_along_is_not_doubled():
         assert sequences_of(Text(text, "data:1"), base) == alone
     (pair,) = sequences_of(completion("<s>hello", " world</s>"), base)
     assert pair.ids == alone[0].ids
-    assert prompt_of(completion("<s>hello", " world</s>"), base)[0] == encoded(base, "<s>hello")
+    assert prompt_of(completion("<s>hello", " world</s>").messages, base) == encoded(base, "<s>hello")
 
 
 def test_tokens_that_stand_before_a_text_are_never_learned():
@@ -535,17 +545,19 @@ def test_a_bos_that_the_template_does_not_write_is_not_there():
 
 def test_pad_and_eos_may_be_one_token():
     base = FAMILIES["chatml"].make()
-    assert base.tokenizer.pad_token_id == base.tokenizer.eos_token_id == base.end_of_turn
+    assert base.tokenizer.pad_token_id == base.tokenizer.eos_token_id == base.template.ending.token
     (sequence,) = sequences_of(conversation("Hi", "hello", "Hi", "hello"), base)
-    assert [sequence.ids[last] for _, last in runs(sequence)] == [base.end_of_turn] * 2
+    assert [sequence.ids[last] for _, last in runs(sequence)] == [base.template.ending.token] * 2
     # The user's turns end with the same token, which is not learned there.
-    assert sequence.ids.count(base.end_of_turn) == 4
+    assert sequence.ids.count(base.template.ending.token) == 4
 
 
 def test_the_prompt_is_that_of_the_last_answer_to_learn():
     base = FAMILIES["chatml"].make()
     example = conversation("Hi", "hello", "Bye", "the end", silent={3})
-    assert prompt_of(example, base) == (encoded(base, FAMILIES["chatml"].prompt(example.messages[:1])), "hello")
+    assert asked([example], base) == [
+        (encoded(base, FAMILIES["chatml"].prompt(example.messages[:1])), encoded(base, "hello<|im_end|>"))
+    ]
 
 
 def test_puts_around_really_puts_tokens_around():

@@ -26,7 +26,7 @@ def asked(question, answer, where="rows:1"):
 
 def own_answer(base, question, tokens):
     """What this (random) model says of itself, so that a right answer to a question is known."""
-    ids, _ = prompt_of(asked(question, "?"), base)
+    ids = prompt_of([{"role": "user", "content": question}], base)
     return base.decode(generate(base.model, [ids], base.stop_ids, max_new_tokens=tokens)[0])
 
 
@@ -138,7 +138,7 @@ def test_own_answers_stand_beside_those_of_their_row_with_each_ones_length(base)
     long = {text: len(base.encode([text])[0].ids) for text in ("abc", "a long one", "ab", "abcdef")}
     assert given == [{"chosen": long["abc"], "rejected": long["a long one"]}, {"good": long["ab"]}, {"bad": long["abcdef"]}]
     assert len(set(long.values())) == 4
-    prompts = [prompt_of(one, base)[0] for one in (rows[0].chosen, rows[1].conversation, rows[2].conversation)]
+    prompts = [prompt_of(one.messages[:-1], base) for one in (rows[0].chosen, rows[1].conversation, rows[2].conversation)]
     expected = generate(base.model, prompts, base.stop_ids, max_new_tokens=long["a long one"] + long["a long one"] // 4 + 8)
     assert [row["answer"]["tokens"] for row in found] == [len(ids) for ids in expected]
-    assert [row["answer"]["text"] for row in found] == [base.decode(ids) for ids in expected]
+    assert [row["answer"]["text"] for row in found] == [base.decode(ids).strip() for ids in expected]

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from trimtab.base import Base, Message, ModelConfig
-from trimtab.data import Conversation, DataConfig, Kind, load_data, pack_all, plan_steps, prompt_of, units
+from trimtab.data import DataConfig, Kind, load_data, pack_all, plan_steps, prompt_of, units
 from trimtab.data.example import Sequence as Row
 from trimtab.engine import check_packing, stream_tokens
 from trimtab.errors import DataError, RecipeError
@@ -111,8 +111,7 @@ def _prompt(base: Base, messages: list[Message]) -> list[int]:
         raise RecipeError(
             f"{base.source} has no chat template: it continues one text, and takes no system message and no earlier messages."
         )
-    asked = Conversation((*messages, {"role": "assistant", "content": ""}), "prompt", continues=not base.has_template)
-    ids, _ = prompt_of(asked, base)
+    ids = prompt_of(messages, base)
     most = room(base.model, base.context_length)
     if not ids or (most is not None and len(ids) >= most):
         limit = f", and {base.source} was made for {most:,} with the answer" if ids else ""

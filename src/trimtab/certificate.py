@@ -13,7 +13,7 @@ from typing import Any, Literal
 from trimtab import files
 from trimtab.artifacts import is_adapter, read_adapter
 from trimtab.base import Base
-from trimtab.data import Loaded, units
+from trimtab.data import Loaded, last_run, units
 from trimtab.data.example import Sequence as Row
 from trimtab.deploy import versions
 from trimtab.errors import ArtifactError, NotCertified
@@ -126,16 +126,8 @@ def _asked(data: Loaded) -> dict[str, Any]:
     """Prompts of a few rows, and how long their answers are; none of plain texts, which nothing asks for."""
     rows = data.eval or data.train
     asked = [rows[unit[0]] for unit in units(rows)]
-    chosen = [(row.ids[:start], len(row.ids) - start) for row in asked if (start := _last_answer(row)) > 1][:SAMPLES]
+    chosen = [(row.ids[:start], len(row.ids) - start) for row in asked if (start := last_run(row)) > 1][:SAMPLES]
     return {"prompts": [ids for ids, _ in chosen], "longest": max((length for _, length in chosen), default=0)}
-
-
-def _last_answer(row: Row) -> int:
-    """Where the last run of learned tokens begins."""
-    at = len(row.learned) - 1
-    while at > 0 and row.learned[at - 1] == row.learned[at] - 1:
-        at -= 1
-    return row.learned[at]
 
 
 def _examine(job: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,9 @@ quantized or bfloat16 base has learned to correct that base's rounding.
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from importlib.metadata import version
 from typing import Any
 
@@ -29,15 +31,21 @@ CONFIG_KEYS = (
 """What changes the outputs of a model with given weights. A list, so that a new Transformers release changes no hash."""
 
 
-def fingerprint(named_weights: dict[str, Tensor], config: dict[str, Any], tokenizer: Any) -> Fingerprint:
-    """The fingerprint of a base. Costs about half a second per GB of weights on two cores."""
+def fingerprint(
+    named_weights: dict[str, Tensor], config: dict[str, Any], tokenizer: Any, switches: Mapping[str, Any]
+) -> Fingerprint:
+    """The fingerprint of a base. Costs about half a second per GB of weights on two cores.
+
+    Args:
+        switches: Of the chat template: with others it writes other tokens.
+    """
     return {
         "weights": weights_hash(named_weights),
         "config": _text_hash(
             json.dumps({key: config[key] for key in CONFIG_KEYS if key in config}, sort_keys=True, default=str)
         ),
         "tokenizer": _tokenizer_hash(tokenizer) if tokenizer is not None else "none",
-        "template": _text_hash(str(getattr(tokenizer, "chat_template", None))),
+        "template": _text_hash(_template_text(tokenizer, switches)),
     }
 
 
@@ -66,13 +74,18 @@ def own_weights(model: nn.Module) -> dict[str, Tensor]:
     return weights
 
 
-def tokenizing_hash(tokenizer: Any) -> str | None:
-    """What decides the tokens of a text or conversation: tokenizer, template, and the libraries that read them. None if the clock does."""
-    template = str(getattr(tokenizer, "chat_template", None))
+def tokenizing_hash(tokenizer: Any, switches: Mapping[str, Any], moment: datetime) -> str:
+    """What decides the tokens of a text or conversation: tokenizer, template with its switches, the moment for one that writes the
+    date, and the libraries that read them."""
+    template = _template_text(tokenizer, switches)
     if "strftime_now" in template:
-        return None
+        template += moment.isoformat()
     versions = [f"{name} {version(name)}" for name in ("transformers", "tokenizers", "jinja2")]
     return _text_hash("\n".join([type(tokenizer).__name__, _tokenizer_hash(tokenizer), template, *versions]))
+
+
+def _template_text(tokenizer: Any, switches: Mapping[str, Any]) -> str:
+    return str(getattr(tokenizer, "chat_template", None)) + (json.dumps(switches, sort_keys=True) if switches else "")
 
 
 def _tokenizer_hash(tokenizer: Any) -> str:

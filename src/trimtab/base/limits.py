@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from typing import Any
 
 from trimtab.errors import DataError
 
@@ -102,16 +103,32 @@ def rendered(template: str, render: Callable[[], str], seconds: float = SECONDS)
 @lru_cache(maxsize=8)
 def _factor(template: str) -> int | None:
     """A number in the template that is too large a factor; None if there is none, or if it is no template."""
-    from jinja2 import Environment, nodes
-    from jinja2.exceptions import TemplateError
+    from jinja2 import nodes
 
-    try:
-        tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
-    except TemplateError:
-        return None
-    for kind in (nodes.Mul, nodes.Pow):
+    tree = parsed(template)
+    for kind in (nodes.Mul, nodes.Pow) if tree is not None else ():
         for node in tree.find_all(kind):
             for number in node.find_all(nodes.Const):
                 if isinstance(number.value, int | float) and abs(number.value) > FACTOR:
                     return int(number.value)
     return None
+
+
+@lru_cache(maxsize=8)
+def parsed(template: str) -> Any:
+    """The template as Jinja's tree, read as Transformers reads it (with `{% generation %}`); None if it is no template."""
+    from jinja2 import Environment
+    from jinja2.exceptions import TemplateError
+    from jinja2.ext import Extension
+
+    class Generation(Extension):
+        tags = {"generation"}  # noqa: RUF012 (as Jinja declares it)
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    try:
+        return Environment(extensions=[Generation, "jinja2.ext.loopcontrols"]).parse(template)
+    except TemplateError:
+        return None

@@ -1,25 +1,26 @@
 """The base: a frozen Transformers causal language model with its tokenizer, template, stop tokens and fingerprint."""
 
+import re
 import warnings
 from collections.abc import Sequence
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 
-from trimtab.base import limits, quantized, source, vocabulary
+from trimtab.base import quantized, source, vocabulary
 from trimtab.base.fingerprint import PARTS, Fingerprint, fingerprint, own_weights, tokenizing_hash, weights_hash
 from trimtab.base.quantized import Quantize
 from trimtab.base.supported import refuse_unsupported
+from trimtab.base.template import ChatTemplate, Ending, Message, Switches
+from trimtab.base.vocabulary import Encoded
 from trimtab.config import Config
-from trimtab.errors import ArtifactError, BaseChanged, DataError, RecipeError, StorageError, UnsupportedModel
+from trimtab.errors import ArtifactError, BaseChanged, RecipeError, StorageError, UnsupportedModel
 from trimtab.files import expanded
 from trimtab.startup import without_collector
-
-Message = dict[str, Any]
-"""A chat message: `role`, `content`, and what else the model's template reads (`tool_calls`, …)."""
 
 
 class ModelConfig(Config):
@@ -33,15 +34,8 @@ class ModelConfig(Config):
     """Hold the matrices of its blocks in 4 bits a weight (nf4, as QLoRA does) or in 8 (int8): pip install 'trimtab[quantized]'."""
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
     """Where the model runs; auto is the first accelerator, or the CPU."""
-
-
-class Encoded(NamedTuple):
-    """A text as tokens, with the characters [start, end) that each stands for."""
-
-    ids: list[int]
-    offsets: list[tuple[int, int]]
-    before: int = 0
-    """How many of the tokens the tokenizer put before the text, such as a BOS."""
+    template: dict[str, bool | int | float | str | list[str]] = Field(default={})
+    """Switches of its chat template, such as {enable_thinking: false}; `trimtab check` lists those that it has."""
 
 
 class Base:
@@ -51,21 +45,28 @@ class Base:
 
     Args:
         source: The name it was loaded from, stored with adapters.
+        template: Switches of the chat template, such as {"enable_thinking": False}.
 
     Raises:
         UnsupportedModel: Trimtab can't train this model exactly; the message says why.
+        RecipeError: The chat template has no such switch.
     """
 
     quantize: Quantize = "none"
     """How it was quantized when it was loaded; one that was stored quantized, or is wrapped, says it itself."""
 
-    def __init__(self, model: Any, tokenizer: Any = None, source: str | None = None) -> None:
+    def __init__(self, model: Any, tokenizer: Any = None, source: str | None = None, template: Switches | None = None) -> None:
         refuse_unsupported(model, tokenizer)
         self.model = model.eval().requires_grad_(False)
         quantized.settle(model)
         self.tokenizer = self._own_tokenizer = tokenizer
         self.source = source or getattr(model.config, "_name_or_path", "") or type(model).__name__
         self._pristine = own_weights(model)  # the tensors themselves, before adapters rename them
+        self.template_switches, self.moment = dict(template or {}), datetime.now()
+        if template and not self.has_template:
+            raise RecipeError(f"model.template: {self.source} has no chat template, so it has no switches.")
+        if self.has_template:
+            self.template.check_switches()
 
     @classmethod
     def load(cls, config: ModelConfig | str) -> "Base":
@@ -77,7 +78,7 @@ class Base:
         if folder is None:
             source.check_hub(config.name)
         place = folder if folder is not None else config.name
-        base = cls.load_folder(place, getattr(torch, chosen), device, quantize=config.quantize)
+        base = cls.load_folder(place, getattr(torch, chosen), device, quantize=config.quantize, template=config.template)
         # What it was asked for by, rather than the cache folder that a GGUF file was converted into.
         local = folder is not None and config.name != source.EMBEDDED
         base.source = str(expanded(config.name).absolute()) if local else config.name
@@ -92,6 +93,7 @@ class Base:
         *,
         quantize: Quantize = "none",
         with_tokenizer: bool = True,
+        template: Switches | None = None,
     ) -> "Base":
         """Load a model folder (a Path), or a name on the hub (a str), in a number type on a device."""
         settings = quantized.loading(quantize, dtype, device)
@@ -117,7 +119,7 @@ class Base:
             raise RecipeError(
                 f"model.quantize: {quantize}, but {place} is then {kind}: it is stored so, or has no linear layers."
             )
-        base = cls(model.to(device), tokenizer, str(place))
+        base = cls(model.to(device), tokenizer, str(place), template)
         base.quantize = quantize
         return base
 
@@ -126,7 +128,8 @@ class Base:
     @cached_property
     def fingerprint(self) -> Fingerprint:
         """Hashes of the weights, configuration, tokenizer and template, as they were when first asked for."""
-        return fingerprint(self._pristine, self.model.config.to_dict() | quantized.identity(self.model), self._own_tokenizer)
+        config = self.model.config.to_dict() | quantized.identity(self.model)
+        return fingerprint(self._pristine, config, self._own_tokenizer, self.template_switches)
 
     @property
     def quantization(self) -> str:
@@ -155,12 +158,9 @@ class Base:
     # Text
 
     @property
-    def tokenizing_hash(self) -> str | None:
-        """A hash of all that decides what tokens a text or conversation becomes; None if more decides it than is known here.
-
-        Some templates write today's date (Llama 3.1's does).
-        """
-        return tokenizing_hash(self.tokenizer)
+    def tokenizing_hash(self) -> str:
+        """A hash of all that decides what tokens a text or conversation becomes."""
+        return tokenizing_hash(self.tokenizer, self.template_switches, self.moment)
 
     @property
     def context_length(self) -> int | None:
@@ -184,18 +184,22 @@ class Base:
     def has_template(self) -> bool:
         return getattr(self.tokenizer, "chat_template", None) is not None
 
+    @property
+    def template(self) -> ChatTemplate:
+        """Its chat template, with the switches that are set, at the moment that counts as today. There must be one."""
+        known = self.__dict__.get("_template")
+        if known is None or known.tokenizer is not self.tokenizer or known.source is not self.tokenizer.chat_template:
+            known = self._template = ChatTemplate(self.tokenizer, self.template_switches, frozenset(self._configured_stops))
+        known.moment = self.moment
+        return known
+
     def render(self, messages: Sequence[Message], tools: Sequence[Any] | None = None, *, prompt: bool = False) -> str:
         """The text of a conversation by the model's own chat template; with `prompt`, up to where the model speaks.
 
         Raises:
             DataError: The template does not accept this conversation.
         """
-        return limits.rendered(
-            str(self.tokenizer.chat_template),
-            lambda: self.tokenizer.apply_chat_template(
-                list(messages), tools=list(tools) if tools else None, tokenize=False, add_generation_prompt=prompt
-            ),
-        )
+        return self.template.render(messages, tools, prompt=prompt)
 
     def add_tokens(self, texts: Sequence[str]) -> None:
         """Have each of these texts read as one token from now on. The model has no embeddings for them; an adapter does.
@@ -203,6 +207,7 @@ class Base:
         The tokenizer that the base came with is not changed, and identifies it as before. Raises RecipeError.
         """
         self.tokenizer = vocabulary.grown(self.tokenizer, self._own_tokenizer, texts, self.source)
+        self.__dict__.pop("control_tokens", None)
 
     @property
     def added_tokens(self) -> dict[str, int]:
@@ -228,7 +233,7 @@ class Base:
             return_attention_mask=False,
         )
         return [
-            _encoded(*one)
+            Encoded.of(*one)
             for one in zip(batch["input_ids"], batch["offset_mapping"], batch["special_tokens_mask"], strict=True)
         ]
 
@@ -236,49 +241,42 @@ class Base:
         """The text of tokens, without the special ones."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
+    def said(self, ids: Sequence[int]) -> str:
+        """The answer in tokens that were generated or trained on: their text without special tokens, and without reasoning."""
+        text = self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        if self.has_template and self.template.answer_mark in text:
+            text = text.rpartition(self.template.answer_mark)[2]
+        return re.sub("|".join(map(re.escape, self.control_tokens)) or "(?!)", "", text).strip()
+
     @cached_property
     def control_tokens(self) -> tuple[str, ...]:
         """The texts that the tokenizer reads as special tokens, which no message may contain."""
-        ends = {self.end_of_turn, self.end_of_text}
+        ends = set(self.stop_ids)
         added = self.tokenizer.added_tokens_decoder.items()
         return tuple(sorted({token.content for i, token in added if (token.special or i in ends) and token.content.strip()}))
 
-    @cached_property
-    def end_of_turn(self) -> int | None:
-        """The token by which the chat template ends what the assistant says, or None if it has no such token."""
+    def ending(self, message: Message) -> Ending | None:
+        """How the chat template ends this turn of the assistant's; None if by no special token."""
         if not self.has_template:
             return None
-        user = {"role": "user", "content": "Hello"}
-        try:
-            texts = [self.render([user, {"role": "assistant", "content": answer}]) for answer in ("0", "1")]
-        except DataError:
-            return None
-        encoded = self.encode(texts[:1])[0]
-        closing = next((i for i in range(1, len(texts[0])) if texts[0][-i] != texts[1][-i]), len(texts[0])) - 1
-        added = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.content.strip()}
-        special = set(self.tokenizer.all_special_ids) | added
-        starts = ((i, start) for i, (start, _) in zip(encoded.ids, encoded.offsets, strict=True))
-        return next((i for i, start in starts if start >= len(texts[0]) - closing and i in special), None)
+        return self.template.call_ending if message.get("tool_calls") else self.template.ending
 
     @property
     def end_of_text(self) -> int | None:
         """The token that ends a plain text."""
         return self.tokenizer.eos_token_id
 
-    @cached_property
+    @property
+    def _configured_stops(self) -> set[int]:
+        """Tokens that end a generation by the tokenizer and the generation config."""
+        configured = getattr(self.model.generation_config, "eos_token_id", None)
+        return {i for i in (self.end_of_text, *(configured if isinstance(configured, list) else [configured])) if i is not None}
+
+    @property
     def stop_ids(self) -> tuple[int, ...]:
         """Every token that ends a generation: the template's, the tokenizer's, and those of the generation config."""
-        configured = getattr(self.model.generation_config, "eos_token_id", None)
-        configured = configured if isinstance(configured, list) else [configured]
-        return tuple(sorted({i for i in (self.end_of_turn, self.end_of_text, *configured) if i is not None}))
-
-
-def _encoded(ids: list[int], offsets: list[tuple[int, int]], put: list[int]) -> Encoded:
-    """`put` marks what the tokenizer put around the text."""
-    before = next((n for n, mark in enumerate(put) if not mark), len(put))
-    end = next((n + 1 for n in reversed(range(len(put))) if not put[n]), before)
-    doubled = before if ids[before : 2 * before] == ids[:before] else 0  # the text says its BOS itself
-    return Encoded(ids[doubled:end], offsets[doubled:end], before)
+        ends = (self.template.ending, self.template.call_ending) if self.has_template else ()
+        return tuple(sorted(self._configured_stops | {end.token for end in ends if end is not None}))
 
 
 def _device(name: str) -> torch.device:

@@ -1,10 +1,27 @@
-"""Tokens that are added to a tokenizer, so that what an adapter learns of them has a name in texts."""
+"""Texts as tokens, and tokens that are added to a tokenizer, so that what an adapter learns of them has a name in texts."""
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from trimtab.errors import RecipeError
+
+
+class Encoded(NamedTuple):
+    """A text as tokens, with the characters [start, end) that each stands for."""
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+    before: int = 0
+    """How many of the tokens the tokenizer put before the text, such as a BOS."""
+
+    @classmethod
+    def of(cls, ids: list[int], offsets: list[tuple[int, int]], put: list[int]) -> "Encoded":
+        """From what a tokenizer says, where `put` marks what it put around the text."""
+        before = next((n for n, mark in enumerate(put) if not mark), len(put))
+        end = next((n + 1 for n in reversed(range(len(put))) if not put[n]), before)
+        doubled = before if ids[before : 2 * before] == ids[:before] else 0  # the text says its BOS itself
+        return cls(ids[doubled:end], offsets[doubled:end], before)
 
 
 def grown(tokenizer: Any, own: Any, texts: Sequence[str], name: str) -> Any:

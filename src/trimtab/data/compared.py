@@ -13,9 +13,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from trimtab.data.example import Conversation, Example, Judged, Kind, Preference
+from trimtab.data.example import Conversation, Example, Judged, Kind, Preference, Refused
 from trimtab.data.read import kind
-from trimtab.data.shapes import ANSWERS, Refused, Shape
+from trimtab.data.shapes import ANSWERS, Shape
 
 _answers = {shape.required: shape.read for shape in ANSWERS}
 SIDES = ("chosen", "rejected")

@@ -6,32 +6,31 @@ from collections.abc import Sequence as SequenceOf
 from functools import cache
 from typing import Any, NamedTuple, Protocol
 
-from trimtab.data.example import Conversation, Text
+from trimtab.data.example import Conversation, Refused, Text
+from trimtab.data.tree import shared_length
+from trimtab.data.written import REASONING, about, check_said, parted, unread_key
 from trimtab.errors import DataError
+
+Message = dict[str, Any]
 
 
 class Tokenizing(Protocol):
     """What a base offers to turn examples into tokens. See `base.Base`."""
 
     @property
-    def tokenizing_hash(self) -> str | None: ...
+    def tokenizing_hash(self) -> str: ...
     @property
     def has_template(self) -> bool: ...
     @property
-    def end_of_turn(self) -> int | None: ...
+    def template(self) -> Any: ...
     @property
     def end_of_text(self) -> int | None: ...
     @property
     def control_tokens(self) -> tuple[str, ...]: ...
-    def render(
-        self, messages: SequenceOf[dict[str, Any]], tools: SequenceOf[Any] | None = None, *, prompt: bool = False
-    ) -> str: ...
+    def ending(self, message: Message) -> Any: ...
+    def render(self, messages: SequenceOf[Message], tools: SequenceOf[Any] | None = None, *, prompt: bool = False) -> str: ...
     def encode(self, texts: SequenceOf[str], *, special: bool = False) -> SequenceOf[Any]: ...
     def decode(self, ids: SequenceOf[int]) -> str: ...
-
-
-class Refused(Exception):
-    """Why this row can't be used; becomes a Refusal with the row's place."""
 
 
 class NotAPrefix(Exception):
@@ -43,6 +42,8 @@ class Answer(NamedTuple):
     """Where it starts in the text, in characters."""
     limit: int
     """Up to where the text is what the model itself would have had before it and said."""
+    end: int | None = None
+    """The token that ends it; the text's end does unless given."""
 
 
 class Draft(NamedTuple):
@@ -50,41 +51,49 @@ class Draft(NamedTuple):
 
     text: str
     answers: list[Answer]
-    in_turns: bool
-    """Written by the chat template, so that an end-of-turn token ends an answer; else the text's end does."""
+
+    @property
+    def in_turns(self) -> bool:
+        """Written by the chat template."""
+        return self.answers[0].end is not None
 
 
 def whole(example: Conversation | Text, base: Tokenizing) -> list[Draft]:
     """The example as one text."""
     if isinstance(example, Text):
-        return [Draft(example.text, [Answer(0, len(example.text))], in_turns=False)]
+        return [Draft(example.text, [Answer(0, len(example.text))])]
     if not base.has_template:
         prompt, completion = joined(example, base)
-        return [Draft(prompt + completion, [Answer(len(prompt), len(prompt) + len(completion))], in_turns=False)]
+        return [Draft(prompt + completion, [Answer(len(prompt), len(prompt) + len(completion))])]
     _check_conversation(example, base)
-    text = base.render(example.messages, example.tools)
-    _check_written(example, text, base)
-    return [Draft(text, [_answer(example, turn, text, base) for turn in learned_turns(example)], in_turns=True)]
+    messages, last = read_so(example, base), len(example.messages) - 1
+    text = base.render(messages, example.tools)
+    _check_written(example, messages, text, base)
+    if messages[last]["role"] == "assistant" and (ending := base.ending(messages[last])) is not None:
+        text += ending.text
+    answers = []
+    for turn in trained_turns(example):
+        prompt, said = _spoken(messages, turn, example.tools, base, text if turn == last else None)
+        if not text.startswith(prompt):
+            raise NotAPrefix
+        limit = len(text) if turn == last else len(prompt) + shared_length(said, text[len(prompt) :])
+        answers.append(Answer(len(prompt), limit, base.ending(messages[turn]).token))
+    return [Draft(text, answers)]
 
 
 def turn_by_turn(example: Conversation | Text, base: Tokenizing) -> list[Draft]:
-    """Each learned turn in a text of its own that ends with it, as the model has it when it speaks."""
+    """Each trained turn in a text of its own that ends with it, as the model has it when it speaks."""
     assert isinstance(example, Conversation)
-    drafts = []
-    for turn in learned_turns(example):
-        text = base.render(example.messages[: turn + 1], example.tools)
-        try:
-            drafts.append(Draft(text, [_answer(example, turn, text, base)], in_turns=True))
-        except NotAPrefix:
-            raise Refused(
-                f"messages[{turn}]: the chat template does not write this conversation's prompt the way it begins the same "
-                "conversation with its answer, so training would not see what generation sees"
-            ) from None
+    drafts, messages = [], read_so(example, base)
+    for turn in trained_turns(example):
+        prompt, said = _spoken(messages, turn, example.tools, base)
+        text = prompt + said
+        drafts.append(Draft(text, [Answer(len(prompt), len(text), base.ending(messages[turn]).token)]))
     return drafts
 
 
-def learned_turns(example: Conversation) -> list[int]:
-    """Indices of the messages that are learned."""
+def trained_turns(example: Conversation) -> list[int]:
+    """Indices of the messages that are trained on."""
     return [n for n, m in enumerate(example.messages) if m["role"] == "assistant" and n not in example.silent]
 
 
@@ -99,26 +108,78 @@ def joined(example: Conversation, base: Tokenizing) -> tuple[str, str]:
     return example.messages[0]["content"], example.messages[1]["content"]
 
 
-def _answer(example: Conversation, turn: int, text: str, base: Tokenizing) -> Answer:
-    prompt = base.render(example.messages[:turn], example.tools, prompt=True)
-    if not text.startswith(prompt):
-        raise NotAPrefix
-    start = len(prompt)
-    if turn == len(example.messages) - 1:
-        return Answer(start, len(text))
-    said = base.render(example.messages[: turn + 1], example.tools)[start:]
-    agreeing = (n for n, (a, b) in enumerate(zip(said, text[start:], strict=False)) if a != b)
-    return Answer(start, start + next(agreeing, min(len(said), len(text) - start)))
+def read_so(example: Conversation, base: Tokenizing) -> list[Message]:
+    """The messages as the template reads them: reasoning that a content begins with goes where the template looks for it."""
+    if not base.template.reads_reasoning:
+        return list(example.messages)
+    return [_with_reasoning(message) if message["role"] == "assistant" else message for message in example.messages]
+
+
+def _with_reasoning(message: Message) -> Message:
+    if any(message.get(key) for key in REASONING):
+        return message
+    reasoning, rest = parted(message)
+    return {**rest, "reasoning_content": reasoning} if reasoning else rest
+
+
+def _spoken(messages: list[Message], turn: int, tools: Any, base: Tokenizing, text: str | None = None) -> tuple[str, str]:
+    """The prompt of a turn as generation has it, and what the model is to say then, to its end; checked to say what the message does.
+
+    Args:
+        text: The conversation up to this turn as it is written, if that is known.
+    """
+    before, message = messages[:turn], messages[turn]
+    prompt = base.render(before, tools, prompt=True)
+
+    def say(other: Message, text: str | None = None) -> str:
+        text = base.render([*before, other], tools) + base.ending(message).text if text is None else text
+        return text[len(prompt) :] if text.startswith(prompt) else _gone_on(prompt, text, before, other, tools, base)
+
+    try:
+        said = say(message, text)
+        check_said(message, said, say, base.template)
+    except Refused as refused:
+        raise Refused(f"messages[{turn}] (assistant): {refused}") from None
+    return prompt, said
+
+
+def _gone_on(prompt: str, text: str, before: list[Message], message: Message, tools: Any, base: Tokenizing) -> str:
+    """What is said after a prompt that the template writes otherwise when the answer is there: one that opens the reasoning.
+
+    DeepSeek-R1's template has the model begin with `<think>`, and writes neither that nor the reasoning of an answer; Nemotron's
+    writes an empty one. So the reasoning goes on where the prompt opens it, and ends as the family ends it.
+    """
+    shared = shared_length(prompt, text)
+    if OPENED.search(prompt) is not None:
+        if text[shared:].lstrip().startswith("</think>"):
+            return text[shared:]
+        (reasoning, rest), opened = parted(message), OPENED.sub("", prompt)
+        text = base.render([*before, rest], tools) + base.ending(message).text
+        if text.startswith(opened):
+            return f"{reasoning.rstrip()}\n</think>\n\n{text[len(opened) :]}"
+    switch = base.template.switch_for(
+        lambda other: other.render([*before, message], tools).startswith(other.render(before, tools, prompt=True))
+    )
+    raise Refused(
+        f"the chat template ends the prompt with {prompt[shared:][:40]!r}, and writes {text[shared:][:40]!r} there when the answer "
+        f"follows, so training would not see what generation sees{f': set {switch}' if switch else ''}"
+    )
+
+
+OPENED = re.compile(r"<think>\s*$")
+"""How a prompt ends that has the model begin by reasoning."""
 
 
 def _check_conversation(example: Conversation, base: Tokenizing) -> None:
-    if base.end_of_turn is None:
+    if base.template.ending is None:
         raise Refused(
             "the model's chat template ends an assistant turn with no special token, so the model could not learn to stop; "
             "give it a template that does, or use prompt/completion rows with a base that has no template"
         )
-    if learned_turns(example)[0] == 0:
+    if trained_turns(example)[0] == 0:
         raise Refused("messages[0] is the assistant's, and nothing asks for it: begin with another, or give it weight 0")
+    if silent := [n for n in trained_turns(example) if base.ending(example.messages[n]) is None]:
+        raise Refused(f"messages[{silent[0]}] (assistant): the model's chat template leaves out its tool_calls")
     named = {f"messages[{n}] ({message['role']})": message for n, message in enumerate(example.messages)}
     for name, value in {**named, "tools": example.tools}.items():
         for text in _texts(value):
@@ -144,22 +205,25 @@ def _any_of(texts: tuple[str, ...]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, texts)) or "(?!)")
 
 
-def _check_written(example: Conversation, text: str, base: Tokenizing) -> None:
-    """Refuse what the template passes over in silence: the model would learn another conversation than the row's."""
+def _check_written(example: Conversation, messages: list[Message], text: str, base: Tokenizing) -> None:
+    """Refuse what the template passes over silently: the model would learn another conversation than the row's."""
 
-    def written_as(messages: SequenceOf[dict[str, Any]], tools: Any) -> str | None:
+    def written_as(messages: SequenceOf[Message], tools: Any) -> str | None:
         try:
             return base.render(messages, tools)
         except DataError:
             return None
 
-    if example.tools and written_as(example.messages, None) == text:
+    if example.tools and written_as(messages, None) == text:
         raise Refused("the model's chat template leaves out tools: remove them, or use a model whose template writes them")
-    for n, message in enumerate(example.messages):
+    trained = set(trained_turns(example))
+    for n, message in enumerate(messages):
         changes: dict[str, Any] = {"tool_calls": []} if message.get("tool_calls") else {}
-        if message["content"].strip() not in text:
+        if message["content"].strip() not in text and n not in trained:  # of those that are trained on, see `written`
             changes["content"] = message["content"] + "."
         for key, value in changes.items():
-            changed = [*example.messages[:n], {**message, key: value}, *example.messages[n + 1 :]]
+            changed = [*messages[:n], {**message, key: value}, *messages[n + 1 :]]
             if written_as(changed, example.tools) == text:
                 raise Refused(f"messages[{n}] ({message['role']}): the model's chat template leaves out its {key}")
+        if unread := unread_key(messages, n, n in trained, lambda some: base.render(some, example.tools)):
+            raise Refused(f"messages[{n}] ({message['role']}): {about(unread)}")

@@ -55,6 +55,10 @@ Kind = Literal["answers", "pairs", "judged"]
 """What an objective learns from: conversations and texts, answers compared, or answers judged each by itself."""
 
 
+class Refused(Exception):
+    """Why a row can't be used; becomes a Refusal with the row's place."""
+
+
 class Refusal(NamedTuple):
     """A row that can't be used, and why."""
 

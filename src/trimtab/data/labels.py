@@ -3,17 +3,19 @@
 What is learned is what the assistant says, and the token that ends its turn. It is found by rendering the conversation
 with the model's own template up to where each answer starts, and once whole, and by tokenizing both: text and tokens of
 the first must begin those of the second, or the conversation is laid out turn by turn. Markers are never searched for.
-So before an answer stand exactly the tokens that ask for it when the model generates.
+So before an answer stand exactly the tokens that ask for it when the model generates; and what stands there as the answer
+says what the message says (see `written`).
 """
 
 from collections.abc import Iterable, Iterator
+from collections.abc import Sequence as SequenceOf
 from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
 from typing import Any
 
-from trimtab.data.draft import Answer, Draft, NotAPrefix, Refused, Tokenizing, joined, learned_turns, turn_by_turn, whole
-from trimtab.data.example import Account, Conversation, Example, Judged, Preference, Refusal, Sequence, Side, Text
+from trimtab.data.draft import Answer, Draft, Message, NotAPrefix, Tokenizing, turn_by_turn, whole
+from trimtab.data.example import Account, Conversation, Example, Judged, Preference, Refusal, Refused, Sequence, Side, Text
 from trimtab.errors import DataError
 
 AT_A_TIME = 1000
@@ -73,7 +75,7 @@ def _joined(example: Example, made: list[list[Sequence] | str]) -> list[Sequence
 
 
 def _made(
-    examples: list[Conversation | Text], base: Tokenizing, max_length: int | None, truncate: bool
+    examples: SequenceOf[Conversation | Text], base: Tokenizing, max_length: int | None, truncate: bool
 ) -> Iterator[list[Sequence] | str]:
     """Of each example, its sequences, or why it can't be used."""
     found: dict[int, list[Sequence] | str] = {}
@@ -99,15 +101,36 @@ def _made(
     return (found.get(number, unending) for number in range(len(examples)))
 
 
-def prompt_of(example: Conversation, base: Tokenizing) -> tuple[list[int], str]:
-    """The tokens that ask for a conversation's last learned answer, and that answer's text; both as training has them."""
-    last = learned_turns(example)[-1]
+def prompt_of(messages: SequenceOf[Message], base: Tokenizing, tools: Iterable[Any] = ()) -> list[int]:
+    """The tokens that ask for the next message, as training has them; for a base without a template, those of the one message's text."""
     if base.has_template:
-        text, special = base.render(example.messages[:last], example.tools, prompt=True), False
+        (encoded,) = base.encode([base.render(messages, list(tools), prompt=True)])
     else:
-        text, special = joined(example, base)[0], True
-    (encoded,) = base.encode([text], special=special)
-    return list(encoded.ids), example.messages[last]["content"]
+        (encoded,) = base.encode([messages[0]["content"]], special=True)
+    return list(encoded.ids)
+
+
+def asked(examples: Iterable[Conversation], base: Tokenizing) -> list[tuple[list[int], list[int]]]:
+    """The tokens of each conversation's last answer that is trained on, and those that ask for it; these first.
+
+    Raises:
+        DataError: One can't be used.
+    """
+    found = []
+    for example, made in zip(examples := list(examples), _made(examples, base, None, False), strict=True):
+        if isinstance(made, str):
+            raise DataError(f"{example.where}: {made}")
+        start = last_run(made[-1])
+        found.append((made[-1].ids[:start], made[-1].ids[start:]))
+    return found
+
+
+def last_run(row: Sequence) -> int:
+    """Where the last run of tokens that are trained on begins."""
+    at = len(row.learned) - 1
+    while at > 0 and row.learned[at - 1] == row.learned[at] - 1:
+        at -= 1
+    return row.learned[at]
 
 
 def _encode(drafts: list[Draft], base: Tokenizing) -> Iterator[list[Any]]:
@@ -126,7 +149,8 @@ def _sequence(draft: Draft, encoded: list[Any], base: Tokenizing, where: str) ->
     learned: list[int] = []
     for first, answer in zip(firsts, draft.answers, strict=True):
         if draft.in_turns:
-            last = next((t for t in range(first, len(ids)) if ids[t] == base.end_of_turn and ends[t] <= answer.limit), None)
+            behind = range(len(ids) - 1, first - 1, -1)  # from behind: within a turn, the token may end a call, say
+            last = next((t for t in behind if ids[t] == answer.end and ends[t] <= answer.limit), None)
             if last is None:
                 raise NotAPrefix
         else:

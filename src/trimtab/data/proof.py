@@ -5,12 +5,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
 
-from trimtab.data.draft import Tokenizing
+from trimtab.data.draft import Tokenizing, read_so, trained_turns
 from trimtab.data.example import Account, Conversation, Example, Judged, Preference
 from trimtab.data.example import Sequence as Row
 from trimtab.data.labels import prompt_of
 from trimtab.data.leaks import digest, leaks
 from trimtab.data.load import Loaded
+from trimtab.data.written import forms, plain, texts_of
 from trimtab.errors import DataError
 
 Status = Literal["good", "note", "problem"]
@@ -111,7 +112,7 @@ def _stops(rows: Sequence[Row], base: Speaking) -> Finding:
 
 
 def _texts(rows: Sequence[Row], examples: Sequence[Example], base: Speaking) -> Finding:
-    """Learned tokens, decoded, are the answers; and before the last stands what generation will see (B03, B05)."""
+    """What is trained on, decoded, says what the message says; and before it stands what generation will see (B03, B05)."""
     by_row: dict[str, list[Row]] = {}
     for row in rows:
         by_row.setdefault(row.where, []).append(row)
@@ -121,23 +122,33 @@ def _texts(rows: Sequence[Row], examples: Sequence[Example], base: Speaking) -> 
         compared += bool(made)
         turned += len(made) > 1 and all(row.side is None for row in made)
         conversations = _conversations(example)
-        for conversation, row in zip(conversations, made if len(made) == len(conversations) else made[-1:], strict=False):
-            ids, said = prompt_of(conversation, base)
-            start = next((n for n in range(len(row.learned)) if row.learned[n] >= len(ids)), None)
-            before = row.ids[: len(ids)]
-            text = base.decode([row.ids[t] for t in row.learned[start or 0 :]])
-            if before != ids or not (text.strip() == said.strip() or said.strip().startswith(text.strip())):
-                wrong.append(example.where)
+        pairs = zip(conversations, made if len(made) == len(conversations) else made[-1:], strict=False)
+        wrong += [example.where for conversation, row in pairs if not _says(row, conversation, base)]
     facts = {"compared": compared, "different": wrong[:20], "turn_by_turn": turned}
     if wrong:
         words = f"{len(wrong):,} of {compared:,} rows are learned as something else than generation writes ({wrong[0]} is the first)"
         return Finding("rendering", "problem", f"{words}: the chat template or the tokenizer is at fault", facts)
-    words = f"of {compared:,} rows, the tokens before the last answer are those that generation sees, and the learned ones are the answer"
+    words = f"of {compared:,} rows, the tokens before the last answer are those that generation sees, and the learned ones say what it says"
     if turned:
         words += (
             f"; {turned:,} conversations are laid out turn by turn, because the template writes earlier turns differently later"
         )
     return Finding("rendering", "good", words, facts)
+
+
+def _says(row: Row, conversation: Conversation, base: Speaking) -> bool:
+    """Whether a row's tokens are the prompt of its last answer, and then all that the answer says."""
+    turn = trained_turns(conversation)[-1]
+    messages = read_so(conversation, base) if base.has_template else list(conversation.messages)
+    before = prompt_of(messages[:turn], base, conversation.tools)
+    text = base.tokenizer.decode([row.ids[t] for t in row.learned if t >= len(before)], clean_up_tokenization_spaces=False)
+    cut = row.ids[row.learned[-1]] not in base.stop_ids
+    return row.ids[: len(before)] == before and (cut or all(_stands(one, text, base) for one in texts_of(messages[turn])))
+
+
+def _stands(said: str, text: str, base: Speaking) -> bool:
+    """Whether a text stands in another, as the tokenizer writes it: some write other spaces or letters."""
+    return any(plain(form) in plain(text) for form in (*forms(said), base.decode(base.encode([said])[0].ids)))
 
 
 def _conversations(example: Example) -> list[Conversation]:

@@ -13,13 +13,9 @@ import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from trimtab.data.example import Account, Conversation, Example, Refusal, Text
+from trimtab.data.example import Account, Conversation, Example, Refusal, Refused, Text
 from trimtab.data.read import Row, kind
 from trimtab.data.strict_json import parse_json
-
-
-class Refused(Exception):
-    """Why this row can't be used; becomes a Refusal with the row's place."""
 
 
 class Shape(NamedTuple):

@@ -7,7 +7,7 @@ with nothing in common are a forest of single segments. Nothing here or above kn
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from itertools import groupby, pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 WORTH = 8
 """Tokens that a shared segment must save: as much as attending to one more segment costs."""
@@ -104,6 +104,6 @@ def alphabetical(rows: Sequence[Sequence[int]]) -> list[int]:
     return sorted(range(len(rows)), key=lambda number: rows[number])  # type: ignore[arg-type, return-value]
 
 
-def shared_length(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens two rows begin with in common."""
+def shared_length(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """How many tokens two rows (or characters two texts) begin with in common."""
     return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

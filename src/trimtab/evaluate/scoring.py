@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from trimtab.base import Base
-from trimtab.data import Account, Conversation, Judged, Preference, make_sequences, pack_all, prompt_of
+from trimtab.data import Account, Conversation, Judged, Preference, asked, make_sequences, pack_all
 from trimtab.data.example import Sequence as Row
 from trimtab.engine import generate
 from trimtab.errors import DataError, NonFinite, listing
@@ -62,7 +62,7 @@ class Answered:
 
     @property
     def right(self) -> bool:
-        """Equal but for white space at the ends."""
+        """Equal but for reasoning, special tokens, and white space at the ends."""
         return self.answer.strip() == self.expected.strip()
 
 
@@ -100,18 +100,20 @@ def score_answers(
 
     An answer is cut a little beyond the length of the longest expected one, or of `others` if that is longer: by then it is wrong.
     """
-    asked = [prompt_of(example, base) for example in examples]
-    longest = max((len(e.ids) for e in base.encode([*(expected for _, expected in asked), *others])), default=0)
+    pairs = asked(examples, base)
+    longest = max(
+        (len(one) for one in [*(expected for _, expected in pairs), *(e.ids for e in base.encode(others))]), default=0
+    )
     limit = longest + longest // 4 + 8
     answers: list[list[int]] = []
-    for start in range(0, len(asked), 32):
-        part = asked[start : start + 32]
+    for start in range(0, len(pairs), 32):
+        part = pairs[start : start + 32]
         answers += generate(base.model, [ids for ids, _ in part], base.stop_ids, max_new_tokens=limit)
         if on_done:
             on_done(len(part))
     return [
-        Answered(_question(example), expected, base.decode(answer), len(answer), stopped=len(answer) < limit)
-        for example, (_, expected), answer in zip(examples, asked, answers, strict=True)
+        Answered(_question(example), base.said(expected), base.said(answer), len(answer), stopped=len(answer) < limit)
+        for example, (_, expected), answer in zip(examples, pairs, answers, strict=True)
     ]
 
 

@@ -139,7 +139,7 @@ def test_each_kind_says_what_it_wants_of_the_others_rows(tmp_path):
         assert "compares two answers" in read(tmp_path, row, "answers")
     assert "column 'chosen' is missing" in read(tmp_path, {"prompt": "a", "completion": "b"}, "pairs")
     assert "column 'label' is missing" in read(tmp_path, {"prompt": "a", "completion": "b"}, "judged")
-    assert read(tmp_path, {"messages": [USER, said("a")], "label": "happy"}, "answers").messages  # a column that nothing reads
+    assert "has label, which kto learns from" in read(tmp_path, {"messages": [USER, said("a")], "label": False}, "answers")
 
 
 def test_sides_stay_together_and_are_held_out_together(tmp_path):

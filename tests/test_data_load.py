@@ -158,6 +158,7 @@ def test_rows_that_cannot_be_used_are_left_out_when_told_to_and_remembered(tmp_p
                 {"where": f"{source}:7", "reason": "messages[0] (user) holds the model's control token <|im_end|> as text"},
             ],
             "columns_not_read": [],
+            "nulls_left_out": 0,
         }
     ]
 
@@ -240,7 +241,7 @@ def test_a_file_in_the_home_folder_is_remembered_too(tmp_path, monkeypatch):
     rows_file(tmp_path, 10)
     config = DataConfig(train=("~/rows.jsonl",), eval=2)
     remembered = load_data(config, BASE(), None, seed=0).plain()
-    assert list(remembered["files"]) == ["~/rows.jsonl"]
+    assert list(remembered["files"]) == [str(tmp_path / "rows.jsonl")]
     assert len(held_out_examples(config, remembered)) == 2
     (tmp_path / "rows.jsonl").unlink()
     with pytest.raises(DataError, match="has changed since the run or is gone"):

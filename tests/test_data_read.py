@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -11,8 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from templates import FAMILIES
 
-from trimtab.data import DataConfig, Refusal, load_data, load_examples
+from trimtab.data import DataConfig, Refusal, load_data, load_examples, text_files
 from trimtab.data import read as reading
+from trimtab.data.arrow_files import without_padding
 from trimtab.data.read import read_rows
 from trimtab.data.strict_json import parse_json
 from trimtab.errors import DataError, StorageError, TrimtabError
@@ -158,7 +160,7 @@ def test_of_several_saved_splits_train_is_read_and_any_can_be_named(tmp_path, qu
 
 
 def test_another_folder_or_a_damaged_one_is_refused(tmp_path, quiet_datasets):
-    assert message_of(str(tmp_path)).startswith(f"data: {tmp_path} is not a folder that `datasets` saved: ")
+    assert message_of(str(tmp_path)).startswith(f"data: {tmp_path} holds no file of rows (.json, ")
     saved = tmp_path / "saved"
     quiet_datasets.Dataset.from_list(ROWS).save_to_disk(saved)
     (arrow,) = saved.glob("*.arrow")
@@ -280,9 +282,18 @@ def test_a_file_that_is_not_utf8_says_where(tmp_path, name):
     )
 
 
-def test_utf16_is_refused(tmp_path):
-    source = written(tmp_path, "rows.jsonl", json.dumps(ROWS[0]).encode("utf-16"))
-    assert message_of(source) == f"data: {source}:1 is not UTF-8 text: byte 0 of the file is 0xff. Convert it to UTF-8."
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig", "utf-8"])
+def test_utf16_that_says_so_is_read_as_such(tmp_path, encoding):
+    """Windows exports it: by its first two bytes there is no doubt."""
+    lines = written(tmp_path, "rows.jsonl", "\n".join(json.dumps(row) for row in ROWS).encode(encoding))
+    table = written(tmp_path, "rows.tsv", "prompt\tcompletion\nquestion 0\tanswer 0\n".encode(encoding))
+    assert [row for _, row in places(lines)] == ROWS
+    assert [row for _, row in places(table)] == ROWS[:1]
+
+
+def test_utf16_that_does_not_say_so_is_refused(tmp_path):
+    source = written(tmp_path, "rows.jsonl", '{"text": "é"}'.encode("utf-16-le"))
+    assert "is not UTF-8 text" in message_of(source) or "not valid JSON" in refusals(source)[0]
 
 
 def test_a_byte_order_mark_is_not_part_of_the_first_row(tmp_path):
@@ -370,9 +381,207 @@ def test_rows_that_are_no_objects_are_refused(tmp_path):
     assert refusals(array) == [f"rows.json:{n}: {reason}" for n, reason in enumerate(said, start=1)]
 
 
-def test_an_object_at_the_top_of_a_json_file_is_one_row(tmp_path):
-    source = written(tmp_path, "rows.json", '{"version": 1, "data": [{"text": "a"}]}')
-    assert places(source) == [(":1", {"version": 1, "data": [{"text": "a"}]})]
+OBJECTS = {
+    "a row": ('{"text": "a"}', [(":1", {"text": "a"})]),
+    "a row over several lines": ('{\n  "text": "a"\n}\n', [(":1", {"text": "a"})]),
+    "rows over several lines": ('\n{\n "text": "a"\n}\n{\n "text":\n "b"}', [(":2", {"text": "a"}), (":5", {"text": "b"})]),
+    "a row of messages": ('{"messages": [{"role": "user"}]}', [(":1", {"messages": [{"role": "user"}]})]),
+    "a row of messages by another name": ('{"dialog": [{"from": "gpt"}]}', [(":1", {"dialog": [{"from": "gpt"}]})]),
+    "all rows": ('{"data": [{"text": "a"}, {"text": "b"}]}', [(":1", {"text": "a"}), (":1:26", {"text": "b"})]),
+    "all rows over several lines": ('{\n"about": 1,\n"rows": [\n{"text": "a"},\n{}]}', [(":4", {"text": "a"}), (":5", {})]),
+    "a broken line and a whole one": ('{"text": "a\n{"text": "b"}\n', [(":1", None), (":2", {"text": "b"})]),
+}
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+@pytest.mark.parametrize("name", OBJECTS)
+def test_objects_are_rows_or_hold_them(tmp_path, name, suffix):
+    text, expected = OBJECTS[name]
+    found = places(written(tmp_path, f"rows.{suffix}", text))
+    assert [(where, row if isinstance(row, dict) else None) for where, row in found] == expected
+
+
+def test_what_stands_beside_all_rows_is_named(tmp_path):
+    from trimtab.data import Account
+
+    account = Account(("x",))
+    list(read_rows(written(tmp_path, "rows.json", '{"version": 1, "rows": [{"text": "a"}]}'), account))
+    assert account.unread == {"version"}
+
+
+@pytest.mark.parametrize(
+    "text", ['{"prompt": {"0": "a"}, "completion": {"0": "b"}}', '{\n"prompt": ["a"], "completion": ["b"]}']
+)
+def test_a_table_by_columns_says_how_to_write_it(tmp_path, text):
+    (said,) = refusals(written(tmp_path, "rows.json", text))
+    assert said.startswith("rows.json:1: a table by columns")
+    assert "by rows" in said
+
+
+def test_an_array_may_stand_in_a_file_of_lines(tmp_path):
+    source = written(tmp_path, "rows.jsonl", json.dumps(ROWS))
+    assert [row for _, row in places(source)] == ROWS
+    spread = written(tmp_path, "spread.jsonl", json.dumps(ROWS, indent=1))
+    assert [row for _, row in places(spread)] == ROWS
+    lists = written(tmp_path, "lists.jsonl", "[1]\n[2]\n")
+    assert refusals(lists) == [f"lists.jsonl:{n}: a row is an object with named columns, not a list" for n in (1, 2)]
+
+
+# Packed files, patterns and folders
+
+
+@pytest.mark.parametrize("packing", ["gz", "zst"])
+def test_packed_files_are_read_as_what_is_in_them(tmp_path, packing):
+    import gzip
+
+    import pyarrow
+
+    def packed(name, text):
+        content = gzip.compress(text.encode()) if packing == "gz" else pyarrow.compress(text.encode(), "zstd", asbytes=True)
+        return written(tmp_path, f"{name}.{packing}", content)
+
+    lines = packed("rows.jsonl", "\n".join(json.dumps(row) for row in ROWS))
+    assert places(lines) == [(":1", ROWS[0]), (":2", ROWS[1]), (":3", ROWS[2])]
+    table = packed("rows.csv", "prompt,completion\nquestion 0,answer 0\n")
+    assert places(table) == [(":2", ROWS[0])]
+    bad = packed("bad.jsonl", "x")
+    Path(bad).write_bytes(Path(lines).read_bytes()[:-9])
+    assert message_of(bad).startswith(f"data: {bad} cannot be read: ")
+    assert "is not one of" in message_of(packed("rows.parquet", "x"))
+
+
+def test_a_pattern_stands_for_its_files_in_the_order_of_their_names(tmp_path):
+    for number in (2, 0, 1):
+        written(tmp_path, f"part-{number}.jsonl", json.dumps(ROWS[number]))
+    written(tmp_path, "other.json", "[]")
+    assert [row[1] for row in read_rows(f"{tmp_path}/part-*.jsonl")] == ROWS
+    assert [row[1] for row in read_rows(f"{tmp_path}/part-[12].jsonl")] == ROWS[1:]
+    assert "no such file or folder" in message_of(f"{tmp_path}/shard-*.jsonl")
+
+
+def test_a_folder_of_shards_is_read_whole(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    (tmp_path / "set" / "data").mkdir(parents=True)
+    for number, row in enumerate(ROWS):
+        table = pyarrow.Table.from_pylist([row])
+        pyarrow.parquet.write_table(table, tmp_path / "set" / "data" / f"train-{number:05d}-of-00003.parquet")
+    written(tmp_path / "set", "README.md", "# A set")
+    written(tmp_path / "set", "dataset_infos.json", "{}")
+    assert [row[1] for row in read_rows(str(tmp_path / "set"))] == ROWS
+
+
+def test_a_folder_of_several_things_says_which_can_be_asked_for_and_that_works(tmp_path):
+    (tmp_path / "set" / "data").mkdir(parents=True)
+    for split, row in zip(("train-0", "train-1", "test-0"), ROWS, strict=True):
+        written(tmp_path / "set" / "data", f"{split}.jsonl", json.dumps(row))
+    said = message_of(str(tmp_path / "set"))
+    assert "holds several splits (test, train). Say which, for example:" in said
+    (advised,) = re.findall(r"data\.train='(.*train.*)'", said)
+    assert [row[1] for row in read_rows(advised)] == ROWS[:2]
+    written(tmp_path / "set" / "data", "more.csv", "prompt,completion\nx,y\n")
+    assert "holds several kinds of files (.csv, .jsonl)" in message_of(str(tmp_path / "set"))
+
+
+# Tables as programs export them
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+def test_the_first_line_says_what_parts_cells(tmp_path, delimiter):
+    table = written(tmp_path, "rows.csv", f'prompt{delimiter}completion\n"a, b; c"{delimiter}d\n')
+    assert places(table) == [(":2", {"prompt": "a, b; c", "completion": "d"})]
+
+
+def test_a_space_behind_every_comma_belongs_to_it(tmp_path):
+    spaced = written(tmp_path, "rows.csv", 'prompt, completion\na, "b, c"\n')
+    assert places(spaced) == [(":2", {"prompt": "a", "completion": "b, c"})]
+    plain = written(tmp_path, "plain.csv", "prompt,completion\na, b\n")
+    assert places(plain) == [(":2", {"prompt": "a", "completion": " b"})]
+
+
+def test_an_ending_that_is_not_read_says_what_to_save_it_as(tmp_path):
+    assert message_of(written(tmp_path, "rows.xlsx", "PK")).endswith(": save it as CSV.")
+
+
+# Arrow's nulls
+
+TOOLS = [
+    {
+        "type": "function",
+        "function": {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}},
+    },
+    {
+        "type": "function",
+        "function": {
+            "name": "add",
+            "parameters": {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]},
+        },
+    },
+]
+
+
+def called(name, **arguments):
+    call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    return [{"role": "user", "content": "?"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+
+
+CALLS = [{"messages": called("weather", city="Oslo"), "tools": TOOLS}, {"messages": called("add", x=1), "tools": TOOLS}]
+
+
+@pytest.mark.parametrize("way", ["parquet", "datasets"])
+def test_what_arrow_fills_up_with_nulls_is_left_out_and_counted(tmp_path, quiet_datasets, way):
+    if way == "parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        source = str(tmp_path / "rows.parquet")
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(CALLS), source)
+    else:
+        source = str(tmp_path / "saved")
+        quiet_datasets.Dataset.from_list(CALLS).save_to_disk(source)
+    examples, account = load_examples(source)
+    expected, _ = load_examples(written(tmp_path, "rows.jsonl", "\n".join(map(json.dumps, CALLS))))
+    assert [(one.messages, one.tools) for one in examples] == [(one.messages, one.tools) for one in expected]
+    assert account.nulls > 0
+    assert account.plain()["nulls_left_out"] == account.nulls
+
+
+def test_without_its_pruning_arrow_would_teach_nulls(tmp_path, monkeypatch):
+    """The negative control."""
+    import pyarrow
+    import pyarrow.parquet
+
+    from trimtab.data import arrow_files
+
+    source = str(tmp_path / "rows.parquet")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(CALLS), source)
+    monkeypatch.setattr(arrow_files, "without_padding", lambda row: (row, 0))
+    (first, _), _ = load_examples(source)
+    assert first.messages[1]["tool_calls"][0]["function"]["arguments"] == {"city": "Oslo", "x": None}
+
+
+def test_nulls_of_ones_own_stay(tmp_path):
+    """In JSON all of them; in Arrow, those that the tool's description requires or allows."""
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [{"messages": called("add", x=None), "tools": TOOLS}, CALLS[0]]
+    lines = written(tmp_path, "rows.jsonl", "\n".join(map(json.dumps, rows)))
+    source = str(tmp_path / "rows.parquet")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), source)
+    for name in (lines, source):
+        (first, second), _ = load_examples(name)
+        assert first.messages[1]["tool_calls"][0]["function"]["arguments"] == {"x": None}
+        assert second.messages[1]["tool_calls"][0]["function"]["arguments"] == {"city": "Oslo"}
+    nullable = {
+        "name": "f",
+        "parameters": {"properties": {"a": {"type": ["string", "null"]}, "b": {"anyOf": [{"type": "null"}]}, "c": {}}},
+    }
+    row, removed = without_padding(
+        {"tools": [nullable], "calls": [{"name": "f", "arguments": {"a": None, "b": None, "c": None}}], "x": None}
+    )
+    assert (row["calls"], removed, row["x"]) == ([{"name": "f", "arguments": {"a": None, "b": None}}], 1, None)
 
 
 @pytest.mark.parametrize(
@@ -540,14 +749,20 @@ def test_any_bytes_under_any_ending_are_read_or_refused(tmp_path, content, name)
 def test_a_file_that_a_disk_does_not_give_says_why(tmp_path, monkeypatch):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "a", "completion": "b"}\n')
-    monkeypatch.setattr(reading, "open", Mock(side_effect=OSError(errno.EIO, os.strerror(errno.EIO))), raising=False)
+    monkeypatch.setattr(text_files, "open", Mock(side_effect=OSError(errno.EIO, os.strerror(errno.EIO))), raising=False)
     assert message_of(str(path)) == f"data: {path} cannot be read: Input/output error."
 
 
 def test_a_file_that_is_mended_while_it_is_read_is_not_taken_for_what_it_was(tmp_path, monkeypatch):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"prompt": "\xff", "completion": "b"}\n')
-    monkeypatch.setattr(Path, "read_bytes", lambda _: b"{}")
+    real = text_files.not_text
+
+    def mended(broken):
+        path.write_bytes(b"{}")
+        return real(broken)
+
+    monkeypatch.setattr(reading, "not_text", mended)
     assert message_of(str(path)) == f"data: {path} changed while it was read."
 
 

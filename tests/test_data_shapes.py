@@ -1,6 +1,7 @@
 """The shapes that rows come in: what each is read as, and what is said of one that can't be."""
 
 import json
+import re
 
 import pytest
 
@@ -24,10 +25,10 @@ def call(name, **arguments):
     return {"type": "function", "function": {"name": name, "arguments": arguments}}
 
 
-def read(row, columns=None):
+def read(row, columns=None, ignore=()):
     """The one example that a row is read as."""
     account = Account(("data",))
-    examples = list(read_examples([("data:1", row)], columns or {}, account))
+    examples = list(read_examples([("data:1", row)], columns or {}, account, ignore=ignore))
     assert account.refused == []
     (example,) = examples
     assert example.where == "data:1"
@@ -157,19 +158,17 @@ def test_a_sharegpt_turn_of_weight_0_is_not_learned():
 @pytest.mark.parametrize(
     ("turns", "reason"),
     [
-        ([], "conversations is an empty list, not a list of turns"),
-        ("a", "conversations is a string, not a list of turns"),
-        ([turn("human", "a"), {"role": "assistant", "content": "b"}], "conversations[1] is not a turn with `from` and `value`"),
-        ([turn("human", "a"), "b"], "conversations[1] is not a turn with `from` and `value`"),
+        ([], "conversations is an empty list, not a list of messages"),
+        ("a", "conversations is a string, not a list of messages"),
+        ([turn("human", "a"), {"value": "b"}], "conversations[1] is not a message with role and content, or from and value"),
+        ([turn("human", "a"), "b"], "conversations[1] is not a message with role and content, or from and value"),
         (
             [turn("human", "a"), turn("robot", "b")],
-            "conversations[1].from is 'robot', not one of human, user, gpt, assistant, chatgpt, bing, bard, system, "
-            "function_call, observation, tool",
+            "conversations[1].from is 'robot', not system, user, assistant or tool, nor another word for one of them",
         ),
         (
             [turn(["human"], "a")],
-            "conversations[0].from is ['human'], not one of human, user, gpt, assistant, chatgpt, bing, bard, system, "
-            "function_call, observation, tool",
+            "conversations[0].from is ['human'], not system, user, assistant or tool, nor another word for one of them",
         ),
         ([turn("human", "a"), turn("gpt", "")], "conversations[1].value is empty"),
         ([turn("human", None), turn("gpt", "b")], "conversations[0].value is null, not a text"),
@@ -256,13 +255,16 @@ def test_weight_0_is_read_and_not_learned():
         ([], "messages is an empty list, not a list of messages"),
         ("a", "messages is a string, not a list of messages"),
         ({"role": "user"}, "messages is an object, not a list of messages"),
-        (["a"], "messages[0] is not a message with role and content"),
-        ([{"content": "a"}], "messages[0] is not a message with role and content"),
+        (["a"], "messages[0] is not a message with role and content, or from and value"),
+        ([{"content": "a"}], "messages[0] is not a message with role and content, or from and value"),
         (
-            [user("a"), {"role": "model", "content": "b"}],
-            "messages[1].role is 'model', not one of system, user, assistant, tool",
+            [user("a"), {"role": "narrator", "content": "b"}],
+            "messages[1].role is 'narrator', not system, user, assistant or tool, nor another word for one of them",
         ),
-        ([{"role": ["user"], "content": "b"}], "messages[0].role is ['user'], not one of system, user, assistant, tool"),
+        (
+            [{"role": ["user"], "content": "b"}],
+            "messages[0].role is ['user'], not system, user, assistant or tool, nor another word for one of them",
+        ),
         ([user("a"), {"role": "assistant"}], "messages[1].content is null, not a text"),
         ([user("a"), assistant("")], "messages[1].content is empty"),
         ([user("\n"), assistant("b")], "messages[0].content is empty"),
@@ -294,8 +296,8 @@ def test_weight_0_is_read_and_not_learned():
             "messages[1].tool_calls: the arguments of f are a list, not an object",
         ),
         (
-            [user("a"), assistant("b", function_call={"name": "f", "arguments": "{}"})],
-            "messages[1].function_call is the old form of tool_calls, which no template reads: write tool_calls",
+            [user("a"), assistant("b", function_call={"name": "f", "arguments": "[]"})],
+            "messages[1].tool_calls: the arguments of f are a list, not an object",
         ),
     ],
 )
@@ -420,9 +422,9 @@ def test_a_column_of_nulls_does_not_make_a_row_ambiguous():
             "the row has prompt, completions",
         ),
         (
-            {"Instruction": "a", "output": "b"},
+            {"Instruction": "a", "instruction ": "b", "output": "c"},
             "column 'instruction' is missing beside output (is it 'Instruction'? "
-            "Then say data.columns.instruction=Instruction); the row has Instruction, output",
+            "Then say data.columns.instruction=Instruction); the row has Instruction, instruction , output",
         ),
         (
             {"instruction": "a", "input": "b"},
@@ -434,12 +436,14 @@ def test_a_column_of_nulls_does_not_make_a_row_ambiguous():
         ),
         (
             {"messages": None, "prompt": "a", "answer": "b"},
-            "column 'completion' is missing beside prompt; the row has messages, prompt, answer",
+            "column 'completion' is missing beside prompt (is it 'answer'? Then say data.columns.completion=answer); "
+            "the row has messages, prompt, answer",
         ),
         (
             {"": "0", "question": "a", "answer": "b"},
             "has a column without a name, question, answer, which fits no shape (messages; conversations; "
-            "instruction, output; prompt, completion; text). Name them with data.columns, e.g. data.columns.prompt=question",
+            "instruction, output; prompt, completion; text). Name them with data.columns, e.g. data.columns.prompt=question "
+            "data.columns.completion=answer",
         ),
         (
             {},
@@ -454,9 +458,9 @@ def test_a_row_of_no_shape_says_what_is_missing(row, reason):
 
 def test_columns_that_nothing_reads_are_remembered_once():
     account = Account(("data",))
-    rows = [(f"data:{n}", {"prompt": "a", "completion": "b", "id": n, "label": True}) for n in range(3)]
-    list(read_examples([*rows, ("data:9", {"text": "a", "tools": "[]"})], {}, account))
-    assert account.unread == {"id", "label", "tools"}
+    rows = [(f"data:{n}", {"prompt": "a", "completion": "b", "id": n, "source": "x"}) for n in range(3)]
+    list(read_examples([*rows, ("data:9", {"text": "a", "tools": []})], {}, account))
+    assert account.unread == {"id", "source", "tools"}
 
 
 def test_every_row_becomes_an_example_or_a_refusal():
@@ -465,3 +469,124 @@ def test_every_row_becomes_an_example_or_a_refusal():
     examples = list(read_examples(rows, {}, account))
     assert [example.where for example in examples] == ["data:1", "data:4"]
     assert [refused.where for refused in account.refused] == ["data:2", "data:3"]
+
+
+# What people export
+
+
+@pytest.mark.parametrize(
+    ("word", "role"),
+    [
+        ("human", "user"), ("User", "user"), ("gpt", "assistant"), ("bot", "assistant"), ("model", "assistant"), ("ASSISTANT", "assistant"),
+        ("developer", "system"), ("function_response", "tool"), ("observation", "tool"), ("ipython", "tool"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize(("who", "says"), [("role", "content"), ("from", "value")])
+@pytest.mark.parametrize("column", ["messages", "conversations"])
+def test_other_words_for_who_speaks_are_read_in_either_form(word, role, who, says, column):
+    turns = [{who: word, says: "x"}, {who: "gpt", says: "y"}, {who: "human", says: "z"}, {who: "gpt", says: "end"}]
+    found = read({column: turns}).messages
+    assert [(m["role"], m["content"]) for m in found] == [(role, "x"), ("assistant", "y"), ("user", "z"), ("assistant", "end")]
+
+
+def test_the_old_form_of_a_call_is_a_call():
+    call = {"name": "f", "arguments": '{"x": 1}'}
+    found = read(
+        {"messages": [user("a"), assistant(None, function_call=call), {"role": "function", "name": "f", "content": "2"}]}
+    )
+    assert found.messages[1]["tool_calls"] == [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]
+    assert found.messages[2] == {"role": "tool", "content": "2", "name": "f"}
+    swift = [user("a"), {"role": "tool_call", "content": json.dumps(call)}, {"role": "tool_response", "content": "2"}]
+    assert read({"messages": swift}).messages[1] == found.messages[1]
+
+
+def test_a_column_in_another_case_is_that_column():
+    assert read({"Prompt": "a", "COMPLETION ": "b"}) == read({"prompt": "a", "completion": "b"})
+    account = Account(("data",))
+    (found,) = read_examples([("data:1", {"Instruction": "a", "Output": "b", "Id": 3})], {}, account)
+    assert found == read({"instruction": "a", "output": "b"})
+    assert account.unread == {"Id"}
+    assert "column 'completion' is missing" in refusal({"prompt": "a", "Completion": "b", "COMPLETION": "c"})
+
+
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        ({"question": "a", "answer": "b"}, {"prompt": "question", "completion": "answer"}),
+        ({"Query": "a", "Response": "b", "id": "3"}, {"prompt": "Query", "completion": "Response"}),
+        ({"input": "a", "output": "b"}, {"prompt": "input", "completion": "output"}),
+        ({"instruction": "a", "response": "b"}, {"output": "response"}),
+        ({"prompt": "a", "response": "b"}, {"completion": "response"}),
+    ],
+)
+def test_the_advice_works_as_it_is_printed(row, columns):
+    advised = dict(re.findall(r"data\.columns\.(\w+)=(\w+)", refusal(row)))
+    assert advised == columns
+    assert [m["content"] for m in read(row, advised).messages] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "a", "completion": "b"},
+        {"messages": [user("a"), assistant("b")]},
+        {"conversations": [turn("human", "a"), turn("gpt", "b")]},
+        {"instruction": "a", "output": "b"},
+        {"prompt": [user("a")], "completion": [assistant("b")]},
+    ],
+)
+def test_a_system_column_and_tools_are_read_beside_every_conversation(row):
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    found = read({**row, "system": "Be kind.", "tools": tools})
+    assert [m["content"] for m in found.messages] == ["Be kind.", "a", "b"]
+    assert found.tools == tuple(tools)
+
+
+def test_two_system_messages_are_refused():
+    for row in (
+        {"messages": [system("x"), user("a"), assistant("b")]},
+        {"prompt": [system("x"), user("a")], "completion": [assistant("b")]},
+    ):
+        assert "a column system and a system message" in refusal({**row, "system": "y"})
+        assert [m["content"] for m in read({**row, "system": "y"}, ignore=["system"]).messages] == ["x", "a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (
+            {"images": ["x.png"]},
+            "has images, and Trimtab trains on texts alone: leave the column out with data.ignore=[images], or the row",
+        ),
+        (
+            {"history": [["x", "y"]]},
+            "has history, which rows of prompt/completion are read without: leave the column out with ",
+        ),
+        (
+            {"input": "x"},
+            "has input, which rows of prompt/completion are read without: leave the column out with data.ignore=[input]",
+        ),
+        (
+            {"label": False},
+            "has label, which kto learns from, and this objective not: leave the column out with data.ignore=[label]",
+        ),
+    ],
+)
+def test_a_column_that_another_format_reads_is_never_dropped(more, said):
+    row = {"prompt": "a", "completion": "b"}
+    assert refusal({**row, **more}).startswith(said)
+    assert read({**row, **more}, ignore=[*more]) == read(row)
+    assert read({**row, **dict.fromkeys(more)}) == read({**row, **{key: [] for key in more}}) == read(row)
+
+
+def test_a_column_that_says_what_the_conversation_says_is_no_loss():
+    """As ultrachat has it."""
+    row = {"messages": [user("a"), assistant("b")]}
+    assert read({**row, "prompt": " a"}) == read(row)
+    assert refusal({**row, "prompt": "c"}).startswith("has prompt, ")
+
+
+def test_keys_of_messages_are_left_out_on_purpose_alone():
+    row = {"messages": [user("a", time=3), assistant("b", time=4)], "time": 5}
+    assert read(row).messages[0]["time"] == 3
+    assert read(row, ignore=["time"]).messages == ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})

@@ -9,7 +9,7 @@ from pydantic_core import PydanticCustomError
 from trimtab import files, yaml12
 from trimtab.base import ModelConfig
 from trimtab.config import Config
-from trimtab.data import DataConfig
+from trimtab.data import DataConfig, absolute_source
 from trimtab.methods import Method
 from trimtab.methods.lora import LoRA
 from trimtab.objectives import Comparing, Objective
@@ -55,8 +55,8 @@ class Recipe(Config):
 
     def absolute(self) -> "Recipe":
         """The same recipe with every local path absolute."""
-        held_out = _absolute(self.data.eval) if isinstance(self.data.eval, str) else self.data.eval
-        data = self.data.model_copy(update={"train": tuple(map(_absolute, self.data.train)), "eval": held_out})
+        held_out = absolute_source(self.data.eval) if isinstance(self.data.eval, str) else self.data.eval
+        data = self.data.model_copy(update={"train": tuple(map(absolute_source, self.data.train)), "eval": held_out})
         model = self.model.model_copy(update={"name": _absolute(self.model.name)})
         news: dict[str, Any] = {"model": model, "data": data, "output": self.output.absolute()}
         if self.start is not None:

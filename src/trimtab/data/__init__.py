@@ -17,11 +17,12 @@ from trimtab.data.load import DataConfig, Loaded, first_examples, held_out_examp
 from trimtab.data.order import plan_steps
 from trimtab.data.pack import Pack, most_together, pack_all, pack_flat, pack_tree
 from trimtab.data.proof import COMPARED, Finding, prove, refuse_problems
+from trimtab.data.read import absolute_source
 from trimtab.data.tree import Segment, Tree, lay_out
 
 __all__ = [
-    "COMPARED", "Account", "Conversation", "DataConfig", "Example", "Finding", "Judged", "Kind", "Loaded", "Pack", "Preference",
-    "Refusal", "Segment", "Sequence", "Text", "Tree", "asked", "first_examples", "held_out_examples", "last_run", "lay_out", "load_data",
-    "load_examples", "make_sequences", "most_together", "pack_all", "pack_flat", "pack_tree", "plan_steps", "prompt_of", "prove",
-    "refuse_problems", "units",
+    "COMPARED", "Account", "Conversation", "DataConfig", "Example", "Finding", "Judged", "Kind", "Loaded", "Pack",
+    "Preference", "Refusal", "Segment", "Sequence", "Text", "Tree", "absolute_source", "asked", "first_examples",
+    "held_out_examples", "last_run", "lay_out", "load_data", "load_examples", "make_sequences", "most_together",
+    "pack_all", "pack_flat", "pack_tree", "plan_steps", "prompt_of", "prove", "refuse_problems", "units",
 ]  # fmt: skip

@@ -17,8 +17,9 @@ from torch import Tensor
 from trimtab.data.draft import Tokenizing
 from trimtab.data.example import Account, Refusal, Sequence
 from trimtab.data.labels import shared
+from trimtab.data.read import local_files
 from trimtab.errors import StorageError
-from trimtab.files import cache_folder, code_hash, expanded, sha256_file, write_bytes
+from trimtab.files import cache_folder, code_hash, sha256_file, write_bytes
 
 Made = tuple[list[Sequence], Account]
 
@@ -54,9 +55,7 @@ def _key(sources: tuple[str, ...], settings: dict[str, Any], base: Tokenizing) -
     """A hash of all that decides the tokens; None if it isn't all known, or not worth the keeping."""
     paths: list[Path] = []
     for source in sources:
-        path = expanded(source)
-        inside = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else []
-        if not inside:
+        if not (inside := local_files(source)):
             return None
         paths += inside
     try:
@@ -84,6 +83,7 @@ def _as_bytes(made: Made) -> bytes:
         "used": account.used,
         "refused": account.refused,
         "unread": sorted(account.unread),
+        "nulls": account.nulls,
     }
     learned = bytearray()
     for one in sequences:
@@ -118,7 +118,7 @@ def _read(path: Path) -> Made | None:
         rows.append(Sequence(ids, marked, where, shown, side))
         start += size
     refused = [Refusal(*refusal) for refusal in words["refused"]]
-    return rows, Account(tuple(words["sources"]), words["used"], refused, set(words["unread"]))
+    return rows, Account(tuple(words["sources"]), words["used"], refused, set(words["unread"]), words["nulls"])
 
 
 def _tensor(held: "array[int] | bytearray", kind: torch.dtype) -> Tensor:

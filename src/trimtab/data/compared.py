@@ -14,8 +14,9 @@ from dataclasses import replace
 from typing import Any
 
 from trimtab.data.example import Conversation, Example, Judged, Kind, Preference, Refused
-from trimtab.data.read import kind
+from trimtab.data.messages import ROLES
 from trimtab.data.shapes import ANSWERS, Shape
+from trimtab.data.strict_json import kind
 
 _answers = {shape.required: shape.read for shape in ANSWERS}
 SIDES = ("chosen", "rejected")
@@ -50,7 +51,8 @@ def _is_whole(answer: Any) -> bool:
 
 
 def _role(turn: dict[str, Any]) -> Any:
-    return {"gpt": "assistant", "human": "user"}.get(turn.get("from", ""), turn.get("role", turn.get("from")))
+    word = turn.get("role", turn.get("from"))
+    return ROLES.get(word.strip().lower(), word) if isinstance(word, str) else word
 
 
 def _turns(column: str) -> Callable[[dict[str, Any], Any, str], dict[str, Any]]:
@@ -60,13 +62,9 @@ def _turns(column: str) -> Callable[[dict[str, Any], Any, str], dict[str, Any]]:
         if isinstance(answer, list) and len(answer) == 1:
             answer = answer[0]
         if isinstance(answer, str):
-            answer = {"from": "gpt", "value": answer} if column == "conversations" else {"role": "assistant", "content": answer}
+            answer = {"role": "assistant", "content": answer}
         if not isinstance(answer, dict):
             raise Refused(f"{side} is {_shown(answer)}, not one answer: a text, or a turn")
-        if column == "conversations" and "role" in answer:
-            answer = {"from": answer["role"], "value": answer.get("content")}
-        if column == "messages" and "from" in answer:
-            answer = {"role": _role(answer), "content": answer.get("value")}
         if not isinstance(row[column], list) or not row[column]:
             raise Refused(f"{column} is {_shown(row[column])}, not a list of turns")
         return {**row, column: [*row[column], answer]}
@@ -83,7 +81,7 @@ def _completed(row: dict[str, Any], answer: Any, side: str) -> dict[str, Any]:
         prompt = [{"role": "user", "content": prompt}]
     if isinstance(prompt, list) and isinstance(answer, str):
         answer = [{"role": "assistant", "content": answer}]
-    return {"prompt": prompt, "completion": answer, "tools": row.get("tools")}
+    return {"prompt": prompt, "completion": answer, "system": row.get("system"), "tools": row.get("tools")}
 
 
 def _instructed(row: dict[str, Any], answer: Any, side: str) -> dict[str, Any]:
@@ -98,11 +96,12 @@ def _whole_conversations(row: dict[str, Any], where: str) -> Example:
     for side in SIDES:
         if not isinstance(row[side], list):
             raise Refused(f"{side} is {_shown(row[side])}, not a list of messages, and no prompt stands in another column")
-        messages = [
-            {"role": _role(m), "content": m.get("content", m.get("value"))} if isinstance(m, dict) and "from" in m else m
-            for m in row[side]
-        ]
-        both.append(_last_alone(_answers["messages",]({"messages": messages, "tools": row.get("tools")}, where), side))
+        asked = {"messages": row[side], "system": row.get("system"), "tools": row.get("tools")}
+        try:
+            answered = _answers["messages",](asked, where)
+        except Refused as refused:
+            raise Refused(f"with {side}: {refused}") from None
+        both.append(_last_alone(answered, side))
     prompt = row.get("prompt")
     if isinstance(prompt, str) and all(prompt.strip() != m["content"].strip() for m in both[0].messages[:-1]):
         raise Refused("chosen and rejected are whole conversations, and the prompt is in neither of them")
@@ -153,11 +152,11 @@ def _shown(value: Any) -> str:
 
 
 PAIRS = (
-    Shape(("prompt", *SIDES), ("tools",), _after(("prompt", "completion"), _completed)),
-    Shape(("messages", *SIDES), ("tools",), _after(("messages",), _turns("messages"))),
+    Shape(("prompt", *SIDES), ("system", "tools"), _after(("prompt", "completion"), _completed)),
+    Shape(("messages", *SIDES), ("system", "tools"), _after(("messages",), _turns("messages"))),
     Shape(("conversations", *SIDES), ("system", "tools"), _after(("conversations",), _turns("conversations"))),
-    Shape(("instruction", *SIDES), ("input", "system", "history"), _after(("instruction", "output"), _instructed)),
-    Shape(SIDES, ("tools",), _whole_conversations),
+    Shape(("instruction", *SIDES), ("input", "system", "history", "tools"), _after(("instruction", "output"), _instructed)),
+    Shape(SIDES, ("system", "tools"), _whole_conversations),
 )
 JUDGED = tuple(_judged(shape, label) for shape in ANSWERS if shape.required != ("text",) for label in ("label", "kto_tag"))
 

@@ -2,7 +2,18 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
+
+Column = Literal[
+    "messages", "conversations", "instruction", "input", "output", "system", "history", "tools", "prompt", "completion", "text",
+    "chosen", "rejected", "label", "kto_tag",
+]  # fmt: skip
+COLUMNS = frozenset(get_args(Column))
+"""Every column that some format reads."""
+
+Row = tuple[str, dict[str, Any]]
+"""Where it stands, and its columns. No two rows of a source stand at the same place: it is file:line, or file:line:column
+where a JSON array has several rows on a line, or file:number where there are no lines."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +124,8 @@ class Account:
     refused: list[Refusal] = field(default_factory=list)
     unread: set[str] = field(default_factory=set)
     """Columns that the rows have and nothing reads."""
+    nulls: int = 0
+    """Nulls that were left out: Arrow puts one wherever an object lacks a key that another one has."""
 
     @property
     def name(self) -> str:
@@ -133,4 +146,5 @@ class Account:
             "used": self.used,
             "refused": [refusal._asdict() for refusal in self.refused],
             "columns_not_read": sorted(self.unread),
+            "nulls_left_out": self.nulls,
         }

@@ -13,18 +13,13 @@ from trimtab.config import Config, as_tuple
 from trimtab.data.cache import Made, tokenized_once
 from trimtab.data.compared import SHAPES
 from trimtab.data.draft import Tokenizing
-from trimtab.data.example import Account, Example, Kind, Sequence
+from trimtab.data.example import Account, Column, Example, Kind, Sequence
 from trimtab.data.labels import make_sequences
 from trimtab.data.order import split
-from trimtab.data.read import read_rows
+from trimtab.data.read import local_files, read_rows
 from trimtab.data.shapes import read_examples
 from trimtab.errors import DataError, listing
 from trimtab.files import expanded, sha256_file
-
-Column = Literal[
-    "messages", "conversations", "instruction", "input", "output", "system", "history", "tools", "prompt", "completion", "text",
-    "chosen", "rejected", "label", "kto_tag",
-]  # fmt: skip
 
 
 def _count_or_fraction(raw: Any) -> Any:
@@ -37,11 +32,13 @@ class DataConfig(Config):
     """What to learn from."""
 
     train: Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(as_tuple)]
-    """Files (JSON, JSONL, CSV, TSV, Parquet), folders that `datasets` saved, or datasets on the hub."""
+    """Files (JSON, JSONL, CSV, TSV, Parquet), patterns such as data/*.jsonl, folders, or datasets on the hub; several make one."""
     eval: Annotated[str | Annotated[float, Field(ge=0)], BeforeValidator(_count_or_fraction)] = 0.05
     """Held-out rows: another file, a fraction of the training rows (below 1), a count of them, or 0 for none."""
     columns: dict[Column, str] = Field(default={})
     """What Trimtab calls a column: what your file calls it; for example {prompt: question, completion: answer}."""
+    ignore: Annotated[tuple[str, ...], BeforeValidator(as_tuple)] = ()
+    """Columns, and keys of messages, that are left out on purpose, where they would be refused because nothing reads them."""
     max_length: Annotated[int, Field(ge=2)] | None = None
     """The most tokens a row may have; the model's context length unless given."""
     overlong: Literal["refuse", "truncate"] = "refuse"
@@ -62,36 +59,42 @@ class Loaded:
 
     def plain(self) -> dict[str, Any]:
         """What a run remembers of its data, as JSON data."""
-        paths = {name: expanded(name) for account in self.accounts for name in account.sources}
+        paths = dict.fromkeys(path for account in self.accounts for name in account.sources for path in local_files(name))
         return {
             "digest": self.digest,
             "sources": [account.plain() for account in self.accounts],
-            "files": {name: sha256_file(path) for name, path in paths.items() if path.is_file()},
+            "files": {str(path): sha256_file(path) for path in paths},
             "held_out": sorted({row.where for row in self.eval}),
         }
 
 
 def load_examples(
-    sources: tuple[str, ...] | str, columns: Mapping[Column, str] | None = None, kind: Kind = "answers"
+    sources: tuple[str, ...] | str,
+    columns: Mapping[Column, str] | None = None,
+    kind: Kind = "answers",
+    ignore: tuple[str, ...] = (),
 ) -> tuple[list[Example], Account]:
     """Read rows from one or more sources. See `data.read.read_rows` for what a source can be."""
-    examples, account = _reading(sources, columns, kind)
+    examples, account = _reading(sources, columns, kind, ignore)
     return list(examples), account
 
 
 def _reading(
-    sources: tuple[str, ...] | str, columns: Mapping[Column, str] | None, kind: Kind
+    sources: tuple[str, ...] | str, columns: Mapping[Column, str] | None, kind: Kind, ignore: tuple[str, ...]
 ) -> tuple[Iterator[Example], Account]:
     """Rows that are read as they are asked for, and the account that is kept of them meanwhile."""
     sources = (sources,) if isinstance(sources, str) else sources
     account = Account(sources)
-    return (e for source in sources for e in read_examples(read_rows(source), columns or {}, account, SHAPES[kind])), account
+    rows = (row for source in sources for row in read_rows(source, account))
+    return read_examples(rows, columns or {}, account, SHAPES[kind], ignore), account
 
 
 def first_examples(config: DataConfig, count: int, kind: Kind = "answers") -> list[Example]:
     """The first usable rows of what is learned, and of a file that is held out, as they were read."""
     sources = [config.train, *([(config.eval,)] if isinstance(config.eval, str) else [])]
-    return [example for several in sources for example in islice(_reading(several, config.columns, kind)[0], count)]
+    return [
+        example for several in sources for example in islice(_reading(several, config.columns, kind, config.ignore)[0], count)
+    ]
 
 
 def load_data(config: DataConfig, base: Tokenizing, context_length: int | None, seed: int, kind: Kind = "answers") -> Loaded:
@@ -124,11 +127,14 @@ def _tokenized(sources: tuple[str, ...], config: DataConfig, base: Tokenizing, l
     truncate = config.overlong == "truncate"
 
     def make() -> Made:
-        examples, account = _reading(sources, config.columns, kind)
+        examples, account = _reading(sources, config.columns, kind, config.ignore)
         return make_sequences(examples, base, account, max_length=limit, truncate=truncate), account
 
     sequences, account = tokenized_once(
-        sources, {"kind": kind, "columns": config.columns, "max_length": limit, "truncate": truncate}, base, make
+        sources,
+        {"kind": kind, "columns": config.columns, "ignore": config.ignore, "max_length": limit, "truncate": truncate},
+        base,
+        make,
     )
     _settle(account, config)
     return sequences, account
@@ -148,7 +154,8 @@ def held_out_examples(config: DataConfig, remembered: dict[str, Any], kind: Kind
             )
     sources = config.eval if isinstance(config.eval, str) else config.train
     chosen = set(remembered["held_out"])
-    return [example for example in load_examples(sources, config.columns, kind)[0] if example.where in chosen]
+    examples, _ = load_examples(sources, config.columns, kind, config.ignore)
+    return [example for example in examples if example.where in chosen]
 
 
 def _held_out(wanted: float, rows: list[str], seed: int) -> set[str]:

@@ -1,43 +1,46 @@
-"""Data files, folders and hub datasets as rows: plain dicts, each with the file and line it stands in."""
+"""Where rows come from: files, folders, patterns of files and datasets on the hub; each row with the file and line it stands in."""
 
-import csv
+import glob
 import re
-from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
-from trimtab.data.example import Refusal
-from trimtab.data.strict_json import after_space, end_of, parse_json, place_in, value_at
-from trimtab.errors import DataError, StorageError
+from trimtab.data.arrow_files import hub_dataset, is_saved_dataset, parquet, saved_dataset
+from trimtab.data.example import Account, Refusal, Row
+from trimtab.data.json_files import json_file
+from trimtab.data.text_files import PACKED, csv_file, not_text
+from trimtab.errors import DataError, listing
 from trimtab.files import expanded
-
-Row = tuple[str, dict[str, Any]]
-"""Where it stands, and its columns. No two rows of a source stand at the same place: it is file:line, or file:line:column
-where a JSON array has several rows on a line, or file:number where there are no lines."""
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(:\w+)?")
+_SPLITS = re.compile(r"(?<![a-z])(train|training|test|testing|valid|validation|dev|val|eval|evaluation)(?![a-z])")
+_ABOUT = {"dataset_infos.json", "dataset_info.json", "config.json", "metadata.json", "package.json"}
+"""Files of a folder that say something about its rows."""
 
 
-def read_rows(source: str) -> Iterator[Row | Refusal]:
+def read_rows(source: str, account: Account | None = None) -> Iterator[Row | Refusal]:
     """Every row of a source, in its order; a row that can't be read is a Refusal.
 
     Args:
-        source: A file (JSON, JSONL, CSV, TSV, Parquet), a folder that `datasets` saved, or a dataset on the hub
-            (`org/name` or `org/name:split`; the split is `train` unless given).
+        source: A file (JSON, JSONL, CSV, TSV, Parquet; the text ones also as .gz or .zst), a pattern of files such as
+            `data/*.jsonl`, a folder of such files or one that `datasets` saved, or a dataset on the hub (`org/name` or
+            `org/name:split`; the split is `train` unless given).
+        account: Is told what is left out on the way.
 
     Raises:
         DataError: There is no such source, it holds no rows, or it can't be read at all.
         StorageError: It could not be fetched from the hub.
     """
+    account = account or Account((source,))
     path = expanded(source)
-    if path.is_dir():
-        rows = _saved_dataset(path)
-    elif path.is_file():
-        rows = _file(path)
-    elif _HUB_NAME.fullmatch(source) and path.suffix.lower() not in SUFFIXES and not Path(path.parts[0]).is_dir():
-        rows = _hub_dataset(source)
+    if path.is_dir() and is_saved_dataset(path):
+        rows = saved_dataset(path, account)
+    elif files := _files(source):
+        rows = chain.from_iterable(_file(file, account) for file in files)
+    elif _HUB_NAME.fullmatch(source) and _suffix(path) not in SUFFIXES and not Path(path.parts[0]).is_dir():
+        rows = hub_dataset(source, account)
     else:
         raise DataError(f"data: {source}: no such file or folder (looked in {Path.cwd()}).")
     empty = True
@@ -48,192 +51,94 @@ def read_rows(source: str) -> Iterator[Row | Refusal]:
         raise DataError(f"data: {source} holds no rows.")
 
 
-def _file(path: Path) -> Iterator[Row | Refusal]:
-    suffix = path.suffix.lower()
-    if suffix not in SUFFIXES:
-        raise DataError(f"data: {path}: the ending {suffix!r} is not one of {', '.join(SUFFIXES)}.")
+def local_files(source: str) -> list[Path]:
+    """The files that a source consists of; none for one on the hub. Raises DataError as `read_rows` does."""
+    path = expanded(source)
+    if path.is_dir() and is_saved_dataset(path):
+        return sorted(file for file in path.rglob("*") if file.is_file())
+    return _files(source)
+
+
+def absolute_source(source: str) -> str:
+    """The same source from anywhere; a hub name as it is."""
+    path = expanded(source)
+    return str(path.absolute()) if path.exists() or _matching(source) else source
+
+
+def _matching(source: str) -> list[str]:
+    """What a pattern of files stands for."""
+    return glob.glob(str(expanded(source)), recursive=True) if glob.has_magic(source) else []
+
+
+def _files(source: str) -> list[Path]:
+    path = expanded(source)
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        return _of_folder(path)
+    return [file for file in sorted(map(Path, _matching(source))) if file.is_file()]
+
+
+def _of_folder(folder: Path) -> list[Path]:
+    """The files of a folder, if they are shards of one thing."""
+    inside = (p for p in sorted(folder.rglob("*")) if not any(part.startswith(".") for part in p.relative_to(folder).parts))
+    files = [p for p in inside if p.is_file() and _suffix(p) in SUFFIXES and p.name not in _ABOUT]
+    if not files:
+        raise DataError(
+            f"data: {folder} holds no file of rows ({', '.join(SUFFIXES)}), and is no folder that `datasets` saved."
+        )
+    for what, of in (("kinds of files", _suffix), ("splits", lambda file: _split(file.relative_to(folder)))):
+        kinds = {of(file): file for file in files if of(file)}
+        if len(kinds) > 1:
+            ways = [f"data.train='{_pattern(file, folder)}'" for _, file in sorted(kinds.items())]
+            raise DataError(
+                f"data: {folder} holds several {what} ({', '.join(sorted(kinds))}). Say which, for example:\n{listing(ways)}"
+            )
+    return files
+
+
+def _split(file: Path) -> str:
+    """The split that a file's name, or its folder's, says it belongs to."""
+    found = _SPLITS.findall(str(file).lower())
+    return found[-1] if found else ""
+
+
+def _pattern(file: Path, folder: Path) -> str:
+    """A pattern for a file and what belongs to it."""
+    split, ending = _split(Path(file.name)), "".join(file.suffixes[-2:] if file.suffix in PACKED else file.suffixes[-1:])
+    return f"{file.parent}/*{f'{split}*' if split else ''}{ending}"
+
+
+def _suffix(path: Path) -> str:
+    """A file's ending, but for a packed one's `.gz`."""
+    return Path(path.stem if path.suffix.lower() in PACKED else path.name).suffix.lower()
+
+
+def _file(path: Path, account: Account) -> Iterator[Row | Refusal]:
+    suffix = _suffix(path)
+    if suffix not in SUFFIXES or (suffix == ".parquet" and path.suffix.lower() in PACKED):
+        raise DataError(f"data: {path}: the ending {path.suffix!r} is not one of {', '.join(SUFFIXES)}{_advice(path)}.")
     if path.stat().st_size == 0:
         raise DataError(f"data: {path} is empty.")
     try:
         if suffix in (".csv", ".tsv"):
-            yield from _csv(path, "\t" if suffix == ".tsv" else ",")
+            yield from csv_file(path, "\t" if suffix == ".tsv" else None)
         elif suffix == ".parquet":
-            yield from _parquet(path)
-        elif suffix == ".json" and _starts_with_bracket(path):
-            yield from _json_array(path)
+            yield from parquet(path, account)
         else:
-            yield from _json_lines(path)
-    except UnicodeDecodeError:
-        raise DataError(_not_text(path)) from None
-    except OSError as error:
-        raise DataError(f"data: {path} cannot be read: {error.strerror or error}.") from None
+            yield from json_file(path, account)
+    except UnicodeError:
+        raise DataError(not_text(path)) from None
+    except (OSError, EOFError) as error:
+        raise DataError(f"data: {path} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
 
 
-def _not_text(path: Path) -> str:
-    """Where a file stops being UTF-8 (the error itself counts from the start of a buffer, not of the file)."""
-    content = path.read_bytes()
-    try:
-        content.decode()
-    except UnicodeDecodeError as error:
-        line, wrong = len((content[: error.start] + b".").splitlines()), f"{content[error.start]:#04x}"
-        return f"data: {path}:{line} is not UTF-8 text: byte {error.start:,} of the file is {wrong}. Convert it to UTF-8."
-    return f"data: {path} changed while it was read."
-
-
-# JSON
-
-
-def _starts_with_bracket(path: Path) -> bool:
-    with open(path, encoding="utf-8-sig") as file:
-        return next((line.lstrip()[0] for line in file if line.strip()), "") == "["
-
-
-def _json_lines(path: Path) -> Iterator[Row | Refusal]:
-    with open(path, encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                where = f"{path}:{number}"
-                try:
-                    yield _row(where, parse_json(line.rstrip("\n")))
-                except ValueError as error:
-                    yield Refusal(where, f"not valid JSON: {error}")
-
-
-def _json_array(path: Path) -> Iterator[Row | Refusal]:
-    text = path.read_text(encoding="utf-8-sig")
-    breaks = [-1, *(found.start() for found in re.finditer("\n", text))]
-    last = 0
-
-    def place(at: int) -> str:
-        """Its line; and its column, if something was in that line before."""
-        nonlocal last
-        line, before = bisect_left(breaks, at), last
-        last = line
-        return f"{path}:{line}" if line != before else f"{path}:{line}:{at - breaks[line - 1]}"
-
-    at = after_space(text, text.index("[") + 1)
-    more = text[at : at + 1] != "]"
-    while more:
-        where = place(at)
-        try:
-            value, end = value_at(text, at)
-            yield _row(where, value)
-        except ValueError as error:
-            after = end_of(text, at)
-            yield Refusal(where, f"not valid JSON: {error}" + ("; nothing after it can be read" if after is None else ""))
-            if after is None:
-                return
-            end = after
-        at = after_space(text, end)
-        if text[at : at + 1] not in (",", "]"):
-            reason = f"not valid JSON: expected ',' or ']' after a row{place_in(text, end)}; nothing after it can be read"
-            yield Refusal(place(end), reason)
-            return
-        more = text[at] == ","
-        if more:
-            at = after_space(text, at + 1)
-    rest = after_space(text, at + 1)
-    if rest < len(text):
-        yield Refusal(place(rest), "text follows the end of the JSON array; it was not read")
-
-
-# Tables
-
-
-def _csv(path: Path, delimiter: str) -> Iterator[Row | Refusal]:
-    csv.field_size_limit(2_147_483_647)  # a document may be longer than the 128 KiB that it allows unless told
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        lines, start = csv.reader(file, delimiter=delimiter, strict=True), 1
-        names: list[str] = []
-        while True:
-            try:
-                cells = next(lines, None)
-            except csv.Error as error:
-                yield Refusal(f"{path}:{start}", f"not valid CSV: {error}; nothing after it can be read")
-                return
-            if cells is None:
-                return
-            where, start = f"{path}:{start}", lines.line_num + 1
-            if not cells:
-                continue  # a blank line
-            if not names:
-                names = cells
-                _refuse_twice([name for name in names if name], where)
-            elif len(cells) != len(names):
-                yield Refusal(where, f"has {len(cells)} columns, and the first line names {len(names)}")
-            else:
-                yield where, dict(zip(names, cells, strict=True))
-
-
-def _parquet(path: Path) -> Iterator[Row | Refusal]:
-    import pyarrow.parquet
-
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except Exception as error:  # Arrow raises a dozen kinds
-        raise DataError(f"data: {path} is not a Parquet file: {_first_line(error)}") from None
-    with file:
-        _refuse_twice(file.schema_arrow.names, str(path))
-        yield from _numbered(str(path), (row for batch in file.iter_batches(batch_size=1024) for row in batch.to_pylist()))
-
-
-def _refuse_twice(names: list[str], where: str) -> None:
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise DataError(f"data: {where} has two columns called {twice[0]!r}. Rename or remove one.")
-
-
-# Datasets
-
-
-def _saved_dataset(path: Path) -> Iterator[Row | Refusal]:
-    import datasets
-
-    try:
-        found = datasets.load_from_disk(str(path))
-    except Exception as error:  # whatever another folder, or a damaged one, can raise
-        raise DataError(f"data: {path} is not a folder that `datasets` saved: {_first_line(error)}") from None
-    if isinstance(found, datasets.DatasetDict):
-        if "train" not in found:
-            splits = ", ".join(found)
-            raise DataError(f"data: {path} has the splits {splits}; give one, for example {path}/{next(iter(found))}.")
-        found = found["train"]
-    yield from _numbered(str(path), found)
-
-
-def _hub_dataset(name: str) -> Iterator[Row | Refusal]:
-    import datasets
-
-    repository, _, split = name.partition(":")
-    try:
-        found = datasets.load_dataset(repository, split=split or "train")
-    except Exception as error:  # whatever the network, the hub and the dataset's own layout can raise
-        raise StorageError(
-            f"data: {name} is no local file or folder, and it could not be fetched from the hub: {_first_line(error)}"
-        ) from error
-    yield from _numbered(name, found)
-
-
-def _numbered(name: str, values: Iterable[Any]) -> Iterator[Row | Refusal]:
-    number = 0
-    try:
-        for number, value in enumerate(values, start=1):
-            yield _row(f"{name}:{number}", value)
-    except Exception as error:  # damage, or a value that Python has no type for
-        raise DataError(f"data: {name}: row {number + 1} cannot be read: {_first_line(error)}") from None
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
-def _row(where: str, value: Any) -> Row | Refusal:
-    if not isinstance(value, dict):
-        return Refusal(where, f"a row is an object with named columns, not {kind(value)}")
-    return where, value
-
-
-def kind(value: Any) -> str:
-    """What a value is, in a reader's words."""
-    numbers = dict.fromkeys((int, float), "a number")
-    words = {str: "a string", list: "a list", dict: "an object", bool: "a true/false value", type(None): "null", **numbers}
-    return words.get(type(value), type(value).__name__)
+def _advice(path: Path) -> str:
+    known = {
+        ".xlsx": "CSV",
+        ".xls": "CSV",
+        ".ods": "CSV",
+        ".arrow": "Parquet, or give the folder that `datasets` saved",
+        ".zip": ".gz",
+    }
+    return f": save it as {known[path.suffix.lower()]}" if path.suffix.lower() in known else ""

@@ -4,6 +4,8 @@ import json
 import re
 from typing import Any
 
+from trimtab.data.example import Refusal, Row
+
 _SPACE = re.compile(r"\s*")
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")
 """The escape for half of a UTF-16 character; fine in pairs."""
@@ -65,3 +67,17 @@ def _refuse_constant(name: str) -> Any:
 
 
 _JSON = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_refuse_constant)
+
+
+def row_of(where: str, value: Any) -> Row | Refusal:
+    """A value as a row, if it is one."""
+    if not isinstance(value, dict):
+        return Refusal(where, f"a row is an object with named columns, not {kind(value)}")
+    return where, value
+
+
+def kind(value: Any) -> str:
+    """What a value is, in a reader's words."""
+    numbers = dict.fromkeys((int, float), "a number")
+    words = {str: "a string", list: "a list", dict: "an object", bool: "a true/false value", type(None): "null", **numbers}
+    return words.get(type(value), type(value).__name__)

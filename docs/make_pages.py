@@ -27,6 +27,7 @@ PAGE, README = ROOT / "docs" / "recipe.md", ROOT / "README.md"
 METHODS, MEASURED = ROOT / "docs" / "methods.md", ROOT / "docs" / "methods.json"
 PERFORMANCE, RESULTS = ROOT / "docs" / "performance.md", ROOT / "docs" / "measured"
 FAULTS = ROOT / "docs" / "faults.md"
+TEMPLATES = ROOT / "docs" / "templates.md"
 PREFERENCE, COMPARED = ROOT / "docs" / "preference.md", ROOT / "docs" / "preference.json"
 FLOORS = (
     ("words and pages", ("cli.py", "commands", "__main__.py", "__init__.py")),
@@ -366,6 +367,36 @@ def faults() -> str:
     return "".join(parts)
 
 
+_MARKS = "¹²³⁴⁵⁶⁷⁸⁹"
+
+
+def templates() -> str:
+    """docs/templates.md with its tables, from what the tests hold real templates to."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    from chat_templates import EMBEDDED, SCENARIOS, TAUGHT
+
+    every = {**TAUGHT, "smollm2-135m-instruct": EMBEDDED}
+    firsts = {name: [one.runs(scenario)[0] for scenario in SCENARIOS] for name, one in every.items()}
+    reasons = list(dict.fromkeys(run[1:] for runs in firsts.values() for run in runs if run[0] == "!"))
+    right = [f"| template | {' | '.join(SCENARIOS)} |", f"|---|{'---|' * len(SCENARIOS)}"]
+    right += [
+        f"| {name} | {' | '.join(_MARKS[reasons.index(run[1:])] if run[0] == '!' else 'right' for run in runs)} |"
+        for name, runs in firsts.items()
+    ]
+    right += ["", *(f"{mark} refused: “{reason}”  " for mark, reason in zip(_MARKS, reasons, strict=False))]
+    taught = ["| template | the prompt ends with | an answer {A} is trained on as | with reasoning {R} |", "|---|---|---|---|"]
+    for name, one in every.items():
+        reasoned = "–" if one.reasoned[0] == "!" else _code(one.reasoned)
+        taught.append(f"| {name} | {_code(one.opens)} | {_code(one.answer)} | {reasoned} |")
+    page = _filled(TEMPLATES.read_text(encoding="utf-8"), "right", "\n".join(right) + "\n")
+    return _filled(page, "taught", "\n".join(taught) + "\n")
+
+
+def _code(text: str) -> str:
+    """A text with its line ends, in a table."""
+    return f"`{text}`".replace("\n", "⏎").replace("|", r"\|")
+
+
 def _peer_totals(peers: dict[str, Any]) -> str:
     outcomes = [one["outcome"] for one in peers["faults"].values()]
     *names, last = (f"{PEER_NAMES[peer]} {version}" for peer, version in peers["versions"].items())
@@ -418,3 +449,4 @@ if __name__ == "__main__":
     PERFORMANCE.write_text(performance(), encoding="utf-8")
     PREFERENCE.write_text(preference(), encoding="utf-8")
     FAULTS.write_text(faults(), encoding="utf-8")
+    TEMPLATES.write_text(templates(), encoding="utf-8")

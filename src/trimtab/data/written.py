@@ -99,7 +99,7 @@ def _compare(said: str, frame: tuple[str, ...], leaves: list[Leaf]) -> None:
         end = next((end for end in ends if said.startswith(then, end)), None)
         if end is None:
             end = said.find(then, at) if then else len(said)
-            if end < 0 or plain(leaf.text) not in plain(said[at:end]):
+            if end < 0 or plain(leaf.text) != plain(said[at:end]):
                 raise Refused(
                     f"the model's chat template does not write its {leaf.what} as it stands: {_short(leaf.text)} "
                     f"becomes {_short(said[at:])}"

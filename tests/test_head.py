@@ -73,6 +73,52 @@ def test_logits_of_parts_are_those_of_the_whole():
     torch.testing.assert_close(torch.cat(parts, dim=1), head.logits(hidden))
 
 
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_many_tiles_round_no_more_than_one(softcap, monkeypatch):
+    """In bfloat16, against float64 of the same numbers: with the running mean in bfloat16, 300 tiles were 1 % off."""
+    torch.manual_seed(0)
+    head = Head(torch.randn(3_000, 32).bfloat16(), None, 1.0, softcap)
+    hidden = (0.3 * torch.randn(20, 32)).bfloat16().requires_grad_()
+    token, row, sequence = torch.randint(3_000, (20,)), torch.arange(20), torch.zeros(20, dtype=torch.long)
+    truth = hidden.detach().double().requires_grad_()
+    exact = head._replace(weight=head.weight.double())
+    (expected,) = torch.autograd.grad(reference(truth, row, exact, token, sequence, 1).sum(), truth)
+    off = []
+    for tiles in (1, 300):
+        monkeypatch.setattr(head_module, "TILE", 20 * 3_000 // tiles)
+        (found,) = torch.autograd.grad(sequence_logprobs(hidden, row, head, token, sequence, 1).sum(), hidden)
+        off.append(float((found.double() - expected).norm() / expected.norm()))
+    assert max(off) < 2.5e-3
+    assert off[1] < 1.2 * off[0]
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_token_that_predicts_many_has_their_gradients_added_up_in_float32(adapted):
+    """The last token of a prompt with 1,000 answers, in bfloat16, against float64 of the same numbers."""
+    torch.manual_seed(0)
+    module = torch.nn.Linear(32, 50, bias=False).bfloat16()
+    head = Head(module.weight, None, adapted=module if adapted else None)
+    hidden, token = torch.randn(2, 32).bfloat16().requires_grad_(), torch.randint(10, (1_000,))
+    row, sequence = torch.zeros(1_000, dtype=torch.long), torch.zeros(1_000, dtype=torch.long)
+    truth = hidden.detach().double().requires_grad_()
+    exact = Head(module.weight.detach().double(), None)
+    (expected,) = torch.autograd.grad(reference(truth, row, exact, token, sequence, 1).sum(), truth)
+    (found,) = torch.autograd.grad(sequence_logprobs(hidden, row, head, token, sequence, 1).sum(), hidden)
+    assert float((found.double() - expected).norm() / expected.norm()) < 5e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_no_digit_of_a_log_p_near_0_is_lost(adapted, dtype):
+    """It is the difference of two numbers of the size of a logit, and must not be rounded as those are."""
+    weight = torch.tensor([[100.0], [87.0]], dtype=dtype)
+    module = torch.nn.Linear(1, 2, bias=False)
+    module.weight.data = weight
+    head = Head(weight, None, adapted=module if adapted else None)
+    out = sequence_logprobs(torch.ones(1, 1, dtype=dtype), torch.tensor([0]), head, torch.tensor([0]), torch.tensor([0]), 1)
+    assert float(out.detach()) == pytest.approx(-torch.tensor(-13.0).exp().log1p().item(), rel=0.05)
+
+
 def test_tokens_that_only_other_adapters_know_stay_impossible_under_a_cap():
     class Knows(torch.nn.Module):
         def forward(self, hidden):

@@ -3,6 +3,7 @@
 import math
 import random
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from trimtab.base import Base
 from trimtab.data import pack_all, pack_flat, plan_steps, units
 from trimtab.data.example import Sequence
 from trimtab.data.mismatched import derangement, with_mismatched
+from trimtab.engine import generate, pack_logprobs
 from trimtab.errors import DataError, RecipeError
 from trimtab.evaluate import score_loss
 from trimtab.methods import attach
@@ -167,16 +169,95 @@ def test_what_objectives_take_where_nothing_is_said():
     assert {name: Objective.member(name).relative_rate for name in rates} == rates
 
 
+LIMITS = [1e-7, 0.0, -1e-9, -1e-7, -1e-4, -1.0, -30.0, -1e4]
+"""Σ log p, from one that rounding has made positive to an answer that is impossible."""
+
+
+def exactly(how, logprobs, rows, pooled):
+    """Loss and gradient in float64, by formulas that cancel nothing; of ORPO, 1 - p is at least 2^-24, and its slope too."""
+    x = torch.tensor(logprobs, dtype=torch.float64, requires_grad=True)
+    ratios = x - torch.tensor([row.reference for row in rows], dtype=torch.float64)
+    means = x / torch.tensor([len(row.learned) for row in rows], dtype=torch.float64)
+    if how["name"] == "kto":
+        sign, weight = (1, how["desirable"]) if rows[0].side == "good" else (-1, how["undesirable"])
+        loss = weight * torch.sigmoid(-sign * how["beta"] * (ratios[0] - pooled))
+    elif how["name"] == "orpo":
+        absent = -torch.expm1(means)
+        odds = means - (absent + (2.0**-24 - absent).clamp(min=0).detach()).log()
+        loss = -means[0] - how["weight"] * logsigmoid(odds[0] - odds[1])
+    else:
+        margins = {
+            "dpo": how.get("beta", 0.1) * (ratios[0] - ratios[1]),
+            "simpo": how.get("beta", 1) * (means[0] - means[1]) - how.get("gamma", 0),
+            "cpo": how.get("beta", 1) * (x[0] - x[1]),
+        }
+        margin, smooth = margins[how["name"]], how.get("label_smoothing", 0.0)
+        loss = -(1 - smooth) * logsigmoid(margin) - smooth * logsigmoid(-margin)
+        if how.get("loss_type") == "hinge":
+            loss = torch.relu(1 - margin)
+        if how.get("loss_type") == "ipo":
+            by_token = [ratio / len(row.learned) for ratio, row in zip(ratios, rows, strict=True)]
+            loss = (by_token[0] - by_token[1] - 1 / (2 * how["beta"])) ** 2
+        loss = loss - how.get("sft", 0.0) * means[0]
+    loss.backward()
+    return loss.item(), x.grad.tolist()
+
+
 @pytest.mark.parametrize("how", SETTINGS, ids=NAMED)
-def test_losses_stay_finite_where_answers_are_impossible_or_certain(how):
-    objective, rows = Objective.pick(how), rows_of(kind_of(how), 2)
-    (pack,) = (pack_flat(rows[:2]),)
-    for one, other in ((-1e4, -1e-3), (-1e-3, -1e4), (-1e4, -1e4)):
-        logprobs = torch.tensor([one, other], requires_grad=True)
-        loss = objective.loss(logprobs, pack, 0.0)
-        loss.backward()
-        assert loss.isfinite()
-        assert logprobs.grad.isfinite().all()
+def test_losses_and_gradients_are_right_where_answers_are_impossible_or_certain(how):
+    """In float32, against float64; margins of 1e4 either way are among them."""
+    objective = Objective.pick(how)
+    for reference in (0.0, -40.0):
+        rows = [replace(row, reference=reference) for row in rows_of(kind_of(how), 2)]
+        units_of = [rows[:1], rows[1:2]] if how["name"] == "kto" else [rows[:2]]
+        for unit, pooled, one, other in product(units_of, (0.0, 0.5), LIMITS, LIMITS):
+            given = [one, other][: len(unit)]
+            logprobs = torch.tensor(given, requires_grad=True)
+            loss = objective.loss(logprobs, pack_flat(unit), pooled)
+            loss.backward()
+            value, gradient = exactly(how, given, unit, pooled)
+            assert loss.item() == pytest.approx(value, rel=2e-5, abs=2e-6), (given, pooled)
+            assert logprobs.grad.tolist() == pytest.approx(gradient, rel=2e-4, abs=1e-30), (given, pooled)
+
+
+def test_orpo_of_a_certain_answer_is_its_limit():
+    """For p -> 1 of the chosen one, -weight · odds of the rejected one is the slope that is left; it is not lost to the bound on 1 - p."""
+    pack = pack_flat(rows_of("pairs", 1))
+    tokens = [len(row.learned) for row in pack.sequences]
+    for other in (-0.01, -1.0, -30.0):
+        logprobs = torch.tensor([0.0, other], requires_grad=True)
+        Objective.pick({"name": "orpo", "weight": 0.4}).loss(logprobs, pack, 0.0).backward()
+        p = math.exp(other / tokens[1])
+        assert float(logprobs.grad[0]) * tokens[0] == pytest.approx(-1 - 0.4 * p / (1 - p), rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("how", SETTINGS, ids=NAMED)
+def test_an_answer_that_is_certain_does_not_break_a_step(how, dtype):
+    """Rows whose log p rounds to 0, as it does for what is known by heart, in bases of every type."""
+    model = tiny("llama", dtype)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(120)
+    base = Base(model)
+    adapter = attach(base.model, LoRA(rank=3))
+    prompts = random_rows(*[4] * 30)
+    likely = [
+        Sequence([*prompt, *answer], [4, 5], "likely")
+        for prompt, answer in zip(prompts, generate(base.model, prompts, [], max_new_tokens=2), strict=True)
+    ]
+    certain = [row for row, value in zip(likely, pack_logprobs(base.model, pack_flat(likely)), strict=True) if value == 0]
+    others = [replace(row, ids=[*row.ids[:4], 5, 9]) for row in certain]
+    rows = [certain[0], others[0], others[1], certain[1]]  # on either side
+    sides = ("chosen", "rejected") if kind_of(how) == "pairs" else ("good", "bad")
+    values = pack_logprobs(base.model, pack_flat(rows)).tolist()
+    pack = pack_flat(
+        replace(row, side=sides[number % 2], reference=value - 1)
+        for number, (row, value) in enumerate(zip(rows, values, strict=True))
+    )
+    for taken in train(base, adapter, Objective.pick(how), [[pack]] * 4, FLAT, 1e-4):
+        assert taken.skipped is None
+        assert 0 < taken.grad_norm < 1e6
+    assert all(p.isfinite().all() for p in adapter.parameters().values())
 
 
 def adapted(seed=0):

@@ -90,12 +90,14 @@ def sequence_logprobs(hidden: Tensor, row: Tensor, head: Head, token: Tensor, se
     if head.adapted is None:
         return _SequenceLogProbs.apply(hidden, row, head, token, sequence, count)
     routing, here = current_routing(), copy_context()
-    rows = max(64, TILE // len(head.weight))
-    parts = [torch.zeros(0, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)]
+    rows, kind = max(64, TILE // len(head.weight)), hidden.dtype
+    hidden = hidden.to(torch.promote_types(kind, torch.float32))  # in which the gradients of a token's targets are added up
+    parts = [hidden.new_zeros(0)]
     for start in range(0, len(row), rows):
         tile = slice(start, start + rows)
         part = routing.select(row[tile].tolist()) if routing is not None else None
-        parts.append(checkpoint(here.copy().run, _logprobs, hidden[row[tile]], head, token[tile], part, use_reentrant=False))
+        given = hidden[row[tile]].to(kind), head, token[tile], part
+        parts.append(checkpoint(here.copy().run, _logprobs, *given, use_reentrant=False))
     logprob = torch.cat(parts)
     return torch.zeros(count, dtype=logprob.dtype, device=hidden.device).index_add(0, sequence, logprob)
 
@@ -104,7 +106,7 @@ def _logprobs(hidden: Tensor, head: Head, token: Tensor, routing: Routing | None
     """log p(token | hidden): N. Run in the context of the forward pass, which says what acts, both times it is computed."""
     with routed(routing):
         logits = head.logits(hidden)
-    return logits.gather(1, token[:, None])[:, 0] - logits.logsumexp(dim=1)
+    return logits.log_softmax(dim=1).gather(1, token[:, None])[:, 0]
 
 
 class _SequenceLogProbs(torch.autograd.Function):
@@ -114,7 +116,7 @@ class _SequenceLogProbs(torch.autograd.Function):
         top = torch.full((len(hidden),), torch.finfo(kind).min, dtype=kind, device=hidden.device)
         total, chosen = torch.zeros_like(top), torch.zeros(len(row), dtype=kind, device=hidden.device)
         wanted = ctx.needs_input_grad[0]
-        mean = torch.zeros_like(hidden) if wanted else None
+        mean = torch.zeros_like(hidden, dtype=kind) if wanted else None  # else bfloat16 would round it once a tile
         size = max(1, TILE // max(1, len(hidden)))
         starts = range(0, len(head.weight), size)
         tile = hidden.new_empty(len(hidden) * min(size, len(head.weight)))
@@ -131,12 +133,12 @@ class _SequenceLogProbs(torch.autograd.Function):
             fade = sweep_(logits, top, total)  # the logits are exp(logits − top) from here
             if mean is not None:
                 weights = logits if bend is None else logits * bend
-                mean.mul_(fade[:, None].to(hidden.dtype)).addmm_(weights.to(hidden.dtype), head.weight[part])
-        logprob = chosen - (top + total.log())[row]
+                _add_product_(mean.mul_(fade[:, None]), weights.to(hidden.dtype), head.weight[part])
+        logprob = (chosen - top[row]) - total.log()[row]  # in this order, so that no digit of a log p near 0 is lost to `top`
         if mean is not None:
-            mean.div_(total[:, None].to(hidden.dtype))
+            mean.div_(total[:, None])
             slope = None if head.softcap is None else 1 - (chosen / head.softcap) ** 2
-            ctx.head = head
+            ctx.head, ctx.kind = head, hidden.dtype
             ctx.save_for_backward(mean, row, token, sequence, slope)
         return torch.zeros(count, dtype=kind, device=hidden.device).index_add_(0, sequence, logprob)
 
@@ -145,8 +147,13 @@ class _SequenceLogProbs(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """d log p(token) / d hidden = scale · (bend of token · its row of the head − Σ p · bend · rows of the head)."""
         mean, row, token, sequence, slope = ctx.saved_tensors
-        each = gradients[0][sequence].to(mean.dtype) * ctx.head.scale
-        dx = mean * -torch.zeros(len(mean), dtype=mean.dtype, device=mean.device).index_add_(0, row, each)[:, None]
-        pull = each if slope is None else each * slope.to(mean.dtype)
+        each = gradients[0][sequence] * ctx.head.scale
+        dx = mean * -torch.zeros_like(mean[:, 0]).index_add_(0, row, each)[:, None]
+        pull = each if slope is None else each * slope
         dx.index_add_(0, row, ctx.head.weight[token] * pull[:, None])
-        return dx, None, None, None, None, None
+        return dx.to(ctx.kind), None, None, None, None, None
+
+
+def _add_product_(to: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    """to + one @ other, in place, where those two may be of fewer bits."""
+    return to.addmm_(one, other) if to.dtype == one.dtype else to.add_(one @ other)

@@ -57,12 +57,14 @@ class PackLayout:
         asked = [number for number, segment in enumerate(self.segments) if segment.start >= self.first]
         # split, rather than slicing, so that the backward pass writes each gradient once instead of summing padded ones
         queries = query.split([self.lengths[number] for number in asked], dim=2)
-        keys, values = (t.split(self.lengths, dim=2) for t in (key, value))
-        before = self.before(layer, key, virtual)
+        # In float32 until they are joined: what many segments see has as many gradients, which bfloat16 would add up wrongly.
+        keys, values = (_wide(t).split(self.lengths, dim=2) for t in (key, value))
+        before = self.before(layer, _wide(key), virtual)
         outputs = []
         for q, number in zip(queries, asked, strict=True):
             path, first = self.paths[number], before[number]
-            k, v = (_joined([*(f[n] for f in first), *(t[s] for s in path)]) for n, t in enumerate((keys, values)))
+            parts = ([*(f[n] for f in first), *(t[s] for s in path)] for n, t in enumerate((keys, values)))
+            k, v = (_joined(some).to(q.dtype) for some in parts)
             outputs.append(attend(q, k, v, causal(q.shape[2], k.shape[2], rules.window, q.device), rules))
         return torch.cat(outputs, dim=2).transpose(1, 2)
 
@@ -79,6 +81,10 @@ class PackLayout:
         """For each segment, the keys and values of the virtual tokens before its row."""
         found = [(one, one.of(layer, like)) for one in virtual]
         return [[both for one, both in found if one.acts_on is None or one.acts_on(segment.start)] for segment in self.segments]
+
+
+def _wide(t: Tensor) -> Tensor:
+    return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

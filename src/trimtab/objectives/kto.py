@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal, Self
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
@@ -50,7 +51,8 @@ class KTO(Comparing):
 
     def losses(self, logprobs: Tensor, pack: Pack, pooled: float) -> Tensor:
         sign, weight = self._of_sides(pack, logprobs)
-        return weight * (1 - torch.sigmoid(sign * self.beta * (_ratio(logprobs, pack) - pooled)))
+        margin = sign * self.beta * (_ratio(logprobs, pack) - pooled)
+        return weight * F.logsigmoid(-margin).exp()  # 1 − σ(margin), where that and its slope would round to 0 and 1, too
 
     def measures(self, logprobs: Tensor, pack: Pack, pooled: float) -> dict[str, Tensor]:
         sign, _ = self._of_sides(pack, logprobs)

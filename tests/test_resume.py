@@ -1,5 +1,6 @@
 """A run that ends before its time goes on as if it had not, to the last bit; whatever ended it, and whenever."""
 
+import errno
 import json
 import math
 import os
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from worlds import ROWS, make_model, write_rows
 
 from trimtab import files, saving
+from trimtab import resume as resuming
 from trimtab import run as running
 from trimtab.artifacts import State, newest_state, read_state, saved_states, sha256_tensor, write_state
 from trimtab.artifacts import state as artifacts_state
@@ -27,7 +29,7 @@ from trimtab.errors import ArtifactError, DataError, RecipeError, StorageError
 from trimtab.objectives.sft import SFT
 from trimtab.recipe import Recipe
 from trimtab.report import Silent
-from trimtab.resume import Unfinished, plan_facts, unfinished
+from trimtab.resume import Unfinished, plan_facts
 from trimtab.resume import _differences as differences
 from trimtab.run import run_recipe
 
@@ -320,18 +322,116 @@ def test_other_versions_are_said_to_round_otherwise(here):
     assert any("versions.torch: 1.0 then" in note for note in watch.notes)
 
 
-def test_two_processes_do_not_train_into_one_folder(here):
-    ended("cut", "stepped", 8)
+@pytest.mark.parametrize("begun", [True, False])
+def test_two_processes_do_not_train_into_one_folder(begun, here):
+    if begun:
+        ended("cut", "stepped", 8)
+    before = tree("cut")
     script = (
         f"import time\nfrom pathlib import Path\nfrom trimtab import files\nwith files.locked(Path('cut') / {saving.LOCK!r}):\n"
         "    print('held', flush=True)\n    time.sleep(60)\n"
     )
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
-        with pytest.raises(StorageError, match="another process is training there"):
+        with pytest.raises(StorageError, match=rf"another process \({other.pid} on .+\) is training there"):
             run("cut")
+        assert {path: content for path, content in tree("cut").items() if path.name != saving.LOCK} == {
+            path: content for path, content in before.items() if path.name != saving.LOCK
+        }
         other.kill()
     run("cut")
+    assert_same("cut", "whole")
+
+
+def tree(folder):
+    return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+class Meanwhile(Silent):
+    """Does something when everything has been looked at, and nothing has been written yet."""
+
+    def __init__(self, do):
+        self.do = do
+
+    def planned(self, *_):
+        self.do()
+
+
+def test_the_second_of_two_that_begin_at_once_writes_nothing(here):
+    def second():
+        with pytest.raises(StorageError, match="is training there"):
+            run("new", "train.lr=1e-3", "data.eval=5")
+
+    run("new", watch=Meanwhile(second))
+    assert "lr: 0.02" in Path("new/recipe.yaml").read_text()
+    assert_same("new", "whole")
+    assert not Path("new/lock").exists()
+
+
+@pytest.mark.parametrize("how", [DataError, KeyboardInterrupt])
+def test_what_does_not_begin_leaves_nothing_behind(how, here):
+    Path("mine").mkdir()
+    for output in ("deep/down/new", "mine"):
+
+        def ends(output=output):
+            assert {path.name for path in Path(output).iterdir()} == {"lock"}
+            raise how
+
+        with pytest.raises(how):
+            run(output, watch=Meanwhile(ends))
+    assert not Path("deep").exists()
+    assert list(Path("mine").iterdir()) == [], "a folder that was there stays"
+
+
+@pytest.mark.parametrize("written", ["lock", "recipe.yaml", "data.json"])
+def test_what_is_killed_while_it_begins_begins_again(written, here, monkeypatch):
+    def kills(write):
+        def last(path, content):
+            write(path, content)
+            if path == Path("new") / written:
+                raise Killed
+
+        return last
+
+    def taken_away(*_):  # a process that is killed takes nothing away
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(resuming, "_take_away", taken_away)
+        patch.setattr(files, "write_text", kills(files.write_text))
+        patch.setattr(files, "write_json", kills(files.write_json))
+        with pytest.raises(Killed):
+            run("new", watch=Meanwhile(lambda: taken_away() if written == "lock" else None))
+    assert (Path("new") / written).exists()
+    assert not Path("new/run.json").exists()
+    run("new")
+    assert_same("new", "whole")
+
+
+def test_what_somebody_else_has_put_there_is_not_touched(here):
+    Path("mine").mkdir()
+    Path("mine/recipe.yaml").write_text("mine")
+    with pytest.raises(StorageError, match="exists already"):
+        run("mine")
+    assert tree("mine") == {Path("mine/recipe.yaml"): b"mine"}
+
+    def others():
+        Path("new/notes.txt").write_text("mine")
+        raise DataError
+
+    with pytest.raises(DataError):
+        run("new", watch=Meanwhile(others))
+    assert tree("new") == {Path("new/notes.txt"): b"mine"}
+
+
+def test_a_file_system_without_locks_is_said_to_have_none(here, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(files.fcntl, "flock", no_locks)
+    watch = Ends("never", 0)
+    run("new", watch=watch)
+    assert [note for note in watch.notes if "without locks" in note]
 
 
 def test_a_state_is_a_bijection_or_refused(tmp_path):
@@ -459,12 +559,14 @@ def test_a_run_that_is_killed_before_it_has_logged_anything_goes_on(here, monkey
     assert_same("cut", "whole")
 
 
-def test_a_run_that_ended_meanwhile_is_left_alone(here):
-    recipe = read(Recipe, Path("r.yaml"), ["output=whole"])
-    before = result("whole")
-    with pytest.raises(StorageError, match="exists already"):
-        unfinished(recipe, print)
-    assert result("whole") == before
+def test_a_run_that_ended_meanwhile_is_left_alone(here, monkeypatch):
+    """Between the first look and the lock."""
+    recipe, before, looked = read(Recipe, Path("r.yaml"), ["output=whole"]), tree("whole"), []
+    look = resuming._is_unfinished
+    monkeypatch.setattr(resuming, "_is_unfinished", lambda recipe: looked.append(1) or len(looked) == 1 or look(recipe))
+    with pytest.raises(StorageError, match="exists already"), resuming.claimed(recipe, print):
+        pass
+    assert {path: content for path, content in tree("whole").items() if path.name != saving.LOCK} == before
 
 
 @pytest.mark.parametrize("most_kept", [0.0, 1234.5, math.inf])

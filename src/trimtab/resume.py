@@ -1,7 +1,9 @@
 """Going on with a run that did not end: whether it is this recipe's, where it stood, and whether everything is as it was."""
 
 import json
+import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,9 @@ from trimtab import files
 from trimtab.artifacts import State, newest_state
 from trimtab.config import read
 from trimtab.engine import Memory
-from trimtab.errors import RecipeError, listing
+from trimtab.errors import RecipeError, StorageError, listing
 from trimtab.recipe import Recipe
-from trimtab.saving import CHECKPOINTS, METRICS, STATES
+from trimtab.saving import BEGINNING, CHECKPOINTS, LOCK, METRICS, STATES
 
 SAME = ("base", "method", "trainable_parameters", "steps", "peak_lr", "start", "reference", "data_digest")
 """Facts of a run, as run.json holds them, that must not change on the way."""
@@ -86,15 +88,50 @@ class Unfinished:
         return bool(step <= self.step)
 
 
-def is_unfinished(recipe: Recipe) -> bool:
-    """Whether the recipe's output holds an unfinished run, rather than nothing.
+@contextmanager
+def claimed(recipe: Recipe, notice: Callable[[str], None]) -> Iterator[Unfinished | None]:
+    """The recipe's output, in which nobody else trains within the block: the unfinished run that it holds, or None.
+
+    What was made for a run that has not begun when the block ends is taken away again.
+
+    Args:
+        notice: Is told of damage.
 
     Raises:
-        StorageError: There is something else, or a run that is to be left alone.
+        StorageError: There is something else, or a run that is to be left alone, or another process is training there.
         ArtifactError: The run's own record is damaged.
     """
     folder = recipe.output
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    _is_unfinished(recipe)  # before anything is made
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    with files.locked(folder / LOCK) as held:
+        try:
+            if not held:
+                notice(f"{folder} is on a file system without locks: make sure that no other process trains into it")
+            yield _unfinished(folder, notice) if _is_unfinished(recipe) else None  # it may have ended meanwhile
+        finally:
+            if not (folder / "run.json").exists():
+                _take_away(folder, missing)
+
+
+def _take_away(folder: Path, made: list[Path]) -> None:
+    with suppress(OSError, StorageError):
+        for path in list(folder.iterdir()) if _about_to_begin(folder) else [folder / LOCK]:  # else somebody put something there
+            files.remove_file(path)
+        for path in made:
+            path.rmdir()
+
+
+def _about_to_begin(folder: Path) -> bool:
+    """Whether this is a folder with nothing in it but what is written before a run begins."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    return LOCK in names and all(name in BEGINNING or name.startswith(files.TEMPORARY) for name in names)
+
+
+def _is_unfinished(recipe: Recipe) -> bool:
+    """Whether the output holds an unfinished run, rather than nothing or a run that had not begun."""
+    folder = recipe.output
+    if not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir())) or _about_to_begin(folder):
         return False
     facts = files.read_json(folder / "run.json") if (folder / "run.json").is_file() else None
     ended = isinstance(facts, dict) and facts.get("status") == "done" and not (folder / STATES).exists()
@@ -103,18 +140,12 @@ def is_unfinished(recipe: Recipe) -> bool:
     return True
 
 
-def unfinished(recipe: Recipe, notice: Callable[[str], None]) -> Unfinished:
-    """The unfinished run in the recipe's output, in which nobody else may write meanwhile.
-
-    Args:
-        notice: Is told of damage.
-    """
-    is_unfinished(recipe)  # asked again, now that nobody else writes: it may have ended meanwhile
-    facts = files.read_json(recipe.output / "run.json")
+def _unfinished(folder: Path, notice: Callable[[str], None]) -> Unfinished:
+    facts = files.read_json(folder / "run.json")
     state = newest_state(
-        recipe.output / STATES, lambda problem: notice(f"a saved state is damaged, and an earlier one is taken: {problem}")
+        folder / STATES, lambda problem: notice(f"a saved state is damaged, and an earlier one is taken: {problem}")
     )
-    return Unfinished(recipe.output, facts, state)
+    return Unfinished(folder, facts, state)
 
 
 def _lasting(facts: dict[str, Any]) -> dict[str, Any]:

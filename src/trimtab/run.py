@@ -1,7 +1,7 @@
 """One run, top to bottom: the script that carries a recipe out."""
 
 import math
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,8 @@ from trimtab.prepare import prepared
 from trimtab.recipe import Recipe
 from trimtab.reference import logprobs
 from trimtab.report import Silent, Watcher
-from trimtab.resume import Unfinished, is_unfinished, plan_facts, threads, unfinished
-from trimtab.saving import LOCK, Progress, Run, Saver, end, keep_adapters
+from trimtab.resume import Unfinished, claimed, plan_facts, threads
+from trimtab.saving import Progress, Run, Saver, end, keep_adapters
 from trimtab.train import Optimizer, Step, peak_learning_rate, planned_memory, train
 
 MOVED_BY = 3
@@ -41,15 +41,10 @@ def run_recipe(recipe: Recipe, watch: Watcher | None = None) -> Run:
         KeyboardInterrupt: After everything as it stood has been saved.
     """
     watch = watch or Silent()
-    with ExitStack() as held:
-        before = None
-        if is_unfinished(recipe):
-            held.enter_context(files.locked(recipe.output / LOCK))
-            before = unfinished(recipe, watch.noticed)
+    with claimed(recipe, watch.noticed) as before:
         ready = _made_ready(recipe, before, watch)
         if before is None:
             run = _begin(ready)
-            held.enter_context(files.locked(run.folder / LOCK))
         else:
             run = Run(before.folder, {**before.facts, "status": "running"})
             before.clear()
@@ -147,18 +142,14 @@ def _facts(recipe: Recipe, base: Base, adapter: Attached, data: Loaded, steps: "
 
 
 def _begin(ready: _Ready) -> Run:
-    """The run's folder, which appears with all that is known before the first step, or (an empty one that is there) is filled."""
-    output = ready.recipe.output
-    if output.exists():
-        with suppress(OSError):  # a link, or a mounted disk
-            output.rmdir()
-    with nullcontext(output) if output.exists() else files.new_folder(output) as folder:
-        files.write_text(folder / "recipe.yaml", ready.recipe.to_yaml())
-        files.write_json(
-            folder / "data.json", {**ready.data.plain(), "proof": [one.plain() for one in ready.findings if one.name != "disk"]}
-        )
-        Run(folder, {"status": "running", **ready.facts}).write()
-    return Run(output, {"status": "running", **ready.facts})
+    """The run's folder with all that is known before the first step; `run.json`, written last, makes it a run."""
+    folder = ready.recipe.output
+    files.write_text(folder / "recipe.yaml", ready.recipe.to_yaml())
+    proof = [one.plain() for one in ready.findings if one.name != "disk"]
+    files.write_json(folder / "data.json", {**ready.data.plain(), "proof": proof})
+    run = Run(folder, {"status": "running", **ready.facts})
+    run.write()
+    return run
 
 
 def held_out(folder: Path) -> tuple[list[Example], str]:

@@ -17,8 +17,11 @@ from trimtab.errors import NonFinite, StorageError
 from trimtab.evaluate import Loss
 from trimtab.train import Optimizer
 
-STATES, CHECKPOINTS, METRICS, LOCK = "states", "checkpoints", "metrics.jsonl", "lock"
+STATES, CHECKPOINTS, METRICS = "states", "checkpoints", "metrics.jsonl"
+LOCK = "lock"
 """In a run's folder; the last is the file that one process has while it trains there."""
+BEGINNING = {LOCK, "recipe.yaml", "data.json"}
+"""What a run's folder holds at most before `run.json` makes it a run."""
 KEPT = 2
 """States that are kept, should the newest be damaged."""
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from worlds import ROWS, command
 
 from trimtab import api, cli, commands, files, preflight, saving
+from trimtab.artifacts import saved_states
 from trimtab.config import read
 from trimtab.data import Finding
 from trimtab.deploy import open_target
@@ -678,6 +679,38 @@ def test_an_interruption_just_after_saving_finds_the_adapter_saved(here, monkeyp
     assert state_of(here / "new")["last"]["step"] == 10
 
 
+@pytest.mark.parametrize("written", [False, True])
+def test_an_interruption_while_the_state_is_written_loses_nothing(written, here, monkeypatch):
+    """It is then written again; what is said to have been saved has been."""
+    write, calls = saving.write_state, []
+
+    def interrupted_once(states, state):
+        calls.append(state.step)
+        folder = write(states, state) if written or len(calls) != 2 else None
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return folder
+
+    monkeypatch.setattr(saving, "write_state", interrupted_once)
+    assert interrupted("new", "nothing") == f"the adapter after step 20 is in new/checkpoints/step-000020{GOES_ON}"
+    assert calls == [10, 20, 20]
+    assert [path.name for path in saved_states(here / "new" / "states")] == ["step-000020", "step-000010"]
+    assert [state_of(here / "new")[which]["step"] for which in ("last", "best")] == [20, 10], "whose loss was not kept"
+
+
+def test_an_interruption_of_an_update_says_what_was_saved_before(here, monkeypatch):
+    step, taken = torch.optim.AdamW.step, []
+
+    def interrupts(*given):
+        taken.append(1)
+        if len(taken) == 15:
+            raise KeyboardInterrupt
+        return step(*given)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", interrupts)
+    assert interrupted("new", "nothing") == f"the adapter after step 10 is in new/checkpoints/step-000010{GOES_ON}"
+
+
 def test_an_interruption_before_the_first_step_has_nothing_to_keep(here, monkeypatch):
     before = tree(here)
     assert interrupted("new", "planned") == ""
@@ -687,7 +720,7 @@ def test_an_interruption_before_the_first_step_has_nothing_to_keep(here, monkeyp
         raise KeyboardInterrupt
 
     monkeypatch.setattr(torch.optim.AdamW, "step", interrupt)
-    assert interrupted("new", "nothing") == ""
+    assert interrupted("new", "nothing") == "nothing has been saved yet; the same command begins anew"
     assert state_of(here / "new")["status"] == "interrupted"
     assert not (here / "new" / "checkpoints").exists()
 

@@ -201,30 +201,30 @@ def _train(run: Run, ready: _Ready, state: State | None, watch: Watcher) -> tupl
         optimizer.load(state.tensors, state.step, state.facts["skipped"])
     progress, few = Progress(**state.facts) if state is not None else Progress(), canaries(ready.data)
     saver = Saver(run, ready.base, optimizer, progress, lambda scored: _seen(ready.base, few, scored))
-    done, every = saver.done, recipe.train.evaluate_every or max(1, -(-len(steps) // 4))
+    every = recipe.train.evaluate_every or max(1, -(-len(steps) // 4))
     # What the base without the adapter can't read, or is not the start of, is compared with as it starts.
     as_it_starts = bool(recipe.method.new_tokens) or recipe.objective.compares or recipe.start is not None
 
     def look(number: int, train_loss: float | None) -> None:
         # The base's loss, to compare with; measured now, so that training starts at once.
-        if not done.compared:
+        if not saver.done.compared:
             with ready.adapter.disabled():
                 _evaluate(run, ready, 0, watch)
-        done.compared = True
+        saver.done.compared = True
         saver.save(number, train_loss, _evaluate(run, ready, number, watch))
 
     if as_it_starts and state is None:
         _evaluate(run, ready, 0, watch)
-        done.compared = True
+        saver.done.compared = True
     elif state is not None and ready.data.eval and saver.unseen(every, len(steps)):  # it was interrupted before it had looked
-        look(state.step, done.last["train_loss"])
+        look(state.step, saver.done.last["train_loss"])
     step = None
     try:
         for step in train(
             ready.base, ready.adapter, recipe.objective, steps, recipe.train, run.state["peak_lr"], steps.memory, optimizer
         ):
-            done.tokens += step.tokens
-            done.computed += step.computed
+            saver.done.tokens += step.tokens
+            saver.done.computed += step.computed
             run.log(kind="train", step=step.number, **_step_line(step))
             watch.stepped(step, len(steps))
             if step.skipped is not None:
@@ -234,13 +234,11 @@ def _train(run: Run, ready: _Ready, state: State | None, watch: Watcher) -> tupl
             if step.number % every == 0 or step.number == len(steps):
                 look(step.number, step.loss)
     except KeyboardInterrupt:
-        if step is None or optimizer.taken != step.number:  # what was saved last stays the newest
-            raise
-        if done.last.get("step") != step.number:
+        # Between an update and its line in the log, what was saved last stays the newest.
+        if step is not None and optimizer.taken == step.number and saver.done.last.get("step") != step.number:
             saver.save(step.number, step.loss, None)
-        words = f"the adapter after step {step.number} is in {run.folder / done.last['folder']}; the same command goes on from there"
-        raise KeyboardInterrupt(words) from None
-    return done, _unmoved(first, optimizer) if len(steps) >= MOVED_BY else []
+        raise KeyboardInterrupt(saver.words()) from None
+    return saver.done, _unmoved(first, optimizer) if len(steps) >= MOVED_BY else []
 
 
 def _seen(base: Base, rows: list[Row], scored: Loss | None) -> list[tuple[str, float]]:

@@ -20,7 +20,7 @@ from worlds import ROWS, command
 
 from trimtab import api, cli, commands, files, preflight, saving
 from trimtab.artifacts import saved_states
-from trimtab.config import read
+from trimtab.config import read, word
 from trimtab.data import Finding
 from trimtab.deploy import open_target
 from trimtab.errors import RecipeError, TrimtabError
@@ -182,10 +182,18 @@ CARELESS = {
         f"targets: 'norm' names model.norm, a LlamaRMSNorm, and only the matrices can be adapted. They are: {MATRICES}.",
     ),
     # Where it is to be
-    "an output that exists": ("train r.yaml", None, 6, f"run: {EXISTS}"),
-    "a file as output": ("train r.yaml output=r.yaml", None, 6, f"r.yaml: {EXISTS}"),
+    "an output that exists": (
+        "train r.yaml", None, 6,
+        "run: exists already, as a finished run, and is not overwritten. Look at it with `trimtab show run`, or train into another folder, "
+        "such as output=run-2. The command for that:\n  trimtab train r.yaml output=run-2",
+    ),
+    "a file as output": (
+        "train r.yaml output=r.yaml", None, 6,
+        "r.yaml: exists already, is no unfinished run, and is not overwritten. Remove it, or train into another folder, such as "
+        "output=r.yaml-2. The command for that:\n  trimtab train r.yaml output=r.yaml-2",
+    ),
     "an output in a file": (
-        "train r.yaml output=r.yaml/run", None, 6, "r.yaml/run: cannot write: File exists. HERE/r.yaml is a file, not a folder."
+        "train r.yaml output=r.yaml/run", None, 6, "r.yaml/run: cannot write: Not a directory. HERE/r.yaml is a file, not a folder."
     ),
     "a merge onto what exists": ("merge run tiny", None, 6, f"tiny: {EXISTS}"),
     "a merge onto what exists, before anything is loaded": ("merge nope tiny", None, 6, f"tiny: {EXISTS}"),
@@ -246,7 +254,8 @@ CARELESS = {
     ),
     "a run without an adapter": (
         "chat run --prompt x", lambda here: shutil.rmtree(here / "run" / "adapter"), 4,
-        "run is a run without a finished adapter. What it saved on its way is in run/checkpoints.",
+        "run is a finished run, and its adapter is missing. Restore run/adapter from a copy, or name the adapter that it saved last: "
+        "run/checkpoints/step-000026.",
     ),
     "a run whose record is damaged": (
         "show run", spoil("run/run.json", lambda t: b"[]"), 4, "run/run.json: is not the record of a run. Restore it from a copy."
@@ -366,7 +375,7 @@ def test_a_disk_that_is_full_from_the_start_leaves_nothing(disk, here, trimtab):
     (disk / "filler").write_bytes(bytes(256 * 1024))
     done = trimtab("train", "r.yaml", f"output={disk}/run")
     assert re.fullmatch(
-        rf"trimtab: output: the run needs \d+ MB at most, and 0 MB are free in {disk}: free some, or choose another folder\n",
+        rf"trimtab: output: the run needs \d+ MB at most, and 0 MB are free in {disk}/run: free some, or choose another folder\n",
         done.err,
     )
     assert done.code == 6
@@ -405,7 +414,8 @@ def test_a_merge_that_does_not_fit_leaves_nothing(disk, here, trimtab):
 def test_a_disk_that_can_only_be_read_is_named(disk, here, trimtab):
     make_read_only(disk)
     done = trimtab("train", "r.yaml", f"output={disk}/run")
-    assert (done.code, done.err) == (6, f"trimtab: output: {disk} can't be written to: choose a folder that can\n")
+    assert done.err == f"trimtab: {disk}/run: cannot write: Read-only file system. Choose a folder that you may write to.\n"
+    assert done.code == 6
     done = trimtab("merge", "run", disk / "run")
     assert done.err == f"trimtab: {disk}/run: cannot write: Read-only file system. Choose a folder that you may write to.\n"
     assert done.code == 6
@@ -644,9 +654,28 @@ def test_a_run_that_is_interrupted_keeps_the_adapter_as_it_stood(number, here, t
     assert not any(files.TEMPORARY in path for path in tree(here))
     assert trimtab("chat", here / "new" / state["last"]["folder"], "--prompt", "x", "--max-new-tokens", "2").code == 0
     assert "new (interrupted)" in trimtab("show", "new").out
-    done = trimtab("chat", "new", "--prompt", "x")
-    assert done.err == "trimtab: new is a run without a finished adapter. What it saved on its way is in new/checkpoints.\n"
+    for words in (
+        ["chat", "new", "--prompt", "x"],
+        ["merge", "new", "merged"],
+        ["eval", "new", "--data", "rows.jsonl", "--json"],
+    ):
+        done = trimtab(*words)
+        assert (done.code, done.err) == (
+            0,
+            f"trimtab: new has not ended: this is its adapter after step {step} of {state['steps']}.\n",
+        )
+    assert json.loads(done.out)["rows"] == 30
+    done = trimtab("combine", "new=1", "both")
+    assert done.err == (
+        "trimtab: new is a run without a finished adapter. Finish it with the command that trains it, or name the adapter that it "
+        f"saved last: new/checkpoints/step-{step:06d}.\n"
+    )
     assert done.code == 4
+    assert trimtab("combine", f"new/checkpoints/step-{step:06d}=1", "both").code == 0
+    shutil.rmtree("new/checkpoints")
+    assert trimtab("chat", "new", "--prompt", "x").err == (
+        "trimtab: new is a run without a finished adapter. Finish it with the command that trains it.\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -665,6 +694,21 @@ def test_what_an_interruption_keeps_is_what_the_run_had_after_that_step(when, nu
         assert not torch.equal(
             tensors(here / "second/checkpoints/step-000021")[A], tensors(here / "first/checkpoints/step-000020")[A]
         )
+
+
+@pytest.mark.parametrize("name", ["new", "a [b] c", "it's: new #1"])
+def test_a_changed_recipe_is_refused_with_a_command_that_works_as_it_is_printed(name, here, trimtab):
+    interrupted(json.dumps(name), "stepped", 20)
+    words = ["train", "r.yaml", "train.lr=1e-3", word("output", name), "train.epochs=1", "data.columns={prompt: prompt}"]
+    refused = trimtab(*words)
+    assert refused.code == 2
+    assert "  train.lr: 0.02 in the run, 0.001 now\n" in refused.err
+    command = refused.err.splitlines()[-1]
+    assert shlex.split(command) == ["trimtab", *words[:3], *words[4:], word("output", f"{name}-2")]
+    assert trimtab(*shlex.split(command)[1:]).code == 0
+    refused = trimtab(*shlex.split(command)[1:])
+    assert (refused.code, "exists already, as a finished run, and is not overwritten" in refused.err) == (6, True)
+    assert shlex.split(refused.err.splitlines()[-1])[-1] == word("output", f"{name}-3")
 
 
 def test_an_interruption_just_after_saving_finds_the_adapter_saved(here, monkeypatch):

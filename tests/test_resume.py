@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -23,7 +24,8 @@ from trimtab import resume as resuming
 from trimtab import run as running
 from trimtab.artifacts import State, newest_state, read_state, saved_states, sha256_tensor, write_state
 from trimtab.artifacts import state as artifacts_state
-from trimtab.config import read
+from trimtab.config import read, word
+from trimtab.deploy import open_target
 from trimtab.engine import Memory
 from trimtab.errors import ArtifactError, DataError, RecipeError, StorageError
 from trimtab.objectives.sft import SFT
@@ -268,40 +270,117 @@ def test_forty_real_kills(here):
 # What may not be gone on with
 
 
-def test_another_recipe_or_other_data_is_refused_with_what_differs(here):
+def test_another_recipe_is_refused_with_the_keys_that_differ_before_anything_is_loaded(here, monkeypatch):
     ended("cut", "stepped", 8)
-    for words, reason in (
-        (["train.lr=1e-3"], "train.lr: 0.02 there, 0.001 now"),
-        (["method.rank=4"], "method.rank: 2 there, 4 now"),
-        (["train.epochs=3"], "train.epochs: 2.0 there, 3.0 now"),
+    before = tree("cut")
+    monkeypatch.setattr(running, "opened", None)
+    with pytest.raises(RecipeError) as refused:
+        run("cut", "train.lr=1e-3", "method.rank=4", "train.epochs=3", "train.evaluate_every=3")
+    assert str(refused.value) == (
+        "output: cut holds an unfinished run (after step 6 of 13) of another recipe:\n"
+        "  method.rank: 2 in the run, 4 now\n"
+        "  train.epochs: 2.0 in the run, 3.0 now\n"
+        "  train.lr: 0.02 in the run, 0.001 now\n"
+        "Set these back to resume it, or train into another folder, such as output=cut-2."
+    )
+    assert refused.value.free == Path("cut-2")
+    Path("cut-2").mkdir()
+    for output, free in (("cut", "cut-3"), ("whole", "whole-2")):
+        with pytest.raises((RecipeError, StorageError), match=f"such as output={free}"):
+            run(output, "train.lr=1e-3")
+    with pytest.raises(StorageError, match=r"exists already, as an unfinished run\. Leave resume=never out"):
+        run("cut", "resume=never")
+    assert {p: c for p, c in before.items() if p.name != "lock"} == {p: c for p, c in tree("cut").items() if p.name != "lock"}
+
+
+def test_of_a_run_that_has_not_ended_the_newest_whole_adapter_is_taken(here):
+    ended("cut", "stepped", 8)
+    (Path("cut/checkpoints") / f"{files.TEMPORARY}step-000009").mkdir()
+    Path("cut/checkpoints/step-000009").mkdir()
+    target = open_target("cut")
+    assert target.folder == Path("cut/checkpoints/step-000006")
+    assert target.notes == ("cut has not ended: this is its adapter after step 6 of 13.",)
+    assert open_target("whole").notes == ()
+    with pytest.raises(ArtifactError, match=r"or name the adapter that it saved last: cut/checkpoints/step-000006\."):
+        run("on", "start=cut", "method.dropout=0.2")
+
+
+def test_other_content_is_refused_by_what_it_is_in(here):
+    ended("cut", "stepped", 8)
+    rows = here / "rows.jsonl"
+    write_rows(rows, ROWS[:-1])
+    with pytest.raises(
+        RecipeError, match=rf"data: the rows .* are not the same: {re.escape(str(rows))} has changed\nSet these"
     ):
-        with pytest.raises(RecipeError, match=reason):
-            run("cut", *words)
-    write_rows(here / "rows.jsonl", ROWS[:-1])
-    with pytest.raises(RecipeError, match="data_digest of the run"):
         run("cut")
-    write_rows(here / "rows.jsonl", ROWS)
+    write_rows(rows, ROWS)
+    write_rows(here / "more.jsonl", ROWS[1:])
+    with pytest.raises(RecipeError) as refused:
+        run("cut", "data.train=more.jsonl", "data.eval=5")
+    for words in (
+        "are not the same\n",
+        f"data.train: ['{rows}'] in the run, ['{here / 'more.jsonl'}'] now",
+        "data.eval: 4.0 in the run, 5.0 now",
+    ):
+        assert words in str(refused.value)
+    assert not re.search("[0-9a-f]{64}", str(refused.value))
     make_model(here / "tiny", 1)
-    with pytest.raises(RecipeError, match=r"base\.fingerprint\.weights of the run"):
+    with pytest.raises(RecipeError, match="model: it is another base, with different weights\n"):
         run("cut")
     make_model(here / "tiny", 0)
-    before = {path: path.read_bytes() for path in Path("cut").rglob("*") if path.is_file()}
-    with pytest.raises(StorageError, match="exists already"):
-        run("cut", "resume=never")
-    assert before == {path: path.read_bytes() for path in Path("cut").rglob("*") if path.is_file()}
-    run("cut")
-    with pytest.raises(StorageError, match="exists already"):
+    run("cut", "certify=false")
+    with pytest.raises(StorageError, match="exists already, as a finished run, and is not overwritten"):
         run("cut")
 
 
-def test_another_reference_is_refused(here):
+def test_the_same_content_may_lie_elsewhere(here):
+    """Model, data, the adapter that is trained on, the reference and the run itself: all moved, and it goes on to the same end."""
+    same = ["objective=dpo", "train.lr=1e-2", "data.eval=6", "method.dropout=0"]
+    named = {"data.train": "pairs.jsonl", "objective.reference": "ref", "start": "first"}
+    words = [*same, *(f"{key}={name}" for key, name in named.items())]
+    run("first", "train.epochs=0.4", "method.dropout=0")
+    run("ref", "train.epochs=0.6", "method.dropout=0")
+    run("all", *words)
+    ended("cut", "stepped", 8, *words)
+    Path("moved").mkdir()
+    for name in ("tiny", "cut", *named.values()):
+        shutil.move(name, f"moved/{name}")
+    for name in ("first", "ref"):  # the adapters remember where their base was
+        assert f"{here}/tiny" in Path(f"moved/{name}/adapter/trimtab.json").read_text()
+    watch = Ends("never", 0)
+    run("moved/cut", *same, "model=moved/tiny", *(f"{key}=moved/{name}" for key, name in named.items()), watch=watch)
+    (note,) = [note for note in watch.notes if "the content is the same" in note]
+    for key in ("model.name", *named):
+        assert re.search(rf"{key}: .*{here}/.* in the run, .*{here}/moved/", note)
+    assert result("moved/cut")[0] == result("all")[0]
+    assert f"{here}/moved/pairs.jsonl" in Path("moved/cut/recipe.yaml").read_text()
+    facts = files.read_json(Path("moved/cut/run.json"))
+    assert [facts["base"]["source"], facts["start"]["folder"]] == [f"{here}/moved/tiny", f"{here}/moved/first/adapter"]
+    assert len(running.held_out(Path("moved/cut"))[0]) == 6
+
+
+@pytest.mark.parametrize("name", ["run", "run-9", "a: b", "007", "null", "-", "a-", "ä 中", "x #1", "-2"])
+def test_a_folder_that_is_free_is_offered_in_words_that_a_recipe_takes(name, here):
+    Path(name).mkdir()
+    error = resuming.taken(StorageError, Path(name), "It is taken")
+    assert not os.path.lexists(error.free)
+    assert error.free.name == ("run-10" if name == "run-9" else f"{name}-2")
+    assert read(Recipe, Path("r.yaml"), [word("output", str(error.free))]).output == error.free
+    assert read(Recipe, Path("r.yaml"), [word("output", name)]).output == Path(name)
+
+
+def test_another_reference_or_start_is_refused(here):
     words = ["data.train=pairs.jsonl", "objective=dpo", "objective.reference=first", "method.dropout=0", "train.lr=1e-2"]
     run("first", "train.epochs=0.4")
     ended("cut", "stepped", 8, *words)
+    started = ["method.dropout=0.2", "start=first"]
+    ended("on", "stepped", 8, *started)
     shutil.rmtree("first")
     run("first", "train.epochs=0.6")
-    with pytest.raises(RecipeError, match=r"reference\.identity of the run"):
+    with pytest.raises(RecipeError, match=r"objective\.reference: the model that is compared with is not what it was\nSet"):
         run("cut", *words)
+    with pytest.raises(RecipeError, match=r"start: the adapter there is not what it was\nSet"):
+        run("on", *started)
 
 
 def test_where_only_upper_layers_learn_it_is_said_that_rounding_may_differ(here):

@@ -124,7 +124,7 @@ def locked(path: Path) -> Iterator[bool]:
     Raises:
         StorageError: Another process has it.
     """
-    with writing(path):
+    with writing(path.parent):
         while (found := _lock(path)) is None:
             pass
     file, held = found
@@ -144,9 +144,9 @@ def _lock(path: Path) -> tuple[BinaryIO, bool] | None:
         if held and not (path.exists() and os.path.samestat(os.stat(path), os.fstat(file.fileno()))):
             file.close()
             return None
-        file.truncate(0)
-        file.write(f"{os.getpid()} on {platform.node()}".encode())
-        file.flush()
+        with contextlib.suppress(OSError):  # a disk that is full is not this file's to complain of
+            file.truncate(0)
+            os.write(file.fileno(), f"{os.getpid()} on {platform.node()}".encode())
     except BaseException:
         file.close()
         raise

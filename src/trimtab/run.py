@@ -24,7 +24,7 @@ from trimtab.prepare import prepared
 from trimtab.recipe import Recipe
 from trimtab.reference import logprobs
 from trimtab.report import Silent, Watcher
-from trimtab.resume import Unfinished, claimed, plan_facts, threads
+from trimtab.resume import DECIDED, Unfinished, claimed, plan_facts, threads
 from trimtab.saving import Progress, Run, Saver, end, keep_adapters
 from trimtab.train import Optimizer, Step, peak_learning_rate, planned_memory, train
 
@@ -42,13 +42,10 @@ def run_recipe(recipe: Recipe, watch: Watcher | None = None) -> Run:
     """
     watch = watch or Silent()
     with claimed(recipe, watch.noticed) as before:
+        if before is not None:
+            before.check_recipe(recipe)
         ready = _made_ready(recipe, before, watch)
-        if before is None:
-            run = _begin(ready)
-        else:
-            run = Run(before.folder, {**before.facts, "status": "running"})
-            before.clear()
-            run.write()
+        run = _begin(ready, before)
         return _carried_out(run, ready, before.state if before else None, watch)
 
 
@@ -85,7 +82,7 @@ def _made_ready(recipe: Recipe, before: Unfinished | None, watch: Watcher) -> _R
         if one.status == "note" and one.name != "rows" and (data.eval or one.name != "held out"):  # the others are said already
             watch.noticed(f"{one.name}: {one.words}")
     if before is not None:
-        before.check(recipe, facts, watch.noticed)
+        before.check(recipe, facts, data.plain()["files"], watch.noticed)
         if recipe.train.epochs > 1 and FrozenBelow(base.model, 0).lowest:
             watch.noticed("what frozen lower layers made of rows is computed anew: results may differ by rounding from here on")
         watch.noticed(f"goes on with {before.folder} after step {before.step} of {len(steps)}")
@@ -133,6 +130,7 @@ def _facts(recipe: Recipe, base: Base, adapter: Attached, data: Loaded, steps: "
         "memory": steps.memory.words,
         "plan": plan_facts(steps.memory),
         "threads": threads(),
+        "device": str(base.device),
         "peak_lr": rate,
         "lr_formula": formula,
         "learned_tokens": sum(len(row.learned) for row in data.train if row.side != "mismatched"),
@@ -141,13 +139,16 @@ def _facts(recipe: Recipe, base: Base, adapter: Attached, data: Loaded, steps: "
     }
 
 
-def _begin(ready: _Ready) -> Run:
+def _begin(ready: _Ready, before: Unfinished | None) -> Run:
     """The run's folder with all that is known before the first step; `run.json`, written last, makes it a run."""
     folder = ready.recipe.output
+    if before is not None:
+        before.clear()
     files.write_text(folder / "recipe.yaml", ready.recipe.to_yaml())
     proof = [one.plain() for one in ready.findings if one.name != "disk"]
     files.write_json(folder / "data.json", {**ready.data.plain(), "proof": proof})
-    run = Run(folder, {"status": "running", **ready.facts})
+    facts = ready.facts if before is None else {**before.facts, **{key: ready.facts[key] for key in DECIDED}}
+    run = Run(folder, {"status": "running", **facts} | {"status": "running"})
     run.write()
     return run
 

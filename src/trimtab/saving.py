@@ -12,12 +12,12 @@ from typing import Any
 from trimtab import files
 from trimtab.artifacts import State, saved_states, write_state
 from trimtab.base import Base
-from trimtab.deploy import save_adapter
+from trimtab.deploy import CHECKPOINTS, save_adapter
 from trimtab.errors import NonFinite, StorageError
 from trimtab.evaluate import Loss
 from trimtab.train import Optimizer
 
-STATES, CHECKPOINTS, METRICS = "states", "checkpoints", "metrics.jsonl"
+STATES, METRICS = "states", "metrics.jsonl"
 LOCK = "lock"
 """In a run's folder; the last is the file that one process has while it trains there."""
 BEGINNING = {LOCK, "recipe.yaml", "data.json"}

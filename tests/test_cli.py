@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from worlds import ROWS, command
 
 from trimtab import api, cli, commands, files, preflight, saving
-from trimtab.config import read
+from trimtab.artifacts import saved_states
+from trimtab.config import read, word
 from trimtab.data import Finding
 from trimtab.deploy import open_target
 from trimtab.errors import RecipeError, TrimtabError
@@ -181,10 +182,18 @@ CARELESS = {
         f"targets: 'norm' names model.norm, a LlamaRMSNorm, and only the matrices can be adapted. They are: {MATRICES}.",
     ),
     # Where it is to be
-    "an output that exists": ("train r.yaml", None, 6, f"run: {EXISTS}"),
-    "a file as output": ("train r.yaml output=r.yaml", None, 6, f"r.yaml: {EXISTS}"),
+    "an output that exists": (
+        "train r.yaml", None, 6,
+        "run: exists already, as a finished run, and is not overwritten. Look at it with `trimtab show run`, or train into another folder, "
+        "such as output=run-2. The command for that:\n  trimtab train r.yaml output=run-2",
+    ),
+    "a file as output": (
+        "train r.yaml output=r.yaml", None, 6,
+        "r.yaml: exists already, is no unfinished run, and is not overwritten. Remove it, or train into another folder, such as "
+        "output=r.yaml-2. The command for that:\n  trimtab train r.yaml output=r.yaml-2",
+    ),
     "an output in a file": (
-        "train r.yaml output=r.yaml/run", None, 6, "r.yaml/run: cannot write: File exists. HERE/r.yaml is a file, not a folder."
+        "train r.yaml output=r.yaml/run", None, 6, "r.yaml/run: cannot write: Not a directory. HERE/r.yaml is a file, not a folder."
     ),
     "a merge onto what exists": ("merge run tiny", None, 6, f"tiny: {EXISTS}"),
     "a merge onto what exists, before anything is loaded": ("merge nope tiny", None, 6, f"tiny: {EXISTS}"),
@@ -245,7 +254,8 @@ CARELESS = {
     ),
     "a run without an adapter": (
         "chat run --prompt x", lambda here: shutil.rmtree(here / "run" / "adapter"), 4,
-        "run is a run without a finished adapter. What it saved on its way is in run/checkpoints.",
+        "run is a finished run, and its adapter is missing. Restore run/adapter from a copy, or name the adapter that it saved last: "
+        "run/checkpoints/step-000026.",
     ),
     "a run whose record is damaged": (
         "show run", spoil("run/run.json", lambda t: b"[]"), 4, "run/run.json: is not the record of a run. Restore it from a copy."
@@ -365,7 +375,7 @@ def test_a_disk_that_is_full_from_the_start_leaves_nothing(disk, here, trimtab):
     (disk / "filler").write_bytes(bytes(256 * 1024))
     done = trimtab("train", "r.yaml", f"output={disk}/run")
     assert re.fullmatch(
-        rf"trimtab: output: the run needs \d+ MB at most, and 0 MB are free in {disk}: free some, or choose another folder\n",
+        rf"trimtab: output: the run needs \d+ MB at most, and 0 MB are free in {disk}/run: free some, or choose another folder\n",
         done.err,
     )
     assert done.code == 6
@@ -404,7 +414,8 @@ def test_a_merge_that_does_not_fit_leaves_nothing(disk, here, trimtab):
 def test_a_disk_that_can_only_be_read_is_named(disk, here, trimtab):
     make_read_only(disk)
     done = trimtab("train", "r.yaml", f"output={disk}/run")
-    assert (done.code, done.err) == (6, f"trimtab: output: {disk} can't be written to: choose a folder that can\n")
+    assert done.err == f"trimtab: {disk}/run: cannot write: Read-only file system. Choose a folder that you may write to.\n"
+    assert done.code == 6
     done = trimtab("merge", "run", disk / "run")
     assert done.err == f"trimtab: {disk}/run: cannot write: Read-only file system. Choose a folder that you may write to.\n"
     assert done.code == 6
@@ -643,9 +654,28 @@ def test_a_run_that_is_interrupted_keeps_the_adapter_as_it_stood(number, here, t
     assert not any(files.TEMPORARY in path for path in tree(here))
     assert trimtab("chat", here / "new" / state["last"]["folder"], "--prompt", "x", "--max-new-tokens", "2").code == 0
     assert "new (interrupted)" in trimtab("show", "new").out
-    done = trimtab("chat", "new", "--prompt", "x")
-    assert done.err == "trimtab: new is a run without a finished adapter. What it saved on its way is in new/checkpoints.\n"
+    for words in (
+        ["chat", "new", "--prompt", "x"],
+        ["merge", "new", "merged"],
+        ["eval", "new", "--data", "rows.jsonl", "--json"],
+    ):
+        done = trimtab(*words)
+        assert (done.code, done.err) == (
+            0,
+            f"trimtab: new has not ended: this is its adapter after step {step} of {state['steps']}.\n",
+        )
+    assert json.loads(done.out)["rows"] == 30
+    done = trimtab("combine", "new=1", "both")
+    assert done.err == (
+        "trimtab: new is a run without a finished adapter. Finish it with the command that trains it, or name the adapter that it "
+        f"saved last: new/checkpoints/step-{step:06d}.\n"
+    )
     assert done.code == 4
+    assert trimtab("combine", f"new/checkpoints/step-{step:06d}=1", "both").code == 0
+    shutil.rmtree("new/checkpoints")
+    assert trimtab("chat", "new", "--prompt", "x").err == (
+        "trimtab: new is a run without a finished adapter. Finish it with the command that trains it.\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -666,6 +696,21 @@ def test_what_an_interruption_keeps_is_what_the_run_had_after_that_step(when, nu
         )
 
 
+@pytest.mark.parametrize("name", ["new", "a [b] c", "it's: new #1"])
+def test_a_changed_recipe_is_refused_with_a_command_that_works_as_it_is_printed(name, here, trimtab):
+    interrupted(json.dumps(name), "stepped", 20)
+    words = ["train", "r.yaml", "train.lr=1e-3", word("output", name), "train.epochs=1", "data.columns={prompt: prompt}"]
+    refused = trimtab(*words)
+    assert refused.code == 2
+    assert "  train.lr: 0.02 in the run, 0.001 now\n" in refused.err
+    command = refused.err.splitlines()[-1]
+    assert shlex.split(command) == ["trimtab", *words[:3], *words[4:], word("output", f"{name}-2")]
+    assert trimtab(*shlex.split(command)[1:]).code == 0
+    refused = trimtab(*shlex.split(command)[1:])
+    assert (refused.code, "exists already, as a finished run, and is not overwritten" in refused.err) == (6, True)
+    assert shlex.split(refused.err.splitlines()[-1])[-1] == word("output", f"{name}-3")
+
+
 def test_an_interruption_just_after_saving_finds_the_adapter_saved(here, monkeypatch):
     save = saving.save_adapter
 
@@ -678,6 +723,38 @@ def test_an_interruption_just_after_saving_finds_the_adapter_saved(here, monkeyp
     assert state_of(here / "new")["last"]["step"] == 10
 
 
+@pytest.mark.parametrize("written", [False, True])
+def test_an_interruption_while_the_state_is_written_loses_nothing(written, here, monkeypatch):
+    """It is then written again; what is said to have been saved has been."""
+    write, calls = saving.write_state, []
+
+    def interrupted_once(states, state):
+        calls.append(state.step)
+        folder = write(states, state) if written or len(calls) != 2 else None
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return folder
+
+    monkeypatch.setattr(saving, "write_state", interrupted_once)
+    assert interrupted("new", "nothing") == f"the adapter after step 20 is in new/checkpoints/step-000020{GOES_ON}"
+    assert calls == [10, 20, 20]
+    assert [path.name for path in saved_states(here / "new" / "states")] == ["step-000020", "step-000010"]
+    assert [state_of(here / "new")[which]["step"] for which in ("last", "best")] == [20, 10], "whose loss was not kept"
+
+
+def test_an_interruption_of_an_update_says_what_was_saved_before(here, monkeypatch):
+    step, taken = torch.optim.AdamW.step, []
+
+    def interrupts(*given):
+        taken.append(1)
+        if len(taken) == 15:
+            raise KeyboardInterrupt
+        return step(*given)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", interrupts)
+    assert interrupted("new", "nothing") == f"the adapter after step 10 is in new/checkpoints/step-000010{GOES_ON}"
+
+
 def test_an_interruption_before_the_first_step_has_nothing_to_keep(here, monkeypatch):
     before = tree(here)
     assert interrupted("new", "planned") == ""
@@ -687,7 +764,7 @@ def test_an_interruption_before_the_first_step_has_nothing_to_keep(here, monkeyp
         raise KeyboardInterrupt
 
     monkeypatch.setattr(torch.optim.AdamW, "step", interrupt)
-    assert interrupted("new", "nothing") == ""
+    assert interrupted("new", "nothing") == "nothing has been saved yet; the same command begins anew"
     assert state_of(here / "new")["status"] == "interrupted"
     assert not (here / "new" / "checkpoints").exists()
 

@@ -570,7 +570,7 @@ def test_a_hash_of_code_is_of_all_that_computes_and_of_nothing_else(tmp_path, mo
 def test_where_there_are_no_locks_one_goes_without(tmp_path, monkeypatch):
     with (
         files.locked(tmp_path / "lock"),
-        pytest.raises(StorageError, match="another process is training there"),
+        pytest.raises(StorageError, match=rf"another process \({os.getpid()} on .+\) is training there"),
         files.locked(tmp_path / "lock"),
     ):
         pass
@@ -581,6 +581,29 @@ def test_where_there_are_no_locks_one_goes_without(tmp_path, monkeypatch):
         monkeypatch.setattr(files, "fcntl", without)
         with files.locked(tmp_path / "lock"), files.locked(tmp_path / "lock"):
             pass
+
+
+def test_a_lock_that_was_taken_away_before_it_was_had_is_none(tmp_path, monkeypatch):
+    """Between opening and locking: whoever had it has removed it, with its folder even, and a third process may have made another."""
+    path, flock = tmp_path / "run" / "lock", files.fcntl.flock
+    for left in ("nothing", "another"):
+        calls = []
+
+        def slow(file, how, left=left, calls=calls):
+            calls.append(1)
+            if len(calls) == 1:
+                shutil.rmtree(tmp_path / "run")
+                if left == "another":
+                    path.parent.mkdir()
+                    path.write_bytes(b"")
+            flock(file, how)
+
+        monkeypatch.setattr(files.fcntl, "flock", slow)
+        with files.locked(path) as held:
+            assert (held, len(calls)) == (True, 2)
+            assert path.read_text().startswith(f"{os.getpid()} on ")
+            with pytest.raises(StorageError), files.locked(path):
+                pass
 
 
 @pytest.mark.parametrize("content", ['{"a": NaN}\n', '{"a": "\\ud800"}\n', '{"a":1}\n', "[]\n"])

@@ -1,9 +1,11 @@
 """A run that ends before its time goes on as if it had not, to the last bit; whatever ended it, and whenever."""
 
+import errno
 import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -18,16 +20,18 @@ from safetensors.torch import load_file, save_file
 from worlds import ROWS, make_model, write_rows
 
 from trimtab import files, saving
+from trimtab import resume as resuming
 from trimtab import run as running
 from trimtab.artifacts import State, newest_state, read_state, saved_states, sha256_tensor, write_state
 from trimtab.artifacts import state as artifacts_state
-from trimtab.config import read
+from trimtab.config import read, word
+from trimtab.deploy import open_target
 from trimtab.engine import Memory
 from trimtab.errors import ArtifactError, DataError, RecipeError, StorageError
 from trimtab.objectives.sft import SFT
 from trimtab.recipe import Recipe
 from trimtab.report import Silent
-from trimtab.resume import Unfinished, plan_facts, unfinished
+from trimtab.resume import Unfinished, plan_facts
 from trimtab.resume import _differences as differences
 from trimtab.run import run_recipe
 
@@ -266,40 +270,117 @@ def test_forty_real_kills(here):
 # What may not be gone on with
 
 
-def test_another_recipe_or_other_data_is_refused_with_what_differs(here):
+def test_another_recipe_is_refused_with_the_keys_that_differ_before_anything_is_loaded(here, monkeypatch):
     ended("cut", "stepped", 8)
-    for words, reason in (
-        (["train.lr=1e-3"], "train.lr: 0.02 there, 0.001 now"),
-        (["method.rank=4"], "method.rank: 2 there, 4 now"),
-        (["train.epochs=3"], "train.epochs: 2.0 there, 3.0 now"),
+    before = tree("cut")
+    monkeypatch.setattr(running, "opened", None)
+    with pytest.raises(RecipeError) as refused:
+        run("cut", "train.lr=1e-3", "method.rank=4", "train.epochs=3", "train.evaluate_every=3")
+    assert str(refused.value) == (
+        "output: cut holds an unfinished run (after step 6 of 13) of another recipe:\n"
+        "  method.rank: 2 in the run, 4 now\n"
+        "  train.epochs: 2.0 in the run, 3.0 now\n"
+        "  train.lr: 0.02 in the run, 0.001 now\n"
+        "Set these back to resume it, or train into another folder, such as output=cut-2."
+    )
+    assert refused.value.free == Path("cut-2")
+    Path("cut-2").mkdir()
+    for output, free in (("cut", "cut-3"), ("whole", "whole-2")):
+        with pytest.raises((RecipeError, StorageError), match=f"such as output={free}"):
+            run(output, "train.lr=1e-3")
+    with pytest.raises(StorageError, match=r"exists already, as an unfinished run\. Leave resume=never out"):
+        run("cut", "resume=never")
+    assert {p: c for p, c in before.items() if p.name != "lock"} == {p: c for p, c in tree("cut").items() if p.name != "lock"}
+
+
+def test_of_a_run_that_has_not_ended_the_newest_whole_adapter_is_taken(here):
+    ended("cut", "stepped", 8)
+    (Path("cut/checkpoints") / f"{files.TEMPORARY}step-000009").mkdir()
+    Path("cut/checkpoints/step-000009").mkdir()
+    target = open_target("cut")
+    assert target.folder == Path("cut/checkpoints/step-000006")
+    assert target.notes == ("cut has not ended: this is its adapter after step 6 of 13.",)
+    assert open_target("whole").notes == ()
+    with pytest.raises(ArtifactError, match=r"or name the adapter that it saved last: cut/checkpoints/step-000006\."):
+        run("on", "start=cut", "method.dropout=0.2")
+
+
+def test_other_content_is_refused_by_what_it_is_in(here):
+    ended("cut", "stepped", 8)
+    rows = here / "rows.jsonl"
+    write_rows(rows, ROWS[:-1])
+    with pytest.raises(
+        RecipeError, match=rf"data: the rows .* are not the same: {re.escape(str(rows))} has changed\nSet these"
     ):
-        with pytest.raises(RecipeError, match=reason):
-            run("cut", *words)
-    write_rows(here / "rows.jsonl", ROWS[:-1])
-    with pytest.raises(RecipeError, match="data_digest of the run"):
         run("cut")
-    write_rows(here / "rows.jsonl", ROWS)
+    write_rows(rows, ROWS)
+    write_rows(here / "more.jsonl", ROWS[1:])
+    with pytest.raises(RecipeError) as refused:
+        run("cut", "data.train=more.jsonl", "data.eval=5")
+    for words in (
+        "are not the same\n",
+        f"data.train: ['{rows}'] in the run, ['{here / 'more.jsonl'}'] now",
+        "data.eval: 4.0 in the run, 5.0 now",
+    ):
+        assert words in str(refused.value)
+    assert not re.search("[0-9a-f]{64}", str(refused.value))
     make_model(here / "tiny", 1)
-    with pytest.raises(RecipeError, match=r"base\.fingerprint\.weights of the run"):
+    with pytest.raises(RecipeError, match="model: it is another base, with different weights\n"):
         run("cut")
     make_model(here / "tiny", 0)
-    before = {path: path.read_bytes() for path in Path("cut").rglob("*") if path.is_file()}
-    with pytest.raises(StorageError, match="exists already"):
-        run("cut", "resume=never")
-    assert before == {path: path.read_bytes() for path in Path("cut").rglob("*") if path.is_file()}
-    run("cut")
-    with pytest.raises(StorageError, match="exists already"):
+    run("cut", "certify=false")
+    with pytest.raises(StorageError, match="exists already, as a finished run, and is not overwritten"):
         run("cut")
 
 
-def test_another_reference_is_refused(here):
+def test_the_same_content_may_lie_elsewhere(here):
+    """Model, data, the adapter that is trained on, the reference and the run itself: all moved, and it goes on to the same end."""
+    same = ["objective=dpo", "train.lr=1e-2", "data.eval=6", "method.dropout=0"]
+    named = {"data.train": "pairs.jsonl", "objective.reference": "ref", "start": "first"}
+    words = [*same, *(f"{key}={name}" for key, name in named.items())]
+    run("first", "train.epochs=0.4", "method.dropout=0")
+    run("ref", "train.epochs=0.6", "method.dropout=0")
+    run("all", *words)
+    ended("cut", "stepped", 8, *words)
+    Path("moved").mkdir()
+    for name in ("tiny", "cut", *named.values()):
+        shutil.move(name, f"moved/{name}")
+    for name in ("first", "ref"):  # the adapters remember where their base was
+        assert f"{here}/tiny" in Path(f"moved/{name}/adapter/trimtab.json").read_text()
+    watch = Ends("never", 0)
+    run("moved/cut", *same, "model=moved/tiny", *(f"{key}=moved/{name}" for key, name in named.items()), watch=watch)
+    (note,) = [note for note in watch.notes if "the content is the same" in note]
+    for key in ("model.name", *named):
+        assert re.search(rf"{key}: .*{here}/.* in the run, .*{here}/moved/", note)
+    assert result("moved/cut")[0] == result("all")[0]
+    assert f"{here}/moved/pairs.jsonl" in Path("moved/cut/recipe.yaml").read_text()
+    facts = files.read_json(Path("moved/cut/run.json"))
+    assert [facts["base"]["source"], facts["start"]["folder"]] == [f"{here}/moved/tiny", f"{here}/moved/first/adapter"]
+    assert len(running.held_out(Path("moved/cut"))[0]) == 6
+
+
+@pytest.mark.parametrize("name", ["run", "run-9", "a: b", "007", "null", "-", "a-", "ä 中", "x #1", "-2"])
+def test_a_folder_that_is_free_is_offered_in_words_that_a_recipe_takes(name, here):
+    Path(name).mkdir()
+    error = resuming.taken(StorageError, Path(name), "It is taken")
+    assert not os.path.lexists(error.free)
+    assert error.free.name == ("run-10" if name == "run-9" else f"{name}-2")
+    assert read(Recipe, Path("r.yaml"), [word("output", str(error.free))]).output == error.free
+    assert read(Recipe, Path("r.yaml"), [word("output", name)]).output == Path(name)
+
+
+def test_another_reference_or_start_is_refused(here):
     words = ["data.train=pairs.jsonl", "objective=dpo", "objective.reference=first", "method.dropout=0", "train.lr=1e-2"]
     run("first", "train.epochs=0.4")
     ended("cut", "stepped", 8, *words)
+    started = ["method.dropout=0.2", "start=first"]
+    ended("on", "stepped", 8, *started)
     shutil.rmtree("first")
     run("first", "train.epochs=0.6")
-    with pytest.raises(RecipeError, match=r"reference\.identity of the run"):
+    with pytest.raises(RecipeError, match=r"objective\.reference: the model that is compared with is not what it was\nSet"):
         run("cut", *words)
+    with pytest.raises(RecipeError, match=r"start: the adapter there is not what it was\nSet"):
+        run("on", *started)
 
 
 def test_where_only_upper_layers_learn_it_is_said_that_rounding_may_differ(here):
@@ -320,18 +401,116 @@ def test_other_versions_are_said_to_round_otherwise(here):
     assert any("versions.torch: 1.0 then" in note for note in watch.notes)
 
 
-def test_two_processes_do_not_train_into_one_folder(here):
-    ended("cut", "stepped", 8)
+@pytest.mark.parametrize("begun", [True, False])
+def test_two_processes_do_not_train_into_one_folder(begun, here):
+    if begun:
+        ended("cut", "stepped", 8)
+    before = tree("cut")
     script = (
         f"import time\nfrom pathlib import Path\nfrom trimtab import files\nwith files.locked(Path('cut') / {saving.LOCK!r}):\n"
         "    print('held', flush=True)\n    time.sleep(60)\n"
     )
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
-        with pytest.raises(StorageError, match="another process is training there"):
+        with pytest.raises(StorageError, match=rf"another process \({other.pid} on .+\) is training there"):
             run("cut")
+        assert {path: content for path, content in tree("cut").items() if path.name != saving.LOCK} == {
+            path: content for path, content in before.items() if path.name != saving.LOCK
+        }
         other.kill()
     run("cut")
+    assert_same("cut", "whole")
+
+
+def tree(folder):
+    return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+class Meanwhile(Silent):
+    """Does something when everything has been looked at, and nothing has been written yet."""
+
+    def __init__(self, do):
+        self.do = do
+
+    def planned(self, *_):
+        self.do()
+
+
+def test_the_second_of_two_that_begin_at_once_writes_nothing(here):
+    def second():
+        with pytest.raises(StorageError, match="is training there"):
+            run("new", "train.lr=1e-3", "data.eval=5")
+
+    run("new", watch=Meanwhile(second))
+    assert "lr: 0.02" in Path("new/recipe.yaml").read_text()
+    assert_same("new", "whole")
+    assert not Path("new/lock").exists()
+
+
+@pytest.mark.parametrize("how", [DataError, KeyboardInterrupt])
+def test_what_does_not_begin_leaves_nothing_behind(how, here):
+    Path("mine").mkdir()
+    for output in ("deep/down/new", "mine"):
+
+        def ends(output=output):
+            assert {path.name for path in Path(output).iterdir()} == {"lock"}
+            raise how
+
+        with pytest.raises(how):
+            run(output, watch=Meanwhile(ends))
+    assert not Path("deep").exists()
+    assert list(Path("mine").iterdir()) == [], "a folder that was there stays"
+
+
+@pytest.mark.parametrize("written", ["lock", "recipe.yaml", "data.json"])
+def test_what_is_killed_while_it_begins_begins_again(written, here, monkeypatch):
+    def kills(write):
+        def last(path, content):
+            write(path, content)
+            if path == Path("new") / written:
+                raise Killed
+
+        return last
+
+    def taken_away(*_):  # a process that is killed takes nothing away
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(resuming, "_take_away", taken_away)
+        patch.setattr(files, "write_text", kills(files.write_text))
+        patch.setattr(files, "write_json", kills(files.write_json))
+        with pytest.raises(Killed):
+            run("new", watch=Meanwhile(lambda: taken_away() if written == "lock" else None))
+    assert (Path("new") / written).exists()
+    assert not Path("new/run.json").exists()
+    run("new")
+    assert_same("new", "whole")
+
+
+def test_what_somebody_else_has_put_there_is_not_touched(here):
+    Path("mine").mkdir()
+    Path("mine/recipe.yaml").write_text("mine")
+    with pytest.raises(StorageError, match="exists already"):
+        run("mine")
+    assert tree("mine") == {Path("mine/recipe.yaml"): b"mine"}
+
+    def others():
+        Path("new/notes.txt").write_text("mine")
+        raise DataError
+
+    with pytest.raises(DataError):
+        run("new", watch=Meanwhile(others))
+    assert tree("new") == {Path("new/notes.txt"): b"mine"}
+
+
+def test_a_file_system_without_locks_is_said_to_have_none(here, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(files.fcntl, "flock", no_locks)
+    watch = Ends("never", 0)
+    run("new", watch=watch)
+    assert [note for note in watch.notes if "without locks" in note]
 
 
 def test_a_state_is_a_bijection_or_refused(tmp_path):
@@ -459,12 +638,14 @@ def test_a_run_that_is_killed_before_it_has_logged_anything_goes_on(here, monkey
     assert_same("cut", "whole")
 
 
-def test_a_run_that_ended_meanwhile_is_left_alone(here):
-    recipe = read(Recipe, Path("r.yaml"), ["output=whole"])
-    before = result("whole")
-    with pytest.raises(StorageError, match="exists already"):
-        unfinished(recipe, print)
-    assert result("whole") == before
+def test_a_run_that_ended_meanwhile_is_left_alone(here, monkeypatch):
+    """Between the first look and the lock."""
+    recipe, before, looked = read(Recipe, Path("r.yaml"), ["output=whole"]), tree("whole"), []
+    look = resuming._is_unfinished
+    monkeypatch.setattr(resuming, "_is_unfinished", lambda recipe: looked.append(1) or len(looked) == 1 or look(recipe))
+    with pytest.raises(StorageError, match="exists already"), resuming.claimed(recipe, print):
+        pass
+    assert {path: content for path, content in tree("whole").items() if path.name != saving.LOCK} == before
 
 
 @pytest.mark.parametrize("most_kept", [0.0, 1234.5, math.inf])

@@ -5,6 +5,7 @@ Knows no key of a recipe. Each floor declares its part beside the code that read
 
 import difflib
 import importlib
+import json
 import pkgutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -146,6 +147,12 @@ def read(kind: type[C], path: Path, words: Iterable[str] = ()) -> C:
         problems = explain(error, raw)
         separator = "\n" if problems.startswith(" ") else " "  # of several, each has its line
         raise RecipeError(f"{path}:{separator}{problems}") from None
+
+
+def word(key: str, value: str) -> str:
+    """What `read` takes as a word that sets a key to a text."""
+    plain = yaml12.is_text(value)
+    return f"{key}={value if plain else json.dumps(value, ensure_ascii=False)}"
 
 
 def _overlay(raw: dict[str, Any], word: str) -> None:

@@ -17,11 +17,15 @@
 Exit code 130 is an interruption (Ctrl-C or SIGTERM). A message says what is wrong, where, and what to do.
 """
 
+from pathlib import Path
+
 
 class TrimtabError(Exception):
     """Base class: catch this to catch whatever a user can mend."""
 
     exit_code = 1
+    free: Path | None = None
+    """Where a run could go instead, if the folder that it was to go to is taken."""
 
 
 class RecipeError(TrimtabError):

@@ -1,7 +1,12 @@
 """Going on with a run that did not end: whether it is this recipe's, where it stood, and whether everything is as it was."""
 
+import itertools
 import json
-from collections.abc import Callable, Iterator
+import os
+import re
+import shlex
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,15 +16,26 @@ import torch
 from trimtab import files
 from trimtab.artifacts import State, newest_state
 from trimtab.config import read
+from trimtab.deploy import CHECKPOINTS
 from trimtab.engine import Memory
-from trimtab.errors import RecipeError, listing
+from trimtab.errors import RecipeError, StorageError, TrimtabError, listing
 from trimtab.recipe import Recipe
-from trimtab.saving import CHECKPOINTS, METRICS, STATES
+from trimtab.saving import BEGINNING, LOCK, METRICS, STATES
 
-SAME = ("base", "method", "trainable_parameters", "steps", "peak_lr", "start", "reference", "data_digest")
-"""Facts of a run, as run.json holds them, that must not change on the way."""
-SAME_TO_THE_BIT = ("versions", "threads")
+DECIDED: dict[str, tuple[str, ...]] = {
+    "base": ("model.name", "model.dtype", "model.device", "model.quantize"),
+    "data_digest": ("data",),
+    "start": ("start",),
+    "reference": ("objective.reference",),
+}
+"""Facts of a run, as run.json holds them, that identify something by its content; and the keys of the recipe that name it, which
+matter only where the content differs: the same files may lie elsewhere by now."""
+SAME = (*DECIDED, "method", "trainable_parameters", "steps", "peak_lr")
+"""Facts that must not change on the way."""
+SAME_TO_THE_BIT = ("versions", "threads", "device")
 """Facts that change results by rounding."""
+FREE = ("resume", "output", "certify")
+"""Keys of the recipe that may change on the way."""
 
 
 @dataclass
@@ -41,21 +57,76 @@ class Unfinished:
         plan = dict(self.facts["plan"])
         return Memory(**{**plan, "most_kept": float("inf") if plan["most_kept"] is None else plan["most_kept"]})
 
-    def check(self, recipe: Recipe, facts: dict[str, Any], notice: Callable[[str], None]) -> None:
-        """Refuse to go on with another run. Raises RecipeError with what differs."""
-        before, now = read(Recipe, self.folder / "recipe.yaml").plain(), recipe.absolute().plain()
-        different = [f"{key}: {a} there, {b} now" for key, a, b in _differences(before, now) if key not in ("resume", "output")]
-        different += [f"{key} of the run: {a} there, {b} now" for key, a, b in self._changed(facts, SAME)]
-        if different:
-            raise RecipeError(
-                f"output: {self.folder} holds an unfinished run of another kind:\n{listing(different)}\n"
-                "Set these back to go on with it, give another output, or remove the folder to start afresh."
+    def check_recipe(self, recipe: Recipe) -> None:
+        """Refuse another recipe before anything is loaded. Raises RecipeError with the keys that differ."""
+        settled = ["method"] if recipe.start is not None and "method" not in recipe.model_fields_set else []
+        self._refuse(
+            [
+                _words(key, before, now)
+                for key, before, now in self._other_keys(recipe)
+                if not _within(key, settled) and not (key.startswith("objective.") and now == "auto")
+            ]
+        )
+
+    def check(self, recipe: Recipe, facts: dict[str, Any], digests: dict[str, str], notice: Callable[[str], None]) -> None:
+        """Refuse to go on with another run. Raises RecipeError with what differs.
+
+        Args:
+            digests: Of the data's files, by their names.
+        """
+        other = [fact for fact in SAME if list(self._changed(facts, (fact,)))]
+        named = list(_differences(self._recipe(), recipe.absolute().plain()))
+        moved = [one for one in named if any(_within(one[0], keys) for keys in DECIDED.values())]
+        problems = [_words(*one) for one in self._other_keys(recipe)]
+        problems += [line for fact in other if fact in DECIDED for line in self._told(fact, facts, digests, moved)]
+        self._refuse(problems or [_words(*one) for one in self._changed(facts, SAME)])
+        if moved:
+            notice(
+                f"the content is the same, so the run is resumed with what is named now:\n{listing([_words(*one) for one in moved])}"
             )
-        if changed := [f"{key}: {a} then, {b} now" for key, a, b in self._changed(facts, SAME_TO_THE_BIT)]:
+        if changed := [_words(*one) for one in self._changed(facts, SAME_TO_THE_BIT)]:
             notice(f"what is computed from here on may differ by rounding from the run's first part:\n{listing(changed)}")
 
+    def _recipe(self) -> dict[str, Any]:
+        return read(Recipe, self.folder / "recipe.yaml").plain()
+
+    def _other_keys(self, recipe: Recipe) -> Iterator[tuple[str, Any, Any]]:
+        """What differs in the recipe and is not identified by its content."""
+        for key, before, now in _differences(self._recipe(), recipe.absolute().plain()):
+            if not _within(key, FREE) and not any(_within(key, keys) for keys in DECIDED.values()):
+                yield key, before, now
+
+    def _told(
+        self, fact: str, facts: dict[str, Any], digests: dict[str, str], moved: list[tuple[str, Any, Any]]
+    ) -> Iterator[str]:
+        """What to say of something whose content differs."""
+        if fact == "base":
+            parts = [key.rpartition(".")[2] for key, _, _ in self._changed(facts, (fact,))]
+            yield f"model: it is another base, with different {', '.join(parts)}"
+            yield from (_words(*one) for one in self._changed(facts, ("device",)))
+        elif fact == "data_digest":
+            before = files.read_json(self.folder / "data.json")["files"]
+            changed = [name for name, digest in digests.items() if before.get(name, digest) != digest]
+            why = f": {', '.join(changed)} has changed" if changed else ""
+            yield f"data: the rows that are learned, or those held out, are not the same{why}"
+        elif fact == "start":
+            yield "start: the adapter there is not what it was"
+        else:
+            yield "objective.reference: the model that is compared with is not what it was"
+        yield from (_words(*one) for one in moved if _within(one[0], DECIDED[fact]))
+
+    def _refuse(self, problems: list[str]) -> None:
+        if problems:
+            step = f"after step {self.step} of {self.facts['steps']}" if self.step else "before its first save"
+            raise taken(
+                RecipeError,
+                self.folder,
+                f"output: {self.folder} holds an unfinished run ({step}) of another recipe:\n{listing(problems, 10)}\n"
+                "Set these back to resume it",
+            )
+
     def _changed(self, facts: dict[str, Any], keys: tuple[str, ...]) -> Iterator[tuple[str, Any, Any]]:
-        before, now = ({key: _lasting(some).get(key) for key in keys} for some in (self.facts, facts))
+        before, now = ({key: _lasting(some).get(key) for key in keys if key in self.facts} for some in (self.facts, facts))
         yield from _differences(before, now)
 
     def clear(self) -> None:
@@ -86,41 +157,95 @@ class Unfinished:
         return bool(step <= self.step)
 
 
-def is_unfinished(recipe: Recipe) -> bool:
-    """Whether the recipe's output holds an unfinished run, rather than nothing.
+@contextmanager
+def claimed(recipe: Recipe, notice: Callable[[str], None]) -> Iterator[Unfinished | None]:
+    """The recipe's output, in which nobody else trains within the block: the unfinished run that it holds, or None.
 
-    Raises:
-        StorageError: There is something else, or a run that is to be left alone.
-        ArtifactError: The run's own record is damaged.
-    """
-    folder = recipe.output
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return False
-    facts = files.read_json(folder / "run.json") if (folder / "run.json").is_file() else None
-    ended = isinstance(facts, dict) and facts.get("status") == "done" and not (folder / STATES).exists()
-    if not isinstance(facts, dict) or ended or "plan" not in facts or recipe.resume == "never":
-        files.refuse_existing(folder)
-    return True
-
-
-def unfinished(recipe: Recipe, notice: Callable[[str], None]) -> Unfinished:
-    """The unfinished run in the recipe's output, in which nobody else may write meanwhile.
+    What was made for a run that has not begun when the block ends is taken away again.
 
     Args:
         notice: Is told of damage.
+
+    Raises:
+        StorageError: There is something else, or a run that is to be left alone, or another process is training there.
+        ArtifactError: The run's own record is damaged.
     """
-    is_unfinished(recipe)  # asked again, now that nobody else writes: it may have ended meanwhile
-    facts = files.read_json(recipe.output / "run.json")
+    folder = recipe.output
+    _is_unfinished(recipe)  # before anything is made
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    with files.locked(folder / LOCK) as held:
+        try:
+            if not held:
+                notice(f"{folder} is on a file system without locks: make sure that no other process trains into it")
+            yield _unfinished(folder, notice) if _is_unfinished(recipe) else None  # it may have ended meanwhile
+        finally:
+            if not (folder / "run.json").exists():
+                _take_away(folder, missing)
+
+
+def _take_away(folder: Path, made: list[Path]) -> None:
+    with suppress(OSError, StorageError):
+        for path in list(folder.iterdir()) if _about_to_begin(folder) else [folder / LOCK]:  # else somebody put something there
+            files.remove_file(path)
+        for path in made:
+            path.rmdir()
+
+
+def _about_to_begin(folder: Path) -> bool:
+    """Whether this is a folder with nothing in it but what is written before a run begins."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    return LOCK in names and all(name in BEGINNING or name.startswith(files.TEMPORARY) for name in names)
+
+
+def _is_unfinished(recipe: Recipe) -> bool:
+    """Whether the output holds an unfinished run, rather than nothing or a run that had not begun."""
+    folder = recipe.output
+    if not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir())) or _about_to_begin(folder):
+        return False
+    facts = files.read_json(folder / "run.json") if (folder / "run.json").is_file() else None
+    if not isinstance(facts, dict) or "plan" not in facts:
+        raise taken(StorageError, folder, f"{folder}: exists already, is no unfinished run, and is not overwritten. Remove it")
+    if facts.get("status") == "done" and not (folder / STATES).exists():
+        raise taken(
+            StorageError,
+            folder,
+            f"{folder}: exists already, as a finished run, and is not overwritten. Look at it with `trimtab show {shlex.quote(str(folder))}`",
+        )
+    if recipe.resume == "never":
+        raise taken(
+            StorageError, folder, f"{folder}: exists already, as an unfinished run. Leave resume=never out to resume it"
+        )
+    return True
+
+
+def taken(kind: type[TrimtabError], folder: Path, words: str) -> TrimtabError:
+    """An error that says what a folder holds, and names one that is free."""
+    found = re.fullmatch(r"(.+)-(\d+)", folder.name, re.DOTALL)
+    stem, number = (found[1], int(found[2])) if found else (folder.name, 1)
+    names = (folder.with_name(f"{stem}-{n}") for n in itertools.count(number + 1))
+    free = next(path for path in names if not os.path.lexists(path))
+    error = kind(f"{words}, or train into another folder, such as output={free}.")
+    error.free = free
+    return error
+
+
+def _unfinished(folder: Path, notice: Callable[[str], None]) -> Unfinished:
+    facts = files.read_json(folder / "run.json")
     state = newest_state(
-        recipe.output / STATES, lambda problem: notice(f"a saved state is damaged, and an earlier one is taken: {problem}")
+        folder / STATES, lambda problem: notice(f"a saved state is damaged, and an earlier one is taken: {problem}")
     )
-    return Unfinished(recipe.output, facts, state)
+    return Unfinished(folder, facts, state)
 
 
 def _lasting(facts: dict[str, Any]) -> dict[str, Any]:
-    """Of a run's facts, those that a cache does not change: which reference it is, not how much of it was known."""
-    reference = facts.get("reference")
-    return facts if reference is None else {**facts, "reference": {key: reference[key] for key in ("kind", "identity")}}
+    """A run's facts, of what is identified by its content only that: not its name, nor how much of it was in a cache."""
+    start, reference = facts.get("start"), facts.get("reference")
+    return {
+        **facts,
+        "base": facts["base"]["fingerprint"],
+        "start": start and {key: value for key, value in start.items() if key != "folder"},
+        "reference": reference and reference["identity"],
+    }
 
 
 def plan_facts(memory: Memory) -> dict[str, Any]:
@@ -140,3 +265,11 @@ def _differences(before: Any, now: Any, path: str = "") -> Iterator[tuple[str, A
             yield from _differences(before.get(key), now.get(key), f"{path}.{key}".lstrip("."))
     elif json.loads(json.dumps(before)) != json.loads(json.dumps(now)):
         yield path, before, now
+
+
+def _within(key: str, keys: Iterable[str]) -> bool:
+    return any(key == one or key.startswith(f"{one}.") for one in keys)
+
+
+def _words(key: str, before: Any, now: Any) -> str:
+    return f"{key}: {before} in the run, {now} now"

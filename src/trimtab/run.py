@@ -1,7 +1,7 @@
 """One run, top to bottom: the script that carries a recipe out."""
 
 import math
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,8 @@ from trimtab.prepare import prepared
 from trimtab.recipe import Recipe
 from trimtab.reference import logprobs
 from trimtab.report import Silent, Watcher
-from trimtab.resume import Unfinished, is_unfinished, plan_facts, threads, unfinished
-from trimtab.saving import LOCK, Progress, Run, Saver, end, keep_adapters
+from trimtab.resume import DECIDED, Unfinished, claimed, plan_facts, threads
+from trimtab.saving import Progress, Run, Saver, end, keep_adapters
 from trimtab.train import Optimizer, Step, peak_learning_rate, planned_memory, train
 
 MOVED_BY = 3
@@ -41,19 +41,11 @@ def run_recipe(recipe: Recipe, watch: Watcher | None = None) -> Run:
         KeyboardInterrupt: After everything as it stood has been saved.
     """
     watch = watch or Silent()
-    with ExitStack() as held:
-        before = None
-        if is_unfinished(recipe):
-            held.enter_context(files.locked(recipe.output / LOCK))
-            before = unfinished(recipe, watch.noticed)
+    with claimed(recipe, watch.noticed) as before:
+        if before is not None:
+            before.check_recipe(recipe)
         ready = _made_ready(recipe, before, watch)
-        if before is None:
-            run = _begin(ready)
-            held.enter_context(files.locked(run.folder / LOCK))
-        else:
-            run = Run(before.folder, {**before.facts, "status": "running"})
-            before.clear()
-            run.write()
+        run = _begin(ready, before)
         return _carried_out(run, ready, before.state if before else None, watch)
 
 
@@ -90,7 +82,7 @@ def _made_ready(recipe: Recipe, before: Unfinished | None, watch: Watcher) -> _R
         if one.status == "note" and one.name != "rows" and (data.eval or one.name != "held out"):  # the others are said already
             watch.noticed(f"{one.name}: {one.words}")
     if before is not None:
-        before.check(recipe, facts, watch.noticed)
+        before.check(recipe, facts, data.plain()["files"], watch.noticed)
         if recipe.train.epochs > 1 and FrozenBelow(base.model, 0).lowest:
             watch.noticed("what frozen lower layers made of rows is computed anew: results may differ by rounding from here on")
         watch.noticed(f"goes on with {before.folder} after step {before.step} of {len(steps)}")
@@ -138,6 +130,7 @@ def _facts(recipe: Recipe, base: Base, adapter: Attached, data: Loaded, steps: "
         "memory": steps.memory.words,
         "plan": plan_facts(steps.memory),
         "threads": threads(),
+        "device": str(base.device),
         "peak_lr": rate,
         "lr_formula": formula,
         "learned_tokens": sum(len(row.learned) for row in data.train if row.side != "mismatched"),
@@ -146,19 +139,18 @@ def _facts(recipe: Recipe, base: Base, adapter: Attached, data: Loaded, steps: "
     }
 
 
-def _begin(ready: _Ready) -> Run:
-    """The run's folder, which appears with all that is known before the first step, or (an empty one that is there) is filled."""
-    output = ready.recipe.output
-    if output.exists():
-        with suppress(OSError):  # a link, or a mounted disk
-            output.rmdir()
-    with nullcontext(output) if output.exists() else files.new_folder(output) as folder:
-        files.write_text(folder / "recipe.yaml", ready.recipe.to_yaml())
-        files.write_json(
-            folder / "data.json", {**ready.data.plain(), "proof": [one.plain() for one in ready.findings if one.name != "disk"]}
-        )
-        Run(folder, {"status": "running", **ready.facts}).write()
-    return Run(output, {"status": "running", **ready.facts})
+def _begin(ready: _Ready, before: Unfinished | None) -> Run:
+    """The run's folder with all that is known before the first step; `run.json`, written last, makes it a run."""
+    folder = ready.recipe.output
+    if before is not None:
+        before.clear()
+    files.write_text(folder / "recipe.yaml", ready.recipe.to_yaml())
+    proof = [one.plain() for one in ready.findings if one.name != "disk"]
+    files.write_json(folder / "data.json", {**ready.data.plain(), "proof": proof})
+    facts = ready.facts if before is None else {**before.facts, **{key: ready.facts[key] for key in DECIDED}}
+    run = Run(folder, {"status": "running", **facts} | {"status": "running"})
+    run.write()
+    return run
 
 
 def held_out(folder: Path) -> tuple[list[Example], str]:
@@ -210,30 +202,30 @@ def _train(run: Run, ready: _Ready, state: State | None, watch: Watcher) -> tupl
         optimizer.load(state.tensors, state.step, state.facts["skipped"])
     progress, few = Progress(**state.facts) if state is not None else Progress(), canaries(ready.data)
     saver = Saver(run, ready.base, optimizer, progress, lambda scored: _seen(ready.base, few, scored))
-    done, every = saver.done, recipe.train.evaluate_every or max(1, -(-len(steps) // 4))
+    every = recipe.train.evaluate_every or max(1, -(-len(steps) // 4))
     # What the base without the adapter can't read, or is not the start of, is compared with as it starts.
     as_it_starts = bool(recipe.method.new_tokens) or recipe.objective.compares or recipe.start is not None
 
     def look(number: int, train_loss: float | None) -> None:
         # The base's loss, to compare with; measured now, so that training starts at once.
-        if not done.compared:
+        if not saver.done.compared:
             with ready.adapter.disabled():
                 _evaluate(run, ready, 0, watch)
-        done.compared = True
+        saver.done.compared = True
         saver.save(number, train_loss, _evaluate(run, ready, number, watch))
 
     if as_it_starts and state is None:
         _evaluate(run, ready, 0, watch)
-        done.compared = True
+        saver.done.compared = True
     elif state is not None and ready.data.eval and saver.unseen(every, len(steps)):  # it was interrupted before it had looked
-        look(state.step, done.last["train_loss"])
+        look(state.step, saver.done.last["train_loss"])
     step = None
     try:
         for step in train(
             ready.base, ready.adapter, recipe.objective, steps, recipe.train, run.state["peak_lr"], steps.memory, optimizer
         ):
-            done.tokens += step.tokens
-            done.computed += step.computed
+            saver.done.tokens += step.tokens
+            saver.done.computed += step.computed
             run.log(kind="train", step=step.number, **_step_line(step))
             watch.stepped(step, len(steps))
             if step.skipped is not None:
@@ -243,13 +235,11 @@ def _train(run: Run, ready: _Ready, state: State | None, watch: Watcher) -> tupl
             if step.number % every == 0 or step.number == len(steps):
                 look(step.number, step.loss)
     except KeyboardInterrupt:
-        if step is None or optimizer.taken != step.number:  # what was saved last stays the newest
-            raise
-        if done.last.get("step") != step.number:
+        # Between an update and its line in the log, what was saved last stays the newest.
+        if step is not None and optimizer.taken == step.number and saver.done.last.get("step") != step.number:
             saver.save(step.number, step.loss, None)
-        words = f"the adapter after step {step.number} is in {run.folder / done.last['folder']}; the same command goes on from there"
-        raise KeyboardInterrupt(words) from None
-    return done, _unmoved(first, optimizer) if len(steps) >= MOVED_BY else []
+        raise KeyboardInterrupt(saver.words()) from None
+    return saver.done, _unmoved(first, optimizer) if len(steps) >= MOVED_BY else []
 
 
 def _seen(base: Base, rows: list[Row], scored: Loss | None) -> list[tuple[str, float]]:

@@ -5,20 +5,23 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from trimtab import files
 from trimtab.artifacts import State, saved_states, write_state
 from trimtab.base import Base
-from trimtab.deploy import save_adapter
+from trimtab.deploy import CHECKPOINTS, save_adapter
 from trimtab.errors import NonFinite, StorageError
 from trimtab.evaluate import Loss
 from trimtab.train import Optimizer
 
-STATES, CHECKPOINTS, METRICS, LOCK = "states", "checkpoints", "metrics.jsonl", "lock"
+STATES, METRICS = "states", "metrics.jsonl"
+LOCK = "lock"
 """In a run's folder; the last is the file that one process has while it trains there."""
+BEGINNING = {LOCK, "recipe.yaml", "data.json"}
+"""What a run's folder holds at most before `run.json` makes it a run."""
 KEPT = 2
 """States that are kept, should the newest be damaged."""
 
@@ -79,6 +82,13 @@ class Saver:
         step = self.done.last["step"]
         return (step % every == 0 or step == steps) and self.done.last["eval_loss"] is None
 
+    def words(self) -> str:
+        """Where an interrupted run can be resumed from."""
+        if not self.done.last:
+            return "nothing has been saved yet; the same command begins anew"
+        step, folder = self.done.last["step"], self.run.folder / self.done.last["folder"]
+        return f"the adapter after step {step} is in {folder}; the same command goes on from there"
+
     def save(self, step: int, train_loss: float | None, scored: Loss | None) -> None:
         """Save everything as it stands after this step."""
         if broken := self.optimizer.not_finite():
@@ -92,17 +102,17 @@ class Saver:
             )
         folder, done = self.run.folder, self.done
         name = f"{CHECKPOINTS}/step-{step:06d}"
-        last = train_loss if train_loss is not None and math.isfinite(train_loss) else None  # a step that was skipped
-        news = {"step": step, "folder": name, "train_loss": last, "eval_loss": eval_loss}
+        loss = train_loss if train_loss is not None and math.isfinite(train_loss) else None  # a step that was skipped
+        news = {"step": step, "folder": name, "train_loss": loss, "eval_loss": eval_loss}
         if not (folder / name).exists():  # it does if an interruption came when it had just been saved
             facts = {key: self.run.state[key] for key in ("data_digest", "objective", "reference", "start")}
             save_adapter(self.base, self.optimizer.adapter, folder / name, {**news, **facts})
-        done.last = {**news, "canaries": [value for _, value in canaries]}
-        if eval_loss is not None and (done.best is None or eval_loss < done.best["eval_loss"]):
-            done.best = done.last
-        done.skipped = self.optimizer.skipped
-        done.seconds = time.perf_counter() - self.started
+        last = {**news, "canaries": [value for _, value in canaries]}
+        better = eval_loss is not None and (done.best is None or eval_loss < done.best["eval_loss"])
+        seconds = time.perf_counter() - self.started
+        done = replace(done, best=last if better else done.best, last=last, skipped=self.optimizer.skipped, seconds=seconds)
         write_state(folder / STATES, State(step, self.optimizer.state(), asdict(done)))
+        self.done = done  # now that it is so: an interruption may have come while the state was written
         self.run.write(best=done.best, last=done.last)
         self._let_go()
 

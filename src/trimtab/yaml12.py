@@ -46,6 +46,14 @@ def dump(plain: dict[str, Any]) -> str:
     return yaml.dump(plain, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
+def is_text(text: str) -> bool:
+    """Whether this text, without quotes, is read as itself."""
+    try:
+        return bool(load(text, "text") == text)
+    except RecipeError:
+        return False
+
+
 def is_number(text: str) -> bool:
     """Whether this text, without quotes, would be a number."""
     return bool(_INT.match(text) or _FLOAT.match(text))

@@ -2,12 +2,13 @@
 
 import argparse
 import shlex
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trimtab.commands._shared import print_json, terminal
-from trimtab.errors import DataError, RecipeError, listing
+from trimtab.errors import DataError, RecipeError, TrimtabError, listing
 from trimtab.startup import without_collector
 
 if TYPE_CHECKING:
@@ -25,10 +26,23 @@ def train(arguments: argparse.Namespace) -> None:
 
     recipe = read(Recipe, arguments.recipe, arguments.words)
     console = terminal()
-    with Terminal(console) as watch:
-        run_recipe(recipe, watch)
+    try:
+        with Terminal(console) as watch:
+            run_recipe(recipe, watch)
+    except TrimtabError as error:
+        if error.free is None:
+            raise
+        raise type(error)(f"{error} The command for that:\n  {_into(error.free, arguments)}") from None
     folder = escape(shlex.quote(str(recipe.output)))
     console.print(f"[dim]Talk to it:[/]     trimtab chat {folder}\n[dim]Look inside:[/]    trimtab show {folder}")
+
+
+def _into(folder: Path, arguments: argparse.Namespace) -> str:
+    """The same command, which trains into another folder."""
+    from trimtab.config import word
+
+    others = [one for one in arguments.words if not one.startswith("output=")]
+    return shlex.join(["trimtab", "train", str(arguments.recipe), *others, word("output", str(folder))])
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
@@ -52,7 +66,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         if account.refused:
             problems = listing([f"{where}: {reason}" for where, reason in account.refused])
             raise DataError(f"data: rows that can't be measured:\n{problems}")
-    target = _open(arguments)
+    target = _to_compare(arguments)
     if kind != "answers":
         _evaluate_preferences(arguments, target, examples, str(source))
         return
@@ -98,6 +112,13 @@ def _open(arguments: argparse.Namespace) -> "Target":
         from trimtab.deploy import open_target
 
     target = open_target(arguments.target, arguments.model)
+    for note in target.notes:
+        print(f"trimtab: {note}", file=sys.stderr)  # noqa: T201 (standard output may be JSON, or an answer)
+    return target
+
+
+def _to_compare(arguments: argparse.Namespace) -> "Target":
+    target = _open(arguments)
     if arguments.base and target.adapter is None:
         raise RecipeError(f"--base: {arguments.target} is a model without an adapter, so there is nothing to compare.")
     return target
@@ -106,7 +127,7 @@ def _open(arguments: argparse.Namespace) -> "Target":
 def chat(arguments: argparse.Namespace) -> None:
     from rich.markup import escape
 
-    target = _open(arguments)
+    target = _to_compare(arguments)
     talk: list[dict[str, str]] = [{"role": "system", "content": arguments.system}] if arguments.system else []
     if arguments.prompt is not None:
         _reply(target, [*talk, {"role": "user", "content": arguments.prompt}], arguments)
@@ -158,10 +179,10 @@ def merge(arguments: argparse.Namespace) -> None:
     from rich.markup import escape
 
     from trimtab import files
-    from trimtab.deploy import merge, open_target
+    from trimtab.deploy import merge
 
     files.refuse_existing(arguments.output)
-    target = open_target(arguments.target, arguments.model)
+    target = _open(arguments)
     if target.adapter is None:
         raise RecipeError(f"{arguments.target} is a model without an adapter: there is nothing to merge.")
     done = merge(target.base, target.adapter, arguments.output)

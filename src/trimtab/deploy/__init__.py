@@ -3,9 +3,10 @@
 from trimtab.deploy.adapter import load_adapter, read_method, sample, save_adapter, versions
 from trimtab.deploy.combining import CombinedFolders, combine_adapters
 from trimtab.deploy.merging import Merged, merge
-from trimtab.deploy.target import Target, adapter_folder, open_target
+from trimtab.deploy.target import CHECKPOINTS, Target, adapter_folder, open_target
 
 __all__ = [
+    "CHECKPOINTS",
     "CombinedFolders",
     "Merged",
     "Target",

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from trimtab import files
 from trimtab.artifacts import is_adapter, read_adapter
@@ -10,8 +11,8 @@ from trimtab.deploy.adapter import load_adapter
 from trimtab.errors import ArtifactError, RecipeError
 from trimtab.methods import Attached
 
-RUN, ADAPTER = "run.json", "adapter"
-"""What makes a folder a run, and where in it the finished adapter is."""
+RUN, ADAPTER, CHECKPOINTS = "run.json", "adapter", "checkpoints"
+"""What makes a folder a run, and where in it the finished adapter is, and those that were saved on the way."""
 
 
 @dataclass
@@ -22,28 +23,59 @@ class Target:
     adapter: Attached | None
     folder: Path | None
     """The adapter's folder."""
+    notes: tuple[str, ...] = ()
+    """What to say of it before it is used."""
 
 
 def adapter_folder(name: str) -> Path | None:
-    """The adapter that a run or adapter folder stands for; None if `name` is neither."""
+    """The finished adapter that a run or adapter folder stands for; None if `name` is neither. Raises ArtifactError."""
     path = files.expanded(name)
-    if (path / RUN).is_file():
-        if not is_adapter(path / ADAPTER):
-            raise ArtifactError(
-                f"{path} is a run without a finished adapter. What it saved on its way is in {path / 'checkpoints'}."
-            )
+    if not (path / RUN).is_file():
+        return path if is_adapter(path) else None
+    if is_adapter(path / ADAPTER):
         return path / ADAPTER
-    return path if is_adapter(path) else None
+    saved = _newest(path)
+    other = f", or name the adapter that it saved last: {saved}" if saved else ""
+    if _record(path).get("status") == "done":
+        raise ArtifactError(
+            f"{path} is a finished run, and its adapter is missing. Restore {path / ADAPTER} from a copy{other}."
+        )
+    raise ArtifactError(f"{path} is a run without a finished adapter. Finish it with the command that trains it{other}.")
+
+
+def _adapter(name: str) -> tuple[Path | None, tuple[str, ...]]:
+    """The adapter that a run or adapter folder stands for, finished or not, and what to say of it."""
+    path = files.expanded(name)
+    if not (path / RUN).is_file() or is_adapter(path / ADAPTER):
+        return adapter_folder(name), ()
+    run, saved = _record(path), _newest(path)
+    if saved is None or run.get("status") == "done":
+        return adapter_folder(name), ()
+    step = int(saved.name.removeprefix("step-"))
+    return saved, (f"{path} has not ended: this is its adapter after step {step} of {run.get('steps', '?')}.",)
+
+
+def _newest(run: Path) -> Path | None:
+    """The adapter that a run saved last on its way."""
+    return next((path for path in sorted(run.glob(f"{CHECKPOINTS}/step-*"), reverse=True) if is_adapter(path)), None)
+
+
+def _record(run: Path) -> dict[str, Any]:
+    record = files.read_json(run / RUN)
+    if not isinstance(record, dict):
+        raise ArtifactError(f"{run / RUN}: is not the record of a run. Restore it from a copy.")
+    return record
 
 
 def open_target(name: str, model: str | None = None) -> Target:
     """Load what `name` stands for.
 
     Args:
-        name: A run folder, an adapter folder, or anything that is a model (see ModelConfig).
+        name: A run folder (of one that has not ended, the adapter that it saved last is taken), an adapter folder, or anything
+            that is a model (see ModelConfig).
         model: The base to put the adapter on, instead of the one that it names.
     """
-    folder = adapter_folder(name)
+    folder, notes = _adapter(name)
     if folder is None:
         if model is not None:
             raise RecipeError(f"{name} is not a run or an adapter folder, so --model {model} says nothing about it.")
@@ -55,4 +87,4 @@ def open_target(name: str, model: str | None = None) -> Target:
     dtype = stored.base.get("dtype")
     dtype = dtype if dtype in ("float32", "bfloat16") else "auto"
     base = Base.load(ModelConfig(name=source, dtype=dtype, quantize=stored.base.get("quantize", "none")))
-    return Target(base, load_adapter(base, folder), folder)
+    return Target(base, load_adapter(base, folder), folder, notes)

@@ -1,6 +1,5 @@
 """The base: a frozen Transformers causal language model with its tokenizer, template, stop tokens and fingerprint."""
 
-import warnings
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -11,12 +10,12 @@ from pydantic import Field
 
 from trimtab.base import limits, quantized, source, vocabulary
 from trimtab.base.fingerprint import PARTS, Fingerprint, fingerprint, own_weights, tokenizing_hash, weights_hash
+from trimtab.base.loading import read_model, read_tokenizer, refuse_partly_made
 from trimtab.base.quantized import Quantize
 from trimtab.base.supported import refuse_unsupported
 from trimtab.config import Config
-from trimtab.errors import ArtifactError, BaseChanged, DataError, RecipeError, StorageError, UnsupportedModel
+from trimtab.errors import ArtifactError, BaseChanged, DataError, RecipeError, StorageError, TrimtabError, UnsupportedModel
 from trimtab.files import expanded
-from trimtab.startup import without_collector
 
 Message = dict[str, Any]
 """A chat message: `role`, `content`, and what else the model's template reads (`tool_calls`, …)."""
@@ -54,6 +53,7 @@ class Base:
 
     Raises:
         UnsupportedModel: Trimtab can't train this model exactly; the message says why.
+        ArtifactError: Some of its parameters were not read from its files.
     """
 
     quantize: Quantize = "none"
@@ -61,6 +61,7 @@ class Base:
 
     def __init__(self, model: Any, tokenizer: Any = None, source: str | None = None) -> None:
         refuse_unsupported(model, tokenizer)
+        refuse_partly_made(model)
         self.model = model.eval().requires_grad_(False)
         quantized.settle(model)
         self.tokenizer = self._own_tokenizer = tokenizer
@@ -95,16 +96,11 @@ class Base:
     ) -> "Base":
         """Load a model folder (a Path), or a name on the hub (a str), in a number type on a device."""
         settings = quantized.loading(quantize, dtype, device)
-        with without_collector():
-            from transformers import AutoModelForCausalLM, AutoTokenizer
-            from transformers.utils import logging
-
-        logging.disable_progress_bar()
         try:
-            with warnings.catch_warnings(), without_collector():
-                warnings.simplefilter("ignore")
-                model: Any = AutoModelForCausalLM.from_pretrained(str(place), dtype=dtype, use_safetensors=True, **settings)
-                tokenizer = AutoTokenizer.from_pretrained(str(place)) if with_tokenizer else None
+            model: Any = read_model(place, dtype=dtype, use_safetensors=True, **settings)
+            tokenizer = read_tokenizer(place) if with_tokenizer else None
+        except TrimtabError:
+            raise
         except Exception as error:  # Transformers raises a dozen kinds; each means that this is not a model we can use
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             if isinstance(place, str):

@@ -1,6 +1,7 @@
 """What is loaded is read whole: nothing is made up at random, and nothing left out silently."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -9,11 +10,15 @@ from families import tiny
 from gguf import GGUFWriter
 from safetensors.torch import load_file, save_file
 from templates import saved_base
-from worlds import CHATML, make_model
+from worlds import CHATML, RECIPE, make_model, write_rows
 
+from trimtab.api import fit
 from trimtab.base import Base
 from trimtab.base.loading import read_model
-from trimtab.errors import ArtifactError, UnsupportedModel
+from trimtab.data.example import Sequence as Row
+from trimtab.errors import ArtifactError, DataError, UnsupportedModel
+from trimtab.methods import attach
+from trimtab.methods.lora import LoRA
 
 MIXTRAL = dict(
     vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -280,7 +285,7 @@ def test_a_gguf_file_that_is_not_read_whole_is_refused(change, fields, error, wo
     assert not any((tmp_path / "cache" / "gguf").iterdir())
 
 
-# A tokenizer
+# Tokenizers
 
 
 def test_a_folder_without_its_tokenizer_is_refused(tmp_path):
@@ -288,3 +293,52 @@ def test_a_folder_without_its_tokenizer_is_refused(tmp_path):
     (tmp_path / "tiny" / "tokenizer.json").unlink()
     with pytest.raises(UnsupportedModel, match="cannot be loaded"):
         Base.load(str(tmp_path / "tiny"))
+
+
+@pytest.fixture
+def larger(world, tmp_path):
+    """A base whose tokenizer has two tokens for which its model has no embedding."""
+    folder = shutil.copytree(world / "tiny", tmp_path / "larger")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<think>", "<pad>"])
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_rows_with_tokens_that_the_model_has_no_embedding_for_are_refused(larger, tmp_path, monkeypatch, trimtab):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"Is {n} a number?", "completion": "<think>yes" if n == 3 else "yes"} for n in range(12)]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    (tmp_path / "r.yaml").write_text(RECIPE.replace("model: tiny", "model: larger").replace("epochs: 8", "epochs: 1"))
+    for command in ("check", "train"):
+        done = trimtab(command, "r.yaml")
+        assert done.code == 3
+        assert "rows.jsonl:4: holds token 300 ('<think>'), and the model has rows for 300 tokens alone" in done.err
+    assert trimtab("train", "r.yaml", "data.bad_rows=skip").code == 0
+    refused = trimtab("chat", "larger", "--prompt", "say <pad>", "--max-new-tokens", 2)
+    assert "holds token 301 ('<pad>')" in refused.err
+
+
+def test_nor_are_rows_trained_that_somebody_has_made(larger):
+    base = Base.load(str(larger))
+    adapter = attach(base.model, LoRA(rank=2))
+    rows = [Row([0, 5, 300, 1], [2, 3], "mine:1", 4)]
+    with pytest.raises(DataError, match="mine:1: holds token 300"):
+        next(fit(base, adapter, rows))
+
+
+def test_a_new_token_of_an_adapters_is_embedded_by_it(larger):
+    base = Base.load(str(larger))
+    base.add_tokens(["<new>"])
+    assert base.unembedded(base.encode(["a <new> one"])[0].ids) is None
+    assert base.unembedded(base.encode(["a <pad> one"])[0].ids) is not None
+
+
+def test_what_was_tokenized_for_a_larger_model_is_not_taken_from_the_cache(world, larger):
+    """The same tokenizer, and a model that has more embeddings."""
+    base, model = Base.load(str(larger)), transformers.AutoModelForCausalLM.from_pretrained(larger)
+    model.resize_token_embeddings(302)
+    model.save_pretrained(larger)
+    other = Base.load(str(larger))
+    assert base.fingerprint["tokenizer"] == other.fingerprint["tokenizer"]
+    assert base.tokenizing_hash != other.tokenizing_hash

@@ -67,6 +67,7 @@ class Base:
         self.tokenizer = self._own_tokenizer = tokenizer
         self.source = source or getattr(model.config, "_name_or_path", "") or type(model).__name__
         self._pristine = own_weights(model)  # the tensors themselves, before adapters rename them
+        self._embedded = min(len(end.weight) for end in (model.get_input_embeddings(), model.get_output_embeddings()))
 
     @classmethod
     def load(cls, config: ModelConfig | str) -> "Base":
@@ -156,7 +157,8 @@ class Base:
 
         Some templates write today's date (Llama 3.1's does).
         """
-        return tokenizing_hash(self.tokenizer)
+        known = tokenizing_hash(self.tokenizer)
+        return None if known is None else f"{known} {self._embedded}"
 
     @property
     def context_length(self) -> int | None:
@@ -227,6 +229,14 @@ class Base:
             _encoded(*one)
             for one in zip(batch["input_ids"], batch["offset_mapping"], batch["special_tokens_mask"], strict=True)
         ]
+
+    def unembedded(self, ids: Sequence[int]) -> str | None:
+        """What is wrong with these tokens, if the model has no embedding for one of them, or can't say it."""
+        return (
+            vocabulary.unembedded(ids, self._embedded, self.tokenizer, self.added_tokens)
+            if max(ids, default=0) >= self._embedded
+            else None
+        )
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of tokens, without the special ones."""

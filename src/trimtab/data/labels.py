@@ -107,6 +107,8 @@ def prompt_of(example: Conversation, base: Tokenizing) -> tuple[list[int], str]:
     else:
         text, special = joined(example, base)[0], True
     (encoded,) = base.encode([text], special=special)
+    if strange := base.unembedded(encoded.ids):
+        raise DataError(f"{example.where}: {strange}.")
     return list(encoded.ids), example.messages[last]["content"]
 
 
@@ -134,6 +136,8 @@ def _sequence(draft: Draft, encoded: list[Any], base: Tokenizing, where: str) ->
                 ids = [*ids, base.end_of_text]
             last = len(ids) - 1
         learned += range(max(first, 1), last + 1)  # nothing comes before the first token, so nothing can predict it
+    if strange := base.unembedded(ids[: learned[-1] + 1] if learned else []):
+        raise Refused(strange)
     return Sequence(ids, learned, where, len(ids))
 
 

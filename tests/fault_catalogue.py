@@ -486,6 +486,16 @@ FAULTS = {
         "an adapter has its own layers",
         ("test_composition::test_the_newest_acts_alone_and_names_choose", "suite::I19_adapters_leave_each_other_alone"),
     ),
+    "C19": Fault(
+        "a base whose files lack tensors is filled at random, or loses those it does not know",
+        "refused",
+        "at load, by the tensors' names",
+        (
+            "test_loading::test_a_folder_that_does_not_hold_the_models_tensors_is_refused_by_name",
+            "test_loading::test_a_model_in_memory_that_was_not_read_whole_is_refused",
+            "test_loading::test_a_gguf_file_that_is_not_read_whole_is_refused",
+        ),
+    ),
     # Merging and combining
     "D01": Fault(
         "a merge in bfloat16 loses the change",
@@ -565,8 +575,11 @@ FAULTS = {
     "F03": Fault(
         "a model folder's code runs",
         "impossible",
-        "there is no such option",
-        ("test_security::test_code_in_a_model_folder_never_runs", "test_base::test_code_in_a_model_folder_is_never_run"),
+        "there is no such option, and nothing to answer",
+        (
+            "test_security::test_code_in_a_model_folder_never_runs_whatever_is_answered",
+            "test_security::test_a_kernel_of_the_hub_is_not_fetched_because_a_folder_asks_for_it",
+        ),
     ),
     "F04": Fault(
         "a chat template runs code, or for ever",

@@ -104,7 +104,11 @@ def test_without_a_text_of_the_message_nothing_is_taught():
         ("It is 4.<|im_end|>", "<|im_end|>", "leaves out its content: 'It is 4.'"),
         ("It is 4.<|im_end|> and more", "{}<|im_end|>", "ends this turn"),
         ("Well. It is 4.<|im_end|>", "{}<|im_end|>", "does not write its content as it stands"),
-        ("Well. It is 4.<|im_end|>", "So: {}<|im_end|>", "begins this turn as 'Well. It is 4.<|im_end|>', and others as 'So: '"),
+        (
+            "Well. It is 4.<|im_end|>",
+            "So: {}<|im_end|>",
+            "begins this turn as 'Well. It is 4.<|im_end|>', and others as 'So: '",
+        ),
     ):
         template.frames.clear()
         with pytest.raises(written.Refused, match=re.escape(reason)):

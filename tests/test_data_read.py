@@ -180,7 +180,8 @@ def test_a_hub_name_is_fetched_with_its_split(monkeypatch):
 
     asked = []
 
-    def load_dataset(name, split):
+    def load_dataset(name, split, **more):
+        assert more == {"trust_remote_code": False}
         asked.append((name, split))
         return datasets.Dataset.from_list(ROWS[:1])
 

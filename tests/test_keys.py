@@ -8,7 +8,9 @@ from families import method_of
 from pydantic import BaseModel
 from templates import CHATML, base_of, bytes_tokenizer
 
-from trimtab.errors import DataError, RecipeError
+from trimtab.base import Base, ModelConfig
+from trimtab.deploy import load_adapter, open_target
+from trimtab.errors import ArtifactError, DataError, RecipeError
 from trimtab.methods import Method
 from trimtab.objectives import Objective
 from trimtab.recipe import Recipe
@@ -26,11 +28,16 @@ def work(tmp_path_factory):
         base = base_of(bytes_tokenizer(("<|endoftext|>", "<|im_start|>", "<|im_end|>")), CHATML, eos_token="<|im_end|>")
         base.model.save_pretrained(work / name)
         base.tokenizer.save_pretrained(work / name)
+    template = base.tokenizer.chat_template
+    base.tokenizer.chat_template = template.replace("'<|im_end|>'", "('!' if loud else '') + '<|im_end|>'")
+    base.model.save_pretrained(work / "switched")
+    base.tokenizer.save_pretrained(work / "switched")
     rows = [{"prompt": f"Say {n}", "completion": f"{n} " * (1 + n % 4)} for n in range(24)]
     files = {
         "rows": rows,
         "other_rows": rows[::-1],
         "renamed": [{"question": row["prompt"], "completion": row["completion"]} for row in rows],
+        "odd": [{**row, "images": ["x.png"]} for row in rows],
         "long": [*rows, {"prompt": "Say a lot", "completion": "word " * 60}],
         "bad": [*rows, {"prompt": "Say nothing", "completion": ""}],
         "held": [{**row, "completion": "no"} for row in rows[:3]],
@@ -310,6 +317,29 @@ def test_max_length_overlong_and_bad_rows_decide_about_rows(work):
     assert not (work / "runs" / "never").exists()
 
 
+def test_a_switch_of_the_template_decides_what_is_trained_on_and_is_kept_with_the_run(work):
+    name = {"model.name": str(work / "switched")}
+    quiet, loud = (outcome(work, f"loud-{loud}", **name, **{"model.template": {"loud": loud}}) for loud in (False, True))
+    assert quiet[:2] == outcome(work, "quiet", **name)[:2]
+    assert quiet[:2] != loud[:2]
+    for kept in ("loud-True", "quiet"):
+        folder = work / "runs" / kept
+        target = open_target(str(folder))
+        assert target.base.template_switches == ({"loud": True} if kept == "loud-True" else {})
+        assert target.base.moment.isoformat() == json.loads((folder / "run.json").read_text())["moment"]
+    with pytest.raises(ArtifactError, match="different template"):
+        load_adapter(Base.load(ModelConfig(name=name["model.name"])), work / "runs" / "loud-True" / "adapter")
+    with pytest.raises(RecipeError, match=r"model\.template\.lout: the chat template does not read it: it reads loud\."):
+        run_recipe(plain_recipe(work, output=str(work / "runs" / "never"), **name, **{"model.template": {"lout": True}}))
+
+
+def test_what_is_ignored_on_purpose_is_left_out(work, plain):
+    odd = {"data.train": str(work / "odd.jsonl")}
+    with pytest.raises(DataError, match="has images, and Trimtab trains on texts alone"):
+        run_recipe(plain_recipe(work, output=str(work / "runs" / "never"), **odd))
+    assert outcome(work, "ignore", **odd, **{"data.ignore": ["images"]})[:2] == plain[:2]
+
+
 def test_a_device_that_is_not_there_is_refused(work):
     with pytest.raises(RecipeError, match=r"model\.device: cuda:99 cannot be used here"):
         run_recipe(plain_recipe(work, output=str(work / "runs" / "never"), **{"model.device": "cuda:99"}))
@@ -328,7 +358,9 @@ def test_no_key_is_left_out_here():
     """`method` and `objective` are families: their members' keys are tried above, all of them."""
     elsewhere = {
         "model.device",
+        "model.template",
         "data.columns",
+        "data.ignore",
         "data.max_length",
         "data.overlong",
         "data.bad_rows",

@@ -1,8 +1,10 @@
 """What is read is data: nothing is unpickled, evaluated or fetched, no code of a model folder runs, templates are limited."""
 
+import io
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import threading
@@ -10,10 +12,11 @@ import time
 from pathlib import Path
 
 import pytest
+import transformers
 from worlds import CHATML, make_model
 
 from trimtab.base import Base, limits
-from trimtab.errors import DataError, TrimtabError
+from trimtab.errors import DataError, TrimtabError, UnsupportedModel
 
 WATCHED = """
 import os, sys
@@ -60,18 +63,73 @@ def test_the_hook_sees_what_it_watches(here):
     assert {"pickle.find_class", "socket.connect"} <= set(events)
 
 
-def test_code_in_a_model_folder_never_runs(here, trimtab):
-    config = json.loads((here / "tiny" / "config.json").read_text())
-    marker = here / "it-ran"
-    (here / "tiny" / "modeling_tiny.py").write_text(f"open({str(marker)!r}, 'w')\n")
-    names = {"AutoConfig": "modeling_tiny.C", "AutoModelForCausalLM": "modeling_tiny.M", "AutoTokenizer": "modeling_tiny.T"}
-    (here / "tiny" / "config.json").write_text(json.dumps({**config, "auto_map": names}))
-    trimtab("train", "r.yaml", "output=new")
-    assert not marker.exists()
-    (here / "tiny" / "config.json").write_text(json.dumps({**config, "model_type": "tiny-custom", "auto_map": names}))
-    refused = trimtab("train", "r.yaml", "output=second")
-    assert refused.code == 2
-    assert not marker.exists()
+def planted(folder, known):
+    """A model folder that asks for code of its own everywhere, each file of which would leave a trace; and where the trace would be."""
+    trace = folder.parent / "it-ran"
+    code = f"with open({str(trace)!r}, 'a') as file:\n    file.write(__file__)\n"
+    for name in ("configuration_x.py", "modeling_x.py", "tokenization_x.py"):
+        (folder / name).write_text(code + "class C: pass\nclass M: pass\nclass T: pass\n")
+    (folder / "custom_generate").mkdir()
+    (folder / "custom_generate" / "generate.py").write_text(code + "def generate(model, *args, **kwargs): pass\n")
+    names = {
+        "AutoConfig": "configuration_x.C",
+        "AutoModelForCausalLM": "modeling_x.M",
+        "AutoTokenizer": ["tokenization_x.T"] * 2,
+    }
+    for file in ("config.json", "tokenizer_config.json", "generation_config.json"):
+        content = json.loads((folder / file).read_text()) | {"auto_map": names}
+        if not known:
+            content |= {"model_type": "x"} if file == "config.json" else {"tokenizer_class": "XTokenizer"}
+        (folder / file).write_text(json.dumps(content))
+    return trace
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["of a known kind", "of an unknown kind"])
+def test_code_in_a_model_folder_never_runs_whatever_is_answered(known, here, trimtab, monkeypatch):
+    """Transformers would ask on standard input, and take a y that is piped there for a yes."""
+    trace = planted(here / "tiny", known)
+    for words in (
+        ("check", "r.yaml"), ("train", "r.yaml", "output=new", "train.epochs=1"), ("methods", "tiny"),
+        ("merge", "run", "merged", "--model", "tiny"), ("chat", "run", "--model", "tiny", "--prompt", "x", "--max-new-tokens", 1),
+    ):  # fmt: skip
+        monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 100))
+        done = trimtab(*words)
+        assert not trace.exists(), (words, trace.read_text())
+        assert sys.stdin.tell() == 0, f"{words} was asked something"
+        assert known or done.code in (2, 4), (words, done)
+
+
+def test_the_real_command_is_not_talked_into_it_either(here):
+    trace = planted(here / "tiny", known=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "trimtab", "train", "r.yaml", "output=new"], cwd=here, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        input="y\n" * 100, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done
+    assert "can only be read by code of its own (auto_map), and code from a model folder or hub is never run" in done.stderr
+    assert not trace.exists()
+
+
+def test_the_trace_would_be_left(world, tmp_path, monkeypatch):
+    """The negative control: Transformers, asked without a word about it."""
+    trace = planted(shutil.copytree(world / "tiny", tmp_path / "tiny"), known=False)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 100))
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    with pytest.raises((AttributeError, ValueError)):  # it is no real configuration
+        transformers.AutoConfig.from_pretrained(tmp_path / "tiny")
+    assert trace.exists()
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "experts_implementation"])
+def test_a_kernel_of_the_hub_is_not_fetched_because_a_folder_asks_for_it(key, world, tmp_path):
+    copy = shutil.copytree(world / "tiny", tmp_path / "tiny")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {key: "someone/kernel"}))
+    with pytest.raises(UnsupportedModel, match=rf"asks in config\.json for code from the hub \({key}: someone/kernel\)"):
+        Base.load(str(copy))
+    (copy / "config.json").write_text(json.dumps(config | {key: "eager"}))
+    Base.load(str(copy))
 
 
 def test_a_pickle_in_an_adapter_folder_is_never_opened(here, trimtab):

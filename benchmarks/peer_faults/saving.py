@@ -1,4 +1,4 @@
-"""C01-C03, C12-C18: what is saved, and what is loaded."""
+"""C01-C03, C12-C19: what is saved, and what is loaded."""
 
 import json
 import math
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import peft
 import torch
+import transformers
 from harness import Found, injected, trial
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file, save_file
@@ -157,3 +158,16 @@ def old_scale_after_a_swap(folder: Path) -> Found:
             hotswap_adapter(model, path, adapter_name="default")
             off = max(off, apart(logits(model), want))
     return Found(off > 1e-6, f"swapped to another rank and scale and back, logits are {small(off)} from those of each alone")
+
+
+@trial("C19", "HF Trainer, PEFT", r"MISSING|newly initialized")
+def a_base_without_one_of_its_tensors(folder: Path) -> Found:
+    llama().save_pretrained(folder / "base")
+    file, lost = folder / "base" / "model.safetensors", "model.layers.1.mlp.down_proj.weight"
+    whole = load_file(file)
+    save_file({name: tensor for name, tensor in whole.items() if name != lost}, file, {"format": "pt"})
+    with injected():
+        model = adapted(transformers.AutoModelForCausalLM.from_pretrained(folder / "base"))
+        hf(folder, model, ROWS, max_steps=5).train()
+    made_up = apart(model.get_base_model().state_dict()[lost], whole[lost])
+    return Found(made_up > 1e-3, f"{lost} is {made_up:.0%} from what it was, made up at random, and 5 steps end normally")

@@ -52,7 +52,7 @@ def fit(
         settings: As in a recipe's `train`, such as `epochs`, `lr` and `rows_per_step`.
     """
     config = TrainConfig(**settings)
-    _check_room(base, rows)
+    _check_rows(base, rows)
     check_packing(base.model)
     most = room(base.model, base.context_length)
     objective, (rows, _), _ = prepared(objective or SFT(), base, adapter, (list(rows), []), config.seed, most)
@@ -67,7 +67,10 @@ def fit(
     base.check_unchanged()
 
 
-def _check_room(base: Base, rows: Sequence[Row]) -> None:
+def _check_rows(base: Base, rows: Sequence[Row]) -> None:
+    strange = next((f"{row.where}: {words}." for row in rows if (words := base.unembedded(row.ids))), None)
+    if strange is not None:
+        raise DataError(strange)
     most = room(base.model, base.context_length)
     long = [row.where for row in rows if most is not None and len(row.ids) > most]
     if long:

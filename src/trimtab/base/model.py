@@ -1,7 +1,6 @@
 """The base: a frozen Transformers causal language model with its tokenizer, template, stop tokens and fingerprint."""
 
 import re
-import warnings
 from collections.abc import Sequence
 from datetime import datetime
 from functools import cached_property
@@ -13,14 +12,14 @@ from pydantic import Field
 
 from trimtab.base import quantized, source, vocabulary
 from trimtab.base.fingerprint import PARTS, Fingerprint, fingerprint, own_weights, tokenizing_hash, weights_hash
+from trimtab.base.loading import read_model, read_tokenizer, refuse_partly_made
 from trimtab.base.quantized import Quantize
 from trimtab.base.supported import refuse_unsupported
 from trimtab.base.template import ChatTemplate, Ending, Message, Switches
 from trimtab.base.vocabulary import Encoded
 from trimtab.config import Config
-from trimtab.errors import ArtifactError, BaseChanged, RecipeError, StorageError, UnsupportedModel
+from trimtab.errors import ArtifactError, BaseChanged, RecipeError, StorageError, TrimtabError, UnsupportedModel
 from trimtab.files import expanded
-from trimtab.startup import without_collector
 
 
 class ModelConfig(Config):
@@ -49,6 +48,7 @@ class Base:
 
     Raises:
         UnsupportedModel: Trimtab can't train this model exactly; the message says why.
+        ArtifactError: Some of its parameters were not read from its files.
         RecipeError: The chat template has no such switch.
     """
 
@@ -57,6 +57,7 @@ class Base:
 
     def __init__(self, model: Any, tokenizer: Any = None, source: str | None = None, template: Switches | None = None) -> None:
         refuse_unsupported(model, tokenizer)
+        refuse_partly_made(model)
         self.model = model.eval().requires_grad_(False)
         quantized.settle(model)
         self.tokenizer = self._own_tokenizer = tokenizer
@@ -67,6 +68,7 @@ class Base:
             raise RecipeError(f"model.template: {self.source} has no chat template, so it has no switches.")
         if self.has_template:
             self.template.check_switches()
+        self._embedded = min(len(end.weight) for end in (model.get_input_embeddings(), model.get_output_embeddings()))
 
     @classmethod
     def load(cls, config: ModelConfig | str) -> "Base":
@@ -97,16 +99,11 @@ class Base:
     ) -> "Base":
         """Load a model folder (a Path), or a name on the hub (a str), in a number type on a device."""
         settings = quantized.loading(quantize, dtype, device)
-        with without_collector():
-            from transformers import AutoModelForCausalLM, AutoTokenizer
-            from transformers.utils import logging
-
-        logging.disable_progress_bar()
         try:
-            with warnings.catch_warnings(), without_collector():
-                warnings.simplefilter("ignore")
-                model: Any = AutoModelForCausalLM.from_pretrained(str(place), dtype=dtype, use_safetensors=True, **settings)
-                tokenizer = AutoTokenizer.from_pretrained(str(place)) if with_tokenizer else None
+            model: Any = read_model(place, dtype=dtype, use_safetensors=True, **settings)
+            tokenizer = read_tokenizer(place) if with_tokenizer else None
+        except TrimtabError:
+            raise
         except Exception as error:  # Transformers raises a dozen kinds; each means that this is not a model we can use
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             if isinstance(place, str):
@@ -159,8 +156,8 @@ class Base:
 
     @property
     def tokenizing_hash(self) -> str:
-        """A hash of all that decides what tokens a text or conversation becomes."""
-        return tokenizing_hash(self.tokenizer, self.template_switches, self.moment)
+        """A hash of all that decides what tokens a text or conversation becomes, and whether they can be used."""
+        return f"{tokenizing_hash(self.tokenizer, self.template_switches, self.moment)} {self._embedded}"
 
     @property
     def context_length(self) -> int | None:
@@ -236,6 +233,14 @@ class Base:
             Encoded.of(*one)
             for one in zip(batch["input_ids"], batch["offset_mapping"], batch["special_tokens_mask"], strict=True)
         ]
+
+    def unembedded(self, ids: Sequence[int]) -> str | None:
+        """What is wrong with these tokens, if the model has no embedding for one of them, or can't say it."""
+        return (
+            vocabulary.unembedded(ids, self._embedded, self.tokenizer, self.added_tokens)
+            if max(ids, default=0) >= self._embedded
+            else None
+        )
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of tokens, without the special ones."""

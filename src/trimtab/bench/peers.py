@@ -18,10 +18,10 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
     import peft
     import transformers
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(spec["model"])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(spec["model"], trust_remote_code=False)
     losses: list[float] = []
     if spec["objective"]["name"] == "sft":
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(spec["model"], dtype=torch.float32)
+        model = _model(spec)
         model = peft.PeftModel.from_pretrained(model, spec["start"], is_trainable=True)
         make = _trl if spec["library"] == "trl" else _transformers
         trainer = make(spec, model, tokenizer, [_labelled(row) for row in spec["rows"]], losses)
@@ -31,6 +31,12 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
     trainer.train()
     seconds = time.perf_counter() - started
     return {"losses": losses, "seconds": seconds, "peak_gb": peak_gb()}
+
+
+def _model(spec: dict[str, Any]) -> Any:
+    import transformers
+
+    return transformers.AutoModelForCausalLM.from_pretrained(spec["model"], dtype=torch.float32, trust_remote_code=False)
 
 
 def peak_gb() -> float:
@@ -52,7 +58,6 @@ def preference_trainer(spec: dict[str, Any], tokenizer: Any, losses: list[float]
     """TRL's trainer for pairs or judged answers; its reference is the model without the adapter, which is new."""
     import datasets
     import peft
-    import transformers
     import trl
     from safetensors.torch import load_file
 
@@ -74,7 +79,7 @@ def preference_trainer(spec: dict[str, Any], tokenizer: Any, losses: list[float]
     adapter = peft.PeftConfig.from_pretrained(spec["start"])
     adapter.inference_mode = False
     made = Given(
-        model=transformers.AutoModelForCausalLM.from_pretrained(spec["model"], dtype=torch.float32),
+        model=_model(spec),
         args=config,
         train_dataset=datasets.Dataset.from_list(_units(spec["rows"], of_pairs)),
         processing_class=tokenizer,

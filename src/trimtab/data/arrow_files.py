@@ -51,7 +51,7 @@ def hub_dataset(name: str, account: Account) -> Iterator[Row | Refusal]:
 
     repository, _, split = name.partition(":")
     try:
-        found = datasets.load_dataset(repository, split=split or "train")
+        found = datasets.load_dataset(repository, split=split or "train", trust_remote_code=False)
     except Exception as error:  # whatever the network, the hub and the dataset's own layout can raise
         raise StorageError(
             f"data: {name} is no local file or folder, and it could not be fetched from the hub: {_first_line(error)}"

@@ -107,6 +107,8 @@ def prompt_of(messages: SequenceOf[Message], base: Tokenizing, tools: Iterable[A
         (encoded,) = base.encode([base.render(messages, list(tools), prompt=True)])
     else:
         (encoded,) = base.encode([messages[0]["content"]], special=True)
+    if strange := base.unembedded(encoded.ids):
+        raise DataError(f"the prompt: {strange}.")
     return list(encoded.ids)
 
 
@@ -158,6 +160,8 @@ def _sequence(draft: Draft, encoded: list[Any], base: Tokenizing, where: str) ->
                 ids = [*ids, base.end_of_text]
             last = len(ids) - 1
         learned += range(max(first, 1), last + 1)  # nothing comes before the first token, so nothing can predict it
+    if strange := base.unembedded(ids[: learned[-1] + 1] if learned else []):
+        raise Refused(strange)
     return Sequence(ids, learned, where, len(ids))
 
 

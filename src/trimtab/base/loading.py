@@ -1,0 +1,144 @@
+"""The door through which models and tokenizers come in from files: whole or not at all, and without running code of theirs."""
+
+import logging
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from trimtab.errors import ArtifactError, UnsupportedModel, listing
+from trimtab.startup import without_collector
+
+_OLD_BUFFERS = re.compile(r"(^|\.)(masked_bias|rotary_emb\.inv_freq|position_ids)$")
+"""Constants that older versions of Transformers saved, and that today's models make themselves. It knows most of them."""
+_OTHERS = {"vision_config", "audio_config"}
+"""Keys of a configuration that say that its files hold another model beside the text model, which may be read alone."""
+_CODE = "_implementation"
+"""How keys of a configuration end that can name a kernel on the hub, which is code."""
+
+
+def read_model(place: Path | str, **how: Any) -> Any:
+    """A causal language model from a folder (a Path) or the hub (a str), every tensor of it from its files.
+
+    Raises:
+        ArtifactError: The files lack tensors of the model, or hold others; the message names them.
+        UnsupportedModel: It asks for code that comes with it, or from the hub.
+        Exception: Whatever Transformers raises for what is not a model that it knows.
+    """
+    with warnings.catch_warnings(), without_collector():
+        warnings.simplefilter("ignore")
+        from transformers import AutoModelForCausalLM, PreTrainedConfig
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()
+        config = PreTrainedConfig.get_config_dict(str(place))[0] if "gguf_file" not in how else {}
+        _refuse_kernels(config, place)
+        how |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # to be refused below, by name
+        with _report() as said, _without_code(place):
+            try:
+                loaded: Any = AutoModelForCausalLM.from_pretrained(str(place), trust_remote_code=False, **how)
+            except RuntimeError as error:
+                if broken := re.findall(r"(?m)^(\S+)\s+\|\s+CONVERSION", "\n".join(said)):
+                    raise _not_whole(place, [f"{name}: cannot be put together" for name in sorted(set(broken))]) from error
+                raise
+    model, info = loaded
+    if problems := _problems(model, info, config):
+        raise _not_whole(place, problems, type(model).__name__)
+    return model
+
+
+def _problems(model: Any, info: dict[str, Any], config: dict[str, Any]) -> list[str]:
+    """Of what Transformers says of a load."""
+    shapes = {name: f"has shape {tuple(found)}, expected {tuple(wanted)}" for name, found, wanted in info["mismatched_keys"]}
+    unexpected = [name for name in info["unexpected_keys"] if not _plays_no_part(name, model, config)]
+    problems = [f"{name}: missing" for name in sorted(info["missing_keys"])]
+    problems += [f"{name}: {words}" for name, words in sorted(shapes.items())]
+    return problems + [f"{name}: unexpected" for name in sorted(unexpected)]
+
+
+def read_tokenizer(place: Path | str, **how: Any) -> Any:
+    """The tokenizer of a folder or a name on the hub. Raises UnsupportedModel if it is code, and what Transformers raises."""
+    with warnings.catch_warnings(), without_collector():
+        warnings.simplefilter("ignore")
+        from transformers import AutoTokenizer
+
+        with _without_code(place):
+            return AutoTokenizer.from_pretrained(str(place), trust_remote_code=False, **how)
+
+
+def refuse_partly_made(model: Any) -> None:
+    """Raise ArtifactError for a model in memory that was read from files, but for some parameters.
+
+    Transformers marks each parameter that it has read; what it fills in at random it does not mark. A quantized matrix is made anew.
+    """
+    marks = {name: hasattr(p, "_is_hf_initialized") for name, p in model.named_parameters() if p.is_floating_point()}
+    if any(marks.values()) and not all(marks.values()):
+        problems = [f"{name}: not from its files" for name, read in marks.items() if not read]
+        raise ArtifactError(
+            f"{type(model).__name__} was read from files, but for:\n{listing(problems)}\n"
+            "If the files lack them, Transformers has made them up at random: get the files again. If they were made on purpose "
+            "(resize_token_embeddings, say), save the model (save_pretrained) and load that, so that an adapter can find its base again."
+        )
+
+
+def _not_whole(place: Path | str, problems: Sequence[str], name: str = "the model") -> ArtifactError:
+    return ArtifactError(
+        f"model: {place} does not hold exactly the tensors of {name}:\n{listing(list(problems))}\n"
+        "What is missing would be made up at random, and what is unexpected left out. Get the files again from where they came; "
+        "if a tensor is there on purpose, config.json does not say what it is for: correct it, or save the model without the tensor."
+    )
+
+
+def _plays_no_part(name: str, model: Any, config: dict[str, Any]) -> bool:
+    """Whether a tensor that the model does not know is right to leave out."""
+    if _OLD_BUFFERS.search(name):
+        return True
+    known = {child for whole in (model, model.base_model) for child, _ in whole.named_children()} | {model.base_model_prefix}
+    return bool(_OTHERS & config.keys()) and name.partition(".")[0] not in known
+
+
+def _refuse_kernels(config: Any, place: Path | str) -> None:
+    """Raise UnsupportedModel if a configuration names an implementation that Transformers would fetch and run."""
+    if not isinstance(config, dict):
+        return
+    for key, value in config.items():
+        named = value.values() if isinstance(value, dict) and key.endswith(_CODE) else [value]
+        if key.endswith(_CODE) and any("/" in str(one) for one in named):
+            raise UnsupportedModel(
+                f"model: {place} asks in config.json for code from the hub ({key}: {value}), which is never run. Take the key out."
+            )
+        _refuse_kernels(value, place)
+
+
+@contextmanager
+def _without_code(place: Path | str) -> Iterator[None]:
+    """Say in our words what Transformers says of a model that only code of its own can read."""
+    try:
+        yield
+    except ValueError as error:
+        if "custom code" not in str(error):
+            raise
+        raise UnsupportedModel(
+            f"model: {place} can only be read by code of its own (auto_map), and code from a model folder or hub is never run. "
+            "Use a model of a kind that Transformers knows."
+        ) from error
+
+
+@contextmanager
+def _report() -> Iterator[list[str]]:
+    """What Transformers would print of tensors that it made up or left out: it is ours to say."""
+    said: list[str] = []
+
+    def keep(record: logging.LogRecord) -> bool:
+        words = re.sub(r"\x1b\[\d*m", "", record.getMessage())
+        said.append(words)
+        return "LOAD REPORT" not in words
+
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(keep)
+    try:
+        yield said
+    finally:
+        logger.removeFilter(keep)

@@ -155,7 +155,8 @@ CARELESS = {
     ),
     "a missing column": (
         "train r.yaml output=new data.eval=0", lines(GOOD, {"prompt": "a", "answer": "b"}), 3,
-        "data: rows that can't be used:\n  HERE/rows.jsonl:2: column 'completion' is missing beside prompt; the row has prompt, answer\n"
+        "data: rows that can't be used:\n  HERE/rows.jsonl:2: column 'completion' is missing beside prompt (is it 'answer'? Then say "
+        "data.columns.completion=answer); the row has prompt, answer\n"
         f"HERE/rows.jsonl: 2 rows in = 1 used + 1 refused\n{MEND}.",
     ),
     "an empty answer": (
@@ -276,7 +277,7 @@ CARELESS = {
     ),
     "eval on rows that are too long": (
         "eval run --data rows.jsonl", lines(GOOD, {"prompt": "a", "completion": "xyz " * 60}), 3,
-        "data: rows that can't be measured:\n  rows.jsonl:2: has TOKENS tokens up to the end of its last answer, more than max_length 128",
+        "data: rows that can't be measured:\n  rows.jsonl:2: has TOKENS tokens up to the end of its last answer, more than the context length 128",
     ),
     "eval on rows that changed": (
         "eval run", lines(*ROWS[:-1]), 3,

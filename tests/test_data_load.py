@@ -178,12 +178,16 @@ def test_rows_none_of_which_can_be_used_are_refused_even_if_bad_rows_may_be_skip
 def test_rows_that_are_too_long_are_refused_with_the_way_out(tmp_path):
     source = rows_file(tmp_path, 3, change={1: {"prompt": "a", "completion": "hello " * 100}})
     longest = max(len(row.ids) for row in loaded(source, eval=0).train)
-    for limits in ({"max_length": 60}, {"context": 60}, {"max_length": 60, "context": 100}, {"max_length": 100, "context": 60}):
+    by_context = {"context": 60}, {"max_length": 100, "context": 60}
+    for limits in ({"max_length": 60}, {"max_length": 60, "context": 100}, *by_context):
+        called = "the context length 60" if limits in by_context else "max_length 60"
         assert message_of(source, **limits) == (
             f"data: rows that can't be used:\n  {source}:2: has {longest} tokens up to the end of its last answer, more than "
-            f"max_length 60\n{source}: 3 rows in = 2 used + 1 refused\n"
+            f"{called}\n{source}: 3 rows in = 2 used + 1 refused\n"
             "Mend them, or leave them out with data.bad_rows=skip (or cut long ones with data.overlong=truncate)."
         )
+    with pytest.raises(DataError, match="more than the 60 tokens that 20 virtual ones leave of the context"):
+        load_data(DataConfig(train=source, eval=0), BASE(), 80, 0, positions=20)
     cut = loaded(source, eval=0, max_length=60, overlong="truncate")
     assert [len(row.ids) for row in cut.train][1] == 60
     assert cut.train[1].shown == longest + 1  # and the newline behind its end

@@ -38,18 +38,24 @@ def opened(recipe: Recipe) -> Opened:
     recipe, origin = continued(recipe)
     base = Base.load(recipe.model)
     base.add_tokens(recipe.method.new_tokens)
+    positions, context = recipe.method.positions, base.context_length
+    if context is not None and positions > context - 2:
+        raise RecipeError(
+            f"method.tokens: {positions:,} virtual tokens leave no room for examples in the {context:,} tokens of {base.source}'s context."
+        )
     with ThreadPoolExecutor(max_workers=1) as background:  # hashing the weights beside tokenizing the data
         fingerprint = background.submit(lambda: base.fingerprint)
         check_packing(base.model)
         # By absolute paths, as the run's recipe.yaml has them, so that its held-out rows are found again.
-        limit = base.context_length - recipe.method.positions if base.context_length is not None else None
-        data = load_data(recipe.absolute().data, base, limit, recipe.train.seed, recipe.objective.learns_from)
+        data = load_data(
+            recipe.absolute().data, base, context, recipe.train.seed, recipe.objective.learns_from, positions=positions
+        )
         fingerprint.result()
     if origin is None:
         adapter = attach(base.model, recipe.method, recipe.train.seed, sample=sample(base, data.train))
     else:
         adapter = load_adapter(base, origin["folder"])
-    return Opened(recipe, origin, base, adapter, data, limit)
+    return Opened(recipe, origin, base, adapter, data, context - positions if context is not None else None)
 
 
 def preflight(given: Opened) -> list[Finding]:

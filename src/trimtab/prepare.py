@@ -106,7 +106,7 @@ def score_preferences(
     recipe, state = read(Recipe, folder / "recipe.yaml"), files.read_json(folder / "run.json")
     objective = Objective.pick(state["objective"])
     most, account = room(base.model, base.context_length), Account(("evaluation",))
-    rows = make_sequences(examples, base, account, max_length=most)
+    rows = make_sequences(examples, base, account, max_length=most, limit=f"the context length {most}")
     if account.refused or not rows:
         raise DataError(f"data: rows that can't be measured:\n{listing([f'{where}: {why}' for where, why in account.refused])}")
     answers = rows

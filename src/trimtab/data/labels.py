@@ -12,7 +12,7 @@ from collections.abc import Sequence as SequenceOf
 from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 from trimtab.data.draft import Answer, Draft, Message, NotAPrefix, Tokenizing, turn_by_turn, whole
 from trimtab.data.example import Account, Conversation, Example, Judged, Preference, Refusal, Refused, Sequence, Side, Text
@@ -26,17 +26,25 @@ _known: dict[int, int] = {}
 
 
 def make_sequences(
-    examples: Iterable[Example], base: Tokenizing, account: Account, *, max_length: int | None = None, truncate: bool = False
+    examples: Iterable[Example],
+    base: Tokenizing,
+    account: Account,
+    *,
+    max_length: int | None = None,
+    truncate: bool = False,
+    limit: str | None = None,
 ) -> list[Sequence]:
     """Examples as sequences, in their order; what can't be used goes to the account, with its reason.
 
     Args:
         max_length: The most tokens a sequence may have.
         truncate: Cut longer ones instead of refusing them; one cut before its first learned token is still refused.
+        limit: What to call `max_length`, with its number.
     """
+    cut = _Cut(max_length, truncate, limit or f"max_length {max_length or 0:,}")
     examples, usable = iter(examples), []
     while some := list(islice(examples, AT_A_TIME)):
-        made_of_each = iter(_made([part for example in some for part in _parts(example)], base, max_length, truncate))
+        made_of_each = iter(_made([part for example in some for part in _parts(example)], base, cut))
         for example in some:
             made = _joined(example, [next(made_of_each) for _ in _parts(example)])
             if isinstance(made, str):
@@ -74,9 +82,7 @@ def _joined(example: Example, made: list[list[Sequence] | str]) -> list[Sequence
     return [replace(one, side=side) for one, side in zip((chosen, rejected), sides, strict=True)]
 
 
-def _made(
-    examples: SequenceOf[Conversation | Text], base: Tokenizing, max_length: int | None, truncate: bool
-) -> Iterator[list[Sequence] | str]:
+def _made(examples: SequenceOf[Conversation | Text], base: Tokenizing, cut: "_Cut") -> Iterator[list[Sequence] | str]:
     """Of each example, its sequences, or why it can't be used."""
     found: dict[int, list[Sequence] | str] = {}
     for draft in (whole, turn_by_turn):
@@ -94,7 +100,7 @@ def _made(
             try:
                 with suppress(NotAPrefix):
                     sequences = [_sequence(d, t, base, examples[number].where) for d, t in zip(several, tokens, strict=True)]
-                    found[number] = _cut(sequences, max_length, truncate)
+                    found[number] = cut.cut(sequences)
             except Refused as refused:
                 found[number] = str(refused)
     unending = "the chat template does not end every answer with the token that the model stops at"
@@ -119,7 +125,7 @@ def asked(examples: Iterable[Conversation], base: Tokenizing) -> list[tuple[list
         DataError: One can't be used.
     """
     found = []
-    for example, made in zip(examples := list(examples), _made(examples, base, None, False), strict=True):
+    for example, made in zip(examples := list(examples), _made(examples, base, _Cut()), strict=True):
         if isinstance(made, str):
             raise DataError(f"{example.where}: {made}")
         start = last_run(made[-1])
@@ -193,17 +199,24 @@ def _split_at_answers(draft: Draft, encoded: list[Any], base: Tokenizing) -> tup
     return cut, [*(end for _, end in prompts[0].offsets), *(start + end for _, end in rest.offsets)], firsts
 
 
-def _cut(sequences: list[Sequence], max_length: int | None, truncate: bool) -> list[Sequence]:
-    """Sequences of one example up to their last learned token, each no longer than it may be."""
-    needed = max((s.learned[-1] + 1 for s in sequences if s.learned), default=0)
-    if max_length is not None and needed > max_length:
-        if not truncate:
-            raise Refused(f"has {needed:,} tokens up to the end of its last answer, more than max_length {max_length:,}")
-        sequences = [replace(s, learned=[t for t in s.learned if t < max_length]) for s in sequences]
-    sequences = [replace(s, ids=shared(s.ids[: s.learned[-1] + 1]), learned=shared(s.learned)) for s in sequences if s.learned]
-    if not sequences:
-        raise Refused("has no token to learn" + (f" within max_length {max_length:,}" if needed else ""))
-    return sequences
+class _Cut(NamedTuple):
+    """How long sequences may be, and what becomes of longer ones."""
+
+    max_length: int | None = None
+    truncate: bool = False
+    limit: str = ""
+
+    def cut(self, sequences: list[Sequence]) -> list[Sequence]:
+        """Sequences of one example up to their last learned token, each no longer than it may be."""
+        needed = max((s.learned[-1] + 1 for s in sequences if s.learned), default=0)
+        if self.max_length is not None and needed > self.max_length:
+            if not self.truncate:
+                raise Refused(f"has {needed:,} tokens up to the end of its last answer, more than {self.limit}")
+            sequences = [replace(s, learned=[t for t in s.learned if t < self.max_length]) for s in sequences]
+        whole = [replace(s, ids=shared(s.ids[: s.learned[-1] + 1]), learned=shared(s.learned)) for s in sequences if s.learned]
+        if not whole:
+            raise Refused("has no token to learn" + (f" within {self.limit}" if needed else ""))
+        return whole
 
 
 def shared(numbers: list[int]) -> list[int]:

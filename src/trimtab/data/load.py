@@ -97,17 +97,25 @@ def first_examples(config: DataConfig, count: int, kind: Kind = "answers") -> li
     ]
 
 
-def load_data(config: DataConfig, base: Tokenizing, context_length: int | None, seed: int, kind: Kind = "answers") -> Loaded:
+def load_data(
+    config: DataConfig,
+    base: Tokenizing,
+    context_length: int | None,
+    seed: int,
+    kind: Kind = "answers",
+    *,
+    positions: int = 0,
+) -> Loaded:
     """Everything that `config` names, as sequences.
 
     Args:
         kind: What the objective learns from.
+        positions: How much of the context virtual tokens take.
 
     Raises:
         DataError: A source can't be read, nothing in it can be used, or (unless `bad_rows` is skip) some of it can't.
     """
-    limits = [limit for limit in (config.max_length, context_length) if limit is not None]
-    read = partial(_tokenized, config=config, base=base, limit=min(limits, default=None), kind=kind)
+    read = partial(_tokenized, config=config, base=base, limit=_limit(config.max_length, context_length, positions), kind=kind)
     sequences, account = read(config.train)
     accounts = [account]
     if isinstance(config.eval, str):
@@ -122,13 +130,28 @@ def load_data(config: DataConfig, base: Tokenizing, context_length: int | None, 
     return Loaded(train, evaluation, accounts, _digest(train, evaluation))
 
 
-def _tokenized(sources: tuple[str, ...], config: DataConfig, base: Tokenizing, limit: int | None, kind: Kind) -> Made:
+def _limit(max_length: int | None, context_length: int | None, positions: int) -> tuple[int | None, str]:
+    """The most tokens that a row may have, and what to call that."""
+    if context_length is None or (max_length is not None and max_length <= context_length - positions):
+        return max_length, f"max_length {max_length or 0:,}"
+    left = context_length - positions
+    return (
+        left,
+        f"the {left:,} tokens that {positions} virtual ones leave of the context"
+        if positions
+        else f"the context length {left:,}",
+    )
+
+
+def _tokenized(
+    sources: tuple[str, ...], config: DataConfig, base: Tokenizing, limit: tuple[int | None, str], kind: Kind
+) -> Made:
     """The sequences of these sources, and the account of their rows."""
-    truncate = config.overlong == "truncate"
+    (most, called), truncate = limit, config.overlong == "truncate"
 
     def make() -> Made:
         examples, account = _reading(sources, config.columns, kind, config.ignore)
-        return make_sequences(examples, base, account, max_length=limit, truncate=truncate), account
+        return make_sequences(examples, base, account, max_length=most, truncate=truncate, limit=called), account
 
     sequences, account = tokenized_once(
         sources,
@@ -175,7 +198,7 @@ def _settle(account: Account, config: DataConfig) -> None:
     if account.used == 0:
         raise DataError(f"data: no row of {account.name} can be used:\n{problems}\n{account}")
     if account.refused and config.bad_rows == "stop":
-        too_long = any("max_length" in refusal.reason for refusal in account.refused)
+        too_long = any("up to the end of its last answer, more than" in refusal.reason for refusal in account.refused)
         cut = " (or cut long ones with data.overlong=truncate)" if too_long else ""
         raise DataError(
             f"data: rows that can't be used:\n{problems}\n{account}\nMend them, or leave them out with data.bad_rows=skip{cut}."

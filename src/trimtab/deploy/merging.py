@@ -40,8 +40,10 @@ def merge(base: Base, adapter: Attached, folder: Path | str, prompts: list[list[
         StorageError: The folder exists, or can't be written.
     """
     if not adapter.method.mergeable:
-        next(iter(adapter.layers.values())).merged()  # raises, in the method's words
-        raise NotMergeable(f"{adapter.method.name} cannot be merged into the base.")
+        raise NotMergeable(
+            f"{adapter.method.name} is not a change of weights, so it cannot be merged into the base. Use the adapter beside its "
+            "base model instead."
+        )
     if base.quantization != "none":
         raise NotMergeable(
             f"{base.source} is quantized ({base.quantization}): its sum with an adapter would have to be rounded again, which loses "

@@ -147,7 +147,9 @@ def score(base: Base, examples: Sequence[Any], on_done: Callable[[int], None] | 
         DataError: There are no rows, or some can't be measured; a score on the others would be taken for one on all.
     """
     account = Account(("evaluation",))
-    sequences = make_sequences(examples, base, account, max_length=room(base.model, base.context_length))
+    sequences = make_sequences(
+        examples, base, account, max_length=(most := room(base.model, base.context_length)), limit=f"the context length {most}"
+    )
     if account.refused or not sequences:
         problems = [f"{where}: {reason}" for where, reason in account.refused]
         raise DataError(

@@ -1,0 +1,100 @@
+"""How many steps small data needs: the same task from 20, 60, 200 and 1,000 examples, trained for more or fewer epochs.
+
+    python benchmarks/small_data.py measure orders=demo/train.jsonl commands=rows.jsonl … [--jobs 2]
+
+Of each file the last 60 examples are never trained on; the loss on them, and how many of them the best adapter answers exactly, go
+into docs/measured/small_data.json.
+"""
+
+import argparse
+import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from _apart import keep, run_apart
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "docs" / "measured" / "small_data.json"
+TEST, MOST_SHOWN = 60, 2000
+SIZES, EPOCHS, ROWS = (20, 60, 200, 1000), (1, 2, 4, 8, 16), (8, 16)
+
+
+def one(asked: dict[str, Any]) -> dict[str, Any]:
+    """One run: its losses on the held-out rows, and how many of those it answers exactly."""
+    from trimtab.data import load_examples
+    from trimtab.deploy import open_target
+    from trimtab.evaluate import score
+    from trimtab.recipe import Recipe
+    from trimtab.run import run_recipe
+
+    folder = Path(asked["folder"])
+    for name in ("train", "test"):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked[name]))
+    test = str(folder / "test.jsonl")
+    recipe = {
+        "data": {"train": str(folder / "train.jsonl"), "eval": test, "bad_rows": "skip"},
+        "train": asked["settings"],
+        "certify": False,
+        "output": str(folder / "run"),
+    }
+    run = run_recipe(Recipe.parse(recipe))
+    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    losses = {line["step"]: line["loss"] for line in lines if line["kind"] == "eval"}
+    target = open_target(str(run.folder))
+    scored = score(target.base, load_examples(test)[0][:TEST])
+    return {
+        "steps": run.state["steps"],
+        "base": losses.pop(0),
+        "best": run.state["best"]["eval_loss"],
+        "best_step": run.state["best"]["step"],
+        "last": run.state["last"]["eval_loss"],
+        "losses": losses,
+        "exact": scored["exact_match"],
+        "seconds": run.state["seconds"],
+    }
+
+
+def rows_of(task: str) -> tuple[str, list[dict[str, Any]]]:
+    name, _, source = task.partition("=")
+    text = Path(source).read_text(encoding="utf-8")
+    return name, json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.splitlines()]
+
+
+def measure(tasks: list[str], jobs: int) -> None:
+    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    todo = []
+    for name, rows in map(rows_of, tasks):
+        rows = [row for row in rows if len(json.dumps(row)) < 700]
+        train, test = rows[:-TEST], rows[-TEST:]
+        for size in SIZES:
+            for epochs in EPOCHS:
+                for rows_per_step in ROWS:
+                    key = f"{epochs} epochs, {rows_per_step} rows"
+                    fits = size <= len(train) and size * epochs <= MOST_SHOWN and size * epochs >= 2 * rows_per_step
+                    if fits and key not in known.get(name, {}).get(str(size), {}):
+                        settings = {"epochs": epochs, "rows_per_step": rows_per_step}
+                        todo.append(
+                            (size * epochs, name, str(size), key, {"train": train[:size], "test": test, "settings": settings})
+                        )
+
+    def run(number: int) -> None:
+        _, name, size, key, asked = todo[number]
+        keep(RESULTS, name, size, key, run_apart(__file__, lambda folder: {**asked, "folder": str(folder)}, jobs))
+
+    todo.sort(key=lambda each: each[0])
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(run, range(len(todo))))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["one"]:
+        print(json.dumps(one(json.loads(Path(sys.argv[2]).read_text()))))
+    else:
+        parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser.add_argument("command", choices=["measure"])
+        parser.add_argument("tasks", nargs="+", metavar="NAME=FILE")
+        parser.add_argument("--jobs", type=int, default=1)
+        arguments = parser.parse_args()
+        measure(arguments.tasks, arguments.jobs)

@@ -91,7 +91,9 @@ def test_missing_and_additional_files_are_refused(done, trimtab):
     assert "data.json: is missing, or changed" in trimtab("verify", done).err
     (done / "certificate.json").unlink()
     refused = trimtab("verify", done)
-    assert (refused.code, "certificate.json: missing" in refused.err) == (4, True)
+    assert (refused.code, "has no certificate.json: " in refused.err) == (4, True)
+    assert f"trimtab verify {done / 'adapter'}" in refused.err
+    assert trimtab("verify", done / "adapter").code == 0
 
 
 def test_an_adapter_by_itself_is_verified_as_far_as_it_goes(done, trimtab, at_once, tmp_path):

@@ -277,7 +277,8 @@ CARELESS = {
     ),
     "eval on rows that are too long": (
         "eval run --data rows.jsonl", lines(GOOD, {"prompt": "a", "completion": "xyz " * 60}), 3,
-        "data: rows that can't be measured:\n  rows.jsonl:2: has TOKENS tokens up to the end of its last answer, more than the context length 128",
+        "data: rows that can't be measured:\n  rows.jsonl:2: has TOKENS tokens up to the end of its last answer, more than the context "
+        "length 128",
     ),
     "eval on rows that changed": (
         "eval run", lines(*ROWS[:-1]), 3,

@@ -655,3 +655,28 @@ def test_what_is_no_adapter_folder_says_so(tmp_path):
     files.write_json(tmp_path / "a" / "head_config.json", {})
     with pytest.raises(ArtifactError, match="holds a head beside the adapter"):
         read_adapter(tmp_path / "a")
+
+
+def test_a_cache_that_cannot_be_written_names_the_way_out(tmp_path, monkeypatch):
+    (tmp_path / "blocked").write_text("a file")
+    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "blocked"))
+    with pytest.raises(
+        StorageError, match="It is Trimtab's cache: the environment variable TRIMTAB_CACHE can name another folder"
+    ):
+        files.write_text(files.cache_folder() / "x" / "y", "z")
+    (tmp_path / "other").write_text("a file")
+    with pytest.raises(StorageError) as elsewhere:
+        files.write_text(tmp_path / "other" / "x", "y")
+    assert "TRIMTAB_CACHE" not in str(elsewhere.value)
+
+
+def test_a_user_without_a_home_has_a_cache_all_the_same(monkeypatch):
+    from pathlib import Path
+
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("TRIMTAB_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    assert files.cache_folder().is_absolute()

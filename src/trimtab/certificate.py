@@ -245,6 +245,11 @@ def verified(folder: Path) -> dict[str, Any]:
     """
     if is_adapter(folder):
         return _verified_alone(folder)
+    if (folder / "run.json").is_file() and not (folder / CERTIFICATE).exists():
+        raise ArtifactError(
+            f"{folder}: has no certificate.json: the run has not ended, was told not to make one (certify: false), or has lost it. "
+            f"Its adapter alone can be verified: trimtab verify {folder / 'adapter'}"
+        )
     certificate = whole(folder)
     rows = [{key: value for key, value in row.items() if key != "logprob"} for row in certificate["canaries"]]
     found = _examine(_looked_at(folder / "adapter", rows))

@@ -184,7 +184,12 @@ def cache_folder() -> Path:
     """Where what was made once is kept, such as converted models: $TRIMTAB_CACHE, or `trimtab` in the user's cache folder."""
     if chosen := os.environ.get("TRIMTAB_CACHE"):
         return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trimtab"
+    if chosen := os.environ.get("XDG_CACHE_HOME"):
+        return Path(chosen) / "trimtab"
+    try:
+        return Path.home() / ".cache" / "trimtab"
+    except RuntimeError:  # a user without a home, as in some containers
+        return Path(tempfile.gettempdir()) / f"trimtab-{os.getuid() if hasattr(os, 'getuid') else 'cache'}"
 
 
 def expanded(name: str | Path) -> Path:
@@ -278,6 +283,8 @@ def _reason(error: OSError, path: Path) -> str:
         words += " Choose a folder that you may write to."
     elif blocking := [p for p in path.absolute().parents if os.path.isfile(p)]:
         words += f" {blocking[0]} is a file, not a folder."
+    if cache_folder().absolute() in path.absolute().parents:
+        words += " It is Trimtab's cache: the environment variable TRIMTAB_CACHE can name another folder."
     return words
 
 

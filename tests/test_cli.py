@@ -310,6 +310,19 @@ CARELESS = {
 }  # fmt: skip
 
 
+def test_no_words_ask_for_help(trimtab):
+    done = trimtab()
+    assert (done.code, done.err) == (0, "")
+    assert "train an adapter" in done.out
+
+
+def test_keys_may_stand_behind_options(here, trimtab):
+    before = trimtab("check", "r.yaml", "data.max_length=9", "--show", "0")
+    behind = trimtab("check", "r.yaml", "--show", "0", "data.max_length=9")
+    assert (before.code, before.err) == (behind.code, behind.err) == (3, before.err)
+    assert "max_length 9" in behind.err
+
+
 @pytest.mark.parametrize(("words", "spoiled", "code", "message"), CARELESS.values(), ids=CARELESS)
 def test_a_careless_user_is_told_what_is_wrong_and_nothing_is_left_behind(words, spoiled, code, message, here, trimtab):
     if spoiled:
@@ -325,12 +338,21 @@ def test_a_careless_user_is_told_what_is_wrong_and_nothing_is_left_behind(words,
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("", "the following arguments are required: COMMAND"),
         (
             "trian r.yaml",
             "argument COMMAND: invalid choice: 'trian' (choose from 'train', 'check', 'eval', 'chat', 'merge', 'combine', 'methods', "
-            "'bench', 'verify', 'doctor', 'show')",
+            "'bench', 'verify', 'doctor', 'show'). Did you mean 'train'?",
         ),
+        ("train r.yaml --lr 1e-4", "unrecognized arguments: --lr 1e-4. Keys of the recipe are given as words: train.lr=1e-4"),
+        (
+            "train r.yaml --train.lr=1e-4",
+            "unrecognized arguments: --train.lr=1e-4. Keys of the recipe are given as words: train.lr=1e-4",
+        ),
+        (
+            "train r.yaml --max-steps 9",
+            "unrecognized arguments: --max-steps 9. --max-steps: it is not here: train.epochs may be a fraction, such as 0.5",
+        ),
+        ("show run key=value", "unrecognized arguments: key=value"),
         ("combine run out", "argument TARGET=WEIGHT: expected a folder and its weight, such as runs/first=0.5, got 'run'"),
         (
             "combine run=much out",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab import __version__, commands
+from trimtab.commands._words import Parser
 from trimtab.errors import StorageError, TrimtabError
 
 MODEL = "a folder, a GGUF file, a hub name, or smollm2-135m-instruct"
@@ -55,7 +56,7 @@ def _close_output() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="trimtab",
         description="Fine-tune a language model by training a small adapter on it, see what it gained, and hand it over.",
         epilog="Start with: trimtab train RECIPE.yaml. `trimtab COMMAND --help` tells more.",

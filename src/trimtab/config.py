@@ -3,19 +3,20 @@
 Knows no key of a recipe. Each floor declares its part beside the code that reads it; `recipe.py` puts them together.
 """
 
-import difflib
 import importlib
 import json
 import pkgutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_serializer, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic_core.core_schema import ErrorType
 
 from trimtab import yaml12
 from trimtab.errors import RecipeError, listing
+from trimtab.synonyms import choice_elsewhere, elsewhere, hint
 
 if TYPE_CHECKING:
     from pydantic._internal._model_construction import ModelMetaclass as _ModelMetaclass
@@ -40,17 +41,26 @@ class Config(BaseModel, metaclass=_Explaining):
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, validate_default=True, use_attribute_docstrings=True
     )
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _known_keys(cls, raw: Any) -> Any:
+    def _known_keys(cls, raw: Any, handler: Any) -> Any:
+        """Every key that is not known, and every other problem, at once."""
         if not isinstance(raw, dict | cls):
             first = next(iter(cls.model_fields), "name")
             raise PydanticCustomError("not_keys", "a mapping with keys such as {first}", {"first": first})
-        for key in raw if isinstance(raw, dict) else ():
-            if key not in cls.model_fields:
-                hint = near(key, cls.model_fields)
-                raise PydanticCustomError("unknown_key", "no such key.{hint}", {"key": str(key), "hint": hint})
-        return raw
+        unknown = [key for key in raw if key not in cls.model_fields] if isinstance(raw, dict) else []
+        if not unknown or not isinstance(raw, dict):
+            return handler(raw)
+        problems: list[InitErrorDetails] = []
+        for key in unknown:
+            said = PydanticCustomError("unknown_key", "no such key{hint}", {"hint": hint(key, cls.model_fields, elsewhere)})
+            problems.append({"type": said, "loc": (str(key),), "input": raw[key]})
+        try:
+            handler({key: value for key, value in raw.items() if key in cls.model_fields})
+        except ValidationError as error:
+            others = error.errors(include_url=False)  # what is missing may be what is called otherwise
+            problems += [_again(one) for one in others if not (one["type"] == "missing" and len(one["loc"]) == 1)]
+        raise ValidationError.from_exception_data(cls.__name__, problems)
 
     @classmethod
     def parse(cls, raw: Any) -> Self:
@@ -90,7 +100,7 @@ class Choice(Config):
     def member(cls, name: str) -> type[Self]:
         """The member called `name`. Raises RecipeError if the folder has no such file."""
         if name not in cls.names():
-            raise RecipeError(f"no such choice: {name!r}.{near(name, cls.names())}")
+            raise RecipeError(f"no such choice: {name!r}{hint(name, cls.names(), choice_elsewhere)}")
         module = importlib.import_module(f"{cls.family}.{name}")
         (found,) = (
             c for c in vars(module).values() if isinstance(c, type) and issubclass(c, cls) and c.__module__ == module.__name__
@@ -108,13 +118,24 @@ class Choice(Config):
             raise PydanticCustomError("not_keys", "one of {names}, or a mapping with a name", {"names": ", ".join(cls.names())})
         name = raw.get("name", cls.default)
         if name not in cls.names():
-            context = {"key": "name", "got": _shown(name), "hint": near(name, cls.names())}
-            raise PydanticCustomError("unknown_key", "no such choice: {got}.{hint}", context)
+            context = {"key": "name", "got": _shown(name), "hint": hint(name, cls.names(), choice_elsewhere)}
+            raise PydanticCustomError("unknown_key", "no such choice: {got}{hint}", context)
         return cls.member(name).model_validate({key: value for key, value in raw.items() if key != "name"})
 
     @model_serializer(mode="wrap")
     def _with_name(self, handler: Any) -> dict[str, Any]:
         return {"name": self.name, **handler(self)}
+
+
+def _again(one: Any) -> InitErrorDetails:
+    """A problem that was found, to be raised among others."""
+    context = one.get("ctx", {})
+    kind = (
+        one["type"]
+        if one["type"] in get_args(ErrorType)
+        else PydanticCustomError(one["type"], "{said}", {**context, "said": one["msg"]})
+    )
+    return {"type": kind, "loc": one["loc"], "input": one["input"], "ctx": context}
 
 
 C = TypeVar("C", bound=Config)
@@ -195,7 +216,7 @@ _EXPECTED = {
 
 
 def explain(error: ValidationError, raw: Any) -> str:
-    """Each problem with `raw` as `dotted.path: what is expected, what came`, the first five."""
+    """Each problem with `raw` as `dotted.path: what is expected, what came`."""
     found: dict[tuple[str, ...], tuple[Any, list[Any]]] = {}
     for one in error.errors(include_url=False):
         path, value = _place(one, raw)
@@ -206,7 +227,7 @@ def explain(error: ValidationError, raw: Any) -> str:
             continue  # complains of what is wrong inside it
         said = _problem(value, several)
         problems.append(f"{'.'.join(path)}: {said}" if path else said)
-    return listing(problems) if len(problems) > 1 else problems[0]
+    return listing(problems, most=40) if len(problems) > 1 else problems[0]
 
 
 def _place(one: Any, raw: Any) -> tuple[tuple[str, ...], Any]:
@@ -264,12 +285,3 @@ def _advice(value: Any, wanted: Iterable[str]) -> str:
 def as_tuple(raw: Any) -> Any:
     """A list, or one text that stands for a list of one, as the tuple that a frozen config holds."""
     return (raw,) if isinstance(raw, str) else tuple(raw) if isinstance(raw, list) else raw
-
-
-def near(word: Any, known: Iterable[str]) -> str:
-    """` Did you mean …?`, or the whole list when nothing is close."""
-    known = list(known)
-    close = difflib.get_close_matches(str(word), known, n=1)
-    if close:
-        return f" Did you mean {close[0]!r}?"
-    return f" Known: {', '.join(known)}." if known else " It has none."

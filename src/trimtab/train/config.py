@@ -3,12 +3,18 @@
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from trimtab.config import Config
 from trimtab.engine import Recompute
 
 Schedule = Literal["cosine", "linear", "constant"]
+
+
+def _fraction(raw: Any) -> Any:
+    if isinstance(raw, int | float) and not isinstance(raw, bool) and raw > 1:
+        raise ValueError(f"expected a fraction of the steps, such as 0.05, got {raw:g}: it is not counted in steps.")
+    return raw
 
 
 class TrainConfig(Config):
@@ -28,7 +34,7 @@ class TrainConfig(Config):
     """Peak learning rate; auto is the method's formula, which the run prints."""
     schedule: Schedule = "cosine"
     """How the learning rate falls after its warm-up: to zero along a cosine or a line, or not at all."""
-    warmup: Annotated[float, Field(ge=0, le=1)] = 0.05
+    warmup: Annotated[float, Field(ge=0, le=1), BeforeValidator(_fraction)] = 0.05
     """Fraction of the steps over which the learning rate rises from zero."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """AdamW's, on the adapter's weights."""

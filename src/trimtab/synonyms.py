@@ -1,0 +1,200 @@
+"""What other tools call a key of the recipe, and what Trimtab has in its place: the words of Transformers, TRL, PEFT, LLaMA-Factory,
+Axolotl, ms-swift and Unsloth."""
+
+import difflib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+HERE = {
+    "learning_rate": "train.lr", "lr": "train.lr",
+    "num_train_epochs": "train.epochs", "num_epochs": "train.epochs", "n_epochs": "train.epochs", "max_epochs": "train.epochs",
+    "epochs": "train.epochs",
+    "rows_per_step": "train.rows_per_step", "tokens_per_step": "train.tokens_per_step", "pack_tokens": "train.pack_tokens",
+    "lr_scheduler_type": "train.schedule", "lr_scheduler": "train.schedule", "scheduler": "train.schedule", "schedule": "train.schedule",
+    "weight_decay": "train.weight_decay", "max_grad_norm": "train.clip", "gradient_clipping": "train.clip", "clip": "train.clip",
+    "grad_clip": "train.clip", "seed": "train.seed", "data_seed": "train.seed",
+    "gradient_checkpointing": "train.recompute", "use_gradient_checkpointing": "train.recompute", "recompute": "train.recompute",
+    "activation_checkpointing": "train.recompute",
+    "eval_steps": "train.evaluate_every", "save_steps": "train.evaluate_every", "evals_per_epoch": "train.evaluate_every",
+    "eval_strategy": "train.evaluate_every", "save_strategy": "train.evaluate_every", "evaluation_strategy": "train.evaluate_every",
+    "saves_per_epoch": "train.evaluate_every", "evaluate_every": "train.evaluate_every", "eval_every": "train.evaluate_every",
+    "save_every": "train.evaluate_every",
+    "lora_r": "method.rank", "lora_rank": "method.rank", "r": "method.rank", "rank": "method.rank",
+    "lora_alpha": "method.alpha", "alpha": "method.alpha", "lora_dropout": "method.dropout", "dropout": "method.dropout",
+    "target_modules": "method.targets", "lora_target": "method.targets", "lora_target_modules": "method.targets",
+    "lora_target_linear": "method.targets (all-linear is the default)", "targets": "method.targets",
+    "use_rslora": "method.rank_stabilized", "peft_use_rslora": "method.rank_stabilized", "rank_pattern": "method.ranks",
+    "alpha_pattern": "method.alphas", "loraplus_lr_ratio": "method.b_rate", "init_lora_weights": "method.init",
+    "num_virtual_tokens": "method.tokens", "use_dora": "method=dora", "peft_use_dora": "method=dora",
+    "adapter": "method.name", "peft_type": "method.name", "finetuning_type": "method.name", "train_type": "method.name",
+    "tuner_type": "method.name", "peft_method": "method.name", "use_peft": "method.name (lora is the default)",
+    "load_in_4bit": "model.quantize=nf4", "quantization_bit": "model.quantize=nf4, or int8", "load_in_8bit": "model.quantize=int8",
+    "quantization": "model.quantize", "quant_method": "model.quantize", "bnb_4bit_quant_type": "model.quantize",
+    "torch_dtype": "model.dtype", "dtype": "model.dtype", "bf16": "model.dtype=bfloat16", "fp16": "model.dtype", "tf32": "model.dtype",
+    "precision": "model.dtype", "compute_dtype": "model.dtype", "mixed_precision": "model.dtype",
+    "model_name_or_path": "model.name", "base_model": "model.name", "model_name": "model.name", "model_id": "model.name",
+    "model_path": "model.name", "pretrained_model_name_or_path": "model.name", "device": "model.device", "device_map": "model.device",
+    "enable_thinking": "model.template.enable_thinking", "chat_template_kwargs": "model.template",
+    "dataset": "data.train", "datasets": "data.train", "dataset_name": "data.train", "train_file": "data.train",
+    "train_data": "data.train", "data_path": "data.train", "train_dataset": "data.train", "dataset_path": "data.train",
+    "dataset_dir": "data.train (paths may be relative)", "val_size": "data.eval", "val_set_size": "data.eval", "eval_dataset": "data.eval",
+    "validation_split": "data.eval", "split_dataset_ratio": "data.eval", "validation_file": "data.eval", "test_datasets": "data.eval",
+    "val_dataset": "data.eval", "test_size": "data.eval",
+    "cutoff_len": "data.max_length", "max_seq_length": "data.max_length", "max_seq_len": "data.max_length",
+    "sequence_len": "data.max_length", "max_length": "data.max_length", "model_max_length": "data.max_length",
+    "truncation_strategy": "data.overlong", "field_messages": "data.columns", "dataset_text_field": "data.columns.text",
+    "output_dir": "output", "overwrite_output_dir": "output (nothing is overwritten: give another)",
+    "resume_from_checkpoint": "resume (the same command resumes a run)", "auto_resume_from_checkpoints": "resume",
+    "stage": "objective.name", "rl": "objective.name", "rlhf_type": "objective.name", "loss_type": "objective.loss_type",
+    "beta": "objective.beta", "pref_beta": "objective.beta", "dpo_beta": "objective.beta", "rl_beta": "objective.beta",
+    "ref_model": "objective.reference", "pref_loss": "objective.loss_type", "label_smoothing": "objective.label_smoothing",
+    "lora_model_dir": "start", "adapter_name_or_path": "start", "adapters": "start",
+}  # fmt: skip
+"""The key that means the same here."""
+
+DERIVED = {
+    **dict.fromkeys(
+        ("batch_size", "per_device_train_batch_size", "micro_batch_size", "train_batch_size", "per_device_eval_batch_size",
+         "eval_batch_size", "gradient_accumulation_steps", "effective_batch_size", "total_batch_size"),
+        "train.rows_per_step is the effective batch size; how much of it is computed at a time is derived from the memory",
+    ),
+    **dict.fromkeys(
+        ("packing", "sample_packing", "neat_packing", "padding_free", "group_by_length", "pad_to_sequence_len", "pad_to_multiple_of",
+         "use_cache", "flash_attn", "flash_attention", "attn_implementation", "attn_impl", "use_liger_kernel", "enable_liger_kernel",
+         "liger_kernel", "remove_unused_columns", "eval_sample_packing"),
+        "there is no need: examples are always packed without padding, and share what they begin with",
+    ),
+    **dict.fromkeys(
+        ("warmup_steps", "warmup_ratio", "num_warmup_steps"), "it is train.warmup here, a fraction of the steps, such as 0.05"
+    ),
+    **dict.fromkeys(
+        ("train_on_inputs", "mask_history", "train_on_prompt", "assistant_only_loss", "completion_only_loss", "roles_to_train",
+         "loss_scale"),
+        "what the assistant says is trained on, and nothing else; a message with weight: 0 is not",
+    ),
+    **dict.fromkeys(
+        ("template", "chat_template", "prompt_template", "conversation_template"),
+        "the model's own chat template is used; its switches are set with model.template",
+    ),
+    **dict.fromkeys(
+        ("logging_steps", "logging_strategy", "logging_dir", "logging_first_step"), "every step is logged, in the run's metrics.jsonl"
+    ),
+    **dict.fromkeys(
+        ("save_total_limit", "save_only_model", "load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
+        "the best adapter by the loss on held-out examples is handed over, and what a run resumes from is kept by itself",
+    ),
+    **dict.fromkeys(
+        ("num_proc", "preprocessing_num_workers", "dataloader_num_workers", "dataset_num_proc", "dataset_processes",
+         "preprocessing_batch_size", "dataset_prepared_path", "overwrite_cache", "shuffle", "shuffle_merged_datasets"),
+        "tokens are made and kept by themselves, and examples are shuffled by train.seed",
+    ),
+    **dict.fromkeys(
+        ("bias", "task_type", "inference_mode", "peft_layers_to_transform", "fan_in_fan_out"),
+        "it goes without saying; see docs/methods.md for what each method trains",
+    ),
+    **dict.fromkeys(
+        ("tokenizer", "tokenizer_name", "tokenizer_type", "tokenizer_name_or_path", "model_type", "processor"),
+        "the model's own is used, and found by itself",
+    ),
+    **dict.fromkeys(
+        ("special_tokens", "add_special_tokens", "resize_vocab", "new_special_tokens"),
+        "new tokens are trained with method: {name: tokens, new: […]}",
+    ),
+}  # fmt: skip
+"""What goes without saying here, and how it is."""
+
+NOT_HERE = {
+    **dict.fromkeys(("max_steps", "num_steps", "total_steps", "iters"), "train.epochs may be a fraction, such as 0.5"),
+    **dict.fromkeys(
+        ("report_to", "wandb_project", "use_wandb", "wandb_entity", "swanlab", "use_swanlab", "mlflow_tracking_uri", "run_name"),
+        "no tracker is served yet; a run's metrics.jsonl has a line a step",
+    ),
+    **dict.fromkeys(
+        ("optim", "optimizer", "optimizers", "adam_beta1", "adam_beta2", "adam_epsilon", "optim_args"), "AdamW is used, with betas 0.9 and 0.999"
+    ),
+    **dict.fromkeys(
+        ("deepspeed", "fsdp", "fsdp_config", "ddp_timeout", "ddp_find_unused_parameters", "local_rank", "tensor_parallel_size",
+         "nproc_per_node", "num_gpus"),
+        "one device is used",
+    ),
+    **dict.fromkeys(("neftune_noise_alpha", "neftune_alpha"), "noise is not added to embeddings"),
+    **dict.fromkeys(("early_stopping_patience", "early_stopping"), "a run has the steps that it was given; its best adapter is kept"),
+    **dict.fromkeys(("hub_model_id", "push_to_hub", "hub_token", "hub_strategy"), "nothing is uploaded; the run's folder has what to upload"),
+    **dict.fromkeys(
+        ("system", "default_system_message", "system_prompt"), "a system message comes with the examples, in a column `system` or as a message"
+    ),
+    **dict.fromkeys(("streaming", "max_samples", "num_train_samples", "limit"), "all examples of data.train are used"),
+    **dict.fromkeys(("do_train", "do_eval", "do_predict", "predict_with_generate"), "trimtab train trains and evaluates; trimtab eval answers"),
+    **dict.fromkeys(("strict", "debug", "plugins", "hooks", "callbacks"), "there are no plugins"),
+}  # fmt: skip
+"""What there is not, and what there is instead."""
+
+CHOICES = {
+    "qlora": "it is method: lora with model.quantize: nf4",
+    "rslora": "it is method: lora with method.rank_stabilized: true",
+    "pissa": "it is method: lora with method.init: pissa",
+    "eva": "it is method: lora with method.init: eva",
+    "loraplus": "it is method: lora with method.b_rate: 16",
+    "lora+": "it is method: lora with method.b_rate: 16",
+    **dict.fromkeys(("adapter", "adapters", "houlsby", "pfeiffer", "bottleneck_adapter"), "it is method: bottleneck"),
+    **dict.fromkeys(("prefix_tuning", "prefix-tuning", "prefixtuning"), "it is method: prefix"),
+    **dict.fromkeys(("p_tuning", "p-tuning"), "it is method: ptuning"),
+    **dict.fromkeys(("p_tuning_v2", "p-tuning-v2", "ptuning-v2", "ptuningv2"), "it is method: ptuning_v2"),
+    **dict.fromkeys(("prompt_tuning", "prompt-tuning"), "it is method: prompt"),
+    **dict.fromkeys(("(ia)3", "ia^3", "ia3_tuning"), "it is method: ia3"),
+    **dict.fromkeys(("boft", "hra", "goft"), "method: oft is the nearest"),
+    **dict.fromkeys(
+        ("loha", "lokr", "adalora", "vera", "vblora", "fourierft", "longlora", "galore", "badam", "lisa", "freeze"),
+        "it is not here: `trimtab methods` lists those that are",
+    ),
+    **dict.fromkeys(("pretrain", "pt", "cpt", "pretraining", "clm"), "it is objective: sft on examples with the column `text`"),
+    **dict.fromkeys(("sft_trainer", "instruct", "instruction"), "it is objective: sft"),
+    **dict.fromkeys(("ipo", "hinge"), "it is objective: {name: dpo, loss_type: …}"),
+    **dict.fromkeys(
+        ("grpo", "ppo", "rloo", "reinforce", "online_dpo", "gkd", "rm", "reward", "reward_model", "prm", "dapo", "gspo", "nash_md", "xpo"),
+        "it is not here: Trimtab learns from examples that there are, not from answers that it makes while it trains. TRL has it",
+    ),
+}  # fmt: skip
+"""Names of methods and objectives."""
+
+
+def elsewhere(word: str, known: Iterable[str] = ()) -> str | None:
+    """What another tool's key is here, as a sentence without its end; None if no tool that is known here has it.
+
+    Args:
+        known: The keys of where it stands: one that is called so here, too, is another section's only where sections are.
+    """
+    plain = _plain(word)
+    if (here := HERE.get(plain)) and (not here.endswith(f".{plain}") or here.partition(".")[0] in known):
+        return f"it is {here} here"
+    return DERIVED.get(plain) or (f"it is not here: {NOT_HERE[plain]}" if plain in NOT_HERE else None)
+
+
+def choice_elsewhere(word: str, known: Iterable[str] = ()) -> str | None:
+    """What another tool's method or objective is here."""
+    return CHOICES.get(word.strip().lower()) or CHOICES.get(_plain(word))
+
+
+def hint(word: Any, known: Iterable[str], elsewhere: Callable[[str, Iterable[str]], str | None]) -> str:
+    """What to say behind a word that is not one of the known: `. Did you mean …?`, what it is here, or all that are known.
+
+    Args:
+        elsewhere: What a word is here that means something in other tools.
+    """
+    word, known = str(word), list(known)
+    same = [one for one in known if _plain(one) == _plain(word)]
+    if not same and (said := elsewhere(word, known)):
+        return f": {said}."
+    near = same or difflib.get_close_matches(word, known, n=1, cutoff=0.65)
+    return f". Did you mean {near[0]!r}?" if near else f". Known: {', '.join(known)}." if known else ". It has none."
+
+
+def option(given: str) -> str | None:
+    """What to write instead of an option of a command that there is not, if it is a key of the recipe; `--lr=1e-4`, say."""
+    word, equals, value = given.lstrip("-").partition("=")
+    key = word if "." in word else HERE.get(_plain(word), "").partition(" ")[0]
+    return f"{key}={value if equals else '…'}" if key and "=" not in key else key or None
+
+
+def _plain(word: str) -> str:
+    return word.strip().lower().replace("-", "_")

@@ -114,6 +114,24 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def filled_folder(path: Path, last: str) -> Iterator[Path]:
+    """A folder to fill, whose files stand in `path` only when the block ends well, instead of any of the same names.
+
+    They are put there one by one; `last` names the one that comes last, and vouches for the others. Raises StorageError.
+    """
+    if not path.exists():
+        with new_folder(path) as new:
+            yield new
+        return
+    with writing(path), tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=path) as temporary:
+        yield Path(temporary)
+        for file in sorted(Path(temporary).iterdir(), key=lambda file: file.name == last):
+            _sync_file(file)
+            os.replace(file, path / file.name)
+        _sync_folder(path)
+
+
+@contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Nobody else has the file `path` within the block; the system lets go of it if the process dies.
 

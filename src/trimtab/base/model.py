@@ -8,9 +8,10 @@ from typing import Annotated, Any, Literal, NamedTuple
 import torch
 from pydantic import Field
 
+from trimtab.adapted import look_through
 from trimtab.base import limits, quantized, source, vocabulary
-from trimtab.base.fingerprint import PARTS, Fingerprint, fingerprint, own_weights, tokenizing_hash, weights_hash
-from trimtab.base.loading import read_model, read_tokenizer, refuse_partly_made
+from trimtab.base.fingerprint import Fingerprint, fingerprint, own_weights, tokenizing_hash, weights_hash
+from trimtab.base.loading import device_of, read_model, read_tokenizer, refuse_partly_made
 from trimtab.base.quantized import Quantize
 from trimtab.base.supported import refuse_unsupported
 from trimtab.config import Config
@@ -46,7 +47,7 @@ class Encoded(NamedTuple):
 class Base:
     """A frozen model together with everything that gives its tokens meaning.
 
-    Wraps any Transformers causal language model that you hold already: `Base(model, tokenizer)`.
+    Wraps any Transformers causal language model that you hold already, before or after adapters were attached to it: `Base(model, tokenizer)`.
 
     Args:
         source: The name it was loaded from, stored with adapters.
@@ -61,20 +62,23 @@ class Base:
 
     def __init__(self, model: Any, tokenizer: Any = None, source: str | None = None) -> None:
         refuse_unsupported(model, tokenizer)
-        refuse_partly_made(model)
-        self.model = model.eval().requires_grad_(False)
+        self._pristine = own_weights(model)  # the tensors themselves, as adapters rename them; of none that is on it already
+        refuse_partly_made(type(model).__name__, self._pristine)
+        self.model = model.eval()
+        for tensor in self._pristine.values():
+            tensor.requires_grad_(False)
         quantized.settle(model)
         self.tokenizer = self._own_tokenizer = tokenizer
         self.source = source or getattr(model.config, "_name_or_path", "") or type(model).__name__
-        self._pristine = own_weights(model)  # the tensors themselves, before adapters rename them
-        self._embedded = min(len(end.weight) for end in (model.get_input_embeddings(), model.get_output_embeddings()))
+        ends: list[Any] = [look_through(end) for end in (model.get_input_embeddings(), model.get_output_embeddings())]
+        self._embedded = min(len(end.weight) for end in ends)
 
     @classmethod
     def load(cls, config: ModelConfig | str) -> "Base":
         """Load a base by name. See ModelConfig for what a name can be."""
         config = ModelConfig(name=config) if isinstance(config, str) else config
         folder = source.folder_of(config.name)
-        device = _device(config.device)
+        device = device_of(config.device)
         chosen = config.dtype if config.dtype != "auto" else "float32" if device.type == "cpu" else "bfloat16"
         if folder is None:
             source.check_hub(config.name)
@@ -123,7 +127,7 @@ class Base:
     @cached_property
     def fingerprint(self) -> Fingerprint:
         """Hashes of the weights, configuration, tokenizer and template, as they were when first asked for."""
-        return fingerprint(self._pristine, self.model.config.to_dict() | quantized.identity(self.model), self._own_tokenizer)
+        return fingerprint(self.model, self._pristine, self._own_tokenizer)
 
     @property
     def quantization(self) -> str:
@@ -140,7 +144,7 @@ class Base:
 
     def check_is(self, expected: Fingerprint, what: str) -> None:
         """Raise ArtifactError unless this is the base that `what` was made on, naming the parts that differ."""
-        different = [part for part in PARTS if expected.get(part) != self.fingerprint[part]]
+        different = [part for part in expected if expected[part] != self.fingerprint.get(part)]
         if different:
             kind = str(next(iter(self._pristine.values())).dtype)
             kind += f", quantize: {self.quantization}" if self.quantization != "none" else ""
@@ -285,14 +289,3 @@ def _encoded(ids: list[int], offsets: list[tuple[int, int]], put: list[int]) -> 
     end = next((n + 1 for n in reversed(range(len(put))) if not put[n]), before)
     doubled = before if ids[before : 2 * before] == ids[:before] else 0  # the text says its BOS itself
     return Encoded(ids[doubled:end], offsets[doubled:end], before)
-
-
-def _device(name: str) -> torch.device:
-    if name != "auto":
-        try:
-            torch.empty(0, device=name)
-        except (RuntimeError, AssertionError) as error:
-            raise RecipeError(f"model.device: {name} cannot be used here: {str(error).splitlines()[0]}") from None
-        return torch.device(name)
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return accelerator or torch.device("cpu")

@@ -53,7 +53,20 @@ FLOORS = (
     ("what makes an answer good", ("objectives",)),
     ("what is computed", ("engine",)),
     ("neighbours that do not know each other", ("base", "methods", "data", "artifacts")),
-    ("the ground", ("errors.py", "files.py", "config.py", "synonyms.py", "yaml12.py", "startup.py", "attention.py")),
+    (
+        "the ground",
+        (
+            "errors.py",
+            "files.py",
+            "locks.py",
+            "config.py",
+            "synonyms.py",
+            "yaml12.py",
+            "startup.py",
+            "adapted.py",
+            "attention.py",
+        ),
+    ),
 )
 HEAD = """# The recipe
 

@@ -15,7 +15,7 @@ import torch
 from disks import make_read_only, small_disk
 from safetensors.torch import save_file
 
-from trimtab import files
+from trimtab import files, locks
 from trimtab.artifacts import Adapter, read_adapter, write_adapter
 from trimtab.errors import ArtifactError, StorageError
 
@@ -337,7 +337,7 @@ def test_a_program_that_dies_at_any_call_leaves_the_old_or_the_new(what, tmp_pat
         """
         import os, sys
         from pathlib import Path
-        from trimtab import files
+        from trimtab import files, locks
 
         folder, number, calls = Path(sys.argv[1]), int(sys.argv[2]), 0
 
@@ -569,9 +569,9 @@ def test_a_hash_of_code_is_of_all_that_computes_and_of_nothing_else(tmp_path, mo
 
 def test_where_there_are_no_locks_one_goes_without(tmp_path, monkeypatch):
     with (
-        files.locked(tmp_path / "lock"),
+        locks.locked(tmp_path / "lock"),
         pytest.raises(StorageError, match=rf"another process \({os.getpid()} on .+\) is training there"),
-        files.locked(tmp_path / "lock"),
+        locks.locked(tmp_path / "lock"),
     ):
         pass
     for without in (
@@ -579,7 +579,7 @@ def test_where_there_are_no_locks_one_goes_without(tmp_path, monkeypatch):
         None,
     ):
         monkeypatch.setattr(files, "fcntl", without)
-        with files.locked(tmp_path / "lock"), files.locked(tmp_path / "lock"):
+        with locks.locked(tmp_path / "lock"), locks.locked(tmp_path / "lock"):
             pass
 
 
@@ -599,10 +599,10 @@ def test_a_lock_that_was_taken_away_before_it_was_had_is_none(tmp_path, monkeypa
             flock(file, how)
 
         monkeypatch.setattr(files.fcntl, "flock", slow)
-        with files.locked(path) as held:
+        with locks.locked(path) as held:
             assert (held, len(calls)) == (True, 2)
             assert path.read_text().startswith(f"{os.getpid()} on ")
-            with pytest.raises(StorageError), files.locked(path):
+            with pytest.raises(StorageError), locks.locked(path):
                 pass
 
 

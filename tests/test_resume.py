@@ -407,7 +407,7 @@ def test_two_processes_do_not_train_into_one_folder(begun, here):
         ended("cut", "stepped", 8)
     before = tree("cut")
     script = (
-        f"import time\nfrom pathlib import Path\nfrom trimtab import files\nwith files.locked(Path('cut') / {saving.LOCK!r}):\n"
+        f"import time\nfrom pathlib import Path\nfrom trimtab import locks\nwith locks.locked(Path('cut') / {saving.LOCK!r}):\n"
         "    print('held', flush=True)\n    time.sleep(60)\n"
     )
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as other:

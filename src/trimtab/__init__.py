@@ -31,7 +31,7 @@ _HOMES = {
     "active": "methods",
     "adapters": "methods",
     "answer": "api",
-    "attach": "methods",
+    "attach": "deploy",
     "fit": "api",
     "generate": "engine",
     "load": "api",
@@ -62,11 +62,11 @@ def __dir__() -> list[str]:
 if TYPE_CHECKING:
     from trimtab.api import answer, fit, load, method, rows, stream
     from trimtab.base import Base
-    from trimtab.deploy import load_adapter, merge, sample, save_adapter
+    from trimtab.deploy import attach, load_adapter, merge, sample, save_adapter
     from trimtab.engine import generate
     from trimtab.errors import TrimtabError
     from trimtab.evaluate import score
-    from trimtab.methods import Attached, activate, active, adapters, attach
+    from trimtab.methods import Attached, activate, active, adapters
     from trimtab.methods.lora import LoRA
     from trimtab.objectives.sft import SFT
     from trimtab.recipe import Recipe

@@ -114,8 +114,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None, rules
     return scores.softmax(dim=-1) @ value
 
 
-_HARMLESS = {"position_ids", "cache_position", "position_embeddings"}
-"""Tensors that models hand on to attention functions, of which none needs them."""
+_HARMLESS = {"position_ids", "cache_position", "position_embeddings", "num_items_in_batch"}
+"""Tensors that models hand on to attention functions, of which none needs them; the last one is Trainer's, for the loss."""
 
 
 def _attention(

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from trimtab import files
+from trimtab import files, locks
 from trimtab.artifacts import State, newest_state
 from trimtab.config import read
 from trimtab.deploy import CHECKPOINTS
@@ -173,7 +173,7 @@ def claimed(recipe: Recipe, notice: Callable[[str], None]) -> Iterator[Unfinishe
     folder = recipe.output
     _is_unfinished(recipe)  # before anything is made
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    with files.locked(folder / LOCK) as held:
+    with locks.locked(folder / LOCK) as held:
         try:
             if not held:
                 notice(f"{folder} is on a file system without locks: make sure that no other process trains into it")

@@ -56,9 +56,9 @@ class Adapter:
         return HUBS_WEIGHTS if _is_hubs(self.config) else PEFTS_WEIGHTS
 
 
-def write_adapter(folder: Path, adapter: Adapter) -> None:
-    """Write a new adapter folder, whole or not at all. Raises StorageError."""
-    with files.new_folder(folder) as new:
+def write_adapter(folder: Path, adapter: Adapter, *, over: bool = False) -> None:
+    """Write a new adapter folder, whole or not at all; `over` what is there, if that is wanted. Raises StorageError."""
+    with files.filled_folder(folder, last=MANIFEST) if over else files.new_folder(folder) as new:
         files.write_json(new / CONFIG, adapter.config)
         write_tensors(new / adapter.weights, adapter.tensors)
         manifest = {

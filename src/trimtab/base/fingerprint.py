@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-Fingerprint = dict[str, str]
-"""SHA-256 as hex, of each part in `PARTS`."""
+from trimtab.adapted import modules
+from trimtab.base.quantized import identity
 
-PARTS = ("weights", "config", "tokenizer", "template")
+Fingerprint = dict[str, str]
+"""SHA-256 as hex, of each part: `weights`, `config`, `tokenizer`, `template`. Of what was not known at the time there is none."""
 
 CONFIG_KEYS = (
     "model_type", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "hidden_activation", "activation_function",
@@ -31,22 +32,25 @@ CONFIG_KEYS = (
 """What changes the outputs of a model with given weights. A list, so that a new Transformers release changes no hash."""
 
 
-def fingerprint(
-    named_weights: dict[str, Tensor], config: dict[str, Any], tokenizer: Any, switches: Mapping[str, Any]
-) -> Fingerprint:
+def fingerprint(model: Any, weights: dict[str, Tensor], tokenizer: Any, switches: Mapping[str, Any]) -> Fingerprint:
     """The fingerprint of a base. Costs about half a second per GB of weights on two cores.
 
     Args:
         switches: Of the chat template: with others it writes other tokens.
     """
     return {
-        "weights": weights_hash(named_weights),
-        "config": _text_hash(
-            json.dumps({key: config[key] for key in CONFIG_KEYS if key in config}, sort_keys=True, default=str)
-        ),
+        **model_fingerprint(model, weights),
         "tokenizer": _tokenizer_hash(tokenizer) if tokenizer is not None else "none",
         "template": _text_hash(_template_text(tokenizer, switches)),
     }
+
+
+def model_fingerprint(model: Any, weights: dict[str, Tensor] | None = None) -> Fingerprint:
+    """The part of it that is of the model alone."""
+    weights = own_weights(model) if weights is None else weights
+    config = model.config.to_dict() | identity(model)
+    known = json.dumps({key: config[key] for key in CONFIG_KEYS if key in config}, sort_keys=True, default=str)
+    return {"weights": weights_hash(weights), "config": _text_hash(known)}
 
 
 def weights_hash(named_weights: dict[str, Tensor]) -> str:
@@ -64,13 +68,16 @@ def weights_hash(named_weights: dict[str, Tensor]) -> str:
 
 
 def own_weights(model: nn.Module) -> dict[str, Tensor]:
-    """A model's parameters and persistent buffers; tied ones once, under their first name."""
+    """A model's own parameters and persistent buffers, without those of adapters on it; tied ones once, under their first name."""
     seen: set[int] = set()
     weights = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            weights[name] = tensor
+    for path, module in modules(model).items():
+        children = {name for name, _ in module.named_children()}
+        for name, tensor in module.state_dict(keep_vars=True, prefix=f"{path}." if path else "").items():
+            inner = name.removeprefix(f"{path}.")
+            if inner.partition(".")[0] not in children and id(tensor) not in seen:
+                seen.add(id(tensor))
+                weights[name] = tensor
     return weights
 
 

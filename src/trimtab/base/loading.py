@@ -3,12 +3,15 @@
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from trimtab.errors import ArtifactError, UnsupportedModel, listing
+import torch
+from torch import Tensor, nn
+
+from trimtab.errors import ArtifactError, RecipeError, UnsupportedModel, listing
 from trimtab.startup import without_collector
 
 _OLD_BUFFERS = re.compile(r"(^|\.)(masked_bias|rotary_emb\.inv_freq|position_ids)$")
@@ -68,16 +71,32 @@ def read_tokenizer(place: Path | str, **how: Any) -> Any:
             return AutoTokenizer.from_pretrained(str(place), trust_remote_code=False, **how)
 
 
-def refuse_partly_made(model: Any) -> None:
-    """Raise ArtifactError for a model in memory that was read from files, but for some parameters.
+def device_of(name: str) -> torch.device:
+    """Where a model is to run. Raises RecipeError if that is not there."""
+    if name != "auto":
+        try:
+            torch.empty(0, device=name)
+        except (RuntimeError, AssertionError) as error:
+            raise RecipeError(f"model.device: {name} cannot be used here: {str(error).splitlines()[0]}") from None
+        return torch.device(name)
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator or torch.device("cpu")
+
+
+def refuse_partly_made(name: str, weights: Mapping[str, Tensor]) -> None:
+    """Raise ArtifactError for a model in memory that was read from files, but for some of its weights.
 
     Transformers marks each parameter that it has read; what it fills in at random it does not mark. A quantized matrix is made anew.
     """
-    marks = {name: hasattr(p, "_is_hf_initialized") for name, p in model.named_parameters() if p.is_floating_point()}
-    if any(marks.values()) and not all(marks.values()):
-        problems = [f"{name}: not from its files" for name, read in marks.items() if not read]
+    own = {
+        key: hasattr(p, "_is_hf_initialized")
+        for key, p in weights.items()
+        if isinstance(p, nn.Parameter) and p.is_floating_point()
+    }
+    if any(own.values()) and not all(own.values()):
+        problems = [f"{key}: not from its files" for key, read in own.items() if not read]
         raise ArtifactError(
-            f"{type(model).__name__} was read from files, but for:\n{listing(problems)}\n"
+            f"{name} was read from files, but for:\n{listing(problems)}\n"
             "If the files lack them, Transformers has made them up at random: get the files again. If they were made on purpose "
             "(resize_token_embeddings, say), save the model (save_pretrained) and load that, so that an adapter can find its base again."
         )

@@ -10,9 +10,10 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field
 
+from trimtab.adapted import look_through
 from trimtab.base import quantized, source, vocabulary
-from trimtab.base.fingerprint import PARTS, Fingerprint, fingerprint, own_weights, tokenizing_hash, weights_hash
-from trimtab.base.loading import read_model, read_tokenizer, refuse_partly_made
+from trimtab.base.fingerprint import Fingerprint, fingerprint, own_weights, tokenizing_hash, weights_hash
+from trimtab.base.loading import device_of, read_model, read_tokenizer, refuse_partly_made
 from trimtab.base.quantized import Quantize
 from trimtab.base.supported import refuse_unsupported
 from trimtab.base.template import ChatTemplate, Ending, Message, Switches
@@ -40,7 +41,7 @@ class ModelConfig(Config):
 class Base:
     """A frozen model together with everything that gives its tokens meaning.
 
-    Wraps any Transformers causal language model that you hold already: `Base(model, tokenizer)`.
+    Wraps any Transformers causal language model that you hold already, before or after adapters were attached to it: `Base(model, tokenizer)`.
 
     Args:
         source: The name it was loaded from, stored with adapters.
@@ -57,25 +58,28 @@ class Base:
 
     def __init__(self, model: Any, tokenizer: Any = None, source: str | None = None, template: Switches | None = None) -> None:
         refuse_unsupported(model, tokenizer)
-        refuse_partly_made(model)
-        self.model = model.eval().requires_grad_(False)
+        self._pristine = own_weights(model)  # the tensors themselves, as adapters rename them; of none that is on it already
+        refuse_partly_made(type(model).__name__, self._pristine)
+        self.model = model.eval()
+        for tensor in self._pristine.values():
+            tensor.requires_grad_(False)
         quantized.settle(model)
         self.tokenizer = self._own_tokenizer = tokenizer
         self.source = source or getattr(model.config, "_name_or_path", "") or type(model).__name__
-        self._pristine = own_weights(model)  # the tensors themselves, before adapters rename them
         self.template_switches, self.moment = dict(template or {}), datetime.now()
         if template and not self.has_template:
             raise RecipeError(f"model.template: {self.source} has no chat template, so it has no switches.")
         if self.has_template:
             self.template.check_switches()
-        self._embedded = min(len(end.weight) for end in (model.get_input_embeddings(), model.get_output_embeddings()))
+        ends: list[Any] = [look_through(end) for end in (model.get_input_embeddings(), model.get_output_embeddings())]
+        self._embedded = min(len(end.weight) for end in ends)
 
     @classmethod
     def load(cls, config: ModelConfig | str) -> "Base":
         """Load a base by name. See ModelConfig for what a name can be."""
         config = ModelConfig(name=config) if isinstance(config, str) else config
         folder = source.folder_of(config.name)
-        device = _device(config.device)
+        device = device_of(config.device)
         chosen = config.dtype if config.dtype != "auto" else "float32" if device.type == "cpu" else "bfloat16"
         if folder is None:
             source.check_hub(config.name)
@@ -125,8 +129,7 @@ class Base:
     @cached_property
     def fingerprint(self) -> Fingerprint:
         """Hashes of the weights, configuration, tokenizer and template, as they were when first asked for."""
-        config = self.model.config.to_dict() | quantized.identity(self.model)
-        return fingerprint(self._pristine, config, self._own_tokenizer, self.template_switches)
+        return fingerprint(self.model, self._pristine, self._own_tokenizer, self.template_switches)
 
     @property
     def quantization(self) -> str:
@@ -143,7 +146,7 @@ class Base:
 
     def check_is(self, expected: Fingerprint, what: str) -> None:
         """Raise ArtifactError unless this is the base that `what` was made on, naming the parts that differ."""
-        different = [part for part in PARTS if expected.get(part) != self.fingerprint[part]]
+        different = [part for part in expected if expected[part] != self.fingerprint.get(part)]
         if different:
             kind = str(next(iter(self._pristine.values())).dtype)
             kind += f", quantize: {self.quantization}" if self.quantization != "none" else ""
@@ -282,14 +285,3 @@ class Base:
         """Every token that ends a generation: the template's, the tokenizer's, and those of the generation config."""
         ends = (self.template.ending, self.template.call_ending) if self.has_template else ()
         return tuple(sorted(self._configured_stops | {end.token for end in ends if end is not None}))
-
-
-def _device(name: str) -> torch.device:
-    if name != "auto":
-        try:
-            torch.empty(0, device=name)
-        except (RuntimeError, AssertionError) as error:
-            raise RecipeError(f"model.device: {name} cannot be used here: {str(error).splitlines()[0]}") from None
-        return torch.device(name)
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return accelerator or torch.device("cpu")

@@ -1,9 +1,11 @@
 """Saving, loading, merging: handing a trained model over for use."""
 
-from trimtab.deploy.adapter import load_adapter, read_method, sample, save_adapter, versions
+from trimtab.deploy.adapter import load_adapter, read_method, sample, save_adapter
 from trimtab.deploy.combining import CombinedFolders, combine_adapters
 from trimtab.deploy.merging import Merged, merge
+from trimtab.deploy.stored import versions
 from trimtab.deploy.target import CHECKPOINTS, Target, adapter_folder, open_target
+from trimtab.deploy.within import attach
 
 __all__ = [
     "CHECKPOINTS",
@@ -11,6 +13,7 @@ __all__ = [
     "Merged",
     "Target",
     "adapter_folder",
+    "attach",
     "combine_adapters",
     "load_adapter",
     "merge",

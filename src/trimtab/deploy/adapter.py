@@ -1,8 +1,6 @@
 """Between an adapter on a model and an adapter on disk."""
 
-import platform
 from collections.abc import Callable, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +10,10 @@ from torch import Tensor
 from trimtab.artifacts import Adapter, read_adapter, write_adapter
 from trimtab.base import Base
 from trimtab.data.example import Sequence as Row
+from trimtab.deploy.stored import as_stored
+from trimtab.deploy.within import save_alone
 from trimtab.errors import ArtifactError, RecipeError
-from trimtab.methods import OF_BASE, Attached, Method, Sample, look_through, modules, place, refuse_name
-
-PACKAGES = ("trimtab", "torch", "transformers", "tokenizers", "safetensors")
-
-
-def versions() -> dict[str, str]:
-    """Of everything that decides what an adapter computes."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "not installed as a package"
-    return found
+from trimtab.methods import OF_BASE, Attached, Method, Sample, modules, place, refuse_name
 
 
 def sample(base: Base, rows: Sequence[Row]) -> Sample:
@@ -40,26 +27,8 @@ def _encode(base: Base) -> Callable[[str], list[int]] | None:
 
 def save_adapter(base: Base, adapter: Attached, folder: Path | str, trained: dict[str, Any] | None = None) -> None:
     """Write the adapter as a new folder that PEFT reads too. Raises StorageError; then there is no folder."""
-    method, own = adapter.folded()
-    config, tensors = method.to_peft(base.model, own)
-    facts = {
-        "source": base.source,
-        "dtype": str(look_through(base.model.get_input_embeddings()).weight.dtype).removeprefix("torch."),
-        "quantize": base.quantize,
-        "fingerprint": base.fingerprint,
-        "stop_ids": list(base.stop_ids) if base.tokenizer is not None else [],
-    }
-    write_adapter(
-        Path(folder),
-        Adapter(
-            config={"base_model_name_or_path": base.source, **config},
-            tensors=tensors,
-            method=method.plain(),
-            base=facts,
-            trained=trained or {},
-            versions=versions(),
-        ),
-    )
+    facts = {"fingerprint": base.fingerprint, "stop_ids": list(base.stop_ids) if base.tokenizer is not None else []}
+    write_adapter(Path(folder), as_stored(adapter, base.source, {"quantize": base.quantize, **facts}, trained or {}))
 
 
 def load_adapter(base: Base, folder: Path | str, name: str = "default") -> Attached:
@@ -93,6 +62,7 @@ def load_adapter(base: Base, folder: Path | str, name: str = "default") -> Attac
         adapter.detach()
         base.tokenizer = tokenizer
         raise ArtifactError(f"{folder}: {error}") from None
+    save_alone(base.model)
     return adapter
 
 

@@ -60,7 +60,7 @@ def merge(base: Base, adapter: Attached, folder: Path | str, prompts: list[list[
     with files.new_folder(Path(folder)) as new:
         weights = _merged_weights(base, adapter)
         facts = _facts(base, weights)
-        base.model.save_pretrained(new, state_dict=weights)  # which empties `weights`
+        type(base.model).save_pretrained(base.model, new, state_dict=weights)  # which empties `weights`
         _finish_config(new, base, facts)
         if base.tokenizer is not None:
             base.tokenizer.save_pretrained(new)

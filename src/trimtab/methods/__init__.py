@@ -1,5 +1,6 @@
 """Adapter methods, one file each, and the way every one of them gets onto a model and off it again."""
 
+from trimtab.adapted import look_through, modules
 from trimtab.methods._acting import Routing, Switch, current_routing, routed
 from trimtab.methods._attach import (
     Attached,
@@ -10,9 +11,10 @@ from trimtab.methods._attach import (
     place,
     refuse_name,
     room,
+    stand_in,
     switch_of,
 )
-from trimtab.methods._base import AdapterLayer, Circumstances, Method, Sample, look_through, modules
+from trimtab.methods._base import AdapterLayer, Circumstances, Method, Sample
 from trimtab.methods._combine import Combined, combine
 from trimtab.methods._peft import OF_BASE
 
@@ -38,5 +40,6 @@ __all__ = [
     "refuse_name",
     "room",
     "routed",
+    "stand_in",
     "switch_of",
 ]

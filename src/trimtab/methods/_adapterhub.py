@@ -68,6 +68,7 @@ def to_hub(
         "hidden_size": hidden,
         "name": NAME,
         "version": "adapters.1.3.0",
+        "peft_type": "TRIMTAB_BOTTLENECK",  # for PEFT, which has no such method, to refuse it by name
         "config": {
             **_REQUIRED,
             "mh_adapter": method["kind"] == "houlsby",

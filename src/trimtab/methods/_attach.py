@@ -1,16 +1,19 @@
 """Put adapters on a model, switch them off and on, read and write their tensors, take them off without a trace."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from trimtab.adapted import modules
 from trimtab.attention import heed, unheed
 from trimtab.errors import ArtifactError, RecipeError, listing
 from trimtab.methods._acting import Switch, switched
-from trimtab.methods._base import AdapterLayer, Method, Sample, modules
+from trimtab.methods._base import AdapterLayer, Method, Sample
 
 _REGISTER = "trimtab_adapters"
 """The attribute of a model that holds what is attached to it."""
@@ -18,10 +21,11 @@ _REGISTER = "trimtab_adapters"
 
 @dataclass
 class _Register:
-    """The adapters on a model, and which of its parameters required gradients before the first of them."""
+    """The adapters on a model, which of its parameters required gradients before the first of them, and what it does otherwise since."""
 
     required_grad: dict[str, bool]
     adapters: "dict[str, Attached]" = field(default_factory=dict)
+    stand_ins: set[str] = field(default_factory=set)
 
 
 class Attached:
@@ -122,6 +126,8 @@ class Attached:
             if not register.adapters:
                 delattr(self.model, _REGISTER)
                 unheed(self.model)
+                for name in register.stand_ins:
+                    delattr(self.model, name)
                 for name, parameter in self.model.named_parameters():
                     parameter.requires_grad_(register.required_grad.get(name, parameter.requires_grad))
         self.layers = {}
@@ -132,6 +138,12 @@ def adapters(model: nn.Module) -> dict[str, Attached]:
     """The adapters on a model by name, in the order they came."""
     register = getattr(model, _REGISTER, None)
     return dict(register.adapters) if register is not None else {}
+
+
+def stand_in(model: nn.Module, name: str, function: Callable[..., Any]) -> None:
+    """Let the model do this instead of its own method `name`, as long as there are adapters on it."""
+    getattr(model, _REGISTER).stand_ins.add(name)
+    setattr(model, name, partial(function, model))
 
 
 def activate(model: nn.Module, *names: str) -> None:

@@ -9,19 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trimtab.adapted import Around, look_through
 from trimtab.config import Choice
 from trimtab.errors import NotMergeable, UnsupportedModel
 from trimtab.methods._acting import Routing, Switch, only
 
 
-class AdapterLayer(nn.Module):
+class AdapterLayer(Around):
     """A frozen `base` module together with the trainable parameters that adapt it.
 
     Whatever this module owns outside `base` is the adapter. Freezing, counting, saving, loading and removing rely on
     that rule alone, so parameter names are free. `base` may itself be the layer of another adapter.
     """
-
-    base: nn.Module
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
@@ -223,27 +222,6 @@ class Method(Choice):
 
         PEFT's names of virtual tokens say no path; where there is none, the name alone means the method's only module.
         """
-
-
-def look_through(module: nn.Module) -> nn.Module:
-    """The model's own module at a place where adapter layers may stand."""
-    while isinstance(module, AdapterLayer):
-        module = module.base
-    return module
-
-
-def modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The model's own modules by the path they have without adapters."""
-    found: dict[str, nn.Module] = {}
-
-    def visit(module: nn.Module, path: str) -> None:
-        module = look_through(module)
-        found[path] = module
-        for name, child in module.named_children():
-            visit(child, f"{path}.{name}" if path else name)
-
-    visit(model, "")
-    return found
 
 
 def matrix_shape(module: nn.Module) -> tuple[int, int] | None:

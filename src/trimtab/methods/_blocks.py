@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import nn
 
+from trimtab.adapted import look_through, modules
 from trimtab.errors import UnsupportedModel
-from trimtab.methods._base import look_through, matrix_shape, modules
+from trimtab.methods._base import matrix_shape
 from trimtab.methods._targets import ATTENTION_NAMES
 
 OUTPUT_NAMES = {"o_proj", "out_proj", "c_proj", "dense", "Wo"}

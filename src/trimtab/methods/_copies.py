@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from trimtab.adapted import look_through, modules
 from trimtab.errors import NoSuchModule, RecipeError, UnsupportedModel, listing
-from trimtab.methods._base import AdapterLayer, look_through, matrix_shape, modules, wide
+from trimtab.methods._base import AdapterLayer, matrix_shape, wide
 from trimtab.methods._targets import matches
 
 ALL = "all"

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trimtab.adapted import look_through
 from trimtab.errors import RecipeError
-from trimtab.methods._base import AdapterLayer, look_through, matrix
+from trimtab.methods._base import AdapterLayer, matrix
 from trimtab.methods._lowrank import LowRankLayer
 
 TOKENS = 4096

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trimtab.adapted import look_through, modules
 from trimtab.errors import DataError, RecipeError, UnsupportedModel
-from trimtab.methods._base import AdapterLayer, Sample, look_through, modules, wide, with_weight
+from trimtab.methods._base import AdapterLayer, Sample, wide, with_weight
 from trimtab.methods._targets import end_matrices
 
 

@@ -12,9 +12,10 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BeforeValidator, Field
 from torch import nn
 
+from trimtab.adapted import look_through, modules
 from trimtab.config import as_tuple
 from trimtab.errors import NoSuchModule, listing
-from trimtab.methods._base import look_through, matrix_shape, modules
+from trimtab.methods._base import matrix_shape
 
 ALL_LINEAR, ATTENTION = "all-linear", "attention"
 ATTENTION_NAMES = {"self_attn", "attn", "attention", "self_attention"}

@@ -17,10 +17,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from trimtab.adapted import look_through, modules
 from trimtab.attention import Layout, Rules, Virtual, attend, causal, laid_out, refuse_reentrant
 from trimtab.errors import ArtifactError, RecipeError, UnsupportedModel
 from trimtab.methods._acting import Routing, only
-from trimtab.methods._base import AdapterLayer, Method, Sample, look_through, modules
+from trimtab.methods._base import AdapterLayer, Method, Sample
 from trimtab.methods._peft import only_known
 
 KeysValues = Sequence[tuple[Tensor, Tensor]]

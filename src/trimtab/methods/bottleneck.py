@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from trimtab.adapted import modules
 from trimtab.errors import NotMergeable
 from trimtab.methods._acting import Routing
 from trimtab.methods._adapterhub import ATTENTION, OUTPUT, from_hub, is_hubs, to_hub
-from trimtab.methods._base import AdapterLayer, Circumstances, Method, modules, wide
+from trimtab.methods._base import AdapterLayer, Circumstances, Method, wide
 from trimtab.methods._blocks import attention_outputs, mlps, stream_size
 from trimtab.methods._peft import not_pefts
 

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from trimtab.methods._base import look_through, matrix, with_weight
+from trimtab.adapted import look_through
+from trimtab.methods._base import matrix, with_weight
 from trimtab.methods._lowrank import LowRank, LowRankLayer
 
 

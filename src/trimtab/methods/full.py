@@ -4,8 +4,9 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
+from trimtab.adapted import modules
 from trimtab.errors import RecipeError
-from trimtab.methods._base import AdapterLayer, Circumstances, Method, modules
+from trimtab.methods._base import AdapterLayer, Circumstances, Method
 from trimtab.methods._copies import ALL, CopyLayer, count, own_weights, within
 from trimtab.methods._peft import not_pefts
 from trimtab.methods._targets import Patterns, Targets

@@ -7,7 +7,8 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
-from trimtab.methods._base import Circumstances, Method, modules
+from trimtab.adapted import modules
+from trimtab.methods._base import Circumstances, Method
 from trimtab.methods._copies import ALL, CopyLayer, count, norms, within
 from trimtab.methods._peft import SELECTING, from_names, only_known, shortest_names, to_names
 from trimtab.methods._targets import Targets

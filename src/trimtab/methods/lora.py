@@ -79,8 +79,8 @@ class PiSSALayer(LoRALayer):
         with torch.no_grad():
             self.A.copy_(A)
             self.B.copy_(B)
-        self.register_buffer("A0", self.A.detach().clone(), persistent=False)
-        self.register_buffer("B0", self.B.detach().clone(), persistent=False)
+        self.register_buffer("A0", self.A.detach().clone())
+        self.register_buffer("B0", self.B.detach().clone())
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """B A − B0 A0 = (B − B0) A + B0 (A − A0): exactly zero at the start, and no difference of large products later."""

@@ -52,7 +52,7 @@ class MadePrefix(PrefixLayer):
         self.embedded = nn.Parameter(torch.randn(count, width, dtype=kind))
         self.hidden = nn.Linear(width, width, dtype=kind)
         self.out = nn.Linear(width, shape.numbers, dtype=kind)
-        self.register_buffer("start", torch.zeros(count, shape.numbers, dtype=kind), persistent=False)
+        self.register_buffer("start", torch.zeros(count, shape.numbers, dtype=kind))
 
     def table(self) -> Tensor:
         return self.start + self.out(torch.tanh(self.hidden(self.embedded)))

@@ -59,7 +59,7 @@ class MadePrompt(PromptLayer):
         self.lstm = nn.LSTM(width, width, bidirectional=True, dtype=kind) if encoder == "lstm" else None
         self.hidden = nn.Linear(2 * width if encoder == "lstm" else width, width, dtype=kind)
         self.out = nn.Linear(width, size, dtype=kind)
-        self.register_buffer("start", torch.zeros(count, size, dtype=kind), persistent=False)
+        self.register_buffer("start", torch.zeros(count, size, dtype=kind))
 
     def table(self) -> Tensor:
         return self.start + self.out(F.relu(self.hidden(self.read())))

@@ -289,7 +289,7 @@ ADAPTER = Adapter(
     config={"peft_type": "LORA", "r": 2},
     tensors={"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)},
     method={"name": "lora", "rank": 2},
-    base={"source": "somewhere", "fingerprint": {"weights": "1"}, "stop_ids": [2]},
+    base={"model": {"name": "somewhere"}, "fingerprint": {"weights": "1"}, "stop_ids": [2]},
     trained={"step": 3},
     versions={"trimtab": "0"},
 )

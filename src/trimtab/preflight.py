@@ -35,6 +35,10 @@ class Opened:
 
 def opened(recipe: Recipe) -> Opened:
     """Open base and data, and attach the adapter. Raises TrimtabError, of many kinds."""
+    if recipe.model.dtype == "float16":
+        raise RecipeError(
+            "model.dtype: small gradients vanish in float16 silently, so it is not trained in: give bfloat16 or float32."
+        )
     recipe, origin = continued(recipe)
     base = Base.load(recipe.model)
     base.add_tokens(recipe.method.new_tokens)

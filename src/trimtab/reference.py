@@ -14,7 +14,7 @@ import torch
 
 from trimtab import files
 from trimtab.artifacts import sha256_tensor
-from trimtab.base import Base, ModelConfig
+from trimtab.base import Base
 from trimtab.data import pack_all
 from trimtab.data.example import Sequence as Row
 from trimtab.deploy import adapter_folder, load_adapter, versions
@@ -145,7 +145,7 @@ def _opened(base: Base, adapter: Attached, kind: str) -> Iterator[_Other]:
         finally:
             other.detach()
     else:
-        model = Base.load(ModelConfig(name=kind))
+        model = Base.load(base.config.model_copy(update={"name": kind, "template": {}}))  # held as the policy is
         if model.fingerprint["tokenizer"] != base.fingerprint["tokenizer"]:
             raise RecipeError(
                 f"objective.reference: {kind} turns texts into other tokens than {base.source}, so their log-probabilities can't be compared."

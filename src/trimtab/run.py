@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from trimtab import files
-from trimtab.artifacts import State, read_adapter, write_adapter
+from trimtab.artifacts import State
 from trimtab.base import Base
 from trimtab.certificate import canaries, certify, refuse_failed
 from trimtab.config import read
 from trimtab.data import Example, Finding, Loaded, Pack, held_out_examples, pack_all, plan_steps, refuse_problems, units
 from trimtab.data.example import Sequence as Row
-from trimtab.deploy import versions
+from trimtab.deploy import keep_adapter, versions
 from trimtab.engine import FrozenBelow, Memory
 from trimtab.errors import ArtifactError, DataError, NotMoved, RecipeError, StorageError, listing
 from trimtab.evaluate import Loss, score_loss
@@ -96,7 +96,7 @@ def _carried_out(run: Run, ready: _Ready, state: State | None, watch: Watcher) -
         best = done.best or done.last
         if (run.folder / "adapter").exists():  # the run ended in the middle of its end
             files.remove_folder(run.folder / "adapter")
-        write_adapter(run.folder / "adapter", read_adapter(run.folder / best["folder"], ours=True))
+        keep_adapter(ready.base, run.folder / best["folder"], run.folder / "adapter")
     except BaseException as error:
         interrupted = isinstance(error, KeyboardInterrupt)
         with suppress(StorageError):  # what went wrong first is what matters
@@ -107,6 +107,7 @@ def _carried_out(run: Run, ready: _Ready, state: State | None, watch: Watcher) -
     keep_adapters(run.folder, {best["folder"], done.last["folder"]})
     watch.finished(run.state, run.folder)
     if ready.recipe.certify:
+        ready.base.release()  # a fresh process loads it: it need not be held twice
         certificate = certify(run.folder, ready.base, ready.data, ready.recipe.objective, best, unmoved, done.skipped)
         watch.certified(certificate)
     end(run.folder)  # until here, the same command comes back to certify

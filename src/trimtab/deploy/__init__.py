@@ -1,6 +1,6 @@
 """Saving, loading, merging: handing a trained model over for use."""
 
-from trimtab.deploy.adapter import load_adapter, read_method, sample, save_adapter, versions
+from trimtab.deploy.adapter import keep_adapter, load_adapter, read_method, sample, save_adapter, versions
 from trimtab.deploy.combining import CombinedFolders, combine_adapters
 from trimtab.deploy.merging import Merged, merge
 from trimtab.deploy.target import CHECKPOINTS, Target, adapter_folder, open_target
@@ -12,6 +12,7 @@ __all__ = [
     "Target",
     "adapter_folder",
     "combine_adapters",
+    "keep_adapter",
     "load_adapter",
     "merge",
     "open_target",

@@ -2,6 +2,7 @@
 
 import platform
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from trimtab.artifacts import Adapter, read_adapter, write_adapter
 from trimtab.base import Base
 from trimtab.data.example import Sequence as Row
 from trimtab.errors import ArtifactError, RecipeError
-from trimtab.methods import OF_BASE, Attached, Method, Sample, look_through, modules, place, refuse_name
+from trimtab.methods import OF_BASE, Attached, Method, Sample, modules, place, refuse_name
 
 PACKAGES = ("trimtab", "torch", "transformers", "tokenizers", "safetensors")
 
@@ -43,9 +44,7 @@ def save_adapter(base: Base, adapter: Attached, folder: Path | str, trained: dic
     method, own = adapter.folded()
     config, tensors = method.to_peft(base.model, own)
     facts = {
-        "source": base.source,
-        "dtype": str(look_through(base.model.get_input_embeddings()).weight.dtype).removeprefix("torch."),
-        "quantize": base.quantize,
+        "model": base.config.plain(),
         "fingerprint": base.fingerprint,
         "stop_ids": list(base.stop_ids) if base.tokenizer is not None else [],
     }
@@ -60,6 +59,13 @@ def save_adapter(base: Base, adapter: Attached, folder: Path | str, trained: dic
             versions=versions(),
         ),
     )
+
+
+def keep_adapter(base: Base, folder: Path, new: Path) -> None:
+    """Write an adapter that was saved by us once more, as a new folder; its base may have moved meanwhile."""
+    stored = read_adapter(folder, ours=True)
+    config = {key: base.source if key in ("base_model_name_or_path", "model_name") else v for key, v in stored.config.items()}
+    write_adapter(new, replace(stored, config=config, base={**stored.base, "model": base.config.plain()}))
 
 
 def load_adapter(base: Base, folder: Path | str, name: str = "default") -> Attached:

@@ -51,6 +51,8 @@ def refer(base: Base, adapter: Attached, asked: str, rows: Sequence[Row], pack_t
         NonFinite: The reference gives a row a log-probability that is not a number.
     """
     kind = ("start" if adapter.trained else "base") if asked == "auto" else asked
+    if kind == "start" and not adapter.trained and adapter.method.starts_as_base:
+        kind = "base"
     with _opened(base, adapter, kind) as other:
         path = files.cache_folder() / "reference" / f"{other.identity}-{_made_by()}.json"
         known = _read(path)

@@ -186,7 +186,7 @@ def claimed(recipe: Recipe, notice: Callable[[str], None]) -> Iterator[Unfinishe
 def _take_away(folder: Path, made: list[Path]) -> None:
     with suppress(OSError, StorageError):
         for path in list(folder.iterdir()) if _about_to_begin(folder) else [folder / LOCK]:  # else somebody put something there
-            files.remove_file(path)
+            files.remove_folder(path) if path.is_dir() else files.remove_file(path)
         for path in made:
             path.rmdir()
 

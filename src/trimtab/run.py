@@ -13,7 +13,7 @@ from trimtab.certificate import canaries, certify, refuse_failed
 from trimtab.config import read
 from trimtab.data import Example, Finding, Loaded, Pack, held_out_examples, pack_all, plan_steps, refuse_problems, units
 from trimtab.data.example import Sequence as Row
-from trimtab.deploy import keep_adapter, versions
+from trimtab.deploy import keep_adapter, save_adapter, versions
 from trimtab.engine import FrozenBelow, Memory
 from trimtab.errors import ArtifactError, DataError, NotMoved, RecipeError, StorageError, listing
 from trimtab.evaluate import Loss, score_loss
@@ -25,7 +25,7 @@ from trimtab.recipe import Recipe
 from trimtab.reference import logprobs
 from trimtab.report import Silent, Watcher
 from trimtab.resume import DECIDED, Unfinished, claimed, plan_facts, threads
-from trimtab.saving import Progress, Run, Saver, end, keep_adapters
+from trimtab.saving import START, Progress, Run, Saver, end, keep_adapters
 from trimtab.train import Optimizer, Step, peak_learning_rate, planned_memory, train
 
 MOVED_BY = 3
@@ -148,6 +148,14 @@ def _begin(ready: _Ready, before: Unfinished | None) -> Run:
     files.write_text(folder / "recipe.yaml", ready.recipe.to_yaml())
     proof = [one.plain() for one in ready.findings if one.name != "disk"]
     files.write_json(folder / "data.json", {**ready.data.plain(), "proof": proof})
+    reference = ready.facts["reference"]
+    if (
+        reference is not None
+        and reference["kind"] == "start"
+        and ready.facts["start"] is None
+        and not (folder / START).exists()
+    ):
+        save_adapter(ready.base, ready.adapter, folder / START)
     facts = ready.facts if before is None else {**before.facts, **{key: ready.facts[key] for key in DECIDED}}
     run = Run(folder, {"status": "running", **facts} | {"status": "running"})
     run.write()

@@ -114,7 +114,7 @@ def test_an_adapter_by_itself_is_verified_as_far_as_it_goes(done, trimtab, at_on
 
 def test_a_base_that_is_another_is_refused(done, here, trimtab):
     manifest = json.loads((done / "adapter" / "trimtab.json").read_text())
-    place = Path(manifest["base"]["source"])
+    place = Path(manifest["base"]["model"]["name"])
     kept = place.with_name("kept")
     place.rename(kept)
     try:
@@ -173,15 +173,15 @@ def test_what_no_gradient_reaches_is_said_after_three_steps(here, trimtab, monke
 
 
 def test_a_process_that_cannot_load_it_says_why(here, trimtab, monkeypatch):
-    write = running.write_adapter
+    keep = running.keep_adapter
 
-    def damaged(folder, adapter):
-        write(folder, adapter)
+    def damaged(base, old, folder):
+        keep(base, old, folder)
         tensors = load_file(folder / "adapter_model.safetensors")
         tensors[next(iter(tensors))][0] += 1
         save_file(tensors, folder / "adapter_model.safetensors")
 
-    monkeypatch.setattr(running, "write_adapter", damaged)
+    monkeypatch.setattr(running, "keep_adapter", damaged)
     failed = trimtab(*WORDS, "output=new")
     assert failed.code == 7
     assert "A fresh process could not load and run" in failed.err

@@ -80,7 +80,7 @@ def refusal(text, *words):
         (DATA + "train: [1]", "train: expected a mapping with keys such as epochs, got a list."),
         (DATA + "model: 3", "model: expected a mapping with keys such as name, got 3."),
         (DATA + "model: ''", "model: expected a text that is not empty, got ''."),
-        (DATA + "model: {name: x, dtype: fp16}", "model.dtype: expected 'auto', 'float32' or 'bfloat16', got 'fp16'."),
+        (DATA + "model: {name: x, dtype: fp16}", "model.dtype: expected 'auto', 'float32', 'bfloat16', 'float16' or 'float64', got 'fp16'."),
         ("data: a.jsonl", "data: expected a mapping with keys such as train, got 'a.jsonl'."),
         ("data: {train: []}", "data.train: expected a list that is not empty, got an empty list."),
         ("data: {train: [a, 3]}", "data.train.1: expected a text, got 3."),

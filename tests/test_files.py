@@ -289,7 +289,7 @@ ADAPTER = Adapter(
     config={"peft_type": "LORA", "r": 2},
     tensors={"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)},
     method={"name": "lora", "rank": 2},
-    base={"source": "somewhere", "fingerprint": {"weights": "1"}, "stop_ids": [2]},
+    base={"model": {"name": "somewhere"}, "fingerprint": {"weights": "1"}, "stop_ids": [2]},
     trained={"step": 3},
     versions={"trimtab": "0"},
 )
@@ -578,14 +578,14 @@ def test_where_there_are_no_locks_one_goes_without(tmp_path, monkeypatch):
         Mock(flock=Mock(side_effect=OSError(errno.ENOLCK, "no locks")), LOCK_EX=1, LOCK_NB=2),
         None,
     ):
-        monkeypatch.setattr(files, "fcntl", without)
+        monkeypatch.setattr(locks, "fcntl", without)
         with locks.locked(tmp_path / "lock"), locks.locked(tmp_path / "lock"):
             pass
 
 
 def test_a_lock_that_was_taken_away_before_it_was_had_is_none(tmp_path, monkeypatch):
     """Between opening and locking: whoever had it has removed it, with its folder even, and a third process may have made another."""
-    path, flock = tmp_path / "run" / "lock", files.fcntl.flock
+    path, flock = tmp_path / "run" / "lock", locks.fcntl.flock
     for left in ("nothing", "another"):
         calls = []
 
@@ -598,7 +598,7 @@ def test_a_lock_that_was_taken_away_before_it_was_had_is_none(tmp_path, monkeypa
                     path.write_bytes(b"")
             flock(file, how)
 
-        monkeypatch.setattr(files.fcntl, "flock", slow)
+        monkeypatch.setattr(locks.fcntl, "flock", slow)
         with locks.locked(path) as held:
             assert (held, len(calls)) == (True, 2)
             assert path.read_text().startswith(f"{os.getpid()} on ")

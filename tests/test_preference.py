@@ -27,6 +27,7 @@ from trimtab.objectives import Objective
 from trimtab.prepare import prepared
 from trimtab.recipe import Recipe
 from trimtab.reference import divergence, refer
+from trimtab.report import Silent
 from trimtab.run import run_recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -489,3 +490,57 @@ def test_a_reference_that_has_changed_since_is_not_compared_with(world, tmp_path
     run_recipe(recipe(world, tmp_path, output=str(sft.folder), data={"train": str(world / "sft.jsonl"), "eval": 8}))
     assert cli.main(["eval", str(run.folder)]) == 4
     assert "is not what it was" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["dpo", "kto"])
+@pytest.mark.parametrize("method", ["lora", "ia3", "prefix", "ptuning", "prompt"])
+def test_a_fresh_adapter_can_be_the_reference(world, tmp_path, capsys, method, name):
+    """Where one starts as its base that is the base; a fresh prefix is kept by the run, without what made its values."""
+    data = {"train": str(world / ("judged.jsonl" if name == "kto" else "pairs.jsonl")), "eval": 6}
+    objective, train = {"name": name, "reference": "start"}, {"epochs": 2, "rows_per_step": 8, "lr": 1e-2}
+    run = run_recipe(recipe(world, tmp_path, objective=objective, data=data, method=method, train=train))
+    virtual = not Method.member(method).starts_as_base
+    assert run.state["reference"]["kind"] == ("start" if virtual else "base")
+    assert run.state["reference"]["start_differs"] < 1e-4
+    assert (run.folder / "start").is_dir() == virtual
+    last = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines() if '"eval"' in line]
+    best = next(line for line in last if line["step"] == run.state["best"]["step"])
+    if name == "dpo":
+        assert last[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    run.folder.rename(tmp_path / "elsewhere")
+    assert cli.main(["eval", str(tmp_path / "elsewhere"), "--base", "--json"]) == 0, capsys.readouterr().err
+    told = json.loads(capsys.readouterr().out)
+    assert told["loss"] == pytest.approx(best["loss"], abs=1e-4)
+    assert told["divergence"] > 1e-3
+    assert (told["base"]["divergence"] > 1e-3) == virtual
+
+
+def test_a_run_with_a_fresh_reference_goes_on_with_it(world, tmp_path):
+    data, train = (
+        {"train": str(world / "pairs.jsonl"), "eval": 6},
+        {"epochs": 2, "rows_per_step": 8, "lr": 1e-2, "evaluate_every": 2},
+    )
+    keys = {"objective": {"name": "dpo", "reference": "start"}, "data": data, "method": "prefix", "train": train}
+    whole = run_recipe(recipe(world, tmp_path, output=str(tmp_path / "whole"), **keys))
+
+    class Interrupting(Silent):
+        def stepped(self, step, steps):
+            if step.number == 3:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(recipe(world, tmp_path, **keys), Interrupting())
+    run = run_recipe(recipe(world, tmp_path, **keys))
+    for name in ("start", "adapter"):
+        assert files.sha256_file(run.folder / name / "adapter_model.safetensors") == files.sha256_file(
+            whole.folder / name / "adapter_model.safetensors"
+        )
+
+
+def test_a_reference_is_found_from_wherever_the_run_is_measured(world, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(world)
+    data = {"train": "pairs.jsonl", "eval": 6}
+    run = run_recipe(recipe(world, tmp_path, data=data, objective={"name": "dpo", "reference": "other"}))
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["eval", str(run.folder), "--json"]) == 0, capsys.readouterr().err
+    assert json.loads(capsys.readouterr().out)["divergence"] > 1e-3

@@ -398,7 +398,7 @@ def test_other_versions_are_said_to_round_otherwise(here):
     Path("cut/run.json").write_text(json.dumps(facts))
     watch = Ends("never", 0)
     run("cut", watch=watch)
-    assert any("versions.torch: 1.0 then" in note for note in watch.notes)
+    assert any("versions.torch: 1.0 in the run" in note for note in watch.notes)
 
 
 @pytest.mark.parametrize("begun", [True, False])

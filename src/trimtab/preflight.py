@@ -4,6 +4,7 @@ import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from trimtab.base import Base
@@ -33,10 +34,19 @@ class Opened:
     """The most tokens that a row may have."""
 
 
-def opened(recipe: Recipe) -> Opened:
-    """Open base and data, and attach the adapter. Raises TrimtabError, of many kinds."""
+def opened(recipe: Recipe, moment: datetime | None = None) -> Opened:
+    """Open base and data, and attach the adapter. Raises TrimtabError, of many kinds.
+
+    Args:
+        moment: What a template writes as today's date; now unless given.
+    """
+    if recipe.model.dtype == "float16":
+        raise RecipeError(
+            "model.dtype: small gradients vanish in float16 silently, so it is not trained in: give bfloat16 or float32."
+        )
     recipe, origin = continued(recipe)
     base = Base.load(recipe.model)
+    base.moment = moment or base.moment
     base.add_tokens(recipe.method.new_tokens)
     positions, context = recipe.method.positions, base.context_length
     if context is not None and positions > context - 2:

@@ -18,6 +18,7 @@ from trimtab.methods import Attached, room
 from trimtab.objectives import Comparing, Objective
 from trimtab.recipe import Recipe
 from trimtab.reference import check_start, divergence, refer
+from trimtab.saving import START
 
 Rows = list[Row]
 
@@ -111,11 +112,11 @@ def score_preferences(
         raise DataError(f"data: rows that can't be measured:\n{listing([f'{where}: {why}' for where, why in account.refused])}")
     answers = rows
     rows = with_mismatched(rows, recipe.train.seed, most) if objective.pools else rows
-    kind = "base"
+    kind = _reference(folder, recipe, state)
     if (reference := state["reference"]) is not None:
-        kind = state["start"]["folder"] if reference["kind"] == "start" else reference["kind"]
         referred = refer(base, adapter, kind, rows, PACK_TOKENS)
-        if referred.facts["identity"] != reference["identity"]:
+        same = referred.facts["identity"] == reference["identity"]
+        if not same and kind != str(folder / START):  # which was saved without what made its values
             raise ArtifactError(
                 f"{kind}: is not what it was when {folder} was compared with it, so its rewards would be others."
             )
@@ -138,3 +139,12 @@ def score_preferences(
         }
         for name, one in scores.items()
     }
+
+
+def _reference(folder: Path, recipe: Recipe, state: dict[str, Any]) -> str:
+    """What a run was compared with: `base`, an adapter or run folder, or a model."""
+    kind = state["reference"]["kind"] if state["reference"] is not None else "base"
+    if kind == "start":
+        return str(state["start"]["folder"] if state["start"] is not None else folder / START)
+    whole = recipe.objective.reference if isinstance(recipe.objective, Comparing) else "auto"
+    return kind if kind == "base" or whole in ("auto", "start") else whole

@@ -14,7 +14,7 @@ import torch
 
 from trimtab import files
 from trimtab.artifacts import sha256_tensor
-from trimtab.base import Base, ModelConfig
+from trimtab.base import Base
 from trimtab.data import pack_all
 from trimtab.data.example import Sequence as Row
 from trimtab.deploy import adapter_folder, load_adapter, versions
@@ -51,6 +51,8 @@ def refer(base: Base, adapter: Attached, asked: str, rows: Sequence[Row], pack_t
         NonFinite: The reference gives a row a log-probability that is not a number.
     """
     kind = ("start" if adapter.trained else "base") if asked == "auto" else asked
+    if kind == "start" and not adapter.trained and adapter.method.starts_as_base:
+        kind = "base"
     with _opened(base, adapter, kind) as other:
         path = files.cache_folder() / "reference" / f"{other.identity}-{_made_by()}.json"
         known = _read(path)
@@ -145,7 +147,7 @@ def _opened(base: Base, adapter: Attached, kind: str) -> Iterator[_Other]:
         finally:
             other.detach()
     else:
-        model = Base.load(ModelConfig(name=kind))
+        model = Base.load(base.config.model_copy(update={"name": kind, "template": {}}))  # held as the policy is
         if model.fingerprint["tokenizer"] != base.fingerprint["tokenizer"]:
             raise RecipeError(
                 f"objective.reference: {kind} turns texts into other tokens than {base.source}, so their log-probabilities can't be compared."

@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,11 @@ class Unfinished:
     @property
     def step(self) -> int:
         return self.state.step if self.state is not None else 0
+
+    @property
+    def moment(self) -> datetime:
+        """When the run started: what its template writes as today's date."""
+        return datetime.fromisoformat(self.facts["moment"])
 
     def memory(self) -> Memory:
         """Rows go into the same packs again, whatever is free now."""
@@ -186,7 +192,7 @@ def claimed(recipe: Recipe, notice: Callable[[str], None]) -> Iterator[Unfinishe
 def _take_away(folder: Path, made: list[Path]) -> None:
     with suppress(OSError, StorageError):
         for path in list(folder.iterdir()) if _about_to_begin(folder) else [folder / LOCK]:  # else somebody put something there
-            files.remove_file(path)
+            files.remove_folder(path) if path.is_dir() else files.remove_file(path)
         for path in made:
             path.rmdir()
 

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from trimtab import files
-from trimtab.artifacts import State, read_adapter, write_adapter
+from trimtab.artifacts import State
 from trimtab.base import Base
 from trimtab.certificate import canaries, certify, refuse_failed
 from trimtab.config import read
 from trimtab.data import Example, Finding, Loaded, Pack, held_out_examples, pack_all, plan_steps, refuse_problems, units
 from trimtab.data.example import Sequence as Row
-from trimtab.deploy import versions
+from trimtab.deploy import keep_adapter, save_adapter, versions
 from trimtab.engine import FrozenBelow, Memory
 from trimtab.errors import ArtifactError, DataError, NotMoved, RecipeError, StorageError, listing
 from trimtab.evaluate import Loss, score_loss
@@ -25,7 +25,7 @@ from trimtab.recipe import Recipe
 from trimtab.reference import logprobs
 from trimtab.report import Silent, Watcher
 from trimtab.resume import DECIDED, Unfinished, claimed, plan_facts, threads
-from trimtab.saving import Progress, Run, Saver, end, keep_adapters
+from trimtab.saving import START, Progress, Run, Saver, end, keep_adapters
 from trimtab.train import Optimizer, Step, peak_learning_rate, planned_memory, train
 
 MOVED_BY = 3
@@ -64,7 +64,7 @@ class _Ready:
 
 
 def _made_ready(recipe: Recipe, before: Unfinished | None, watch: Watcher) -> _Ready:
-    given = opened(recipe)
+    given = opened(recipe, before.moment if before is not None else None)
     recipe, base, adapter, data = given.recipe, given.base, given.adapter, given.data
     findings = preflight(given)
     check_disk(findings)
@@ -96,7 +96,7 @@ def _carried_out(run: Run, ready: _Ready, state: State | None, watch: Watcher) -
         best = done.best or done.last
         if (run.folder / "adapter").exists():  # the run ended in the middle of its end
             files.remove_folder(run.folder / "adapter")
-        write_adapter(run.folder / "adapter", read_adapter(run.folder / best["folder"], ours=True))
+        keep_adapter(ready.base, run.folder / best["folder"], run.folder / "adapter")
     except BaseException as error:
         interrupted = isinstance(error, KeyboardInterrupt)
         with suppress(StorageError):  # what went wrong first is what matters
@@ -107,6 +107,7 @@ def _carried_out(run: Run, ready: _Ready, state: State | None, watch: Watcher) -
     keep_adapters(run.folder, {best["folder"], done.last["folder"]})
     watch.finished(run.state, run.folder)
     if ready.recipe.certify:
+        ready.base.release()  # a fresh process loads it: it need not be held twice
         certificate = certify(run.folder, ready.base, ready.data, ready.recipe.objective, best, unmoved, done.skipped)
         watch.certified(certificate)
     end(run.folder)  # until here, the same command comes back to certify
@@ -121,6 +122,7 @@ def _facts(recipe: Recipe, base: Base, adapter: Attached, data: Loaded, steps: "
     trained = sum(p.numel() for p in adapter.parameters().values())
     return {
         "base": {"source": base.source, "fingerprint": base.fingerprint},
+        "moment": base.moment.isoformat(),
         "method": recipe.method.plain(),
         "objective": recipe.objective.plain(),
         "trainable_parameters": trained,
@@ -147,6 +149,14 @@ def _begin(ready: _Ready, before: Unfinished | None) -> Run:
     files.write_text(folder / "recipe.yaml", ready.recipe.to_yaml())
     proof = [one.plain() for one in ready.findings if one.name != "disk"]
     files.write_json(folder / "data.json", {**ready.data.plain(), "proof": proof})
+    reference = ready.facts["reference"]
+    if (
+        reference is not None
+        and reference["kind"] == "start"
+        and ready.facts["start"] is None
+        and not (folder / START).exists()
+    ):
+        save_adapter(ready.base, ready.adapter, folder / START)
     facts = ready.facts if before is None else {**before.facts, **{key: ready.facts[key] for key in DECIDED}}
     run = Run(folder, {"status": "running", **facts} | {"status": "running"})
     run.write()

@@ -20,7 +20,9 @@ from trimtab.train import Optimizer
 STATES, METRICS = "states", "metrics.jsonl"
 LOCK = "lock"
 """In a run's folder; the last is the file that one process has while it trains there."""
-BEGINNING = {LOCK, "recipe.yaml", "data.json"}
+START = "start"
+"""In it too: the adapter that training starts from, where it is compared with and is in no other folder."""
+BEGINNING = {LOCK, START, "recipe.yaml", "data.json"}
 """What a run's folder holds at most before `run.json` makes it a run."""
 KEPT = 2
 """States that are kept, should the newest be damaged."""

@@ -24,14 +24,24 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Of glibc's malloc.h."""
 
 
+def give_back_freed_memory() -> None:
+    """Let the system have what this process has freed; with another malloc than glibc's this does nothing."""
+    if libc := _glibc():
+        libc.malloc_trim(0)
+
+
 def keep_freed_memory() -> None:
     """Let this process keep what it frees, for its next allocations: a step frees and needs the same again.
 
     By default, glibc's malloc gives every large block back to the system, which clears it page by page when it is needed
     again: 5 % of a training step's time. Elsewhere this does nothing.
     """
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if libc is not None and hasattr(libc, "mallopt"):
+    if libc := _glibc():
         libc.malloc_trim(0)  # what imports have left
         libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    return libc if hasattr(libc, "mallopt") else None

@@ -22,7 +22,7 @@ CONFIG, MANIFEST = "adapter_config.json", "trimtab.json"
 PEFTS_WEIGHTS, PEFTS_PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 HUBS_WEIGHTS, HUBS_PICKLE, HUBS_HEAD = "adapter.safetensors", "pytorch_adapter.bin", "head_config.json"
 """The same of the `adapters` library (AdapterHub), and what it writes beside an adapter that has a head of its own."""
-FORMAT = 1
+FORMAT = 2
 """Version of the manifest; a reader refuses one that it does not know."""
 
 KEYS = {"method", "files", "tensors", "base", "trained", "versions"}
@@ -39,7 +39,7 @@ class Adapter:
     method: dict[str, Any] | None = None
     """The method in our words; None in a folder that another library wrote."""
     base: dict[str, Any] = field(default_factory=dict)
-    """`source`, `dtype`, `quantize`, `fingerprint` and `stop_ids` of the base it was trained on; empty in a folder of another library's."""
+    """The base it was trained on: `model`, its ModelConfig as it was held, `fingerprint` and `stop_ids`; empty in another library's folder."""
     trained: dict[str, Any] = field(default_factory=dict)
     """How it came to be: step, losses, the data's digest."""
     versions: dict[str, str] = field(default_factory=dict)
@@ -48,7 +48,7 @@ class Adapter:
     def source(self) -> str:
         """The name of the base, as far as the folder says."""
         theirs = self.config.get("base_model_name_or_path") or self.config.get("model_name")
-        return str(self.base.get("source") or theirs or "")
+        return str(self.base["model"]["name"] if self.base else theirs or "")
 
     @property
     def weights(self) -> str:

@@ -1,6 +1,7 @@
 """The frozen model and everything that gives its tokens meaning."""
 
+from trimtab.base.config import ModelConfig, as_held, here
 from trimtab.base.fingerprint import Fingerprint, model_fingerprint
-from trimtab.base.model import Base, Message, ModelConfig
+from trimtab.base.model import Base, Message
 
-__all__ = ["Base", "Fingerprint", "Message", "ModelConfig", "model_fingerprint"]
+__all__ = ["Base", "Fingerprint", "Message", "ModelConfig", "as_held", "here", "model_fingerprint"]

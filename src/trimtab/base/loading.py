@@ -8,10 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from trimtab.errors import ArtifactError, RecipeError, UnsupportedModel, listing
+from trimtab.errors import ArtifactError, UnsupportedModel, listing
 from trimtab.startup import without_collector
 
 _OLD_BUFFERS = re.compile(r"(^|\.)(masked_bias|rotary_emb\.inv_freq|position_ids)$")
@@ -69,18 +68,6 @@ def read_tokenizer(place: Path | str, **how: Any) -> Any:
 
         with _without_code(place):
             return AutoTokenizer.from_pretrained(str(place), trust_remote_code=False, **how)
-
-
-def device_of(name: str) -> torch.device:
-    """Where a model is to run. Raises RecipeError if that is not there."""
-    if name != "auto":
-        try:
-            torch.empty(0, device=name)
-        except (RuntimeError, AssertionError) as error:
-            raise RecipeError(f"model.device: {name} cannot be used here: {str(error).splitlines()[0]}") from None
-        return torch.device(name)
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return accelerator or torch.device("cpu")
 
 
 def refuse_partly_made(name: str, weights: Mapping[str, Tensor]) -> None:

@@ -5,37 +5,22 @@ from collections.abc import Sequence
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 
 from trimtab.adapted import look_through
 from trimtab.base import quantized, source, vocabulary
+from trimtab.base.config import ModelConfig, as_held, device_of, dtype_of
 from trimtab.base.fingerprint import Fingerprint, fingerprint, own_weights, tokenizing_hash, weights_hash
-from trimtab.base.loading import device_of, read_model, read_tokenizer, refuse_partly_made
+from trimtab.base.loading import read_model, read_tokenizer, refuse_partly_made
 from trimtab.base.quantized import Quantize
 from trimtab.base.supported import refuse_unsupported
 from trimtab.base.template import ChatTemplate, Ending, Message, Switches
 from trimtab.base.vocabulary import Encoded
-from trimtab.config import Config
 from trimtab.errors import ArtifactError, BaseChanged, RecipeError, StorageError, TrimtabError, UnsupportedModel
 from trimtab.files import expanded
-
-
-class ModelConfig(Config):
-    """Which base, and how it is held in memory. In a recipe, `model: NAME` is short for `model: {name: NAME}`."""
-
-    name: Annotated[str, Field(min_length=1)]
-    """A local folder, a GGUF file, a hub name, or `smollm2-135m-instruct`."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Number type of the frozen weights; auto is float32 on a CPU and bfloat16 on an accelerator."""
-    quantize: Quantize = "none"
-    """Hold the matrices of its blocks in 4 bits a weight (nf4, as QLoRA does) or in 8 (int8): pip install 'trimtab[quantized]'."""
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
-    """Where the model runs; auto is the first accelerator, or the CPU."""
-    template: dict[str, bool | int | float | str | list[str]] = Field(default={})
-    """Switches of its chat template, such as {enable_thinking: false}; `trimtab check` lists those that it has."""
+from trimtab.startup import give_back_freed_memory
 
 
 class Base:
@@ -55,6 +40,8 @@ class Base:
 
     quantize: Quantize = "none"
     """How it was quantized when it was loaded; one that was stored quantized, or is wrapped, says it itself."""
+    asked_device: str | None = None
+    """Where it was asked to be when it was loaded."""
 
     def __init__(self, model: Any, tokenizer: Any = None, source: str | None = None, template: Switches | None = None) -> None:
         refuse_unsupported(model, tokenizer)
@@ -79,15 +66,16 @@ class Base:
         """Load a base by name. See ModelConfig for what a name can be."""
         config = ModelConfig(name=config) if isinstance(config, str) else config
         folder = source.folder_of(config.name)
-        device = device_of(config.device)
-        chosen = config.dtype if config.dtype != "auto" else "float32" if device.type == "cpu" else "bfloat16"
+        device = device_of(config)
+        dtype = dtype_of(config, device)
         if folder is None:
             source.check_hub(config.name)
         place = folder if folder is not None else config.name
-        base = cls.load_folder(place, getattr(torch, chosen), device, quantize=config.quantize, template=config.template)
+        base = cls.load_folder(place, dtype, device, quantize=config.quantize, template=config.template)
         # What it was asked for by, rather than the cache folder that a GGUF file was converted into.
         local = folder is not None and config.name != source.EMBEDDED
         base.source = str(expanded(config.name).absolute()) if local else config.name
+        base.asked_device = config.device
         return base
 
     @classmethod
@@ -123,6 +111,21 @@ class Base:
         base = cls(model.to(device), tokenizer, str(place), template)
         base.quantize = quantize
         return base
+
+    @property
+    def config(self) -> ModelConfig:
+        """What `load` makes the same base from, held as it is: in its number type, and on its device unless that was `auto`."""
+        dtype = next(tensor.dtype for tensor in self._pristine.values() if tensor.is_floating_point())
+        return as_held(self.source, dtype, self.asked_device or str(self.device), self.quantize, self.template_switches)
+
+    def release(self) -> None:
+        """Let go of the memory of all weights, an adapter's too. What is known of them (the fingerprint) stays known; they are gone."""
+        _ = self.fingerprint
+        for tensor in [*self.model.parameters(), *self._pristine.values()]:
+            tensor.data = tensor.data.new_empty(0)
+        give_back_freed_memory()
+        if torch.accelerator.is_available():
+            torch.accelerator.empty_cache()
 
     # Identity
 

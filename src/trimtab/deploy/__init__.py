@@ -1,6 +1,6 @@
 """Saving, loading, merging: handing a trained model over for use."""
 
-from trimtab.deploy.adapter import load_adapter, read_method, sample, save_adapter
+from trimtab.deploy.adapter import keep_adapter, load_adapter, read_method, sample, save_adapter
 from trimtab.deploy.combining import CombinedFolders, combine_adapters
 from trimtab.deploy.merging import Merged, merge
 from trimtab.deploy.stored import versions
@@ -15,6 +15,7 @@ __all__ = [
     "adapter_folder",
     "attach",
     "combine_adapters",
+    "keep_adapter",
     "load_adapter",
     "merge",
     "open_target",

@@ -1,6 +1,7 @@
 """Between an adapter on a model and an adapter on disk."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,19 @@ def _encode(base: Base) -> Callable[[str], list[int]] | None:
 
 def save_adapter(base: Base, adapter: Attached, folder: Path | str, trained: dict[str, Any] | None = None) -> None:
     """Write the adapter as a new folder that PEFT reads too. Raises StorageError; then there is no folder."""
-    facts = {"fingerprint": base.fingerprint, "stop_ids": list(base.stop_ids) if base.tokenizer is not None else []}
-    write_adapter(Path(folder), as_stored(adapter, base.source, {"quantize": base.quantize, **facts}, trained or {}))
+    facts = {
+        "moment": base.moment.isoformat(),
+        "fingerprint": base.fingerprint,
+        "stop_ids": list(base.stop_ids) if base.tokenizer is not None else [],
+    }
+    write_adapter(Path(folder), as_stored(adapter, base.config, facts, trained or {}))
+
+
+def keep_adapter(base: Base, folder: Path, new: Path) -> None:
+    """Write an adapter that was saved by us once more, as a new folder; its base may have moved meanwhile."""
+    stored = read_adapter(folder, ours=True)
+    config = {key: base.source if key in ("base_model_name_or_path", "model_name") else v for key, v in stored.config.items()}
+    write_adapter(new, replace(stored, config=config, base={**stored.base, "model": base.config.plain()}))
 
 
 def load_adapter(base: Base, folder: Path | str, name: str = "default") -> Attached:

@@ -4,8 +4,8 @@ import platform
 from importlib import metadata
 from typing import Any
 
-from trimtab.adapted import look_through
 from trimtab.artifacts import Adapter
+from trimtab.base import ModelConfig
 from trimtab.methods import Attached
 
 PACKAGES = ("trimtab", "torch", "transformers", "tokenizers", "safetensors")
@@ -22,17 +22,15 @@ def versions() -> dict[str, str]:
     return found
 
 
-def as_stored(adapter: Attached, source: str, facts: dict[str, Any], trained: dict[str, Any]) -> Adapter:
-    """The content of an adapter's folder. `facts` are of its base, whose name is `source`."""
+def as_stored(adapter: Attached, held: ModelConfig, facts: dict[str, Any], trained: dict[str, Any]) -> Adapter:
+    """The content of an adapter's folder. `held` says which base it is on, and how that is held; `facts` what else there is of it."""
     method, own = adapter.folded()
     config, tensors = method.to_peft(adapter.model, own)
-    embeddings: Any = adapter.model.get_input_embeddings()  # type: ignore[operator]
-    dtype = str(look_through(embeddings).weight.dtype).removeprefix("torch.")
     return Adapter(
-        config={"base_model_name_or_path": source, **config},
+        config={"base_model_name_or_path": held.name, **config},
         tensors=tensors,
         method=method.plain(),
-        base={"source": source, "dtype": dtype, **facts},
+        base={"model": held.plain(), **facts},
         trained=trained,
         versions=versions(),
     )

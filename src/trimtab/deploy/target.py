@@ -1,12 +1,14 @@
 """What a command is given: a run folder, an adapter folder, or a model; turned into a base with or without an adapter."""
 
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from trimtab import files
 from trimtab.artifacts import is_adapter, read_adapter
-from trimtab.base import Base, ModelConfig
+from trimtab.artifacts.adapter import MANIFEST
+from trimtab.base import Base, ModelConfig, here
 from trimtab.deploy.adapter import load_adapter
 from trimtab.errors import ArtifactError, RecipeError
 from trimtab.methods import Attached
@@ -68,7 +70,7 @@ def _record(run: Path) -> dict[str, Any]:
 
 
 def open_target(name: str, model: str | None = None) -> Target:
-    """Load what `name` stands for.
+    """Load what `name` stands for; an adapter on its base as that was held when it was trained, if its device is here.
 
     Args:
         name: A run folder (of one that has not ended, the adapter that it saved last is taken), an adapter folder, or anything
@@ -84,7 +86,11 @@ def open_target(name: str, model: str | None = None) -> Target:
     source = model or stored.source
     if not source:
         raise RecipeError(f"{folder} does not say which base it was trained on: give it with --model.")
-    dtype = stored.base.get("dtype")
-    dtype = dtype if dtype in ("float32", "bfloat16") else "auto"
-    base = Base.load(ModelConfig(name=source, dtype=dtype, quantize=stored.base.get("quantize", "none")))
-    return Target(base, load_adapter(base, folder), folder, notes)
+    try:
+        config, other = here(ModelConfig.parse({**stored.base.get("model", {}), "name": source}))
+    except RecipeError as error:
+        raise ArtifactError(f"{folder / MANIFEST}: base.model: {error}") from None
+    base = Base.load(config)
+    if "moment" in stored.base:  # a template that writes the date writes that of the training
+        base.moment = datetime.fromisoformat(stored.base["moment"])
+    return Target(base, load_adapter(base, folder), folder, (*notes, *([f"{folder}: {other}"] if other else [])))

@@ -1,5 +1,6 @@
 """Adapters within other trainers: a model that has some saves them alone, where its own `save_pretrained` is called."""
 
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -8,7 +9,8 @@ from torch import Tensor, nn
 
 from trimtab.adapted import Around
 from trimtab.artifacts import write_adapter, write_tensors
-from trimtab.base import Fingerprint, model_fingerprint
+from trimtab.base import Fingerprint, as_held, model_fingerprint
+from trimtab.base.fingerprint import own_weights
 from trimtab.deploy.stored import as_stored
 from trimtab.errors import RecipeError, UnsupportedModel
 from trimtab.files import filled_folder
@@ -64,8 +66,11 @@ def _save_pretrained(
         return
     if model not in _fingerprints:
         _fingerprints[model] = model_fingerprint(model)
-    facts = {"quantize": "none", "fingerprint": _fingerprints[model], "stop_ids": []}
-    source = getattr(model.config, "_name_or_path", "") or type(model).__name__
+    facts = {"moment": datetime.now().isoformat(), "fingerprint": _fingerprints[model], "stop_ids": []}
+    first = next(p for p in own_weights(model).values() if p.is_floating_point())
+    held = as_held(
+        getattr(model.config, "_name_or_path", "") or type(model).__name__, first.dtype, str(first.device), "none", {}
+    )
     for name, adapter in adapters(model).items():
         if not name or Path(name).name != name:
             raise RecipeError(f"An adapter is called {name!r}, which is no name of a folder to save it in.")
@@ -74,7 +79,7 @@ def _save_pretrained(
                 "An adapter's numbers are spread over processes (FSDP, DeepSpeed), and can't be saved from one."
             )
         folder = Path(save_directory) if name == "default" else Path(save_directory) / name
-        write_adapter(folder, as_stored(adapter, source, facts, {}), over=True)
+        write_adapter(folder, as_stored(adapter, held, facts, {}), over=True)
     if Path(save_directory).name.startswith(CHECKPOINT):
         with filled_folder(Path(save_directory), last=RESUMED_FROM) as new:
             write_tensors(new / RESUMED_FROM, _of_adapters(model))

@@ -48,9 +48,9 @@ class Pool:
 @torch.no_grad()
 def answered(model: Any, objective: Objective, packs: Sequence[Pack]) -> tuple[list[tuple[Pack, Tensor]], float]:
     """The packs that have a loss, each with Σ log p of its sequences; and the number that the objective estimates on the others."""
-    pool, learned = Pool(objective), list[tuple[Pack, Tensor]]()
+    pool, learned, device = Pool(objective), list[tuple[Pack, Tensor]](), next(model.parameters()).device
     for pack in packs:
-        logprobs = pool.pass_through(model, pack)
+        logprobs = pool.pass_through(model, pack.to(device))  # one at a time is there
         if pack.mismatched:
             pool.add(pack, logprobs)
         else:

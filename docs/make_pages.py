@@ -52,7 +52,7 @@ FLOORS = (
     ("what makes an answer good", ("objectives",)),
     ("what is computed", ("engine",)),
     ("neighbours that do not know each other", ("base", "methods", "data", "artifacts")),
-    ("the ground", ("errors.py", "files.py", "config.py", "yaml12.py", "startup.py", "attention.py")),
+    ("the ground", ("errors.py", "files.py", "config.py", "yaml12.py", "startup.py", "randomness.py", "attention.py")),
 )
 HEAD = """# The recipe
 

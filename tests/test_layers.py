@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1] / "src" / "trimtab"
 
 FLOORS = [
-    {"errors", "files", "config", "yaml12", "startup", "attention"},
+    {"errors", "files", "config", "yaml12", "startup", "randomness", "attention"},
     {"base", "methods", "data", "artifacts"},
     {"engine"},
     {"objectives"},

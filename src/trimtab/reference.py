@@ -112,7 +112,7 @@ def divergence(base: Base, adapter: Attached, kind: str, rows: Sequence[Row], pa
     with _opened(base, adapter, kind) as other:
         for pack in pack_all(rows, pack_tokens):
             found = pack_divergences(base.model, other.base.model, other.acting, pack.to(base.device))
-            total += float(found.double().sum())
+            total += float(found.cpu().double().sum())
             tokens += pack.targets
     return total / max(1, tokens)
 

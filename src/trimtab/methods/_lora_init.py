@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trimtab.attention import without_cudnn
 from trimtab.errors import RecipeError
 from trimtab.methods._base import AdapterLayer, look_through, matrix
 from trimtab.methods._lowrank import LowRankLayer
@@ -84,7 +85,8 @@ def _products(model: Any, layers: dict[str, LowRankLayer], rows: list[list[int]]
     hooks = [layer.register_forward_pre_hook(record(path)) for path, layer in layers.items()]
     try:
         for row in rows:
-            model(input_ids=torch.tensor([row], device=next(model.parameters()).device), use_cache=False)
+            with without_cudnn():
+                model(input_ids=torch.tensor([row], device=next(model.parameters()).device), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()

@@ -4,6 +4,7 @@ python benchmarks/scaling.py lengths [1024 2048 4096 8192 16384]   # one row of 
 python benchmarks/scaling.py packs   [256 512 768 1024 1536 2048]  # tokens at a time, in rows of 170
 python benchmarks/scaling.py ranks   [4 16 64 256]                 # 1,024 tokens at a time
 python benchmarks/scaling.py rows    [10 1000 100000]              # data alone: read, tokenized, labelled, shuffled; memory and time
+python benchmarks/scaling.py bookkeeping [1000 10000 100000]       # rows of 87 tokens: all of packing, measuring and comparing but the model
 
 Results are added to docs/measured/scaling.json.
 """
@@ -24,6 +25,7 @@ DEFAULTS = {
     "packs": [256, 512, 768, 1024, 1536, 2048],
     "ranks": [4, 16, 64, 256],
     "rows": [10, 1000, 100_000],
+    "bookkeeping": [1000, 10_000, 100_000],
 }
 
 
@@ -92,11 +94,49 @@ def loaded(count: int) -> dict[str, Any]:
     return {"seconds": seconds[0], "tokens": tokens, "grew_gb": grew, "again_s": seconds[1]}
 
 
+def bookkeeping(count: int) -> dict[str, Any]:
+    """What rows cost beside the model, which says -1 to everything: their packs; the held-out loss with its interval and measures;
+    and Σ log p in a reference, computed and kept, then read again."""
+    import torch
+
+    import trimtab
+    from trimtab import reference
+    from trimtab.base.made_up import made_up_model
+    from trimtab.data import pack_all
+    from trimtab.data.example import Sequence
+    from trimtab.evaluate import score_loss
+    from trimtab.objectives import _pooling
+
+    _pooling.pack_logprobs = reference.pack_logprobs = lambda model, pack, **_: -torch.ones(len(pack.sequences))
+    draw, tokens = random.Random(0), list(range(49152))
+    rows = []
+    for number in range(count):
+        ids = [*tokens[:20], *draw.choices(tokens, k=min(600, round(draw.lognormvariate(4.0, 0.6))) + 4)]
+        side = ("good", "bad")[number % 2]
+        rows.append(Sequence(ids, tokens[len(ids) // 2 : len(ids)], f"rows.jsonl:{number}", len(ids), side))
+    base = trimtab.Base(made_up_model())
+    adapter, seconds = trimtab.attach(base.model, trimtab.LoRA()), {}
+
+    def timed(what: str, work: Any) -> None:
+        started = time.process_time()  # which others' work lengthens least
+        work()
+        seconds[what] = time.process_time() - started
+
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TRIMTAB_CACHE"] = folder
+        timed("packing_s", lambda: pack_all(rows, 1024))
+        timed("evaluation_s", lambda: score_loss(base, rows))
+        timed("reference_s", lambda: reference.refer(base, adapter, "base", rows, 4096))
+        timed("again_s", lambda: reference.refer(base, adapter, "base", rows, 4096))
+    return {"tokens": sum(len(row.ids) for row in rows), **seconds}
+
+
 def main() -> None:
     if sys.argv[1] == "one":
         what, value = sys.argv[2], int(sys.argv[3])
         measure = {
             "rows": loaded,
+            "bookkeeping": bookkeeping,
             "packs": lambda tokens: trained(170, 8, 4, round(tokens / 170)),
             "lengths": lambda length: trained(length, 8, 3 if length < 16384 else 2),
             "ranks": lambda rank: trained(1024, rank, 4),

@@ -64,6 +64,7 @@ FLOORS = (
             "yaml12.py",
             "startup.py",
             "adapted.py",
+            "randomness.py",
             "attention.py",
         ),
     ),
@@ -237,6 +238,16 @@ SCALES = {
     "rows": (
         "rows",
         {"tokens": "{:,} tokens", "seconds": "{:.1f} s", "grew_gb": "{:.2f} GB more", "again_s": "{:.1f} s again"},
+    ),
+    "bookkeeping": (
+        "rows",
+        {
+            "tokens": "{:,} tokens",
+            "packing_s": "{:.2f} s to pack",
+            "evaluation_s": "{:.2f} s to evaluate",
+            "reference_s": "{:.2f} s to compare",
+            "again_s": "{:.2f} s again",
+        },
     ),
 }
 """What benchmarks/scaling.py measures, and how to say it."""

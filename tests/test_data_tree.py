@@ -1,10 +1,13 @@
 """Rows as a tree: nothing lost, nothing moved, and nothing twice that is worth sharing."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trimtab.data import Sequence, lay_out, most_together, pack_all, pack_flat, pack_tree, tree
+from trimtab.data.bins import filled, in_lexical_order
 
 ROWS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=14), max_size=12)
 """Of three tokens, so that most begin alike."""
@@ -35,7 +38,7 @@ def test_a_row_is_its_path_and_what_rows_share_stands_once(rows, worth):
 @given(rows=ROWS)
 def test_without_sharing_rows_stand_side_by_side_in_their_order(rows):
     laid = lay_out(rows, share=False)
-    assert laid.ids == [token for row in rows for token in row]
+    assert laid.ids.tolist() == [token for row in rows for token in row]
     assert laid.leaves == tuple(range(len(rows)))
     assert all(segment.parent == -1 for segment in laid.segments)
 
@@ -45,8 +48,8 @@ def test_the_segments_of_a_small_tree():
     laid = lay_out([[*head, 1, 2], [9, 9], [*head, 3], head], share=True)
     assert [tuple(segment) for segment in laid.segments] == [(0, 10, -1), (10, 12, 0), (12, 13, 0), (13, 15, -1)]
     assert laid.leaves == (1, 3, 2, 0)
-    assert laid.ids == [*head, 1, 2, 3, 9, 9]
-    assert laid.positions == [*range(10), 10, 11, 10, 0, 1]
+    assert laid.ids.tolist() == [*head, 1, 2, 3, 9, 9]
+    assert laid.positions.tolist() == [*range(10), 10, 11, 10, 0, 1]
 
 
 @pytest.mark.parametrize(
@@ -77,7 +80,7 @@ def test_many_rows_each_the_beginning_of_the_next_do_not_exhaust_the_stack():
     rows = [list(range(8 * n)) for n in range(1, 1500)]
     laid = lay_out(rows)
     assert len(laid.ids) == 8 * 1499
-    assert tree.places(laid.segments, laid.leaves[700]) == list(range(8 * 701))
+    assert tree.places(laid.segments, laid.leaves[700]).tolist() == list(range(8 * 701))
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
@@ -87,6 +90,37 @@ def test_packs_of_rows_that_begin_alike_keep_to_their_limit(rows, limit):
     packs = pack_all(sequences, limit)
     assert sorted(row.where for pack in packs for row in pack.sequences) == sorted(row.where for row in sequences)
     assert all(len(pack.ids) <= limit or len(pack.sequences) == 1 for pack in packs)
+
+
+def first_fit(runs, limit):
+    """First-fit decreasing in plain words: each run, the longest first, into the first bin with room for it."""
+    bins = []
+    for size, numbers in sorted(runs, key=lambda run: (-run[0], run[1])):
+        chosen = next((one for one in bins if one[0] + size <= limit), None)
+        if chosen is None:
+            bins.append(chosen := [0, []])
+        chosen[0] += size
+        chosen[1] += numbers
+    return bins
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(sizes=st.lists(st.integers(1, 40), max_size=80), limit=st.integers(1, 30))
+def test_bins_are_those_of_first_fit_decreasing(sizes, limit):
+    """Searched in a tree instead of one after the other: near-linear, and not a row elsewhere. Some are larger than a bin."""
+    rows = [tree.numbers([n + 1] * size) for n, size in enumerate(sizes)]
+    found = filled(in_lexical_order(rows, [[n] for n in range(len(rows))]), limit)
+    assert [[one.tokens, one.numbers] for one in found] == first_fit([(size, [n]) for n, size in enumerate(sizes)], limit)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(rows=st.lists(st.lists(st.sampled_from([0, 1, 255, 256, 65_536, 151_935]), max_size=9), max_size=12))
+def test_lexical_order_and_what_is_shared_are_those_of_lists(rows):
+    made = [tree.numbers(row) for row in rows]
+    assert tree.alphabetical(made) == sorted(range(len(rows)), key=lambda n: rows[n])
+    for one, other in pairwise(rows):
+        plain = next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+        assert tree.shared_length(tree.numbers(one), tree.numbers(other)) == plain
 
 
 def test_rows_that_begin_alike_are_packed_together():

@@ -1,6 +1,7 @@
 """Scores: what they are, how sure they are, and that a right answer is never cut off."""
 
 import math
+import random
 
 import pytest
 import torch
@@ -55,6 +56,19 @@ def test_the_bootstrap_covers_the_mean_and_narrows_with_more_rows():
     more = _bootstrap(sums * 16, counts * 16)
     assert (more[1] - more[0]) == pytest.approx((high - low) / 4, rel=0.25)
     assert _bootstrap(sums, counts) == (low, high)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 60])
+def test_the_bootstrap_is_the_plain_one(rows):
+    """The percentile bootstrap over rows, with the draws of random.Random(0): intervals of earlier runs come out again."""
+    draw = random.Random(rows)
+    sums, counts = [draw.uniform(0, 9) for _ in range(rows)], [draw.randint(1, 30) for _ in range(rows)]
+    generator, means = random.Random(0), []
+    for _ in range(1000):
+        chosen = generator.choices(range(rows), k=rows)
+        means.append(sum(sums[n] for n in chosen) / sum(counts[n] for n in chosen))
+    means.sort()
+    assert _bootstrap(sums, counts) == pytest.approx((means[25], means[974]), rel=1e-12)
 
 
 def test_the_loss_is_the_mean_over_all_learned_tokens(base):

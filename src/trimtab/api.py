@@ -1,10 +1,10 @@
 """The Python door: the steps of a run as functions, for a model that you hold already or one loaded by name."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from trimtab.base import Base, Message, ModelConfig
-from trimtab.data import DataConfig, Kind, load_data, pack_all, plan_steps, prompt_of, units
+from trimtab.data import DataConfig, Kind, load_data, prompt_of
 from trimtab.data.example import Sequence as Row
 from trimtab.engine import check_packing, stream_tokens
 from trimtab.errors import DataError, RecipeError
@@ -12,7 +12,7 @@ from trimtab.methods import Attached, Method, room
 from trimtab.objectives import Objective
 from trimtab.objectives.sft import SFT
 from trimtab.prepare import prepared
-from trimtab.train import Step, TrainConfig, peak_learning_rate, planned_memory, train
+from trimtab.train import PlannedSteps, Step, TrainConfig, peak_learning_rate, planned_memory, train
 
 
 def load(name: str, **settings: Any) -> Base:
@@ -56,12 +56,9 @@ def fit(
     check_packing(base.model)
     most = room(base.model, base.context_length)
     objective, (rows, _), _ = prepared(objective or SFT(), base, adapter, (list(rows), []), config.seed, most)
-    plan = plan_steps(rows, epochs=config.epochs, seed=config.seed, rows=config.rows, tokens=config.tokens_per_step)
     memory = planned_memory(base, config, rows)
-    steps = [pack_all([rows[n] for n in step], memory.pack_tokens) for step in plan]
-    rate, _ = peak_learning_rate(
-        config, base, adapter.method, objective, sum(len(units(rows[n] for n in step)) for step in plan) / len(plan)
-    )
+    steps = PlannedSteps(rows, config, memory)
+    rate, _ = peak_learning_rate(config, base, adapter.method, objective, steps.rows_per_step)
     _ = base.fingerprint  # taken now, to be compared with afterwards
     yield from train(base, adapter, objective, steps, config, rate, memory)
     base.check_unchanged()
@@ -96,16 +93,21 @@ def stream(
     most = room(base.model, base.context_length)
     if most is not None:
         max_new_tokens = min(max_new_tokens, most - len(prompt))
-    ids: list[int] = []
-    said = ""
     tokens = stream_tokens(base.model, prompt, base.stop_ids, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    yield from _pieces(base, tokens)
+
+
+def _pieces(base: Base, tokens: Iterable[int]) -> Iterator[str]:
+    """The text of tokens, as they come. What a token adds depends on the one before it, but not on the whole answer."""
+    ids: list[int] = []
+    first, said = 0, 0  # tokens from which on the text is looked at, and those of them that have been said
     for token in tokens:
         ids.append(token)
-        whole = base.decode(ids)
-        if not whole.endswith("\ufffd"):  # half of a character of several tokens
-            yield whole[len(said) :]
-            said = whole
-    yield base.decode(ids)[len(said) :]
+        before, now = base.decode(ids[first:said]), base.decode(ids[first:])
+        if len(now) > len(before) and not now.endswith("\ufffd"):  # half of a character of several tokens
+            yield now[len(before) :]
+            first, said = said, len(ids)
+    yield base.decode(ids[first:])[len(base.decode(ids[first:said])) :]
 
 
 def _prompt(base: Base, messages: list[Message]) -> list[int]:

@@ -97,13 +97,28 @@ def causal(queries: int, keys: int, window: int | None, device: torch.device) ->
     return k <= q if window is None else (k <= q) & (k > q - window)
 
 
+@contextmanager
+def without_cudnn() -> Iterator[None]:
+    """Within the block, attention is computed by flash, memory-efficient or plain kernels; the process's setting stays as it was.
+
+    cuDNN's backward pass gives NaN for some masked rows (pytorch #196678), and torch 2.11 takes it first on H100 and H200.
+    """
+    allowed = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(allowed)
+
+
 def attend(query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None, rules: Rules) -> Tensor:
     """Attention as B H T K. `seen` is a mask (bool, or to be added to the scores), or None for plain causality."""
     grouped = query.shape[1] != key.shape[1]
     if rules.softcap is None:
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=seen, is_causal=seen is None, scale=rules.scale, enable_gqa=grouped
-        )
+        with without_cudnn():
+            return F.scaled_dot_product_attention(
+                query, key, value, attn_mask=seen, is_causal=seen is None, scale=rules.scale, enable_gqa=grouped
+            )
     if grouped:
         key, value = (t.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for t in (key, value))
     scores = query @ key.transpose(-1, -2) * (rules.scale if rules.scale is not None else query.shape[-1] ** -0.5)

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import math
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -113,7 +114,7 @@ def divergence(base: Base, adapter: Attached, kind: str, rows: Sequence[Row], pa
     with _opened(base, adapter, kind) as other:
         for pack in pack_all(rows, pack_tokens):
             found = pack_divergences(base.model, other.base.model, other.acting, pack.to(base.device))
-            total += float(found.double().sum())
+            total += float(found.cpu().double().sum())
             tokens += pack.targets
     return total / max(1, tokens)
 
@@ -172,14 +173,16 @@ def _made_by() -> str:
 
 def _key(row: Row) -> str:
     """What a row's Σ log p depends on, beside the model."""
-    return hashlib.sha256(f"{row.ids}{row.learned}".encode()).hexdigest()[:32]
+    parts = [array("q", numbers).tobytes() for numbers in ([len(row.ids)], row.ids, row.learned)]
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:32]
 
 
 @torch.no_grad()
 def logprobs(base: Base, rows: Sequence[Row], pack_tokens: int) -> list[float]:
     """Σ log p of each row's learned tokens in the model as it stands."""
     found: dict[int, float] = {}
-    rows = [replace(row, side=None) for row in rows]  # here, a mismatched answer can share its prompt with the row's own
+    # Without their sides: here, a mismatched answer can share its prompt with the row's own.
+    rows = [Row(row.ids, row.learned, row.where) for row in rows]
     for pack in pack_all(rows, pack_tokens):
         for row, value in zip(pack.sequences, pack_logprobs(base.model, pack.to(base.device)).tolist(), strict=True):
             found[id(row)] = value
@@ -192,7 +195,7 @@ def _read(path: Path) -> dict[str, float]:
         held = files.read_json(path)
     except ArtifactError:
         return {}
-    if not isinstance(held, dict) or held.get("digest") != _digest(held.get("logprobs")):
+    if not isinstance(held, dict) or held.get("digest") != _digest(_sorted(held.get("logprobs"))):
         return {}
     with suppress(OSError):
         path.touch()
@@ -200,10 +203,15 @@ def _read(path: Path) -> dict[str, float]:
 
 
 def _write(path: Path, known: dict[str, float]) -> None:
-    files.write_json(path, {"digest": _digest(known), "logprobs": known})
+    text = _sorted(known)
+    files.write_text(path, f'{{"digest": "{_digest(text)}", "logprobs": {text}}}\n')
     for old in sorted(path.parent.glob("*.json"), key=lambda p: -p.stat().st_mtime)[KEPT:]:
         old.unlink(missing_ok=True)
 
 
-def _digest(logprobs: Any) -> str:
-    return hashlib.sha256(json.dumps(logprobs, sort_keys=True).encode()).hexdigest()
+def _sorted(logprobs: Any) -> str:
+    return json.dumps(logprobs, sort_keys=True)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -209,7 +209,7 @@ def _is_unfinished(recipe: Recipe) -> bool:
     if not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir())) or _about_to_begin(folder):
         return False
     facts = files.read_json(folder / "run.json") if (folder / "run.json").is_file() else None
-    if not isinstance(facts, dict) or "plan" not in facts:
+    if not isinstance(facts, dict) or not {"plan", "moment"} <= facts.keys():
         raise taken(StorageError, folder, f"{folder}: exists already, is no unfinished run, and is not overwritten. Remove it")
     if facts.get("status") == "done" and not (folder / STATES).exists():
         raise taken(

@@ -11,10 +11,10 @@ from trimtab.artifacts import State
 from trimtab.base import Base
 from trimtab.certificate import canaries, certify, refuse_failed
 from trimtab.config import read
-from trimtab.data import Example, Finding, Loaded, Pack, held_out_examples, pack_all, plan_steps, refuse_problems, units
+from trimtab.data import Example, Finding, Loaded, held_out_examples, refuse_problems, units
 from trimtab.data.example import Sequence as Row
 from trimtab.deploy import keep_adapter, save_adapter, versions
-from trimtab.engine import FrozenBelow, Memory
+from trimtab.engine import FrozenBelow
 from trimtab.errors import ArtifactError, DataError, NotMoved, RecipeError, StorageError, listing
 from trimtab.evaluate import Loss, score_loss
 from trimtab.examine import PACK_TOKENS
@@ -26,7 +26,7 @@ from trimtab.reference import logprobs
 from trimtab.report import Silent, Watcher
 from trimtab.resume import DECIDED, Unfinished, claimed, plan_facts, threads
 from trimtab.saving import START, Progress, Run, Saver, end, keep_adapters
-from trimtab.train import Optimizer, Step, peak_learning_rate, planned_memory, train
+from trimtab.train import Optimizer, PlannedSteps, Step, peak_learning_rate, planned_memory, train
 
 MOVED_BY = 3
 """Steps by which everything that is trained must have moved: of two factors, the second one moves the first a step later."""
@@ -57,7 +57,7 @@ class _Ready:
     base: Base
     adapter: Attached
     data: Loaded
-    steps: "Steps"
+    steps: PlannedSteps
     facts: dict[str, Any]
     findings: list[Finding]
     """Of the data's proof, and what else was looked at."""
@@ -75,7 +75,7 @@ def _made_ready(recipe: Recipe, before: Unfinished | None, watch: Watcher) -> _R
     )
     recipe = recipe.model_copy(update={"objective": objective})
     memory = planned_memory(base, recipe.train, data.train) if before is None else before.memory()
-    steps = Steps(data, recipe, memory)
+    steps = PlannedSteps(data.train, recipe.train, memory)
     facts = {**_facts(recipe, base, adapter, data, steps), "start": given.origin, "reference": reference}
     watch.planned(facts, data.accounts, len(units(data.train)), len(units(data.eval)))
     for one in findings:
@@ -116,7 +116,7 @@ def _carried_out(run: Run, ready: _Ready, state: State | None, watch: Watcher) -
     return run
 
 
-def _facts(recipe: Recipe, base: Base, adapter: Attached, data: Loaded, steps: "Steps") -> dict[str, Any]:
+def _facts(recipe: Recipe, base: Base, adapter: Attached, data: Loaded, steps: PlannedSteps) -> dict[str, Any]:
     """What is known before the first step, as JSON data."""
     rate, formula = peak_learning_rate(recipe.train, base, recipe.method, recipe.objective, steps.rows_per_step)
     trained = sum(p.numel() for p in adapter.parameters().values())
@@ -176,32 +176,6 @@ def held_out(folder: Path) -> tuple[list[Example], str]:
     if not examples:
         raise DataError(f"{folder} held out no rows: give rows with --data.")
     return examples, f"held-out rows of {folder}"
-
-
-class Steps:
-    """The packs of each optimizer step, made when it is taken."""
-
-    def __init__(self, data: Loaded, recipe: Recipe, memory: Memory) -> None:
-        if not data.train:
-            raise DataError("data: there is nothing to learn from.")
-        self._rows, self.memory = data.train, memory
-        self._plan = plan_steps(
-            data.train,
-            epochs=recipe.train.epochs,
-            seed=recipe.train.seed,
-            rows=recipe.train.rows,
-            tokens=recipe.train.tokens_per_step,
-        )
-
-    def __len__(self) -> int:
-        return len(self._plan)
-
-    def __getitem__(self, number: int) -> list[Pack]:
-        return pack_all([self._rows[n] for n in self._plan[number]], self.memory.pack_tokens)
-
-    @property
-    def rows_per_step(self) -> float:
-        return sum(len(units(self._rows[n] for n in step)) for step in self._plan) / len(self._plan)
 
 
 def _train(run: Run, ready: _Ready, state: State | None, watch: Watcher) -> tuple[Progress, list[str]]:

@@ -8,16 +8,25 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def without_collector() -> Iterator[None]:
-    """Import within the block without looking for garbage, which takes a fifth of the time, nor ever after in what came of it."""
+def collector_paused() -> Iterator[None]:
+    """Make many objects within the block without looking for garbage among them, which takes as long as making them."""
     was_on = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        gc.freeze()
         if was_on:
             gc.enable()
+
+
+@contextmanager
+def without_collector() -> Iterator[None]:
+    """Import within the block without looking for garbage, which takes a fifth of the time, nor ever after in what came of it."""
+    with collector_paused():
+        try:
+            yield
+        finally:
+            gc.freeze()
 
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3

@@ -1,5 +1,6 @@
 """From a data file to packs of tokens."""
 
+from trimtab.data.bins import most_together
 from trimtab.data.example import (
     Account,
     Conversation,
@@ -15,7 +16,7 @@ from trimtab.data.example import (
 from trimtab.data.labels import asked, last_run, make_sequences, prompt_of
 from trimtab.data.load import DataConfig, Loaded, first_examples, held_out_examples, load_data, load_examples
 from trimtab.data.order import plan_steps
-from trimtab.data.pack import Pack, most_together, pack_all, pack_flat, pack_tree
+from trimtab.data.pack import Pack, pack_all, pack_flat, pack_tree
 from trimtab.data.proof import COMPARED, Finding, prove, refuse_problems
 from trimtab.data.read import absolute_source
 from trimtab.data.tree import Segment, Tree, lay_out

@@ -7,7 +7,6 @@ from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 from trimtab.data.example import Conversation, Refused, Text
-from trimtab.data.tree import shared_length
 from trimtab.data.written import REASONING, about, check_said, parted, unread_key
 from trimtab.errors import DataError
 
@@ -36,6 +35,11 @@ class Tokenizing(Protocol):
 
 class NotAPrefix(Exception):
     """Text or tokens before an answer change once the conversation goes on (Qwen3 drops earlier thinking, for one)."""
+
+
+def shared_length(one: str, other: str) -> int:
+    """How many characters two texts begin with in common."""
+    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 class Answer(NamedTuple):

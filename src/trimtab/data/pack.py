@@ -5,11 +5,14 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from trimtab.data.bins import filled, in_lexical_order
 from trimtab.data.example import Sequence, units
-from trimtab.data.tree import WORTH, Segment, alphabetical, chained, lay_out, places, shared_length
+from trimtab.data.tree import Numbers, Segment, chained, lay_out, numbers, places
+from trimtab.startup import collector_paused
 
 
 @dataclass(frozen=True)
@@ -59,9 +62,9 @@ class Pack:
     def targets(self) -> int:
         return len(self.target_token)
 
-    def places(self, number: int) -> list[int]:
+    def places(self, number: int) -> Tensor:
         """Where the tokens of a sequence stand."""
-        return places(self.segments, self.leaves[number])
+        return torch.from_numpy(places(self.segments, self.leaves[number]))
 
     def to(self, device: torch.device) -> "Pack":
         moved = {
@@ -73,35 +76,47 @@ class Pack:
 
 def pack_flat(sequences: Iterable[Sequence]) -> Pack:
     """Sequences side by side in their order, each a segment of its own: what rows of different adapters need."""
-    return _pack(tuple(sequences), share=False)
+    return _laid_out(tuple(sequences), share=False)
 
 
 def pack_tree(sequences: Iterable[Sequence]) -> Pack:
     """Sequences as a tree: what several begin with is computed once. The same in every other respect."""
-    return _pack(tuple(sequences), share=True)
+    return _laid_out(tuple(sequences), share=True)
 
 
-def _pack(sequences: tuple[Sequence, ...], share: bool) -> Pack:
-    tree = lay_out([sequence.ids[:-1] for sequence in sequences], share=share)  # a last token predicts nothing
-    targets: list[tuple[int, int, int]] = []
-    for number, sequence in enumerate(sequences):
-        where = places(tree.segments, tree.leaves[number])
-        targets += [(where[t - 1], sequence.ids[t], number) for t in sequence.learned]
+def _laid_out(sequences: tuple[Sequence, ...], share: bool, rows: SequenceOf[Numbers] | None = None) -> Pack:
+    """
+    Args:
+        rows: Their tokens, if they are arrays already.
+    """
+    rows = rows or [numbers(sequence.ids) for sequence in sequences]
+    tree = lay_out([row[:-1] for row in rows], share=share)  # a last token predicts nothing
+    targets: list[Targets] = []
+    for sequence, row, leaf in zip(sequences, rows, tree.leaves, strict=True):
+        learned = numbers(sequence.learned)
+        targets.append((places(tree.segments, leaf)[learned - 1], row[learned]))
     return _packed(tree.ids, tree.positions, tree.segments, targets, sequences, tree.leaves)
 
 
+Targets = tuple[Numbers, Numbers]
+"""Of one sequence: where the tokens stand that predict what it learns, and what that is."""
+
+
 def _packed(
-    ids: list[int],
-    positions: list[int],
+    ids: Numbers,
+    positions: Numbers,
     segments: tuple[Segment, ...],
-    targets: list[tuple[int, int, int]],
+    targets: SequenceOf[Targets],
     sequences: tuple[Sequence, ...],
     leaves: tuple[int, ...],
 ) -> Pack:
-    at, token, of = (t.contiguous() for t in torch.tensor(targets, dtype=torch.long).reshape(-1, 3).T)
-    return Pack(torch.tensor(ids), torch.tensor(positions), segments, at, token, of, sequences, leaves)
+    at, token = (np.concatenate(some) for some in zip(*targets, strict=True))
+    of = np.repeat(np.arange(len(targets)), [len(some) for some, _ in targets])
+    made = torch.from_numpy
+    return Pack(made(ids), made(positions), segments, made(at), made(token), made(of), sequences, leaves)
 
 
+@collector_paused()
 def pack_all(sequences: Iterable[Sequence], tokens: int) -> list[Pack]:
     """Sequences as packs of at most `tokens` computed tokens (a longer one gets a pack of its own). Deterministic.
 
@@ -117,12 +132,15 @@ def pack_all(sequences: Iterable[Sequence], tokens: int) -> list[Pack]:
             given.setdefault(id(row), []).append(other)
     if given:
         return _with_mismatched(pack_all((one for one in sequences if one.side != "mismatched"), tokens), given, tokens)
-    bins = _filled(sequences, tokens)
+    rows = [numbers(sequence.ids) for sequence in sequences]
+    alike = in_lexical_order([row[:-1] for row in rows], units(sequences))
+    bins = filled(alike, tokens)
     least = sum(one.tokens for one in bins) // max(1, len(bins))
     if 1 < len(bins) <= FEW and least < tokens:
-        evener = (_filled(sequences, least + (tokens - least) * part // 8) for part in range(8))
+        evener = (filled(alike, least + (tokens - least) * part // 8) for part in range(8))
         bins = next((even for even in evener if len(even) <= len(bins)), bins)
-    return [pack_tree(sequences[n] for n in sorted(one.numbers)) for one in bins]
+    together = [sorted(one.numbers) for one in bins]
+    return [_laid_out(tuple(sequences[n] for n in some), True, [rows[n] for n in some]) for some in together]
 
 
 def _with_mismatched(packs: list[Pack], given: dict[int, list[Sequence]], tokens: int) -> list[Pack]:
@@ -140,7 +158,8 @@ def _with_mismatched(packs: list[Pack], given: dict[int, list[Sequence]], tokens
     one_answer = [pack for pack in worth if len(pack.sequences) == 1]
     several = sorted((pack for pack in worth if len(pack.sequences) > 1), key=spared, reverse=True)[:1]
     going_on = [_gone_on(pack, [given[id(row)].pop() for row in pack.sequences]) for pack in one_answer + several]
-    others = [pack for pack in packs if not any(pack is one for one in one_answer + several)]
+    gone_on = {id(pack) for pack in one_answer + several}
+    others = [pack for pack in packs if id(pack) not in gone_on]
     apart = [other for several in given.values() for other in several]
     return [*pack_all(apart, FORWARD * tokens), *going_on, *others]
 
@@ -148,19 +167,21 @@ def _with_mismatched(packs: list[Pack], given: dict[int, list[Sequence]], tokens
 def _gone_on(pack: Pack, others: SequenceOf[Sequence]) -> Pack:
     """The pack with a mismatched answer to the prompt of each of its sequences, from the prompt's last token on: that predicts."""
     own, rows = len(pack.ids), [(pack.places(n), row.learned[0] - 1) for n, row in enumerate(pack.sequences)]
-    segments = [*chained(pack.segments, (row[known - 1] + 1 for row, known in rows if known))]
+    segments = [*chained(pack.segments, (int(row[known - 1]) + 1 for row, known in rows if known))]
     ends = {segment.end: number for number, segment in enumerate(segments)}
-    ids: list[int] = []
-    positions: list[int] = []
-    targets: list[tuple[int, int, int]] = []
-    for number, (other, (row, known)) in enumerate(zip(others, rows, strict=True)):
-        targets += [(len(ids) + at - known - 1, other.ids[at], number) for at in other.learned]
-        start, parent = own + len(ids), ends[row[known - 1] + 1] if known else -1
-        ids += other.ids[known:-1]
-        segments.append(Segment(start, own + len(ids), parent))
-        positions += range(known, len(other.ids) - 1)
+    ids: list[Numbers] = []
+    positions: list[Numbers] = []
+    targets: list[Targets] = []
+    end = own
+    for other, (row, known) in zip(others, rows, strict=True):
+        tokens, learned = numbers(other.ids), numbers(other.learned)
+        targets.append((learned + (end - own - known - 1), tokens[learned]))
+        ids.append(tokens[known:-1])
+        positions.append(np.arange(known, len(tokens) - 1))
+        start, end = end, end + len(ids[-1])
+        segments.append(Segment(start, end, ends[int(row[known - 1]) + 1] if known else -1))
     leaves = tuple(range(len(segments) - len(others), len(segments)))
-    after = _packed(ids, positions, tuple(segments), targets, tuple(others), leaves)
+    after = _packed(np.concatenate(ids), np.concatenate(positions), tuple(segments), targets, tuple(others), leaves)
     return replace(pack, after=replace(after, first=own))
 
 
@@ -170,56 +191,3 @@ FEW = 16
 """Packs that are filled again."""
 WORTH_GOING_ON = 96
 """Tokens of prompts that must be spared: as much as another pass costs beside its tokens."""
-
-
-def _filled(sequences: list[Sequence], tokens: int) -> "list[_Run]":
-    bins: list[_Run] = []
-    for run in sorted(_runs(sequences, tokens), key=lambda run: (-run.tokens, run.numbers)):
-        chosen = next((one for one in bins if one.tokens + run.tokens <= tokens), None)
-        if chosen is None:
-            bins.append(chosen := _Run([], 0))
-        chosen.numbers += run.numbers
-        chosen.tokens += run.tokens
-    return bins
-
-
-@dataclass
-class _Run:
-    """Sequences that are computed together."""
-
-    numbers: list[int]
-    tokens: int
-    """At most so many, computed."""
-
-
-def _runs(sequences: list[Sequence], tokens: int) -> list[_Run]:
-    """Neighbours in lexical order that share tokens, as long as they fit."""
-    rows, whole = [sequence.ids[:-1] for sequence in sequences], units(sequences)
-    runs: list[_Run] = []
-    before: list[int] = []
-    for number in alphabetical([rows[unit[0]] for unit in whole]):
-        unit = whole[number]
-        saved, needed = _saved(before, rows[unit[0]]), _together([rows[n] for n in unit])
-        if not runs or not saved or runs[-1].tokens + needed - saved > tokens:
-            runs.append(_Run([], 0))
-            saved = 0
-        runs[-1].numbers += unit
-        runs[-1].tokens += needed - saved
-        before = rows[unit[-1]]
-    return runs
-
-
-def _saved(before: list[int], row: list[int]) -> int:
-    """Tokens that a row need not have computed after another. Up to WORTH - 1 shared ones stand twice: they are not worth a segment."""
-    return max(0, shared_length(before, row) - WORTH + 1)
-
-
-def _together(rows: list[list[int]]) -> int:
-    """Tokens of rows that share what they begin with; at most so many are computed."""
-    return sum(map(len, rows)) - sum(_saved(before, row) for before, row in pairwise(rows))
-
-
-def most_together(sequences: Iterable[Sequence]) -> int:
-    """Tokens of the largest unit, which no pack can part."""
-    sequences = list(sequences)
-    return max((_together([sequences[n].ids[:-1] for n in unit]) for unit in units(sequences)), default=1)

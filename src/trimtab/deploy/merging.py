@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab import files
+from trimtab.attention import without_cudnn
 from trimtab.base import Base
 from trimtab.errors import ArtifactError, NotMergeable
 from trimtab.methods import Attached, look_through, modules
@@ -120,7 +121,8 @@ def _compare(base: Base, folder: Path, prompts: list[list[int]] | None, matrices
     same = total = 0
     for ids in prompts or _random_prompts(saved.config.get_text_config().vocab_size):
         row = torch.tensor([ids], device=base.device)
-        ours, theirs = (model(input_ids=row, use_cache=False).logits[0].float() for model in (base.model, saved))
+        with without_cudnn():
+            ours, theirs = (model(input_ids=row, use_cache=False).logits[0].float() for model in (base.model, saved))
         difference = max(difference, float((ours - theirs).abs().max()))
         scale = max(scale, float(ours.abs().max()))
         same += int((ours.argmax(-1) == theirs.argmax(-1)).sum())

@@ -104,7 +104,7 @@ def _prefill(model: Any, prompts: list[list[int]], device: torch.device, owners:
     """The prompts' keys and values, and the hidden state of each prompt's last token: B d."""
     tree, cache = lay_out(prompts, share=owners is None), Cache()
     tokens = [number for number, prompt in enumerate(prompts) for _ in prompt]
-    ids, positions = (torch.tensor(each, device=device) for each in (tree.ids, tree.positions))
+    ids, positions = (torch.from_numpy(each).to(device) for each in (tree.ids, tree.positions))
     with routed(owners.select(tokens) if owners is not None else None):
         hidden = hidden_states(model, ids, positions, PrefillLayout(tree, cache))
     return cache, hidden[torch.tensor([tree.segments[leaf].end - 1 for leaf in tree.leaves], device=device)]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimtab.attention import Layout, heed, laid_out
+from trimtab.attention import Layout, heed, laid_out, without_cudnn
 from trimtab.data.example import Sequence as Row
 from trimtab.data.pack import Pack, pack_flat
 from trimtab.engine.below import FrozenBelow
@@ -119,8 +119,9 @@ def check_packing(model: Any) -> None:
 
 
 def _logprob_alone(model: Any, row: Tensor) -> float:
-    logits = model(input_ids=row, use_cache=False).logits[0, :-1].double()
-    return float(logits.log_softmax(-1).gather(1, row[0, 1:, None]).sum())
+    with without_cudnn():
+        logits = model(input_ids=row, use_cache=False).logits[0, :-1].cpu().double()
+    return float(logits.log_softmax(-1).gather(1, row[0, 1:, None].cpu()).sum())
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from trimtab.attention import heed, unheed
 from trimtab.errors import ArtifactError, RecipeError, listing
 from trimtab.methods._acting import Switch, switched
 from trimtab.methods._base import AdapterLayer, Method, Sample
+from trimtab.randomness import seeded
 
 _REGISTER = "trimtab_adapters"
 """The attribute of a model that holds what is attached to it."""
@@ -212,8 +213,7 @@ def attach(
     method = method.bound(sample.encode if sample else None)
     adapter = place(model, method, seed, name)
     try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.manual_seed(seed)
+        with seeded(seed), torch.no_grad():
             method.initialize(model, adapter.layers, sample or Sample())
     except BaseException:
         adapter.detach()
@@ -227,8 +227,7 @@ def place(model: nn.Module, method: Method, seed: int, name: str) -> Attached:
     sites = method.sites(model)
     everything = modules(model)
     layers = {}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         for path in sites:
             layer = method.layer(everything[path], path).eval()
             parameter = next(everything[path].parameters(), None)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.adapted import look_through
+from trimtab.attention import without_cudnn
 from trimtab.errors import RecipeError
 from trimtab.methods._base import AdapterLayer, matrix
 from trimtab.methods._lowrank import LowRankLayer
@@ -85,7 +86,8 @@ def _products(model: Any, layers: dict[str, LowRankLayer], rows: list[list[int]]
     hooks = [layer.register_forward_pre_hook(record(path)) for path, layer in layers.items()]
     try:
         for row in rows:
-            model(input_ids=torch.tensor([row], device=next(model.parameters()).device), use_cache=False)
+            with without_cudnn():
+                model(input_ids=torch.tensor([row], device=next(model.parameters()).device), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()

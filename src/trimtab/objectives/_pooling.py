@@ -22,7 +22,7 @@ class Pool:
     def add(self, pack: Pack, logprobs: Tensor) -> None:
         """Σ log p of each of the pack's mismatched answers."""
         reference = torch.tensor([row.reference for row in pack.sequences], dtype=torch.float64)
-        self.differences.append(logprobs.detach().double().cpu() - reference)
+        self.differences.append(logprobs.detach().cpu().double() - reference)
 
     def pass_through(self, model: Any, pack: Pack, within: AbstractContextManager[None] | None = None, **how: Any) -> Tensor:
         """Σ log p of each of the pack's sequences; mismatched answers that go on from them are gathered.
@@ -48,9 +48,9 @@ class Pool:
 @torch.no_grad()
 def answered(model: Any, objective: Objective, packs: Sequence[Pack]) -> tuple[list[tuple[Pack, Tensor]], float]:
     """The packs that have a loss, each with Σ log p of its sequences; and the number that the objective estimates on the others."""
-    pool, learned = Pool(objective), list[tuple[Pack, Tensor]]()
+    pool, learned, device = Pool(objective), list[tuple[Pack, Tensor]](), next(model.parameters()).device
     for pack in packs:
-        logprobs = pool.pass_through(model, pack)
+        logprobs = pool.pass_through(model, pack.to(device))  # one at a time is there
         if pack.mismatched:
             pool.add(pack, logprobs)
         else:
@@ -62,4 +62,4 @@ def averaged(measured: Sequence[dict[str, Tensor]]) -> dict[str, float]:
     """The mean of each measure over all packs."""
     names = list(dict.fromkeys(name for one in measured for name in one))
     values = {name: torch.cat([one[name] for one in measured if name in one]) for name in names}
-    return {name: float(value.double().mean()) for name, value in values.items() if len(value)}
+    return {name: float(value.cpu().double().mean()) for name, value in values.items() if len(value)}

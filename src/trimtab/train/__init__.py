@@ -3,5 +3,6 @@
 from trimtab.train.config import TrainConfig, learning_rate
 from trimtab.train.loop import Step, peak_learning_rate, planned_memory, train
 from trimtab.train.optimizer import Optimizer
+from trimtab.train.steps import PlannedSteps
 
-__all__ = ["Optimizer", "Step", "TrainConfig", "learning_rate", "peak_learning_rate", "planned_memory", "train"]
+__all__ = ["Optimizer", "PlannedSteps", "Step", "TrainConfig", "learning_rate", "peak_learning_rate", "planned_memory", "train"]

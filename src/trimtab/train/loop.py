@@ -21,6 +21,7 @@ from trimtab.engine import FrozenBelow, Kept, Memory, free_memory, plan_memory
 from trimtab.errors import DataError, NonFinite
 from trimtab.methods import Attached, Circumstances, Method
 from trimtab.objectives import Objective, Pool, averaged
+from trimtab.randomness import seeded
 from trimtab.startup import keep_freed_memory
 from trimtab.train.config import TrainConfig, learning_rate
 from trimtab.train.optimizer import Optimizer
@@ -94,10 +95,10 @@ def train(
         if items == 0:
             raise DataError(f"step {number}: none of its rows has anything to learn.")
         adapter.train(not objective.compares)
-        total, measured = passes.gradients(number, packs, items)
+        losses, measured = passes.gradients(number, packs, items)
         adapter.train(False)
         norm = torch.nn.utils.clip_grad_norm_(optimizer.parameters, config.clip if config.clip is not None else float("inf"))
-        mean = total.item() / items
+        mean = torch.stack(losses).cpu().double().sum().item() / items  # in float64 on the host: not every device has it
         rows = [row for pack in packs if not pack.mismatched for row in pack.sequences]
         skipped = _not_finite(number, mean, norm.item(), rows)
         in_a_row = _patient(in_a_row, skipped)
@@ -125,14 +126,14 @@ class _Passes:
         self.room = memory.kept / 4 if memory else math.inf
         """Bytes of gradients that may wait."""
 
-    def gradients(self, number: int, packs: list[Pack], items: int) -> tuple[torch.Tensor, list[dict[str, torch.Tensor]]]:
-        """Add the gradients of a step's packs to the parameters'; the sum of their losses, and what else is measured.
+    def gradients(self, number: int, packs: list[Pack], items: int) -> tuple[list[torch.Tensor], list[dict[str, torch.Tensor]]]:
+        """Add the gradients of a step's packs to the parameters'; their losses, and what else is measured.
 
         Some packs must wait for what is estimated on later ones (see `pack_all`). They have one answer each, so the gradient of
         its log-probability is the loss's up to a factor, and waits; or, where that takes too much memory, is computed afterwards.
         """
         device, measured, pool = self.base.device, list[dict[str, torch.Tensor]](), Pool(self.objective)
-        total = torch.zeros((), device=device, dtype=torch.float64 if device.type == "cpu" else torch.float32)
+        losses: list[torch.Tensor] = []
         missing = sum(pack.estimates for pack in packs)
         room = missing * sum(p.nbytes for p in self.parameters) <= self.room
         waiting: list[tuple[Pack, torch.Tensor, list[torch.Tensor | None]]] = []
@@ -142,13 +143,12 @@ class _Passes:
             loss = self.objective.loss(logprobs, pack, pool.value)
             (loss / items).backward()
             measured.append(self.objective.measures(logprobs.detach(), pack, pool.value))
-            total.add_(loss.detach())  # read once, after the step: .item() waits for the device
+            losses.append(loss.detach())  # read once, after the step: .item() waits for the device
 
         for part, pack in enumerate(packs):
-            torch.manual_seed(_dropout_seed(self.seed, number, part))
             missing -= pack.estimates
             wanted = not pack.mismatched and (room or not missing)
-            with torch.set_grad_enabled(wanted):
+            with seeded(_dropout_seed(self.seed, number, part), device), torch.set_grad_enabled(wanted):
                 logprobs = self._logprobs(pack, pool)
             if pack.mismatched:
                 pool.add(pack, logprobs)
@@ -166,7 +166,7 @@ class _Passes:
             for parameter, gradient in zip(self.parameters, gradients, strict=True):
                 if gradient is not None and parameter.grad is not None and logprobs.grad is not None:
                     parameter.grad.add_(gradient, alpha=logprobs.grad.item())
-        return total, measured
+        return losses, measured
 
     def _gradients_alone(self, logprobs: torch.Tensor) -> list[torch.Tensor | None]:
         """Of Σ log p, in place of the parameters' own for as long. What torch.autograd.grad gives are views, which hold more."""

@@ -17,9 +17,9 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from worlds import ROWS, make_model, write_rows
+from worlds import CHATML, ROWS, make_model, write_rows
 
-from trimtab import files, saving
+from trimtab import files, locks, saving
 from trimtab import resume as resuming
 from trimtab import run as running
 from trimtab.artifacts import State, newest_state, read_state, saved_states, sha256_tensor, write_state
@@ -112,7 +112,13 @@ def result(output):
         {k: v for k, v in json.loads(line).items() if k != "seconds"}
         for line in (folder / "metrics.jsonl").read_text().splitlines()
     ]
-    changing = ("seconds", "reference", "memory", "plan")  # which say how much memory was free, and what was in a cache
+    changing = (
+        "seconds",
+        "moment",
+        "reference",
+        "memory",
+        "plan",
+    )  # which say how much memory was free, and what was in a cache
     state = {k: v for k, v in json.loads((folder / "run.json").read_text()).items() if k not in changing}
     state["base"].pop("source")
     (weights,) = (folder / "adapter").glob("*.safetensors")
@@ -507,7 +513,7 @@ def test_a_file_system_without_locks_is_said_to_have_none(here, monkeypatch):
     def no_locks(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(files.fcntl, "flock", no_locks)
+    monkeypatch.setattr(locks.fcntl, "flock", no_locks)
     watch = Ends("never", 0)
     run("new", watch=watch)
     assert [note for note in watch.notes if "without locks" in note]
@@ -676,3 +682,29 @@ def test_a_step_that_was_to_be_followed_by_a_look_is_known_by_its_number(step, l
     saver = object.__new__(saving.Saver)
     saver.done = saving.Progress(last={"step": step, "eval_loss": loss})
     assert saver.unseen(100, int("1004")) == unseen
+
+
+def test_a_run_is_resumed_on_another_day_with_a_template_that_writes_the_date(here, monkeypatch):
+    """As Llama 3.2's and GPT-OSS's do: the date of the run's start is written in all of it, and afterwards."""
+    import datetime
+
+    from trimtab.base import model as base_model
+
+    class Tomorrow(datetime.datetime):
+        @classmethod
+        def now(cls):
+            return datetime.datetime.now() + datetime.timedelta(days=400)
+
+    make_model(Path("tiny"), 0, "{{ 'Today: ' + strftime_now('%d %b %Y') }}" + CHATML)
+    run("whole-dated")
+    ended("dated", "stepped", 7)
+    started = json.loads(Path("dated/run.json").read_text())
+    monkeypatch.setattr(base_model, "datetime", Tomorrow)
+    run("dated")
+    assert_same("dated", "whole-dated")
+    assert json.loads(Path("dated/run.json").read_text())["moment"] == started["moment"]
+    target, text = open_target("dated"), [{"role": "user", "content": "x"}]
+    assert target.base.moment.isoformat() == started["moment"]
+    assert target.base.render(text).startswith(f"Today: {target.base.moment:%d %b %Y}")
+    other = run("later", "train.epochs=0.5")
+    assert other.state["data_digest"] != started["data_digest"]  # the negative control: tomorrow's tokens are others

@@ -367,7 +367,10 @@ def test_a_careless_user_is_told_what_is_wrong_and_nothing_is_left_behind(words,
         ("chat run --temperature nan", "argument --temperature: expected a number of at least 0, got 'nan'"),
         ("chat run --seed -1", "argument --seed: expected a whole number from 0 to 4294967295, got '-1'"),
         ("eval run --show -3", "argument --show: expected a whole number from 0 to 4294967295, got '-3'"),
-        ("train r.yaml --train.lr=3", "unrecognized arguments: --train.lr=3"),
+        (
+            "train r.yaml --train.lr=3",
+            "unrecognized arguments: --train.lr=3. Keys of the recipe are given as words: train.lr=3",
+        ),
         ("merge run", "the following arguments are required: FOLDER"),
     ],
 )

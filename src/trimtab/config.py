@@ -147,19 +147,7 @@ def read(kind: type[C], path: Path, words: Iterable[str] = ()) -> C:
     Raises:
         RecipeError: The file can't be read or parsed, or what it says is not a `kind`.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise RecipeError(f"{path}: no such recipe (looked in {Path.cwd()}).") from None
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{path}: not a recipe: byte {error.start:,} is not UTF-8 text.") from None
-    except OSError as error:
-        raise RecipeError(f"{path}: cannot be read as a recipe: {error.strerror}.") from None
-    raw = yaml12.load(text, str(path))
-    if raw is None:
-        raw = {}
-    if not isinstance(raw, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping of keys such as `model:` and `data:`, not {_shown(raw)}.")
+    raw = yaml12.load_file(path)
     for word in words:
         _overlay(raw, word)
     try:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
@@ -34,17 +35,20 @@ class Opened:
     """The most tokens that a row may have."""
 
 
-def opened(recipe: Recipe, moment: datetime | None = None) -> Opened:
+def opened(recipe: Recipe, moment: datetime | None = None, began: Callable[[str], None] = lambda _: None) -> Opened:
     """Open base and data, and attach the adapter. Raises TrimtabError, of many kinds.
 
     Args:
         moment: What a template writes as today's date; now unless given.
+        began: Is told what is being done.
     """
+    began("looking at the recipe and the data")
     if recipe.model.dtype == "float16":
         raise RecipeError(
             "model.dtype: small gradients vanish in float16 silently, so it is not trained in: give bfloat16 or float32."
         )
     recipe, origin = continued(recipe)
+    began(f"loading {recipe.model.name}")
     base = Base.load(recipe.model)
     base.moment = moment or base.moment
     base.add_tokens(recipe.method.new_tokens)
@@ -56,10 +60,12 @@ def opened(recipe: Recipe, moment: datetime | None = None) -> Opened:
     with ThreadPoolExecutor(max_workers=1) as background:  # hashing the weights beside tokenizing the data
         fingerprint = background.submit(lambda: base.fingerprint)
         check_packing(base.model)
+        began("reading and tokenizing the data")
         # By absolute paths, as the run's recipe.yaml has them, so that its held-out rows are found again.
         data = load_data(
             recipe.absolute().data, base, context, recipe.train.seed, recipe.objective.learns_from, positions=positions
         )
+        began("hashing the base model")
         fingerprint.result()
     if origin is None:
         adapter = attach(base.model, recipe.method, recipe.train.seed, sample=sample(base, data.train))

@@ -64,16 +64,20 @@ class _Ready:
 
 
 def _made_ready(recipe: Recipe, before: Unfinished | None, watch: Watcher) -> _Ready:
-    given = opened(recipe, before.moment if before is not None else None)
+    given = opened(recipe, before.moment if before is not None else None, watch.began)
     recipe, base, adapter, data = given.recipe, given.base, given.adapter, given.data
+    watch.began("checking what will be trained on")
     findings = preflight(given)
     check_disk(findings)
     refuse_problems(findings)
     rows = (data.train, data.eval)
+    if recipe.objective.compares:
+        watch.began("computing what the reference model makes of the examples")
     objective, (data.train, data.eval), reference = prepared(
         recipe.objective, base, adapter, rows, recipe.train.seed, given.limit
     )
     recipe = recipe.model_copy(update={"objective": objective})
+    watch.began("planning the memory")
     memory = planned_memory(base, recipe.train, data.train) if before is None else before.memory()
     steps = PlannedSteps(data.train, recipe.train, memory)
     facts = {**_facts(recipe, base, adapter, data, steps), "start": given.origin, "reference": reference}
@@ -107,6 +111,7 @@ def _carried_out(run: Run, ready: _Ready, state: State | None, watch: Watcher) -
     keep_adapters(run.folder, {best["folder"], done.last["folder"]})
     watch.finished(run.state, run.folder)
     if ready.recipe.certify:
+        watch.began("certifying what was saved, in a process of its own")
         ready.base.release()  # a fresh process loads it: it need not be held twice
         certificate = certify(run.folder, ready.base, ready.data, ready.recipe.objective, best, unmoved, done.skipped)
         watch.certified(certificate)
@@ -240,6 +245,7 @@ def _unmoved(first: dict[str, str], optimizer: Optimizer) -> list[str]:
 def _evaluate(run: Run, ready: _Ready, step: int, watch: Watcher) -> Loss | None:
     if not ready.data.eval:
         return None
+    watch.began("measuring on the held-out rows")
     scored = score_loss(ready.base, ready.data.eval, ready.steps.memory.pack_tokens, ready.recipe.objective)
     low, high = scored.interval
     run.log(kind="eval", step=step, loss=scored.loss, low=low, high=high, tokens=scored.tokens, **scored.measures)

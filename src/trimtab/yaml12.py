@@ -1,6 +1,7 @@
 """YAML 1.2, in which recipes are written: PyYAML reads YAML 1.1, where 1e-4 is a text, and 010, 1:30 and no are not."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -18,6 +19,25 @@ _PLAIN = (
     ("float", _FLOAT, [*"-+.0123456789"]),
 )
 """The plain values that are not texts: the kind, what it looks like, the characters it starts with ("" if it can be empty)."""
+
+
+def load_file(path: Path) -> dict[str, Any]:
+    """The mapping that a recipe's file holds. Raises RecipeError if it can't be read, or holds something else."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: no such recipe (looked in {Path.cwd()}).") from None
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: not a recipe: byte {error.start:,} is not UTF-8 text.") from None
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read as a recipe: {error.strerror}.") from None
+    raw = load(text, str(path))
+    if not isinstance(raw, dict | None):
+        kinds = {str: repr(raw), list: "a list" if raw else "an empty list", bool: str(raw).lower()}
+        raise RecipeError(
+            f"{path}: a recipe is a mapping of keys such as `model:` and `data:`, not {kinds.get(type(raw), raw)}."
+        )
+    return raw or {}
 
 
 def load(text: str, where: str, *, lines: bool = True) -> Any:

@@ -4,6 +4,7 @@ A name is a local folder, a GGUF file, the embedded `smollm2-135m-instruct`, or 
 file is converted once, into a cache folder named by the hash of its content.
 """
 
+import difflib
 import importlib.util
 import re
 import socket
@@ -31,25 +32,38 @@ def folder_of(name: str) -> Path | None:
         RecipeError: There is nothing of that name.
         UnsupportedModel: There is, but not a model that Trimtab reads.
     """
+    found = located(name)
+    return _converted(found) if found is not None and found.is_file() else found
+
+
+def located(name: str) -> Path | None:
+    """Where a name leads: a folder, a GGUF file, or None for the hub. Reads nothing, and raises as `folder_of` does."""
     path = files.expanded(name)
     if name == EMBEDDED and not path.exists():
-        return _converted(_embedded_gguf())
+        return _embedded_gguf()
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise UnsupportedModel(
                 f"model: {name} is a file, and only GGUF files are read as a model. Give the model's folder."
             )
-        return _converted(path)
+        return path
     if path.is_dir():
         _check_folder(path)
         return path
     looks_local = path.is_absolute() or name.startswith((".", "~")) or path.suffix == ".gguf" or not _HUB_NAME.fullmatch(name)
     if looks_local or (path.parts and Path(path.parts[0]).is_dir()):
         raise RecipeError(
-            f"model: {name}: no such file or folder (looked in {Path.cwd()}). "
+            f"model: {name}: no such file or folder (looked in {Path.cwd()}{_near(name)}). "
             f"A model is a local folder, a GGUF file, a hub name such as org/model, or {EMBEDDED}."
         )
     return None
+
+
+def _near(name: str) -> str:
+    """The model folder here that is called nearly so, if there is one."""
+    here = [path.parent for pattern in ("*/config.json", "*/*/config.json") for path in Path().glob(pattern)]
+    close = difflib.get_close_matches(name.strip("/"), map(str, here), n=1, cutoff=0.7)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def check_hub(name: str) -> None:
@@ -65,7 +79,8 @@ def check_hub(name: str) -> None:
             return
     except OSError as error:
         raise StorageError(
-            f"model: {name} is no local file or folder (looked in {Path.cwd()}), and the hub cannot be reached to look there: {error.strerror}."
+            f"model: {name}: no such folder here (looked in {Path.cwd()}{_near(name)}). Nor can a model of that name be fetched: the hub "
+            f"({address.hostname}) cannot be reached ({error.strerror})."
         ) from None
 
 

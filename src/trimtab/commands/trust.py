@@ -2,13 +2,17 @@
 
 import argparse
 
-from trimtab.commands._shared import print_json, terminal
+from trimtab.commands._shared import print_json, starting, terminal
 from trimtab.errors import UnsupportedModel
 from trimtab.startup import without_collector
 
 
 def check(arguments: argparse.Namespace) -> None:
-    with without_collector():
+    from trimtab import yaml12
+
+    yaml12.load_file(arguments.recipe)
+    console = terminal()
+    with starting(console):
         from trimtab import files
         from trimtab.config import read
         from trimtab.data import refuse_problems

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trimtab.commands._shared import print_json, terminal
+from trimtab.commands._shared import print_json, starting, terminal
 from trimtab.errors import DataError, RecipeError, TrimtabError, listing
 from trimtab.startup import without_collector
 
@@ -18,14 +18,17 @@ if TYPE_CHECKING:
 def train(arguments: argparse.Namespace) -> None:
     from rich.markup import escape
 
-    with without_collector():
+    from trimtab import yaml12
+
+    yaml12.load_file(arguments.recipe)  # which need not wait for what follows
+    console = terminal()
+    with starting(console):
         from trimtab.config import read
         from trimtab.recipe import Recipe
         from trimtab.report import Terminal
         from trimtab.run import run_recipe
 
     recipe = read(Recipe, arguments.recipe, arguments.words)
-    console = terminal()
     try:
         with Terminal(console) as watch:
             run_recipe(recipe, watch)

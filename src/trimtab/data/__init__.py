@@ -14,7 +14,15 @@ from trimtab.data.example import (
     units,
 )
 from trimtab.data.labels import asked, last_run, make_sequences, prompt_of
-from trimtab.data.load import DataConfig, Loaded, first_examples, held_out_examples, load_data, load_examples
+from trimtab.data.load import (
+    DataConfig,
+    Loaded,
+    first_examples,
+    held_out_examples,
+    load_data,
+    load_examples,
+    look_at_first,
+)
 from trimtab.data.order import plan_steps
 from trimtab.data.pack import Pack, pack_all, pack_flat, pack_tree
 from trimtab.data.proof import COMPARED, Finding, prove, refuse_problems
@@ -24,6 +32,7 @@ from trimtab.data.tree import Segment, Tree, lay_out
 __all__ = [
     "COMPARED", "Account", "Conversation", "DataConfig", "Example", "Finding", "Judged", "Kind", "Loaded", "Pack",
     "Preference", "Refusal", "Segment", "Sequence", "Text", "Tree", "absolute_source", "asked", "first_examples",
-    "held_out_examples", "last_run", "lay_out", "load_data", "load_examples", "make_sequences", "most_together",
-    "pack_all", "pack_flat", "pack_tree", "plan_steps", "prompt_of", "prove", "refuse_problems", "units",
+    "held_out_examples", "last_run", "lay_out", "load_data", "load_examples", "look_at_first", "make_sequences",
+    "most_together", "pack_all", "pack_flat", "pack_tree", "plan_steps", "prompt_of", "prove", "refuse_problems",
+    "units",
 ]  # fmt: skip

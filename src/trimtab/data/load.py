@@ -16,16 +16,19 @@ from trimtab.data.draft import Tokenizing
 from trimtab.data.example import Account, Column, Example, Kind, Sequence
 from trimtab.data.labels import make_sequences
 from trimtab.data.order import split
-from trimtab.data.read import local_files, read_rows
+from trimtab.data.read import is_local, local_files, read_rows
 from trimtab.data.shapes import read_examples
 from trimtab.errors import DataError, listing
 from trimtab.files import expanded, sha256_file
+
+FIRST = 20
+"""Rows that are looked at before anything else."""
 
 
 def _count_or_fraction(raw: Any) -> Any:
     if isinstance(raw, float) and raw > 1 and raw % 1:
         raise ValueError(f"expected a fraction below 1 or a whole count, got {raw}.")
-    return float(raw) if isinstance(raw, int) and not isinstance(raw, bool) else raw
+    return int(raw) if isinstance(raw, float) and raw >= 1 else raw
 
 
 class DataConfig(Config):
@@ -33,7 +36,9 @@ class DataConfig(Config):
 
     train: Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(as_tuple)]
     """Files (JSON, JSONL, CSV, TSV, Parquet), patterns such as data/*.jsonl, folders, or datasets on the hub; several make one."""
-    eval: Annotated[str | Annotated[float, Field(ge=0)], BeforeValidator(_count_or_fraction)] = 0.05
+    eval: Annotated[str | Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0)], BeforeValidator(_count_or_fraction)] = (
+        0.05
+    )
     """Held-out rows: another file, a fraction of the training rows (below 1), a count of them, or 0 for none."""
     columns: dict[Column, str] = Field(default={})
     """What Trimtab calls a column: what your file calls it; for example {prompt: question, completion: answer}."""
@@ -95,6 +100,18 @@ def first_examples(config: DataConfig, count: int, kind: Kind = "answers") -> li
     return [
         example for several in sources for example in islice(_reading(several, config.columns, kind, config.ignore)[0], count)
     ]
+
+
+def look_at_first(config: DataConfig, kind: Kind = "answers") -> None:
+    """Read the first rows of every local source, before anything that takes longer. Raises DataError if none of them can be used."""
+    for source in (*config.train, *((config.eval,) if isinstance(config.eval, str) else ())):
+        if is_local(source):
+            account = Account((source,))
+            rows = islice(read_rows(source, account), FIRST)
+            used = next(read_examples(rows, config.columns, account, SHAPES[kind], config.ignore), None)
+            if used is None and config.bad_rows == "stop":
+                problems = listing([f"{where}: {reason}" for where, reason in account.refused])
+                raise DataError(f"data: none of the first {len(account.refused)} rows of {source} can be used:\n{problems}")
 
 
 def load_data(

@@ -39,7 +39,7 @@ def read_rows(source: str, account: Account | None = None) -> Iterator[Row | Ref
         rows = saved_dataset(path, account)
     elif files := _files(source):
         rows = chain.from_iterable(_file(file, account) for file in files)
-    elif _HUB_NAME.fullmatch(source) and _suffix(path) not in SUFFIXES and not Path(path.parts[0]).is_dir():
+    elif _on_hub(source):
         rows = hub_dataset(source, account)
     else:
         raise DataError(f"data: {source}: no such file or folder (looked in {Path.cwd()}).")
@@ -57,6 +57,16 @@ def local_files(source: str) -> list[Path]:
     if path.is_dir() and is_saved_dataset(path):
         return sorted(file for file in path.rglob("*") if file.is_file())
     return _files(source)
+
+
+def is_local(source: str) -> bool:
+    """Whether it is not a dataset on the hub. It may not be there at all."""
+    return bool(_matching(source)) or expanded(source).exists() or not _on_hub(source)
+
+
+def _on_hub(source: str) -> bool:
+    path = expanded(source)
+    return bool(_HUB_NAME.fullmatch(source)) and _suffix(path) not in SUFFIXES and not Path(path.parts[0]).is_dir()
 
 
 def absolute_source(source: str) -> str:

@@ -1,12 +1,14 @@
 """A run on the terminal: what is about to happen, a bar while it does, what came of it."""
 
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.status import Status
 
 from trimtab.data import Account
 from trimtab.evaluate import Loss
@@ -21,19 +23,30 @@ def _computed(reference: dict[str, Any]) -> str:
 
 
 class Terminal:
-    """Shows a run on the terminal; in a log file, a line now and then instead of a bar."""
+    """Shows a run on the terminal: what is being done, a bar while it trains; in a log file, lines instead."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
         self._bar: Progress | None = None
+        self._status: Status | None = None
         self._task = TaskID(0)
-        self._steps = 0
-        self._tokens = 0
-        self._seconds = 0.0
-        self._smooth: float | None = None
+        self._steps, self._tokens, self._seconds = 0, 0, 0.0
+        self._losses: deque[float] = deque(maxlen=1)
         self._first = "base"
 
+    def began(self, what: str) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, doing=what)
+        elif self.console.is_terminal:
+            if self._status is None:
+                self._status = self.console.status("")
+                self._status.start()
+            self._status.update(f"[dim]{escape(what)} …[/]")
+        else:
+            self.console.print(f"[dim]{escape(what)} …[/]")
+
     def planned(self, facts: dict[str, Any], accounts: list[Account], train_rows: int, eval_rows: int) -> None:
+        self._no_status()
         say = self.console.print
         share = facts["trainable_parameters"] / facts["base_parameters"]
         say(f"[bold]base[/]    {escape(facts['base']['source'])}  ({facts['base_parameters']:,} parameters, frozen)")
@@ -64,6 +77,9 @@ class Terminal:
             say(f"          goes on from {escape(facts['start']['folder'])}")
         say(f"[bold]train[/]   {facts['steps']:,} steps, learning rate {facts['peak_lr']:g} ({escape(facts['lr_formula'])})")
         say(f"          {facts['memory']}")
+        self._losses = deque(maxlen=max(1, facts["steps"] // 20))
+        if self.console.is_terminal:
+            self._start(facts["steps"])
 
     def noticed(self, words: str) -> None:
         where = self._bar.console if self._bar else self.console
@@ -74,18 +90,16 @@ class Terminal:
         self._tokens += step.tokens
         self._seconds += step.seconds
         if step.skipped is None:
-            self._smooth = step.loss if self._smooth is None else 0.9 * self._smooth + 0.1 * step.loss
-        if self.console.is_terminal:
-            if self._bar is None:
-                self._start(steps)
-            assert self._bar is not None
-            self._bar.update(self._task, completed=step.number, loss=self._smooth or 0.0, rate=self._tokens / self._seconds)
-            if step.number == steps:
-                self._stop()
+            self._losses.append(step.loss)
+        left = (steps - step.number) * self._seconds / self._steps
+        rate = self._tokens / self._seconds
+        if self._bar is not None:
+            loss = f"{sum(self._losses) / len(self._losses):.4f}" if self._losses else "–"
+            said = f"loss {loss}  {rate:,.0f} tokens/s  {_time(left)} left"
+            self._bar.update(self._task, completed=step.number, doing="training", said=said)
         elif step.number in (1, steps) or step.number % max(1, steps // 10) == 0:
-            left = (steps - step.number) * self._seconds / self._steps
             self.console.print(
-                f"          step {step.number}/{steps}  loss {step.loss:.4f}  {self._tokens / self._seconds:,.0f} tokens/s  {left:.0f} s left"
+                f"          step {step.number}/{steps}  loss {step.loss:.4f}  {rate:,.0f} tokens/s  {_time(left)} left"
             )
 
     def evaluated(self, step: int, scored: Loss) -> None:
@@ -111,6 +125,7 @@ class Terminal:
         )
 
     def certified(self, certificate: dict[str, Any]) -> None:
+        self._no_status()
         colors = {"passed": "green", "noted": "yellow", "failed": "red"}
         for number, one in enumerate(certificate["tests"]):
             head = "[bold]proof[/]   " if number == 0 else "        "
@@ -120,17 +135,23 @@ class Terminal:
         self._bar = Progress(
             TextColumn("[bold]train[/]  "),
             BarColumn(bar_width=30),
-            TextColumn("{task.completed}/{task.total}  loss {task.fields[loss]:.4f}  {task.fields[rate]:,.0f} tokens/s"),
+            TextColumn("{task.completed}/{task.total}  {task.fields[said]}"),
             TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            TextColumn("[dim]{task.fields[doing]}[/]"),
             console=self.console,
         )
-        self._task = self._bar.add_task("train", total=steps, loss=0.0, rate=0.0)
+        self._task = self._bar.add_task("train", total=steps, said="", doing="")
         self._bar.start()
 
+    def _no_status(self) -> None:
+        if self._status is not None:
+            self._status.stop()
+            self._status = None
+
     def _stop(self) -> None:
+        self._no_status()
         if self._bar is not None:
+            self._bar.update(self._task, doing="")
             self._bar.stop()
             self._bar = None
 
@@ -139,6 +160,13 @@ class Terminal:
 
     def __exit__(self, *_: object) -> None:
         self._stop()  # an error message must not be drawn over by the bar
+
+
+def _time(seconds: float) -> str:
+    """A length of time as people say it."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 class Answering:

@@ -38,10 +38,14 @@ def fingerprint(model: Any, weights: dict[str, Tensor], tokenizer: Any, switches
     Args:
         switches: Of the chat template: with others it writes other tokens.
     """
+    return {**model_fingerprint(model, weights), **tokenizer_identity(tokenizer, switches)}
+
+
+def tokenizer_identity(tokenizer: Any, switches: Mapping[str, Any] | None = None) -> Fingerprint:
+    """The part of it that is of the tokenizer and its chat template."""
     return {
-        **model_fingerprint(model, weights),
         "tokenizer": _tokenizer_hash(tokenizer) if tokenizer is not None else "none",
-        "template": _text_hash(_template_text(tokenizer, switches)),
+        "template": _text_hash(_template_text(tokenizer, switches or {})),
     }
 
 

@@ -3,9 +3,10 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+COMPAT := .compat
 
 .DEFAULT_GOAL := help
-.PHONY: help setup format docs check test soak mutants branches demo bench clean
+.PHONY: help setup format docs check test compat soak mutants branches demo bench clean
 
 help:  ## show what there is to make
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +36,14 @@ check: $(READY)  ## formatting, lint, types
 test: check  ## everything that has to hold; what CI runs
 	$(BIN)/pytest -n 2 --dist worksteal
 
+compat: $(READY) $(COMPAT)/.ready  ## read merged folders with Transformers 4.57 too, and compare tokens and logits (about 2 minutes)
+	$(BIN)/python tests/compat.py $(COMPAT)/bin/python
+
+$(COMPAT)/.ready: constraints.txt
+	$(PYTHON) -m venv --clear $(COMPAT)
+	$(COMPAT)/bin/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)" 'transformers==4.57.*'
+	touch $@
+
 soak: $(READY)  ## kill training a thousand times, and see every run end as if nothing had been (about 5 minutes)
 	$(BIN)/python tests/soak.py 1000
 
@@ -56,6 +65,6 @@ demo: $(READY)  ## fine-tune a real model on a small task and show what it gaine
 bench: $(READY)  ## the same LoRA run in Trimtab and in Hugging Face Trainer + PEFT: make bench DATA=rows.json
 	$(BIN)/trimtab bench --data $(or $(DATA),demo/train.jsonl)
 
-clean:  ## remove the virtual environment, caches and the demo's run
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache runs/demo
+clean:  ## remove the virtual environments, caches and the demo's run
+	rm -rf $(VENV) $(COMPAT) .pytest_cache .mypy_cache .ruff_cache runs/demo
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

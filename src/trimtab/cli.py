@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     _chat_words(add("chat", commands.chat, "talk to a model"))
 
     text = "fold an adapter into its base, as a plain model folder"
-    _merge_words(add("merge", commands.merge, text, "The result is float32, and is checked against the adapter."))
+    _merge_words(add("merge", commands.merge, text, "It is checked against the adapter, and says what is lost by rounding."))
     text = "make one LoRA of several, as a weighted sum"
     more = "The result is exact unless a smaller rank is asked for; then it says how much is lost."
     _combine_words(add("combine", commands.combine, text, more))
@@ -133,6 +133,8 @@ def _check_words(check: argparse.ArgumentParser) -> None:
 def _merge_words(merge: argparse.ArgumentParser) -> None:
     merge.add_argument("target", metavar="TARGET", help="a run folder or an adapter folder")
     merge.add_argument("output", metavar="FOLDER", type=Path, help="a new folder for the model")
+    dtypes = ("float32", "bfloat16", "float16")
+    merge.add_argument("--dtype", choices=dtypes, default="float32", help="number type of its weights (default: %(default)s)")
     _model_option(merge)
 
 

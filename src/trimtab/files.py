@@ -96,6 +96,7 @@ def new_folder(path: Path) -> Iterator[Path]:
             yield temporary
             for file in sorted(temporary.rglob("*")):
                 if file.is_file():
+                    let_be_read(file)
                     _sync_file(file)
             _sync_folder(temporary)
             temporary.chmod(0o777 & ~_umask())
@@ -121,9 +122,15 @@ def filled_folder(path: Path, last: str) -> Iterator[Path]:
     with writing(path), tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=path) as temporary:
         yield Path(temporary)
         for file in sorted(Path(temporary).iterdir(), key=lambda file: file.name == last):
+            let_be_read(file)
             _sync_file(file)
             os.replace(file, path / file.name)
         _sync_folder(path)
+
+
+def let_be_read(path: Path) -> None:
+    """Give a file that a library has written, safetensors' for oneself alone, the mode that files have here."""
+    path.chmod(0o666 & ~_umask())
 
 
 def remove_file(path: Path) -> None:

@@ -17,7 +17,6 @@ from trimtab.errors import ArtifactError
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file, which orders them itself. Raises what safetensors does, so write within `files.writing`."""
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
-    path.chmod(0o644)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

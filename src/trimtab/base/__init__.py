@@ -1,8 +1,21 @@
-"""The frozen model and everything that gives its tokens meaning."""
+"""The frozen model that adapters attach to: loading it, and knowing exactly which one it is."""
 
 from trimtab.base.config import ModelConfig, as_held, here
-from trimtab.base.fingerprint import Fingerprint, model_fingerprint
+from trimtab.base.fingerprint import Fingerprint, model_fingerprint, writes_dates
 from trimtab.base.model import Base, Message
 from trimtab.base.source import located
+from trimtab.base.written import write_config, write_tokenizer
 
-__all__ = ["Base", "Fingerprint", "Message", "ModelConfig", "as_held", "here", "located", "model_fingerprint"]
+__all__ = [
+    "Base",
+    "Fingerprint",
+    "Message",
+    "ModelConfig",
+    "as_held",
+    "here",
+    "located",
+    "model_fingerprint",
+    "write_config",
+    "write_tokenizer",
+    "writes_dates",
+]

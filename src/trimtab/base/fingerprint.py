@@ -38,10 +38,14 @@ def fingerprint(model: Any, weights: dict[str, Tensor], tokenizer: Any, switches
     Args:
         switches: Of the chat template: with others it writes other tokens.
     """
+    return {**model_fingerprint(model, weights), **tokenizer_identity(tokenizer, switches)}
+
+
+def tokenizer_identity(tokenizer: Any, switches: Mapping[str, Any] | None = None) -> Fingerprint:
+    """The part of it that is of the tokenizer and its chat template."""
     return {
-        **model_fingerprint(model, weights),
         "tokenizer": _tokenizer_hash(tokenizer) if tokenizer is not None else "none",
-        "template": _text_hash(_template_text(tokenizer, switches)),
+        "template": _text_hash(_template_text(tokenizer, switches or {})),
     }
 
 
@@ -85,10 +89,15 @@ def tokenizing_hash(tokenizer: Any, switches: Mapping[str, Any], moment: datetim
     """What decides the tokens of a text or conversation: tokenizer, template with its switches, the moment for one that writes the
     date, and the libraries that read them."""
     template = _template_text(tokenizer, switches)
-    if "strftime_now" in template:
+    if writes_dates(tokenizer):
         template += moment.isoformat()
     versions = [f"{name} {version(name)}" for name in ("transformers", "tokenizers", "jinja2")]
     return _text_hash("\n".join([type(tokenizer).__name__, _tokenizer_hash(tokenizer), template, *versions]))
+
+
+def writes_dates(tokenizer: Any) -> bool:
+    """Whether a conversation reads otherwise on another day."""
+    return "strftime_now" in str(getattr(tokenizer, "chat_template", None))
 
 
 def _template_text(tokenizer: Any, switches: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@ import logging
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,13 @@ _OLD_BUFFERS = re.compile(r"(^|\.)(masked_bias|rotary_emb\.inv_freq|position_ids
 """Constants that older versions of Transformers saved, and that today's models make themselves. It knows most of them."""
 _OTHERS = {"vision_config", "audio_config"}
 """Keys of a configuration that say that its files hold another model beside the text model, which may be read alone."""
+PLAIN = (
+    "hello world", "Is 2+2=4? 12345, 3.14!", "def f(x):\n    return x\n\n\n# done", "naïve café, Straße", "你好，世界。", "Привет, мир", "مرحبا",
+    "tabs\tand\r\nlines", "a  b   c", "don't I'LL", "snake_case MiXeD", "e\u0301 \u00e9 😀", "https://example.com/a?b=c",
+)  # fmt: skip
+"""Texts that no two readings of one tokenizer.json should differ on."""
+AS_IT_STANDS = "TokenizersBackend"
+"""The class of tokenizer that takes tokenizer.json as it is; others make some of it anew."""
 _CODE = "_implementation"
 """How keys of a configuration end that can name a kernel on the hub, which is code."""
 
@@ -61,13 +68,53 @@ def _problems(model: Any, info: dict[str, Any], config: dict[str, Any]) -> list[
 
 
 def read_tokenizer(place: Path | str, **how: Any) -> Any:
-    """The tokenizer of a folder or a name on the hub. Raises UnsupportedModel if it is code, and what Transformers raises."""
+    """The tokenizer of a folder or a name on the hub.
+
+    Raises:
+        UnsupportedModel: It is code; or Transformers makes another of it than tokenizer.json says.
+        Exception: Whatever Transformers raises.
+    """
     with warnings.catch_warnings(), without_collector():
         warnings.simplefilter("ignore")
         from transformers import AutoTokenizer
 
         with _without_code(place):
-            return AutoTokenizer.from_pretrained(str(place), trust_remote_code=False, **how)
+            tokenizer = AutoTokenizer.from_pretrained(str(place), trust_remote_code=False, **how)
+    file = None if "gguf_file" in how else file_of(place, "tokenizer.json")
+    if (
+        file is not None
+        and type(tokenizer).__name__ != AS_IT_STANDS
+        and (text := read_otherwise(tokenizer, file, PLAIN)) is not None
+    ):
+        raise UnsupportedModel(
+            f"model: {place}: Transformers reads its tokenizer as a {type(tokenizer).__name__}, which gives {text!r} other tokens than "
+            f'tokenizer.json says. Write "tokenizer_class": "PreTrainedTokenizerFast" in tokenizer_config.json, which reads it as it stands.'
+        )
+    return tokenizer
+
+
+def read_otherwise(tokenizer: Any, file: Path, texts: Sequence[str]) -> str | None:
+    """The first of these texts that the tokenizer gives other tokens than a tokenizer.json does; a BOS and its like aside."""
+    from tokenizers import Tokenizer
+
+    said = Tokenizer.from_file(str(file))
+    ids = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    found = (text for text, one in zip(texts, ids, strict=True) if said.encode(text, add_special_tokens=False).ids != one)
+    return next(found, None)
+
+
+def file_of(place: Path | str, name: str) -> Path | None:
+    """A file of a folder, or of a name on the hub as far as it has been fetched."""
+    if not str(place):
+        return None
+    if (Path(place) / name).is_file():
+        return Path(place) / name
+    from huggingface_hub import try_to_load_from_cache
+
+    with suppress(Exception):  # it is no name of the hub
+        found = try_to_load_from_cache(str(place), name)
+        return Path(found) if isinstance(found, str) else None
+    return None
 
 
 def refuse_partly_made(name: str, weights: Mapping[str, Tensor]) -> None:

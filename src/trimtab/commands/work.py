@@ -179,21 +179,29 @@ def _reply(target: "Target", talk: list[dict[str, str]], arguments: argparse.Nam
 
 
 def merge(arguments: argparse.Namespace) -> None:
+    import torch
     from rich.markup import escape
 
     from trimtab import files
-    from trimtab.deploy import merge
+    from trimtab.deploy import WELL_KEPT, merge
 
     files.refuse_existing(arguments.output)
     target = _open(arguments)
     if target.adapter is None:
         raise RecipeError(f"{arguments.target} is a model without an adapter: there is nothing to merge.")
-    done = merge(target.base, target.adapter, arguments.output)
+    done = merge(target.base, target.adapter, arguments.output, dtype=getattr(torch, arguments.dtype))
     terminal().print(
-        f"Merged {done.matrices} matrices into {escape(str(arguments.output))} (float32). Loaded again by Transformers, its logits differ from "
-        f"the adapter's by at most {done.max_logit_difference:.2g} (largest logit {done.logit_scale:.3g}); "
+        f"Merged {done.matrices} matrices into {escape(str(arguments.output))} ({arguments.dtype}). Loaded again by Transformers, its logits "
+        f"differ from the adapter's by at most {done.max_logit_difference:.2g} (largest logit {done.logit_scale:.3g}); "
         f"likeliest token the same at {done.same_choice:.1%}."
     )
+    if done.kept < WELL_KEPT:
+        terminal().print(
+            f"[yellow]Rounding to {arguments.dtype} leaves {done.kept:.1%} of the adapter's change.[/] Merge in float32, or use the adapter "
+            "beside its base, where that is too little."
+        )
+    elif arguments.dtype != "float32":
+        terminal().print(f"Rounding to {arguments.dtype} leaves {done.kept:.1%} of the adapter's change.")
 
 
 def combine(arguments: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from trimtab.artifacts import Adapter, read_adapter, write_adapter
-from trimtab.base import Base
+from trimtab.base import Base, writes_dates
 from trimtab.data.example import Sequence as Row
 from trimtab.deploy.stored import as_stored
 from trimtab.deploy.within import save_alone
@@ -29,7 +29,7 @@ def _encode(base: Base) -> Callable[[str], list[int]] | None:
 def save_adapter(base: Base, adapter: Attached, folder: Path | str, trained: dict[str, Any] | None = None) -> None:
     """Write the adapter as a new folder that PEFT reads too. Raises StorageError; then there is no folder."""
     facts = {
-        "moment": base.moment.isoformat(),
+        **({"moment": base.moment.isoformat()} if writes_dates(base.tokenizer) else {}),
         "fingerprint": base.fingerprint,
         "stop_ids": list(base.stop_ids) if base.tokenizer is not None else [],
     }

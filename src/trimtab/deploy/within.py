@@ -1,6 +1,5 @@
 """Adapters within other trainers: a model that has some saves them alone, where its own `save_pretrained` is called."""
 
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -66,7 +65,7 @@ def _save_pretrained(
         return
     if model not in _fingerprints:
         _fingerprints[model] = model_fingerprint(model)
-    facts = {"moment": datetime.now().isoformat(), "fingerprint": _fingerprints[model], "stop_ids": []}
+    facts = {"fingerprint": _fingerprints[model], "stop_ids": []}
     first = next(p for p in own_weights(model).values() if p.is_floating_point())
     held = as_held(
         getattr(model.config, "_name_or_path", "") or type(model).__name__, first.dtype, str(first.device), "none", {}

@@ -1,8 +1,8 @@
 """What commands have in common."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,12 +16,13 @@ def terminal() -> "Console":
 
 
 @contextmanager
-def starting(console: "Console") -> Iterator[None]:
-    """Says that the command is at work, while it imports the heavy libraries without looking for garbage."""
-    from trimtab.startup import without_collector
-
-    with console.status("[dim]starting …[/]") if console.is_terminal else nullcontext(), without_collector():
-        yield
+def doing(console: "Console") -> Iterator[Callable[[str], None]]:
+    """Says on a terminal what is being done within, at first that the command starts."""
+    if not console.is_terminal:
+        yield lambda _: None
+        return
+    with console.status("[dim]starting …[/]") as status:
+        yield lambda what: status.update(f"[dim]{what} …[/]")
 
 
 def print_json(value: Any) -> None:

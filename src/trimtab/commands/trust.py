@@ -1,8 +1,9 @@
 """The commands that look, and prove: what would be learned, what a run has left, whether the libraries are well."""
 
 import argparse
+from datetime import datetime
 
-from trimtab.commands._shared import print_json, starting, terminal
+from trimtab.commands._shared import doing, print_json, terminal
 from trimtab.errors import UnsupportedModel
 from trimtab.startup import without_collector
 
@@ -12,22 +13,33 @@ def check(arguments: argparse.Namespace) -> None:
 
     yaml12.load_file(arguments.recipe)
     console = terminal()
-    with starting(console):
+    with doing(console), without_collector():
         from trimtab import files
         from trimtab.config import read
         from trimtab.data import refuse_problems
+        from trimtab.deploy import versions
         from trimtab.preflight import check_disk, memory_needed, opened, preflight, shown
         from trimtab.recipe import Recipe
-        from trimtab.report.proof import proof_page, proof_table
+        from trimtab.report.proof import proof_page, proof_table, verdict
 
-    given = opened(read(Recipe, arguments.recipe, arguments.words))
-    findings, rows = [*preflight(given), memory_needed(given)], shown(given.base, given.data, arguments.show)
+    recipe = read(Recipe, arguments.recipe, arguments.words)
+    with doing(console) as say:
+        given = opened(recipe, began=say)
+        say("checking what will be trained on")
+        findings, rows = [*preflight(given), memory_needed(given)], shown(given.base, given.data, arguments.show)
     if arguments.html is not None:
-        files.write_text(arguments.html, proof_page(findings, rows))
+        about = (
+            str(arguments.recipe),
+            given.base.source,
+            f"{datetime.now():%Y-%m-%d %H:%M}",
+            f"Trimtab {versions()['trimtab']}",
+        )
+        files.write_text(arguments.html, proof_page(findings, rows, about, recipe.to_yaml()))
     if arguments.json:
-        print_json({"findings": [one.plain() for one in findings], "rows": rows})
+        status, words = verdict(findings)
+        print_json({"status": status, "verdict": words, "findings": [one.plain() for one in findings], "rows": rows})
     else:
-        terminal().print(proof_table(findings, rows))
+        console.print(proof_table(findings, rows))
     check_disk(findings)
     refuse_problems(findings)
 

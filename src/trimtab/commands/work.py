@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trimtab.commands._shared import print_json, starting, terminal
+from trimtab.commands._shared import doing, print_json, terminal
 from trimtab.errors import DataError, RecipeError, TrimtabError, listing
 from trimtab.startup import without_collector
 
@@ -22,7 +22,7 @@ def train(arguments: argparse.Namespace) -> None:
 
     yaml12.load_file(arguments.recipe)  # which need not wait for what follows
     console = terminal()
-    with starting(console):
+    with doing(console), without_collector():
         from trimtab.config import read
         from trimtab.recipe import Recipe
         from trimtab.report import Terminal

@@ -118,7 +118,8 @@ def certificate_text(certificate: dict[str, Any]) -> str:
     """For people: a line for each test."""
     head = "Trimtab certificate: " + ("passed" if certificate["passed"] else "NOT PASSED")
     tests = [f"{one['status']:7} {one['name']}: {one['words']}" for one in certificate["tests"]]
-    said = [f"  {'' if one['stopped'] else '(cut off) '}{one['text']!r}" for one in certificate["answers"]]
+    cut = {"stopped": "", "length": "(cut off) ", "context": "(cut off by the context) "}
+    said = [f"  {cut[one['ended']]}{one['text']!r}" for one in certificate["answers"]]
     return "\n".join([head, "", *tests, "", *(["Samples:", *said] if said else [])]).rstrip() + "\n"
 
 
@@ -178,9 +179,12 @@ def _moved(unmoved: Sequence[str]) -> Tested:
 def _stopped(answers: Sequence[dict[str, Any]]) -> list[Tested]:
     if not answers:
         return []
-    stopped = sum(one["stopped"] for one in answers)
+    ends = [one["ended"] for one in answers]
+    stopped, full = ends.count("stopped"), ends.count("context")
     words = f"{stopped} of {len(answers)} answers end by themselves"
-    return [Tested("stops", "passed" if stopped == len(answers) else "noted" if stopped else "failed", words)]
+    words += f", and {full} were cut off because the model's context was full, which says nothing of them" if full else ""
+    failed = not stopped and full < len(answers)
+    return [Tested("stops", "passed" if stopped == len(answers) else "failed" if failed else "noted", words)]
 
 
 def _held_out(found: dict[str, Any], objective: Objective) -> list[Tested]:

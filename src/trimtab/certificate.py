@@ -4,7 +4,6 @@ import json
 import math
 import os
 import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from trimtab.errors import ArtifactError, NotCertified
 from trimtab.evaluate import paired
 from trimtab.objectives import Objective
 from trimtab.saving import LOCK, STATES
+from trimtab.startup import fresh_process
 
 CERTIFICATE = "certificate.json"
 FORMAT = 1
@@ -133,7 +133,7 @@ def _asked(data: Loaded) -> dict[str, Any]:
 
 def _examine(job: dict[str, Any]) -> dict[str, Any]:
     done = subprocess.run(
-        [sys.executable, "-m", "trimtab.examine"], input=json.dumps(job), capture_output=True, text=True, check=False,
+        fresh_process("trimtab.examine"), input=json.dumps(job), capture_output=True, text=True, check=False,
         env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"},
     )  # fmt: skip
     if done.returncode:

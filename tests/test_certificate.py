@@ -9,8 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from worlds import write_rows
 
+import trimtab as package
 from trimtab import certificate, saving
 from trimtab import run as running
+from trimtab.base import Base
 from trimtab.certificate import certificate_text
 from trimtab.evaluate import paired
 from trimtab.examine import examined
@@ -157,11 +159,49 @@ def test_an_adapter_that_is_worse_than_its_base_does_not_pass(here, trimtab, at_
 def test_an_adapter_that_never_stops_does_not_pass(here, trimtab, monkeypatch, at_once):
     real = certificate._examine
     monkeypatch.setattr(certificate, "_examine", lambda job: {
-        **(found := real(job)), "answers": [{**one, "stopped": False} for one in found["answers"]],
+        **(found := real(job)), "answers": [{**one, "ended": "length"} for one in found["answers"]],
     })  # fmt: skip
     failed = trimtab(*WORDS, "output=new")
     assert failed.code == 7
     assert "stops: 0 of 4 answers end by themselves" in failed.err
+
+
+@pytest.mark.parametrize(("ends", "status", "words"), [
+    (["stopped"] * 3, "passed", "3 of 3 answers end by themselves"),
+    (["stopped", "length", "context"], "noted", "1 of 3 answers end by themselves, and 1 were cut off because the model's context was full"),
+    (["context"] * 2, "noted", "0 of 2 answers end by themselves, and 2 were cut off because the model's context was full"),
+    (["context", "length"], "failed", "0 of 2 answers end by themselves, and 1 were cut off"),
+    (["length"], "failed", "0 of 1 answers end by themselves"),
+])  # fmt: skip
+def test_an_answer_that_the_context_cuts_off_says_nothing_against_the_adapter(ends, status, words):
+    (test,) = certificate._stopped([{"text": "x", "ended": one} for one in ends])
+    assert test.status == status
+    assert test.words.startswith(words)
+    written = {"passed": True, "tests": [], "answers": [{"text": "x", "ended": one} for one in ends]}
+    assert certificate_text(written).count("(cut off by the context) 'x'") == ends.count("context")
+
+
+def test_a_run_whose_rows_fill_the_context_is_not_failed_for_what_it_cuts_off(here, trimtab, at_once):
+    """An adapter that has hardly learned, and would not stop for long."""
+    base = Base.load("tiny")
+    longest = max(len(row.ids) for row in package.rows("rows.jsonl", base))
+    config = json.loads((here / "tiny/config.json").read_text())
+    (here / "tiny/config.json").write_text(json.dumps({**config, "max_position_embeddings": longest}))
+    done = trimtab(*WORDS, "output=new", "train.epochs=0.5", "train.lr=1e-6")
+    assert done.code == 0, done.err
+    held = json.loads((here / "new/certificate.json").read_text())
+    stops = next(one for one in held["tests"] if one["name"] == "stops")
+    assert stops["status"] == "noted"
+    assert stops["words"].startswith(
+        "0 of 4 answers end by themselves, and 4 were cut off because the model's context was full"
+    )
+    assert "(cut off by the context) " in (here / "new/certificate.txt").read_text()
+    done = trimtab("eval", "new", "--base")
+    assert "the model's context was full: 4 of base, 4 of adapter" in " ".join(done.out.split())
+    asked = trimtab("chat", "new", "--prompt", "Is 3 a number?")
+    assert asked.err == "trimtab: the answer was cut off because the model's context is full.\n"
+    asked = trimtab("chat", "new", "--prompt", "Is 3 a number?", "--max-new-tokens", "1")
+    assert asked.err == "trimtab: the answer was cut off after 1 tokens (--max-new-tokens).\n"
 
 
 def test_what_no_gradient_reaches_is_said_after_three_steps(here, trimtab, monkeypatch):

@@ -502,7 +502,8 @@ def test_a_run_from_beginning_to_end(world, here, trimtab):
 
     scores = json.loads(trimtab("eval", "run", "--json").out)
     assert list(scores) == [
-        "data", "rows", "loss", "loss_interval", "perplexity", "exact_match", "exact_match_interval", "stopped", "answers",
+        "data", "rows", "loss", "loss_interval", "perplexity", "exact_match", "exact_match_interval", "stopped",
+        "cut_by_context", "answers",
     ]  # fmt: skip
     assert scores["data"] == "held-out rows of run"
     assert scores["rows"] == 4

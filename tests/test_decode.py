@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from families import FAMILIES, perturb, random_rows, tiny
+from families import FAMILIES, method_of, perturb, random_rows, tiny
 
 from trimtab.engine import decode, generate, layouts, stream_tokens
 from trimtab.engine.decode import _groups
-from trimtab.methods import attach
+from trimtab.errors import DataError
+from trimtab.methods import Sample, adapters, attach
 from trimtab.methods.lora import LoRA
 
 PROMPTS = random_rows(7, 3, 12, 5)
@@ -108,3 +109,43 @@ def test_batches_hold_every_prompt_once_within_the_budget():
     groups = _groups(prompts)
     assert sorted(n for group in groups for n in group) == list(range(6))
     assert all(sum(len(prompts[n]) for n in group) <= 4096 or len(group) == 1 for group in groups)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_answer_ends_where_the_context_does(family):
+    """By prompt: GPT-2 has no position beyond it, and the others would run past it silently."""
+    model, prompts = tiny(family), random_rows(60, 3, 62, 64, 61)
+    answers = generate(model, prompts, [], max_new_tokens=4)
+    assert [(len(answer), answer.ended) for answer in answers] == [
+        (4, "length"), (4, "length"), (2, "context"), (0, "context"), (3, "context"),
+    ]  # fmt: skip
+    assert answers == [by_full_passes(model, prompt, len(answer)) for prompt, answer in zip(prompts, answers, strict=True)]
+    stop = answers[2][1]
+    stopped = generate(model, prompts[2:3], [stop], max_new_tokens=4)[0]
+    assert (stopped.ended, stopped) == ("stopped", answers[2][: answers[2].index(stop)])
+    with pytest.raises(DataError, match=r"Prompt 1 has 65 tokens, and the model's context has room for 64\."):
+        generate(model, [[1], random_rows(65)[0]], [], max_new_tokens=4)
+
+
+def test_virtual_tokens_take_their_part_of_the_context():
+    model = tiny("llama")
+    attach(model, method_of("prefix"), sample=Sample(rows=PROMPTS))
+    positions = max(adapter.method.positions for adapter in adapters(model).values())
+    assert positions > 0
+    (answer,) = generate(model, random_rows(60 - positions), [], max_new_tokens=100)
+    assert (len(answer), answer.ended) == (4, "context")
+
+
+@pytest.mark.parametrize(("most", "ended"), [(3, "length"), (100, "context")])
+def test_a_stream_returns_how_it_ended(most, ended):
+    def streamed():
+        returned = yield from stream_tokens(tiny("gpt2"), PROMPTS[0], [], max_new_tokens=most)
+        yield returned
+
+    *said, end = streamed()
+    assert (end, len(said)) == (ended, min(most, 64 - len(PROMPTS[0])))
+
+
+def test_no_new_tokens_are_none():
+    (answer,) = generate(tiny("llama"), PROMPTS[:1], [], max_new_tokens=0)
+    assert (answer, answer.ended) == ([], "length")

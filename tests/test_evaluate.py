@@ -1,18 +1,21 @@
 """Scores: what they are, how sure they are, and that a right answer is never cut off."""
 
+import io
 import math
 import random
 
 import pytest
 import torch
 from families import logprob_alone
+from rich.console import Console
 from templates import CHATML, base_of, bytes_tokenizer
 
 from trimtab.data import Account, Conversation, Judged, Preference, Text, make_sequences, prompt_of
-from trimtab.engine import generate
+from trimtab.engine import Answer, generate
 from trimtab.errors import DataError, NonFinite
 from trimtab.evaluate import answer_preferences, score, score_answers, score_loss, wilson
 from trimtab.evaluate.scoring import _bootstrap
+from trimtab.report.tables import scores_table
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +104,10 @@ def test_a_right_answer_that_stops_is_counted_and_never_cut(base, monkeypatch):
 
     def perfect(_model, prompts, _stops, *, max_new_tokens):
         limits.append(max_new_tokens)
-        return [list(encoded.ids) for encoded in base.encode(expected)][: len(prompts)]
+        said = [Answer(encoded.ids) for encoded in base.encode(expected)][: len(prompts)]
+        for one in said:
+            one.ended = "stopped"
+        return said
 
     monkeypatch.setattr("trimtab.evaluate.scoring.generate", perfect)
     result = score(base, examples)
@@ -111,6 +117,24 @@ def test_a_right_answer_that_stops_is_counted_and_never_cut(base, monkeypatch):
     assert all(limit > max(len(e.ids) for e in base.encode(expected)) for limit in limits)
     assert result["rows"] == 3
     assert [answer["right"] for answer in result["answers"]] == [True] * 3
+
+
+def test_an_answer_is_cut_off_where_the_context_is_full(base, monkeypatch):
+    """By example: a longer question leaves less room. A random model never stops."""
+    examples = [asked("Hello " * 4, "4"), asked("Hello", "4" * 16)]
+    prompts = [len(prompt_of(example.messages[:-1], base)) for example in examples]
+    limit = 17 + 17 // 4 + 8
+    monkeypatch.setattr(base.model.config, "max_position_embeddings", prompts[0] + 20)
+    answers = score_answers(base, examples)
+    assert [(answer.tokens, answer.ended) for answer in answers] == [(20, "context"), (limit, "length")]
+    result = score(base, examples)
+    assert (result["cut_by_context"], result["stopped"]) == (1, 0.0)
+    for full, said in ((1, True), (0, False)):
+        console = Console(width=200, file=io.StringIO())
+        console.print(
+            scores_table({"adapter": {**result, "cut_by_context": full}, "base": {**result, "cut_by_context": 0}}, "rows")
+        )
+        assert ("because the model's context was full: 1 of adapter" in " ".join(console.file.getvalue().split())) == said
 
 
 def test_plain_text_has_a_loss_and_no_answers(base):

@@ -29,7 +29,9 @@ def work(tmp_path_factory):
         base.model.save_pretrained(work / name)
         base.tokenizer.save_pretrained(work / name)
     template = base.tokenizer.chat_template
-    base.tokenizer.chat_template = template.replace("'<|im_end|>'", "('!' if loud else '') + strftime_now('%Y')[:0] + '<|im_end|>'")
+    base.tokenizer.chat_template = template.replace(
+        "'<|im_end|>'", "('!' if loud else '') + strftime_now('%Y')[:0] + '<|im_end|>'"
+    )
     base.model.save_pretrained(work / "switched")
     base.tokenizer.save_pretrained(work / "switched")
     rows = [{"prompt": f"Say {n}", "completion": f"{n} " * (1 + n % 4)} for n in range(24)]

@@ -1,5 +1,6 @@
 """What is read is data: nothing is unpickled, evaluated or fetched, no code of a model folder runs, templates are limited."""
 
+import hashlib
 import io
 import json
 import os
@@ -15,8 +16,12 @@ import pytest
 import transformers
 from worlds import CHATML, make_model
 
+import trimtab as package
+from trimtab import certificate, files
 from trimtab.base import Base, limits
-from trimtab.errors import DataError, TrimtabError, UnsupportedModel
+from trimtab.engine.fused import kernels
+from trimtab.errors import DataError, NotCertified, TrimtabError, UnsupportedModel
+from trimtab.startup import fresh_process
 
 WATCHED = """
 import os, sys
@@ -225,3 +230,120 @@ def test_a_limit_is_of_its_own_block_and_thread():
         thread.start()
         thread.join()
     assert done == [499500]
+
+
+# What would run because of where it lies
+
+
+def shadowing(folder, *names):
+    """Modules that leave a trace when they are imported."""
+    for name in names:
+        (folder / f"{name}.py").write_text(
+            f"open({str(folder / 'trace')!r}, 'a').write('{name} ')\nraise SystemExit('{name} ran')\n"
+        )
+
+
+def test_the_certificates_process_imports_nothing_from_the_folder_that_it_is_run_in(tmp_path, monkeypatch):
+    shadowing(tmp_path, "random", "json", "torch", "runpy", "trimtab", "site", "typing")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(NotCertified, match=f"model: {tmp_path}/none: no such file or folder"):
+        certificate._examine(certificate._looked_at(tmp_path / "none", []))
+    assert not (tmp_path / "trace").exists()
+
+
+@pytest.mark.parametrize("command", [fresh_process("trimtab"), [sys.executable, "-m", "trimtab"]], ids=["fresh", "-m"])
+def test_a_process_of_ours_imports_nothing_from_the_folder_that_it_is_run_in(command, tmp_path):
+    shadowing(tmp_path, "random", "argparse", "signal")
+    done = subprocess.run([*command, "--version"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == (f"trimtab {package.__version__}\n", "")
+    assert not (tmp_path / "trace").exists()
+
+
+def test_what_is_planted_would_run(tmp_path):
+    """The negative control."""
+    shadowing(tmp_path, "random")
+    done = subprocess.run([sys.executable, "-m", "tempfile"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (tmp_path / "trace").read_text() == "random "
+    assert done.stderr == "random ran\n"
+
+
+def test_every_process_that_is_started_is_told_so():
+    """No other file of the package starts Python but by `fresh_process`, or with PYTHONSAFEPATH for another interpreter."""
+    house = Path(package.__file__).parent
+    for path in house.rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert '"-m", "' not in text, path
+        if "subprocess.run(" in text and path.name != "kernels.py":  # which runs a compiler
+            assert text.count("subprocess.run(") == text.count("env="), path
+            assert "fresh_process" in text, path
+
+
+def test_a_fresh_process_finds_what_any_other_does():
+    said = "import json, sys, site; print(json.dumps([sys.path, site.ENABLE_USER_SITE]))"
+    before, _, _ = fresh_process("trimtab")[-1].partition("import runpy")
+    fresh, other = (
+        json.loads(subprocess.run([sys.executable, *words], capture_output=True, text=True, check=True, cwd="/").stdout)
+        for words in (["-P", "-c", before + said], ["-c", said])
+    )
+    assert fresh == [[*other[0][1:], str(Path(package.__file__).parents[1])], other[1]]
+
+
+TRACE = r"""
+#include <stdio.h>
+static void __attribute__((constructor)) loaded(void) { FILE *f = fopen("%s", "w"); fputs("ran", f); fclose(f); }
+"""
+
+
+@pytest.fixture
+def library(tmp_path):
+    """The bytes of a library that leaves a trace when it is loaded."""
+    if kernels._library() is None:
+        pytest.skip("no C compiler here")
+    (tmp_path / "trace.c").write_text(TRACE % (tmp_path / "trace"))
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", tmp_path / "trace.so", tmp_path / "trace.c"], check=True)
+    return (tmp_path / "trace.so").read_bytes()
+
+
+KERNELS = Path(kernels.__file__).with_suffix(".c")
+
+
+@pytest.mark.parametrize(
+    "how", ["as it is", "another owner", "others may write", "a folder others may write into", "another hash"]
+)
+def test_a_library_that_somebody_else_can_have_put_into_the_cache_is_not_loaded(how, library, tmp_path, monkeypatch):
+    folder, compiled = tmp_path / "cache" / "kernels", []
+    run = subprocess.run
+    assert kernels.compile_library(KERNELS, folder, "-O0") is not None
+    (kept,) = folder.iterdir()
+    assert [path.stat().st_mode & 0o777 for path in (folder, kept)] == [0o700, 0o600]
+    name = kept.name.partition("-")[0]
+    kept.unlink()
+    digest = hashlib.sha256(library).hexdigest() if how != "another hash" else 64 * "0"
+    planted = folder / f"{name}-{digest}.so"
+    files.write_bytes(planted, library, private=True)
+    if how == "another owner":
+        os.chown(planted, 12345, 12345) if os.getuid() == 0 else monkeypatch.setattr(os, "getuid", lambda: 12345)
+    elif how == "others may write":
+        planted.chmod(0o660)
+    elif how == "a folder others may write into":
+        folder.chmod(0o770)
+    monkeypatch.setattr(subprocess, "run", lambda *given, **more: compiled.append(1) or run(*given, **more))
+    loaded = kernels.compile_library(KERNELS, folder, "-O0")
+    assert loaded is not None
+    assert (tmp_path / "trace").exists() == (how == "as it is"), "the negative control"
+    assert bool(compiled) == (how != "as it is")
+    if how != "as it is":
+        assert loaded.f32_norm is not None
+    assert not list(folder.glob(f"{files.TEMPORARY}*"))
+
+
+def test_a_library_of_ones_own_is_compiled_once(library, tmp_path, monkeypatch):
+    first = kernels.compile_library(KERNELS, tmp_path / "mine", "-O0")
+    monkeypatch.setattr(subprocess, "run", None)
+    assert kernels.compile_library(KERNELS, tmp_path / "mine", "-O0").f32_norm is not None
+    assert first is not None
+
+
+def test_where_the_cache_cannot_be_written_the_library_is_compiled_all_the_same(library, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert kernels.compile_library(KERNELS, tmp_path / "file" / "kernels", "-O0").f32_norm is not None

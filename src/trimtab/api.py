@@ -1,12 +1,12 @@
 """The Python door: the steps of a run as functions, for a model that you hold already or one loaded by name."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any
 
 from trimtab.base import Base, Message, ModelConfig
 from trimtab.data import DataConfig, Kind, load_data, prompt_of
 from trimtab.data.example import Sequence as Row
-from trimtab.engine import check_packing, stream_tokens
+from trimtab.engine import Ended, check_packing, stream_tokens
 from trimtab.errors import DataError, RecipeError
 from trimtab.methods import Attached, Method, room
 from trimtab.objectives import Objective
@@ -77,24 +77,32 @@ def _check_rows(base: Base, rows: Sequence[Row]) -> None:
 def answer(
     base: Base, question: str | list[Message], *, max_new_tokens: int = 256, temperature: float = 0.0, seed: int = 0
 ) -> str:
-    """What the model, with the adapter that is on it, answers to a question or a conversation."""
+    """What the model, with the adapter that is on it, answers to a question or a conversation; `stream` says how it ended."""
     return "".join(stream(base, question, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed))
 
 
 def stream(
     base: Base, question: str | list[Message], *, max_new_tokens: int = 256, temperature: float = 0.0, seed: int = 0
-) -> Iterator[str]:
+) -> Generator[str, None, Ended]:
     """`answer` in pieces of text, each as soon as its characters are whole.
+
+    Returns:
+        How it ended: `stopped` by itself, or cut off at `max_new_tokens` (`length`) or where the model's `context` is full.
 
     Raises:
         RecipeError: This model can't be asked that.
     """
     prompt = _prompt(base, [{"role": "user", "content": question}] if isinstance(question, str) else question)
-    most = room(base.model, base.context_length)
-    if most is not None:
-        max_new_tokens = min(max_new_tokens, most - len(prompt))
-    tokens = stream_tokens(base.model, prompt, base.stop_ids, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-    yield from _pieces(base, tokens)
+    ended: Ended = "length"
+
+    def tokens() -> Iterator[int]:
+        nonlocal ended
+        ended = yield from stream_tokens(
+            base.model, prompt, base.stop_ids, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
+        )
+
+    yield from _pieces(base, tokens())
+    return ended
 
 
 def _pieces(base: Base, tokens: Iterable[int]) -> Iterator[str]:

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from trimtab.errors import ArtifactError, NotCertified
 from trimtab.evaluate import paired
 from trimtab.objectives import Objective
 from trimtab.saving import LOCK, STATES
+from trimtab.startup import fresh_process
 
 CERTIFICATE = "certificate.json"
 FORMAT = 1
@@ -118,7 +118,8 @@ def certificate_text(certificate: dict[str, Any]) -> str:
     """For people: a line for each test."""
     head = "Trimtab certificate: " + ("passed" if certificate["passed"] else "NOT PASSED")
     tests = [f"{one['status']:7} {one['name']}: {one['words']}" for one in certificate["tests"]]
-    said = [f"  {'' if one['stopped'] else '(cut off) '}{one['text']!r}" for one in certificate["answers"]]
+    cut = {"stopped": "", "length": "(cut off) ", "context": "(cut off by the context) "}
+    said = [f"  {cut[one['ended']]}{one['text']!r}" for one in certificate["answers"]]
     return "\n".join([head, "", *tests, "", *(["Samples:", *said] if said else [])]).rstrip() + "\n"
 
 
@@ -132,7 +133,7 @@ def _asked(data: Loaded) -> dict[str, Any]:
 
 def _examine(job: dict[str, Any]) -> dict[str, Any]:
     done = subprocess.run(
-        [sys.executable, "-m", "trimtab.examine"], input=json.dumps(job), capture_output=True, text=True, check=False,
+        fresh_process("trimtab.examine"), input=json.dumps(job), capture_output=True, text=True, check=False,
         env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"},
     )  # fmt: skip
     if done.returncode:
@@ -178,9 +179,12 @@ def _moved(unmoved: Sequence[str]) -> Tested:
 def _stopped(answers: Sequence[dict[str, Any]]) -> list[Tested]:
     if not answers:
         return []
-    stopped = sum(one["stopped"] for one in answers)
+    ends = [one["ended"] for one in answers]
+    stopped, full = ends.count("stopped"), ends.count("context")
     words = f"{stopped} of {len(answers)} answers end by themselves"
-    return [Tested("stops", "passed" if stopped == len(answers) else "noted" if stopped else "failed", words)]
+    words += f", and {full} were cut off because the model's context was full, which says nothing of them" if full else ""
+    failed = not stopped and full < len(answers)
+    return [Tested("stops", "passed" if stopped == len(answers) else "failed" if failed else "noted", words)]
 
 
 def _held_out(found: dict[str, Any], objective: Objective) -> list[Tested]:

@@ -45,7 +45,7 @@ def examined(job: dict[str, Any]) -> dict[str, Any]:
     }
     limit = min(MOST_NEW_TOKENS, 2 * job["longest"] + 32)
     answers = generate(base.model, job["prompts"], base.stop_ids, max_new_tokens=limit) if job["prompts"] else []
-    found["answers"] = [{"text": base.decode(answer), "stopped": len(answer) < limit} for answer in answers]
+    found["answers"] = [{"text": base.decode(answer), "ended": answer.ended} for answer in answers]
     if not job["measure"]:
         return found
     rows, objective = [Row(**row) for row in job["rows"]], Objective.pick(job["objective"])

@@ -36,13 +36,18 @@ def writing(path: Path) -> Iterator[None]:
         raise
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Replace the file `path` atomically. Raises StorageError; then the old file is untouched."""
+def write_bytes(path: Path, content: bytes, *, private: bool = False) -> None:
+    """Replace the file `path` atomically, by one that nobody else may read or write if it is `private`.
+
+    Raises StorageError; then the old file is untouched.
+    """
     temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(temporary, "wb") as file:
+                if private:
+                    os.fchmod(file.fileno(), 0o600)
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
@@ -131,6 +136,22 @@ def filled_folder(path: Path, last: str) -> Iterator[Path]:
 def let_be_read(path: Path) -> None:
     """Give a file that a library has written, safetensors' for oneself alone, the mode that files have here."""
     path.chmod(0o666 & ~_umask())
+
+
+def private_folder(path: Path) -> bool:
+    """Whether this folder, which is made if need be, is one that nobody else can write into."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            path.mkdir(mode=0o700)
+        return path.is_dir() and is_private(path.stat())
+    except OSError:
+        return False
+
+
+def is_private(status: os.stat_result) -> bool:
+    """Whether nobody but this user and the system's administrator can have written what has this status."""
+    return status.st_uid in (os.getuid(), 0) and not status.st_mode & 0o022
 
 
 def remove_file(path: Path) -> None:

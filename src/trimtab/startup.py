@@ -1,10 +1,11 @@
-"""What a process is told once: not to look for garbage among a million imported objects, and to keep memory that it will need again."""
+"""What a process is told once: how it is started, not to look for garbage among a million imported objects, to keep memory for later."""
 
 import ctypes
 import gc
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 
 @contextmanager
@@ -27,6 +28,14 @@ def without_collector() -> Iterator[None]:
             yield
         finally:
             gc.freeze()
+
+
+def fresh_process(module: str) -> list[str]:
+    """The command that runs a module of ours in another process, as `python -m` does, but for importing what lies in the folder
+    that it is run in: `./random.py` there is somebody's file, and not Python's."""
+    home = str(Path(__file__).parents[1])  # last: what is installed comes first, as in this process
+    runs = f"import sys; sys.path.append({home!r}); import runpy; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
+    return [sys.executable, "-P", "-c", runs]
 
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3

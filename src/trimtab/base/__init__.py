@@ -4,6 +4,7 @@ from trimtab.base.config import ModelConfig, as_held, here
 from trimtab.base.fingerprint import Fingerprint, model_fingerprint, writes_dates
 from trimtab.base.model import Base, Message
 from trimtab.base.source import located
+from trimtab.base.supported import context_length
 from trimtab.base.written import write_config, write_tokenizer
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "Message",
     "ModelConfig",
     "as_held",
+    "context_length",
     "here",
     "located",
     "model_fingerprint",

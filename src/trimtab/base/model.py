@@ -15,7 +15,7 @@ from trimtab.base.config import ModelConfig, as_held, device_of, dtype_of
 from trimtab.base.fingerprint import Fingerprint, fingerprint, own_weights, tokenizing_hash, weights_hash
 from trimtab.base.loading import read_model, read_tokenizer, refuse_partly_made
 from trimtab.base.quantized import Quantize
-from trimtab.base.supported import refuse_unsupported
+from trimtab.base.supported import context_length, refuse_unsupported
 from trimtab.base.template import ChatTemplate, Ending, Message, Switches
 from trimtab.base.vocabulary import Encoded
 from trimtab.errors import ArtifactError, BaseChanged, RecipeError, StorageError, TrimtabError, UnsupportedModel
@@ -167,17 +167,8 @@ class Base:
 
     @property
     def context_length(self) -> int | None:
-        """How many tokens a row may have, if the model's configuration says so.
-
-        Where rotary frequencies change with the length of the longest row in a batch (Phi-3's longrope), rows that are
-        short enough never to change them: one long row would change what the others in its pack mean.
-        """
-        config = self.model.config.get_text_config()
-        rotary = getattr(config, "rope_parameters", None) or {}
-        if rotary.get("rope_type") in ("dynamic", "longrope"):
-            first = rotary.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
-            return first or config.max_position_embeddings
-        return getattr(config, "max_position_embeddings", None)
+        """How many tokens a row may have, if the model's configuration says so."""
+        return context_length(self.model)
 
     @property
     def device(self) -> torch.device:

@@ -42,3 +42,17 @@ def refuse_unsupported(model: Any, tokenizer: Any) -> None:
             f"{type(tokenizer).__name__} cannot tell which characters a token stands for, so labels cannot be placed exactly. "
             "Convert it to a fast tokenizer (tokenizer.json)."
         )
+
+
+def context_length(model: Any) -> int | None:
+    """How many tokens a row may have, if the model's configuration says so.
+
+    Where rotary frequencies change with the length of the longest row in a batch (Phi-3's longrope), rows that are
+    short enough never to change them: one long row would change what the others in its pack mean.
+    """
+    config = model.config.get_text_config()
+    rotary = getattr(config, "rope_parameters", None) or {}
+    if rotary.get("rope_type") in ("dynamic", "longrope"):
+        first = rotary.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+        return first or config.max_position_embeddings
+    return getattr(config, "max_position_embeddings", None)

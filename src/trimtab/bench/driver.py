@@ -24,6 +24,7 @@ from trimtab.errors import RecipeError
 from trimtab.methods import attach
 from trimtab.methods.lora import LoRA
 from trimtab.objectives import Objective
+from trimtab.startup import fresh_process
 
 OURS = "trimtab"
 PEERS: dict[str, dict[str, Any]] = {
@@ -172,7 +173,9 @@ def _prepare(asked: Asked, base: Base, rows: list[Row], method: LoRA, folder: Pa
 def _check_installed(python: str, library: str) -> None:
     asks = f"import importlib.util as u; print(*[n for n in {NEEDS[library]!r} if not u.find_spec(n)])"
     try:
-        missing = subprocess.run([python, "-c", asks], capture_output=True, text=True, check=True, timeout=60).stdout.split()
+        missing = subprocess.run(
+            [python, "-c", asks], capture_output=True, text=True, check=True, timeout=60, env=_safe()
+        ).stdout.split()
     except (OSError, subprocess.SubprocessError) as error:
         raise RecipeError(f"--python: {python} can't be run: {error}") from None
     if missing:
@@ -182,13 +185,16 @@ def _check_installed(python: str, library: str) -> None:
         )
 
 
+def _safe() -> dict[str, str]:
+    """For an interpreter that may be another one: it does not import what lies in the folder that it is run in (from 3.11 on)."""
+    return {**os.environ, "PYTHONSAFEPATH": "1"}
+
+
 def _run(name: str, spec: dict[str, Any], python: str, folder: Path) -> dict[str, Any]:
     path = folder / f"{name}.json"
     files.write_json(path, {**spec, **PEERS.get(name, {})})
-    command = (
-        [sys.executable, "-m", "trimtab.bench.ours"] if name == OURS else [python, str(Path(__file__).with_name("peers.py"))]
-    )
-    done = subprocess.run([*command, str(path)], capture_output=True, text=True, check=False)
+    command = fresh_process("trimtab.bench.ours") if name == OURS else [python, str(Path(__file__).with_name("peers.py"))]
+    done = subprocess.run([*command, str(path)], capture_output=True, text=True, check=False, env=_safe())
     if done.returncode:
         raise RecipeError(f"{name} failed: {(done.stderr.strip().splitlines() or ['it said nothing'])[-1]}")
     return json.loads(done.stdout.strip().splitlines()[-1])

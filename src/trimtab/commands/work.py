@@ -152,8 +152,18 @@ def chat(arguments: argparse.Namespace) -> None:
         elif words:
             if not target.base.has_template:
                 talk.clear()  # it continues a text, and knows of no conversation
-            talk.append({"role": "user", "content": words})
-            talk.append({"role": "assistant", "content": _reply(target, talk, arguments)})
+            asked = {"role": "user", "content": words}
+            try:
+                talk += [asked, {"role": "assistant", "content": _reply(target, [*talk, asked], arguments)}]
+            except RecipeError as error:  # such as a conversation that has become too long
+                console.print(f"[yellow]{escape(str(error))}[/] [dim]/new starts afresh.[/]")
+
+
+CUT_OFF = {
+    "length": "the answer was cut off after {0.max_new_tokens} tokens (--max-new-tokens).",
+    "context": "the answer was cut off because the model's context is full.",
+}
+"""What to say of an answer that did not end by itself."""
 
 
 def _reply(target: "Target", talk: list[dict[str, str]], arguments: argparse.Namespace) -> str:
@@ -162,13 +172,17 @@ def _reply(target: "Target", talk: list[dict[str, str]], arguments: argparse.Nam
     def say(label: str) -> str:
         if label:
             print(f"[{label}] ", end="", flush=True)  # noqa: T201
-        said = ""
-        for piece in stream(
-            target.base, talk, max_new_tokens=arguments.max_new_tokens, temperature=arguments.temperature, seed=arguments.seed
-        ):
-            said += piece
-            print(piece, end="", flush=True)  # noqa: T201
-        print()  # noqa: T201
+        how = {"max_new_tokens": arguments.max_new_tokens, "temperature": arguments.temperature, "seed": arguments.seed}
+        pieces, said = stream(target.base, talk, **how), ""
+        try:
+            while True:
+                piece = next(pieces)
+                said += piece
+                print(piece, end="", flush=True)  # noqa: T201
+        except StopIteration as end:
+            print()  # noqa: T201
+            if end.value in CUT_OFF:
+                print(f"trimtab: {CUT_OFF[end.value].format(arguments)}", file=sys.stderr)  # noqa: T201
         return said
 
     if arguments.base and target.adapter is not None:

@@ -1,13 +1,13 @@
 """What is computed: packed attention, sequence log-probabilities, generation."""
 
 from trimtab.engine.below import FrozenBelow
-from trimtab.engine.decode import generate, stream_tokens
+from trimtab.engine.decode import Answer, Ended, generate, stream_tokens
 from trimtab.engine.forward import check_packing, pack_divergences, pack_logprobs
 from trimtab.engine.kept import Kept
 from trimtab.engine.layouts import Earlier
 from trimtab.engine.memory import Memory, Recompute, free_memory, plan_memory
 
 __all__ = [
-    "Earlier", "FrozenBelow", "Kept", "Memory", "Recompute", "check_packing", "free_memory", "generate", "pack_divergences",
+    "Answer", "Earlier", "Ended", "FrozenBelow", "Kept", "Memory", "Recompute", "check_packing", "free_memory", "generate", "pack_divergences",
     "pack_logprobs", "plan_memory", "stream_tokens",
 ]  # fmt: skip

@@ -1,19 +1,31 @@
 """Generation: prompts of any lengths prefilled without padding, then one token at a time from a cache."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+import itertools
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from trimtab.base import context_length
 from trimtab.data.tree import lay_out
 from trimtab.engine.forward import hidden_states
 from trimtab.engine.head import Head, head_of
 from trimtab.engine.layouts import Cache, DecodeLayout, PrefillLayout
-from trimtab.methods import Routing, Switch, routed, switch_of
+from trimtab.errors import DataError
+from trimtab.methods import Routing, Switch, room, routed, switch_of
 
 BATCH_TOKENS = 4096
 """Prompt tokens that are prefilled, and then decoded, together."""
+
+Ended = Literal["stopped", "length", "context"]
+"""How an answer ends: by itself, cut off at the number of tokens that was asked for, or because the model's context is full."""
+
+
+class Answer(list[int]):
+    """The new tokens of a prompt."""
+
+    ended: Ended = "length"
 
 
 def generate(
@@ -25,8 +37,8 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     owners: Sequence[str | None] | None = None,
-) -> list[list[int]]:
-    """Continue each prompt until it stops by itself or has `max_new_tokens` more.
+) -> list[Answer]:
+    """Continue each prompt until it stops by itself, has `max_new_tokens` more, or fills the model's context.
 
     Args:
         stop_ids: Tokens that end an answer; they are not part of what is returned.
@@ -36,22 +48,45 @@ def generate(
             switched on answer all of them unless given.
 
     Returns:
-        The new tokens of each prompt, in the prompts' order.
+        The new tokens of each prompt, in the prompts' order; each says how it `ended`.
+
+    Raises:
+        DataError: A prompt is longer than the context.
     """
-    answers: list[list[int]] = [[] for _ in prompts]
+    answers = [Answer() for _ in prompts]
     switches = [switch_of(model, owner) for owner in owners] if owners is not None else None
+    limits = _limits(model, prompts, max_new_tokens)
     for group in _groups(prompts):
-        for number, token in _decode(model, prompts, group, frozenset(stop_ids), max_new_tokens, temperature, seed, switches):
-            answers[number].append(token)
+        for number, said in _decode(model, prompts, group, limits, frozenset(stop_ids), temperature, seed, switches):
+            if isinstance(said, int):
+                answers[number].append(said)
+            else:
+                answers[number].ended = said
     return answers
 
 
 def stream_tokens(
     model: Any, prompt: list[int], stop_ids: Iterable[int], *, max_new_tokens: int, temperature: float = 0.0, seed: int = 0
-) -> Iterator[int]:
-    """`generate` for one prompt, each token as it comes."""
-    for _, token in _decode(model, [prompt], [0], frozenset(stop_ids), max_new_tokens, temperature, seed):
-        yield token
+) -> Generator[int, None, Ended]:
+    """`generate` for one prompt, each token as it comes; returns how it ended."""
+    limits = _limits(model, [prompt], max_new_tokens)
+    for _, said in _decode(model, [prompt], [0], limits, frozenset(stop_ids), temperature, seed):
+        if not isinstance(said, int):
+            return said
+        yield said
+    raise AssertionError("an answer ends in one of these ways")
+
+
+def _limits(model: Any, prompts: Sequence[list[int]], max_new_tokens: int) -> list[tuple[int, Ended]]:
+    """How many tokens each answer may have, and why no more."""
+    context = room(model, context_length(model))
+    if context is None:
+        return [(max_new_tokens, "length") for _ in prompts]
+    for number, prompt in enumerate(prompts):
+        if len(prompt) > context:
+            raise DataError(f"Prompt {number} has {len(prompt):,} tokens, and the model's context has room for {context:,}.")
+    left = [context - len(prompt) for prompt in prompts]
+    return [(max_new_tokens, "length") if max_new_tokens <= most else (most, "context") for most in left]
 
 
 def _groups(prompts: Sequence[list[int]]) -> list[list[int]]:
@@ -72,25 +107,37 @@ def _decode(
     model: Any,
     prompts: Sequence[list[int]],
     rows: list[int],
+    limits: Sequence[tuple[int, Ended]],
     stops: frozenset[int],
-    max_new_tokens: int,
     temperature: float,
     seed: int,
     switches: Sequence[Switch | None] | None = None,
-) -> Iterator[tuple[int, int]]:
-    """(prompt number, token) for the prompts numbered `rows`, a token of each in turn."""
+) -> Iterator[tuple[int, int | Ended]]:
+    """(prompt number, token) for the prompts numbered `rows`, a token of each in turn; instead of a token, how the answer ends."""
+    yield from ((row, limits[row][1]) for row in rows if not limits[row][0])
+    rows = [row for row in rows if limits[row][0]]
+    if not rows:
+        return
     device = next(model.parameters()).device
     draws = {n: torch.Generator().manual_seed(seed * 1_000_003 + n) for n in rows} if temperature else None
     owners = Routing([switches[n] for n in rows]) if switches is not None else None
     cache, hidden = _prefill(model, [prompts[n] for n in rows], device, owners)
-    for made in range(1, max_new_tokens + 1):
+    for made in itertools.count(1):
         with routed(owners):
             tokens = _choose(head_of(model), hidden, rows, temperature, draws)
-        going = [place for place, token in enumerate(tokens) if token not in stops]
-        rows, tokens = [rows[place] for place in going], [tokens[place] for place in going]
-        yield from zip(rows, tokens, strict=True)
-        if not rows or made == max_new_tokens:
+        going = []
+        for place, (row, token) in enumerate(zip(rows, tokens, strict=True)):
+            if token in stops:
+                yield row, "stopped"
+                continue
+            yield row, token
+            if made == limits[row][0]:
+                yield row, limits[row][1]
+            else:
+                going.append(place)
+        if not going:
             return
+        rows, tokens = [rows[place] for place in going], [tokens[place] for place in going]
         if len(going) < len(cache.lengths):
             cache.keep(torch.tensor(going, device=device))
             owners = owners.select(going) if owners is not None else None

@@ -15,7 +15,7 @@ from torch import Tensor
 from trimtab.base import Base
 from trimtab.data import Account, Conversation, Judged, Preference, asked, make_sequences, pack_all
 from trimtab.data.example import Sequence as Row
-from trimtab.engine import generate
+from trimtab.engine import Answer, Ended, generate
 from trimtab.errors import DataError, NonFinite, listing
 from trimtab.methods import room
 from trimtab.objectives import Objective, answered, averaged
@@ -57,8 +57,13 @@ class Answered:
     answer: str
     tokens: int
     """Of the answer."""
-    stopped: bool
-    """It ended by itself rather than at the limit."""
+    ended: Ended
+    """By itself, or cut off: at a length at which it is wrong, or where the model's context is full."""
+
+    @property
+    def stopped(self) -> bool:
+        """It ended by itself."""
+        return self.ended == "stopped"
 
     @property
     def right(self) -> bool:
@@ -105,14 +110,14 @@ def score_answers(
         (len(one) for one in [*(expected for _, expected in pairs), *(e.ids for e in base.encode(others))]), default=0
     )
     limit = longest + longest // 4 + 8
-    answers: list[list[int]] = []
+    answers: list[Answer] = []
     for start in range(0, len(pairs), 32):
         part = pairs[start : start + 32]
         answers += generate(base.model, [ids for ids, _ in part], base.stop_ids, max_new_tokens=limit)
         if on_done:
             on_done(len(part))
     return [
-        Answered(_question(example), base.said(expected), base.said(answer), len(answer), stopped=len(answer) < limit)
+        Answered(_question(example), base.said(expected), base.said(answer), len(answer), answer.ended)
         for example, (_, expected), answer in zip(examples, pairs, answers, strict=True)
     ]
 
@@ -134,7 +139,7 @@ def answer_preferences(
         {
             "question": answered.question,
             **{side: {"text": text, "tokens": next(lengths)} for side, text in row.items()},
-            "answer": {"text": answered.answer, "tokens": answered.tokens, "stopped": answered.stopped},
+            "answer": {"text": answered.answer, "tokens": answered.tokens, "ended": answered.ended},
         }
         for answered, row in zip(own, texts, strict=True)
     ]
@@ -167,6 +172,7 @@ def score(base: Base, examples: Sequence[Any], on_done: Callable[[int], None] | 
         "exact_match": right / len(answers) if answers else None,
         "exact_match_interval": list(wilson(right, len(answers))) if answers else None,
         "stopped": sum(answer.stopped for answer in answers) / len(answers) if answers else None,
+        "cut_by_context": sum(answer.ended == "context" for answer in answers),
         "answers": [{**vars(answer), "right": answer.right} for answer in answers],
     }
 

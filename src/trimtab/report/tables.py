@@ -26,6 +26,9 @@ def scores_table(scores: dict[str, dict[str, Any]], source: str) -> Table:
             stopped = f"{one['stopped']:.1%}"
         loss = _with_interval(f"{one['loss']:.4f}", *(f"{end:.4f}" for end in one["loss_interval"]))
         table.add_row(name, loss, f"{one['perplexity']:.3f}", match, stopped)
+    if full := [f"{one['cut_by_context']} of {name}" for name, one in scores.items() if one["cut_by_context"]]:
+        table.caption = f"answers that were cut off because the model's context was full: {', '.join(full)}"
+        table.caption_justify = "left"
     return table
 
 

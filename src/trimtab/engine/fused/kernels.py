@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from trimtab.engine.kept import kept, transient_like
 from trimtab.errors import StorageError
-from trimtab.files import cache_folder, write_bytes
+from trimtab.files import TEMPORARY, cache_folder, is_private, private_folder, sha256_file, write_bytes
 
 Gate = Literal["silu", "gelu_tanh"]
 _KINDS: dict[torch.dtype, str] = {torch.float32: "f32", torch.float64: "f64"}
@@ -135,16 +136,20 @@ def _given(argument: Any) -> Any:
 @cache
 def _library() -> ctypes.CDLL | None:
     """kernels.c compiled for this machine, from the cache where it has been before; None where that can't be."""
-    if os.environ.get("TRIMTAB_KERNELS") == "torch":
+    if os.environ.get("TRIMTAB_KERNELS") == "torch" or os.name != "posix":
         return None
     try:
-        return compile_library(Path(__file__).with_suffix(".c"), cache_folder() / "kernels")
+        return compile_library(Path(__file__).with_suffix(".c"), cache_folder() / f"kernels-{os.getuid()}")
     except (OSError, StorageError, subprocess.SubprocessError):
         return None
 
 
 def compile_library(source: Path, folder: Path, optimization: str = "-O3") -> ctypes.CDLL | None:
-    """A source, and the headers beside it, compiled into a folder, unless it lies there already. None where there is no compiler."""
+    """A source, and the headers beside it, compiled into a folder, unless it lies there already. None where there is no compiler.
+
+    What lies there is code that would run, so it is taken only if nobody else can have written it (owner and mode of file and
+    folder), and if its content has the hash in its name; it is loaded from a folder that nobody else sees. Else it is compiled anew.
+    """
     compiler = next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
     if compiler is None or not Path("/proc/self/maps").exists():
         return None
@@ -155,11 +160,23 @@ def compile_library(source: Path, folder: Path, optimization: str = "-O3") -> ct
     text = "".join(path.read_text() for path in (source, *sorted(source.parent.glob("*.h"))))
     machine = re.search(r"^(flags|Features)\s*:.*$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     key = "\n".join([text, optimization, _FLAGS, compiler, openmp[0], machine[0] if machine else ""])
-    target = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-    if not target.exists():
-        with tempfile.TemporaryDirectory() as scratch:
-            made = Path(scratch) / "kernels.so"
+    name, private = hashlib.sha256(key.encode()).hexdigest()[:16], private_folder(folder)
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=folder if private else None) as scratch:
+        made = Path(scratch) / "kernels.so"
+        if private and (content := _kept(folder, name)) is not None:
+            write_bytes(made, content)
+        else:
             command = [compiler, optimization, *_FLAGS.split(), str(source), openmp[0], "-lm", "-o", str(made)]
             subprocess.run(command, check=True, capture_output=True, timeout=120)
-            write_bytes(target, made.read_bytes())
-    return ctypes.CDLL(str(target))
+            if private:
+                write_bytes(folder / f"{name}-{sha256_file(made)}.so", made.read_bytes(), private=True)
+        return ctypes.CDLL(str(made))
+
+
+def _kept(folder: Path, name: str) -> bytes | None:
+    for path in sorted(folder.glob(f"{name}-*.so")):
+        with suppress(OSError), open(path, "rb") as file:
+            content = file.read()
+            if is_private(os.fstat(file.fileno())) and path.stem == f"{name}-{hashlib.sha256(content).hexdigest()}":
+                return content
+    return None

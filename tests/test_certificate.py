@@ -1,6 +1,7 @@
 """A run ends well only if its adapter, loaded by a fresh process, is what was trained, and no worse than the base."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from worlds import write_rows
 import trimtab as package
 from trimtab import certificate, saving
 from trimtab import run as running
+from trimtab.artifacts.certified import ADVICE
 from trimtab.base import Base
 from trimtab.certificate import certificate_text
 from trimtab.evaluate import paired
@@ -72,6 +74,66 @@ def test_a_run_ends_with_a_certificate(done, trimtab):
     assert json.loads(trimtab("verify", done, "--json").out) == held
     assert not (done / "states").exists()
     assert not (done / "lock").exists()
+
+
+def test_what_is_not_certified_is_merged_only_if_that_is_meant(done, trimtab, tmp_path, monkeypatch):
+    def merges(*words):
+        shutil.rmtree(tmp_path / "merged", ignore_errors=True)
+        return trimtab("merge", *words, tmp_path / "merged")
+
+    monkeypatch.chdir(done.parent)
+    page = " ".join(trimtab("show", "done").out.split())
+    assert "done: done, certified" in page
+    assert "gain on 4 held-out rows the loss (sft) is" in page
+    assert "trimtab merge done FOLDER" in page
+    saved = json.loads((done / "run.json").read_text())["best"]["folder"]
+    assert [merges(done).code, merges(done / "adapter").code, merges(done / saved).code] == [0, 0, 7]
+    assert trimtab("combine", f"{done}=1", tmp_path / "sum").code == 0
+
+    held = json.loads((done / "certificate.json").read_text())
+    held["tests"][3] |= {"status": "failed", "words": "0 of 4 answers end by themselves"}
+    (done / "certificate.json").write_text(json.dumps({**held, "passed": False}))
+    for target in (done, done / "adapter"):
+        refused = merges(target)
+        assert (refused.code, (tmp_path / "merged").exists()) == (7, False)
+        assert (
+            "is done, NOT certified, so this adapter is not certified.\n  stops: 0 of 4 answers end by themselves"
+            in refused.err
+        )
+        assert "train for more train.epochs" in refused.err
+        assert "--force" in refused.err
+        assert merges("--force", target).code == 0
+    assert trimtab("combine", f"{done}=1", tmp_path / "other").code == 7
+    assert trimtab("combine", "--force", f"{done}=1", tmp_path / "other").code == 0
+    page = " ".join(trimtab("show", done).out.split())
+    assert "done, NOT certified" in page
+    assert "stops (failed) 0 of 4 answers end by themselves" in page
+    assert "what to do It has learned too little" in page
+    assert "trimtab merge" not in page
+    assert "is not certified. stops: 0 of 4" in trimtab("chat", done, "--prompt", "x", "--max-new-tokens", 1).err
+
+    shutil.copytree(done / "adapter", tmp_path / "alone")
+    assert merges(tmp_path / "alone").code == 0  # no run says anything of it
+    for name in ("certificate.json", "certificate.txt"):
+        (done / name).unlink()
+    refused = merges(done)
+    assert (refused.code, "is done, without a certificate, so" in refused.err) == (7, True)
+    page = " ".join(trimtab("show", done).out.split())
+    assert "done, without a certificate" in page
+    assert "gain on held-out rows the loss is" in page
+    facts = json.loads(trimtab("show", done, "--json").out)
+    assert facts["held_out"]["lowest"] == facts["best"]["eval_loss"] < facts["held_out"]["first"]
+
+
+def test_every_test_that_can_fail_has_advice():
+    source = Path(certificate.__file__).read_text()
+    tests = re.split(r"Tested\(", source)[1:]
+    failing = {
+        re.match(r'\s*"(\w+)"', one)[1]
+        for one in tests
+        if '"failed"' in one.split("def ")[0].split("return")[0] and re.match(r'\s*"', one)
+    }
+    assert failing == set(ADVICE)
 
 
 @pytest.mark.parametrize("name", ["adapter/adapter_model.safetensors", "adapter/trimtab.json", "recipe.yaml", "data.json",

@@ -2,8 +2,10 @@
 
 import json
 import random
+import re
 import shutil
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -56,12 +58,23 @@ def test_the_terminal_shows_what_is_learned_and_so_does_the_page(here, trimtab):
     write_rows(here / "rows.jsonl", [{"prompt": f"Is {n} < 7 & so on?", "completion": f"<b>yes</b> {n}"} for n in range(30)])
     done = trimtab("check", "r.yaml", "--html", "proof.html", "--show", "1")
     assert done.code == 0
-    assert "rows as they are learned" in done.out
-    assert "<b>yes</b>" in done.out
+    said = done.out.splitlines()
+    assert said[0].endswith("rows.jsonl:1")
+    assert said[1:5] == [  # what is learned is marked by a word, where there are no colours
+        "        | <|im_start|>user", f"        | {said[2][10:]}", "        | <|im_start|>assistant", f"learned | {said[4][10:]}",
+    ]  # fmt: skip
+    assert re.fullmatch(r"Is \d+ < 7 & so on\?<\|im_end\|>", said[2][10:])
+    assert re.fullmatch(r"<b>yes</b> \d+<\|im_end\|>", said[4][10:])
+    assert said[-1] == "Ready to train: all 11 things that were looked at are good."
     page = (here / "proof.html").read_text()
     assert "<mark>&lt;b&gt;yes&lt;/b&gt;" in page
     assert "&lt; 7 &amp; so on?" in page
     assert page.count("<pre>") in (2, 3)
+    assert said[-1] in page
+    assert "r.yaml · " in page
+    assert f"{datetime.now():%Y-%m-%d}" in page
+    assert "prefers-color-scheme: dark" in page
+    assert "rank: " in page  # the whole recipe
     assert not (here / "new").exists()
 
 

@@ -20,10 +20,12 @@ from worlds import ROWS, command
 
 from trimtab import api, cli, commands, files, preflight, saving
 from trimtab.artifacts import saved_states
+from trimtab.base import Base
 from trimtab.config import read, word
 from trimtab.data import Finding
 from trimtab.deploy import open_target
 from trimtab.errors import RecipeError, TrimtabError
+from trimtab.methods import Method, attach
 from trimtab.recipe import Recipe
 from trimtab.report import Silent
 from trimtab.run import run_recipe
@@ -198,7 +200,7 @@ CARELESS = {
     ),
     "a merge onto what exists": ("merge run tiny", None, 6, f"tiny: {EXISTS}"),
     "a merge onto what exists, before anything is loaded": ("merge nope tiny", None, 6, f"tiny: {EXISTS}"),
-    "a merge in a file": ("merge run r.yaml/m", None, 6, "r.yaml/m: cannot write: File exists. HERE/r.yaml is a file, not a folder."),
+    "a merge in a file": ("merge --force run r.yaml/m", None, 6, "r.yaml/m: cannot write: File exists. HERE/r.yaml is a file, not a folder."),
     # Adapters
     "an adapter of another base": (
         "chat run --prompt x --model other", None, 4,
@@ -206,7 +208,7 @@ CARELESS = {
         "Give the base it was trained on, in the number type it was trained on.",
     ),
     "an adapter of a base with another template": (
-        "merge run new --model plain", None, 4,
+        "merge --force run new --model plain", None, 4,
         "run/adapter was trained on another base than HERE/plain (torch.float32): different template. "
         "Give the base it was trained on, in the number type it was trained on.",
     ),
@@ -217,7 +219,7 @@ CARELESS = {
         f"  adapter_model.safetensors: changed since it was saved\n{RESTORE}",
     ),
     "weights cut short": (
-        "merge run new", spoil("run/adapter/adapter_model.safetensors", lambda b: b[:-100]), 4,
+        "merge --force run new", spoil("run/adapter/adapter_model.safetensors", lambda b: b[:-100]), 4,
         "run/adapter/adapter_model.safetensors: damaged: Error while deserializing header: incomplete metadata, file not fully covered. "
         "Restore it from a copy.",
     ),
@@ -230,7 +232,7 @@ CARELESS = {
         f"run/adapter is not what was saved:\n  more: not in the manifest\n  adapter_model.safetensors: changed since it was saved\n{RESTORE}",
     ),
     "an edited configuration": (
-        "merge run new", spoil("run/adapter/adapter_config.json", lambda t: t.replace(b'"lora_alpha": 32', b'"lora_alpha": 64')), 4,
+        "merge --force run new", spoil("run/adapter/adapter_config.json", lambda t: t.replace(b'"lora_alpha": 32', b'"lora_alpha": 64')), 4,
         f"run/adapter is not what was saved:\n  adapter_config.json: changed since it was saved\n{RESTORE}",
     ),
     "an edited manifest": (
@@ -246,7 +248,7 @@ CARELESS = {
         "run/adapter: adapter_model.safetensors holds a tensor that is not LoRA's: more.",
     ),
     "a missing manifest and values that are not finite": (
-        "merge run new", as_pefts(change_tensors(lambda t: t[A].fill_(float("nan")))), 4,
+        "merge --force run new", as_pefts(change_tensors(lambda t: t[A].fill_(float("nan")))), 4,
         "run/adapter: its tensors do not fit this adapter on this model:\n  model.layers.0.mlp.down_proj.A: holds values that are not finite",
     ),
     "an adapter without its weights": (
@@ -425,12 +427,12 @@ def test_a_disk_that_fills_up_keeps_what_was_whole(disk, here, trimtab, monkeypa
         f"run{name}" for name in ("", "/checkpoints", "/data.json", "/lock", "/metrics.jsonl", "/recipe.yaml", "/run.json")
     ]
     assert trimtab("show", folder).code == 0
-    assert "failed" in trimtab("show", folder).out
+    assert "ended by an error" in trimtab("show", folder).out
 
 
 def test_a_merge_that_does_not_fit_leaves_nothing(disk, here, trimtab):
     (disk / "filler").write_bytes(bytes(200_000))
-    done = trimtab("merge", "run", disk / "merged")
+    done = trimtab("merge", "--force", "run", disk / "merged")
     assert done.code == 6
     assert done.err.startswith(f"trimtab: {disk}/merged")
     assert "No space left on device" in done.err
@@ -443,7 +445,7 @@ def test_a_disk_that_can_only_be_read_is_named(disk, here, trimtab):
     done = trimtab("train", "r.yaml", f"output={disk}/run")
     assert done.err == f"trimtab: {disk}/run: cannot write: Read-only file system. Choose a folder that you may write to.\n"
     assert done.code == 6
-    done = trimtab("merge", "run", disk / "run")
+    done = trimtab("merge", "--force", "run", disk / "run")
     assert done.err == f"trimtab: {disk}/run: cannot write: Read-only file system. Choose a folder that you may write to.\n"
     assert done.code == 6
 
@@ -496,7 +498,8 @@ def test_a_run_from_beginning_to_end(world, here, trimtab):
     assert f"tokens  {state['tokens']:,} in rows, {state['computed_tokens']:,} computed" in said
     page = trimtab("show", "run").out
     assert f"{state['tokens']:,} in rows, {state['computed_tokens']:,} computed" in page
-    assert page.split()[:3] == ["run", "run", "(done)"]
+    assert page.splitlines()[0].split() == ["run", "run:", "done,", "without", "a", "certificate"]
+    assert "trimtab chat run" in page
     assert "every hash in its manifest" in page
     assert trimtab("show", "run/adapter").code == trimtab("show", "run/checkpoints/step-000026").code == 0
 
@@ -524,7 +527,7 @@ def test_a_run_from_beginning_to_end(world, here, trimtab):
     assert both.endswith(f"[adapter] {answered.out}")
     assert not both.startswith(f"[base] {answered.out}")
 
-    merged = trimtab("merge", "run", "merged")
+    merged = trimtab("merge", "--force", "run", "merged")
     assert (merged.code, merged.err) == (0, "")
     assert merged.out.startswith(
         "Merged 14 matrices into merged (float32). Loaded again by Transformers, its logits differ from "
@@ -559,7 +562,7 @@ def test_a_model_without_a_template_continues_a_text_and_forgets_it(here, trimta
     assert trimtab("chat", "plain", "--prompt", "Is 3", "--max-new-tokens", "3").code == 0
     monkeypatch.setattr(sys, "stdin", io.StringIO("Is 3\nIs 4\n/quit\n"))
     done = trimtab("chat", "plain", "--max-new-tokens", "3")
-    assert (done.code, done.err) == (0, "")
+    assert (done.code, done.err) == (0, 2 * "trimtab: the answer was cut off after 3 tokens (--max-new-tokens).\n")
 
 
 def test_the_runs_recipe_repeats_the_run_to_the_last_bit_from_anywhere(world, here, trimtab, monkeypatch):
@@ -590,7 +593,7 @@ def test_what_was_trained_in_bfloat16_is_used_in_bfloat16(here, trimtab):
     assert trimtab("train", "r.yaml", "output=new", "model.dtype=bfloat16", "train.epochs=1").code == 0
     assert trimtab("chat", "new", "--prompt", "x", "--max-new-tokens", "2").err == ""
     assert trimtab("eval", "new", "--json").err == ""
-    assert trimtab("merge", "new", "merged").err == ""
+    assert trimtab("merge", "--force", "new", "merged").err == ""
 
 
 def test_an_empty_folder_that_is_there_is_filled(here, trimtab):
@@ -606,7 +609,7 @@ def test_a_folder_may_have_any_name(name, here, trimtab):
     assert done.out.splitlines()[-3].endswith(f"in {name}/adapter")
     assert done.out.splitlines()[-1] == f"Look inside:    trimtab show {shlex.quote(name)}"
     assert name in trimtab("show", name).out
-    merged = trimtab("merge", name, f"{name} merged")
+    merged = trimtab("merge", "--force", name, f"{name} merged")
     assert f"into {name} merged (float32)" in merged.out
 
 
@@ -681,25 +684,23 @@ def test_a_run_that_is_interrupted_keeps_the_adapter_as_it_stood(number, here, t
     assert len(log.read_text().splitlines()) == step >= 5
     assert not any(files.TEMPORARY in path for path in tree(here))
     assert trimtab("chat", here / "new" / state["last"]["folder"], "--prompt", "x", "--max-new-tokens", "2").code == 0
-    assert "new (interrupted)" in trimtab("show", "new").out
+    assert f"new: interrupted after step {step} of " in trimtab("show", "new").out
     for words in (
         ["chat", "new", "--prompt", "x"],
-        ["merge", "new", "merged"],
+        ["merge", "--force", "new", "merged"],
         ["eval", "new", "--data", "rows.jsonl", "--json"],
     ):
         done = trimtab(*words)
-        assert (done.code, done.err) == (
-            0,
-            f"trimtab: new has not ended: this is its adapter after step {step} of {state['steps']}.\n",
-        )
+        first = f"trimtab: new has not ended: this is its adapter after step {step} of {state['steps']}.\n"
+        assert (done.code, done.err.startswith(first)) == (0, True)
     assert json.loads(done.out)["rows"] == 30
-    done = trimtab("combine", "new=1", "both")
+    done = trimtab("combine", "--force", "new=1", "both")
     assert done.err == (
         "trimtab: new is a run without a finished adapter. Finish it with the command that trains it, or name the adapter that it "
         f"saved last: new/checkpoints/step-{step:06d}.\n"
     )
     assert done.code == 4
-    assert trimtab("combine", f"new/checkpoints/step-{step:06d}=1", "both").code == 0
+    assert trimtab("combine", "--force", f"new/checkpoints/step-{step:06d}=1", "both").code == 0
     shutil.rmtree("new/checkpoints")
     assert trimtab("chat", "new", "--prompt", "x").err == (
         "trimtab: new is a run without a finished adapter. Finish it with the command that trains it.\n"
@@ -866,9 +867,6 @@ def test_an_adapter_goes_onto_the_base_that_is_given(here):
 
 
 def test_methods_lists_what_each_would_train_on_a_model(here, trimtab):
-    from trimtab.base import Base
-    from trimtab.methods import Method
-
     listed = json.loads(trimtab("methods", "./tiny", "--json").out)["methods"]
     assert [one["name"] for one in listed] == Method.names()
     model = Base.load("./tiny").model
@@ -897,14 +895,48 @@ def test_methods_lists_what_each_would_train_on_a_model(here, trimtab):
     assert trimtab("methods", "nowhere").code == 2
 
 
+def test_methods_says_which_modules_a_recipe_would_replace_without_reading_weights(here, trimtab):
+    (here / "tiny" / "model.safetensors").write_bytes(b"not read")
+    words = ("method.rank=3", "method.targets=[q_proj, mlp.down_proj]", "method.ranks={layers.0.mlp.down_proj: 2}")
+    facts = json.loads(trimtab("methods", "tiny", *words, "--json").out)
+    adapter = attach(Base.load(str(here / "plain")).model, Method.pick(facts["method"]))
+    assert facts["parameters"] == sum(p.numel() for p in adapter.parameters().values())
+    assert {one["module"]: one["tensors"] for one in facts["replaced"]} == {
+        path: {name: list(p.shape) for name, p in layer.own_parameters().items()} for path, layer in adapter.layers.items()
+    }
+    page = trimtab("methods", "tiny", *words).out
+    assert "lora on tiny: rank 3" in page
+    assert re.search(r"model\.layers\.\[0-1\]\.self_attn\.q_proj +2 × +Linear +A 3×\d+, B \d+×3", page)
+    assert re.search(r"model\.layers\.0\.mlp\.down_proj +1 × +Linear +A 2×", page)
+    assert trimtab("methods", "r.yaml", "method=prefix", "method.tokens=5").out.startswith("prefix on ")
+    assert max(map(len, trimtab("methods", "tiny").out.splitlines())) <= 80
+    for words, message in (
+        (["tiny", "method.targets=[qproj]"], "targets: 'qproj' matches no module"),
+        (["tiny", "method.rnk=3"], "method.rnk: no such key. Did you mean 'rank'?"),
+        (["tiny", "plain"], "methods: expected one model, got tiny and plain."),
+        (["nowhere/at-all/", "method=ia3"], "no such file or folder"),
+    ):
+        done = trimtab("methods", *words)
+        assert (done.code, message in done.err) == (2, True), done.err
+
+
+@pytest.mark.parametrize("name", Method.names())
+def test_every_method_can_be_looked_at_on_a_model_without_values(name, here, trimtab):
+    facts = trimtab(
+        "methods", "tiny", f"method={name}", *{"tokens": ["method.tokens=[a]"], "miss": ["method.rank=8"]}.get(name, [])
+    )
+    assert (facts.code, facts.err) == (0, "")
+    assert "parameters are trained" in facts.out
+
+
 def test_combine_makes_one_adapter_of_several(here, trimtab):
-    done = trimtab("combine", "run=0.5", "run=0.5", "both")
+    done = trimtab("combine", "--force", "run=0.5", "run=0.5", "both")
     assert (done.code, done.err) == (0, "")
     assert done.out.startswith("both is exactly their weighted sum: lora, rank ")
     question = ("--prompt", ROWS[3]["prompt"])
     assert trimtab("chat", "both", *question).out == trimtab("chat", "run", *question).out
-    assert "its weighted" not in trimtab("combine", "run=1", "half", "--rank", "1").out
-    assert "of it: lora, rank 1." in trimtab("combine", "run=1", "small", "--rank", "1").out
+    assert "its weighted" not in trimtab("combine", "--force", "run=1", "half", "--rank", "1").out
+    assert "of it: lora, rank 1." in trimtab("combine", "--force", "run=1", "small", "--rank", "1").out
     for words, code, message in (
         ("combine run=1 both", 6, "exists already"),
         ("combine tiny=1 new", 2, "tiny is neither a run nor an adapter folder, so there is nothing in it to combine."),

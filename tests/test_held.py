@@ -109,7 +109,7 @@ def test_a_device_that_is_not_here_is_said_and_another_is_taken(here, trimtab):
     del manifest["digest"]
     package.files.write_manifest(Path("run/adapter/trimtab.json"), manifest.pop("format"), manifest)
     said = "trimtab: run/adapter: it was trained on cuda:7, which is not here, so it runs on cpu: results may differ by rounding.\n"
-    for words in (["chat", "run", "--prompt", "x"], ["eval", "run"], ["merge", "run", "merged"]):
+    for words in (["chat", "run", "--prompt", "x"], ["eval", "run"], ["merge", "--force", "run", "merged"]):
         done = trimtab(*words)
         assert (done.code, done.err) == (0, said)
     with pytest.raises(RecipeError, match=r"model\.device: cuda:7 cannot be used here"):

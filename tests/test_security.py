@@ -53,7 +53,7 @@ def test_training_and_certifying_unpickle_nothing_and_connect_to_nothing(here):
     done, events = watched(here, "train", "r.yaml", "output=new", "certify=true", "train.epochs=4")
     assert done.returncode == 0, done.stderr
     assert events == []
-    done, events = watched(here, "merge", "new", "merged")
+    done, events = watched(here, "merge", "--force", "new", "merged")
     assert done.returncode == 0, done.stderr
     assert events == []
 
@@ -95,7 +95,7 @@ def test_code_in_a_model_folder_never_runs_whatever_is_answered(known, here, tri
     trace = planted(here / "tiny", known)
     for words in (
         ("check", "r.yaml"), ("train", "r.yaml", "output=new", "train.epochs=1"), ("methods", "tiny"),
-        ("merge", "run", "merged", "--model", "tiny"), ("chat", "run", "--model", "tiny", "--prompt", "x", "--max-new-tokens", 1),
+        ("merge", "--force", "run", "merged", "--model", "tiny"), ("chat", "run", "--model", "tiny", "--prompt", "x", "--max-new-tokens", 1),
     ):  # fmt: skip
         monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 100))
         done = trimtab(*words)

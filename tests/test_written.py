@@ -277,7 +277,7 @@ def test_what_float16_has_no_number_for_is_refused(tmp_path):
 
 
 def test_the_command_says_what_is_left(here, trimtab):
-    done = trimtab("merge", "run", "merged", "--dtype", "bfloat16")
+    done = trimtab("merge", "--force", "run", "merged", "--dtype", "bfloat16")
     assert done.code == 0
     assert "into merged (bfloat16)" in done.out
     assert "of the adapter's change" in done.out
@@ -285,8 +285,8 @@ def test_the_command_says_what_is_left(here, trimtab):
         float(done.out.split("leaves ")[1].split("%")[0]) < 100 * WELL_KEPT
     )
     assert {t.dtype for t in load_file(here / "merged" / "model.safetensors").values()} == {torch.bfloat16}
-    assert "of the adapter's change" not in trimtab("merge", "run", "full").out
-    assert trimtab("merge", "run", "third", "--dtype", "int8").code == 2
+    assert "of the adapter's change" not in trimtab("merge", "--force", "run", "full").out
+    assert trimtab("merge", "--force", "run", "third", "--dtype", "int8").code == 2
 
 
 # Modes
@@ -297,7 +297,7 @@ def test_written_files_have_the_modes_that_files_have(mask, here, trimtab):
     before = os.umask(mask)
     try:
         assert trimtab("train", "r.yaml", "output=new", "train.epochs=1").code == 0
-        assert trimtab("merge", "run", "merged").code == 0
+        assert trimtab("merge", "--force", "run", "merged").code == 0
         model = transformers.AutoModelForCausalLM.from_pretrained(here / "tiny")
         attach(model, LoRA(rank=2))
         save_alone(model)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trimtab import files
-from trimtab.artifacts import is_adapter, read_adapter
+from trimtab.artifacts import CERTIFICATE, advice, is_adapter, read_adapter
 from trimtab.base import Base
 from trimtab.data import Loaded, last_run, units
 from trimtab.data.example import Sequence as Row
@@ -21,7 +21,6 @@ from trimtab.objectives import Objective
 from trimtab.saving import LOCK, STATES
 from trimtab.startup import fresh_process
 
-CERTIFICATE = "certificate.json"
 FORMAT = 1
 KEYS = {"passed", "tests", "canaries", "answers", "losses", "files", "base", "data_digest", "versions"}
 CANARIES, SAMPLES = 4, 8
@@ -111,7 +110,10 @@ def refuse_failed(certificate: dict[str, Any], folder: Path) -> None:
     """Raise NotCertified if something has failed."""
     failed = [f"  {one['name']}: {one['words']}" for one in certificate["tests"] if one["status"] == "failed"]
     if failed:
-        raise NotCertified(f"{folder} is finished, and its adapter is not what it should be:\n" + "\n".join(failed))
+        raise NotCertified(
+            f"{folder} is finished, and its adapter is not what it should be:\n"
+            + "\n".join([*failed, *advice(certificate["tests"])])
+        )
 
 
 def certificate_text(certificate: dict[str, Any]) -> str:

@@ -91,8 +91,12 @@ def _parser() -> argparse.ArgumentParser:
     more = "The result is exact unless a smaller rank is asked for; then it says how much is lost."
     _combine_words(add("combine", commands.combine, text, more))
 
-    methods = add("methods", commands.methods, "list the adapter methods, and what each would train on a model")
-    methods.add_argument("model", metavar="MODEL", nargs="?", default="smollm2-135m-instruct", help=MODEL)
+    text = "list the adapter methods, and what each would train on a model"
+    more = "With keys, such as method.rank=8, or a recipe: which modules that method would replace. No weights are read."
+    methods = add("methods", commands.methods, text, more)
+    methods.add_argument(
+        "words", metavar="MODEL|RECIPE.yaml [key=value …]", nargs="*", help=f"{MODEL}, or a recipe; and its keys"
+    )
     methods.add_argument("--json", action="store_true", help="print one JSON object")
 
     text = "train the same rows in Trimtab and in its peers, alternating, and compare speed, memory and losses"
@@ -135,6 +139,7 @@ def _merge_words(merge: argparse.ArgumentParser) -> None:
     merge.add_argument("output", metavar="FOLDER", type=Path, help="a new folder for the model")
     dtypes = ("float32", "bfloat16", "float16")
     merge.add_argument("--dtype", choices=dtypes, default="float32", help="number type of its weights (default: %(default)s)")
+    _force_option(merge)
     _model_option(merge)
 
 
@@ -142,7 +147,12 @@ def _combine_words(combine: argparse.ArgumentParser) -> None:
     combine.add_argument("parts", metavar="TARGET=WEIGHT", nargs="+", type=_part, help="a run or adapter folder and its weight")
     combine.add_argument("output", metavar="FOLDER", type=Path, help="a new folder for the adapter")
     combine.add_argument("--rank", metavar="N", type=_whole(1), help="the largest rank that the result may have")
+    _force_option(combine)
     _model_option(combine)
+
+
+def _force_option(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--force", action="store_true", help="take an adapter whose run is not certified, too")
 
 
 def _eval_words(score: argparse.ArgumentParser) -> None:

@@ -147,15 +147,19 @@ def read(kind: type[C], path: Path, words: Iterable[str] = ()) -> C:
     Raises:
         RecipeError: The file can't be read or parsed, or what it says is not a `kind`.
     """
-    raw = yaml12.load_file(path)
+    return made(kind, yaml12.load_file(path), words, f"{path}:")
+
+
+def made(kind: type[C], raw: dict[str, Any], words: Iterable[str] = (), where: str = "") -> C:
+    """A `kind` of plain data, with `section.key=value` words laid over it. Raises RecipeError, as `read` does."""
     for word in words:
         _overlay(raw, word)
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
         problems = explain(error, raw)
-        separator = "\n" if problems.startswith(" ") else " "  # of several, each has its line
-        raise RecipeError(f"{path}:{separator}{problems}") from None
+        separator = "\n" if where and problems.startswith(" ") else " "  # of several, each has its line
+        raise RecipeError(f"{where}{separator}{problems}".strip(" ") if where else problems) from None
 
 
 def word(key: str, value: str) -> str:

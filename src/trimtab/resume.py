@@ -15,9 +15,8 @@ from typing import Any
 import torch
 
 from trimtab import files, locks
-from trimtab.artifacts import State, newest_state
+from trimtab.artifacts import CHECKPOINTS, State, newest_state
 from trimtab.config import read
-from trimtab.deploy import CHECKPOINTS
 from trimtab.engine import Memory
 from trimtab.errors import RecipeError, StorageError, TrimtabError, listing
 from trimtab.recipe import Recipe

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from trimtab import files
-from trimtab.artifacts import State, saved_states, write_state
+from trimtab.artifacts import CHECKPOINTS, State, saved_states, write_state
 from trimtab.base import Base
-from trimtab.deploy import CHECKPOINTS, save_adapter
+from trimtab.deploy import save_adapter
 from trimtab.errors import NonFinite, StorageError
 from trimtab.evaluate import Loss
 from trimtab.train import Optimizer

@@ -1,10 +1,22 @@
 """What Trimtab hands over, and what it goes on from: folders of safetensors and JSON, each with a manifest of ours."""
 
 from trimtab.artifacts.adapter import Adapter, is_adapter, read_adapter, write_adapter
+from trimtab.artifacts.certified import (
+    ADAPTER,
+    CERTIFICATE,
+    CHECKPOINTS,
+    RUN,
+    Standing,
+    advice,
+    record,
+    refuse_uncertified,
+    standing,
+)
 from trimtab.artifacts.state import State, newest_state, read_state, saved_states, write_state
 from trimtab.artifacts.tensors import sha256_tensor, write_tensors
 
 __all__ = [
-    "Adapter", "State", "is_adapter", "newest_state", "read_adapter", "read_state", "saved_states", "sha256_tensor",
+    "ADAPTER", "CERTIFICATE", "CHECKPOINTS", "RUN", "Adapter", "Standing", "State", "advice", "is_adapter", "newest_state",
+    "read_adapter", "read_state", "record", "refuse_uncertified", "saved_states", "sha256_tensor", "standing",
     "write_adapter", "write_state", "write_tensors",
 ]  # fmt: skip

@@ -3,6 +3,7 @@
 from trimtab.base.config import ModelConfig, as_held, here
 from trimtab.base.fingerprint import Fingerprint, model_fingerprint, writes_dates
 from trimtab.base.model import Base, Message
+from trimtab.base.skeleton import skeleton
 from trimtab.base.source import located
 from trimtab.base.supported import context_length
 from trimtab.base.written import write_config, write_tokenizer
@@ -17,6 +18,7 @@ __all__ = [
     "here",
     "located",
     "model_fingerprint",
+    "skeleton",
     "write_config",
     "write_tokenizer",
     "writes_dates",

@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from trimtab.errors import ArtifactError, UnsupportedModel, listing
@@ -56,6 +57,18 @@ def read_model(place: Path | str, **how: Any) -> Any:
     if problems := _problems(model, info, config):
         raise _not_whole(place, problems, type(model).__name__)
     return model
+
+
+def read_skeleton(place: Path | str) -> Any:
+    """A causal language model by its configuration alone, on the `meta` device. Raises as `read_model` does."""
+    with warnings.catch_warnings(), without_collector():
+        warnings.simplefilter("ignore")
+        from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+        _refuse_kernels(PreTrainedConfig.get_config_dict(str(place))[0], place)
+        with _without_code(place), torch.device("meta"):
+            config = AutoConfig.from_pretrained(str(place), trust_remote_code=False)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def _problems(model: Any, info: dict[str, Any], config: dict[str, Any]) -> list[str]:

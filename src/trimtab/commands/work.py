@@ -110,11 +110,11 @@ def _evaluate_preferences(arguments: argparse.Namespace, target: "Target", examp
         console.print(beside_table(answers))
 
 
-def _open(arguments: argparse.Namespace) -> "Target":
+def _open(arguments: argparse.Namespace, *, certified: bool = False) -> "Target":
     with without_collector():
         from trimtab.deploy import open_target
 
-    target = open_target(arguments.target, arguments.model)
+    target = open_target(arguments.target, arguments.model, certified=certified)
     for note in target.notes:
         print(f"trimtab: {note}", file=sys.stderr)  # noqa: T201 (standard output may be JSON, or an answer)
     return target
@@ -200,7 +200,7 @@ def merge(arguments: argparse.Namespace) -> None:
     from trimtab.deploy import WELL_KEPT, merge
 
     files.refuse_existing(arguments.output)
-    target = _open(arguments)
+    target = _open(arguments, certified=not arguments.force)
     if target.adapter is None:
         raise RecipeError(f"{arguments.target} is a model without an adapter: there is nothing to merge.")
     done = merge(target.base, target.adapter, arguments.output, dtype=getattr(torch, arguments.dtype))
@@ -225,22 +225,36 @@ def combine(arguments: argparse.Namespace) -> None:
     from trimtab.deploy import combine_adapters
 
     files.refuse_existing(arguments.output)
-    done = combine_adapters(arguments.parts, arguments.output, rank=arguments.rank, model=arguments.model)
+    how = {"rank": arguments.rank, "model": arguments.model, "certified": not arguments.force}
+    done = combine_adapters(arguments.parts, arguments.output, **how)
     exact = "exactly their weighted sum" if done.error == 0 else f"their weighted sum but for {done.error:.2%} of it"
     terminal().print(f"{escape(str(arguments.output))} is {exact}: {done.adapter.method.name}, rank {done.rank}.")
 
 
 def methods(arguments: argparse.Namespace) -> None:
-    with without_collector():
-        from trimtab.base import Base
-        from trimtab.report.methods import methods_facts, methods_table
+    console = terminal()
+    with doing(console), without_collector():
+        from trimtab.base import skeleton
+        from trimtab.config import made, read
+        from trimtab.recipe import Recipe
+        from trimtab.report.methods import method_facts, method_table, methods_facts, methods_table
 
-    base = Base.load(arguments.model)
-    facts = methods_facts(base.model)
-    if arguments.json:
-        print_json({"model": base.source, "methods": facts})
+    names = [word for word in arguments.words if "=" not in word or Path(word).exists()]
+    keys = [word for word in arguments.words if word not in names]
+    if len(names) > 1:
+        raise RecipeError(f"methods: expected one model, got {' and '.join(names)}. Keys are given as key=value.")
+    if names and names[0].endswith((".yaml", ".yml")):
+        recipe = read(Recipe, Path(names[0]), keys)
     else:
-        terminal().print(methods_table(facts, base.source))
+        recipe = made(Recipe, {"data": {"train": "-"}, **({"model": names[0]} if names else {})}, keys)
+    name = recipe.model.name
+    model = skeleton(name)
+    one = bool(keys) or recipe.data.train != ("-",)
+    facts = method_facts(model, recipe.method) if one else {"methods": methods_facts(model)}
+    if arguments.json:
+        print_json({"model": name, **facts})
+    else:
+        console.print(method_table(facts, name) if one else methods_table(facts["methods"], name))
 
 
 def bench(arguments: argparse.Namespace) -> None:

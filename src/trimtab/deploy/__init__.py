@@ -4,11 +4,10 @@ from trimtab.deploy.adapter import keep_adapter, load_adapter, read_method, samp
 from trimtab.deploy.combining import CombinedFolders, combine_adapters
 from trimtab.deploy.merging import WELL_KEPT, Merged, merge
 from trimtab.deploy.stored import versions
-from trimtab.deploy.target import CHECKPOINTS, Target, adapter_folder, open_target
+from trimtab.deploy.target import Target, adapter_folder, open_target
 from trimtab.deploy.within import attach
 
 __all__ = [
-    "CHECKPOINTS",
     "WELL_KEPT",
     "CombinedFolders",
     "Merged",

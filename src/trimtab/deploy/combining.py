@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from trimtab.artifacts import refuse_uncertified
 from trimtab.deploy.adapter import load_adapter, save_adapter
 from trimtab.deploy.target import adapter_folder, open_target
 from trimtab.errors import RecipeError
@@ -21,7 +22,12 @@ class CombinedFolders(NamedTuple):
 
 
 def combine_adapters(
-    parts: Sequence[tuple[str, float]], output: Path | str, *, rank: int | None = None, model: str | None = None
+    parts: Sequence[tuple[str, float]],
+    output: Path | str,
+    *,
+    rank: int | None = None,
+    model: str | None = None,
+    certified: bool = False,
 ) -> CombinedFolders:
     """Write the weighted sum of adapters (run or adapter folders) as a new adapter folder.
 
@@ -29,11 +35,14 @@ def combine_adapters(
         RecipeError: A part is not an adapter, or not LoRA's.
         ArtifactError: One is damaged, or they were trained on different bases.
         StorageError: The folder exists, or can't be written.
+        NotCertified: One is of a run that is not certified, and `certified` asks for that.
     """
     folders = [adapter_folder(name) for name, _ in parts]
     for (name, _), folder in zip(parts, folders, strict=True):
         if folder is None:
             raise RecipeError(f"{name} is neither a run nor an adapter folder, so there is nothing in it to combine.")
+        if certified:
+            refuse_uncertified(folder)
     base = open_target(parts[0][0], model).base
     for number, folder in enumerate(folders[1:], start=1):
         load_adapter(base, folder or Path(), name=str(number))

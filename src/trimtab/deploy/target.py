@@ -3,18 +3,14 @@
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from trimtab import files
-from trimtab.artifacts import is_adapter, read_adapter
+from trimtab.artifacts import ADAPTER, CHECKPOINTS, RUN, is_adapter, read_adapter, record, refuse_uncertified, standing
 from trimtab.artifacts.adapter import MANIFEST
 from trimtab.base import Base, ModelConfig, here
 from trimtab.deploy.adapter import load_adapter
 from trimtab.errors import ArtifactError, RecipeError
 from trimtab.methods import Attached
-
-RUN, ADAPTER, CHECKPOINTS = "run.json", "adapter", "checkpoints"
-"""What makes a folder a run, and where in it the finished adapter is, and those that were saved on the way."""
 
 
 @dataclass
@@ -38,7 +34,7 @@ def adapter_folder(name: str) -> Path | None:
         return path / ADAPTER
     saved = _newest(path)
     other = f", or name the adapter that it saved last: {saved}" if saved else ""
-    if _record(path).get("status") == "done":
+    if record(path).get("status") == "done":
         raise ArtifactError(
             f"{path} is a finished run, and its adapter is missing. Restore {path / ADAPTER} from a copy{other}."
         )
@@ -49,8 +45,9 @@ def _adapter(name: str) -> tuple[Path | None, tuple[str, ...]]:
     """The adapter that a run or adapter folder stands for, finished or not, and what to say of it."""
     path = files.expanded(name)
     if not (path / RUN).is_file() or is_adapter(path / ADAPTER):
-        return adapter_folder(name), ()
-    run, saved = _record(path), _newest(path)
+        failed = standing(path).words_of("failed") if (path / RUN).is_file() else []
+        return adapter_folder(name), ((f"{path} is not certified. {'; '.join(failed)}.",) if failed else ())
+    run, saved = record(path), _newest(path)
     if saved is None or run.get("status") == "done":
         return adapter_folder(name), ()
     step = int(saved.name.removeprefix("step-"))
@@ -62,26 +59,22 @@ def _newest(run: Path) -> Path | None:
     return next((path for path in sorted(run.glob(f"{CHECKPOINTS}/step-*"), reverse=True) if is_adapter(path)), None)
 
 
-def _record(run: Path) -> dict[str, Any]:
-    record = files.read_json(run / RUN)
-    if not isinstance(record, dict):
-        raise ArtifactError(f"{run / RUN}: is not the record of a run. Restore it from a copy.")
-    return record
-
-
-def open_target(name: str, model: str | None = None) -> Target:
+def open_target(name: str, model: str | None = None, *, certified: bool = False) -> Target:
     """Load what `name` stands for; an adapter on its base as that was held when it was trained, if its device is here.
 
     Args:
         name: A run folder (of one that has not ended, the adapter that it saved last is taken), an adapter folder, or anything
             that is a model (see ModelConfig).
         model: The base to put the adapter on, instead of the one that it names.
+        certified: Raise NotCertified for an adapter of a run that is not certified.
     """
     folder, notes = _adapter(name)
     if folder is None:
         if model is not None:
             raise RecipeError(f"{name} is not a run or an adapter folder, so --model {model} says nothing about it.")
         return Target(Base.load(ModelConfig(name=name)), None, None)
+    if certified:
+        refuse_uncertified(folder)
     stored = read_adapter(folder)
     source = model or stored.source
     if not source:

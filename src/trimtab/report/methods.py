@@ -1,12 +1,18 @@
-"""The adapter methods as a table: what each would train on a model, and what can be done with it."""
+"""The adapter methods as a table: what each would train on a model; and of one, which modules it would replace."""
 
+import re
+from itertools import groupby
 from typing import Any
 
+import torch
+from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
+from trimtab.adapted import modules
 from trimtab.errors import TrimtabError
-from trimtab.methods import Method
+from trimtab.methods import Method, place
 from trimtab.objectives import Objective
 
 
@@ -40,22 +46,79 @@ def methods_facts(model: Any) -> list[dict[str, Any]]:
     return facts
 
 
-def methods_table(facts: list[dict[str, Any]], source: str) -> Table:
+def methods_table(facts: list[dict[str, Any]], source: str) -> Group:
     """`methods_facts` as a table."""
     title = f"Methods, each as it is by default on {escape(source)}"
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
-    for column, justify in (
-        ("method", "left"), ("parameters", "right"), ("merges", "left"), ("positions", "right"), ("stages", "left"), ("", "left"),
-    ):  # fmt: skip
-        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    table.add_column("method", no_wrap=True)
+    table.add_column("parameters", justify="right", no_wrap=True)
+    table.add_column("merges", no_wrap=True)
+    table.add_column("what it does")
     for one in facts:
         trains = f"{one['parameters']:,}" if one["parameters"] is not None else "–"
-        table.add_row(
-            f"[bold]{one['name']}[/]",
-            trains,
-            "yes" if one["mergeable"] else "no",
-            f"{one['positions'] or '–'}",
-            ", ".join(one["objectives"]),
-            escape(one["refused"] or one["summary"]),
-        )
-    return table
+        words = one["summary"] + (f" Here it is refused: {one['refused']}" if one["refused"] else "")
+        if one["positions"]:
+            words += f" They take {one['positions']} positions of the context."
+        table.add_row(f"[bold]{one['name']}[/]", trains, "yes" if one["mergeable"] else "no", escape(words))
+    objectives = ", ".join(facts[0]["objectives"])
+    return Group(table, Text(f"\nEach works with every objective: {objectives}.", style="dim"))
+
+
+def method_facts(model: Any, method: Method) -> dict[str, Any]:
+    """What a method would replace on a model, by trying it there, as JSON data. Raises NoSuchModule or RecipeError, as `attach`."""
+    known = modules(model)
+    total = sum(p.numel() for p in model.parameters())
+    with torch.device("meta"):
+        adapter = place(model, method.bound(lambda _: [0]), 0, "default")
+    replaced = [
+        {
+            "module": path,
+            "kind": type(known[path]).__name__,
+            "tensors": {name: list(p.shape) for name, p in layer.own_parameters().items()},
+        }
+        for path, layer in adapter.layers.items()
+    ]
+    trained = sum(p.numel() for p in adapter.parameters().values())
+    adapter.detach()
+    return {
+        "method": method.plain(),
+        "parameters": trained,
+        "base_parameters": total,
+        "positions": method.positions,
+        "replaced": replaced,
+    }
+
+
+def method_table(facts: dict[str, Any], source: str) -> Group:
+    """`method_facts` as a table, in which modules of the same kind and sizes, but for the number of their layer, are one row."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("module", overflow="fold")
+    table.add_column("", justify="right", no_wrap=True)
+    table.add_column("of", no_wrap=True)
+    table.add_column("trained", overflow="fold")
+
+    alike: dict[tuple[str, str, str], list[list[int]]] = {}
+    for one in facts["replaced"]:
+        sizes = ", ".join(f"{name} {'×'.join(map(str, shape))}" for name, shape in one["tensors"].items())
+        numbers = [int(part) for part in one["module"].split(".") if part.isdigit()]
+        alike.setdefault((re.sub(r"(?<![^.])\d+(?![^.])", "{}", one["module"]), one["kind"], sizes), []).append(numbers)
+    for (path, kind, sizes), several in alike.items():
+        spans = [_span(sorted(set(column))) for column in zip(*several, strict=True)]
+        table.add_row(escape(path.format(*spans)) or "(the whole model)", f"{len(several):,} ×", kind, sizes)
+    name, settings = facts["method"]["name"], {k: v for k, v in facts["method"].items() if k != "name"}
+    said = ", ".join(f"{key} {value}" for key, value in settings.items() if value not in (None, False, {}, [], 0))
+    share = facts["parameters"] / facts["base_parameters"]
+    head = [
+        Text(f"{name} on {source}: {said}", style="bold"),
+        Text(f"{facts['parameters']:,} parameters are trained ({share:.2%})."),
+    ]
+    if facts["positions"]:
+        head.append(Text(f"Its virtual tokens take {facts['positions']} positions of every row's context."))
+    return Group(*head, Text(), table)
+
+
+def _span(numbers: list[int]) -> str:
+    """0, 1, 2, 3, 7 as [0-3,7]."""
+    runs = [[n for _, n in run] for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
+    spans = [f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs]
+    return spans[0] if len(numbers) == 1 else f"[{','.join(spans)}]"

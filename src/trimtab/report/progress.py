@@ -10,8 +10,12 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.status import Status
 
+from trimtab.config import Choice
 from trimtab.data import Account
+from trimtab.errors import RecipeError
 from trimtab.evaluate import Loss
+from trimtab.methods import Method
+from trimtab.objectives import Objective
 from trimtab.train import Step
 
 _REFERENCES = {"base": "the base", "start": "the adapter that training starts from"}
@@ -33,6 +37,7 @@ class Terminal:
         self._steps, self._tokens, self._seconds = 0, 0, 0.0
         self._losses: deque[float] = deque(maxlen=1)
         self._first = "base"
+        self._begun = set[str]()
 
     def began(self, what: str) -> None:
         if self._bar is not None:
@@ -42,7 +47,8 @@ class Terminal:
                 self._status = self.console.status("")
                 self._status.start()
             self._status.update(f"[dim]{escape(what)} …[/]")
-        else:
+        elif what not in self._begun:
+            self._begun.add(what)
             self.console.print(f"[dim]{escape(what)} …[/]")
 
     def planned(self, facts: dict[str, Any], accounts: list[Account], train_rows: int, eval_rows: int) -> None:
@@ -50,9 +56,8 @@ class Terminal:
         say = self.console.print
         share = facts["trainable_parameters"] / facts["base_parameters"]
         say(f"[bold]base[/]    {escape(facts['base']['source'])}  ({facts['base_parameters']:,} parameters, frozen)")
-        settings = ", ".join(f"{key} {_words(value)}" for key, value in facts["method"].items() if key != "name")
         say(
-            f"[bold]method[/]  {facts['method']['name']}: {escape(settings)}  ({facts['trainable_parameters']:,} parameters, {share:.2%})"
+            f"[bold]method[/]  {escape(_member(Method, facts['method']))}  ({facts['trainable_parameters']:,} parameters, {share:.2%})"
         )
         if facts["positions"]:
             say(f"          its virtual tokens take {facts['positions']:,} positions of every row's context")
@@ -65,8 +70,7 @@ class Terminal:
             if account.unread:
                 say(f"          columns that nothing reads: {escape(', '.join(sorted(account.unread)))}")
         say(f"          {train_rows:,} rows to learn ({facts['learned_tokens']:,} tokens of answers), {eval_rows:,} held out")
-        settings = ", ".join(f"{key} {_words(value)}" for key, value in facts["objective"].items() if key != "name")
-        say(f"[bold]learn[/]   {facts['objective']['name']}{': ' if settings else ''}{escape(settings)}")
+        say(f"[bold]learn[/]   {escape(_member(Objective, facts['objective']))}")
         if facts["start"] is not None or facts["reference"] is not None:
             self._first = "start"
         if (reference := facts["reference"]) is not None:
@@ -75,7 +79,9 @@ class Terminal:
             )
         if facts["start"] is not None:
             say(f"          goes on from {escape(facts['start']['folder'])}")
-        say(f"[bold]train[/]   {facts['steps']:,} steps, learning rate {facts['peak_lr']:g} ({escape(facts['lr_formula'])})")
+        say(
+            f"[bold]train[/]   {facts['steps']:,} steps, learning rate {facts['peak_lr']:g}{'' if facts['lr_formula'] == 'given' else ' (auto)'}"
+        )
         say(f"          {facts['memory']}")
         self._losses = deque(maxlen=max(1, facts["steps"] // 20))
         if self.console.is_terminal:
@@ -195,6 +201,20 @@ class Answering:
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
+
+
+def _member(family: type[Choice], facts: dict[str, Any]) -> str:
+    """A method or an objective in a line: its sizes, and what is not as it is by default. The run's recipe.yaml has every key."""
+    kind = family.member(facts["name"])
+    try:
+        usual = kind().plain()
+    except RecipeError:  # it has no defaults
+        usual = {}
+    sizes = {key for key, value in facts.items() if type(value) is int}
+    shown = [
+        f"{key} {_words(value)}" for key, value in facts.items() if key != "name" and (key in sizes or value != usual.get(key))
+    ]
+    return f"{facts['name']}{': ' if shown else ''}{', '.join(shown)}"
 
 
 def _words(value: Any) -> str:

@@ -1,14 +1,20 @@
 """Scores, answers and folders as tables."""
 
+import json
+import shlex
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from trimtab import files
-from trimtab.artifacts import is_adapter, read_adapter
+from trimtab.artifacts import advice, is_adapter, read_adapter, standing
 from trimtab.errors import ArtifactError, RecipeError
 
 
@@ -93,10 +99,23 @@ def described(folder: Path) -> dict[str, Any]:
         state = files.read_json(folder / "run.json")
         if not isinstance(state, dict) or not {"status", "base", "steps", "peak_lr", "lr_formula"} <= state.keys():
             raise ArtifactError(f"{folder / 'run.json'}: is not the record of a run. Restore it from a copy.")
-        return {"run": str(folder), **state, **_adapter_facts(folder / "adapter")}
+        certificate = {"certificate": asdict(standing(folder)), "held_out": _held_out(folder)}
+        return {"run": str(folder), **state, **certificate, **_adapter_facts(folder / "adapter")}
     if is_adapter(folder):
         return _adapter_facts(folder)
     raise RecipeError(f"{folder} is neither a run nor an adapter folder." if folder.exists() else f"{folder}: no such folder.")
+
+
+def _held_out(folder: Path) -> dict[str, float | None]:
+    """The loss on held-out rows at first and at its lowest, as the run's log has it; a line that is cut off is none."""
+    losses = []
+    with suppress(OSError):
+        for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+            with suppress(ValueError):
+                one = json.loads(line)
+                losses += [(one["step"], one["loss"])] if one["kind"] == "eval" else []
+    first = next((loss for step, loss in losses if step == 0), None)
+    return {"first": first, "lowest": min((loss for step, loss in losses if step), default=None)}
 
 
 def _adapter_facts(folder: Path) -> dict[str, Any]:
@@ -125,23 +144,11 @@ def describe(facts: dict[str, Any]) -> RenderableType:
     table.add_column(style="bold")
     table.add_column(overflow="fold")
 
-    def row(name: str, text: Any) -> None:
-        table.add_row(name, escape(str(text)))
+    def row(name: str, words: Any) -> None:
+        table.add_row(name, words if isinstance(words, Text) else escape(str(words)))
 
     if "run" in facts:
-        row("run", f"{facts['run']} ({facts['status']})")
-        row("base", facts["base"]["source"])
-        row("steps", f"{facts['steps']:,}, learning rate {facts['peak_lr']:g} ({facts['lr_formula']})")
-        if facts.get("seconds"):
-            row("took", f"{facts['seconds']:.0f} s")
-        if facts.get("computed_tokens"):
-            row("tokens", f"{facts['tokens']:,} in rows, {facts['computed_tokens']:,} computed")
-        for which in ("best", "last"):
-            if one := facts.get(which):
-                loss = f", eval loss {one['eval_loss']:.4f}" if one["eval_loss"] is not None else ""
-                row(which, f"step {one['step']}{loss}, in {one['folder']}")
-        if facts.get("error"):
-            row("error", facts["error"])
+        _describe_run(facts, row)
     if adapter := facts.get("adapter"):
         row("adapter", adapter["folder"])
         row(
@@ -149,11 +156,53 @@ def describe(facts: dict[str, Any]) -> RenderableType:
             "every hash in its manifest" if adapter["verified"] else "no manifest (PEFT's): nothing to check it against",
         )
         row("on base", adapter["base"] or "not said")
-        for key, value in adapter["method"].items():
-            row(f"  {key}", ", ".join(value) if isinstance(value, list) else value)
+        settings = (
+            f"{key} {', '.join(value) if isinstance(value, list) else value}" for key, value in adapter["method"].items()
+        )
+        row("method", "; ".join(settings).removeprefix("name "))
         row("size", f"{adapter['parameters']:,} parameters in {adapter['tensors']} tensors")
         for part, digest in (adapter["fingerprint"] or {}).items():
             row(f"  {part}", f"sha256 {digest[:16]}…")
         if adapter["versions"]:
             row("made with", ", ".join(f"{name} {version}" for name, version in adapter["versions"].items()))
+    if "run" in facts:
+        row("next", "\n".join(_next(facts)))
     return Group(table)
+
+
+def _describe_run(facts: dict[str, Any], row: Callable[[str, Any], None]) -> None:
+    how = facts["certificate"]
+    color = "green" if how["certified"] else "red" if how["tests"] or facts["status"] == "failed" else "yellow"
+    row("run", Text.assemble(f"{facts['run']}: ", (how["words"], color)))
+    for one in how["tests"]:
+        if one["status"] != "passed" or one["name"] == "gain":
+            row(one["name"] if one["status"] == "passed" else f"{one['name']} ({one['status']})", one["words"])
+    for words in advice(how["tests"]):
+        row("what to do", words)
+    first, lowest = facts["held_out"].values()
+    if not how["tests"] and lowest is not None:
+        row(
+            "gain",
+            f"on held-out rows the loss is {lowest:.4f}" + (f", and was {first:.4f} at first" if first is not None else ""),
+        )
+    row("base", facts["base"]["source"])
+    row("steps", f"{facts['steps']:,}, learning rate {facts['peak_lr']:g} ({facts['lr_formula']})")
+    if facts.get("seconds"):
+        row("took", f"{facts['seconds']:.0f} s")
+    if facts.get("computed_tokens"):
+        row("tokens", f"{facts['tokens']:,} in rows, {facts['computed_tokens']:,} computed")
+    for which in ("best", "last"):
+        if one := facts.get(which):
+            loss = f", eval loss {one['eval_loss']:.4f}" if one["eval_loss"] is not None else ""
+            row(which, f"step {one['step']}{loss}, in {one['folder']}")
+    if facts.get("error"):
+        row("error", facts["error"])
+
+
+def _next(facts: dict[str, Any]) -> list[str]:
+    """The commands that one would go on with."""
+    run, done = shlex.quote(facts["run"]), facts["status"] == "done"
+    if not done:
+        return [f"trimtab train {run}/recipe.yaml", *([f"trimtab eval {run}"] if facts.get("last") else [])]
+    look = [f"trimtab eval {run} --base --show 5", f"trimtab chat {run}"]
+    return [*look, f"trimtab merge {run} FOLDER"] if facts["certificate"]["certified"] else look

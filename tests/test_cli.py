@@ -559,7 +559,7 @@ def test_a_model_without_a_template_continues_a_text_and_forgets_it(here, trimta
     assert trimtab("chat", "plain", "--prompt", "Is 3", "--max-new-tokens", "3").code == 0
     monkeypatch.setattr(sys, "stdin", io.StringIO("Is 3\nIs 4\n/quit\n"))
     done = trimtab("chat", "plain", "--max-new-tokens", "3")
-    assert (done.code, done.err) == (0, "")
+    assert (done.code, done.err) == (0, 2 * "trimtab: the answer was cut off after 3 tokens (--max-new-tokens).\n")
 
 
 def test_the_runs_recipe_repeats_the_run_to_the_last_bit_from_anywhere(world, here, trimtab, monkeypatch):
@@ -688,10 +688,9 @@ def test_a_run_that_is_interrupted_keeps_the_adapter_as_it_stood(number, here, t
         ["eval", "new", "--data", "rows.jsonl", "--json"],
     ):
         done = trimtab(*words)
-        assert (done.code, done.err) == (
-            0,
-            f"trimtab: new has not ended: this is its adapter after step {step} of {state['steps']}.\n",
-        )
+        said = f"trimtab: new has not ended: this is its adapter after step {step} of {state['steps']}.\n"
+        cut = "trimtab: the answer was cut off because the model's context is full.\n" if words[0] == "chat" else ""
+        assert (done.code, done.err) == (0, said + cut)
     assert json.loads(done.out)["rows"] == 30
     done = trimtab("combine", "new=1", "both")
     assert done.err == (

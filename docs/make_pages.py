@@ -63,6 +63,8 @@ FLOORS = (
             "synonyms.py",
             "yaml12.py",
             "startup.py",
+            "interrupts.py",
+            "streams.py",
             "adapted.py",
             "randomness.py",
             "attention.py",

@@ -14,11 +14,11 @@ from trimtab.base import Base
 from trimtab.data import pack_all
 from trimtab.data.example import Sequence
 from trimtab.errors import NonFinite
+from trimtab.interrupts import afterwards
 from trimtab.methods import attach
 from trimtab.methods.lora import LoRA
 from trimtab.objectives.sft import SFT
 from trimtab.train import Optimizer, TrainConfig, loop, train
-from trimtab.train.optimizer import interrupted_afterwards
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -144,7 +144,7 @@ def test_an_interruption_waits_for_the_end_of_an_update():
 
 
 def updated(done):
-    with interrupted_afterwards():
+    with afterwards():
         done.append("first")
         signal.raise_signal(signal.SIGINT)
         done.append("second")
@@ -189,7 +189,7 @@ def test_in_another_thread_an_update_goes_on_as_it_is():
     done = []
 
     def update():
-        with interrupted_afterwards():
+        with afterwards():
             done.append(signal.getsignal(signal.SIGINT))
 
     before = signal.getsignal(signal.SIGINT)

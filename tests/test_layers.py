@@ -10,7 +10,20 @@ import pytest
 ROOT = Path(__file__).parents[1] / "src" / "trimtab"
 
 FLOORS = [
-    {"errors", "files", "config", "synonyms", "yaml12", "startup", "locks", "adapted", "randomness", "attention"},
+    {
+        "errors",
+        "files",
+        "config",
+        "synonyms",
+        "yaml12",
+        "startup",
+        "interrupts",
+        "streams",
+        "locks",
+        "adapted",
+        "randomness",
+        "attention",
+    },
     {"base", "methods", "data", "artifacts"},
     {"engine"},
     {"objectives"},
@@ -68,7 +81,7 @@ LAZY = {"__init__.py", "config.py"}
 """Files that import what a text names: the package's own names, and the members of a family."""
 
 MOST_LINES_OF_A_FILE = 300
-MOST_LINES_OF_FLOORS_0_TO_4 = 7400
+MOST_LINES_OF_FLOORS_0_TO_4 = 7500
 """With something on them, and of families what everybody reads: see `_core`."""
 FUSED, MOST_LINES_OF_FUSED = "engine/fused/", 895
 """The blocks by hand, which repeat for speed what the rest says plainly: counted apart."""
@@ -203,8 +216,8 @@ def _unsafe(text: str, path: str) -> Iterator[tuple[int, str]]:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             if node.func.id in UNSAFE_CALLS:
                 yield node.lineno, f"{node.func.id}() runs what it is given"
-            elif node.func.id == "print" and part not in ("cli", "commands", "report"):
-                yield node.lineno, "only cli, commands and report print"
+            elif node.func.id in ("print", "Console") and path != "commands/_shared.py":
+                yield node.lineno, "only commands/_shared.py prints"
             elif node.func.id == "open" and part not in ("files", "locks") and any("w" in w or "a" in w for w in _modes(node)):
                 yield node.lineno, "only files.py writes"
         if (
@@ -335,7 +348,9 @@ PLANTED = {
         "train/loop.py", "def f():\n    from transformers.utils import logging", "only attention, base, bench may import transformers"
     ),
     "rich where nothing is shown": ("run.py", "from rich.console import Console", "only commands, report may import rich"),
-    "printing where nothing is shown": ("train/loop.py", "print('step')", "only cli, commands and report print"),
+    "printing where nothing is shown": ("train/loop.py", "print('step')", "only commands/_shared.py prints"),
+    "printing past the door": ("commands/work.py", "def f():\n    print('x')", "only commands/_shared.py prints"),
+    "another console": ("report/tables.py", "from rich.console import Console\nConsole().print(1)", "only commands/_shared.py prints"),
     "an import that does not say from where": ("data/load.py", "from .order import split", ".order: write imports in full"),
     "an import that is hidden": (
         "data/load.py", "import importlib\nimportlib.import_module('trimtab.run')", "importlib.import_module: write imports in full"
@@ -413,5 +428,5 @@ def test_it_notices_blocks_by_hand_that_grow_too_heavy():
 def test_a_house_of_one_room_is_fine():
     """The baseline of the planted ones: clean text is not reported."""
     assert (
-        violations({"errors.py": "import sys\n", "cli.py": "from trimtab.errors import listing\nprint(model.eval())\n"}) == []
+        violations({"errors.py": "import sys\n", "cli.py": "from trimtab.errors import listing\nlisting(model.eval())\n"}) == []
     )

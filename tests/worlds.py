@@ -15,7 +15,7 @@ import torch
 import transformers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from trimtab import cli
+from trimtab import cli, interrupts
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -88,7 +88,7 @@ def here(world, tmp_path, monkeypatch):
         (here / "run" / name).write_text((here / "run" / name).read_text().replace(str(world), str(here)))
     monkeypatch.chdir(here)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.getsignal(number) for number in interrupts.SIGNALS}
     yield here
     for number, handler in before.items():
         signal.signal(number, handler)

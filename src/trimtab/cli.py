@@ -2,24 +2,35 @@
 
 import argparse
 import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-from trimtab import __version__, commands
+from trimtab import __version__, commands, interrupts, streams
 from trimtab.commands._words import Parser
 from trimtab.errors import StorageError, TrimtabError
 
 MODEL = "a folder, a GGUF file, a hub name, or smollm2-135m-instruct"
+INTERRUPTED = 130
 TARGET = "a run folder, an adapter folder, or a model (folder, GGUF file, hub name, smollm2-135m-instruct)"
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code (see errors.py)."""
+    streams.ready()
+    with interrupts.heeded(to_the_end=words is None) as came:
+        try:
+            return _run(words)
+        except KeyboardInterrupt:  # another one, while the first was being answered
+            return INTERRUPTED
+        except Exception:
+            if not came():
+                raise
+            return _fail("interrupted.", INTERRUPTED)  # as what it came in the middle of says: an import, say
+
+
+def _run(words: Sequence[str] | None) -> int:
     arguments = _parser().parse_args(words)
-    signal.signal(signal.SIGTERM, _interrupt)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
@@ -30,7 +41,7 @@ def main(words: Sequence[str] | None = None) -> int:
             raise
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt as error:
-        return _fail(f"interrupted{f': {error}' if str(error) else ''}.", 130)
+        return _fail(f"interrupted{f': {error}' if str(error) else ''}.", INTERRUPTED)
     except BrokenPipeError:  # the reader of our output left, as `head` does
         _close_output()
     except OSError as error:  # files.py says what its own were about
@@ -41,12 +52,8 @@ def main(words: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt
-
-
 def _fail(message: str, exit_code: int) -> int:
-    print(f"trimtab: {message}", file=sys.stderr)  # noqa: T201
+    streams.complain(message)
     return exit_code
 
 

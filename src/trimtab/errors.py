@@ -14,7 +14,7 @@
   x StorageError              6   the disk, a permission, the network
   x NotCertified              7   a finished run whose adapter, loaded again, is not what it should be
 
-Exit code 130 is an interruption (Ctrl-C or SIGTERM). A message says what is wrong, where, and what to do.
+Exit code 130 is an interruption (Ctrl-C, SIGTERM or SIGHUP). A message says what is wrong, where, and what to do.
 """
 
 from pathlib import Path

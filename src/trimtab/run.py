@@ -18,6 +18,7 @@ from trimtab.engine import FrozenBelow
 from trimtab.errors import ArtifactError, DataError, NotMoved, RecipeError, StorageError, listing
 from trimtab.evaluate import Loss, score_loss
 from trimtab.examine import PACK_TOKENS
+from trimtab.interrupts import afterwards
 from trimtab.methods import Attached
 from trimtab.preflight import check_disk, opened, preflight
 from trimtab.prepare import prepared
@@ -103,7 +104,7 @@ def _carried_out(run: Run, ready: _Ready, state: State | None, watch: Watcher) -
         keep_adapter(ready.base, run.folder / best["folder"], run.folder / "adapter")
     except BaseException as error:
         interrupted = isinstance(error, KeyboardInterrupt)
-        with suppress(StorageError):  # what went wrong first is what matters
+        with suppress(KeyboardInterrupt, StorageError), afterwards():  # what went wrong first is what matters
             run.write(status="interrupted") if interrupted else run.write(status="failed", error=str(error))
         raise
     run.state.pop("error", None)
@@ -113,7 +114,10 @@ def _carried_out(run: Run, ready: _Ready, state: State | None, watch: Watcher) -
     if ready.recipe.certify:
         watch.began("certifying what was saved, in a process of its own")
         ready.base.release()  # a fresh process loads it: it need not be held twice
-        certificate = certify(run.folder, ready.base, ready.data, ready.recipe.objective, best, unmoved, done.skipped)
+        try:
+            certificate = certify(run.folder, ready.base, ready.data, ready.recipe.objective, best, unmoved, done.skipped)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("training is done; the same command certifies what came of it") from None
         watch.certified(certificate)
     end(run.folder)  # until here, the same command comes back to certify
     if ready.recipe.certify:
@@ -208,14 +212,16 @@ def _train(run: Run, ready: _Ready, state: State | None, watch: Watcher) -> tupl
         saver.done.compared = True
     elif state is not None and ready.data.eval and saver.unseen(every, len(steps)):  # it was interrupted before it had looked
         look(state.step, saver.done.last["train_loss"])
-    step = None
+    logged: Step | None = None
     try:
         for step in train(
             ready.base, ready.adapter, recipe.objective, steps, recipe.train, run.state["peak_lr"], steps.memory, optimizer
         ):
-            saver.done.tokens += step.tokens
-            saver.done.computed += step.computed
-            run.log(kind="train", step=step.number, **_step_line(step))
+            with afterwards():
+                saver.done.tokens += step.tokens
+                saver.done.computed += step.computed
+                run.log(kind="train", step=step.number, **_step_line(step))
+                logged = step
             watch.stepped(step, len(steps))
             if step.skipped is not None:
                 watch.noticed(step.skipped)
@@ -225,8 +231,10 @@ def _train(run: Run, ready: _Ready, state: State | None, watch: Watcher) -> tupl
                 look(step.number, step.loss)
     except KeyboardInterrupt:
         # Between an update and its line in the log, what was saved last stays the newest.
-        if step is not None and optimizer.taken == step.number and saver.done.last.get("step") != step.number:
-            saver.save(step.number, step.loss, None)
+        with suppress(KeyboardInterrupt), afterwards():  # another one changes nothing
+            if logged is not None and optimizer.taken == logged.number and saver.done.last.get("step") != logged.number:
+                watch.began(f"saving step {logged.number}")
+                saver.save(logged.number, logged.loss, None)
         raise KeyboardInterrupt(saver.words()) from None
     return saver.done, _unmoved(first, optimizer) if len(steps) >= MOVED_BY else []
 

@@ -15,6 +15,7 @@ from trimtab.base import Base
 from trimtab.deploy import save_adapter
 from trimtab.errors import NonFinite, StorageError
 from trimtab.evaluate import Loss
+from trimtab.interrupts import afterwards
 from trimtab.train import Optimizer
 
 STATES, METRICS = "states", "metrics.jsonl"
@@ -106,17 +107,18 @@ class Saver:
         name = f"{CHECKPOINTS}/step-{step:06d}"
         loss = train_loss if train_loss is not None and math.isfinite(train_loss) else None  # a step that was skipped
         news = {"step": step, "folder": name, "train_loss": loss, "eval_loss": eval_loss}
-        if not (folder / name).exists():  # it does if an interruption came when it had just been saved
-            facts = {key: self.run.state[key] for key in ("data_digest", "objective", "reference", "start")}
-            save_adapter(self.base, self.optimizer.adapter, folder / name, {**news, **facts})
         last = {**news, "canaries": [value for _, value in canaries]}
         better = eval_loss is not None and (done.best is None or eval_loss < done.best["eval_loss"])
         seconds = time.perf_counter() - self.started
         done = replace(done, best=last if better else done.best, last=last, skipped=self.optimizer.skipped, seconds=seconds)
-        write_state(folder / STATES, State(step, self.optimizer.state(), asdict(done)))
-        self.done = done  # now that it is so: an interruption may have come while the state was written
-        self.run.write(best=done.best, last=done.last)
-        self._let_go()
+        facts = {key: self.run.state[key] for key in ("data_digest", "objective", "reference", "start")}
+        with afterwards():
+            if not (folder / name).exists():  # it does where what follows failed
+                save_adapter(self.base, self.optimizer.adapter, folder / name, {**news, **facts})
+            write_state(folder / STATES, State(step, self.optimizer.state(), asdict(done)))
+            self.done = done  # now that it is so
+            self.run.write(best=done.best, last=done.last)
+            self._let_go()
 
     def _let_go(self) -> None:
         """Of all but the newest states, and of adapters that those do not speak of."""

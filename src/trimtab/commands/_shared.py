@@ -1,18 +1,32 @@
 """What commands have in common."""
 
 import json
+import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
+
+from trimtab.streams import Lasting, visible
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 
-def terminal() -> "Console":
-    from rich.console import Console
+def terminal(*, lasting: bool = False) -> "Console":
+    """Where things are shown.
 
-    return Console(highlight=False, soft_wrap=True)
+    Args:
+        lasting: Go on when nobody reads any more.
+    """
+    from trimtab.commands._door import Door
+
+    return Door(highlight=False, soft_wrap=True, file=cast(IO[str], Lasting(sys.stdout)) if lasting else None)
+
+
+def say(text: str, end: str = "\n") -> None:
+    """Plain text on standard output, at once."""
+    print(visible(text), end=end, flush=True)  # noqa: T201
 
 
 @contextmanager
@@ -26,4 +40,7 @@ def doing(console: "Console") -> Iterator[Callable[[str], None]]:
 
 
 def print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False))  # noqa: T201
+    """Characters as they are, where they can be written and do not steer the terminal."""
+    narrow = not (sys.stdout.encoding or "utf-8").lower().startswith("utf")
+    text = json.dumps(value, indent=2, ensure_ascii=narrow)
+    print(re.sub(r"[\x7f-\x9f\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text))  # noqa: T201

@@ -2,14 +2,14 @@
 
 import argparse
 import shlex
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trimtab.commands._shared import doing, print_json, terminal
+from trimtab.commands._shared import doing, print_json, say, terminal
 from trimtab.errors import DataError, RecipeError, TrimtabError, listing
 from trimtab.startup import without_collector
+from trimtab.streams import complain, typed
 
 if TYPE_CHECKING:
     from trimtab.deploy import Target
@@ -21,7 +21,7 @@ def train(arguments: argparse.Namespace) -> None:
     from trimtab import yaml12
 
     yaml12.load_file(arguments.recipe)  # which need not wait for what follows
-    console = terminal()
+    console = terminal(lasting=True)
     with doing(console), without_collector():
         from trimtab.config import read
         from trimtab.recipe import Recipe
@@ -116,7 +116,7 @@ def _open(arguments: argparse.Namespace, *, certified: bool = False) -> "Target"
 
     target = open_target(arguments.target, arguments.model, certified=certified)
     for note in target.notes:
-        print(f"trimtab: {note}", file=sys.stderr)  # noqa: T201 (standard output may be JSON, or an answer)
+        complain(note)  # standard output may be JSON, or an answer
     return target
 
 
@@ -131,9 +131,9 @@ def chat(arguments: argparse.Namespace) -> None:
     from rich.markup import escape
 
     target = _to_compare(arguments)
-    talk: list[dict[str, str]] = [{"role": "system", "content": arguments.system}] if arguments.system else []
+    talk: list[dict[str, str]] = [{"role": "system", "content": typed(arguments.system)}] if arguments.system else []
     if arguments.prompt is not None:
-        _reply(target, [*talk, {"role": "user", "content": arguments.prompt}], arguments)
+        _reply(target, [*talk, {"role": "user", "content": typed(arguments.prompt)}], arguments)
         return
     console = terminal()
     place = escape(str(target.folder or target.base.source))
@@ -169,27 +169,27 @@ CUT_OFF = {
 def _reply(target: "Target", talk: list[dict[str, str]], arguments: argparse.Namespace) -> str:
     from trimtab.api import stream
 
-    def say(label: str) -> str:
+    def reply(label: str) -> str:
         if label:
-            print(f"[{label}] ", end="", flush=True)  # noqa: T201
+            say(f"[{label}] ", end="")
         how = {"max_new_tokens": arguments.max_new_tokens, "temperature": arguments.temperature, "seed": arguments.seed}
         pieces, said = stream(target.base, talk, **how), ""
         try:
             while True:
                 piece = next(pieces)
                 said += piece
-                print(piece, end="", flush=True)  # noqa: T201
+                say(piece, end="")
         except StopIteration as end:
-            print()  # noqa: T201
+            say("")
             if end.value in CUT_OFF:
-                print(f"trimtab: {CUT_OFF[end.value].format(arguments)}", file=sys.stderr)  # noqa: T201
+                complain(CUT_OFF[end.value].format(arguments))
         return said
 
     if arguments.base and target.adapter is not None:
         with target.adapter.disabled():
-            say("base")
-        return say("adapter")
-    return say("")
+            reply("base")
+        return reply("adapter")
+    return reply("")
 
 
 def merge(arguments: argparse.Namespace) -> None:

@@ -1,9 +1,6 @@
 """AdamW on what an adapter trains: steps are taken whole, and its moments go by the names of the parameters."""
 
-import signal
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,6 +8,7 @@ from torch import Tensor, nn
 
 from trimtab.artifacts import sha256_tensor
 from trimtab.errors import ArtifactError
+from trimtab.interrupts import afterwards
 from trimtab.methods import Attached
 
 MOMENTS = {"mean": "exp_avg", "square": "exp_avg_sq"}
@@ -42,7 +40,7 @@ class Optimizer:
         """Move the parameters by their gradients, and clear those. An interruption meanwhile comes afterwards."""
         for group in self._adamw.param_groups:
             group["lr"] = lr * group["relative_rate"]
-        with interrupted_afterwards():
+        with afterwards():
             self._adamw.step()
             self.clear()
             self.taken += 1
@@ -99,22 +97,3 @@ class Optimizer:
 
 def _form(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.shape, tensor.dtype
-
-
-@contextmanager
-def interrupted_afterwards() -> Iterator[None]:
-    """An interruption (Ctrl-C, SIGTERM) of this block comes at its end. Handlers are replaced rather than signals blocked: a
-    signal that the main thread blocks is given to one of torch's, and acts all the same."""
-    came: list[int] = []
-    held: dict[int, Any] = {}
-    if threading.current_thread() is threading.main_thread():
-        held = {number: own for number in (signal.SIGINT, signal.SIGTERM) if callable(own := signal.getsignal(number))}
-    for number in held:
-        signal.signal(number, lambda number, _: came.append(number))
-    try:
-        yield
-    finally:
-        for number, own in held.items():
-            signal.signal(number, own)
-    for number in came[:1]:
-        signal.raise_signal(number)

@@ -1,0 +1,25 @@
+"""The one door to the terminal: whatever is shown goes through here, and no text of a file or a model steers it."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
+from rich.status import Status
+
+from trimtab.streams import visible
+
+
+class Door(Console):
+    """Rich's console. What it writes to steer the terminal is its own; control codes in texts are written out."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(visible(segment.text), segment.style)
+
+    def on_broken_pipe(self) -> None:
+        raise
+
+    def status(self, status: RenderableType, *, spinner: str = "", **more: Any) -> Status:
+        """With a spinner that the encoding has."""
+        return super().status(status, spinner=spinner or ("line" if self.options.ascii_only else "dots"), **more)

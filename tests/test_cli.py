@@ -873,6 +873,20 @@ def test_an_adapter_goes_onto_the_base_that_is_given(here):
     assert open_target("run", "tiny").base.source == str(here / "tiny")
 
 
+def test_a_base_that_has_moved_is_named_by_model(here, trimtab):
+    assert trimtab("train", "r.yaml", "output=new", "train.epochs=1").code == 0
+    (here / "tiny").rename(here / "moved")
+    for words in (
+        ["chat", "new", "--prompt", "x", "--max-new-tokens", 1],
+        ["merge", "--force", "new", "merged"],
+        ["verify", "new/adapter"],
+    ):
+        done = trimtab(*words)
+        assert (done.code, "was trained on HERE/tiny, and there is none any more" in done.err) == (2, True), done.err
+        assert "--model FOLDER" in done.err
+        assert trimtab(*words, "--model", "moved").code == 0
+
+
 def test_methods_lists_what_each_would_train_on_a_model(here, trimtab):
     listed = json.loads(trimtab("methods", "./tiny", "--json").out)["methods"]
     assert [one["name"] for one in listed] == Method.names()

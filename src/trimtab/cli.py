@@ -120,6 +120,7 @@ def _proof_words(add: Callable[..., argparse.ArgumentParser]) -> None:
     )
     verify.add_argument("target", metavar="RUN|ADAPTER", type=Path)
     verify.add_argument("--json", action="store_true", help="print the certificate as JSON")
+    _model_option(verify)
 
     text = "find out whether an upgrade of a library has broken something, in under a minute"
     more = "Every method is tried on a small made-up model: packing, gradients, decoding, saving, merging."

@@ -47,7 +47,7 @@ class LowRank(Method):
     b_rate: Annotated[float, Field(gt=0)] = 1.0
     """B learns at this many times the learning rate (LoRA+, Hayou et al. 2024, arXiv:2402.12354, which advises about 16)."""
     targets: Targets = (ALL_LINEAR,)
-    """Which matrices: `all-linear`, `attention`, names such as `q_proj`, or regular expressions over whole paths.
+    """Which matrices: `all-linear`, `attention`, names such as `q_proj`, or regular expressions, such as `[qv]_proj`.
 
     The embeddings and the head are adapted if they are named (`embed_tokens`, `lm_head`), each on its own even where they are tied.
     """

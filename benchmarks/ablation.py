@@ -8,7 +8,6 @@ gradients are apart (in float32: every trick is the same mathematics). Results g
 
 import argparse
 import contextlib
-import ctypes
 import json
 import os
 import statistics
@@ -26,7 +25,7 @@ from trimtab.data.order import shuffled
 from trimtab.engine import head, pack_logprobs
 from trimtab.engine.fused import kernels, tree_attention, unfused
 from trimtab.engine.memory import FLAT
-from trimtab.startup import M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, keep_freed_memory
+from trimtab.startup import never_keep_freed_memory
 
 ROOT = Path(__file__).parents[1]
 
@@ -41,17 +40,6 @@ def instead(owner: Any, name: str, value: Any) -> Iterator[None]:
         setattr(owner, name, before)
 
 
-@contextmanager
-def memory_given_back() -> Iterator[None]:
-    libc = ctypes.CDLL(None)
-    libc.mallopt(M_MMAP_THRESHOLD, 128 * 1024)
-    libc.mallopt(M_TRIM_THRESHOLD, 128 * 1024)
-    try:
-        yield
-    finally:
-        keep_freed_memory()
-
-
 OFF: dict[str, tuple[str, Callable[[], AbstractContextManager[None]]]] = {
     "layers by hand": ("each layer is Transformers' own code", unfused),
     "compiled code": (
@@ -63,7 +51,6 @@ OFF: dict[str, tuple[str, Callable[[], AbstractContextManager[None]]]] = {
         lambda: instead(tree_attention, "_Compiled", tree_attention._InTorch),
     ),
     "vocabulary in tiles": ("all logits at once", lambda: instead(head, "TILE", 1 << 40)),
-    "freed memory kept": ("malloc gives large blocks back to the system", memory_given_back),
 }
 PACKS = {
     "shared beginnings": (
@@ -83,7 +70,7 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", default=["all-linear"])
     parser.add_argument("--only", nargs="+", choices=[*OFF, *PACKS, "no recomputation"])
     asked = parser.parse_args()
-    keep_freed_memory()
+    never_keep_freed_memory()
     base = trimtab.load("smollm2-135m-instruct")
     rows = trimtab.rows(asked.data, base)[: 8 * asked.rows]
     rows = [rows[n] for n in shuffled(len(rows), seed=0, epoch=0)][: asked.rows]

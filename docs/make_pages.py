@@ -9,6 +9,7 @@ and from docs/measured/peer_faults.json, which benchmarks/peer_faults measures.
 
 import ast
 import json
+import statistics
 import sys
 from pathlib import Path
 from typing import Any, get_args
@@ -175,7 +176,7 @@ def performance() -> str:
     """docs/performance.md with its tables as they are now."""
     text = PERFORMANCE.read_text(encoding="utf-8")
     tables = {"all-linear": bench_table("all-linear"), "q-v": bench_table("q-v"), "ablation": ablation_table()}
-    tables |= {"startup": startup_table(), "guards": guards_table()}
+    tables |= {"startup": startup_table(), "guards": guards_table(), "memory": memory_table()}
     for name, table in (tables | {what: scaling_table(what) for what in SCALES}).items():
         text = _filled(text, name, table)
     return text
@@ -205,6 +206,22 @@ def ablation_table() -> str:
     lines = ["| trick | without it | the step takes | gradients apart |", "|---|---|--:|--:|"]
     for name, one in sorted(tricks.items(), key=lambda pair: -pair[1]["gain"]):
         lines.append(f"| {name} | {one['without']} | {one['gain']:.2f}x | {one['gradients_apart']:.0e} |")
+    return "\n".join(lines) + "\n"
+
+
+def memory_table() -> str:
+    """What benchmarks/memory.py measured: a line a run, and how far off the plans were, whichever way."""
+    runs = json.loads((RESULTS / "memory.json").read_text(encoding="utf-8"))
+    lines = ["| run | planned | held | off | of what it grew by |", "|---|--:|--:|--:|--:|"]
+    whole, growth = [], []
+    for name, one in runs.items():
+        planned, held = one["before"] + one["planned"], one["before"] + one["grew"]
+        whole.append(planned / held - 1)
+        growth.append(one["planned"] / one["grew"] - 1)
+        lines.append(f"| {name} | {planned / 1e6:,.0f} MB | {held / 1e6:,.0f} MB | {whole[-1]:+.1%} | {growth[-1]:+.1%} |")
+    for word, of in (("median", statistics.median), ("worst", max)):
+        off = " | ".join(f"{of(map(abs, some)):.1%}" for some in (whole, growth))
+        lines.append(f"| **{word} of {len(runs)}, either way** | | | {off} |")
     return "\n".join(lines) + "\n"
 
 

@@ -1,5 +1,6 @@
 """Mismatched answers that go on from the pack of the answers they are given to: as if their prompts were computed again."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,7 @@ from trimtab.data.tree import Segment, chained
 from trimtab.engine import Memory, layouts
 from trimtab.engine.fused import tree_attention
 from trimtab.engine.fused.standins import unfused
+from trimtab.engine.probe import Cost
 from trimtab.evaluate import score_loss
 from trimtab.methods import Sample, attach
 from trimtab.methods.lora import LoRA
@@ -118,6 +120,11 @@ def test_answers_that_go_on_are_what_they_are_alone(family, by, monkeypatch):
         assert found == pytest.approx(alone, rel=1e-6 if family in ("cohere", "gemma2") else 1e-10)
 
 
+def memory_of(room=math.inf, waiting=math.inf):
+    """A plan in which packs that take more than that are computed twice, and gradients of more than that do not wait."""
+    return Memory(1, Cost(0.0, 1.0), room, 1e6, waiting, 0.0, 0.0, "")
+
+
 def step(method, family, limit, memory=None):
     base = Base(tiny(family, torch.float64))
     adapter = attach(base.model, method_of(method), sample=Sample(rows=random_rows(40, seed=5)))
@@ -131,8 +138,8 @@ def step(method, family, limit, memory=None):
 def test_a_step_is_the_same_however_mismatched_answers_are_computed(method, family, monkeypatch, one_thread):
     exact_norms(monkeypatch)
     results = [step(method, family, limit) for limit in (1, 24, 1000)]
-    results.append(step(method, family, 1, Memory(1, 0, 1e9, "recomputed")))
-    results.append(step(method, family, 1, Memory(1, 1e9, 0, "no room for gradients that wait")))
+    results.append(step(method, family, 1, memory_of(room=-1.0)))
+    results.append(step(method, family, 1, memory_of(waiting=0.0)))
     monkeypatch.setattr(pack, "WORTH_GOING_ON", 10**9)
     apart, expected = step(method, family, 24)
     assert apart.measures["kl"] > 0.1, "what is estimated counts"

@@ -6,7 +6,7 @@ from families import FAMILIES, method_of, perturb, random_rows, tiny
 
 from trimtab.base import Base
 from trimtab.data import Sequence, pack_all
-from trimtab.engine import kept, plan_memory
+from trimtab.engine import Work, kept, plan_memory
 from trimtab.engine.kept import Kept
 from trimtab.errors import NonFinite
 from trimtab.methods import Sample, attach
@@ -26,7 +26,7 @@ def trained(family="llama", method=None, *, memory=True, recompute="auto", epoch
     base = Base(tiny(family))
     adapter = attach(base.model, method or LoRA(rank=3), sample=Sample(rows=random_rows(40, seed=5)))
     perturb(adapter.parameters(), 0.1)
-    plan = plan_memory(base.model, max(LENGTHS), 30, recompute) if memory else None
+    plan = plan_memory(base.model, Work(max(LENGTHS)), 30, recompute) if memory else None
     losses = [step.loss for step in train(base, adapter, SFT(), STEPS, TrainConfig(epochs=epochs), 1e-2, plan)]
     return losses, adapter.state()
 
@@ -61,6 +61,20 @@ def test_it_is_used_and_large_enough(monkeypatch):
     assert {tensor.untyped_storage().data_ptr() for _, tensor in taken} == {block.bytes.untyped_storage().data_ptr()}
     assert block.used <= len(block.bytes)
     assert all(tensor.data_ptr() % 64 == 0 for _, tensor in taken)
+
+
+def test_what_no_backward_pass_needs_takes_no_place_in_it(monkeypatch):
+    """Frozen layers below the lowest trained one keep nothing: their tensors are gone when the next layer has them."""
+    blocks = set()
+    take = Kept.take
+    monkeypatch.setattr(Kept, "take", lambda self, *given: blocks.add(self) or take(self, *given))
+    used = {}
+    for targets in (r"model\.layers\.1\..*_proj", "all-linear"):
+        blocks.clear()
+        trained(method=LoRA(rank=3, targets=[targets]))
+        (block,) = blocks
+        used[targets] = block.used
+    assert used[r"model\.layers\.1\..*_proj"] < 0.6 * used["all-linear"]
 
 
 def test_what_does_not_fit_lies_elsewhere():

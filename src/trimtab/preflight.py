@@ -87,7 +87,7 @@ def memory_needed(given: Opened) -> Finding:
         planned = planned_memory(given.base, given.recipe.train, given.data.train)
     except RecipeError as error:
         return Finding("memory", "problem", str(error))
-    return Finding("memory", "good", planned.words, {"pack_tokens": planned.pack_tokens, "kept": planned.kept})
+    return Finding("memory", "good", planned.words, {"pack_tokens": planned.pack_tokens, "most": planned.most})
 
 
 def check_disk(findings: list[Finding]) -> None:

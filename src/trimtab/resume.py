@@ -57,10 +57,9 @@ class Unfinished:
         """When the run started: what its template writes as today's date."""
         return datetime.fromisoformat(self.facts["moment"])
 
-    def memory(self) -> Memory:
-        """Rows go into the same packs again, whatever is free now."""
-        plan = dict(self.facts["plan"])
-        return Memory(**{**plan, "most_kept": float("inf") if plan["most_kept"] is None else plan["most_kept"]})
+    def memory(self) -> Memory | None:
+        """Rows go into the same packs again, whatever is free now; None if another version made the plan."""
+        return Memory.of(self.facts["plan"])
 
     def check_recipe(self, recipe: Recipe) -> None:
         """Refuse another recipe before anything is loaded. Raises RecipeError with the keys that differ."""
@@ -251,12 +250,6 @@ def _lasting(facts: dict[str, Any]) -> dict[str, Any]:
         "start": start and {key: value for key, value in start.items() if key != "folder"},
         "reference": reference and reference["identity"],
     }
-
-
-def plan_facts(memory: Memory) -> dict[str, Any]:
-    """How rows are cut into packs, as JSON data."""
-    plan = memory._asdict()
-    return {**plan, "most_kept": None if plan["most_kept"] == float("inf") else plan["most_kept"]}
 
 
 def threads() -> int:

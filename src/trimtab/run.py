@@ -13,7 +13,7 @@ from trimtab.config import read
 from trimtab.data import Example, Finding, Loaded, held_out_examples, refuse_problems, units
 from trimtab.data.example import Sequence as Row
 from trimtab.deploy import keep_adapter, save_adapter, versions
-from trimtab.engine import FrozenBelow
+from trimtab.engine import FrozenBelow, Memory, Peak
 from trimtab.errors import ArtifactError, DataError, NotMoved, RecipeError, StorageError, listing
 from trimtab.evaluate import Loss, score_loss
 from trimtab.examine import PACK_TOKENS
@@ -24,7 +24,7 @@ from trimtab.prepare import prepared
 from trimtab.recipe import Recipe
 from trimtab.reference import logprobs
 from trimtab.report import Silent, Watcher
-from trimtab.resume import DECIDED, Unfinished, claimed, plan_facts, threads
+from trimtab.resume import DECIDED, Unfinished, claimed, threads
 from trimtab.saving import START, Progress, Run, Saver, end, keep_adapters
 from trimtab.train import Optimizer, PlannedSteps, Step, peak_learning_rate, planned_memory, train
 
@@ -78,7 +78,8 @@ def _made_ready(recipe: Recipe, before: Unfinished | None, watch: Watcher) -> _R
     )
     recipe = recipe.model_copy(update={"objective": objective})
     watch.began("planning the memory")
-    memory = planned_memory(base, recipe.train, data.train) if before is None else before.memory()
+    memory = before.memory() if before is not None else None
+    memory = memory or planned_memory(base, recipe.train, data.train)
     steps = PlannedSteps(data.train, recipe.train, memory)
     facts = {**_facts(recipe, base, adapter, data, steps), "start": given.origin, "reference": reference}
     watch.planned(facts, data.accounts, len(units(data.train)), len(units(data.eval)))
@@ -138,7 +139,7 @@ def _facts(recipe: Recipe, base: Base, adapter: Attached, data: Loaded, steps: P
         "base_parameters": base.model.num_parameters() - trained,
         "steps": len(steps),
         "memory": steps.memory.words,
-        "plan": plan_facts(steps.memory),
+        "plan": steps.memory.plain(),
         "threads": threads(),
         "device": str(base.device),
         "peak_lr": rate,
@@ -188,10 +189,12 @@ def held_out(folder: Path) -> tuple[list[Example], str]:
 
 def _train(run: Run, ready: _Ready, state: State | None, watch: Watcher) -> tuple[Progress, list[str]]:
     """What was saved, and the names of what training has not moved."""
+    peak = Peak(ready.base.device)
     recipe, steps, optimizer = ready.recipe, ready.steps, Optimizer(ready.adapter, ready.recipe.train.weight_decay)
     first = optimizer.digests()
     if state is not None:
         optimizer.load(state.tensors, state.step, state.facts["skipped"])
+        state.tensors.clear()  # they are the optimizer's by now
     progress, few = Progress(**state.facts) if state is not None else Progress(), canaries(ready.data)
     saver = Saver(run, ready.base, optimizer, progress, lambda scored: _seen(ready.base, few, scored))
     every = recipe.train.evaluate_every or max(1, -(-len(steps) // 4))
@@ -235,7 +238,16 @@ def _train(run: Run, ready: _Ready, state: State | None, watch: Watcher) -> tupl
                 watch.began(f"saving step {logged.number}")
                 saver.save(logged.number, logged.loss, None)
         raise KeyboardInterrupt(saver.words()) from None
+    run.write(memory_held=_held(peak, steps.memory))
     return saver.done, _unmoved(first, optimizer) if len(steps) >= MOVED_BY else []
+
+
+def _held(peak: Peak, memory: Memory) -> dict[str, float] | None:
+    """The most that this process has held while it trained, beside what was planned, in bytes; None if the system doesn't say."""
+    most = peak.most
+    if most is None or peak.start is None:
+        return None
+    return {"planned": peak.start + memory.most, "measured": most, "before": peak.start}
 
 
 def _seen(base: Base, rows: list[Row], scored: Loss | None) -> list[tuple[str, float]]:

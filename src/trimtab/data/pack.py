@@ -59,6 +59,15 @@ class Pack:
         return len(self.ids) + (len(self.after.ids) if self.after is not None else 0)
 
     @property
+    def pairs(self) -> list[int]:
+        """Of each segment of its own, how many pairs of its tokens and those in their sight there are: n² of a row of n by itself."""
+        seen = [0] * len(self.segments)
+        for number, (start, end, parent) in enumerate(self.segments):
+            seen[number] = end - start + (seen[parent] if parent >= 0 else 0)
+        own = zip(self.segments, seen, strict=True)
+        return [(end - start) * length for (start, end, _), length in own if start >= self.first]
+
+    @property
     def targets(self) -> int:
         return len(self.target_token)
 

@@ -5,9 +5,11 @@ from trimtab.engine.decode import Answer, Ended, generate, stream_tokens
 from trimtab.engine.forward import check_packing, pack_divergences, pack_logprobs
 from trimtab.engine.kept import Kept
 from trimtab.engine.layouts import Earlier
-from trimtab.engine.memory import Memory, Recompute, free_memory, plan_memory
+from trimtab.engine.machine import Peak, free_memory
+from trimtab.engine.memory import Memory, Recompute, Work, plan_memory
 
 __all__ = [
-    "Answer", "Earlier", "Ended", "FrozenBelow", "Kept", "Memory", "Recompute", "check_packing", "free_memory", "generate", "pack_divergences",
+    "Answer", "Earlier", "Ended", "FrozenBelow", "Kept", "Memory", "Peak", "Recompute", "Work", "check_packing", "free_memory", "generate",
+    "pack_divergences",
     "pack_logprobs", "plan_memory", "stream_tokens",
 ]  # fmt: skip

@@ -23,9 +23,14 @@ class FrozenBelow:
             model: With what is trained on it.
             room: Bytes that rows may take.
         """
-        self.lowest, self.room = _lowest_trained(model), room
+        self.model, self.lowest, self.room = model, _lowest_trained(model), room
         self.rows: dict[int, tuple[Sequence, Tensor]] = {}
         """By a row's identity: the row, held so that no other takes its place, and its hidden states, a line a token."""
+
+    def size(self, tokens: int) -> float:
+        """Bytes of so many tokens' hidden states."""
+        config = self.model.config.get_text_config()
+        return tokens * config.hidden_size * next(self.model.parameters()).element_size() if self.lowest else 0.0
 
     @contextmanager
     def of(self, pack: Pack) -> Iterator[None]:

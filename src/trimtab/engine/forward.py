@@ -60,7 +60,7 @@ def pack_logprobs(
         routing = Routing([one for one, length in zip(switches, lengths, strict=True) for _ in range(length)])
     at, row = pack.target_at.unique(return_inverse=True)
     with routed(routing), recomputed(recompute), below.of(pack) if below is not None else nullcontext():
-        hidden = _states_at(model, pack, at, routing, earlier)
+        hidden = states_at(model, pack, at, routing, earlier)
     with routed(routing.select(at.tolist()) if routing else None):
         return sequence_logprobs(hidden, row, head_of(model), pack.target_token, pack.target_sequence, len(pack.sequences))
 
@@ -73,9 +73,9 @@ def pack_divergences(model: Any, other: Any, as_other: Callable[[], AbstractCont
         other: May be the same model, with other adapters switched on in the blocks of `as_other`.
     """
     at, row = pack.target_at.unique(return_inverse=True)
-    hidden, head = _states_at(model, pack, at), head_of(model)
+    hidden, head = states_at(model, pack, at), head_of(model)
     with as_other():
-        other_hidden, other_head = _states_at(other, pack, at), head_of(other)
+        other_hidden, other_head = states_at(other, pack, at), head_of(other)
     vocabulary, parts = min(len(head.weight), len(other_head.weight)), []  # one's may be padded
     for p_part, q_part in zip(hidden.split(DIVERGENCE_ROWS), other_hidden.split(DIVERGENCE_ROWS), strict=True):
         p = head.logits(p_part)[:, :vocabulary].log_softmax(dim=1)
@@ -85,7 +85,7 @@ def pack_divergences(model: Any, other: Any, as_other: Callable[[], AbstractCont
     return torch.cat(parts)[row]
 
 
-def _states_at(model: Any, pack: Pack, at: Tensor, routing: Routing | None = None, earlier: Earlier | None = None) -> Tensor:
+def states_at(model: Any, pack: Pack, at: Tensor, routing: Routing | None = None, earlier: Earlier | None = None) -> Tensor:
     """The last hidden states of M of the pack's tokens: M d."""
     layout = PackLayout(pack.segments, at if routing is None else None, pack.first, earlier)
     hidden = hidden_states(model, pack.ids, pack.positions, layout)
@@ -107,7 +107,7 @@ def check_packing(model: Any) -> None:
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(vocabulary, (length,), generator=generator).tolist() for length in (7, 5)]
     pack = pack_flat(Row(ids, list(range(1, len(ids))), "check") for ids in rows).to(device)
-    with _one_thread():
+    with one_thread():
         packed = pack_logprobs(model, pack).tolist()
         alone = [_logprob_alone(model, torch.tensor([ids], device=device)) for ids in rows]
     for number, (ours, reference) in enumerate(zip(packed, alone, strict=True), start=1):
@@ -125,7 +125,7 @@ def _logprob_alone(model: Any, row: Tensor) -> float:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """For work so small that threads would wait for each other longer than they work; by far, on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

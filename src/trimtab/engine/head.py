@@ -16,6 +16,8 @@ from trimtab.methods import AdapterLayer, Routing, current_routing, look_through
 
 TILE = 500_000
 """Logits formed at a time: 2 MB of float32, which stay in a cache."""
+ROWS = 64
+"""Rows of logits formed at a time, at least, by an adapted head: it computes with whole rows."""
 
 
 class Head(NamedTuple):
@@ -90,7 +92,7 @@ def sequence_logprobs(hidden: Tensor, row: Tensor, head: Head, token: Tensor, se
     if head.adapted is None:
         return _SequenceLogProbs.apply(hidden, row, head, token, sequence, count)
     routing, here = current_routing(), copy_context()
-    rows, kind = max(64, TILE // len(head.weight)), hidden.dtype
+    rows, kind = max(ROWS, TILE // len(head.weight)), hidden.dtype
     hidden = hidden.to(torch.promote_types(kind, torch.float32))  # in which the gradients of a token's targets are added up
     parts = [hidden.new_zeros(0)]
     for start in range(0, len(row), rows):

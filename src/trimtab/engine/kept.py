@@ -46,10 +46,19 @@ _kept: ContextVar[Kept | None] = ContextVar("kept", default=None)
 _memory = threading.local()
 
 
-def kept(like: Tensor, rows: int, columns: int) -> Tensor:
-    """An empty tensor that is kept for the backward pass: rows x columns."""
-    place = _kept.get()
+def kept(like: Tensor, rows: int, columns: int, wanted: bool = True) -> Tensor:
+    """An empty tensor that is kept for the backward pass: rows x columns.
+
+    Args:
+        wanted: There will be one: nothing is kept of frozen layers below the lowest trained one.
+    """
+    place = _kept.get() if wanted else None
     return like.new_empty(rows, columns) if place is None else place.take(like, rows, columns)
+
+
+def forget_transient() -> None:
+    """Let go of that memory, in this thread."""
+    vars(_memory).clear()
 
 
 def transient_like(like: Tensor) -> Tensor:

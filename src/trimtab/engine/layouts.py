@@ -6,17 +6,27 @@ Shapes: query 1 H T K, key and value 1 G T K, with H query heads, G key-value he
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from contextvars import ContextVar
 from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trimtab.attention import Rules, Virtual, attend, causal
+from trimtab.attention import Rules, Virtual, attend, causal, holding
 from trimtab.data.tree import Segment, Tree, paths_of
 
 Earlier = dict[int, tuple[Tensor, ...]]
 """Of a pack's tokens, by attention layer: what those see of them that go on from it."""
+
+
+_longest: ContextVar[int] = ContextVar("longest", default=0)
+
+
+def standing_for(longest: int) -> AbstractContextManager[None]:
+    """Rows of packed passes within the block, in this thread, stand for ones of up to so many tokens: a window is as narrow to them."""
+    return holding(_longest, longest)
 
 
 class PackLayout:
@@ -53,6 +63,8 @@ class PackLayout:
         self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, rules: Rules, virtual: Sequence[Virtual]
     ) -> Tensor:
         self.reached = True
+        if rules.window is not None and _longest.get() > rules.window:
+            rules = rules._replace(window=min(rules.window, -(-key.shape[2] // 2)))
         key, value = self.seen(layer, 2, key, value)
         asked = [number for number, segment in enumerate(self.segments) if segment.start >= self.first]
         # split, rather than slicing, so that the backward pass writes each gradient once instead of summing padded ones

@@ -1,23 +1,35 @@
-"""How much memory a pack's activations take, measured, and what therefore fits at a time: a planner instead of a flag."""
+"""What is computed at a time, and what is computed twice, so that training fits into the memory that is free: planned, not flagged."""
 
 import math
-import random
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, Self
 
-import torch
-from torch import Tensor
-
-from trimtab.data.example import Sequence
-from trimtab.data.pack import pack_flat
-from trimtab.engine.forward import pack_logprobs
+from trimtab.data.pack import Pack
+from trimtab.engine.machine import free_memory
+from trimtab.engine.probe import Cost, Costs, measuring_costs, training_costs
 from trimtab.errors import RecipeError
 
 Recompute = Literal["auto", "none", "full"]
 FLAT = 1024
 """Tokens at a time from which more are hardly faster: see docs/performance.md."""
-SHARE = 0.7
-"""Of the memory that is free, what activations may take; the rest is for what a step needs for a moment, and for others."""
+FEWEST = 16
+"""Tokens at a time, at least."""
+SHARE = 0.9
+"""Of the memory that is free, what all of training may take; the rest is for others."""
+
+
+class Work(NamedTuple):
+    """What is to be computed, as far as memory depends on it."""
+
+    longest: int
+    """Tokens of the longest row, which no pack can cut."""
+    learned: float = 1.0
+    """The share of tokens that are learned."""
+    steps: Callable[[int], Sequence[Sequence[Pack]]] | None = None
+    """The packs of the fullest steps, given how many tokens are computed at a time; full packs unless given."""
+    known: float = 0.0
+    """Bytes that frozen layers make of all rows, if those are to be kept from one epoch to the next."""
 
 
 class Memory(NamedTuple):
@@ -25,92 +37,133 @@ class Memory(NamedTuple):
 
     pack_tokens: int
     """Tokens in a pack, at most."""
-    most_kept: float
-    """Packs of more tokens keep the inputs of layers alone, and compute the layers again in the backward pass."""
+    cost: Cost
+    """What a pack takes."""
+    room: float
+    """Bytes: packs that take more keep the inputs of layers alone, and compute the layers again in the backward pass."""
     kept: float
-    """Bytes that the largest pack keeps for its backward pass."""
+    """Bytes that the largest of the other packs keeps for its backward pass."""
+    waiting: float
+    """Bytes of gradients that may wait for what is estimated on later packs."""
+    below: float
+    """Bytes of what frozen layers made of rows that may be kept."""
+    most: float
+    """Bytes that training takes at most, all in all, beside what is held already."""
     words: str
+
+    def twice(self, pack: Pack) -> bool:
+        """The pack's layers are computed again in its backward pass."""
+        return self.cost.of(*_size(pack)) > self.room
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON data, which has no word for no limit."""
+        return {**self._asdict(), "cost": [*self.cost], "room": self.room if math.isfinite(self.room) else None}
+
+    @classmethod
+    def of(cls, plain: dict[str, Any]) -> Self | None:
+        """What `plain` gave; None if another version did."""
+        if plain.keys() != set(cls._fields):
+            return None
+        return cls(**{**plain, "cost": Cost(*plain["cost"]), "room": math.inf if plain["room"] is None else plain["room"]})
+
+
+Size = tuple[int, int]
+"""Of a pack: tokens, and pairs of those that see each other."""
 
 
 def plan_memory(
-    model: Any, longest: int, pack_tokens: int | Literal["auto"], recompute: Recompute, free: float | None = None
+    model: Any, work: Work, pack_tokens: int | Literal["auto"], recompute: Recompute, free: float | None = None
 ) -> Memory:
-    """Choose how many tokens are computed at a time, and which packs are recomputed, so that they fit.
+    """Choose how many tokens are computed at a time, and which packs are computed twice, so that they fit.
 
     Args:
         model: With what is trained on it.
-        longest: Tokens of the longest row, which no pack can cut.
         free: Bytes that may be taken; measured unless given.
 
     Raises:
-        RecipeError: Not even the longest row alone fits, with recomputation.
+        RecipeError: The gradients and the optimizer do not fit, or not even the longest row alone, computed twice.
     """
-    device = next(model.parameters()).device
-    free = free_memory(device) if free is None else free
-    per_token = bytes_per_token(model)
-    config = model.config.get_text_config()
-    inputs = config.num_hidden_layers * config.hidden_size * next(model.parameters()).element_size()
-    recomputed = inputs + per_token / config.num_hidden_layers
-    fits = math.floor(SHARE * free / per_token) if math.isfinite(free) else math.inf
-    tokens = pack_tokens if pack_tokens != "auto" else int(max(16, min(FLAT, fits)))
-    most_kept = {"auto": fits, "none": math.inf, "full": 0}[recompute]
-    largest = max(tokens, longest)
-    if recompute != "none" and largest > most_kept and largest * recomputed > SHARE * free:
+    free = free_memory(next(model.parameters()).device) if free is None else free
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    room = SHARE * free - 3 * trained  # gradients, and two moments of them
+    if room <= 0:
         raise RecipeError(
-            f"A pack of {largest:,} tokens needs {largest * recomputed / 1e9:.2f} GB for its activations, even computed again layer by layer, "
-            f"and {free / 1e9:.2f} GB are free. Lower data.max_length{'' if pack_tokens == 'auto' else ' or train.pack_tokens'}."
+            f"Gradients and AdamW's moments of what is trained take {3 * trained / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free: train "
+            "fewer parameters (a lower method.rank, fewer method.targets)."
         )
-    needs = min(largest, most_kept) * per_token
-    again = (
-        "nothing is computed twice"
-        if largest <= most_kept
-        else f"packs of more than {most_kept:,.0f} tokens are computed twice"
-    )
+    once = training_costs(model, work.longest, work.learned)
+    tokens = pack_tokens if pack_tokens != "auto" else _fitting(once, work.longest, room)
+    steps, estimating = _packed(model, work, tokens)
+    while estimating > room and pack_tokens == "auto" and tokens > FEWEST:
+        tokens = max(FEWEST, tokens // 2)
+        steps, estimating = _packed(model, work, tokens)
+    full = _full(tokens, work.longest)
+    sizes = [_size(pack) for step in steps for pack in step if not pack.mismatched] or [full]
+    limit = {"auto": room, "none": math.inf, "full": -1.0}[recompute]
+    largest = max(sizes, key=lambda size: once.most(*size).of(*size))
+    cost = once.most(*largest)
+    some = [size for size in sizes if cost.of(*size) <= limit]
+    others = [size for size in sizes if cost.of(*size) > limit]
+    kept = max((once.kept.of(*size) for size in some), default=0.0)
+    most = max((cost.of(*size) for size in some), default=0.0)
+    if others:
+        most = max(most, *_twice(model, work, others, math.inf if recompute == "none" else room, free, pack_tokens != "auto"))
+    most = max(most, kept + trained, estimating)  # a copy of what is trained is made to save it
+    waiting = min(kept / 4, max(0.0, room - most))
+    waits = max((sum(pack.estimates for pack in step) * trained for step in steps), default=0)
+    most += waits if waits <= waiting else 0.0
+    below = min(work.known, max(0.0, room - most)) if math.isfinite(room) else work.known
+    block = min(once.kept.of(*full), room) if recompute != "full" else 0.0
+    memory = Memory(tokens, cost, limit, block, waiting, below, 3 * trained + most + below, "")
+    return memory._replace(words=_words(memory, free, bool(others), recompute))
+
+
+def _fitting(costs: Costs, longest: int, room: float) -> int:
+    """The most tokens at a time, up to FLAT, of which a full pack fits."""
+
+    def taken(tokens: int) -> float:
+        size = _full(tokens, min(tokens, longest))
+        return costs.most(*size).of(*size)
+
+    return max(FEWEST, bisect_right(range(FLAT + 1), room, key=taken) - 1)
+
+
+def _full(tokens: int, longest: int) -> Size:
+    """Of the largest pack that there can be."""
+    most = max(tokens, longest)
+    return most, most * longest
+
+
+def _size(pack: Pack) -> Size:
+    return len(pack.ids), sum(pack.pairs)
+
+
+def _twice(model: Any, work: Work, sizes: Sequence[Size], room: float, free: float, asked: bool) -> Sequence[float]:
+    """What packs take that are computed twice. Raises RecipeError if one does not fit."""
+    costs = training_costs(model, work.longest, work.learned, recompute=True)
+    taken = [costs.most(*size).of(*size) for size in sizes]
+    if max(taken) > room:
+        tokens, _ = sizes[taken.index(max(taken))]
+        raise RecipeError(
+            f"A pack of {tokens:,} tokens needs {max(taken) / 1e9:.2f} GB for its activations, even computed again layer by layer, and "
+            f"{max(0.0, room) / 1e9:.2f} GB are left for them, of {free / 1e9:.2f} GB that are free. "
+            f"Lower data.max_length{' or train.pack_tokens' if asked else ''}."
+        )
+    return taken
+
+
+def _packed(model: Any, work: Work, tokens: int) -> tuple[Sequence[Sequence[Pack]], float]:
+    """The fullest steps, and what their packs take that have no backward pass, on which a number is estimated."""
+    steps = work.steps(tokens) if work.steps is not None else []
+    sizes = [(len(pack.ids), max(pack.pairs)) for step in steps for pack in step if pack.mismatched]  # one after the other
+    if not sizes:
+        return steps, 0.0
+    costs = measuring_costs(model, work.longest, work.learned)
+    return steps, max(costs.most(*size).of(*size) for size in sizes)
+
+
+def _words(memory: Memory, free: float, some: bool, recompute: Recompute) -> str:
+    again = "packs that do not fit are computed twice" if some else "nothing is computed twice"
     again = "every pack is computed twice" if recompute == "full" else again
-    room = f", of {free / 1e9:.1f} GB free" if math.isfinite(free) else ""
-    return Memory(
-        tokens, most_kept, needs, f"{tokens:,} tokens at a time, up to {needs / 1e9:.2f} GB of activations{room}; {again}"
-    )
-
-
-def bytes_per_token(model: Any) -> float:
-    """What a token of a pack keeps for the backward pass, measured on two short packs of made-up tokens."""
-    few, more = 4, 24
-    return (_kept(model, more) - _kept(model, few)) / (more - few)
-
-
-def _kept(model: Any, tokens: int) -> int:
-    """Bytes that a pack of one row keeps for the backward pass, besides weights."""
-    vocabulary = model.config.get_text_config().vocab_size
-    draw = random.Random(0)
-    row = Sequence([draw.randrange(vocabulary) for _ in range(tokens + 1)], list(range(1, tokens + 1)), "made up")
-    device = next(model.parameters()).device
-    weights = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
-    kept: dict[int, tuple[Any, int]] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = (storage, storage.nbytes())  # held, so that no other takes its address
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        pack_logprobs(model, pack_flat([row]).to(device))
-    return sum(size for _, size in kept.values())
-
-
-def free_memory(device: torch.device) -> float:
-    """Bytes that this process may still take, by the device or by the operating system and the container; inf if they don't say."""
-    if device.type == "cuda":
-        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return float(torch.cuda.mem_get_info(device)[0] + held)
-    found = [math.inf]
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-        found.append(float(lines["MemAvailable"].split()[0]) * 1024)
-    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
-        group = Path("/sys/fs/cgroup")
-        if (group / limit).exists() and (most := (group / limit).read_text().strip()) != "max":
-            found.append(float(most) - float((group / used).read_text()))
-    return max(0.0, min(found))
+    room = f", of {free / 1e9:.1f} GB that are free" if math.isfinite(free) else ""
+    return f"{memory.pack_tokens:,} tokens at a time, in {memory.most / 1e9:.2f} GB beside the model{room}; {again}"

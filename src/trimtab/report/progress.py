@@ -16,6 +16,7 @@ from trimtab.errors import RecipeError
 from trimtab.evaluate import Loss
 from trimtab.methods import Method
 from trimtab.objectives import Objective
+from trimtab.report.tables import memory_words
 from trimtab.train import Step
 
 _REFERENCES = {"base": "the base", "start": "the adapter that training starts from"}
@@ -125,6 +126,8 @@ class Terminal:
             f"[bold]tokens[/]  {state['tokens']:,} in rows, {state['computed_tokens']:,} computed: "
             "what rows begin with in common once, and nothing after the last token to learn"
         )
+        if state.get("memory_held"):
+            self.console.print(f"[bold]memory[/]  {memory_words(state['memory_held'])}")
         self.console.print(
             f"[bold]done[/]    {state['seconds']:.0f} s with evaluation, {rate:,.0f} tokens/s. "
             f"Best adapter: step {best['step']}, in {escape(str(folder / 'adapter'))}"

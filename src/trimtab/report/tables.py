@@ -138,6 +138,13 @@ def _adapter_facts(folder: Path) -> dict[str, Any]:
     }
 
 
+def memory_words(held: dict[str, float]) -> str:
+    """How much memory training has held, and how far off its plan was."""
+    off = held["planned"] / held["measured"] - 1
+    beside = f"{abs(off):.0%} {'more' if off > 0 else 'less'}" if round(abs(off), 2) else "as much"
+    return f"{held['measured'] / 1e9:.2f} GB at most; {held['planned'] / 1e9:.2f} GB had been planned ({beside})"
+
+
 def describe(facts: dict[str, Any]) -> RenderableType:
     """`described` as a page."""
     table = Table(show_header=False, box=None, pad_edge=False)
@@ -189,6 +196,8 @@ def _describe_run(facts: dict[str, Any], row: Callable[[str, Any], None]) -> Non
     row("steps", f"{facts['steps']:,}, learning rate {facts['peak_lr']:g} ({facts['lr_formula']})")
     if facts.get("seconds"):
         row("took", f"{facts['seconds']:.0f} s")
+    if facts.get("memory_held"):
+        row("memory", memory_words(facts["memory_held"]))
     if facts.get("computed_tokens"):
         row("tokens", f"{facts['tokens']:,} in rows, {facts['computed_tokens']:,} computed")
     for which in ("best", "last"):

@@ -7,7 +7,6 @@ import hashlib
 import math
 import time
 from collections.abc import Iterable, Iterator
-from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -15,14 +14,14 @@ import torch
 from torch import nn
 
 from trimtab.base import Base
-from trimtab.data import Pack, most_together
+from trimtab.data import Pack
 from trimtab.data.example import Sequence as Row
-from trimtab.engine import FrozenBelow, Kept, Memory, free_memory, plan_memory
+from trimtab.engine import FrozenBelow, Kept, Memory, free_memory
 from trimtab.errors import DataError, NonFinite
 from trimtab.methods import Attached, Circumstances, Method
 from trimtab.objectives import Objective, Pool, averaged
 from trimtab.randomness import seeded
-from trimtab.startup import keep_freed_memory
+from trimtab.startup import never_keep_freed_memory
 from trimtab.train.config import TrainConfig, learning_rate
 from trimtab.train.optimizer import Optimizer
 
@@ -119,12 +118,13 @@ class _Passes:
     def __init__(
         self, base: Base, parameters: list[nn.Parameter], objective: Objective, config: TrainConfig, memory: Memory | None
     ) -> None:
-        keep_freed_memory()
+        never_keep_freed_memory()
         self.base, self.parameters, self.objective, self.seed = base, parameters, objective, config.seed
-        self.most_kept = memory.most_kept if memory else math.inf
+        self.memory = memory
         self.kept = Kept(memory.kept * 1.01) if memory and base.device.type == "cpu" else None
-        self.below = FrozenBelow(base.model, free_memory(base.device) / 4) if config.epochs > 1 else None
-        self.room = memory.kept / 4 if memory else math.inf
+        below = memory.below if memory else free_memory(base.device) / 4
+        self.below = FrozenBelow(base.model, below) if config.epochs > 1 else None
+        self.room = memory.waiting if memory else math.inf
         """Bytes of gradients that may wait."""
 
     def gradients(self, number: int, packs: list[Pack], items: int) -> tuple[list[torch.Tensor], list[dict[str, torch.Tensor]]]:
@@ -181,16 +181,10 @@ class _Passes:
         return found
 
     def _logprobs(self, pack: Pack, pool: Pool) -> torch.Tensor:
-        recompute = len(pack.ids) > self.most_kept
+        recompute = self.memory is not None and self.memory.twice(pack)
         below = self.below if pack.after is None else None  # what goes on from the pack needs every layer's keys and values
         within = self.kept.again() if self.kept is not None and torch.is_grad_enabled() and not recompute else None
         return pool.pass_through(self.base.model, pack, within, recompute=recompute, below=below)
-
-
-def planned_memory(base: Base, config: TrainConfig, rows: SequenceOf[Row]) -> Memory:
-    """How many tokens are computed at a time, and which packs are recomputed, so that these rows fit into memory. Raises RecipeError."""
-    keep_freed_memory()
-    return plan_memory(base.model, most_together(rows), config.pack_tokens, config.recompute)
 
 
 def peak_learning_rate(

@@ -1,11 +1,14 @@
-"""The packs of each optimizer step of a run, made when it is taken."""
+"""The packs of each optimizer step of a run, made when it is taken; and how many tokens go into one, by the memory that is free."""
 
+import heapq
 from collections.abc import Sequence as SequenceOf
 
-from trimtab.data import Pack, pack_all, plan_steps, units
+from trimtab.base import Base
+from trimtab.data import Pack, most_together, pack_all, plan_steps, units
 from trimtab.data.example import Sequence as Row
-from trimtab.engine import Memory
+from trimtab.engine import FrozenBelow, Memory, Work, plan_memory
 from trimtab.errors import DataError
+from trimtab.startup import never_keep_freed_memory
 from trimtab.train.config import TrainConfig
 
 
@@ -16,7 +19,7 @@ class PlannedSteps:
         if not rows:
             raise DataError("data: there is nothing to learn from.")
         self._rows, self.memory = rows, memory
-        self._plan = plan_steps(rows, epochs=config.epochs, seed=config.seed, rows=config.rows, tokens=config.tokens_per_step)
+        self._plan = _plan(rows, config)
 
     def __len__(self) -> int:
         return len(self._plan)
@@ -27,3 +30,37 @@ class PlannedSteps:
     @property
     def rows_per_step(self) -> float:
         return sum(len(units(self._rows[n] for n in step)) for step in self._plan) / len(self._plan)
+
+
+def planned_memory(base: Base, config: TrainConfig, rows: SequenceOf[Row]) -> Memory:
+    """How many tokens are computed at a time, and which packs twice, so that training on these rows fits into memory.
+
+    Raises:
+        RecipeError: It can't.
+    """
+    never_keep_freed_memory()
+    answers = [row for row in rows if row.side != "mismatched"]
+    learned, shown = (
+        (sum(map(len, of)) for of in zip(*((row.learned, row.ids) for row in answers), strict=True)) if answers else (1, 1)
+    )
+
+    def fullest(tokens: int) -> list[list[Pack]]:
+        sizes = [
+            (sum(len(rows[n].ids) for n in step), max(len(rows[n].ids) for n in step), step) for step in _plan(rows, config)
+        ]
+        chosen = [*heapq.nlargest(FULLEST, sizes), max(sizes, key=lambda size: size[1])]
+        return [pack_all([rows[n] for n in step], tokens) for _, _, step in chosen]
+
+    below = FrozenBelow(base.model, 0)
+    known = below.size(sum(len(row.ids) for row in rows)) if config.epochs > 1 else 0.0
+    work = Work(most_together(rows), learned / shown, fullest if rows else None, known)
+    return plan_memory(base.model, work, config.pack_tokens, config.recompute)
+
+
+FULLEST = 8
+"""Steps among whose packs the largest is looked for."""
+
+
+def _plan(rows: SequenceOf[Row], config: TrainConfig) -> list[list[int]]:
+    """The numbers of the rows that each step learns."""
+    return plan_steps(rows, epochs=config.epochs, seed=config.seed, rows=config.rows, tokens=config.tokens_per_step)

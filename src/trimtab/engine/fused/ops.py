@@ -115,7 +115,7 @@ class _Linears(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, how: Norm | None, frozen: Frozen, widths: tuple[int, ...], *factors: Tensor | None) -> Any:
         y, rstd = kernels.rms_norm(x, *how, transient=True) if how else (x, None)
         ctx.how, ctx.frozen = how, frozen
-        made, inner = _product(y, frozen, factors)
+        made, inner = _product(y, frozen, factors, any(ctx.needs_input_grad))
         ctx.save_for_backward(x if how or inner is not None else None, rstd, inner, *factors)
         ctx.set_materialize_grads(False)
         if not ctx.needs_input_grad[0]:
@@ -148,7 +148,7 @@ class _LinearAdd(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         h = kernels.gated(x, u, gate, transient=True) if gate and u is not None else x
         ctx.gate, ctx.frozen, ctx.scale = gate, frozen, scale
-        out, inner = _product(h, frozen, factors, residual, scale)
+        out, inner = _product(h, frozen, factors, any(ctx.needs_input_grad), residual, scale)
         ctx.save_for_backward(x if gate or inner is not None else None, u, inner, *factors)
         return out
 
@@ -187,11 +187,16 @@ def joined(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _product(
-    x: Tensor, frozen: Frozen, factors: Sequence[Tensor | None], residual: Tensor | None = None, scale: float = 1.0
+    x: Tensor,
+    frozen: Frozen,
+    factors: Sequence[Tensor | None],
+    wanted: bool,
+    residual: Tensor | None = None,
+    scale: float = 1.0,
 ) -> tuple[Tensor, Tensor | None]:
     """residual + scale · (x through the matrices side by side), T N; and x Aᵀ of all factors side by side."""
     rows = [weight.shape[0] for weight, _ in frozen]
-    out = kept(x, len(x), sum(rows))
+    out = kept(x, len(x), sum(rows), wanted)
     if residual is not None:
         assert len(frozen) == 1, "several matrices end nowhere"
         torch.addmm(residual, x, frozen[0][0].T, alpha=scale, out=out)
@@ -201,7 +206,7 @@ def _product(
         if scale != 1.0:
             out.mul_(scale)
     A = _side_by_side(factors[::2])
-    inner, place = None if A is None else torch.mm(x, A.T, out=kept(x, len(x), len(A))), 0
+    inner, place = None if A is None else torch.mm(x, A.T, out=kept(x, len(x), len(A), wanted)), 0
     for part, (_, bias), B in zip(_columns(out, rows), frozen, factors[1::2], strict=True):
         if B is not None and inner is not None:
             part.addmm_(inner[:, place : (place := place + B.shape[1])], B.T, alpha=scale)

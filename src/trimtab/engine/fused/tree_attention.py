@@ -181,7 +181,8 @@ class _Compiled(torch.autograd.Function):
         first_k: Tensor | None, first_v: Tensor | None,
     ) -> Tensor:  # fmt: skip
         first_k, first_v = (None if t is None else t.contiguous() for t in (first_k, first_v))
-        out, sums = kept(q, *q.shape), kept(q, q.shape[1] // sizes.head, len(q))
+        wanted = any(ctx.needs_input_grad)
+        out, sums = kept(q, len(q), q.shape[1], wanted), kept(q, q.shape[1] // sizes.head, len(q), wanted)
         ctx.about = sight, sizes, scale
         ctx.save_for_backward(q, k, v, cos, sin, first_k, first_v, out, sums)
         _call("attend", ctx.about, 0, q, k, v, cos, sin, first_k, first_v, out, sums)
@@ -228,8 +229,7 @@ class _InTorch(torch.autograd.Function):
         first_k: Tensor | None, first_v: Tensor | None,
     ) -> Tensor:  # fmt: skip
         q, k = (_turned(t, sizes.head, cos, sin) for t in (q, k))
-        out = torch.empty_like(q)
-        sums = []
+        out, sums = torch.empty_like(q), []
         for piece in pieces(sight, q.dtype):
             keys, values = _in_sight(k, piece, first_k, sizes), _in_sight(v, piece, first_v, sizes)
             for start, end, low, high, hidden in piece.blocks:

@@ -141,7 +141,7 @@ def test_held_out_rows_that_are_nearly_learned_are_named():
 
 
 def test_rows_that_do_not_fit_into_memory_are_a_problem(here, trimtab, monkeypatch):
-    monkeypatch.setattr(planning, "free_memory", lambda device: 20_000.0)
+    monkeypatch.setattr(planning, "free_memory", lambda device: 100_000.0)
     done = trimtab("check", "r.yaml")
     assert done.code == 3
     assert "memory: A pack of" in done.err

@@ -88,6 +88,14 @@ def test_the_strictest_of_the_groups_around_a_process_counts(tmp_path, strict):
     assert free_memory(CPU, machine(tmp_path, files)) == 7 * MB
 
 
+def test_a_mount_without_a_source_is_one(tmp_path):
+    files = {**mounted_2(), **version_2("", 8 * MB, 1 * MB)}
+    files["proc/self/mountinfo"] = (
+        "24 1 0:21 / /tmp rw - tmpfs tmpfs rw\n26 1 0:9 / /x rw - tmpfs  rw\n" + files["proc/self/mountinfo"]
+    )
+    assert free_memory(CPU, machine(tmp_path, files)) == 7 * MB
+
+
 def test_what_throttles_is_a_limit(tmp_path):
     files = {
         **mounted_2("/a"),
@@ -189,8 +197,13 @@ def test_the_peak_is_what_is_held_from_now_on():
     assert peak.most - peak.start == pytest.approx(160e6, rel=0.2)
 
 
+def test_what_is_held_already_may_count_as_taken():
+    """As the moments that a checkpoint has brought, which the plan counts, too."""
+    assert Peak(CPU).start - Peak(CPU, 50e6).start == pytest.approx(50e6, abs=5e6)
+
+
 def test_where_nobody_says_it_is_not_known(tmp_path):
-    peak = Peak(CPU, tmp_path)
+    peak = Peak(CPU, root=tmp_path)
     assert (peak.start, peak.most) == (None, None)
 
 

@@ -258,9 +258,10 @@ def test_a_row_that_cannot_fit_is_refused_before_it_is_tried():
 def test_gradients_and_moments_that_do_not_fit_are_refused(small_tiles):
     trained = sum(p.nbytes for p in attach(tiny("llama"), LoRA(rank=2)).parameters().values())
     with pytest.raises(
-        RecipeError, match=r"Gradients and AdamW's moments of what is trained take 0\.00 GB, .*a lower method\.rank"
+        RecipeError,
+        match=r"Gradients, AdamW's two moments and a copy to save what is trained take 0\.00 GB, .*a lower method\.rank",
     ):
-        plan(free=3 * trained / memory.SHARE - 1)
+        plan(free=4 * trained / memory.SHARE - 1)
 
 
 def test_what_is_trained_counts_twelve_bytes_each_and_a_copy_to_save_it():
@@ -306,6 +307,29 @@ def test_the_largest_pack_is_looked_for_among_the_fullest_steps(small_tiles):
     more = planned_memory(base, TrainConfig(epochs=1, rows_per_step=8), rows)
     assert (few.pack_tokens, more.pack_tokens) == (1024, 1024)
     assert few.most < 0.5 * more.most
+
+
+def test_rows_to_evaluate_on_count_if_they_are_longer(small_tiles, monkeypatch):
+    """A soft-cap's scores of 400 tokens are more than all that training on 20 takes; of a row no longer than those, they are not measured."""
+    monkeypatch.setattr(memory, "free_memory", lambda device: 1e12)
+    base = trimtab.Base(tiny("gemma2"))
+    trimtab.attach(base.model, LoRA(rank=2))
+    config, rows, long = TrainConfig(epochs=1, rows_per_step=2), rows_of(*[20] * 4), rows_of(400)
+    alone, same, more = (planned_memory(base, config, rows, held_out) for held_out in ([], rows[:1], long))
+    assert same == alone
+    with torch.no_grad(), Meter() as meter:
+        pack_logprobs(base.model, pack_flat(long))
+    assert alone.most < 0.5 * max(meter.levels) < more.most
+    assert more.most - alone.most == pytest.approx(max(meter.levels), rel=0.1)
+
+
+def test_a_row_to_evaluate_on_that_cannot_fit_is_refused(small_tiles):
+    fits = plan(longest=20, free=5e7, family="gemma2")
+    assert fits.most < 1e7
+    with pytest.raises(
+        RecipeError, match=r"A pack of 2,000 tokens needs .* GB to be evaluated, and .* Lower data.max_length\."
+    ):
+        plan(longest=20, free=5e7, family="gemma2", evaluated=2000)
 
 
 @pytest.mark.parametrize("room", [0.0, 1234.5, math.inf])

@@ -84,7 +84,7 @@ def preflight(given: Opened) -> list[Finding]:
 def memory_needed(given: Opened) -> Finding:
     """What training will hold at a time; it is planned again when it starts, by what is free then."""
     try:
-        planned = planned_memory(given.base, given.recipe.train, given.data.train)
+        planned = planned_memory(given.base, given.recipe.train, given.data.train, given.data.eval)
     except RecipeError as error:
         return Finding("memory", "problem", str(error))
     return Finding("memory", "good", planned.words, {"pack_tokens": planned.pack_tokens, "most": planned.most})

@@ -79,7 +79,7 @@ def _made_ready(recipe: Recipe, before: Unfinished | None, watch: Watcher) -> _R
     recipe = recipe.model_copy(update={"objective": objective})
     watch.began("planning the memory")
     memory = before.memory() if before is not None else None
-    memory = memory or planned_memory(base, recipe.train, data.train)
+    memory = memory or planned_memory(base, recipe.train, data.train, data.eval)
     steps = PlannedSteps(data.train, recipe.train, memory)
     facts = {**_facts(recipe, base, adapter, data, steps), "start": given.origin, "reference": reference}
     watch.planned(facts, data.accounts, len(units(data.train)), len(units(data.eval)))
@@ -189,12 +189,8 @@ def held_out(folder: Path) -> tuple[list[Example], str]:
 
 def _train(run: Run, ready: _Ready, state: State | None, watch: Watcher) -> tuple[Progress, list[str]]:
     """What was saved, and the names of what training has not moved."""
-    peak = Peak(ready.base.device)
-    recipe, steps, optimizer = ready.recipe, ready.steps, Optimizer(ready.adapter, ready.recipe.train.weight_decay)
-    first = optimizer.digests()
-    if state is not None:
-        optimizer.load(state.tensors, state.step, state.facts["skipped"])
-        state.tensors.clear()  # they are the optimizer's by now
+    recipe, steps = ready.recipe, ready.steps
+    optimizer, first, peak = _optimizer(ready, state)
     progress, few = Progress(**state.facts) if state is not None else Progress(), canaries(ready.data)
     saver = Saver(run, ready.base, optimizer, progress, lambda scored: _seen(ready.base, few, scored))
     every = recipe.train.evaluate_every or max(1, -(-len(steps) // 4))
@@ -238,8 +234,20 @@ def _train(run: Run, ready: _Ready, state: State | None, watch: Watcher) -> tupl
                 watch.began(f"saving step {logged.number}")
                 saver.save(logged.number, logged.loss, None)
         raise KeyboardInterrupt(saver.words()) from None
-    run.write(memory_held=_held(peak, steps.memory))
+    if logged is not None:
+        run.write(memory_held=_held(peak, steps.memory))
     return saver.done, _unmoved(first, optimizer) if len(steps) >= MOVED_BY else []
+
+
+def _optimizer(ready: _Ready, state: State | None) -> tuple[Optimizer, dict[str, str], Peak]:
+    """The optimizer as the checkpoint has it, what its parameters were at first, and the peak of memory from now on."""
+    optimizer, already = Optimizer(ready.adapter, ready.recipe.train.weight_decay), 0
+    first = optimizer.digests()
+    if state is not None:
+        optimizer.load(state.tensors, state.step, state.facts["skipped"])
+        already = sum(tensor.nbytes for name, tensor in state.tensors.items() if not name.startswith("value/"))
+        state.tensors.clear()  # they are the optimizer's by now
+    return optimizer, first, Peak(ready.base.device, already)
 
 
 def _held(peak: Peak, memory: Memory) -> dict[str, float] | None:

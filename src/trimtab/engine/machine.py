@@ -67,7 +67,7 @@ def control_groups(root: Path = ROOT) -> Iterator[tuple[Path, Version]]:
     paths = [line.split(":", 2) for line in _text(root / "proc/self/cgroup").splitlines()]
     for line in _text(root / "proc/self/mountinfo").splitlines():
         before, _, after = line.partition(" - ")
-        fields, (kind, _, options) = before.split(), after.split(maxsplit=2)
+        fields, (kind, *_, options) = before.split(), after.split(" ")  # what is between may be empty
         if kind == "cgroup" and "memory" not in options.split(","):
             continue
         wanted = {"cgroup2": lambda names: names == "", "cgroup": lambda names: "memory" in names.split(",")}.get(kind)
@@ -88,7 +88,11 @@ def control_groups(root: Path = ROOT) -> Iterator[tuple[Path, Version]]:
 class Peak:
     """The most memory that this process holds from now on, on the device, or of the host's."""
 
-    def __init__(self, device: torch.device, root: Path = ROOT) -> None:
+    def __init__(self, device: torch.device, already: float = 0.0, root: Path = ROOT) -> None:
+        """
+        Args:
+            already: Bytes held by now that count as taken from now on.
+        """
         self.device, self.root = device, root
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
@@ -97,7 +101,8 @@ class Peak:
                 switch = os.open(root / "proc/self/clear_refs", os.O_WRONLY)
                 os.write(switch, b"5")
                 os.close(switch)
-        self.start = self._now("VmRSS", "allocated_bytes.all.current")
+        now = self._now("VmRSS", "allocated_bytes.all.current")
+        self.start = None if now is None else now - already
 
     @property
     def most(self) -> float | None:

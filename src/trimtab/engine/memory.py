@@ -3,7 +3,7 @@
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, NoReturn, Self
 
 from trimtab.data.pack import Pack
 from trimtab.engine.machine import free_memory
@@ -28,8 +28,10 @@ class Work(NamedTuple):
     """The share of tokens that are learned."""
     steps: Callable[[int], Sequence[Sequence[Pack]]] | None = None
     """The packs of the fullest steps, given how many tokens are computed at a time; full packs unless given."""
-    known: float = 0.0
+    from_frozen: float = 0.0
     """Bytes that frozen layers make of all rows, if those are to be kept from one epoch to the next."""
+    evaluated: int = 0
+    """Tokens of the longest row that is evaluated on."""
 
 
 class Memory(NamedTuple):
@@ -81,22 +83,20 @@ def plan_memory(
         free: Bytes that may be taken; measured unless given.
 
     Raises:
-        RecipeError: The gradients and the optimizer do not fit, or not even the longest row alone, computed twice.
+        RecipeError: The gradients and the optimizer do not fit, or not even the longest row alone, computed twice; or a row to
+            evaluate on.
     """
     free = free_memory(next(model.parameters()).device) if free is None else free
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     room = SHARE * free - 3 * trained  # gradients, and two moments of them
-    if room <= 0:
+    if room <= trained:
         raise RecipeError(
-            f"Gradients and AdamW's moments of what is trained take {3 * trained / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free: train "
-            "fewer parameters (a lower method.rank, fewer method.targets)."
+            f"Gradients, AdamW's two moments and a copy to save what is trained take {4 * trained / 1e9:.2f} GB, and {free / 1e9:.2f} GB are "
+            "free: train fewer parameters (a lower method.rank, fewer method.targets)."
         )
     once = training_costs(model, work.longest, work.learned)
     tokens = pack_tokens if pack_tokens != "auto" else _fitting(once, work.longest, room)
-    steps, estimating = _packed(model, work, tokens)
-    while estimating > room and pack_tokens == "auto" and tokens > FEWEST:
-        tokens = max(FEWEST, tokens // 2)
-        steps, estimating = _packed(model, work, tokens)
+    tokens, steps, passing = _divided(model, work, tokens, room, free, pack_tokens != "auto")
     full = _full(tokens, work.longest)
     sizes = [_size(pack) for step in steps for pack in step if not pack.mismatched] or [full]
     limit = {"auto": room, "none": math.inf, "full": -1.0}[recompute]
@@ -108,12 +108,13 @@ def plan_memory(
     most = max((cost.of(*size) for size in some), default=0.0)
     if others:
         most = max(most, *_twice(model, work, others, math.inf if recompute == "none" else room, free, pack_tokens != "auto"))
-    most = max(most, kept + trained, estimating)  # a copy of what is trained is made to save it
+    meanwhile = max(trained, passing)  # when an adapter is saved, a copy of it is made
+    block = min(once.kept.of(*full), room - meanwhile) if recompute != "full" else 0.0
+    most = max(most, min(kept, block) + meanwhile)
     waiting = min(kept / 4, max(0.0, room - most))
     waits = max((sum(pack.estimates for pack in step) * trained for step in steps), default=0)
     most += waits if waits <= waiting else 0.0
-    below = min(work.known, max(0.0, room - most)) if math.isfinite(room) else work.known
-    block = min(once.kept.of(*full), room) if recompute != "full" else 0.0
+    below = min(work.from_frozen, max(0.0, room - most)) if math.isfinite(room) else work.from_frozen
     memory = Memory(tokens, cost, limit, block, waiting, below, 3 * trained + most + below, "")
     return memory._replace(words=_words(memory, free, bool(others), recompute))
 
@@ -144,22 +145,43 @@ def _twice(model: Any, work: Work, sizes: Sequence[Size], room: float, free: flo
     taken = [costs.most(*size).of(*size) for size in sizes]
     if max(taken) > room:
         tokens, _ = sizes[taken.index(max(taken))]
-        raise RecipeError(
-            f"A pack of {tokens:,} tokens needs {max(taken) / 1e9:.2f} GB for its activations, even computed again layer by layer, and "
-            f"{max(0.0, room) / 1e9:.2f} GB are left for them, of {free / 1e9:.2f} GB that are free. "
-            f"Lower data.max_length{' or train.pack_tokens' if asked else ''}."
-        )
+        what = f"A pack of {tokens:,} tokens needs {max(taken) / 1e9:.2f} GB for its activations, even computed again layer by layer"
+        _refuse(what, room, free, asked)
     return taken
 
 
-def _packed(model: Any, work: Work, tokens: int) -> tuple[Sequence[Sequence[Pack]], float]:
-    """The fullest steps, and what their packs take that have no backward pass, on which a number is estimated."""
-    steps = work.steps(tokens) if work.steps is not None else []
-    sizes = [(len(pack.ids), max(pack.pairs)) for step in steps for pack in step if pack.mismatched]  # one after the other
-    if not sizes:
-        return steps, 0.0
-    costs = measuring_costs(model, work.longest, work.learned)
-    return steps, max(costs.most(*size).of(*size) for size in sizes)
+def _refuse(what: str, room: float, free: float, asked: bool) -> NoReturn:
+    raise RecipeError(
+        f"{what}, and {max(0.0, room) / 1e9:.2f} GB are left for it, of {free / 1e9:.2f} GB that are free. "
+        f"Lower data.max_length{' or train.pack_tokens' if asked else ''}."
+    )
+
+
+def _divided(
+    model: Any, work: Work, tokens: int, room: float, free: float, asked: bool
+) -> tuple[int, Sequence[Sequence[Pack]], float]:
+    """How many tokens at a time fit without a backward pass too, the fullest steps, and the most that a pack takes without one.
+
+    Those are packs on which a number is estimated, and of rows to evaluate on: if no longer than what is trained on, they take less.
+
+    Raises:
+        RecipeError: Such a pack does not fit.
+    """
+    costs: Costs | None = None
+    while True:
+        steps = work.steps(tokens) if work.steps is not None else []
+        sizes = [(len(pack.ids), max(pack.pairs)) for step in steps for pack in step if pack.mismatched]  # one after the other
+        if work.evaluated > work.longest:
+            sizes.append((max(tokens, work.evaluated), work.evaluated**2))
+        if not sizes:
+            return tokens, steps, 0.0
+        costs = costs or measuring_costs(model, max(work.longest, work.evaluated), work.learned)
+        taken, largest = max((costs.most(*size).of(*size), size[0]) for size in sizes)
+        if taken <= room:
+            return tokens, steps, taken
+        if asked or tokens <= FEWEST:
+            _refuse(f"A pack of {largest:,} tokens needs {taken / 1e9:.2f} GB to be evaluated", room, free, asked)
+        tokens = max(FEWEST, tokens // 2)
 
 
 def _words(memory: Memory, free: float, some: bool, recompute: Recompute) -> str:

@@ -28,8 +28,8 @@ from trimtab.randomness import seeded
 from trimtab.startup import collector_paused
 
 LENGTHS = {"cpu": (8, 16, 32)}
-LONGER = (256, 512, 1024)
-"""On an accelerator, where few tokens take as long as many, and memory is given in blocks."""
+LONGER = (32, 64, 128)
+"""On an accelerator, where attention fills rows up to multiples of 32."""
 
 
 class Cost(NamedTuple):

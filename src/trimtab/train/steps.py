@@ -32,8 +32,11 @@ class PlannedSteps:
         return sum(len(units(self._rows[n] for n in step)) for step in self._plan) / len(self._plan)
 
 
-def planned_memory(base: Base, config: TrainConfig, rows: SequenceOf[Row]) -> Memory:
+def planned_memory(base: Base, config: TrainConfig, rows: SequenceOf[Row], held_out: SequenceOf[Row] = ()) -> Memory:
     """How many tokens are computed at a time, and which packs twice, so that training on these rows fits into memory.
+
+    Args:
+        held_out: Rows that are evaluated on meanwhile.
 
     Raises:
         RecipeError: It can't.
@@ -52,8 +55,9 @@ def planned_memory(base: Base, config: TrainConfig, rows: SequenceOf[Row]) -> Me
         return [pack_all([rows[n] for n in step], tokens) for _, _, step in chosen]
 
     below = FrozenBelow(base.model, 0)
-    known = below.size(sum(len(row.ids) for row in rows)) if config.epochs > 1 else 0.0
-    work = Work(most_together(rows), learned / shown, fullest if rows else None, known)
+    from_frozen = below.size(sum(len(row.ids) for row in rows)) if config.epochs > 1 else 0.0
+    evaluated = max((len(row.ids) - 1 for row in held_out), default=0)  # nothing is predicted from the last one
+    work = Work(most_together(rows), learned / shown, fullest if rows else None, from_frozen, evaluated)
     return plan_memory(base.model, work, config.pack_tokens, config.recompute)
 
 

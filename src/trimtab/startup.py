@@ -52,8 +52,8 @@ def never_keep_freed_memory() -> None:
     """Let this process give large blocks back to the system as soon as they are freed, so that it holds what is in use, and no more.
 
     By default, glibc's malloc keeps blocks of up to 32 MB once it has freed such ones. Before 2.38 it finds no place for an
-    aligned block in a hole of the same size, so holes add up: to six times of what is in use, where attention keeps its scores.
-    It costs 1 to 4 % of a training step's time. Elsewhere this does nothing.
+    aligned block in a hole of the same size, so holes add up: to six times what is in use, where attention keeps its scores.
+    It costs 1 to 4 % of a training step's time. With another malloc than glibc's this does nothing.
     """
     give_back_freed_memory()  # what imports have left
     if libc := _glibc():

@@ -60,7 +60,7 @@ class Pack:
 
     @property
     def pairs(self) -> list[int]:
-        """Of each segment of its own, how many pairs of its tokens and those in their sight there are: n² of a row of n by itself."""
+        """By segment of its own, its tokens times those that they attend to: n² for a row of n tokens by itself."""
         seen = [0] * len(self.segments)
         for number, (start, end, parent) in enumerate(self.segments):
             seen[number] = end - start + (seen[parent] if parent >= 0 else 0)

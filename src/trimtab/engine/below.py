@@ -28,7 +28,7 @@ class FrozenBelow:
         """By a row's identity: the row, held so that no other takes its place, and its hidden states, a line a token."""
 
     def size(self, tokens: int) -> float:
-        """Bytes of so many tokens' hidden states."""
+        """Bytes that so many tokens would take here: none where nothing is frozen below the lowest trained layer."""
         config = self.model.config.get_text_config()
         return tokens * config.hidden_size * next(self.model.parameters()).element_size() if self.lowest else 0.0
 

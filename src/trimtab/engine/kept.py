@@ -50,14 +50,14 @@ def kept(like: Tensor, rows: int, columns: int, wanted: bool = True) -> Tensor:
     """An empty tensor that is kept for the backward pass: rows x columns.
 
     Args:
-        wanted: There will be one: nothing is kept of frozen layers below the lowest trained one.
+        wanted: There is a backward pass: frozen layers below the lowest trained one have none.
     """
     place = _kept.get() if wanted else None
     return like.new_empty(rows, columns) if place is None else place.take(like, rows, columns)
 
 
 def forget_transient() -> None:
-    """Let go of that memory, in this thread."""
+    """Free what `transient_like` holds in this thread."""
     vars(_memory).clear()
 
 

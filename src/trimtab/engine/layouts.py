@@ -25,7 +25,7 @@ _longest: ContextVar[int] = ContextVar("longest", default=0)
 
 
 def standing_for(longest: int) -> AbstractContextManager[None]:
-    """Rows of packed passes within the block, in this thread, stand for ones of up to so many tokens: a window is as narrow to them."""
+    """Short rows within the block, in this thread, stand for rows of up to so many tokens: if those exceed a window, so do these."""
     return holding(_longest, longest)
 
 

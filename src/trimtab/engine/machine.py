@@ -1,6 +1,6 @@
-"""The memory that is left to this process, by whatever limits it, and the most that it has taken.
+"""The memory that this process may still take, by every limit on it, and the most that it has taken.
 
-Every function reads the files of Linux below `root`; elsewhere there are none, and nothing is known.
+Every function reads Linux's files below `root`; on other systems there are none, and nothing is known.
 """
 
 import math
@@ -17,14 +17,14 @@ ROOT = Path("/")
 
 
 class Version(NamedTuple):
-    """How a control group says what it has."""
+    """The files in which a version of control groups keeps its numbers."""
 
     limits: tuple[str, ...]
     used: str
     reclaimed: tuple[str, ...]
-    """Of its statistics, what the system takes back for whoever needs it: pages of files, …"""
+    """Of `memory.stat`, what counts as used and is given back when it is needed: the page cache, …"""
     mapped: str
-    """… and what of that is in use all the same, as weights that are read where they lie in a file."""
+    """… and the part of that in use: files that are mapped, such as weights."""
 
 
 GROUPS = {
@@ -39,7 +39,7 @@ GROUPS = {
 
 
 def free_memory(device: torch.device, root: Path = ROOT) -> float:
-    """Bytes that this process may still take on the device, or of the host's memory; inf if nobody says."""
+    """Bytes that this process may still take on the device, or of the host's memory; inf if the system does not say."""
     if device.type == "cuda":
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return float(torch.cuda.mem_get_info(device)[0] + held)
@@ -106,7 +106,7 @@ class Peak:
 
     @property
     def most(self) -> float | None:
-        """Bytes; None if nobody says."""
+        """Bytes; None if the system does not say."""
         return self._now("VmHWM", "allocated_bytes.all.peak")
 
     def _now(self, host: str, device: str) -> float | None:

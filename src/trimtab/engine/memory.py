@@ -1,4 +1,4 @@
-"""What is computed at a time, and what is computed twice, so that training fits into the memory that is free: planned, not flagged."""
+"""How many tokens are computed at a time, and which packs twice, so that training fits into the memory that is free."""
 
 import math
 from bisect import bisect_right
@@ -25,7 +25,7 @@ class Work(NamedTuple):
     longest: int
     """Tokens of the longest row, which no pack can cut."""
     learned: float = 1.0
-    """The share of tokens that are learned."""
+    """The share of tokens that are trained on."""
     steps: Callable[[int], Sequence[Sequence[Pack]]] | None = None
     """The packs of the fullest steps, given how many tokens are computed at a time; full packs unless given."""
     from_frozen: float = 0.0
@@ -42,15 +42,15 @@ class Memory(NamedTuple):
     cost: Cost
     """What a pack takes."""
     room: float
-    """Bytes: packs that take more keep the inputs of layers alone, and compute the layers again in the backward pass."""
+    """Bytes that are left for a pack: one that takes more keeps the inputs of its layers alone, which are computed again."""
     kept: float
-    """Bytes that the largest of the other packs keeps for its backward pass."""
+    """Bytes of the block in which packs that are computed once keep what they need in the backward pass."""
     waiting: float
     """Bytes of gradients that may wait for what is estimated on later packs."""
     below: float
-    """Bytes of what frozen layers made of rows that may be kept."""
+    """Bytes that what frozen layers have made of rows may take."""
     most: float
-    """Bytes that training takes at most, all in all, beside what is held already."""
+    """Bytes that training takes at most, all in all, beside what is held when it is planned."""
     words: str
 
     def twice(self, pack: Pack) -> bool:

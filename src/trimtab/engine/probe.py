@@ -1,7 +1,7 @@
-"""What a pack takes in memory, measured on short rows of made-up tokens: each tensor that is made there is counted, and let go.
+"""What a pack takes in memory, measured on three short rows of made-up tokens, whose tensors are counted as they are made and freed.
 
-A row of n tokens takes c + a·n + b·n² bytes: a for its tokens, b where attention keeps a number for each pair of them, c for
-copies of weights. Three rows say what those are.
+A row of n tokens takes c + a·n + b·n² bytes: a for each token, b where attention keeps a number for each pair of them, c for
+copies of weights. Three rows determine a, b and c.
 """
 
 import random
@@ -47,15 +47,15 @@ class Cost(NamedTuple):
 
 
 class Costs(NamedTuple):
-    """Of a pack in training."""
+    """What a pack takes, from the start of its forward pass to the end of its backward pass."""
 
     kept: Cost
-    """What waits for the backward pass."""
+    """What the forward pass keeps for the backward pass."""
     moments: NDArray[np.float64]
-    """All that is held, each time that something is made or let go of: a line each, as in `Cost`."""
+    """All that is held, each time that a tensor is made or freed: a line each, as in `Cost`."""
 
     def most(self, tokens: float, pairs: float) -> Cost:
-        """At the moment at which a pack of this size takes most."""
+        """What a pack takes at the moment at which one of this size takes most."""
         held = self.moments @ np.array([1.0, tokens, pairs])
         return Cost(*map(float, self.moments[held.argmax()]))
 
@@ -66,8 +66,8 @@ def training_costs(model: Any, longest: int, learned: float, *, recompute: bool 
     Args:
         model: With what is trained on it.
         longest: Tokens of the longest row that there will be: beyond a sliding window, attention needs more.
-        learned: The share of tokens that are learned.
-        recompute: They are computed twice.
+        learned: The share of tokens that are trained on.
+        recompute: Their layers are computed again in the backward pass.
     """
     device = next(model.parameters()).device
     lengths = LENGTHS.get(device.type, LONGER)
@@ -91,7 +91,7 @@ def measuring_costs(model: Any, longest: int, learned: float) -> Costs:
 
 @contextmanager
 def _as_in_training(model: Any, device: torch.device) -> Iterator[None]:
-    """Within the block, dropout acts, and gradients lie where training has them: they are counted apart."""
+    """Within the block, dropout acts, and there are gradients already, as in training: they are counted apart."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     before = [parameter.grad for parameter in trained]
     acting = [adapter for adapter in adapters(model).values() if adapter.enabled]
@@ -121,7 +121,7 @@ def _made_up(model: Any, length: int, learned: float) -> Pack:
 
 
 def _layers(model: Any, pack: Pack, recompute: bool, device: torch.device) -> tuple[float, list[float]]:
-    """What the layers leave for the backward pass, and what is held all the while, in the forward and in the backward pass."""
+    """Bytes that the layers keep for the backward pass; and all that is held, each time that it changes, in both passes."""
     pack = pack.to(device)
     at = pack.target_at.unique()
     forget_transient()  # so that each pass makes the same, one after the other
@@ -130,11 +130,14 @@ def _layers(model: Any, pack: Pack, recompute: bool, device: torch.device) -> tu
         kept = meter.now
         if total.requires_grad:
             total.backward()
-        return kept, [*meter.levels]  # later ones do not count
+        return kept, [*meter.levels]  # what is freed after the passes does not count
 
 
 def _head(model: Any, device: torch.device) -> list[Cost]:
-    """The same of the head, in the number of tokens that are learned; of enough that it takes them in several tiles."""
+    """The head's, by the number of target tokens: what it keeps, the most in the forward and in the backward pass.
+
+    It is measured on so many tokens that it takes them in several tiles.
+    """
     one = head.head_of(model)
     few = max(head.ROWS if one.adapted is not None else 1, head.TILE // len(one.weight) + 1)
     found = []
@@ -163,7 +166,7 @@ def _fitted(lengths: Sequence[int], levels: Sequence[Sequence[float]]) -> NDArra
 
 
 class Meter(TorchDispatchMode):
-    """Within the block, bytes of tensors that are made in it, and not yet gone: by what each operation returns."""
+    """Counts the bytes of tensors that are made within the block and not yet freed, by what each operation returns."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -180,7 +183,7 @@ class Meter(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # nothing here is compiled, and looking whether it is takes a third of the time
+        return False  # nothing here is compiled, and to look for that takes a third of the time
 
     def _count(self, storage: Any, given: Iterable[Any]) -> None:
         if id(storage) in self.held:

@@ -1,4 +1,4 @@
-"""The packs of each optimizer step of a run, made when it is taken; and how many tokens go into one, by the memory that is free."""
+"""The packs of each optimizer step of a run, made when it is taken; and how large they are, by the memory that is free."""
 
 import heapq
 from collections.abc import Sequence as SequenceOf
@@ -39,7 +39,7 @@ def planned_memory(base: Base, config: TrainConfig, rows: SequenceOf[Row], held_
         held_out: Rows that are evaluated on meanwhile.
 
     Raises:
-        RecipeError: It can't.
+        RecipeError: It does not fit.
     """
     never_keep_freed_memory()
     answers = [row for row in rows if row.side != "mismatched"]
@@ -62,9 +62,9 @@ def planned_memory(base: Base, config: TrainConfig, rows: SequenceOf[Row], held_
 
 
 FULLEST = 8
-"""Steps among whose packs the largest is looked for."""
+"""How many of the steps with most tokens are packed to find the largest pack."""
 
 
 def _plan(rows: SequenceOf[Row], config: TrainConfig) -> list[list[int]]:
-    """The numbers of the rows that each step learns."""
+    """The numbers of the rows of each step."""
     return plan_steps(rows, epochs=config.epochs, seed=config.seed, rows=config.rows, tokens=config.tokens_per_step)

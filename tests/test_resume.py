@@ -713,6 +713,21 @@ def test_a_run_that_is_resumed_gives_back_freed_memory_as_one_that_begins(here, 
     assert told
 
 
+class EndsAfterTraining(Silent):
+    def finished(self, *_):
+        raise Killed
+
+
+def test_what_training_has_held_is_kept_where_only_the_certificate_is_left(here):
+    """A process that takes no step would say that the plan was far too large."""
+    with pytest.raises(Killed):
+        run("cut", watch=EndsAfterTraining())
+    held = json.loads(Path("cut/run.json").read_text())["memory_held"]
+    assert held["measured"] > held["before"]
+    run("cut")
+    assert json.loads(Path("cut/run.json").read_text())["memory_held"] == held
+
+
 def test_the_log_is_json_whatever_the_numbers_are(here, monkeypatch):
     """A measure that has no value in a step (the rewards of good answers where there are none), say."""
     monkeypatch.setattr(SFT, "measures", lambda *_: {"odd": torch.tensor([math.nan]), "large": torch.tensor([-math.inf])})

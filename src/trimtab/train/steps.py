@@ -16,7 +16,8 @@ class PlannedSteps:
         if not rows:
             raise DataError("data: there is nothing to learn from.")
         self._rows, self.memory = rows, memory
-        self._plan = plan_steps(rows, epochs=config.epochs, seed=config.seed, rows=config.rows, tokens=config.tokens_per_step)
+        self.epochs, self.rows = config.of(len(units(rows)))
+        self._plan = plan_steps(rows, epochs=self.epochs, seed=config.seed, rows=self.rows, tokens=config.tokens_per_step)
 
     def __len__(self) -> int:
         return len(self._plan)
@@ -26,4 +27,7 @@ class PlannedSteps:
 
     @property
     def rows_per_step(self) -> float:
+        """On average, if it is measured in tokens."""
+        if self.rows is not None:
+            return self.rows
         return sum(len(units(self._rows[n] for n in step)) for step in self._plan) / len(self._plan)

@@ -16,6 +16,8 @@ Message = dict[str, Any]
 Switches = Mapping[str, Any]
 """Variables of a template that are the user's to set, such as `enable_thinking`."""
 
+ID = "abcdefghi"
+"""Of a call. Mistral's templates want nine letters."""
 PROBE = "Zanzibar"
 """A word that no template writes by itself."""
 GIVEN = {
@@ -24,6 +26,8 @@ GIVEN = {
     "continue_final_message",
 }  # fmt: skip
 """What Transformers and Jinja give to every template."""
+REASONING = ("reasoning_content", "thinking", "reasoning")
+"""Names of a message's reasoning. Whichever it comes under, the template is given all, as it may read any."""
 CLOSES = "</think>"
 """How reasoning ends where the template does not say."""
 
@@ -109,6 +113,13 @@ class ChatTemplate:
         shared = reasoned[len(reasoned) - _agreeing(alone[::-1], reasoned[::-1]) :]
         return shared.strip() or reasoned.strip() or CLOSES
 
+    @cached_property
+    def reasoning_switch(self) -> str | None:
+        """A setting of one of its switches with which a turn has reasoning, if it has none without."""
+        return self.switch_for(
+            lambda other: other.reads_reasoning or other._tried([_user("0")], prompt=True).rstrip().endswith("<think>")
+        )
+
     @property
     def variables(self) -> list[str]:
         """The names of its switches: variables that it reads and does not set itself, unless only where they are not set."""
@@ -139,13 +150,13 @@ class ChatTemplate:
 
     @cached_property
     def ending(self) -> Ending | None:
-        """How an answer ends; None if by no special token."""
-        return self._ending([_user("0")], _answer, _user("0"), None)
+        """How an answer ends; None if by no special token. Some templates accept no conversation without tools (Hermes 2 Pro's)."""
+        return self._ending([_user("0")], _answer, _user("0"), None) or self._ending([_user("0")], _answer, _user("0"), TOOLS)
 
     @cached_property
     def call_ending(self) -> Ending | None:
         """How a turn ends that calls a tool."""
-        return self._ending([_user("0")], _call, {"role": "tool", "name": "tool", "content": "0"}, TOOLS)
+        return self._ending([_user("0")], _call, {"role": "tool", "name": "tool", "tool_call_id": ID, "content": "0"}, TOOLS)
 
     def _ending(
         self, asked: list[Message], say: Callable[[str], Message], after: Message, tools: list[Any] | None
@@ -213,7 +224,8 @@ def _answer(content: str) -> Message:
 
 
 def _call(argument: str) -> Message:
-    return {**_answer(""), "tool_calls": [{"type": "function", "function": {"name": "tool", "arguments": {"x": argument}}}]}
+    function = {"name": "tool", "arguments": {"x": argument}}
+    return {**_answer(""), "tool_calls": [{"type": "function", "id": ID, "function": function}]}
 
 
 def _calls(messages: Sequence[Message]) -> bool:
@@ -222,6 +234,8 @@ def _calls(messages: Sequence[Message]) -> bool:
 
 def _in_form(message: Message, parts: bool, texts: bool) -> Message:
     """The message as the template reads it."""
+    if reasoning := next((message[key] for key in REASONING if message.get(key)), None):
+        message = {**dict.fromkeys(REASONING, reasoning), **message}
     if parts:
         message = {**message, "content": [{"type": "text", "text": message["content"]}]}
     if texts and message.get("tool_calls"):

@@ -17,7 +17,8 @@ Message = dict[str, Any]
 
 REASONING = ("reasoning_content", "thinking", "reasoning")
 """Keys under which a message's reasoning comes; Transformers hands any of them on under the name that the template reads."""
-_THINKING = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
+CLOSES = "</think>"
+_THINKING = re.compile(r"\s*(?:<think>)?(.*?)</think>(.*)", re.DOTALL)
 _MARK = re.compile(r"qxmark([a-z]+)xq")
 MOST_FRAMES = 1000
 
@@ -35,17 +36,20 @@ class Writing(Protocol):
     source: Any
     frames: set[tuple[str, ...]]
 
+    @property
+    def reasoning_switch(self) -> str | None: ...
+
 
 def parted(message: Message) -> tuple[str, Message]:
-    """Its reasoning, from a key of its own or from the beginning of the content; and the message without."""
+    """Its reasoning, from a key of its own or from the beginning of the content, which a prompt may have opened; and the message without."""
     own = next((message[key] for key in REASONING if isinstance(message.get(key), str)), None)
     rest = {key: value for key, value in message.items() if key not in REASONING}
     if own is not None:
         return own, rest
     found = _THINKING.fullmatch(message["content"])
-    if found is None or "</think>" in found.group(2):
+    if found is None or "<think>" in found[1] or CLOSES in found[2]:
         return "", rest
-    return found.group(1).strip("\n"), {**rest, "content": found.group(2).lstrip("\n")}
+    return found[1].strip("\n"), {**rest, "content": found[2].lstrip("\n")}
 
 
 def check_said(message: Message, said: str, say: Callable[[Message], str], template: Writing) -> None:
@@ -68,7 +72,10 @@ def check_said(message: Message, said: str, say: Callable[[Message], str], templ
     order = [int(found, 26) for found in map(_numeral, _MARK.findall(probe))]
     if missing := [leaf for number, leaf in enumerate(leaves) if number not in order]:
         what, text = missing[0].what, _short(missing[0].text)
-        raise Refused(about(what) if what in REASONING else f"the model's chat template leaves out its {what}: {text}")
+        if what in REASONING:
+            raise Refused(about(what, template))
+        switch = template.reasoning_switch if parted(message)[0] else None
+        raise Refused(f"the model's chat template leaves out its {what}: {text}{f'; set {switch}' if switch else ''}")
     frame = tuple(_MARK.split(probe)[::2])
     _compare(said, frame, [leaves[number] for number in order])
     calls = message.get("tool_calls") or []
@@ -110,10 +117,12 @@ def _compare(said: str, frame: tuple[str, ...], leaves: list[Leaf]) -> None:
 
 
 def forms(text: str) -> Iterator[str]:
-    """A text as templates write it: as it is, or in JSON."""
+    """A text as templates write it: as it is, in JSON, Python or XML."""
     yield text
     yield json.dumps(text, ensure_ascii=False)[1:-1]
     yield json.dumps(text)[1:-1]
+    yield repr(text)[1:-1]
+    yield f"<![CDATA[{text}]]>"
 
 
 def plain(text: str) -> str:
@@ -223,13 +232,11 @@ def unread_key(messages: list[Message], number: int, trained: bool, render: Call
     return None
 
 
-def about(key: str) -> str:
+def about(key: str, template: Writing) -> str:
     """What to do about a key that nothing reads."""
     if key in REASONING:
-        return (
-            f"the model's chat template does not write {key}: put it into the content, as <think>…</think>, or leave it out with "
-            f"data.ignore=[{key}]"
-        )
+        ways = f"set {template.reasoning_switch}" if template.reasoning_switch else "put it into the content, as <think>…</think>"
+        return f"the model's chat template does not write {key}: {ways}, or leave it out with data.ignore=[{key}]"
     return f"nothing reads {key}: weight: 0 is for a message that is not to be trained on; leave the key out with data.ignore=[{key}]"
 
 

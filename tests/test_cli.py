@@ -16,7 +16,7 @@ import pytest
 import torch
 from disks import make_read_only, small_disk
 from safetensors.torch import load_file, save_file
-from worlds import ROWS, command
+from worlds import ROWS, command, write_rows
 
 from trimtab import api, cli, commands, files, preflight, saving
 from trimtab.artifacts import saved_states
@@ -613,6 +613,35 @@ def test_a_folder_may_have_any_name(name, here, trimtab):
     assert f"into {name} merged (float32)" in merged.out
 
 
+def test_other_rows_are_read_as_the_runs_own_were(here, trimtab):
+    """With its columns, or by their names; and the advice for rows that are called otherwise works as it is printed."""
+    write_rows(here / "own.jsonl", [{"asked": f"Is {n} a number?", "said": "yes", "images": "x"} for n in range(30)])
+    write_rows(here / "odd.jsonl", [{"q": f"Is {n} a number?", "a": "yes"} for n in range(5)])
+    columns = "data.columns={prompt: asked, completion: said}"
+    done = trimtab("train", "r.yaml", "data.train=own.jsonl", columns, "data.ignore=[images]", "output=new", "train.epochs=0.3")
+    assert done.code == 0, done.err
+    write_rows(here / "more.jsonl", [{"asked": "Is 3 a number?", "said": "yes", "images": "y"}] * 3)
+    for data, rows in (("more.jsonl", 3), ("rows.jsonl", 30)):
+        done = trimtab("eval", "new", "--data", data, "--json")
+        assert (done.code, json.loads(done.out or "{}").get("rows")) == (0, rows), done.err
+    refused = trimtab("eval", "new", "--data", "odd.jsonl")
+    assert refused.code == 3
+    assert "odd.jsonl:1: has no column 'asked', which data.columns says is the prompt; it has q, a" in refused.err
+    for target in ("new", "run", "run/adapter", "tiny"):
+        words = ["--data", "odd.jsonl", "data.columns={prompt: q, completion: a}", "--json"]
+        done = trimtab("eval", target, *words)
+        assert (done.code, json.loads(done.out or "{}").get("rows")) == (0, 5), done.err
+    refused = trimtab("eval", "run", "--data", "odd.jsonl")
+    advice = re.findall(r"data\.columns\S*=\S+", refused.err.replace(")", ""))
+    assert (refused.code, bool(advice)) == (3, True), refused.err
+    refused = trimtab("eval", "run", "--data", "rows.jsonl", "train.lr=3")
+    assert (refused.code, refused.err) == (
+        2, "trimtab: train.lr=3: of a recipe's keys, eval takes data.columns and data.ignore alone.\n"
+    )  # fmt: skip
+    refused = trimtab("eval", "run", "data.ignore=[x]")
+    assert (refused.code, "says how rows are read, and a run's own are read as they were" in refused.err) == (2, True)
+
+
 # Broken off
 
 
@@ -871,6 +900,23 @@ def test_every_error_has_the_exit_code_that_the_command_returns(here, monkeypatc
 
 def test_an_adapter_goes_onto_the_base_that_is_given(here):
     assert open_target("run", "tiny").base.source == str(here / "tiny")
+
+
+def test_a_base_that_has_moved_is_named_by_model(here, trimtab):
+    assert trimtab("train", "r.yaml", "output=new", "train.epochs=1").code == 0
+    (here / "tiny").rename(here / "moved")
+    for words in (
+        ["chat", "new", "--prompt", "x", "--max-new-tokens", 1],
+        ["merge", "--force", "new", "merged"],
+        ["verify", "new/adapter"],
+    ):
+        done = trimtab(*words)
+        assert (done.code, "was trained on HERE/tiny, and there is none any more" in done.err) == (
+            7 if words[0] == "verify" else 2,
+            True,
+        ), done.err
+        assert "--model FOLDER" in done.err
+        assert trimtab(*words, "--model", "moved").code == 0
 
 
 def test_methods_lists_what_each_would_train_on_a_model(here, trimtab):

@@ -261,8 +261,16 @@ def test_a_word_can_replace_a_short_form_and_a_whole_section():
         ("train.=3", "'train.=3': expected section.key=value, for example train.lr=1e-4."),
         (".lr=3", "'.lr=3': expected section.key=value, for example train.lr=1e-4."),
         ("", "'': expected section.key=value, for example train.lr=1e-4."),
-        ("train.lr=[", "'train.lr=[': not valid YAML: expected the node content, but found '<stream end>'."),
-        ("train.lr={a: 1, a: 2}", "'train.lr={a: 1, a: 2}': not valid YAML: the key 'a' is given twice."),
+        (
+            "method.targets=[qv]_proj",
+            "'method.targets=[qv]_proj': not valid YAML: expected '<document start>', but found '<scalar>'. "
+            """If it is meant as a text, quote it twice: "method.targets='[qv]_proj'\"""",
+        ),
+        (
+            "train.lr={a: 1, a: 2}",
+            "'train.lr={a: 1, a: 2}': not valid YAML: the key 'a' is given twice. "
+            """If it is meant as a text, quote it twice: "train.lr='{a: 1, a: 2}'\"""",
+        ),
         ("output.x=3", "'output.x=3': output is 3 in the recipe, so it has no keys."),
         ("train.lrr=3", "r.yaml: train.lrr: no such key. Did you mean 'lr'?"),
         ("train.lr=fast", "r.yaml: train.lr: expected 'auto' or a number, got 'fast'."),

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import resource
 import shutil
@@ -680,3 +681,8 @@ def test_a_user_without_a_home_has_a_cache_all_the_same(monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", homeless)
     assert files.cache_folder().is_absolute()
+
+
+def test_json_has_no_numbers_for_what_is_none():
+    value = {"a": [math.nan, (math.inf, -math.inf)], "b": {"c": 1.5, "d": None, "e": True, "f": "nan"}}
+    assert files.as_json(value) == {"a": ["nan", ["inf", "-inf"]], "b": {"c": 1.5, "d": None, "e": True, "f": "nan"}}

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -381,3 +382,43 @@ def test_transformers_alone_loads_what_was_merged(name, tmp_path):
     merge(base, adapter, tmp_path / "merged")
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     torch.testing.assert_close(logits(plain), logits(base.model), rtol=1e-4, atol=1e-4)
+
+
+def test_a_name_is_a_name_in_ranks_as_in_targets():
+    """Its dots are dots, not a regular expression's."""
+    model, near = tiny("llama"), Q_PROJ.replace("q_proj", "q.proj")
+    with pytest.raises(NoSuchModule, match=rf"targets: '{re.escape(near)}' matches no module"):
+        attach(model, LoRA(rank=2, targets=[near]))
+    for key in ("ranks", "alphas"):
+        with pytest.raises(NoSuchModule, match=rf"{key}: '{re.escape(near)}' matches none of the targets"):
+            attach(model, LoRA(rank=2, **{key: {near: 3}}))
+    attach(model, LoRA(rank=2, ranks={Q_PROJ: 3, r".*\.layers\.1\..*": 4, "self_attn.k_proj": 5}))
+
+
+def test_an_output_of_zeros_has_no_direction_and_stays_as_it_is(tmp_path):
+    """0/0 in the authors' code, and in PEFT's."""
+    model, x = tiny("llama", dtype=torch.float64), torch.tensor(random_rows(6, 6))
+    with torch.no_grad():
+        for path in (Q_PROJ, DOWN):
+            model.get_submodule(path).weight[2] = 0
+        before = model(input_ids=x).logits
+    adapter = attach(model, DoRA(rank=2))
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=x).logits, before)
+    perturb({name: p for name, p in adapter.parameters().items() if name.endswith(".A")}, 0.1)
+    model(input_ids=x).logits.square().sum().backward()
+    gradients = {name: p.grad for name, p in adapter.parameters().items()}
+    assert all(bool(g.isfinite().all()) for g in gradients.values())
+    for path in (Q_PROJ, DOWN):
+        assert not gradients[f"{path}.B"][2].any()
+        assert gradients[f"{path}.B"].any()
+    optimizer = torch.optim.AdamW(adapter.parameters().values(), lr=0.05)
+    for _ in range(3):
+        optimizer.step()
+    with torch.no_grad():
+        after = model(input_ids=x).logits
+        assert bool(after.isfinite().all())
+        assert not torch.allclose(after, before)
+        merged = adapter.layers[DOWN].merged()
+    assert bool(merged.weight.isfinite().all())
+    assert not merged.weight[2].any()

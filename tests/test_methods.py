@@ -225,12 +225,23 @@ def test_all_linear_is_every_matrix_of_the_blocks():
     [
         (
             ["q_proj", "v_porj"],
-            "targets: 'v_porj' matches no module of LlamaForCausalLM. It has: down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj.",
+            "targets: 'v_porj' matches no module of LlamaForCausalLM. Did you mean 'v_proj'? It has: down_proj, gate_proj, k_proj, "
+            "o_proj, q_proj, up_proj, v_proj.",
         ),
         (
             ["self_attn"],
             "targets: 'self_attn' names model.layers.0.self_attn, a LlamaAttention, and only the matrices can be adapted. "
+            r"For those in it, write self_attn\..*",
+        ),
+        (
+            ["model.norm"],
+            "targets: 'model.norm' names model.norm, a LlamaRMSNorm, and only the matrices can be adapted. "
             "They are: down_proj, embed_tokens, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj.",
+        ),
+        (
+            ["q_prj|v_prj"],
+            "targets: 'q_prj|v_prj' matches no module of LlamaForCausalLM. A regular expression has to match a module's path or its "
+            "last parts, such as mlp.down_proj, whole. It has: down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj.",
         ),
     ],
 )
@@ -240,6 +251,30 @@ def test_a_target_that_cannot_be_adapted_is_refused(targets, message):
         attach(model, LoRA(targets=targets))
     assert str(caught.value) == message
     assert list(model.state_dict()) == list(tiny("llama").state_dict())
+
+
+@pytest.mark.parametrize(
+    ("target", "named"),
+    [
+        ("q_proj|v_proj", {"self_attn.q_proj", "self_attn.v_proj"}),
+        ("[qv]_proj", {"self_attn.q_proj", "self_attn.v_proj"}),
+        (r"self_attn\..*", {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"}),
+        (r"(self_attn|nothing)\.[qk]_proj", {"self_attn.q_proj", "self_attn.k_proj"}),
+        (r"model\.layers\.\d+\.mlp\.(up|down)_proj", {"mlp.up_proj", "mlp.down_proj"}),
+        (r".*_proj", {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+                      "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}),
+        (r"(?i)Q_PROJ", {"self_attn.q_proj"}),
+    ],
+)  # fmt: skip
+def test_an_expression_matches_a_path_or_its_last_parts_whole(target, named):
+    model = tiny("llama")
+    sites = LoRA(targets=[target]).sites(model)
+    assert {site.split(".", 3)[3] for site in sites} == named
+    assert len(sites) == len(named) * model.config.num_hidden_layers
+    assert LoRA(targets=["all-linear"], ranks={target: 3}).rank_of(sites[0]) == 3
+    for part in ("q_pro", "_proj", "elf_attn.q_proj"):  # none is a path or last parts of one
+        with pytest.raises(NoSuchModule, match="matches no module"):
+            LoRA(targets=[part + "()"]).sites(model)
 
 
 def test_all_linear_refuses_to_skip_fused_experts():

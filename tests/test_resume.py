@@ -34,6 +34,7 @@ from trimtab.report import Silent
 from trimtab.resume import Unfinished, plan_facts
 from trimtab.resume import _differences as differences
 from trimtab.run import run_recipe
+from trimtab.train import loop
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -708,3 +709,23 @@ def test_a_run_is_resumed_on_another_day_with_a_template_that_writes_the_date(he
     assert target.base.render(text).startswith(f"Today: {target.base.moment:%d %b %Y}")
     other = run("later", "train.epochs=0.5")
     assert other.state["data_digest"] != started["data_digest"]  # the negative control: tomorrow's tokens are others
+
+
+def test_a_run_that_goes_on_keeps_freed_memory_as_one_that_begins(here, monkeypatch):
+    kept = []
+    monkeypatch.setattr(loop, "keep_freed_memory", lambda: kept.append(1))
+    ended("cut", "stepped", 5)
+    assert kept
+    kept.clear()
+    run("cut")
+    assert kept
+
+
+def test_the_log_is_json_whatever_the_numbers_are(here, monkeypatch):
+    """A measure that has no value in a step (the rewards of good answers where there are none), say."""
+    monkeypatch.setattr(SFT, "measures", lambda *_: {"odd": torch.tensor([math.nan]), "large": torch.tensor([-math.inf])})
+    run("new", "train.epochs=0.4")
+    lines = Path("new/metrics.jsonl").read_text().splitlines()
+    read_strictly = [json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is not JSON")) for line in lines]
+    assert {line["kind"] for line in read_strictly} == {"train", "eval"}
+    assert all((line["odd"], line["large"]) == ("nan", "-inf") for line in read_strictly)

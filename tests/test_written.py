@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 from worlds import CHATML, make_model
 
-from trimtab.base import Base
+from trimtab.base import Base, ModelConfig
 from trimtab.deploy import WELL_KEPT, attach, merge, sample
 from trimtab.deploy.within import save_alone
 from trimtab.errors import ArtifactError, NotMergeable, UnsupportedModel
@@ -308,3 +308,37 @@ def test_written_files_have_the_modes_that_files_have(mask, here, trimtab):
     written = [path for name in ("new", "merged", "checkpoint-1") for path in (here / name).rglob("*") if path.is_file()]
     assert len(written) > 15
     assert {path.name: stat.S_IMODE(path.stat().st_mode) for path in written} == {path.name: 0o666 & ~mask for path in written}
+
+
+SWITCHED = (
+    "{%- macro mark(more) -%}{{ '!' if loud else '.' }}{{ names | join(',') if names is defined and names else '' }}{{ more }}"
+    "{%- endmacro -%}"
+    "{%- for m in messages -%}<|im_start|>{{ m.role }}{{ mark('') }}{{ '?' if loud is defined and loud is false else '' }}\n"
+    "{{ m.content }}<|im_end|>{%- endfor -%}"
+    "{%- if add_generation_prompt -%}<|im_start|>assistant{{ '<think>' if think == 'no' else '' }}\n{%- endif -%}"
+)
+
+
+@pytest.mark.parametrize("place", ["a file of its own", "in the configuration", "one of several"])
+def test_the_switches_that_it_was_trained_with_are_what_a_merged_template_does_by_itself(place, folder, tmp_path):
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    if place == "a file of its own":
+        (folder / "chat_template.jinja").write_text(SWITCHED)
+    else:
+        several = [{"name": "default", "template": SWITCHED}, {"name": "tool_use", "template": SWITCHED}]
+        config |= {"chat_template": SWITCHED if place == "in the configuration" else several}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    switches = {"loud": False, "names": ["a", "b\n{"], "think": "no"}
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    base = Base.load(ModelConfig(name=str(folder), template=switches))
+    merged(base, tmp_path / "merged")
+    read = transformers.AutoTokenizer.from_pretrained(tmp_path / "merged", trust_remote_code=False)
+    for prompt in (False, True):
+        said = read.apply_chat_template(talk, tokenize=False, add_generation_prompt=prompt)
+        assert said == base.render(talk, prompt=prompt)
+        assert said != Base.load(str(folder)).render(talk, prompt=prompt)
+        again = read.apply_chat_template(talk, tokenize=False, add_generation_prompt=prompt, loud=True, names=[], think=1)
+        assert again == base.tokenizer.apply_chat_template(
+            talk, tokenize=False, add_generation_prompt=prompt, loud=True, names=[], think=1
+        )

@@ -64,6 +64,7 @@ def certify(
     """
     job = {
         "folder": str(folder / "adapter"),
+        "model": None,
         "canaries": [asdict(row) for row in canaries(data)],
         **_asked(data),
         "measure": True,
@@ -241,16 +242,19 @@ def whole(folder: Path) -> dict[str, Any]:
     return certificate
 
 
-def verified(folder: Path) -> dict[str, Any]:
+def verified(folder: Path, model: str | None = None) -> dict[str, Any]:
     """Repeat what a certificate says of the run's files and adapter; the certificate, if it still holds. Of an adapter's folder,
     what can be said without.
+
+    Args:
+        model: Where the base is, if not where it was.
 
     Raises:
         ArtifactError: There is none, or a file is not what it was.
         NotCertified: The adapter does not do what it did, or can't be used.
     """
     if is_adapter(folder):
-        return _verified_alone(folder)
+        return _verified_alone(folder, model)
     if (folder / "run.json").is_file() and not (folder / CERTIFICATE).exists():
         raise ArtifactError(
             f"{folder}: has no certificate.json: the run has not ended, was told not to make one (certify: false), or has lost it. "
@@ -258,7 +262,7 @@ def verified(folder: Path) -> dict[str, Any]:
         )
     certificate = whole(folder)
     rows = [{key: value for key, value in row.items() if key != "logprob"} for row in certificate["canaries"]]
-    found = _examine(_looked_at(folder / "adapter", rows))
+    found = _examine(_looked_at(folder / "adapter", rows, model))
     nats, share = found["near"]
     for row, value in zip(certificate["canaries"], found["canaries"], strict=True):
         if not abs(value - row["logprob"]) <= nats + share * abs(row["logprob"]):
@@ -268,12 +272,12 @@ def verified(folder: Path) -> dict[str, Any]:
     return certificate
 
 
-def _verified_alone(folder: Path) -> dict[str, Any]:
+def _verified_alone(folder: Path, model: str | None) -> dict[str, Any]:
     """What its manifest says of an adapter, by a fresh process that loads it on its base; as much of a certificate as there is."""
     adapter = read_adapter(folder)
     if adapter.method is None:
         raise ArtifactError(f"{folder}: has no manifest of Trimtab's (trimtab.json), so nothing says what it was.")
-    found = _examine(_looked_at(folder, []))
+    found = _examine(_looked_at(folder, [], model))
     tests = [
         Tested("files", "passed", f"the adapter's {len(adapter.tensors)} tensors and its configuration are what was saved"),
         Tested("base", "passed", "the base is the one that it was trained on, weights, tokenizer and template")
@@ -284,6 +288,6 @@ def _verified_alone(folder: Path) -> dict[str, Any]:
     return {"passed": found["finite"], "tests": [asdict(one) for one in tests], "answers": []}
 
 
-def _looked_at(folder: Path, canaries: list[dict[str, Any]]) -> dict[str, Any]:
+def _looked_at(folder: Path, canaries: list[dict[str, Any]], model: str | None) -> dict[str, Any]:
     """A job that only loads an adapter and recognizes it."""
-    return {"folder": str(folder), "canaries": canaries, "prompts": [], "longest": 0, "measure": False}
+    return {"folder": str(folder), "model": model, "canaries": canaries, "prompts": [], "longest": 0, "measure": False}

@@ -120,6 +120,7 @@ def _proof_words(add: Callable[..., argparse.ArgumentParser]) -> None:
     )
     verify.add_argument("target", metavar="RUN|ADAPTER", type=Path)
     verify.add_argument("--json", action="store_true", help="print the certificate as JSON")
+    _model_option(verify)
 
     text = "find out whether an upgrade of a library has broken something, in under a minute"
     more = "Every method is tried on a small made-up model: packing, gradients, decoding, saving, merging."
@@ -164,6 +165,8 @@ def _force_option(command: argparse.ArgumentParser) -> None:
 
 def _eval_words(score: argparse.ArgumentParser) -> None:
     score.add_argument("target", metavar="TARGET", help=TARGET)
+    text = "how the rows of --data are read, such as data.columns.prompt=question; as the run's own unless given"
+    score.add_argument("words", metavar="key=value", nargs="*", help=text)
     score.add_argument("--data", metavar="FILE", help="rows to measure on; a run's own held-out rows unless given")
     score.add_argument("--base", action="store_true", help="measure the base without the adapter as well")
     score.add_argument("--show", metavar="N", type=_whole(0), default=0, help="show N answers beside the expected ones")

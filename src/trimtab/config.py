@@ -6,6 +6,7 @@ Knows no key of a recipe. Each floor declares its part beside the code that read
 import importlib
 import json
 import pkgutil
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, get_args
@@ -184,7 +185,12 @@ def _overlay(raw: dict[str, Any], word: str) -> None:
             raise RecipeError(f"{word!r}: {parent} is {_shown(inner)} in the recipe, so it has no keys.")
         node[parent] = inner
         node = inner
-    node[leaf] = yaml12.load(value, repr(word), lines=False)
+    try:
+        node[leaf] = yaml12.load(value, repr(word), lines=False)
+    except RecipeError as error:
+        quoted = f"{key}='{value}'"
+        shown = shlex.quote(quoted) if set(value) & set("\"'$`!") else f'"{quoted}"'
+        raise RecipeError(f"{error} If it is meant as a text, quote it twice: {shown}") from None
 
 
 _EXPECTED = {

@@ -30,11 +30,11 @@ MOST_NEW_TOKENS = 512
 def examined(job: dict[str, Any]) -> dict[str, Any]:
     """Measure what the job names.
 
-    Keys of the job: `folder`, an adapter's; `canaries`, rows whose log-probabilities are asked for; `prompts`, tokens to answer, and
-    `longest`, the tokens of the longest answer that is expected; `rows` and `objective`, to be measured with and without the adapter,
-    as general text is, if `measure` says so.
+    Keys of the job: `folder`, an adapter's; `model`, its base, if not where it says; `canaries`, rows whose log-probabilities are
+    asked for; `prompts`, tokens to answer, and `longest`, the tokens of the longest answer that is expected; `rows` and `objective`,
+    to be measured with and without the adapter, as general text is, if `measure` says so.
     """
-    target = open_target(job["folder"])
+    target = open_target(job["folder"], job["model"])
     base, adapter = target.base, target.adapter
     assert adapter is not None, "an adapter's folder"
     found: dict[str, Any] = {

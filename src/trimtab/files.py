@@ -9,6 +9,7 @@ import errno
 import functools
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -70,6 +71,15 @@ def write_json(path: Path, value: Any) -> None:
 
 def _as_text(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def as_json(value: Any) -> Any:
+    """The value as JSON data, which has no numbers for NaN and Inf: they become the texts "nan", "inf" and "-inf"."""
+    if isinstance(value, dict):
+        return {key: as_json(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(one) for one in value]
+    return value if not isinstance(value, float) or math.isfinite(value) else str(value)
 
 
 def append_line(path: Path, line: str) -> None:

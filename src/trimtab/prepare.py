@@ -7,8 +7,8 @@ from typing import Any
 from trimtab import files
 from trimtab.artifacts import read_adapter
 from trimtab.base import Base
-from trimtab.config import read
-from trimtab.data import Account, Example, Kind, make_sequences, units
+from trimtab.config import made, read
+from trimtab.data import Account, DataConfig, Example, Kind, load_examples, make_sequences, units
 from trimtab.data.example import Sequence as Row
 from trimtab.data.mismatched import with_mismatched
 from trimtab.deploy import adapter_folder, read_method
@@ -88,9 +88,47 @@ def prepared(
 
 def learned_from(target: Path) -> Kind:
     """What a run's objective learned from; answers, for anything that is no run."""
-    if not (target / "run.json").is_file():
-        return "answers"
-    return read(Recipe, target / "recipe.yaml").objective.learns_from
+    return read(Recipe, target / "recipe.yaml").objective.learns_from if (target / "run.json").is_file() else "answers"
+
+
+READING = ("data.columns", "data.ignore")
+"""Keys of a recipe that say how rows are read."""
+
+
+def rows_to_measure(target: Path, source: str, words: Sequence[str] = ()) -> tuple[list[Example], Kind]:
+    """The rows of a file to measure a model on, and what they are.
+
+    They are read as a run's own were: with its `data.columns` and `data.ignore`, or, if that fits none of them, by the names that
+    columns have; as what its objective learned from, or as answers, which any model can be asked for.
+
+    Args:
+        words: Those two keys of a recipe, given anew.
+
+    Raises:
+        RecipeError: Other keys.
+        DataError: Some of the rows can't be read.
+    """
+    for word in words:
+        if not word.startswith(tuple(f"{key}{mark}" for key in READING for mark in "=.")):
+            raise RecipeError(f"{word}: of a recipe's keys, eval takes {' and '.join(READING)} alone.")
+    if (target / "run.json").is_file():
+        data = read(Recipe, target / "recipe.yaml", words).data
+    else:
+        data = made(DataConfig, {"train": source}, [word.removeprefix("data.") for word in words], "data:")
+    kinds: list[Kind] = list(dict.fromkeys((learned_from(target), "answers")))
+    ways = [(data.columns, data.ignore), *([({}, ())] if not words else [])]
+    first = None
+    for columns, ignore in ways:
+        for kind in kinds:
+            examples, account = load_examples(source, columns, kind, ignore)
+            first = first or account
+            if examples and not account.refused:
+                return examples, kind
+    assert first is not None
+    problems = [f"{where}: {why}" for where, why in first.refused]
+    raise DataError(
+        f"data: rows that can't be measured:\n{listing(problems)}" if problems else f"data: {source} holds no rows."
+    )
 
 
 def score_preferences(

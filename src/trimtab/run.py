@@ -1,6 +1,5 @@
 """One run, top to bottom: the script that carries a recipe out."""
 
-import math
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -262,12 +261,10 @@ def _evaluate(run: Run, ready: _Ready, step: int, watch: Watcher) -> Loss | None
 
 
 def _step_line(step: Step) -> dict[str, Any]:
-    """As JSON data, which has no word for what is not a number."""
-    loss, norm = (value if math.isfinite(value) else str(value) for value in (step.loss, step.grad_norm))
     return {
-        "loss": loss,
+        "loss": step.loss,
         "lr": step.lr,
-        "grad_norm": norm,
+        "grad_norm": step.grad_norm,
         "items": step.items,
         "tokens": step.tokens,
         "computed": step.computed,

@@ -43,7 +43,7 @@ class Run:
 
     def log(self, **line: Any) -> None:
         """Add a line to metrics.jsonl."""
-        files.append_line(self.folder / METRICS, json.dumps(line))
+        files.append_line(self.folder / METRICS, json.dumps(files.as_json(line), allow_nan=False))
 
 
 @dataclass

@@ -6,7 +6,7 @@ from trimtab.base.model import Base, Message
 from trimtab.base.skeleton import skeleton
 from trimtab.base.source import located
 from trimtab.base.supported import context_length
-from trimtab.base.written import write_config, write_tokenizer
+from trimtab.base.written import write_config, write_switches, write_tokenizer
 
 __all__ = [
     "Base",
@@ -20,6 +20,7 @@ __all__ = [
     "model_fingerprint",
     "skeleton",
     "write_config",
+    "write_switches",
     "write_tokenizer",
     "writes_dates",
 ]

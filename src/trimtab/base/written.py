@@ -5,6 +5,7 @@ Where the model came from a folder or the hub and nothing of this was changed si
 
 import copy
 import json
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,25 @@ def write_tokenizer(tokenizer: Any, folder: Path, *, changed: bool) -> None:
         raise UnsupportedModel(
             f"{type(tokenizer).__name__}, once it is written, reads as another tokenizer, so it can't be handed over."
         )
+
+
+def write_switches(folder: Path, switches: Mapping[str, Any]) -> None:
+    """Let the chat template that is written there take these values of its switches where nobody gives others."""
+    if not switches:
+        return
+    sets = "".join(
+        f"{{%- set {name} = {name} if {name} is defined else {json.dumps(value)} -%}}" for name, value in switches.items()
+    )
+    for path in (folder / "chat_template.jinja", *(folder / "additional_chat_templates").glob("*.jinja")):
+        if path.exists():
+            files.write_text(path, sets + path.read_text(encoding="utf-8"))
+    path = folder / TOKENIZER_CONFIG
+    config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    template = config.get("chat_template")
+    if isinstance(template, str):
+        files.write_json(path, config | {"chat_template": sets + template})
+    elif template:  # several, by their names
+        files.write_json(path, config | {"chat_template": [one | {"template": sets + one["template"]} for one in template]})
 
 
 def _reads_as(tokenizer: Any, folder: Path) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, Any, cast
 
+from trimtab.files import as_json
 from trimtab.streams import Lasting, visible
 
 if TYPE_CHECKING:
@@ -42,5 +43,5 @@ def doing(console: "Console") -> Iterator[Callable[[str], None]]:
 def print_json(value: Any) -> None:
     """Characters as they are, where they can be written and do not steer the terminal."""
     narrow = not (sys.stdout.encoding or "utf-8").lower().startswith("utf")
-    text = json.dumps(value, indent=2, ensure_ascii=narrow)
+    text = json.dumps(as_json(value), indent=2, ensure_ascii=narrow, allow_nan=False)
     print(re.sub(r"[\x7f-\x9f\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text))  # noqa: T201

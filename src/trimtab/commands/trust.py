@@ -49,7 +49,7 @@ def verify(arguments: argparse.Namespace) -> None:
 
     from trimtab.certificate import certificate_text, refuse_failed, verified
 
-    certificate = verified(arguments.target)
+    certificate = verified(arguments.target, arguments.model)
     if arguments.json:
         print_json(certificate)
     else:

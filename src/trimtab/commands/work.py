@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trimtab.commands._shared import doing, print_json, say, terminal
-from trimtab.errors import DataError, RecipeError, TrimtabError, listing
+from trimtab.errors import RecipeError, TrimtabError
 from trimtab.startup import without_collector
 from trimtab.streams import complain, typed
 
@@ -50,25 +50,21 @@ def _into(folder: Path, arguments: argparse.Namespace) -> str:
 
 def evaluate(arguments: argparse.Namespace) -> None:
     from trimtab.evaluate import score
-    from trimtab.prepare import learned_from
+    from trimtab.prepare import learned_from, rows_to_measure
     from trimtab.report import Answering
     from trimtab.report.tables import answers_table, scores_table
     from trimtab.run import held_out
 
-    kind = learned_from(Path(arguments.target))
-    if arguments.data is None:
-        examples, source = held_out(Path(arguments.target))
-    else:
-        from trimtab.data import load_examples
-
-        examples, account = load_examples(arguments.data, kind=kind)
-        if not examples and kind != "answers":  # rows of answers can be asked of any model
-            kind = "answers"
-            examples, account = load_examples(arguments.data)
+    folder = Path(arguments.target)
+    if arguments.data is not None:
+        examples, kind = rows_to_measure(folder, arguments.data, arguments.words)
         source = arguments.data
-        if account.refused:
-            problems = listing([f"{where}: {reason}" for where, reason in account.refused])
-            raise DataError(f"data: rows that can't be measured:\n{problems}")
+    elif arguments.words:
+        raise RecipeError(
+            f"{arguments.words[0]}: says how rows are read, and a run's own are read as they were. Give others with --data."
+        )
+    else:
+        (examples, source), kind = held_out(folder), learned_from(folder)
     target = _to_compare(arguments)
     if kind != "answers":
         _evaluate_preferences(arguments, target, examples, str(source))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from trimtab import files
 from trimtab.attention import without_cudnn
-from trimtab.base import Base, write_config, write_tokenizer
+from trimtab.base import Base, write_config, write_switches, write_tokenizer
 from trimtab.errors import ArtifactError, NotMergeable
 from trimtab.methods import Attached, look_through, modules
 
@@ -66,6 +66,7 @@ def merge(
         _finish_generation(new, base)
         if base.tokenizer is not None:
             write_tokenizer(base.tokenizer, new, changed=bool(base.added_tokens))
+            write_switches(new, base.template_switches)
         report = _compare(base, new, prompts, exact, dtype)
     return Merged(len(adapter.layers), *report, kept)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from trimtab import files
 from trimtab.artifacts import ADAPTER, CHECKPOINTS, RUN, is_adapter, read_adapter, record, refuse_uncertified, standing
 from trimtab.artifacts.adapter import MANIFEST
-from trimtab.base import Base, ModelConfig, here
+from trimtab.base import Base, ModelConfig, here, located
 from trimtab.deploy.adapter import load_adapter
 from trimtab.errors import ArtifactError, RecipeError
 from trimtab.methods import Attached
@@ -59,6 +59,16 @@ def _newest(run: Path) -> Path | None:
     return next((path for path in sorted(run.glob(f"{CHECKPOINTS}/step-*"), reverse=True) if is_adapter(path)), None)
 
 
+def _refuse_moved(source: str, adapter: Path) -> None:
+    """Raise RecipeError if the base that an adapter names is not where it was."""
+    try:
+        located(source)
+    except RecipeError as error:
+        raise RecipeError(
+            f"{adapter} was trained on {source}, and there is none any more. Say where it is now: --model FOLDER."
+        ) from error
+
+
 def open_target(name: str, model: str | None = None, *, certified: bool = False) -> Target:
     """Load what `name` stands for; an adapter on its base as that was held when it was trained, if its device is here.
 
@@ -83,6 +93,8 @@ def open_target(name: str, model: str | None = None, *, certified: bool = False)
         config, other = here(ModelConfig.parse({**stored.base.get("model", {}), "name": source}))
     except RecipeError as error:
         raise ArtifactError(f"{folder / MANIFEST}: base.model: {error}") from None
+    if model is None:
+        _refuse_moved(source, folder)
     base = Base.load(config)
     if "moment" in stored.base:  # a template that writes the date writes that of the training
         base.moment = datetime.fromisoformat(stored.base["moment"])

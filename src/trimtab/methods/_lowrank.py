@@ -13,7 +13,7 @@ from trimtab.adapted import look_through, modules
 from trimtab.errors import NoSuchModule
 from trimtab.methods._base import AdapterLayer, Circumstances, Method, matrix_shape, with_weight
 from trimtab.methods._peft import SELECTING, from_names, only_known, shortest_names, to_names
-from trimtab.methods._targets import ALL_LINEAR, ByTarget, Targets, matrices
+from trimtab.methods._targets import ALL_LINEAR, ByTarget, Targets, matches, matrices
 
 NAMES = {
     "A": "lora_A.weight",
@@ -47,7 +47,7 @@ class LowRank(Method):
     b_rate: Annotated[float, Field(gt=0)] = 1.0
     """B learns at this many times the learning rate (LoRA+, Hayou et al. 2024, arXiv:2402.12354, which advises about 16)."""
     targets: Targets = (ALL_LINEAR,)
-    """Which matrices: `all-linear`, `attention`, names such as `q_proj`, or regular expressions over whole paths.
+    """Which matrices: `all-linear`, `attention`, names such as `q_proj`, or regular expressions, such as `[qv]_proj`.
 
     The embeddings and the head are adapted if they are named (`embed_tokens`, `lm_head`), each on its own even where they are tied.
     """
@@ -57,15 +57,15 @@ class LowRank(Method):
         found = matrices(model, self.targets, ends=True)
         for key, patterns in (("ranks", self.ranks), ("alphas", self.alphas)):
             for pattern in patterns:
-                if not any(_matches(pattern, path) for path in found):
+                if not any(matches(pattern, path) for path in found):
                     raise NoSuchModule(f"{key}: {pattern!r} matches none of the targets: {', '.join(_lasts(found))}.")
         return found
 
     def rank_of(self, path: str) -> int:
-        return next((rank for pattern, rank in self.ranks.items() if _matches(pattern, path)), self.rank)
+        return next((rank for pattern, rank in self.ranks.items() if matches(pattern, path)), self.rank)
 
     def alpha_of(self, path: str) -> float:
-        return next((alpha for pattern, alpha in self.alphas.items() if _matches(pattern, path)), self.alpha)
+        return next((alpha for pattern, alpha in self.alphas.items() if matches(pattern, path)), self.alpha)
 
     def scale_of(self, path: str) -> float:
         rank = self.rank_of(path)
@@ -205,11 +205,6 @@ class LowRankLayer(AdapterLayer):
     @torch.no_grad()
     def merged(self) -> nn.Module:
         return with_weight(self.base, lambda weight: weight + self.change())
-
-
-def _matches(pattern: str, path: str) -> bool:
-    """A target's name (the last parts of a dotted path) or regular expression, as in `targets`."""
-    return path == pattern or path.endswith(f".{pattern}") or bool(re.fullmatch(pattern, path))
 
 
 def _of_pattern(patterns: dict[str, Any] | None, path: str) -> Any:

@@ -18,7 +18,7 @@ class OfMatrices(Method):
     """PEFT's names of ours."""
 
     targets: Targets = (ALL_LINEAR,)
-    """Which matrices: `all-linear`, `attention`, names such as `q_proj`, or regular expressions over whole paths."""
+    """Which matrices: `all-linear`, `attention`, names such as `q_proj`, or regular expressions, such as `[qv]_proj`."""
 
     def shapes(self, model: nn.Module) -> dict[str, tuple[int, int]]:
         """The targeted matrices: path -> (inputs, outputs). Raises NoSuchModule; RecipeError where a method does not fit one."""

@@ -1,12 +1,14 @@
 """Which matrices of a model a method adapts: `targets`, resolved to module paths or refused.
 
 A target is `all-linear` (every matrix in the model's blocks), `attention` (those in its attention modules), the last
-parts of dotted names (`q_proj`, `mlp.down_proj`, `layers.0.self_attn.q_proj`), or a regular expression that matches whole paths.
+parts of dotted names (`q_proj`, `mlp.down_proj`, `layers.0.self_attn.q_proj`), or a regular expression for the same (`[qv]_proj`,
+`q_proj|v_proj`, `self_attn\\..*`): it has to match them whole, or the whole path.
 The two ends of a model, its embeddings and its head, are adapted only where a method can, and only if they are named.
 """
 
+import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field
@@ -47,10 +49,11 @@ ByTarget = AfterValidator(_compiles)
 
 
 def matches(pattern: str, path: str) -> bool:
-    """Whether a target, other than a group, names or matches a path."""
+    """Whether a target, other than a group, names or matches a path, or its last parts."""
     if _NAME.fullmatch(pattern):
         return path == pattern or path.endswith(f".{pattern}")
-    return bool(re.fullmatch(pattern, path))
+    parts = path.split(".")
+    return any(re.fullmatch(pattern, ".".join(parts[first:])) for first in range(len(parts)))
 
 
 def matrices(model: Any, targets: Sequence[str], *, ends: bool = False, key: str = "targets") -> dict[str, tuple[int, int]]:
@@ -75,21 +78,36 @@ def matrices(model: Any, targets: Sequence[str], *, ends: bool = False, key: str
             matching = list(shapes)
         elif target == ATTENTION:
             matching = [path for path in shapes if ATTENTION_NAMES & set(path.split("."))]
-        elif _NAME.fullmatch(target):
-            matching = [path for path in everything if path == target or path.endswith(f".{target}")]
         else:
-            matching = [path for path in named if re.fullmatch(target, path)]
-        if not matching:
-            raise NoSuchModule(f"{key}: {target!r} matches no module of {type(model).__name__}. It has: {_names(shapes)}.")
-        wrong = [path for path in matching if path not in named]
-        if wrong:
-            kind = type(everything[wrong[0]]).__name__
-            raise NoSuchModule(
-                f"{key}: {target!r} names {wrong[0]}, a {kind}, and only the matrices {'' if ends else 'inside the blocks '}"
-                f"can be adapted. They are: {_names(named)}."
-            )
+            exact = _NAME.fullmatch(target)  # an expression may match other modules beside matrices, a name may not
+            matching = [path for path in (everything if exact else named) if matches(target, path)]
+        if not matching or not named.keys() >= set(matching):
+            raise NoSuchModule(f"{key}: {target!r} {_why_none(target, model, shapes, named)}")
         chosen.update(matching)
     return {path: named[path] for path in everything if path in chosen}
+
+
+def _why_none(target: str, model: Any, shapes: Mapping[str, Any], named: Mapping[str, Any]) -> str:
+    """Why a target names no matrices that can be adapted, and what to write instead.
+
+    Args:
+        shapes: The matrices in the model's blocks.
+        named: All that can be adapted: also its two ends, for methods that adapt those.
+    """
+    everything = modules(model)
+    found = [path for path in everything if path not in named and matches(target, path)]
+    if not found:
+        near = difflib.get_close_matches(target, {path.rpartition(".")[2] for path in named}, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        if not _NAME.fullmatch(target):
+            hint = " A regular expression has to match a module's path or its last parts, such as mlp.down_proj, whole."
+        return f"matches no module of {type(model).__name__}.{hint} It has: {_names(shapes)}."
+    where = "" if len(named) > len(shapes) else "inside the blocks "
+    what = f"names {found[0]}, a {type(everything[found[0]]).__name__}, and only the matrices {where}can be adapted."
+    if any(path.startswith(f"{found[0]}.") for path in named):
+        inside = rf"{target}\..*" if _NAME.fullmatch(target) else rf"({target})\..*"
+        return f"{what} For those in it, write {inside}"
+    return f"{what} They are: {_names(named)}."
 
 
 def end_matrices(model: Any) -> dict[str, tuple[int, int]]:
@@ -104,7 +122,7 @@ def end_matrices(model: Any) -> dict[str, tuple[int, int]]:
     return ends
 
 
-def _names(shapes: dict[str, tuple[int, int]]) -> str:
+def _names(shapes: Iterable[str]) -> str:
     return ", ".join(sorted({path.rpartition(".")[2] for path in shapes}))
 
 

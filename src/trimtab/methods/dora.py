@@ -31,7 +31,8 @@ class DoRALayer(LowRankLayer):
     """y = b + g (W x + scale · B A drop(x)), with the gain g = m / ‖W + scale · B A‖ of each output; m starts as ‖W‖.
 
     The norm counts as constant in the backward pass (the paper's section 4.3), which saves most of the memory. The norms
-    are one per output, as in the authors' code and in PEFT, where the paper says columns.
+    are one per output, as in the authors' code and in PEFT, where the paper says columns. An output whose weights are all zero
+    has no direction that could be turned, and stays as it is (in the authors' code, and in PEFT, it is 0/0).
     """
 
     def __init__(self, base: nn.Module, rank: int, scale: float, dropout: float) -> None:
@@ -39,12 +40,12 @@ class DoRALayer(LowRankLayer):
         self.magnitude = nn.Parameter(matrix(base).square().sum(dim=1).sqrt().detach())
 
     def gain(self) -> Tensor:
-        """g, one number an output: exactly 1 at the start."""
+        """g, one number an output: exactly 1 at the start, or 0 where W is."""
         with torch.no_grad():  # ‖w + s B a‖² = ‖w‖² + 2 s w·(B a) + s² ‖B a‖², without ever holding B A
             weight, A, B = matrix(self.base), self.A, self.scale * self.B
             squared = weight.square().sum(dim=1) + (2 * (weight @ A.T) * B).sum(dim=1) + (B @ (A @ A.T) * B).sum(dim=1)
             norm = squared.clamp(min=0).sqrt()
-        return self.magnitude / norm
+        return self.magnitude / torch.where(norm == 0, 1.0, norm)
 
     def adapt(self, x: Tensor) -> Tensor:
         y, gain = self.base(x), self.gain()

@@ -29,7 +29,7 @@ class IA3(Method):
     peft_type: ClassVar[str | None] = "IA3"
 
     outputs: Patterns = (AUTO,)
-    """Matrices whose outputs are scaled: `auto` (keys and values), names such as `v_proj`, or regular expressions over whole paths.
+    """Matrices whose outputs are scaled: `auto` (keys and values), names such as `v_proj`, or regular expressions, such as `[qv]_proj`.
 
     Where one matrix makes queries, keys and values (GPT-2, Phi-3), `auto` scales all that it gives, as PEFT does: to scale a
     number of a query is to scale the number of the key that it is multiplied by.

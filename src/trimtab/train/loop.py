@@ -119,6 +119,7 @@ class _Passes:
     def __init__(
         self, base: Base, parameters: list[nn.Parameter], objective: Objective, config: TrainConfig, memory: Memory | None
     ) -> None:
+        keep_freed_memory()
         self.base, self.parameters, self.objective, self.seed = base, parameters, objective, config.seed
         self.most_kept = memory.most_kept if memory else math.inf
         self.kept = Kept(memory.kept * 1.01) if memory and base.device.type == "cpu" else None

@@ -28,8 +28,8 @@ GIVEN = {
 """What Transformers and Jinja give to every template."""
 REASONING = ("reasoning_content", "thinking", "reasoning")
 """Names of a message's reasoning. Whichever it comes under, the template is given all, as it may read any."""
-CLOSES = "</think>"
-"""How reasoning ends where the template does not say."""
+OPENS, CLOSES = "<think>", "</think>"
+"""How reasoning begins and ends where the template does not say."""
 
 
 class Ending(NamedTuple):
@@ -114,11 +114,18 @@ class ChatTemplate:
         return shared.strip() or reasoned.strip() or CLOSES
 
     @cached_property
-    def reasoning_switch(self) -> str | None:
-        """A setting of one of its switches with which a turn has reasoning, if it has none without."""
-        return self.switch_for(
-            lambda other: other.reads_reasoning or other._tried([_user("0")], prompt=True).rstrip().endswith("<think>")
-        )
+    def opens_reasoning(self) -> bool:
+        """Its prompt begins the reasoning, so that what the model says goes on with that."""
+        return self._tried([_user("0")], prompt=True).rstrip().endswith(OPENS)
+
+    @cached_property
+    def closings(self) -> tuple[str, ...]:
+        """The tags that end reasoning: `</think>`, and the first that it writes behind the reasoning of an answer or a call."""
+        found = [CLOSES]
+        for said, tools in ((_answer(PROBE), None), (_call(PROBE), TOOLS)):
+            written = self._tried([_user("0"), {**said, "reasoning_content": "Reasons."}], tools)
+            found += re.findall(r"<[^<>\s]+>|\[[^\[\]\s]+\]", written.partition("Reasons.")[2].partition(PROBE)[0])[:1]
+        return tuple(dict.fromkeys(found))
 
     @property
     def variables(self) -> list[str]:
@@ -130,14 +137,23 @@ class ChatTemplate:
 
     def switch_for(self, wanted: Callable[["ChatTemplate"], bool]) -> str | None:
         """A setting of one of its switches with which it does what is wanted, as it is written on the command line."""
-        for name in self.variables:
-            for value in (True, False):
-                other = ChatTemplate(self.tokenizer, {**self.switches, name: value}, self.stops)
-                other.moment = self.moment
-                with suppress(DataError):
-                    if wanted(other):
-                        return f"model.template.{name}={str(value).lower()}"
+        for setting, other in self._switched.items():
+            other.moment = self.moment
+            with suppress(DataError):
+                if wanted(other):
+                    return setting
         return None
+
+    @cached_property
+    def _switched(self) -> dict[str, "ChatTemplate"]:
+        """Itself with another setting of each of its switches."""
+        return {
+            f"model.template.{name}={str(value).lower()}": ChatTemplate(
+                self.tokenizer, {**self.switches, name: value}, self.stops
+            )
+            for name in self.variables
+            for value in (True, False)
+        }
 
     def check_switches(self) -> None:
         """Raise RecipeError for a switch that the template does not read."""
@@ -147,6 +163,10 @@ class ChatTemplate:
                 raise RecipeError(f"model.template.{name}: the chat template does not read it: it {has}.")
 
     # How it ends a turn
+
+    def ending_of(self, message: Message) -> Ending | None:
+        """How it ends this turn of the assistant's; None if by no special token."""
+        return self.call_ending if message.get("tool_calls") else self.ending
 
     @cached_property
     def ending(self) -> Ending | None:

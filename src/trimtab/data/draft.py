@@ -7,8 +7,8 @@ from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 from trimtab.data.example import Conversation, Refused, Text
-from trimtab.data.turns import apart, said_after, shared_length
-from trimtab.data.written import CLOSES, REASONING, about, check_said, parted, unread_key
+from trimtab.data.turns import Turn, shared_length
+from trimtab.data.written import REASONING, about, parted, unread_key
 from trimtab.errors import DataError
 
 Message = dict[str, Any]
@@ -45,6 +45,8 @@ class Answer(NamedTuple):
     """Up to where the text is what the model itself would have had before it and said."""
     end: int | None = None
     """The token that ends it; the text's end does unless given."""
+    calls: bool = False
+    """It calls tools; the token may end each call."""
 
 
 class Draft(NamedTuple):
@@ -67,19 +69,19 @@ def whole(example: Conversation | Text, base: Tokenizing) -> list[Draft]:
         prompt, completion = joined(example, base)
         return [Draft(prompt + completion, [Answer(len(prompt), len(prompt) + len(completion))])]
     messages, last = read_so(example, base), len(example.messages) - 1
-    text = base.render(messages, example.tools)
     _check_conversation(example, base)
-    prompts = {turn: base.render(messages[:turn], example.tools, prompt=True) for turn in trained_turns(example)}
-    _check_written(example, messages, [text, *prompts.values()], base)
+    text = base.render(messages, example.tools)
+    turns = {n: Turn(base.template, messages, n, example.tools) for n in trained_turns(example)}
+    _check_written(example, messages, [text, *(turn.prompt for turn in turns.values())], base)
     if messages[last]["role"] == "assistant" and (ending := base.ending(messages[last])) is not None:
         text += ending.text
     answers = []
-    for turn, prompt in prompts.items():
-        said = _said(messages, turn, prompt, example.tools, base, text if turn == last else None)
-        if not text.startswith(prompt):
+    for n, turn in turns.items():
+        said, start = turn.said(text if n == last else None), len(turn.prompt)
+        if not text.startswith(turn.prompt):
             raise NotAPrefix
-        limit = len(text) if turn == last else len(prompt) + shared_length(said, text[len(prompt) :])
-        answers.append(Answer(len(prompt), limit, base.ending(messages[turn]).token))
+        limit = len(text) if n == last else start + shared_length(said, text[start:])
+        answers.append(Answer(start, limit, turn.ending.token, turn.calls))
     return [Draft(text, answers)]
 
 
@@ -87,10 +89,10 @@ def turn_by_turn(example: Conversation | Text, base: Tokenizing) -> list[Draft]:
     """Each trained turn in a text of its own that ends with it, as the model has it when it speaks."""
     assert isinstance(example, Conversation)
     drafts, messages = [], read_so(example, base)
-    for turn in trained_turns(example):
-        prompt = base.render(messages[:turn], example.tools, prompt=True)
-        text = prompt + _said(messages, turn, prompt, example.tools, base)
-        drafts.append(Draft(text, [Answer(len(prompt), len(text), base.ending(messages[turn]).token)]))
+    for n in trained_turns(example):
+        turn = Turn(base.template, messages, n, example.tools)
+        text = turn.prompt + turn.said()
+        drafts.append(Draft(text, [Answer(len(turn.prompt), len(text), turn.ending.token, turn.calls)]))
     return drafts
 
 
@@ -114,66 +116,40 @@ def read_so(example: Conversation, base: Tokenizing) -> list[Message]:
     """The messages as the template reads them: reasoning that a content begins with goes where the template looks for it."""
     if not base.template.reads_reasoning:
         return list(example.messages)
-    closes = CLOSES in str(base.template.source)  # other families write it in no other way than any text
-    return [_with_reasoning(message, closes) if message["role"] == "assistant" else message for message in example.messages]
+    return [
+        _with_reasoning(message, base.template.opens_reasoning) if message["role"] == "assistant" else message
+        for message in example.messages
+    ]
 
 
-def _with_reasoning(message: Message, closes: bool) -> Message:
-    if any(message.get(key) for key in REASONING) or not (closes or "<think>" in message["content"]):
+def _with_reasoning(message: Message, opened: bool) -> Message:
+    if any(message.get(key) for key in REASONING):
         return message
-    reasoning, rest = parted(message)
+    reasoning, rest = parted(message, opened=opened)
     return {**rest, "reasoning_content": reasoning} if reasoning else rest
 
 
-def _said(messages: list[Message], turn: int, prompt: str, tools: Any, base: Tokenizing, text: str | None = None) -> str:
-    """What the model is to say in a turn after its prompt, to its end; checked to say what the message does.
-
-    Args:
-        text: The conversation up to this turn as it is written, if that is known.
-    """
-    before, message = messages[:turn], messages[turn]
-
-    def write(other: Message) -> str:
-        return base.render([*before, other], tools) + base.ending(message).text
-
-    def say(other: Message, text: str | None = None) -> str:
-        text = write(other) if text is None else text
-        if text.startswith(prompt):
-            return text[len(prompt) :]
-        if (said := said_after(prompt, text, before, other, write)) is not None:
-            return said
-        more, rest = apart(prompt, text)
-        switch = base.template.switch_for(
-            lambda like: like.render([*before, other], tools).startswith(like.render(before, tools, prompt=True))
-        )
-        raise Refused(
-            f"the chat template ends the prompt with {more[:40]!r}, and writes {rest[:40]!r} there when the answer follows, "
-            f"so training would not see what generation sees{f': set {switch}' if switch else ''}"
-        )
-
-    try:
-        said = say(message, text)
-        check_said(message, said, say, base.template)
-    except Refused as refused:
-        raise Refused(f"messages[{turn}] (assistant): {refused}") from None
-    return said
-
-
 def _check_conversation(example: Conversation, base: Tokenizing) -> None:
-    if base.template.ending is None:
-        raise Refused(
-            "the model's chat template ends an assistant turn with no special token, so the model could not learn to stop; "
-            "give it a template that does, or use prompt/completion rows with a base that has no template"
-        )
     if trained_turns(example)[0] == 0:
         raise Refused("messages[0] is the assistant's, and nothing asks for it: begin with another, or give it weight 0")
-    if silent := [n for n in trained_turns(example) if base.ending(example.messages[n]) is None]:
-        raise Refused(f"messages[{silent[0]}] (assistant): the model's chat template leaves out its tool_calls")
+    for n in trained_turns(example):
+        if base.ending(example.messages[n]) is None:
+            base.render(example.messages[: n + 1], example.tools)  # the template may say why
+            raise Refused(f"messages[{n}] (assistant): the model's chat template {_unended(example.messages[n])}")
     named = {f"messages[{n}] ({message['role']})": message for n, message in enumerate(example.messages)}
     for name, value in {**named, "tools": example.tools}.items():
         for text in _texts(value):
             if found := _any_of(base.control_tokens).search(text):
                 raise Refused(f"{name} holds the model's control token {found.group()} as text")
+
+
+def _unended(message: Message) -> str:
+    if message.get("tool_calls"):
+        return "leaves out its tool_calls"
+    return (
+        "ends an assistant turn with no special token, so the model could not learn to stop; give it a template that does, or use "
+        "prompt/completion rows with a base that has no template"
+    )
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -220,4 +196,4 @@ def _check_written(example: Conversation, messages: list[Message], texts: list[s
             if written_as(changed, example.tools) == texts[0]:
                 raise Refused(f"messages[{n}] ({message['role']}): the model's chat template leaves out its {key}")
         if unread := unread_key(messages, n, n in trained, lambda some: base.render(some, example.tools)):
-            raise Refused(f"messages[{n}] ({message['role']}): {about(unread, base.template)}")
+            raise Refused(f"messages[{n}] ({message['role']}): {about(unread)}")

@@ -161,6 +161,8 @@ def _sequence(draft: Draft, encoded: list[Any], base: Tokenizing, where: str) ->
             last = next((t for t in behind if ids[t] == answer.end and ends[t] <= answer.limit), None)
             if last is None:
                 raise NotAPrefix
+            if answer.end in ids[first:last] and not answer.calls:
+                raise Refused("the chat template ends the turn in its midst, and the model would stop there")
         else:
             if base.end_of_text is not None and ids[-1:] != [base.end_of_text]:
                 ids = [*ids, base.end_of_text]

@@ -1,81 +1,141 @@
-"""What the model says in a turn, where the template writes the prompt otherwise once the answer follows it.
+"""What the model says in a turn that is trained on: what the template writes behind the prompt as generation has it.
 
-Many do: they open the reasoning in the prompt and write none with an answer (DeepSeek-R1), close an empty one in the prompt alone (Gemma 4),
-drop earlier reasoning once an answer follows (GPT-OSS), or write the system message with the last question (Mistral Nemo). What is
-trained on comes after the prompt as generation has it, and is what the template writes from where the prompt ends.
+Many templates write a prompt otherwise once the answer follows it: they open the reasoning in the prompt and write none with an answer
+(DeepSeek-R1), close an empty one in the prompt alone (Gemma 4), drop earlier reasoning (GPT-OSS), or write the system message before
+the last question (Pixtral). So prompt and text are compared behind the last message before the answer, where a mark shows that it
+ends; what stands before that is the prompt's, in training as in generation.
 """
 
 import re
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, Protocol
 
-from trimtab.data.written import forms, parted
+from trimtab.data.example import Refused
+from trimtab.data.written import REASONING, Writing, check_said, parted
 
 Message = dict[str, Any]
 
+LAST, REASONS = "qxlastxq", "qxreasonsxq"
+"""Marks, which no template writes by itself: at the end of the last message before the answer, and for reasoning."""
+OPENS = "<think>"
 _TAG = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
-_ABOUT = r"[^<>\[\]\s]*(?:think|thought|reason|channel)[^<>\[\]\s]*"
-_CLOSES = rf"(?:</{_ABOUT}|<\|end_{_ABOUT}|<\w*{_ABOUT}\||\[/{_ABOUT})[>\]]"
-_CLOSED = re.compile(rf"\s*(?:[<\[]{_ABOUT}[>\]]\s*\w*\s*)?({_CLOSES})\s*", re.IGNORECASE)
-"""How a prompt ends that has the reasoning over: `<think></think>`, `<|channel>thought\n<channel|>`, `</think>`."""
-_REASONS = "qxreasonsxq"
 
 
-def said_after(
-    prompt: str, text: str, before: list[Message], message: Message, write: Callable[[Message], str]
-) -> str | None:
-    """What is said after a prompt that is not how the text begins; None if nobody can know.
+class Template(Writing, Protocol):
+    """What a base's template offers here. See `base.template.ChatTemplate`."""
 
-    Args:
-        text: The conversation up to this message.
-        before: The messages before it.
-        write: Writes the text with another message in its place.
-    """
-    if (start := _elsewhere(prompt, text, before)) is not None:
-        return text[start:]
-    more, rest = apart(prompt, text)
-    if not more.strip():
-        return rest
-    reasoning, answer = parted(message)
-    if closed := _CLOSED.fullmatch(more):
-        return None if reasoning else _without(closed[1], rest)
-    if reasoning:
-        more, rest = apart(prompt, write(answer))
-    if _TAG.fullmatch(more.strip()) and re.match(rf"\s*{_CLOSES}", rest, re.IGNORECASE):
-        return reasoning + rest
-    if not reasoning:
-        reasoned = write({**answer, "reasoning_content": _REASONS})
-        if reasoned.startswith(prompt) and reasoned[len(prompt) :].lstrip().startswith(_REASONS):
-            return reasoned[len(prompt) :].replace(_REASONS, "", 1)
-    if more.strip() == "<think>":
-        return f"{reasoning.rstrip()}\n</think>\n\n{rest}"
-    return None
+    @property
+    def closings(self) -> tuple[str, ...]: ...
+    def render(self, messages: Sequence[Message], tools: Sequence[Any] | None = None, *, prompt: bool = False) -> str: ...
+    def ending_of(self, message: Message) -> Any: ...
+    def switch_for(self, wanted: Any) -> str | None: ...
 
 
-def apart(prompt: str, text: str) -> tuple[str, str]:
-    """What follows in a prompt, and in a text, where they are no longer the same; a tag that they part in is no common part of them."""
-    at = shared_length(prompt, text)
-    opens = max(prompt.rfind("<", 0, at), prompt.rfind("[", 0, at))
-    tag = _TAG.match(prompt, opens) if opens >= 0 else None
-    at = opens if tag and tag.end() > at else at
-    return prompt[at:], text[at:]
+class Turn:
+    """A turn of the assistant's that is trained on, and the conversation before it."""
+
+    def __init__(self, template: Template, messages: Sequence[Message], number: int, tools: Sequence[Any] | None) -> None:
+        self.template, self.number, self.tools = template, number, tools
+        self.before, self.message = list(messages[:number]), messages[number]
+        self.ending, self.calls = template.ending_of(self.message), bool(self.message.get("tool_calls"))
+        self.prompt = template.render(self.before, tools, prompt=True)
+
+    def said(self, text: str | None = None) -> str:
+        """What the model is to say after the prompt, to the turn's end; checked to say what the message does.
+
+        Args:
+            text: The conversation up to this turn as it is written, if that is known.
+        """
+        try:
+            return self._checked(text)
+        except Refused as refused:
+            switch = self.template.switch_for(self._is_said_with)
+            advice = f"; it is taken if you set {switch}" if switch else ""
+            raise Refused(f"messages[{self.number}] (assistant): {refused}{advice}") from None
+
+    def _checked(self, text: str | None = None) -> str:
+        said = self._behind_prompt(self.message, text)
+        check_said(self.message, said, self._behind_prompt, self.template)
+        return said
+
+    def _is_said_with(self, template: Template) -> bool:
+        try:
+            return bool(Turn(template, [*self.before, self.message], self.number, self.tools)._checked())
+        except Refused:
+            return False
+
+    def _behind_prompt(self, message: Message, text: str | None = None) -> str:
+        """What is said with this message in the turn's place."""
+        text = self._written(self.before, message) if text is None else text
+        if text.startswith(self.prompt):
+            return text[len(self.prompt) :]
+        opening, rest = self._opening, self._behind_last(message)
+        if LAST in (opening + rest) or not (self.prompt.endswith(opening) and text.endswith(rest)):
+            raise Refused("the chat template writes the message before it otherwise than another in its place")
+        said = rest[len(opening) :] if rest.startswith(opening) else self._after_reasoning(message, rest)
+        if said is None:
+            more, rest = _apart(opening, rest)
+            raise Refused(
+                f"the chat template ends the prompt with {more[:40]!r}, and writes {rest[:40]!r} there when the answer follows, so "
+                "training would not see what generation sees"
+            )
+        return said
+
+    def _after_reasoning(self, message: Message, rest: str) -> str | None:
+        """What is said where the prompt alone has opened or closed the reasoning; None if it is something else that it has alone."""
+        opening = self._opening
+        more, answered = _apart(opening, rest)
+        if not more.strip():
+            return answered
+        reasoning, answer = parted(message, opened=more.strip() == OPENS)
+        for closing in self.template.closings:
+            if more.rstrip().endswith(closing):
+                return None if reasoning else _without(closing, answered)
+        reasoned = self._behind_last({**answer, REASONING[0]: reasoning or REASONS})
+        if reasoned.startswith(opening) and reasoned[len(opening) :].lstrip().startswith(reasoning or REASONS):
+            return reasoned[len(opening) :].replace(REASONS, "", 1)
+        if more.strip() != OPENS:
+            return None
+        # It writes no reasoning (DeepSeek-R1): this goes on where the prompt opens it, and ends as the family ends it.
+        return f"{reasoning.rstrip()}\n</think>\n\n{_apart(opening, self._behind_last(answer))[1]}"
+
+    def _written(self, before: list[Message], message: Message) -> str:
+        return self.template.render([*before, message], self.tools) + self.ending.text
+
+    @cached_property
+    def _marked(self) -> list[Message]:
+        *earlier, last = self.before
+        return [*earlier, {**last, "content": last["content"] + LAST}]
+
+    @cached_property
+    def _opening(self) -> str:
+        """What the prompt has behind the last message."""
+        return _behind(self.template.render(self._marked, self.tools, prompt=True))
+
+    def _behind_last(self, message: Message) -> str:
+        """What is written behind the last message before this one."""
+        return _behind(self._written(self._marked, message))
 
 
-def shared_length(one: str, other: str) -> int:
-    """How many characters two texts begin with in common."""
-    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-
-
-def _elsewhere(prompt: str, text: str, before: list[Message]) -> int | None:
-    """Where a turn begins in a text that has what came before the last message otherwise than the prompt has it."""
-    last = next((form for form in forms(before[-1]["content"].strip()) if form and form in prompt), "")
-    at = prompt.rfind(last)
-    if not last or shared_length(prompt, text) >= at + len(last):
-        return None
-    found = text.rfind(prompt[at:])
-    return None if found < 0 else found + len(prompt) - at
+def _behind(text: str) -> str:
+    return text.rpartition(LAST)[2] if LAST in text else LAST
 
 
 def _without(closing: str, rest: str) -> str:
     """What follows the end of the reasoning, which the prompt has already."""
     return rest.lstrip().removeprefix(closing) if rest.lstrip().startswith(closing) else rest
+
+
+def _apart(one: str, other: str) -> tuple[str, str]:
+    """What follows where two texts are no longer the same; a tag that they part in is no common part of them."""
+    at = shared_length(one, other)
+    opens = max(one.rfind("<", 0, at), one.rfind("[", 0, at))
+    tag = _TAG.match(one, opens) if opens >= 0 else None
+    at = opens if tag and tag.end() > at else at
+    return one[at:], other[at:]
+
+
+def shared_length(one: str, other: str) -> int:
+    """How many characters two texts begin with in common."""
+    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

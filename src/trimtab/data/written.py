@@ -18,7 +18,7 @@ Message = dict[str, Any]
 REASONING = ("reasoning_content", "thinking", "reasoning")
 """Keys under which a message's reasoning comes; Transformers hands any of them on under the name that the template reads."""
 CLOSES = "</think>"
-_THINKING = re.compile(r"\s*(?:<think>)?(.*?)</think>(.*)", re.DOTALL)
+_THINKING = re.compile(r"\s*(<think>)?(.*?)</think>(.*)", re.DOTALL)
 _MARK = re.compile(r"qxmark([a-z]+)xq")
 MOST_FRAMES = 1000
 
@@ -36,20 +36,21 @@ class Writing(Protocol):
     source: Any
     frames: set[tuple[str, ...]]
 
-    @property
-    def reasoning_switch(self) -> str | None: ...
 
+def parted(message: Message, *, opened: bool) -> tuple[str, Message]:
+    """Its reasoning, from a key of its own or from the beginning of the content; and the message without.
 
-def parted(message: Message) -> tuple[str, Message]:
-    """Its reasoning, from a key of its own or from the beginning of the content, which a prompt may have opened; and the message without."""
+    Args:
+        opened: The prompt has begun the reasoning, so that a content need not.
+    """
     own = next((message[key] for key in REASONING if isinstance(message.get(key), str)), None)
     rest = {key: value for key, value in message.items() if key not in REASONING}
     if own is not None:
         return own, rest
     found = _THINKING.fullmatch(message["content"])
-    if found is None or "<think>" in found[1] or CLOSES in found[2]:
+    if found is None or not (found[1] or opened) or "<think>" in found[2] or CLOSES in found[3]:
         return "", rest
-    return found[1].strip("\n"), {**rest, "content": found[2].lstrip("\n")}
+    return found[2].strip("\n"), {**rest, "content": found[3].lstrip("\n")}
 
 
 def check_said(message: Message, said: str, say: Callable[[Message], str], template: Writing) -> None:
@@ -72,10 +73,7 @@ def check_said(message: Message, said: str, say: Callable[[Message], str], templ
     order = [int(found, 26) for found in map(_numeral, _MARK.findall(probe))]
     if missing := [leaf for number, leaf in enumerate(leaves) if number not in order]:
         what, text = missing[0].what, _short(missing[0].text)
-        if what in REASONING:
-            raise Refused(about(what, template))
-        switch = template.reasoning_switch if parted(message)[0] else None
-        raise Refused(f"the model's chat template leaves out its {what}: {text}{f'; set {switch}' if switch else ''}")
+        raise Refused(about(what) if what in REASONING else f"the model's chat template leaves out its {what}: {text}")
     frame = tuple(_MARK.split(probe)[::2])
     _compare(said, frame, [leaves[number] for number in order])
     calls = message.get("tool_calls") or []
@@ -232,11 +230,13 @@ def unread_key(messages: list[Message], number: int, trained: bool, render: Call
     return None
 
 
-def about(key: str, template: Writing) -> str:
+def about(key: str) -> str:
     """What to do about a key that nothing reads."""
     if key in REASONING:
-        ways = f"set {template.reasoning_switch}" if template.reasoning_switch else "put it into the content, as <think>…</think>"
-        return f"the model's chat template does not write {key}: {ways}, or leave it out with data.ignore=[{key}]"
+        return (
+            f"the model's chat template does not write {key}: put it into the content, as <think>…</think>, or leave it out with "
+            f"data.ignore=[{key}]"
+        )
     return f"nothing reads {key}: weight: 0 is for a message that is not to be trained on; leave the key out with data.ignore=[{key}]"
 
 

@@ -26,8 +26,6 @@ GIVEN = {
     "continue_final_message",
 }  # fmt: skip
 """What Transformers and Jinja give to every template."""
-REASONING = ("reasoning_content", "thinking", "reasoning")
-"""Names of a message's reasoning. Whichever it comes under, the template is given all, as it may read any."""
 OPENS, CLOSES = "<think>", "</think>"
 """How reasoning begins and ends where the template does not say."""
 
@@ -117,15 +115,6 @@ class ChatTemplate:
     def opens_reasoning(self) -> bool:
         """Its prompt begins the reasoning, so that what the model says goes on with that."""
         return self._tried([_user("0")], prompt=True).rstrip().endswith(OPENS)
-
-    @cached_property
-    def closings(self) -> tuple[str, ...]:
-        """The tags that end reasoning: `</think>`, and the first that it writes behind the reasoning of an answer or a call."""
-        found = [CLOSES]
-        for said, tools in ((_answer(PROBE), None), (_call(PROBE), TOOLS)):
-            written = self._tried([_user("0"), {**said, "reasoning_content": "Reasons."}], tools)
-            found += re.findall(r"<[^<>\s]+>|\[[^\[\]\s]+\]", written.partition("Reasons.")[2].partition(PROBE)[0])[:1]
-        return tuple(dict.fromkeys(found))
 
     @property
     def variables(self) -> list[str]:
@@ -254,8 +243,8 @@ def _calls(messages: Sequence[Message]) -> bool:
 
 def _in_form(message: Message, parts: bool, texts: bool) -> Message:
     """The message as the template reads it."""
-    if reasoning := next((message[key] for key in REASONING if message.get(key)), None):
-        message = {**dict.fromkeys(REASONING, reasoning), **message}
+    if reasoning := message.get("reasoning_content") or message.get("thinking"):
+        message = {"reasoning": reasoning, **message}  # the other names are Transformers' doing
     if parts:
         message = {**message, "content": [{"type": "text", "text": message["content"]}]}
     if texts and message.get("tool_calls"):

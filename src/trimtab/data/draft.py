@@ -34,6 +34,13 @@ class Tokenizing(Protocol):
     def decode(self, ids: SequenceOf[int]) -> str: ...
 
 
+NO_CALLS = "messages[{}] (assistant): the model's chat template leaves out its tool_calls"
+NO_END = (
+    "the model's chat template ends an assistant turn with no special token, so the model could not learn to stop; "
+    "give it a template that does, or use prompt/completion rows with a base that has no template"
+)
+
+
 class NotAPrefix(Exception):
     """Text or tokens before an answer change once the conversation goes on (Qwen3 drops earlier thinking, for one)."""
 
@@ -135,21 +142,12 @@ def _check_conversation(example: Conversation, base: Tokenizing) -> None:
     for n in trained_turns(example):
         if base.ending(example.messages[n]) is None:
             base.render(example.messages[: n + 1], example.tools)  # the template may say why
-            raise Refused(f"messages[{n}] (assistant): the model's chat template {_unended(example.messages[n])}")
+            raise Refused(NO_CALLS.format(n) if example.messages[n].get("tool_calls") else NO_END)
     named = {f"messages[{n}] ({message['role']})": message for n, message in enumerate(example.messages)}
     for name, value in {**named, "tools": example.tools}.items():
         for text in _texts(value):
             if found := _any_of(base.control_tokens).search(text):
                 raise Refused(f"{name} holds the model's control token {found.group()} as text")
-
-
-def _unended(message: Message) -> str:
-    if message.get("tool_calls"):
-        return "leaves out its tool_calls"
-    return (
-        "ends an assistant turn with no special token, so the model could not learn to stop; give it a template that does, or use "
-        "prompt/completion rows with a base that has no template"
-    )
 
 
 def _texts(value: Any) -> Iterator[str]:

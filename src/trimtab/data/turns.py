@@ -12,21 +12,21 @@ from functools import cached_property
 from typing import Any, Protocol
 
 from trimtab.data.example import Refused
-from trimtab.data.written import REASONING, Writing, check_said, parted
+from trimtab.data.written import CLOSES, REASONING, Writing, check_said, parted
 
 Message = dict[str, Any]
 
 LAST, REASONS = "qxlastxq", "qxreasonsxq"
 """Marks, which no template writes by itself: at the end of the last message before the answer, and for reasoning."""
-OPENS = "<think>"
-_TAG = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
+_TAG = r"(<[^<>\s]+>|\[[^\[\]\s]+\])"
+_PAIR = re.compile(rf"\s*{_TAG}[^<\[]*{_TAG}\s*")
+_CLOSING = re.compile(r"[<\[](/|\|end_|\w+\|>)", re.IGNORECASE)
+"""How a tag begins that closes what another has opened: `</think>`, `<|END_THINKING|>`, `<channel|>`, `[/THINK]`."""
 
 
 class Template(Writing, Protocol):
     """What a base's template offers here. See `base.template.ChatTemplate`."""
 
-    @property
-    def closings(self) -> tuple[str, ...]: ...
     def render(self, messages: Sequence[Message], tools: Sequence[Any] | None = None, *, prompt: bool = False) -> str: ...
     def ending_of(self, message: Message) -> Any: ...
     def switch_for(self, wanted: Any) -> str | None: ...
@@ -88,14 +88,16 @@ class Turn:
         more, answered = _apart(opening, rest)
         if not more.strip():
             return answered
-        reasoning, answer = parted(message, opened=more.strip() == OPENS)
-        for closing in self.template.closings:
-            if more.rstrip().endswith(closing):
-                return None if reasoning else _without(closing, answered)
+        reasoning, answer = parted(message, opened=True)
+        if (closing := _closed(more)) and reasoning:
+            key = next((f" with data.ignore=[{key}]" for key in REASONING if message.get(key)), "")
+            raise Refused(f"the chat template ends the reasoning in the prompt, and this turn has some: leave it out{key}")
+        if closing:
+            return answered.lstrip().removeprefix(closing) if answered.lstrip().startswith(closing) else answered
         reasoned = self._behind_last({**answer, REASONING[0]: reasoning or REASONS})
         if reasoned.startswith(opening) and reasoned[len(opening) :].lstrip().startswith(reasoning or REASONS):
-            return reasoned[len(opening) :].replace(REASONS, "", 1)
-        if more.strip() != OPENS:
+            return reasoned[len(opening) :].replace(REASONS, "")
+        if more.strip() != "<think>":
             return None
         # It writes no reasoning (DeepSeek-R1): this goes on where the prompt opens it, and ends as the family ends it.
         return f"{reasoning.rstrip()}\n</think>\n\n{_apart(opening, self._behind_last(answer))[1]}"
@@ -122,16 +124,27 @@ def _behind(text: str) -> str:
     return text.rpartition(LAST)[2] if LAST in text else LAST
 
 
-def _without(closing: str, rest: str) -> str:
-    """What follows the end of the reasoning, which the prompt has already."""
-    return rest.lstrip().removeprefix(closing) if rest.lstrip().startswith(closing) else rest
+def _closed(more: str) -> str | None:
+    """The tag that closes reasoning at the end of a prompt, if that has it over: `<think></think>`, `<|channel>thought\n<channel|>`."""
+    if more.strip() == CLOSES:
+        return CLOSES
+    pair = _PAIR.fullmatch(more)
+    return (
+        pair[2]
+        if pair and _CLOSING.match(pair[2]) and not _CLOSING.match(pair[1]) and _name(pair[1]) == _name(pair[2])
+        else None
+    )
+
+
+def _name(tag: str) -> str:
+    return re.sub(r"(start|begin|end)_(of_)?|[\W_]", "", tag.lower())
 
 
 def _apart(one: str, other: str) -> tuple[str, str]:
     """What follows where two texts are no longer the same; a tag that they part in is no common part of them."""
     at = shared_length(one, other)
     opens = max(one.rfind("<", 0, at), one.rfind("[", 0, at))
-    tag = _TAG.match(one, opens) if opens >= 0 else None
+    tag = re.compile(_TAG).match(one, opens) if opens >= 0 else None
     at = opens if tag and tag.end() > at else at
     return one[at:], other[at:]
 

@@ -74,6 +74,9 @@ def check_said(message: Message, said: str, say: Callable[[Message], str], templ
     if missing := [leaf for number, leaf in enumerate(leaves) if number not in order]:
         what, text = missing[0].what, _short(missing[0].text)
         raise Refused(about(what) if what in REASONING else f"the model's chat template leaves out its {what}: {text}")
+    if len(set(order)) < len(order):
+        twice = next(leaf for number, leaf in enumerate(leaves) if order.count(number) > 1)
+        raise Refused(f"the model's chat template writes its {twice.what} more than once: {_short(twice.text)}")
     frame = tuple(_MARK.split(probe)[::2])
     _compare(said, frame, [leaves[number] for number in order])
     calls = message.get("tool_calls") or []

@@ -93,7 +93,7 @@ class Turn:
             key = next((f" with data.ignore=[{key}]" for key in REASONING if message.get(key)), "")
             raise Refused(f"the chat template ends the reasoning in the prompt, and this turn has some: leave it out{key}")
         if closing:
-            return answered.lstrip().removeprefix(closing) if answered.lstrip().startswith(closing) else answered
+            return _without(more[more.rindex(closing) :], closing, answered)
         reasoned = self._behind_last({**answer, REASONING[0]: reasoning or REASONS})
         if reasoned.startswith(opening) and reasoned[len(opening) :].lstrip().startswith(reasoning or REASONS):
             return reasoned[len(opening) :].replace(REASONS, "")
@@ -129,11 +129,15 @@ def _closed(more: str) -> str | None:
     if more.strip() == CLOSES:
         return CLOSES
     pair = _PAIR.fullmatch(more)
-    return (
-        pair[2]
-        if pair and _CLOSING.match(pair[2]) and not _CLOSING.match(pair[1]) and _name(pair[1]) == _name(pair[2])
-        else None
-    )
+    if pair is None or _name(pair[1]) != _name(pair[2]) or _CLOSING.match(pair[1]) or not _CLOSING.match(pair[2]):
+        return None
+    return pair[2]
+
+
+def _without(end: str, closing: str, answered: str) -> str:
+    """What follows the end of the reasoning, where the template writes that with the answer too."""
+    rest = answered.lstrip()
+    return next((rest[len(one) :] for one in (end, closing) if rest.startswith(one)), answered)
 
 
 def _name(tag: str) -> str:
@@ -143,9 +147,7 @@ def _name(tag: str) -> str:
 def _apart(one: str, other: str) -> tuple[str, str]:
     """What follows where two texts are no longer the same; a tag that they part in is no common part of them."""
     at = shared_length(one, other)
-    opens = max(one.rfind("<", 0, at), one.rfind("[", 0, at))
-    tag = re.compile(_TAG).match(one, opens) if opens >= 0 else None
-    at = opens if tag and tag.end() > at else at
+    at = next((tag.start() for tag in re.finditer(_TAG, one) if tag.start() < at < tag.end()), at)
     return one[at:], other[at:]
 
 

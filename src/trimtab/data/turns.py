@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any, Protocol
 
 from trimtab.data.example import Refused
-from trimtab.data.written import CLOSES, REASONING, Writing, check_said, parted
+from trimtab.data.written import CLOSES, OPENS, REASONING, Writing, check_said, parted
 
 Message = dict[str, Any]
 
@@ -88,16 +88,17 @@ class Turn:
         more, answered = _apart(opening, rest)
         if not more.strip():
             return answered
-        reasoning, answer = parted(message, opened=True)
+        reasoning, answer = parted(message, opened=OPENS in more or CLOSES in more)
         if (closing := _closed(more)) and reasoning:
-            key = next((f" with data.ignore=[{key}]" for key in REASONING if message.get(key)), "")
-            raise Refused(f"the chat template ends the reasoning in the prompt, and this turn has some: leave it out{key}")
+            raise Refused(
+                "the chat template ends the reasoning in the prompt, and this turn has some: leave it out (data.ignore)"
+            )
         if closing:
             return _without(more[more.rindex(closing) :], closing, answered)
         reasoned = self._behind_last({**answer, REASONING[0]: reasoning or REASONS})
         if reasoned.startswith(opening) and reasoned[len(opening) :].lstrip().startswith(reasoning or REASONS):
             return reasoned[len(opening) :].replace(REASONS, "")
-        if more.strip() != "<think>":
+        if more.strip() != OPENS:
             return None
         # It writes no reasoning (DeepSeek-R1): this goes on where the prompt opens it, and ends as the family ends it.
         return f"{reasoning.rstrip()}\n</think>\n\n{_apart(opening, self._behind_last(answer))[1]}"

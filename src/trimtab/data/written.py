@@ -17,7 +17,7 @@ Message = dict[str, Any]
 
 REASONING = ("reasoning_content", "thinking", "reasoning")
 """Keys under which a message's reasoning comes; Transformers hands any of them on under the name that the template reads."""
-CLOSES = "</think>"
+OPENS, CLOSES = "<think>", "</think>"
 _THINKING = re.compile(r"\s*(<think>)?(.*?)</think>(.*)", re.DOTALL)
 _MARK = re.compile(r"qxmark([a-z]+)xq")
 MOST_FRAMES = 1000
@@ -48,7 +48,7 @@ def parted(message: Message, *, opened: bool) -> tuple[str, Message]:
     if own is not None:
         return own, rest
     found = _THINKING.fullmatch(message["content"])
-    if found is None or not (found[1] or opened) or "<think>" in found[2] or CLOSES in found[3]:
+    if found is None or not (found[1] or opened) or OPENS in found[2] or CLOSES in found[3]:
         return "", rest
     return found[2].strip("\n"), {**rest, "content": found[3].lstrip("\n")}
 

@@ -6,13 +6,13 @@ The templates are trl's where it ships one that does so; the others are those of
 from functools import cache
 
 import pytest
-from chat_templates import CALLS, RESULT, TOOLS, base, base_with
+from chat_templates import CALLS, FOLDER, RESULT, TOOLS, base, base_with
 from test_chat_templates import runs
 
 from trimtab.data import Account, make_sequences
 from trimtab.data.shapes import read_examples
 
-IM_END, TURN, BOTH = "<|im_end|>", "<turn|>", "{{ m.reasoning or m.reasoning_content }}"
+IM_END = "<|im_end|>"
 
 
 def user(content):
@@ -91,19 +91,22 @@ def test_an_assistant_that_speaks_twice_is_heard_twice():
     assert second[1] == "<think>\n\n</think>\n\nMore.<|im_end|>"
 
 
+def test_a_turn_ends_with_the_first_token_that_ends_it():
+    """Phi-3's template writes another behind the conversation, if the tokenizer's own is the one that ends a turn."""
+    source = (FOLDER / "phi3.jinja").read_text(encoding="utf-8")
+    assert base_with(source, "<|end|>").render([ONE, FIRST]).endswith("First.<|end|>\n<|end|>")
+    assert answers(base_with(source, "<|end|>"), ONE, FIRST) == ["First.<|end|>"]
+
+
 # Of families that trl does not ship
 
 
-def chatml(answer, prompt, *, user="{{ m.content }}"):
-    """A template with tokens of its own for each turn."""
+def chatml(answer, prompt):
+    """A template that writes an answer so, and ends a prompt so."""
     return (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}" + answer + "{% else %}" + user + "{% endif %}"
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}" + answer + "{% else %}{{ m.content }}{% endif %}"
         "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n" + prompt + "{% endif %}"
     )  # fmt: skip
-
-
-CLOSED = "<think>\n{% if not enable_thinking %}</think>{% endif %}"
-WRITTEN = "{% if m.reasoning_content %}{0}{{ m.reasoning_content }}{1}{% endif %}"
 
 
 def writes(opens, closes, answer="{{ m.content }}", otherwise=""):
@@ -112,7 +115,7 @@ def writes(opens, closes, answer="{{ m.content }}", otherwise=""):
 
 TEMPLATES = {
     "glm 4.7": chatml(writes("<think>", "</think>", otherwise="</think>"), "<think>"),
-    "qwq": chatml("{{ m.content.split('</think>')[-1].lstrip('\n') }}", CLOSED),
+    "qwq": chatml("{{ m.content.split('</think>')[-1].lstrip('\n') }}", "<think>\n{% if not enable_thinking %}</think>{% endif %}"),
     "gemma 4": chatml(
         "{{ m.content }}", "{% if not enable_thinking %}<|channel>thought\n<channel|>{% endif %}"
     ).replace("{{ m.content }}{% else %}", "{% if m.tool_calls %}" + writes("<|channel>thought\n", "\n<channel|>", "") +
@@ -216,9 +219,7 @@ def test_a_template_that_accepts_nothing_without_tools_has_calls_read():
     assert answers(like("hermes 2 pro"), ONE, said("", tool_calls=CALLS)) == [
         '<tool_call>{"name": "weather", "arguments": {"city": "Oslo", "days": 2}}</tool_call><|im_end|>'
     ]
-    assert "'tools' is undefined" in answers(like("hermes 2 pro"), ONE, FIRST) or "NoneType" in answers(
-        like("hermes 2 pro"), ONE, FIRST
-    )
+    assert "does not accept it: 'NoneType' object is not iterable" in answers(like("hermes 2 pro"), ONE, FIRST)
 
 
 # Negative controls: what nobody can know is refused
@@ -227,6 +228,11 @@ def test_a_template_that_accepts_nothing_without_tools_has_calls_read():
 def test_a_prompt_that_goes_on_with_the_last_answer_ends_a_turn_in_its_midst():
     reason = answers(like("nemotron 2"), ONE, said("b"), said("c"))
     assert "ends the turn in its midst" in reason
+
+
+def test_what_is_written_twice_is_refused():
+    source = chatml("{{ m.reasoning }}{{ m.reasoning_content }}{{ m.content }}", "")
+    assert "writes its reasoning_content more than once: 'Hm.'" in answers(base_with(source, IM_END), ONE, HM)
 
 
 @pytest.mark.parametrize("alone", ["Answer: ", "<|think|>", "<plan>\n", "<|START_THINKING|>"])

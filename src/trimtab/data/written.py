@@ -19,7 +19,7 @@ REASONING = ("reasoning_content", "thinking", "reasoning")
 """Keys under which a message's reasoning comes; Transformers hands any of them on under the name that the template reads."""
 OPENS, CLOSES = "<think>", "</think>"
 _THINKING = re.compile(r"\s*(<think>)?(.*?)</think>(.*)", re.DOTALL)
-_MARK = re.compile(r"qxmark([a-z]+)xq")
+_MARK = re.compile(r"qxmark([a-z]+?)xq")
 MOST_FRAMES = 1000
 
 

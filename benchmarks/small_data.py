@@ -2,7 +2,7 @@
 
     python benchmarks/small_data.py measure orders=demo/train.jsonl commands=rows.jsonl … [--jobs 2]
 
-Of each file the last 60 examples are never trained on; the loss on them, and how many of the first 20 of them the best adapter answers
+Of each file the last 40 examples are never trained on; the loss on them, and how many of the first 20 of them the best adapter answers
 exactly, and ends by itself, go into docs/measured/small_data.json.
 """
 
@@ -10,7 +10,6 @@ import argparse
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,14 @@ from _apart import keep, run_apart
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "measured" / "small_data.json"
-TEST, ANSWERED, LONGEST = 60, 20, 500
-SIZES = {20: (4, 8, 16, 32), 60: (2, 4, 8, 16), 200: (1, 2, 4), 1000: (1,)}
-"""By the number of examples, the epochs that are tried."""
-ROWS = {20: (16, 8)}
-"""The same of rows a step, if other than 16."""
+TEST, ANSWERED, LONGEST = 40, 20, 520
+SIZES = {
+    20: ((2, 16), (16, 16), (4, 4)),
+    60: ((2, 16), (2, 4), (4, 4), (8, 16)),
+    200: ((2, 16), (2, 13), (4, 13)),
+    1000: ((1, 16), (2, 16)),
+}
+"""By the number of examples, the epochs that are tried, and how many of them a step has."""
 
 
 def one(asked: dict[str, Any]) -> dict[str, Any]:
@@ -74,11 +76,14 @@ def measure(tasks: list[str], jobs: int) -> None:
         rows = [row for row in rows if len(json.dumps(row)) < LONGEST]
         train, test = rows[:-TEST], rows[-TEST:]
         for size, tried in SIZES.items():
-            for epochs, rows_per_step in product(tried, ROWS.get(size, (16,))):
-                key = f"{epochs} epochs, {rows_per_step} rows"
+            for epochs, rows_per_step in tried:
+                key = f"{epochs} epochs, {rows_per_step} a step"
                 if size <= len(train) and key not in known.get(name, {}).get(str(size), {}):
-                    settings = {"epochs": epochs, "rows_per_step": rows_per_step}
-                    given = {"train": train[:size], "test": test, "settings": settings}
+                    given = {
+                        "train": train[:size],
+                        "test": test,
+                        "settings": {"epochs": epochs, "rows_per_step": rows_per_step},
+                    }
                     todo.append((size * epochs, name, str(size), key, given))
 
     def run(number: int) -> None:

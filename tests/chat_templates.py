@@ -257,18 +257,25 @@ _SPECIAL = r"<\|[^|<>\n]+\|>|<｜[^｜\n]+｜>|<(?:start|end)_of_(?:turn|utteran
 @cache
 def base(name: str, **switches: bool) -> Base:
     """A base with this template of `trl`'s around a tiny model that nobody runs."""
-    source, taught = (FOLDER / f"{name}.jinja").read_text(encoding="utf-8"), TAUGHT[name]
-    special = dict.fromkeys([*re.findall(_SPECIAL, source), taught.eos, *taught.stops])
+    taught = TAUGHT[name]
+    return base_with((FOLDER / f"{name}.jinja").read_text(encoding="utf-8"), taught.eos, taught.stops, taught.words, **switches)
+
+
+def base_with(
+    source: str, eos: str, others: tuple[str, ...] = (), words: tuple[str, ...] = ("<think>", "</think>"), **switches: bool
+) -> Base:
+    """A base with this template and these tokens that end a generation."""
+    special = dict.fromkeys([*re.findall(_SPECIAL, source), eos, *others])
     tokenizer = Tokenizer.from_str(_trained())
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in ("<bos>", *special)])
-    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in taught.words])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token=taught.eos)
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in words])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token=eos)
     fast.chat_template = source
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=len(fast), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
         bos_token_id=None, eos_token_id=None,
     ))  # fmt: skip
-    stops = [fast.convert_tokens_to_ids(token) for token in (taught.eos, *taught.stops)]
+    stops = [fast.convert_tokens_to_ids(token) for token in (eos, *others)]
     model.generation_config = GenerationConfig(eos_token_id=stops)
     return Base(model, fast, template=switches)
 

@@ -108,7 +108,7 @@ CARELESS = {
     "a recipe that is not there": ("train nope.yaml", None, 2, "nope.yaml: no such recipe (looked in HERE)."),
     "a folder as recipe": ("train tiny", None, 2, "tiny: cannot be read as a recipe: Is a directory."),
     "an unknown key": ("train r.yaml output=new train.epocs=1", None, 2, "r.yaml: train.epocs: no such key. Did you mean 'epochs'?"),
-    "a wrong type": ("train r.yaml output=new train.epochs=one", None, 2, "r.yaml: train.epochs: expected a number, got 'one'."),
+    "a wrong type": ("train r.yaml output=new train.epochs=one", None, 2, "r.yaml: train.epochs: expected 'auto' or a number, got 'one'."),
     "a word that is none": (
         "train r.yaml epochs", None, 2, "'epochs': expected section.key=value, for example train.lr=1e-4."
     ),

@@ -68,10 +68,10 @@ def refusal(text, *words):
         (DATA + "method: {rank: }", "method.rank: expected a whole number, got null."),
         (DATA + "method: {rank: [8]}", "method.rank: expected a whole number, got a list."),
         (DATA + "method: {rank: {}}", "method.rank: expected a whole number, got an empty mapping."),
-        (DATA + "train: {epochs: two}", "train.epochs: expected a number, got 'two'."),
-        (DATA + "train: {epochs: '2'}", "train.epochs: expected a number, got '2' (a text: leave the quotes out)."),
-        (DATA + "train: {epochs: true}", "train.epochs: expected a number, got true."),
-        (DATA + "train: {epochs: 1:30}", "train.epochs: expected a number, got '1:30'."),
+        (DATA + "train: {epochs: two}", "train.epochs: expected 'auto' or a number, got 'two'."),
+        (DATA + "train: {epochs: '2'}", "train.epochs: expected 'auto' or a number, got '2' (a text: leave the quotes out)."),
+        (DATA + "train: {epochs: true}", "train.epochs: expected 'auto' or a number, got true."),
+        (DATA + "train: {epochs: 1:30}", "train.epochs: expected 'auto' or a number, got '1:30'."),
         (DATA + "train: {seed: 1_000}", "train.seed: expected a whole number, got '1_000'."),
         (DATA + "train: {lr: fast}", "train.lr: expected 'auto' or a number, got 'fast'."),
         (DATA + "train: {lr: '1e-4'}", "train.lr: expected 'auto' or a number, got '1e-4' (a text: leave the quotes out)."),
@@ -94,10 +94,10 @@ def refusal(text, *words):
         (DATA + "method: {targets: []}", "method.targets: expected a list that is not empty, got an empty list."),
         (DATA + "method: {targets: [q_proj, 3]}", "method.targets.1: expected a text, got 3."),
         # Ranges
-        (DATA + "train: {epochs: -1}", "train.epochs: expected a number above 0, got -1."),
-        (DATA + "train: {epochs: 0}", "train.epochs: expected a number above 0, got 0."),
-        (DATA + "train: {epochs: .nan}", "train.epochs: expected a finite number, got nan."),
-        (DATA + "train: {epochs: 1e400}", "train.epochs: expected a finite number, got inf."),
+        (DATA + "train: {epochs: -1}", "train.epochs: expected 'auto' or a number above 0, got -1."),
+        (DATA + "train: {epochs: 0}", "train.epochs: expected 'auto' or a number above 0, got 0."),
+        (DATA + "train: {epochs: .nan}", "train.epochs: expected 'auto' or a finite number, got nan."),
+        (DATA + "train: {epochs: 1e400}", "train.epochs: expected 'auto' or a finite number, got inf."),
         (DATA + "train: {lr: -1}", "train.lr: expected 'auto' or a number above 0, got -1."),
         (DATA + "train: {warmup: 2}", "train.warmup: expected a fraction of the steps, such as 0.05, got 2: it is not counted in steps."),
         (DATA + "train: {warmup: -0.1}", "train.warmup: expected a number of at least 0, got -0.1."),
@@ -133,14 +133,17 @@ def test_all_problems_are_listed_each_once():
         "  data.max_length: expected a whole number, got '3' (a text: leave the quotes out).\n"
         "  data.overlong: expected 'refuse' or 'truncate', got 'f'.\n"
         "  data.bad_rows: expected 'stop' or 'skip', got 'x'.\n"
-        "  train.epochs: expected a number above 0, got 0.\n"
+        "  train.epochs: expected 'auto' or a number above 0, got 0.\n"
         "  train.lr: expected 'auto' or a number above 0, got 0.\n"
         "  train.clip: expected a number above 0, got 0."
     )
 
 
 def test_a_long_value_is_cut_in_the_message():
-    assert refusal(DATA + f"train: {{epochs: {'x' * 500}}}") == f"r.yaml: train.epochs: expected a number, got '{'x' * 79}…."
+    assert (
+        refusal(DATA + f"train: {{epochs: {'x' * 500}}}")
+        == f"r.yaml: train.epochs: expected 'auto' or a number, got '{'x' * 79}…."
+    )
 
 
 @pytest.mark.parametrize(
@@ -307,7 +310,7 @@ def test_a_name_is_short_for_a_mapping_with_a_name():
          "rows_per_step and tokens_per_step are two measures of one thing: give one of them."),
         (lambda: TrainConfig(lr=-1.0), "lr: expected 'auto' or a number above 0, got -1.0."),
         (lambda: ModelConfig(), "name: missing, and it has no default."),
-        (lambda: Recipe(data={"train": "a"}, train={"epochs": 0}), "train.epochs: expected a number above 0, got 0."),
+        (lambda: Recipe(data={"train": "a"}, train={"epochs": 0}), "train.epochs: expected 'auto' or a number above 0, got 0."),
         (lambda: Recipe(data=3), "data: expected a mapping with keys such as train, got 3."),
         (lambda: Recipe.parse({"data": {"train": "a"}, "method": "lroa"}), "method.name: no such choice: 'lroa'. Did you mean 'lora'?"),
         (lambda: Recipe.parse(3), "expected a mapping with keys such as model, got 3."),

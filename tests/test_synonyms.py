@@ -109,7 +109,7 @@ def test_all_problems_are_said_at_once():
         "x",
     ]
     assert "  train.warmup: expected a fraction of the steps, such as 0.05, got 100: it is not counted in steps." in lines
-    assert "  train.epochs: expected a number, got 'two'." in lines
+    assert "  train.epochs: expected 'auto' or a number, got 'two'." in lines
 
 
 def test_a_key_of_another_section_is_pointed_to_it_and_one_of_another_method_is_not():

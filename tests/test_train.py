@@ -1,6 +1,7 @@
 """The loop: one divisor, a schedule that is a function of the step, and no step on a number that is none."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from trimtab.errors import BaseChanged, DataError, NonFinite
 from trimtab.methods import attach
 from trimtab.methods.lora import LoRA
 from trimtab.objectives.sft import SFT
-from trimtab.train import Optimizer, TrainConfig, learning_rate, train
+from trimtab.train import Optimizer, PlannedSteps, TrainConfig, learning_rate, train
 
 ROWS = [
     Sequence(ids, list(range(start, len(ids))), f"row:{n}", len(ids))
@@ -163,6 +164,30 @@ def test_a_base_that_changed_is_noticed():
         base.model.model.norm.weight[0] += 1e-3
     with pytest.raises(BaseChanged, match="changed while they were in use"):
         base.check_unchanged()
+
+
+def test_few_rows_are_learned_in_smaller_steps_and_more_often_unless_the_recipe_says_how():
+    def of(rows, **settings):
+        return TrainConfig(**settings).of(rows)
+
+    assert [of(rows) for rows in (1, 20, 40, 60, 200, 240, 1000)] == [(4, 4), (4, 4), (3, 4), (2, 4), (2, 13), (2, 16), (2, 16)]
+    assert [of(rows, rows_per_step=8) for rows in (20, 60, 100, 1000)] == [(4, 8), (4, 8), (3, 8), (2, 8)]
+    assert [of(rows, epochs=1) for rows in (20, 200, 1000)] == [(1, 4), (1, 6), (1, 16)]
+    assert [of(20, tokens_per_step=100), of(20, epochs=9, rows_per_step=7)] == [(2, None), (9, 7)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps", "rows"),
+    [({}, 5, 4), ({"epochs": 1}, 2, 4), ({"rows_per_step": 1}, 20, 1), ({"tokens_per_step": 20}, 6, 5 / 3)],
+)
+def test_the_steps_of_a_run_are_as_many_as_that_makes(settings, steps, rows):
+    planned = PlannedSteps(ROWS[:5], TrainConfig(**settings), SimpleNamespace(pack_tokens=64))
+    assert (len(planned), planned.rows_per_step) == (steps, pytest.approx(rows))
+
+
+@pytest.mark.parametrize(("settings", "repeats"), [({}, True), ({"epochs": 1.5}, True), ({"epochs": 1}, False)])
+def test_what_is_learned_once_is_known_before_the_rows_are(settings, repeats):
+    assert TrainConfig(**settings).repeats is repeats
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])

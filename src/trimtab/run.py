@@ -88,7 +88,7 @@ def _made_ready(recipe: Recipe, before: Unfinished | None, watch: Watcher) -> _R
             watch.noticed(f"{one.name}: {one.words}")
     if before is not None:
         before.check(recipe, facts, data.plain()["files"], watch.noticed)
-        if recipe.train.epochs > 1 and FrozenBelow(base.model, 0).lowest:
+        if recipe.train.repeats and FrozenBelow(base.model, 0).lowest:
             watch.noticed("what frozen lower layers made of rows is computed anew: results may differ by rounding from here on")
         watch.noticed(f"goes on with {before.folder} after step {before.step} of {len(steps)}")
     return _Ready(recipe, base, adapter, data, steps, facts, findings)
@@ -138,6 +138,8 @@ def _facts(recipe: Recipe, base: Base, adapter: Attached, data: Loaded, steps: P
         "positions": recipe.method.positions,
         "base_parameters": base.model.num_parameters() - trained,
         "steps": len(steps),
+        "epochs": steps.epochs,
+        "rows_per_step": steps.rows_per_step,
         "memory": steps.memory.words,
         "plan": steps.memory.plain(),
         "threads": threads(),

@@ -259,9 +259,7 @@ class Base:
 
     def ending(self, message: Message) -> Ending | None:
         """How the chat template ends this turn of the assistant's; None if by no special token."""
-        if not self.has_template:
-            return None
-        return self.template.call_ending if message.get("tool_calls") else self.template.ending
+        return self.template.ending_of(message) if self.has_template else None
 
     @property
     def end_of_text(self) -> int | None:

@@ -16,6 +16,8 @@ Message = dict[str, Any]
 Switches = Mapping[str, Any]
 """Variables of a template that are the user's to set, such as `enable_thinking`."""
 
+ID = "abcdefghi"
+"""Of a call. Mistral's templates want nine letters."""
 PROBE = "Zanzibar"
 """A word that no template writes by itself."""
 GIVEN = {
@@ -24,8 +26,8 @@ GIVEN = {
     "continue_final_message",
 }  # fmt: skip
 """What Transformers and Jinja give to every template."""
-CLOSES = "</think>"
-"""How reasoning ends where the template does not say."""
+OPENS, CLOSES = "<think>", "</think>"
+"""How reasoning begins and ends where the template does not say."""
 
 
 class Ending(NamedTuple):
@@ -109,6 +111,11 @@ class ChatTemplate:
         shared = reasoned[len(reasoned) - _agreeing(alone[::-1], reasoned[::-1]) :]
         return shared.strip() or reasoned.strip() or CLOSES
 
+    @cached_property
+    def opens_reasoning(self) -> bool:
+        """Its prompt begins the reasoning, so that what the model says goes on with that."""
+        return self._tried([_user("0")], prompt=True).rstrip().endswith(OPENS)
+
     @property
     def variables(self) -> list[str]:
         """The names of its switches: variables that it reads and does not set itself, unless only where they are not set."""
@@ -119,14 +126,23 @@ class ChatTemplate:
 
     def switch_for(self, wanted: Callable[["ChatTemplate"], bool]) -> str | None:
         """A setting of one of its switches with which it does what is wanted, as it is written on the command line."""
-        for name in self.variables:
-            for value in (True, False):
-                other = ChatTemplate(self.tokenizer, {**self.switches, name: value}, self.stops)
-                other.moment = self.moment
-                with suppress(DataError):
-                    if wanted(other):
-                        return f"model.template.{name}={str(value).lower()}"
+        for setting, other in self._switched.items():
+            other.moment = self.moment
+            with suppress(DataError):
+                if wanted(other):
+                    return setting
         return None
+
+    @cached_property
+    def _switched(self) -> dict[str, "ChatTemplate"]:
+        """Itself with another setting of each of its switches."""
+        return {
+            f"model.template.{name}={str(value).lower()}": ChatTemplate(
+                self.tokenizer, {**self.switches, name: value}, self.stops
+            )
+            for name in self.variables
+            for value in (True, False)
+        }
 
     def check_switches(self) -> None:
         """Raise RecipeError for a switch that the template does not read."""
@@ -137,15 +153,19 @@ class ChatTemplate:
 
     # How it ends a turn
 
+    def ending_of(self, message: Message) -> Ending | None:
+        """How it ends this turn of the assistant's; None if by no special token."""
+        return self.call_ending if message.get("tool_calls") else self.ending
+
     @cached_property
     def ending(self) -> Ending | None:
-        """How an answer ends; None if by no special token."""
-        return self._ending([_user("0")], _answer, _user("0"), None)
+        """How an answer ends; None if by no special token. Some templates accept no conversation without tools (Hermes 2 Pro's)."""
+        return self._ending([_user("0")], _answer, _user("0"), None) or self._ending([_user("0")], _answer, _user("0"), TOOLS)
 
     @cached_property
     def call_ending(self) -> Ending | None:
         """How a turn ends that calls a tool."""
-        return self._ending([_user("0")], _call, {"role": "tool", "name": "tool", "content": "0"}, TOOLS)
+        return self._ending([_user("0")], _call, {"role": "tool", "name": "tool", "tool_call_id": ID, "content": "0"}, TOOLS)
 
     def _ending(
         self, asked: list[Message], say: Callable[[str], Message], after: Message, tools: list[Any] | None
@@ -213,7 +233,8 @@ def _answer(content: str) -> Message:
 
 
 def _call(argument: str) -> Message:
-    return {**_answer(""), "tool_calls": [{"type": "function", "function": {"name": "tool", "arguments": {"x": argument}}}]}
+    function = {"name": "tool", "arguments": {"x": argument}}
+    return {**_answer(""), "tool_calls": [{"type": "function", "id": ID, "function": function}]}
 
 
 def _calls(messages: Sequence[Message]) -> bool:
@@ -222,6 +243,8 @@ def _calls(messages: Sequence[Message]) -> bool:
 
 def _in_form(message: Message, parts: bool, texts: bool) -> Message:
     """The message as the template reads it."""
+    if reasoning := message.get("reasoning_content") or message.get("thinking"):
+        message = {"reasoning": reasoning, **message}  # the other names are Transformers' doing
     if parts:
         message = {**message, "content": [{"type": "text", "text": message["content"]}]}
     if texts and message.get("tool_calls"):

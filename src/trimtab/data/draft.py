@@ -7,7 +7,8 @@ from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 from trimtab.data.example import Conversation, Refused, Text
-from trimtab.data.written import REASONING, about, check_said, parted, unread_key
+from trimtab.data.turns import Turn, shared_length
+from trimtab.data.written import REASONING, about, parted, unread_key
 from trimtab.errors import DataError
 
 Message = dict[str, Any]
@@ -33,13 +34,15 @@ class Tokenizing(Protocol):
     def decode(self, ids: SequenceOf[int]) -> str: ...
 
 
+NO_CALLS = "messages[{}] (assistant): the model's chat template leaves out its tool_calls"
+NO_END = (
+    "the model's chat template ends an assistant turn with no special token, so the model could not learn to stop; "
+    "give it a template that does, or use prompt/completion rows with a base that has no template"
+)
+
+
 class NotAPrefix(Exception):
     """Text or tokens before an answer change once the conversation goes on (Qwen3 drops earlier thinking, for one)."""
-
-
-def shared_length(one: str, other: str) -> int:
-    """How many characters two texts begin with in common."""
-    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 class Answer(NamedTuple):
@@ -49,6 +52,8 @@ class Answer(NamedTuple):
     """Up to where the text is what the model itself would have had before it and said."""
     end: int | None = None
     """The token that ends it; the text's end does unless given."""
+    calls: bool = False
+    """It calls tools; the token may end each call."""
 
 
 class Draft(NamedTuple):
@@ -70,19 +75,20 @@ def whole(example: Conversation | Text, base: Tokenizing) -> list[Draft]:
     if not base.has_template:
         prompt, completion = joined(example, base)
         return [Draft(prompt + completion, [Answer(len(prompt), len(prompt) + len(completion))])]
-    _check_conversation(example, base)
     messages, last = read_so(example, base), len(example.messages) - 1
+    _check_conversation(example, base)
     text = base.render(messages, example.tools)
-    _check_written(example, messages, text, base)
+    turns = {n: Turn(base.template, messages, n, example.tools) for n in trained_turns(example)}
+    _check_written(example, messages, [text, *(turn.prompt for turn in turns.values())], base)
     if messages[last]["role"] == "assistant" and (ending := base.ending(messages[last])) is not None:
         text += ending.text
     answers = []
-    for turn in trained_turns(example):
-        prompt, said = _spoken(messages, turn, example.tools, base, text if turn == last else None)
-        if not text.startswith(prompt):
+    for n, turn in turns.items():
+        said, start = turn.said(text if n == last else None), len(turn.prompt)
+        if not text.startswith(turn.prompt):
             raise NotAPrefix
-        limit = len(text) if turn == last else len(prompt) + shared_length(said, text[len(prompt) :])
-        answers.append(Answer(len(prompt), limit, base.ending(messages[turn]).token))
+        limit = len(text) if n == last else start + shared_length(said, text[start:])
+        answers.append(Answer(start, limit, turn.ending.token, turn.calls))
     return [Draft(text, answers)]
 
 
@@ -90,10 +96,10 @@ def turn_by_turn(example: Conversation | Text, base: Tokenizing) -> list[Draft]:
     """Each trained turn in a text of its own that ends with it, as the model has it when it speaks."""
     assert isinstance(example, Conversation)
     drafts, messages = [], read_so(example, base)
-    for turn in trained_turns(example):
-        prompt, said = _spoken(messages, turn, example.tools, base)
-        text = prompt + said
-        drafts.append(Draft(text, [Answer(len(prompt), len(text), base.ending(messages[turn]).token)]))
+    for n in trained_turns(example):
+        turn = Turn(base.template, messages, n, example.tools)
+        text = turn.prompt + turn.said()
+        drafts.append(Draft(text, [Answer(len(turn.prompt), len(text), turn.ending.token, turn.calls)]))
     return drafts
 
 
@@ -117,74 +123,26 @@ def read_so(example: Conversation, base: Tokenizing) -> list[Message]:
     """The messages as the template reads them: reasoning that a content begins with goes where the template looks for it."""
     if not base.template.reads_reasoning:
         return list(example.messages)
-    return [_with_reasoning(message) if message["role"] == "assistant" else message for message in example.messages]
+    return [
+        _with_reasoning(message, base.template.opens_reasoning) if message["role"] == "assistant" else message
+        for message in example.messages
+    ]
 
 
-def _with_reasoning(message: Message) -> Message:
+def _with_reasoning(message: Message, opened: bool) -> Message:
     if any(message.get(key) for key in REASONING):
         return message
-    reasoning, rest = parted(message)
+    reasoning, rest = parted(message, opened=opened)
     return {**rest, "reasoning_content": reasoning} if reasoning else rest
 
 
-def _spoken(messages: list[Message], turn: int, tools: Any, base: Tokenizing, text: str | None = None) -> tuple[str, str]:
-    """The prompt of a turn as generation has it, and what the model is to say then, to its end; checked to say what the message does.
-
-    Args:
-        text: The conversation up to this turn as it is written, if that is known.
-    """
-    before, message = messages[:turn], messages[turn]
-    prompt = base.render(before, tools, prompt=True)
-
-    def say(other: Message, text: str | None = None) -> str:
-        text = base.render([*before, other], tools) + base.ending(message).text if text is None else text
-        return text[len(prompt) :] if text.startswith(prompt) else _gone_on(prompt, text, before, other, tools, base)
-
-    try:
-        said = say(message, text)
-        check_said(message, said, say, base.template)
-    except Refused as refused:
-        raise Refused(f"messages[{turn}] (assistant): {refused}") from None
-    return prompt, said
-
-
-def _gone_on(prompt: str, text: str, before: list[Message], message: Message, tools: Any, base: Tokenizing) -> str:
-    """What is said after a prompt that the template writes otherwise when the answer is there: one that opens the reasoning.
-
-    DeepSeek-R1's template has the model begin with `<think>`, and writes neither that nor the reasoning of an answer; Nemotron's
-    writes an empty one. So the reasoning goes on where the prompt opens it, and ends as the family ends it.
-    """
-    shared = shared_length(prompt, text)
-    if OPENED.search(prompt) is not None:
-        if text[shared:].lstrip().startswith("</think>"):
-            return text[shared:]
-        (reasoning, rest), opened = parted(message), OPENED.sub("", prompt)
-        text = base.render([*before, rest], tools) + base.ending(message).text
-        if text.startswith(opened):
-            return f"{reasoning.rstrip()}\n</think>\n\n{text[len(opened) :]}"
-    switch = base.template.switch_for(
-        lambda other: other.render([*before, message], tools).startswith(other.render(before, tools, prompt=True))
-    )
-    raise Refused(
-        f"the chat template ends the prompt with {prompt[shared:][:40]!r}, and writes {text[shared:][:40]!r} there when the answer "
-        f"follows, so training would not see what generation sees{f': set {switch}' if switch else ''}"
-    )
-
-
-OPENED = re.compile(r"<think>\s*$")
-"""How a prompt ends that has the model begin by reasoning."""
-
-
 def _check_conversation(example: Conversation, base: Tokenizing) -> None:
-    if base.template.ending is None:
-        raise Refused(
-            "the model's chat template ends an assistant turn with no special token, so the model could not learn to stop; "
-            "give it a template that does, or use prompt/completion rows with a base that has no template"
-        )
     if trained_turns(example)[0] == 0:
         raise Refused("messages[0] is the assistant's, and nothing asks for it: begin with another, or give it weight 0")
-    if silent := [n for n in trained_turns(example) if base.ending(example.messages[n]) is None]:
-        raise Refused(f"messages[{silent[0]}] (assistant): the model's chat template leaves out its tool_calls")
+    for n in trained_turns(example):
+        if base.ending(example.messages[n]) is None:
+            base.render(example.messages[: n + 1], example.tools)  # the template may say why
+            raise Refused(NO_CALLS.format(n) if example.messages[n].get("tool_calls") else NO_END)
     named = {f"messages[{n}] ({message['role']})": message for n, message in enumerate(example.messages)}
     for name, value in {**named, "tools": example.tools}.items():
         for text in _texts(value):
@@ -210,8 +168,12 @@ def _any_of(texts: tuple[str, ...]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, texts)) or "(?!)")
 
 
-def _check_written(example: Conversation, messages: list[Message], text: str, base: Tokenizing) -> None:
-    """Refuse what the template passes over silently: the model would learn another conversation than the row's."""
+def _check_written(example: Conversation, messages: list[Message], texts: list[str], base: Tokenizing) -> None:
+    """Refuse what the template passes over silently: the model would learn another conversation than the row's.
+
+    Args:
+        texts: The conversation as it is written, and each prompt.
+    """
 
     def written_as(messages: SequenceOf[Message], tools: Any) -> str | None:
         try:
@@ -219,16 +181,17 @@ def _check_written(example: Conversation, messages: list[Message], text: str, ba
         except DataError:
             return None
 
-    if example.tools and written_as(messages, None) == text:
+    if example.tools and written_as(messages, None) == texts[0]:
         raise Refused("the model's chat template leaves out tools: remove them, or use a model whose template writes them")
     trained = set(trained_turns(example))
     for n, message in enumerate(messages):
         changes: dict[str, Any] = {"tool_calls": []} if message.get("tool_calls") else {}
-        if message["content"].strip() not in text and n not in trained:  # of those that are trained on, see `written`
+        content = message["content"].strip()
+        if n not in trained and all(content not in text for text in texts):  # of those that are trained on, see `written`
             changes["content"] = message["content"] + "."
         for key, value in changes.items():
             changed = [*messages[:n], {**message, key: value}, *messages[n + 1 :]]
-            if written_as(changed, example.tools) == text:
+            if written_as(changed, example.tools) == texts[0]:
                 raise Refused(f"messages[{n}] ({message['role']}): the model's chat template leaves out its {key}")
         if unread := unread_key(messages, n, n in trained, lambda some: base.render(some, example.tools)):
             raise Refused(f"messages[{n}] ({message['role']}): {about(unread)}")

@@ -157,10 +157,12 @@ def _sequence(draft: Draft, encoded: list[Any], base: Tokenizing, where: str) ->
     learned: list[int] = []
     for first, answer in zip(firsts, draft.answers, strict=True):
         if draft.in_turns:
-            behind = range(len(ids) - 1, first - 1, -1)  # from behind: within a turn, the token may end a call, say
-            last = next((t for t in behind if ids[t] == answer.end and ends[t] <= answer.limit), None)
-            if last is None:
+            stops = [t for t in range(first, len(ids)) if ids[t] == answer.end and ends[t] <= answer.limit]
+            if not stops:
                 raise NotAPrefix
+            if not answer.calls and base.decode(ids[stops[0] + 1 : stops[-1]]).strip():
+                raise Refused("the chat template ends the turn in its midst, and the model would stop there")
+            last = stops[-1] if answer.calls else stops[0]
         else:
             if base.end_of_text is not None and ids[-1:] != [base.end_of_text]:
                 ids = [*ids, base.end_of_text]

@@ -17,8 +17,9 @@ Message = dict[str, Any]
 
 REASONING = ("reasoning_content", "thinking", "reasoning")
 """Keys under which a message's reasoning comes; Transformers hands any of them on under the name that the template reads."""
-_THINKING = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
-_MARK = re.compile(r"qxmark([a-z]+)xq")
+OPENS, CLOSES = "<think>", "</think>"
+_THINKING = re.compile(r"\s*(<think>)?(.*?)</think>(.*)", re.DOTALL)
+_MARK = re.compile(r"qxmark([a-z]+?)xq")
 MOST_FRAMES = 1000
 
 
@@ -36,16 +37,20 @@ class Writing(Protocol):
     frames: set[tuple[str, ...]]
 
 
-def parted(message: Message) -> tuple[str, Message]:
-    """Its reasoning, from a key of its own or from the beginning of the content; and the message without."""
+def parted(message: Message, *, opened: bool) -> tuple[str, Message]:
+    """Its reasoning, from a key of its own or from the beginning of the content; and the message without.
+
+    Args:
+        opened: The prompt has begun the reasoning, so that a content need not.
+    """
     own = next((message[key] for key in REASONING if isinstance(message.get(key), str)), None)
     rest = {key: value for key, value in message.items() if key not in REASONING}
     if own is not None:
         return own, rest
     found = _THINKING.fullmatch(message["content"])
-    if found is None or "</think>" in found.group(2):
+    if found is None or not (found[1] or opened) or OPENS in found[2] or CLOSES in found[3]:
         return "", rest
-    return found.group(1).strip("\n"), {**rest, "content": found.group(2).lstrip("\n")}
+    return found[2].strip("\n"), {**rest, "content": found[3].lstrip("\n")}
 
 
 def check_said(message: Message, said: str, say: Callable[[Message], str], template: Writing) -> None:
@@ -69,6 +74,9 @@ def check_said(message: Message, said: str, say: Callable[[Message], str], templ
     if missing := [leaf for number, leaf in enumerate(leaves) if number not in order]:
         what, text = missing[0].what, _short(missing[0].text)
         raise Refused(about(what) if what in REASONING else f"the model's chat template leaves out its {what}: {text}")
+    if len(set(order)) < len(order):
+        twice = next(leaf for number, leaf in enumerate(leaves) if order.count(number) > 1)
+        raise Refused(f"the model's chat template writes its {twice.what} more than once: {_short(twice.text)}")
     frame = tuple(_MARK.split(probe)[::2])
     _compare(said, frame, [leaves[number] for number in order])
     calls = message.get("tool_calls") or []
@@ -110,10 +118,12 @@ def _compare(said: str, frame: tuple[str, ...], leaves: list[Leaf]) -> None:
 
 
 def forms(text: str) -> Iterator[str]:
-    """A text as templates write it: as it is, or in JSON."""
+    """A text as templates write it: as it is, in JSON, Python or XML."""
     yield text
     yield json.dumps(text, ensure_ascii=False)[1:-1]
     yield json.dumps(text)[1:-1]
+    yield repr(text)[1:-1]
+    yield f"<![CDATA[{text}]]>"
 
 
 def plain(text: str) -> str:

@@ -80,8 +80,10 @@ class Terminal:
             )
         if facts["start"] is not None:
             say(f"          goes on from {escape(facts['start']['folder'])}")
+        auto = "" if facts["lr_formula"] == "given" else " (auto)"
         say(
-            f"[bold]train[/]   {facts['steps']:,} steps, learning rate {facts['peak_lr']:g}{'' if facts['lr_formula'] == 'given' else ' (auto)'}"
+            f"[bold]train[/]   {facts['steps']:,} steps of {facts['rows_per_step']:.3g} rows in {facts['epochs']:g} epochs, "
+            f"learning rate {facts['peak_lr']:g}{auto}"
         )
         say(f"          {facts['memory']}")
         self._losses = deque(maxlen=max(1, facts["steps"] // 20))

@@ -10,6 +10,11 @@ from trimtab.engine import Recompute
 
 Schedule = Literal["cosine", "linear", "constant"]
 
+STEPS = 30
+"""As many optimizer steps a run has at least unless told otherwise, as far as the next two go. Measured: docs/decisions/034."""
+EPOCHS, ROWS = (2.0, 4.0), (4, 16)
+"""How often rows are learned, and how many a step has."""
+
 
 def _fraction(raw: Any) -> Any:
     if isinstance(raw, int | float) and not isinstance(raw, bool) and raw > 1:
@@ -20,10 +25,10 @@ def _fraction(raw: Any) -> Any:
 class TrainConfig(Config):
     """How to train."""
 
-    epochs: Annotated[float, Field(gt=0, le=10_000)] = 2.0
-    """How often each row is learned."""
+    epochs: Literal["auto"] | Annotated[float, Field(gt=0, le=10_000)] = "auto"
+    """How often each row is learned; auto is 2, or up to 4 where that would make less than 30 steps."""
     rows_per_step: Annotated[int, Field(ge=1)] | None = None
-    """Rows in an optimizer step; 16 unless `tokens_per_step` is given."""
+    """Rows in an optimizer step; unless given, 16, or down to 4 where that would make less than 30 steps."""
     tokens_per_step: Annotated[int, Field(ge=1)] | None = None
     """Tokens in an optimizer step, instead of rows."""
     pack_tokens: Literal["auto"] | Annotated[int, Field(ge=16)] = "auto"
@@ -52,9 +57,19 @@ class TrainConfig(Config):
         return self
 
     @property
-    def rows(self) -> int | None:
-        """Rows in a step, or None if it is measured in tokens."""
-        return self.rows_per_step if self.rows_per_step is not None or self.tokens_per_step is not None else 16
+    def repeats(self) -> bool:
+        """Whether rows are learned more than once."""
+        return self.epochs == "auto" or self.epochs > 1
+
+    def of(self, rows: int) -> tuple[float, int | None]:
+        """How often each of so many rows is learned, and how many a step has; None if that is measured in tokens."""
+        (few, often), (fewest, most) = EPOCHS, ROWS
+        epochs, a_step = few if self.epochs == "auto" else self.epochs, self.rows_per_step
+        if a_step is None and self.tokens_per_step is None:
+            a_step = max(fewest, min(most, int(epochs * rows / STEPS)))
+        if self.epochs == "auto" and a_step is not None:
+            epochs = min(often, max(few, float(math.ceil(STEPS * a_step / rows))))
+        return epochs, a_step
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float, schedule: Schedule) -> float:

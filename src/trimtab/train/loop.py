@@ -123,7 +123,7 @@ class _Passes:
         self.memory = memory
         self.kept = Kept(memory.kept * 1.01) if memory and base.device.type == "cpu" else None
         below = memory.below if memory else free_memory(base.device) / 4
-        self.below = FrozenBelow(base.model, below) if config.epochs > 1 else None
+        self.below = FrozenBelow(base.model, below) if config.repeats else None
         self.room = memory.waiting if memory else math.inf
         """Bytes of gradients that may wait."""
 
@@ -194,7 +194,7 @@ def peak_learning_rate(
     if config.lr != "auto":
         return config.lr, "given"
     model = base.model.config.get_text_config()
-    rate, words = method.learning_rate(Circumstances(model.model_type, model.hidden_size, config.rows or rows_per_step))
+    rate, words = method.learning_rate(Circumstances(model.model_type, model.hidden_size, rows_per_step))
     share = objective.relative_rate
     return (rate, words) if share == 1.0 else (float(f"{rate * share:.2e}"), f"{words}; times {share:g} for {objective.name}")
 

@@ -19,6 +19,7 @@ class PlannedSteps:
         if not rows:
             raise DataError("data: there is nothing to learn from.")
         self._rows, self.memory = rows, memory
+        self.epochs, self.rows = config.of(len(units(rows)))
         self._plan = _plan(rows, config)
 
     def __len__(self) -> int:
@@ -29,6 +30,9 @@ class PlannedSteps:
 
     @property
     def rows_per_step(self) -> float:
+        """On average, if it is measured in tokens."""
+        if self.rows is not None:
+            return self.rows
         return sum(len(units(self._rows[n] for n in step)) for step in self._plan) / len(self._plan)
 
 
@@ -55,7 +59,7 @@ def planned_memory(base: Base, config: TrainConfig, rows: SequenceOf[Row], held_
         return [pack_all([rows[n] for n in step], tokens) for _, _, step in chosen]
 
     below = FrozenBelow(base.model, 0)
-    from_frozen = below.size(sum(len(row.ids) for row in rows)) if config.epochs > 1 else 0.0
+    from_frozen = below.size(sum(len(row.ids) for row in rows)) if config.repeats else 0.0
     evaluated = max((len(row.ids) - 1 for row in held_out), default=0)  # nothing is predicted from the last one
     work = Work(most_together(rows), learned / shown, fullest if rows else None, from_frozen, evaluated)
     return plan_memory(base.model, work, config.pack_tokens, config.recompute)
@@ -67,4 +71,5 @@ FULLEST = 8
 
 def _plan(rows: SequenceOf[Row], config: TrainConfig) -> list[list[int]]:
     """The numbers of the rows of each step."""
-    return plan_steps(rows, epochs=config.epochs, seed=config.seed, rows=config.rows, tokens=config.tokens_per_step)
+    epochs, a_step = config.of(len(units(rows)))
+    return plan_steps(rows, epochs=epochs, seed=config.seed, rows=a_step, tokens=config.tokens_per_step)

@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from _apart import keep, run_apart
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "measured" / "small_data.json"
-TEST, ANSWERED, MOST_SHOWN = 60, 20, 2000
-SIZES, EPOCHS, ROWS = (20, 60, 200, 1000), (1, 2, 4, 8, 16), (16, 8)
-FEW = 100
-"""Examples from which on only the first number of rows a step is tried: there are steps enough."""
+TEST, ANSWERED, LONGEST = 60, 20, 500
+SIZES = {20: (4, 8, 16, 32), 60: (2, 4, 8, 16), 200: (1, 2, 4), 1000: (1,)}
+"""By the number of examples, the epochs that are tried."""
+ROWS = {20: (16, 8)}
+"""The same of rows a step, if other than 16."""
 
 
 def one(asked: dict[str, Any]) -> dict[str, Any]:
@@ -69,23 +71,15 @@ def measure(tasks: list[str], jobs: int) -> None:
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     todo = []
     for name, rows in map(rows_of, tasks):
-        rows = [row for row in rows if len(json.dumps(row)) < 700]
+        rows = [row for row in rows if len(json.dumps(row)) < LONGEST]
         train, test = rows[:-TEST], rows[-TEST:]
-        for size in SIZES:
-            for epochs in EPOCHS:
-                for rows_per_step in ROWS:
-                    key = f"{epochs} epochs, {rows_per_step} rows"
-                    fits = (
-                        (size < FEW or rows_per_step == ROWS[0])
-                        and size <= len(train)
-                        and size * epochs <= MOST_SHOWN
-                        and size * epochs >= 2 * rows_per_step
-                    )
-                    if fits and key not in known.get(name, {}).get(str(size), {}):
-                        settings = {"epochs": epochs, "rows_per_step": rows_per_step}
-                        todo.append(
-                            (size * epochs, name, str(size), key, {"train": train[:size], "test": test, "settings": settings})
-                        )
+        for size, tried in SIZES.items():
+            for epochs, rows_per_step in product(tried, ROWS.get(size, (16,))):
+                key = f"{epochs} epochs, {rows_per_step} rows"
+                if size <= len(train) and key not in known.get(name, {}).get(str(size), {}):
+                    settings = {"epochs": epochs, "rows_per_step": rows_per_step}
+                    given = {"train": train[:size], "test": test, "settings": settings}
+                    todo.append((size * epochs, name, str(size), key, given))
 
     def run(number: int) -> None:
         _, name, size, key, asked = todo[number]

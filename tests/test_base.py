@@ -124,7 +124,7 @@ def test_a_model_held_in_memory_is_a_base_too(folder):
             RecipeError,
             "A model is a local folder, a GGUF file, a hub name such as org/model, or smollm2-135m-instruct.",
         ),
-        ("made-up/model", StorageError, "made-up/model is no local file or folder"),
+        ("made-up/model", StorageError, "model: made-up/model: no such folder here (looked in "),
     ],
 )
 def test_a_name_that_means_nothing_is_refused(name, error, message, monkeypatch):

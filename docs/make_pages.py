@@ -9,9 +9,9 @@ and from docs/measured/peer_faults.json, which benchmarks/peer_faults measures.
 
 import ast
 import json
-import statistics
 import sys
 from pathlib import Path
+from statistics import median
 from typing import Any, get_args
 
 import torch
@@ -176,7 +176,7 @@ def performance() -> str:
     """docs/performance.md with its tables as they are now."""
     text = PERFORMANCE.read_text(encoding="utf-8")
     tables = {"all-linear": bench_table("all-linear"), "q-v": bench_table("q-v"), "ablation": ablation_table()}
-    tables |= {"startup": startup_table(), "guards": guards_table(), "memory": memory_table()}
+    tables |= {"startup": startup_table(), "guards": guards_table(), "memory": memory_table(), "waiting": waiting_table()}
     for name, table in (tables | {what: scaling_table(what) for what in SCALES}).items():
         text = _filled(text, name, table)
     return text
@@ -219,7 +219,7 @@ def memory_table() -> str:
         whole.append(planned / held - 1)
         growth.append(one["planned"] / one["grew"] - 1)
         lines.append(f"| {name} | {planned / 1e6:,.0f} MB | {held / 1e6:,.0f} MB | {whole[-1]:+.1%} | {growth[-1]:+.1%} |")
-    for word, of in (("median", statistics.median), ("worst", max)):
+    for word, of in (("median", median), ("worst", max)):
         off = " | ".join(f"{of(map(abs, some)):.1%}" for some in (whole, growth))
         lines.append(f"| **{word} of {len(runs)}, either way** | | | {off} |")
     return "\n".join(lines) + "\n"
@@ -247,6 +247,19 @@ def guards_table() -> str:
     )
     for name, one in run["besides"].items():
         lines.append(f"| besides, {name} | {one['times']} | {one['seconds']:.2f} | {one['seconds'] / run['seconds']:.2%} |")
+    return "\n".join(lines) + "\n"
+
+
+def waiting_table() -> str:
+    """What benchmarks/waiting.py measured: medians, of its rounds' ratios too, with the least and the most."""
+    lines = ["| | threads wait | training | decoding | training beside spinning | load average |", "|---|---|--:|--:|--:|--:|"]
+    for place, ways in json.loads((RESULTS / "waiting.json").read_text(encoding="utf-8")).items():
+        for way, one in ways.items():
+            pairs = zip(one["runs"], ways["spinning"]["runs"], strict=True)
+            beside = sorted(mine["training"] / spinning["training"] for mine, spinning in pairs)
+            share = "" if way == "spinning" else f"{median(beside):.2f}x ({beside[0]:.2f} to {beside[-1]:.2f})"
+            speeds = f"{one['training']:.0f} tokens/s | {one['decoding']:.2g} tokens/s"
+            lines.append(f"| {place} | {way} | {speeds} | {share} | {one['load']:.1f} |")
     return "\n".join(lines) + "\n"
 
 

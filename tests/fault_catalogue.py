@@ -196,6 +196,30 @@ FAULTS = {
             "test_composition::test_the_newest_acts_alone_and_names_choose",
         ),
     ),
+    "A26": Fault(
+        "what many rows add up to is rounded to few bits at every one of them",
+        "impossible",
+        "on a base of few bits, too, sums over tiles, rows and packs are float32",
+        (
+            "test_head::test_a_token_that_predicts_many_has_their_gradients_added_up_in_float32",
+            "test_packing::test_what_many_rows_see_has_their_gradients_added_up_in_float32",
+        ),
+    ),
+    "A27": Fault(
+        "an answer that has become certain makes the gradient NaN",
+        "impossible",
+        "loss and gradient are finite up to log p = 0",
+        (
+            "test_objectives::test_losses_and_gradients_are_right_where_answers_are_impossible_or_certain",
+            "test_objectives::test_an_answer_that_is_certain_does_not_break_a_step",
+        ),
+    ),
+    "A28": Fault(
+        "cuDNN's attention gives gradients that are NaN where rows are masked",
+        "impossible",
+        "it is not among the kernels that are asked",
+        ("test_device::test_attention_does_without_cudnn_and_the_process_keeps_its_setting",),
+    ),
     # Rows, tokens, labels
     "B01": Fault(
         "padding is the end token, so the end is never learned",
@@ -348,6 +372,45 @@ FAULTS = {
         "another value of each gives another result",
         ("test_keys::test_another_value_gives_another_result", "test_keys::test_no_key_is_left_out_here"),
     ),
+    "B20": Fault(
+        "nulls that a table's schema has put into a tool call are learned",
+        "repaired",
+        "left out, and counted; one's own in JSON stay",
+        (
+            "test_data_read::test_what_arrow_fills_up_with_nulls_is_left_out_and_counted",
+            "test_data_read::test_without_its_pruning_arrow_would_teach_nulls",
+            "test_data_read::test_nulls_of_ones_own_stay",
+        ),
+    ),
+    "B21": Fault(
+        'a key of a message that nothing reads, such as "loss": false, is passed over',
+        "refused",
+        "with its line, and the key that is read",
+        (
+            "test_data_labels::test_a_key_of_a_message_that_nothing_reads_is_refused",
+            "test_data_labels::test_a_key_of_a_message_that_the_template_writes_is_read",
+            "test_data_shapes::test_a_column_that_another_format_reads_is_never_dropped",
+        ),
+    ),
+    "B22": Fault(
+        "the template cuts or leaves out what an answer says",
+        "refused",
+        "every text of every turn that is trained on has to stand in it",
+        (
+            "test_chat_templates::test_it_teaches_what_it_has_to_or_says_why_not",
+            "test_chat_templates::test_without_a_text_of_the_message_nothing_is_taught",
+            "test_data_labels::test_a_template_that_leaves_tool_calls_out_is_refused",
+        ),
+    ),
+    "B23": Fault(
+        "the template writes the date, so on another day it is another prompt",
+        "impossible",
+        "the moment that a run began is kept with the adapter, and written wherever it is used",
+        (
+            "test_chat_templates::test_templates_that_write_the_date_write_that_of_the_run",
+            "test_resume::test_a_run_is_resumed_on_another_day_with_a_template_that_writes_the_date",
+        ),
+    ),
     # Saving, loading, going on
     "C01": Fault(
         "no tensor of the file fits, and the base is served",
@@ -496,6 +559,30 @@ FAULTS = {
             "test_loading::test_a_gguf_file_that_is_not_read_whole_is_refused",
         ),
     ),
+    "C20": Fault(
+        "a merged folder is read otherwise by another version of Transformers",
+        "impossible",
+        "written in the words of 4.57 and 5; `make compat` reads it with both",
+        (
+            "test_written::test_rotary_embeddings_are_said_in_both_versions_words",
+            "test_written::test_what_transformers_5_wrote_is_written_so_that_4_reads_it",
+        ),
+    ),
+    "C21": Fault(
+        "how the base was held in training is forgotten: its number type, device, quantization",
+        "impossible",
+        "it is in the adapter's manifest, and whatever opens it holds the base so",
+        (
+            "test_held::test_a_base_in_any_number_type_comes_back_in_it",
+            "test_held::test_a_run_on_the_cpu_stays_there_though_an_accelerator_is_found",
+        ),
+    ),
+    "C22": Fault(
+        "two runs write into one folder",
+        "refused",
+        "the folder is locked before anything in it is read; with the process that holds it",
+        ("test_resume::test_two_processes_do_not_train_into_one_folder",),
+    ),
     # Merging and combining
     "D01": Fault(
         "a merge in bfloat16 loses the change",
@@ -543,6 +630,15 @@ FAULTS = {
     "D10": Fault(
         "a prefix is merged", "refused", "with what to do", ("suite::I17_what_is_no_change_of_weights_is_not_merged",)
     ),
+    "D11": Fault(
+        "an adapter that made the model worse is merged",
+        "refused",
+        "what its certificate does not pass is merged only with --force",
+        (
+            "test_certificate::test_an_adapter_that_is_worse_than_its_base_does_not_pass",
+            "test_certificate::test_what_is_not_certified_is_merged_only_if_that_is_meant",
+        ),
+    ),
     # In use
     "E03": Fault(
         "rows of different adapters in one batch get each other's",
@@ -557,6 +653,15 @@ FAULTS = {
         (
             "suite::I21_cached_decoding_is_the_forward_pass",
             "test_virtual::test_transformers_generates_as_trimtab_does_once_it_is_trained",
+        ),
+    ),
+    "E07": Fault(
+        "a model writes on beyond the context that it was made for",
+        "impossible",
+        "an answer ends there, and that is said",
+        (
+            "test_decode::test_an_answer_ends_where_the_context_does",
+            "test_evaluate::test_an_answer_is_cut_off_where_the_context_is_full",
         ),
     ),
     # Code and supply
@@ -613,6 +718,26 @@ FAULTS = {
         (
             "test_doctor::test_virtual_tokens_that_transformers_own_generate_does_not_see",
             "test_doctor::test_what_breaks_is_found",
+        ),
+    ),
+    "F08": Fault(
+        "a file in the working folder is imported for a library's",
+        "impossible",
+        "processes of ours do not look there",
+        (
+            "test_security::test_the_certificates_process_imports_nothing_from_the_folder_that_it_is_run_in",
+            "test_security::test_a_process_of_ours_imports_nothing_from_the_folder_that_it_is_run_in",
+            "test_security::test_what_is_planted_would_run",
+        ),
+    ),
+    "F09": Fault(
+        "control codes in a text steer the terminal",
+        "impossible",
+        "there is one door to it, which writes them out",
+        (
+            "test_terminal::test_no_text_of_a_row_steers_the_terminal",
+            "test_terminal::test_what_a_model_says_is_shown_as_it_comes_and_steers_nothing",
+            "test_terminal::test_the_negative_control",
         ),
     ),
 }

@@ -290,6 +290,33 @@ def test_a_template_that_leaves_tool_calls_out_is_refused():
     )
 
 
+def keyed(number, key, value):
+    messages = [{"role": "user", "content": "Go."}, {"role": "assistant", "content": "Yes."}]
+    messages[number][key] = value
+    return Conversation(tuple(messages), "data:1")
+
+
+@pytest.mark.parametrize(("key", "value"), [("loss", False), ("train", False), ("reasoning_content", "Because.")])
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_key_of_a_message_that_nothing_reads_is_refused(key, value, number):
+    """What says `"loss": false` would be trained on all the same."""
+    why = f"nothing reads {key}: weight: 0 is for a message that is not to be trained on; leave the key out"
+    if key == "reasoning_content":
+        why = f"the model's chat template does not write {key}: put it into the content, as <think>…</think>, or leave it out"
+    role = ("user", "assistant")[number]
+    assert refusal(keyed(number, key, value), FAMILIES["chatml"].make()) == (
+        f"messages[{number}] ({role}): {why} with data.ignore=[{key}]"
+    )
+
+
+def test_a_key_of_a_message_that_the_template_writes_is_read():
+    """The negative control."""
+    reads = CHATML.replace("{{ '<|im_start|>'", "{{ message['note'] or '' }}{{ '<|im_start|>'", 1)
+    base = base_of(bytes_tokenizer(("<|im_start|>", "<|im_end|>")), reads, eos_token="<|im_end|>")
+    (sequence,) = sequences_of(keyed(0, "note", "Quickly."), base)
+    assert decoded(base, sequence.ids).startswith("Quickly.")
+
+
 def test_a_template_that_ends_no_turn_by_a_token_is_refused():
     assert without_end().template.ending is None
     assert refusal(conversation("Hello", "hello"), without_end()) == (

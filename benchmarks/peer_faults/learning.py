@@ -18,6 +18,7 @@ from tiny import (
     llama,
     logged,
     lora,
+    orpo,
     random_rows,
     same,
     saved,
@@ -240,3 +241,42 @@ def moments_of_others(folder: Path) -> Found:
     wrong = bool(taken) and all(taken)
     own = "its weights start anew" if same(first.start, before) else "its weights are q_proj's"
     return Found(wrong, f"o_proj goes on with the moments of q_proj, to the bit ({len(taken)} of {len(stored)} tensors); {own}")
+
+
+class _Adds(transformers.TrainerCallback):
+    """What the gradients of micro-batches add up to, in float32 and as the optimizer is given them."""
+
+    def __init__(self, weight: torch.nn.Parameter) -> None:
+        self.weight, self.exact, self.given = weight, torch.zeros(weight.shape), torch.zeros(0)
+        weight.register_hook(self.add)
+
+    def add(self, gradient: Tensor) -> None:
+        self.exact += gradient.float()
+
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        assert self.weight.grad is not None
+        self.given = self.weight.grad.float()
+
+
+@trial("A26", "HF Trainer, bfloat16 base in full", r"bfloat16|bf16|precision|accumulat")
+def gradients_are_added_up_in_few_bits(folder: Path) -> Found:
+    model = llama().to(torch.bfloat16)
+    adds = _Adds(model.model.layers[0].self_attn.q_proj.weight)
+    with injected():
+        hf(
+            folder, model, random_rows(*[16] * 128), per_device_train_batch_size=1, gradient_accumulation_steps=128, max_steps=1,
+            max_grad_norm=0.0, callbacks=[adds],
+        ).train()  # fmt: skip
+    off = apart(adds.given, adds.exact)
+    return Found(off > 0.001, f"the sum of 128 micro-batches' gradients is {off:.1%} off; PEFT's own adapters are float32")
+
+
+@trial("A27", "TRL ORPOTrainer", r"\bnan\b|finite|overflow")
+def answer_becomes_certain(folder: Path) -> Found:
+    model, rows = llama(), [{"prompt": "say", "chosen": " yes", "rejected": " no"}] * 4
+    with injected():
+        trainer = orpo(folder, model, rows, max_steps=200, learning_rate=3e-2, lr_scheduler_type="constant")
+        trainer.train()
+    lost = share_of_nan(dict(model.named_parameters()))
+    said = f"{lost:.0%} of the model is NaN once a short answer is known by heart, and the exit normal"
+    return Found(lost > 0, f"{said}; the last losses: {told(logged(trainer)[-3:])}")

@@ -9,7 +9,7 @@ import transformers
 from harness import Found, injected, trial
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_bnb_weight
-from tiny import IDS, adapted, apart, llama, logits, lora, saved, small, stirred, trained
+from tiny import IDS, ROWS, adapted, apart, hf, llama, logits, lora, saved, small, stirred, trained
 from torch import Tensor, nn
 
 
@@ -170,3 +170,28 @@ def generated_and_forward(model: Any) -> tuple[Tensor, Tensor, Tensor]:
         output_logits=True, return_dict_in_generate=True,
     )  # fmt: skip
     return torch.stack(out.logits, dim=1), logits(model, out.sequences)[:, -7:-1], out.sequences
+
+
+@trial("D11", "HF Trainer, PEFT", r"worse|diverg|loss|finite")
+def what_is_worse_than_its_base_is_merged(folder: Path) -> Found:
+    counts = [{"input_ids": ids, "labels": ids} for start in range(10, 26, 2) for ids in [list(range(start, start + 16))]]
+    base = llama()
+    hf(folder, base, counts, max_steps=100, learning_rate=3e-3).train()  # it can count; what it is trained on next is noise
+    with injected():
+        trainer = hf(folder, adapted(base), ROWS, max_steps=50, learning_rate=3e-2, eval_dataset=counts)
+        before = trainer.evaluate()["eval_loss"]
+        trainer.train()
+        after = trainer.evaluate()["eval_loss"]
+        saved(folder / "merged", trainer.model.merge_and_unload())
+    said = f"a run that brings the loss on its evaluation rows from {before:.1f} to {after:.1f} ends normally"
+    return Found(after > before + 0.1, f"{said}, and is merged")
+
+
+@trial("E07", "Transformers", r"predefined maximum|max_position|context|longer than")
+def generation_leaves_the_context(folder: Path) -> Found:
+    model, words = llama(max_position_embeddings=32), IDS[:1]
+    with injected():
+        written = model.generate(
+            input_ids=words, attention_mask=torch.ones_like(words), max_new_tokens=40, do_sample=False, eos_token_id=None
+        )
+    return Found(written.shape[1] > 32, f"a model made for 32 tokens writes on to {written.shape[1]}")

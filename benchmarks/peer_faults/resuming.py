@@ -169,3 +169,33 @@ def best_is_not_handed_over(folder: Path) -> Found:
     equal = same(mine, stored)
     said = f"the bytes in memory are {'' if equal else 'not '}those of {best.name}, the best of 6"
     return Found(not equal, said)
+
+
+class _Meanwhile(transformers.TrainerCallback):
+    """Lets something else happen once the third step is saved."""
+
+    def __init__(self, do: Callable[[], object]) -> None:
+        self.do = do
+
+    def on_step_end(self, args: Any, state: transformers.TrainerState, *_: Any, **__: Any) -> None:
+        if state.global_step == 4:
+            self.do()
+
+
+@trial("C22", "HF Trainer", r"exist|another process|lock|overwrit|in use")
+def two_runs_in_one_folder(folder: Path) -> Found:
+    def other() -> object:
+        return _trainer(folder, max_steps=3, learning_rate=1e-1, seed=7).train()
+
+    whole = _trainer(folder / "alone", max_steps=6)
+    whole.train()
+    with injected():
+        _trainer(folder, max_steps=5, callbacks=[_Meanwhile(other)]).train()
+        (folder / "run" / "checkpoint-4").rename(folder / "4")  # as if the first had been killed after the third step
+        (folder / "run" / "checkpoint-5").rename(folder / "5")
+        again = _trainer(folder, max_steps=6)
+        again.train(resume_from_checkpoint=True)
+    off = apart(*(torch.cat([t.flatten() for t in adapter(run.model).values()]) for run in (again, whole)))
+    return Found(
+        off > 1e-6, f"after a second run in its folder, the first goes on from the second's, to an adapter {off:.0%} off"
+    )

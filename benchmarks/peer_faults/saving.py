@@ -171,3 +171,30 @@ def a_base_without_one_of_its_tensors(folder: Path) -> Found:
         hf(folder, model, ROWS, max_steps=5).train()
     made_up = apart(model.get_base_model().state_dict()[lost], whole[lost])
     return Found(made_up > 1e-3, f"{lost} is {made_up:.0%} from what it was, made up at random, and 5 steps end normally")
+
+
+@trial("C20", "PEFT, Transformers", r"rope|4\.5|version")
+def another_version_reads_it_otherwise(folder: Path) -> Found:
+    base = llama(rope_parameters={"rope_type": "default", "rope_theta": 500_000.0})
+    with injected():
+        saved(folder / "merged", stirred(adapted(base)).merge_and_unload())
+    config = json.loads((folder / "merged" / "config.json").read_text(encoding="utf-8"))
+    # Transformers 4.57.6, tried by hand on such a folder, takes 10,000 without a word
+    said = "the rotary base of a merged model, 500,000, is not written where Transformers 4.57 looks, which takes 10,000"
+    return Found("rope_theta" not in config, said)
+
+
+@trial("C21", "PEFT, 4-bit base", r"4-bit|quantiz|bnb|dtype|precision")
+def how_the_base_was_held_is_forgotten(folder: Path) -> Found:
+    base = saved(folder / "base", llama())
+    four = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    quantized = transformers.LlamaForCausalLM.from_pretrained(base, quantization_config=four, device_map={"": "cpu"})
+    model = stirred(adapted(quantized), size=0.01)
+    saved(folder / "adapter", model)
+    with injected():
+        again = peft.AutoPeftModelForCausalLM.from_pretrained(folder / "adapter").eval()
+    off = apart(logits(again), logits(model))
+    return Found(
+        off > 1e-3,
+        f"trained on 4 bits, the adapter is loaded onto {str(again.dtype).removeprefix('torch.')}: its logits are {off:.0%} off",
+    )

@@ -1,13 +1,15 @@
 """F01-F07: what others wrote, and other versions."""
 
 import importlib.metadata
+import io
 import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import transformers
 from harness import Found, Refused, injected, refusal, trial
 from merging import generated_and_forward
 from tiny import ROWS, adapted, chat, hf, llama, saved, sft, tokenizer, trained
+from trl.trainer.utils import print_prompt_completions_sample
 
 WEIGHTS = "adapter_model.safetensors"
 PATIENCE_S = 5
@@ -179,3 +182,26 @@ def another_version_breaks_a_method(folder: Path) -> Found:
     off = float((cached - whole).abs().max())
     asked = next(line for line in importlib.metadata.requires("peft") or () if line.startswith("transformers"))
     return Found(off > 1e-3, f'PEFT asks for "{asked}"; with this one, cached decoding is {off:.2g} from the forward pass')
+
+
+@trial("F08", "TRL's command", r"\brandom\b|import|working directory")
+def file_beside_it_is_imported(folder: Path) -> Found:
+    saved(folder / "base", llama())
+    saved(folder / "base", tokenizer())
+    (folder / "rows").mkdir()
+    (folder / "rows" / "train.jsonl").write_text('{"text": "hello"}\n' * 8, encoding="utf-8")
+    (folder / "random.py").write_text(f'open({str(folder / "ran")!r}, "w")\n', encoding="utf-8")
+    command = [str(Path(sys.executable).with_name("trl")), "sft", "--model_name_or_path", "base", "--dataset_name", "rows"]
+    settings = ["--output_dir", "run", "--max_steps", "1", "--use_cpu", "--report_to", "none", "--bf16", "false", "--use_peft"]
+    done = subprocess.run([*command, *settings], cwd=folder, capture_output=True, text=True, check=False)
+    ran = (folder / "ran").exists()
+    assert ran or done.returncode == 0, done.stderr
+    return Found(ran, f"`trl sft` in a folder with a file random.py {'imports it' if ran else 'leaves it alone'}")
+
+
+@trial("F09", "TRL, log_completions", r"control|escape")
+def text_steers_the_terminal(folder: Path) -> Found:
+    with injected(), redirect_stdout(io.StringIO()) as shown:
+        print_prompt_completions_sample(["hello"], ["\x1b]0;mine\x07\x1b[2J"], {"right": [0.0]}, [0.0], 1)
+    raw = sum(code in shown.getvalue() for code in ("\x1b]0;", "\x1b[2J"))
+    return Found(raw > 0, f"of a text that sets the terminal's title and clears it, {raw} of 2 codes reach the terminal")

@@ -212,3 +212,14 @@ def small(value: float) -> str:
 
 def told(values: list[float]) -> str:
     return ", ".join(f"{value:.3g}" for value in values)
+
+
+def orpo(folder: Path, model: nn.Module, rows: list[dict[str, Any]], **settings: Any) -> transformers.Trainer:
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+    return ORPOTrainer(
+        model=model,
+        args=_arguments(ORPOConfig, folder, bf16=False, **settings),
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=tokenizer(),
+    )

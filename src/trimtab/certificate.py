@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -19,7 +18,7 @@ from trimtab.errors import ArtifactError, NotCertified
 from trimtab.evaluate import paired
 from trimtab.objectives import Objective
 from trimtab.saving import LOCK, STATES
-from trimtab.startup import fresh_process
+from trimtab.startup import environment, fresh_process
 
 FORMAT = 1
 KEYS = {"passed", "tests", "canaries", "answers", "losses", "files", "base", "data_digest", "versions"}
@@ -137,7 +136,7 @@ def _asked(data: Loaded) -> dict[str, Any]:
 def _examine(job: dict[str, Any]) -> dict[str, Any]:
     done = subprocess.run(
         fresh_process("trimtab.examine"), input=json.dumps(job), capture_output=True, text=True, check=False,
-        env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"},
+        env=environment(),
     )  # fmt: skip
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:] or ["it said nothing"]

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from trimtab import __version__, commands, interrupts, streams
+from trimtab import __version__, commands, interrupts, startup, streams
 from trimtab.commands._words import Parser
 from trimtab.errors import StorageError, TrimtabError
 
@@ -31,8 +31,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def _run(words: Sequence[str] | None) -> int:
     arguments = _parser().parse_args(words)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.update(startup.environment())  # before a command imports torch
     try:
         arguments.command(arguments)
         sys.stdout.flush()

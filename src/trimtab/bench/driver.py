@@ -24,7 +24,7 @@ from trimtab.errors import RecipeError
 from trimtab.methods import attach
 from trimtab.methods.lora import LoRA
 from trimtab.objectives import Objective
-from trimtab.startup import fresh_process
+from trimtab.startup import environment, fresh_process
 
 OURS = "trimtab"
 PEERS: dict[str, dict[str, Any]] = {
@@ -187,7 +187,7 @@ def _check_installed(python: str, library: str) -> None:
 
 def _safe() -> dict[str, str]:
     """For an interpreter that may be another one: it does not import what lies in the folder that it is run in (from 3.11 on)."""
-    return {**os.environ, "PYTHONSAFEPATH": "1"}
+    return environment() | {"PYTHONSAFEPATH": "1"}
 
 
 def _run(name: str, spec: dict[str, Any], python: str, folder: Path) -> dict[str, Any]:

@@ -475,7 +475,7 @@ def test_a_run_from_beginning_to_end(world, here, trimtab):
         "30 rows in = 30 used + 0 refused",
         "26 rows to learn",
         "4 held out",
-        "26 steps, learning rate 0.02",
+        "26 steps of 8 rows in 8 epochs, learning rate 0.02",
     ):
         assert part in said
     assert said.endswith(

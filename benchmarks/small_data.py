@@ -21,7 +21,7 @@ TEST, ANSWERED, LONGEST = 40, 20, 520
 SIZES = {
     20: ((2, 16), (16, 16), (4, 4)),
     60: ((2, 16), (2, 4), (4, 4), (8, 16)),
-    200: ((2, 16), (2, 13), (4, 13)),
+    200: ((2, 16), (2, 6), (4, 13)),
     1000: ((1, 16), (2, 16)),
 }
 """By the number of examples, the epochs that are tried, and how many of them a step has."""

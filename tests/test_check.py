@@ -19,7 +19,7 @@ from trimtab.data import proof, prove, refuse_problems
 from trimtab.data.example import Sequence
 from trimtab.data.leaks import leaks
 from trimtab.engine import memory as planning
-from trimtab.errors import DataError
+from trimtab.errors import DataError, TrimtabError
 from trimtab.preflight import opened, preflight
 from trimtab.recipe import Recipe
 
@@ -29,6 +29,35 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def findings(*words):
     given = opened(read(Recipe, Path("r.yaml"), list(words)))
     return {one.name: one for one in preflight(given)}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["data.train=row.jsonl"], "data: row.jsonl: no such file or folder (looked in HERE; did you mean rows.jsonl?)."),
+        (["data.eval=rows.json"], "data: rows.json: no such file or folder (looked in HERE; did you mean rows.jsonl?)."),
+        (["data.eval=nothing.jsonl"], "data: nothing.jsonl: no such file or folder (looked in HERE)."),
+        (["data.train=odd.csv"],
+         "data: none of the first 20 rows of odd.csv can be used:\n  odd.csv:2 and 19 more: has Frage, Antwort, which fits no shape "
+         "(messages; conversations; instruction, output; prompt, completion; text). Name them with data.columns, "
+         "e.g. data.columns.prompt=Frage data.columns.completion=Antwort"),
+        (["objective=dpo"],
+         "data: none of the first 20 rows of rows.jsonl can be used:\n  rows.jsonl:1 and 19 more: column 'chosen' is missing beside "
+         "prompt; the row has prompt, completion"),
+        (["model=./tino"], "model: ./tino: no such file or folder (looked in HERE; did you mean tiny?). A model is a local "),
+    ],
+)  # fmt: skip
+def test_cheap_mistakes_are_seen_before_the_model_is_loaded(words, message, here, monkeypatch):
+    (here / "odd.csv").write_text("Frage;Antwort\n" + "Was ist das?;Eine Zahl\n" * 40)
+    monkeypatch.setattr(before.Base, "load", lambda *_: pytest.fail("the model was loaded"))
+    with pytest.raises(TrimtabError) as caught:
+        findings(*words)
+    assert str(caught.value).replace(str(here), "HERE").startswith(message)
+
+
+def test_a_file_some_of_whose_first_rows_can_be_used_is_read_whole_before_it_is_refused(here, trimtab):
+    write_rows(here / "rows.jsonl", [*ROWS[:19], *({"prompt": "a", "completion": ""} for _ in range(3)), *ROWS[19:]])
+    assert "rows.jsonl:20 and 2 more: completion is empty" in trimtab("check", "r.yaml").err
 
 
 def test_of_good_rows_everything_is_good(here, trimtab):

@@ -149,7 +149,7 @@ CARELESS = {
     "data that are not there": (
         "train r.yaml output=new data.train=nope.jsonl", None, 3, "data: nope.jsonl: no such file or folder (looked in HERE)."
     ),
-    "an empty file": ("train r.yaml output=new", lines(), 3, "data: HERE/rows.jsonl is empty."),
+    "an empty file": ("train r.yaml output=new", lines(), 3, "data: rows.jsonl is empty."),
     "a broken line": (
         "train r.yaml output=new data.eval=0", lines(GOOD, '{"prompt": "a"'), 3,
         "data: rows that can't be used:\n  HERE/rows.jsonl:2: not valid JSON: Expecting ',' delimiter at column 15\n"

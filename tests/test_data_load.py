@@ -135,11 +135,13 @@ def test_an_impossible_amount_to_hold_out_is_a_recipe_error(held):
 
 
 def test_rows_that_cannot_be_used_stop_the_run_with_a_list_of_the_first(tmp_path):
-    change = {n: {"prompt": "a", "completion": ""} for n in range(1, 8)}
-    source = rows_file(tmp_path, 20, change=change)
-    listed = "\n".join(f"  {source}:{n}: completion is empty" for n in range(2, 7))
+    roles = {n: {"messages": [{"role": f"r{n}", "content": "a"}]} for n in range(1, 8)}
+    source = rows_file(tmp_path, 20, change={**roles, **{n: {"prompt": "a", "completion": ""} for n in (0, 9, 12)}})
+    words = ", not system, user, assistant or tool, nor another word for one of them"
+    alone = "\n".join(f"  {source}:{n + 1}: messages[0].role is 'r{n}'{words}" for n in range(1, 5))
     assert message_of(source) == (
-        f"data: rows that can't be used:\n{listed}\n  … and 2 more\n{source}: 20 rows in = 13 used + 7 refused\n"
+        f"data: rows that can't be used:\n  {source}:1 and 2 more: completion is empty\n{alone}\n  … and 3 more\n"
+        f"{source}: 20 rows in = 10 used + 10 refused\n"
         "Mend them, or leave them out with data.bad_rows=skip."
     )
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from trimtab.base import Base
-from trimtab.data import COMPARED, Finding, Loaded, first_examples, load_data, prove
+from trimtab.base import Base, located
+from trimtab.data import COMPARED, Finding, Loaded, first_examples, load_data, look_at_first, prove
 from trimtab.deploy import load_adapter, sample
 from trimtab.engine import check_packing
 from trimtab.errors import RecipeError, StorageError
@@ -47,6 +47,8 @@ def opened(recipe: Recipe, moment: datetime | None = None, began: Callable[[str]
         raise RecipeError(
             "model.dtype: small gradients vanish in float16 silently, so it is not trained in: give bfloat16 or float32."
         )
+    located(recipe.model.name)
+    look_at_first(recipe.data, recipe.objective.learns_from)
     recipe, origin = continued(recipe)
     began(f"loading {recipe.model.name}")
     base = Base.load(recipe.model)

@@ -62,7 +62,7 @@ def located(name: str) -> Path | None:
 def _near(name: str) -> str:
     """The model folder here that is called nearly so, if there is one."""
     here = [path.parent for pattern in ("*/config.json", "*/*/config.json") for path in Path().glob(pattern)]
-    close = difflib.get_close_matches(name.strip("/"), map(str, here), n=1, cutoff=0.7)
+    close = difflib.get_close_matches(str(Path(name)), map(str, here), n=1, cutoff=0.7)
     return f"; did you mean {close[0]}?" if close else ""
 
 

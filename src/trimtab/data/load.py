@@ -110,8 +110,9 @@ def look_at_first(config: DataConfig, kind: Kind = "answers") -> None:
             rows = islice(read_rows(source, account), FIRST)
             used = next(read_examples(rows, config.columns, account, SHAPES[kind], config.ignore), None)
             if used is None and config.bad_rows == "stop":
-                problems = listing([f"{where}: {reason}" for where, reason in account.refused])
-                raise DataError(f"data: none of the first {len(account.refused)} rows of {source} can be used:\n{problems}")
+                raise DataError(
+                    f"data: none of the first {len(account.refused)} rows of {source} can be used:\n{_reasons(account)}"
+                )
 
 
 def load_data(
@@ -211,7 +212,7 @@ def _held_out(wanted: float, rows: list[str], seed: int) -> set[str]:
 
 
 def _settle(account: Account, config: DataConfig) -> None:
-    problems = listing([f"{where}: {reason}" for where, reason in account.refused])
+    problems = _reasons(account)
     if account.used == 0:
         raise DataError(f"data: no row of {account.name} can be used:\n{problems}\n{account}")
     if account.refused and config.bad_rows == "stop":
@@ -220,6 +221,14 @@ def _settle(account: Account, config: DataConfig) -> None:
         raise DataError(
             f"data: rows that can't be used:\n{problems}\n{account}\nMend them, or leave them out with data.bad_rows=skip{cut}."
         )
+
+
+def _reasons(account: Account) -> str:
+    """Why rows were refused, a line each reason, with the first row that it holds for."""
+    places: dict[str, list[str]] = {}
+    for where, reason in account.refused:
+        places.setdefault(reason, []).append(where)
+    return listing([f"{where}{f' and {len(more)} more' if more else ''}: {why}" for why, (where, *more) in places.items()])
 
 
 def _digest(*parts: list[Sequence]) -> str:

@@ -1,5 +1,6 @@
 """Where rows come from: files, folders, patterns of files and datasets on the hub; each row with the file and line it stands in."""
 
+import difflib
 import glob
 import re
 from collections.abc import Iterator
@@ -42,13 +43,20 @@ def read_rows(source: str, account: Account | None = None) -> Iterator[Row | Ref
     elif _on_hub(source):
         rows = hub_dataset(source, account)
     else:
-        raise DataError(f"data: {source}: no such file or folder (looked in {Path.cwd()}).")
+        raise DataError(f"data: {source}: no such file or folder (looked in {Path.cwd()}{_near(path)}).")
     empty = True
     for row in rows:
         empty = False
         yield row
     if empty:
         raise DataError(f"data: {source} holds no rows.")
+
+
+def _near(path: Path) -> str:
+    """What lies beside it that is called nearly so, if something is."""
+    beside = {other.stem: other for other in sorted(path.parent.iterdir())} if path.parent.is_dir() else {}
+    close = difflib.get_close_matches(path.stem, beside, n=1, cutoff=0.7)
+    return f"; did you mean {beside[close[0]]}?" if close else ""
 
 
 def local_files(source: str) -> list[Path]:

@@ -155,7 +155,8 @@ def _missing(row: dict[str, Any], shapes: list[Shape]) -> str:
         hint = f" (is it {near!r}? Then say data.columns.{absent}={near})" if near else f" (say{pair})" if pair else ""
         return f"column {absent!r} is missing{beside}{hint}; the row has {_names(row)}"
     known = "; ".join(", ".join(shape.required) for shape in shapes)
-    example = _as_pair(named, shapes) or " data.columns.prompt=question"
+    two = dict(zip(("question", "answer"), named.values(), strict=True)) if len(named) == 2 else {}
+    example = _as_pair(named, shapes) or _as_pair(two, shapes) or " data.columns.prompt=question"
     return f"has {_names(row)}, which fits no shape ({known}). Name them with data.columns, e.g.{example}"
 
 

@@ -170,9 +170,9 @@ def test_few_rows_are_learned_in_smaller_steps_and_more_often_unless_the_recipe_
     def of(rows, **settings):
         return TrainConfig(**settings).of(rows)
 
-    assert [of(rows) for rows in (1, 20, 40, 60, 200, 240, 1000)] == [(4, 4), (4, 4), (3, 4), (2, 4), (2, 13), (2, 16), (2, 16)]
+    assert [of(rows) for rows in (1, 20, 40, 60, 200, 480, 1000)] == [(4, 4), (4, 4), (3, 4), (2, 4), (2, 6), (2, 16), (2, 16)]
     assert [of(rows, rows_per_step=8) for rows in (20, 60, 100, 1000)] == [(4, 8), (4, 8), (3, 8), (2, 8)]
-    assert [of(rows, epochs=1) for rows in (20, 200, 1000)] == [(1, 4), (1, 6), (1, 16)]
+    assert [of(rows, epochs=1) for rows in (20, 200, 1000)] == [(1, 4), (1, 4), (1, 16)]
     assert [of(20, tokens_per_step=100), of(20, epochs=9, rows_per_step=7)] == [(2, None), (9, 7)]
 
 

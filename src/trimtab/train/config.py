@@ -10,10 +10,10 @@ from trimtab.engine import Recompute
 
 Schedule = Literal["cosine", "linear", "constant"]
 
-STEPS = 30
-"""As many optimizer steps a run has at least unless told otherwise, as far as the next two go. Measured: docs/decisions/034."""
-EPOCHS, ROWS = (2.0, 4.0), (4, 16)
-"""How often rows are learned, and how many a step has."""
+ROWS, STEPS = (4, 16), 60
+"""Unless told otherwise, a step has as few and as many rows as make so many steps. Measured: docs/decisions/034."""
+EPOCHS, LEAST_STEPS = (2.0, 4.0), 30
+"""Unless told otherwise, rows are learned as often as makes so many steps, from twice to four times."""
 
 
 def _fraction(raw: Any) -> Any:
@@ -28,7 +28,7 @@ class TrainConfig(Config):
     epochs: Literal["auto"] | Annotated[float, Field(gt=0, le=10_000)] = "auto"
     """How often each row is learned; auto is 2, or up to 4 where that would make less than 30 steps."""
     rows_per_step: Annotated[int, Field(ge=1)] | None = None
-    """Rows in an optimizer step; unless given, 16, or down to 4 where that would make less than 30 steps."""
+    """Rows in an optimizer step; unless given, 16, or down to 4 where that would make less than 60 steps."""
     tokens_per_step: Annotated[int, Field(ge=1)] | None = None
     """Tokens in an optimizer step, instead of rows."""
     pack_tokens: Literal["auto"] | Annotated[int, Field(ge=16)] = "auto"
@@ -63,12 +63,11 @@ class TrainConfig(Config):
 
     def of(self, rows: int) -> tuple[float, int | None]:
         """How often each of so many rows is learned, and how many a step has; None if that is measured in tokens."""
-        (few, often), (fewest, most) = EPOCHS, ROWS
-        epochs, a_step = few if self.epochs == "auto" else self.epochs, self.rows_per_step
+        epochs, a_step = EPOCHS[0] if self.epochs == "auto" else self.epochs, self.rows_per_step
         if a_step is None and self.tokens_per_step is None:
-            a_step = max(fewest, min(most, int(epochs * rows / STEPS)))
+            a_step = max(ROWS[0], min(ROWS[1], int(epochs * rows / STEPS)))
         if self.epochs == "auto" and a_step is not None:
-            epochs = min(often, max(few, float(math.ceil(STEPS * a_step / rows))))
+            epochs = max(EPOCHS[0], min(EPOCHS[1], float(math.ceil(LEAST_STEPS * a_step / rows))))
         return epochs, a_step
 
 

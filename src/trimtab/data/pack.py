@@ -100,15 +100,23 @@ def _laid_out(sequences: tuple[Sequence, ...], share: bool, rows: SequenceOf[Num
     """
     rows = rows or [numbers(sequence.ids) for sequence in sequences]
     tree = lay_out([row[:-1] for row in rows], share=share)  # a last token predicts nothing
-    targets: list[Targets] = []
-    for sequence, row, leaf in zip(sequences, rows, tree.leaves, strict=True):
-        learned = numbers(sequence.learned)
-        targets.append((places(tree.segments, leaf)[learned - 1], row[learned]))
+    rows_and_leaves = zip(sequences, rows, tree.leaves, strict=True)
+    targets = [_targets(tree.segments, leaf, row, sequence.learned) for sequence, row, leaf in rows_and_leaves]
     return _packed(tree.ids, tree.positions, tree.segments, targets, sequences, tree.leaves)
 
 
 Targets = tuple[Numbers, Numbers]
 """Of one sequence: where the tokens stand that predict what it learns, and what that is."""
+
+
+def _targets(segments: tuple[Segment, ...], leaf: int, row: Numbers, learned: list[int]) -> Targets:
+    start, end, _ = segments[leaf]
+    before = len(row) - 1 - (end - start)  # tokens of the row in other segments
+    if learned and before < learned[0] and learned[-1] - learned[0] + 1 == len(learned):  # one answer, as most rows have
+        at = start + learned[0] - 1 - before
+        return np.arange(at, at + len(learned)), row[learned[0] : learned[-1] + 1]
+    which = numbers(learned)
+    return places(segments, leaf)[which - 1], row[which]
 
 
 def _packed(

@@ -271,3 +271,23 @@ def test_conversations_that_are_laid_out_turn_by_turn_are_compared_too(here):
 
 
 transformers.utils.logging.disable_progress_bar()
+
+
+BEGINS = "{% if not quick %}<think>\n{% endif %}{% endif %}"
+"""What a prompt ends with that has the model begin by reasoning."""
+
+
+@pytest.mark.parametrize(
+    ("answer", "words", "said"),
+    [
+        ("yes", [], "note: the prompt begins the reasoning, and 30 of 30 answers have none: the model learns to end it at once. If it is to "
+         "reason, give messages their reasoning_content; if not, set model.template.quick=true"),
+        ("<think>\nHm.\n</think>\n\nyes", [], "good: the prompt begins the reasoning, and all of 30 answers go on with some"),
+        ("yes", ["model.template.quick=true"], None),
+    ],
+)  # fmt: skip
+def test_answers_without_reasoning_are_noted_where_the_prompt_begins_it(answer, words, said, here):
+    make_model(here / "thinking", 0, CHATML.removesuffix("{% endif %}") + BEGINS)
+    write_rows(here / "rows.jsonl", [{"prompt": f"Is {n} a number?", "completion": answer} for n in range(30)])
+    found = findings("model=thinking", *words).get("reasoning")
+    assert (f"{found.status}: {found.words}" if found else None) == said

@@ -81,7 +81,7 @@ LAZY = {"__init__.py", "config.py"}
 """Files that import what a text names: the package's own names, and the members of a family."""
 
 MOST_LINES_OF_A_FILE = 300
-MOST_LINES_OF_FLOORS_0_TO_4 = 8100
+MOST_LINES_OF_FLOORS_0_TO_4 = 8120
 """With something on them, and of families what everybody reads: see `_core`."""
 FUSED, MOST_LINES_OF_FUSED = "engine/fused/", 895
 """The blocks by hand, which repeat for speed what the rest says plainly: counted apart."""

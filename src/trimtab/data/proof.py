@@ -11,7 +11,7 @@ from trimtab.data.example import Sequence as Row
 from trimtab.data.labels import prompt_of
 from trimtab.data.leaks import digest, leaks
 from trimtab.data.load import Loaded
-from trimtab.data.written import forms, plain, texts_of
+from trimtab.data.written import forms, parted, plain, texts_of
 from trimtab.errors import DataError
 
 Status = Literal["good", "note", "problem"]
@@ -61,6 +61,7 @@ def prove(data: Loaded, examples: Sequence[Example], base: Speaking) -> list[Fin
         _answers(rows),
         _specials(rows, base),
         *_sides(rows),
+        *_reasoning(examples, base),
     ]
 
 
@@ -144,6 +145,23 @@ def _says(row: Row, conversation: Conversation, base: Speaking) -> bool:
     text = base.tokenizer.decode([row.ids[t] for t in row.learned if t >= len(before)], clean_up_tokenization_spaces=False)
     cut = row.ids[row.learned[-1]] not in base.stop_ids
     return row.ids[: len(before)] == before and (cut or all(_stands(one, text, base) for one in texts_of(messages[turn])))
+
+
+def _reasoning(examples: Sequence[Example], base: Speaking) -> list[Finding]:
+    """Of a template whose prompt begins the reasoning, whether the answers that are trained on have some."""
+    if not (base.has_template and base.template.opens_reasoning):
+        return []
+    conversations = [one for example in examples for one in _conversations(example)]
+    turns = [read_so(one, base)[n] for one in conversations for n in trained_turns(one)]
+    without = sum(not parted(turn, opened=True)[0] for turn in turns)
+    words = f"the prompt begins the reasoning, and all of {len(turns):,} answers go on with some"
+    if without:
+        switch = base.template.switch_for(lambda other: not other.opens_reasoning)
+        words = (
+            f"the prompt begins the reasoning, and {without:,} of {len(turns):,} answers have none: the model learns to end it at once. "
+            f"If it is to reason, give messages their reasoning_content{f'; if not, set {switch}' if switch else ''}"
+        )
+    return [Finding("reasoning", "note" if without else "good", words, {"turns": len(turns), "without": without})]
 
 
 def _stands(said: str, text: str, base: Speaking) -> bool:

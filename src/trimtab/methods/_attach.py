@@ -199,15 +199,7 @@ def attach(
 ) -> Attached:
     """Freeze `model` and put the method's layers on it, in place. Of several adapters, only the new one is switched on.
 
-    Args:
-        model: Any Transformers causal language model.
-        seed: Decides the adapter's first values, with the method, the model and the sample alone.
-        name: What to call it among others on the same model.
-        sample: What methods that start from real text or from data start from.
-
-    Raises:
-        NoSuchModule: A target that names nothing in this model.
-        RecipeError: The model has an adapter of that name already, or the method starts from data and there is no sample.
+    Arguments and errors are those of `trimtab.attach`, which also has the model's `save_pretrained` write adapters alone.
     """
     refuse_name(model, name)
     method = method.bound(sample.encode if sample else None)

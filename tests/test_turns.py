@@ -194,6 +194,11 @@ def test_reasoning_after_a_prompt_that_has_closed_it_is_refused_with_a_switch_th
     ((name, value),) = switch.items()
     on = like(family) if family == "qwq" else like(family, reasoning=False)
     hm = said("<think>\nHm.\n</think>\n\nFirst.") if family == "qwq" else HM
+    why = {
+        "qwq": "ends the reasoning in the prompt, and this turn has some",
+        "cohere": "ends the prompt with '<|END_THINKING|>'",
+    }
+    assert f"the chat template {why[family]}" in answers(on, ONE, hm)
     assert f"it is taken if you set model.template.{name}={str(value).lower()}" in answers(on, ONE, hm)
     (answer,) = answers(like(family, **switch), ONE, hm)
     assert answer.startswith("Hm.")
@@ -235,7 +240,9 @@ def test_what_is_written_twice_is_refused():
     assert "writes its reasoning_content more than once: 'Hm.'" in answers(base_with(source, IM_END), ONE, HM)
 
 
-@pytest.mark.parametrize("alone", ["Answer: ", "<|think|>", "<plan>\n", "<|START_THINKING|>"])
+@pytest.mark.parametrize(
+    "alone", ["Answer: ", "<|think|>", "<plan>\n", "<plan><plan>", "</plan></plan>", "<plan></other>", "<|START_THINKING|>"]
+)
 def test_what_only_the_prompt_has_is_refused_unless_it_is_known_to_open_or_close_reasoning(alone):
     reason = answers(base_with(chatml("{{ m.content }}", alone), IM_END), ONE, FIRST)
     assert reason.startswith(
@@ -245,5 +252,12 @@ def test_what_only_the_prompt_has_is_refused_unless_it_is_known_to_open_or_close
 
 def test_a_prompt_that_depends_on_how_its_last_message_ends_is_refused():
     source = chatml("{{ m.content }}", "{% if messages[-1].content.endswith('?') %}<think>\n</think>\n\n{% endif %}")
+    assert "otherwise than another in its place" in answers(base_with(source, IM_END), ONE, FIRST)
+    assert answers(base_with(source, IM_END), user("One."), FIRST) == ["First.<|im_end|>"]
+
+
+def test_an_answer_that_depends_on_how_the_message_before_it_ends_is_refused():
+    """What is behind that message is taken from a rendering in which it ends otherwise."""
+    source = chatml("{{ m.content }}{% if messages[0].content.endswith('?') %}!{% endif %}", "<think>\n</think>\n\n")
     assert "otherwise than another in its place" in answers(base_with(source, IM_END), ONE, FIRST)
     assert answers(base_with(source, IM_END), user("One."), FIRST) == ["First.<|im_end|>"]

@@ -71,7 +71,7 @@ class Turn:
         if text.startswith(self.prompt):
             return text[len(self.prompt) :]
         opening, rest = self._opening, self._behind_last(message)
-        if LAST in (opening + rest) or not (self.prompt.endswith(opening) and text.endswith(rest)):
+        if not (self.prompt.endswith(opening) and text.endswith(rest)):
             raise Refused("the chat template writes the message before it otherwise than another in its place")
         said = rest[len(opening) :] if rest.startswith(opening) else self._after_reasoning(message, rest)
         if said is None:
@@ -122,6 +122,7 @@ class Turn:
 
 
 def _behind(text: str) -> str:
+    """What follows the mark; or the mark, with which no text ends, where it is not written."""
     return text.rpartition(LAST)[2] if LAST in text else LAST
 
 

@@ -261,3 +261,11 @@ def test_an_answer_that_depends_on_how_the_message_before_it_ends_is_refused():
     source = chatml("{{ m.content }}{% if messages[0].content.endswith('?') %}!{% endif %}", "<think>\n</think>\n\n")
     assert "otherwise than another in its place" in answers(base_with(source, IM_END), ONE, FIRST)
     assert answers(base_with(source, IM_END), user("One."), FIRST) == ["First.<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("content", "way"), [("m.content", "put it into the content"), ("m.content.split('</think>')[-1]", "leave it out")]
+)
+def test_reasoning_is_to_go_into_the_content_only_if_the_template_leaves_it_there(content, way):
+    reason = answers(base_with(chatml(f"{{{{ {content} }}}}", ""), IM_END), ONE, HM)
+    assert reason.startswith(f"messages[1] (assistant): the model's chat template does not write reasoning_content: {way}")

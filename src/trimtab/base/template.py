@@ -102,6 +102,11 @@ class ChatTemplate:
         return PROBE in self._tried([_user("0"), {**_answer("1"), "reasoning_content": PROBE}])
 
     @cached_property
+    def keeps_thinking(self) -> bool:
+        """It writes the reasoning that a final answer's content begins with."""
+        return PROBE in self._tried([_user("0"), _answer(f"<think>\n{PROBE}\n</think>\n\n1")])
+
+    @cached_property
     def answer_mark(self) -> str:
         """What stands between reasoning and answer; what stands before any answer, if that ends alike."""
         asked, said = [_user("0")], _answer(PROBE)

@@ -194,4 +194,4 @@ def _check_written(example: Conversation, messages: list[Message], texts: list[s
             if written_as(changed, example.tools) == texts[0]:
                 raise Refused(f"messages[{n}] ({message['role']}): the model's chat template leaves out its {key}")
         if unread := unread_key(messages, n, n in trained, lambda some: base.render(some, example.tools)):
-            raise Refused(f"messages[{n}] ({message['role']}): {about(unread)}")
+            raise Refused(f"messages[{n}] ({message['role']}): {about(unread, base.template)}")

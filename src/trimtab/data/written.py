@@ -36,6 +36,9 @@ class Writing(Protocol):
     source: Any
     frames: set[tuple[str, ...]]
 
+    @property
+    def keeps_thinking(self) -> bool: ...
+
 
 def parted(message: Message, *, opened: bool) -> tuple[str, Message]:
     """Its reasoning, from a key of its own or from the beginning of the content; and the message without.
@@ -73,7 +76,9 @@ def check_said(message: Message, said: str, say: Callable[[Message], str], templ
     order = [int(found, 26) for found in map(_numeral, _MARK.findall(probe))]
     if missing := [leaf for number, leaf in enumerate(leaves) if number not in order]:
         what, text = missing[0].what, _short(missing[0].text)
-        raise Refused(about(what) if what in REASONING else f"the model's chat template leaves out its {what}: {text}")
+        raise Refused(
+            about(what, template) if what in REASONING else f"the model's chat template leaves out its {what}: {text}"
+        )
     if len(set(order)) < len(order):
         twice = next(leaf for number, leaf in enumerate(leaves) if order.count(number) > 1)
         raise Refused(f"the model's chat template writes its {twice.what} more than once: {_short(twice.text)}")
@@ -233,13 +238,11 @@ def unread_key(messages: list[Message], number: int, trained: bool, render: Call
     return None
 
 
-def about(key: str) -> str:
+def about(key: str, template: Writing) -> str:
     """What to do about a key that nothing reads."""
     if key in REASONING:
-        return (
-            f"the model's chat template does not write {key}: put it into the content, as <think>…</think>, or leave it out with "
-            f"data.ignore=[{key}]"
-        )
+        way = "put it into the content, as <think>…</think>, or " if template.keeps_thinking else ""
+        return f"the model's chat template does not write {key}: {way}leave it out with data.ignore=[{key}]"
     return f"nothing reads {key}: weight: 0 is for a message that is not to be trained on; leave the key out with data.ignore=[{key}]"
 
 

@@ -168,7 +168,7 @@ def test_a_base_that_changed_is_noticed():
 
 def test_few_rows_are_learned_in_smaller_steps_and_more_often_unless_the_recipe_says_how():
     def of(rows, **settings):
-        return TrainConfig(**settings).of(rows)
+        return TrainConfig(**settings).epochs_and_rows(rows)
 
     assert [of(rows) for rows in (1, 20, 40, 60, 200, 480, 1000)] == [(4, 4), (4, 4), (3, 4), (2, 4), (2, 6), (2, 16), (2, 16)]
     assert [of(rows, rows_per_step=8) for rows in (20, 60, 100, 1000)] == [(4, 8), (4, 8), (3, 8), (2, 8)]

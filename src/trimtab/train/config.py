@@ -61,7 +61,7 @@ class TrainConfig(Config):
         """Whether rows are learned more than once."""
         return self.epochs == "auto" or self.epochs > 1
 
-    def of(self, rows: int) -> tuple[float, int | None]:
+    def epochs_and_rows(self, rows: int) -> tuple[float, int | None]:
         """How often each of so many rows is learned, and how many a step has; None if that is measured in tokens."""
         epochs, a_step = EPOCHS[0] if self.epochs == "auto" else self.epochs, self.rows_per_step
         if a_step is None and self.tokens_per_step is None:

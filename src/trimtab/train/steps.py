@@ -19,7 +19,7 @@ class PlannedSteps:
         if not rows:
             raise DataError("data: there is nothing to learn from.")
         self._rows, self.memory = rows, memory
-        self.epochs, self.rows = config.of(len(units(rows)))
+        self.epochs, self.rows = config.epochs_and_rows(len(units(rows)))
         self._plan = _plan(rows, config)
 
     def __len__(self) -> int:
@@ -71,5 +71,5 @@ FULLEST = 8
 
 def _plan(rows: SequenceOf[Row], config: TrainConfig) -> list[list[int]]:
     """The numbers of the rows of each step."""
-    epochs, a_step = config.of(len(units(rows)))
+    epochs, a_step = config.epochs_and_rows(len(units(rows)))
     return plan_steps(rows, epochs=epochs, seed=config.seed, rows=a_step, tokens=config.tokens_per_step)

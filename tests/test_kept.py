@@ -53,13 +53,20 @@ def test_beside_what_is_known_of_frozen_layers():
 
 
 def test_it_is_used_and_large_enough(monkeypatch):
-    taken = []
+    taken, used = [], []
     take = Kept.take
-    monkeypatch.setattr(Kept, "take", lambda self, *given: taken.append((self, take(self, *given))) or taken[-1][1])
+
+    def noted(self, *given):
+        taken.append((self, take(self, *given)))
+        used.append(self.used)
+        return taken[-1][1]
+
+    monkeypatch.setattr(Kept, "take", noted)
     trained()
     (block,) = {id(one): one for one, _ in taken}.values()
     assert {tensor.untyped_storage().data_ptr() for _, tensor in taken} == {block.bytes.untyped_storage().data_ptr()}
     assert block.used <= len(block.bytes)
+    assert max(used) > 0.7 * len(block.bytes)  # of what the largest pack keeps; the rest is what torch's own operations keep
     assert all(tensor.data_ptr() % 64 == 0 for _, tensor in taken)
 
 

@@ -173,6 +173,16 @@ def test_a_tiny_gemma_2_keeps_the_square_of_its_rows(one_thread, small_tiles):
     assert costs.kept.of(1024, 0) < 0.1 * found
 
 
+@pytest.mark.parametrize("window", [40, 80])
+def test_a_window_that_only_longer_rows_than_the_probes_exceed_counts(window, one_thread, small_tiles):
+    """Beyond it attention needs a mask, a number for each pair of tokens; up to it, none."""
+    model, pack = tiny("mistral"), pack_flat(rows_of(60))
+    model.config.sliding_window = window
+    attach(model, LoRA(rank=2))
+    with unfused():
+        assert planned(model, pack, 60)[1] == pytest.approx(held(model, pack), rel=0.05)
+
+
 def test_packs_without_a_backward_pass_are_measured_too(one_thread, small_tiles):
     model, pack = tiny("gemma2"), pack_flat(rows_of(90, 40, 110, 70))
     attach(model, LoRA(rank=2))

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from trimtab.files import read_json, write_json
+from trimtab.core.files import read_json, write_json
 
 _KEEPING = threading.Lock()
 """Held while a result is written."""

@@ -20,12 +20,12 @@ from typing import Any
 import torch
 
 import trimtab
+from trimtab.core.process import never_keep_freed_memory
 from trimtab.data import pack_all, pack_flat
 from trimtab.data.order import shuffled
 from trimtab.engine import head, pack_logprobs
 from trimtab.engine.fused import kernels, tree_attention, unfused
-from trimtab.engine.memory import FLAT
-from trimtab.startup import never_keep_freed_memory
+from trimtab.engine.memory_plan import FLAT
 
 ROOT = Path(__file__).parents[1]
 

@@ -88,8 +88,8 @@ def _forget_path(path: Path) -> None:
 
 def ours(work: Path, families: list[str]) -> None:
     from trimtab.base import Base
+    from trimtab.core.errors import ArtifactError
     from trimtab.deploy import load_adapter, save_adapter
-    from trimtab.errors import ArtifactError
     from trimtab.methods import attach
     from trimtab.methods.bottleneck import BottleneckAdapter
 

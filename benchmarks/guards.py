@@ -31,9 +31,9 @@ BESIDES = {"all that the run goes on from": "saving:write_state"}
 def one(path: str) -> None:
     """Carry a recipe out, in this process, and print what it and its guards took as JSON."""
     started, marks = time.time(), Marks()
-    from trimtab.config import read
-    from trimtab.recipe import Recipe
-    from trimtab.run import run_recipe
+    from trimtab.core.config import read
+    from trimtab.run.recipe import Recipe
+    from trimtab.run.script import run_recipe
 
     asked = json.loads(Path(path).read_text())
     note(GUARDS | BESIDES, marks)
@@ -46,7 +46,7 @@ def one(path: str) -> None:
 
 
 def main() -> None:
-    from trimtab.files import write_json
+    from trimtab.core.files import write_json
 
     recipe = sys.argv[1] if len(sys.argv) > 1 else str(ROOT / "demo" / "recipe.yaml")
     result = run_apart(__file__, lambda folder: {"recipe": recipe, "folder": str(folder)}, 1)

@@ -114,7 +114,7 @@ def measured(run: Run) -> dict[str, Any]:
     from trimtab.engine import Peak
     from trimtab.methods import Sample
     from trimtab.objectives import Objective
-    from trimtab.prepare import prepared
+    from trimtab.run.start import prepare_objective
     from trimtab.train import Optimizer, PlannedSteps, TrainConfig, planned_memory, train
 
     base = base_of(run.family, run.dtype)
@@ -123,7 +123,7 @@ def measured(run: Run) -> dict[str, Any]:
     config = TrainConfig(**{"epochs": 1, "rows_per_step": run.rows, **run.train})
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TRIMTAB_CACHE"] = folder
-        objective, (rows, _), _ = prepared(Objective.pick(run.objective), base, adapter, (rows, []), 0, None)
+        objective, (rows, _), _ = prepare_objective(Objective.pick(run.objective), base, adapter, (rows, []), 0, None)
         base.check_unchanged()  # so that all of it has been read
         memory = planned_memory(base, config, rows)
         peak = Peak(base.device)

@@ -56,12 +56,12 @@ def recipe_of(task: str, method: dict[str, Any], output: Path, nl2cmd: Path | No
 def one(path: str) -> None:
     """Carry a recipe out, in this process, and print what it took and gave as JSON."""
     from trimtab.bench.peers import peak_gb
-    from trimtab.config import read
+    from trimtab.core.config import read
     from trimtab.data import load_examples
     from trimtab.deploy import open_target
     from trimtab.evaluate import score
-    from trimtab.recipe import Recipe
-    from trimtab.run import run_recipe
+    from trimtab.run.recipe import Recipe
+    from trimtab.run.script import run_recipe
 
     asked = json.loads(Path(path).read_text())
     run = run_recipe(read(Recipe, Path(asked["recipe"])))

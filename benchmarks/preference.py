@@ -73,8 +73,8 @@ def scored(folder: Path, data: dict[str, str], *, preferred: bool) -> dict[str, 
     from trimtab.data import Account, load_examples, make_sequences
     from trimtab.deploy import open_target
     from trimtab.evaluate import score, score_loss
+    from trimtab.evaluate.reference import divergence, refer
     from trimtab.objectives import Objective
-    from trimtab.reference import divergence, refer
 
     target = open_target(str(folder))
     base, adapter = target.base, target.adapter
@@ -98,8 +98,8 @@ def scored(folder: Path, data: dict[str, str], *, preferred: bool) -> dict[str, 
 
 def one(path: str) -> None:
     """SFT and what follows it, in this process; prints what each stage gave as JSON."""
-    from trimtab.recipe import Recipe
-    from trimtab.run import run_recipe
+    from trimtab.run.recipe import Recipe
+    from trimtab.run.script import run_recipe
 
     asked = json.loads(Path(path).read_text())
     folder, method, seed = Path(path).parent, asked["method"], asked["seed"]

@@ -32,8 +32,8 @@ def one(asked: dict[str, Any]) -> dict[str, Any]:
     from trimtab.data import load_examples
     from trimtab.deploy import open_target
     from trimtab.evaluate import score
-    from trimtab.recipe import Recipe
-    from trimtab.run import run_recipe
+    from trimtab.run.recipe import Recipe
+    from trimtab.run.script import run_recipe
 
     folder = Path(asked["folder"])
     for name in ("train", "test"):

@@ -31,13 +31,13 @@ def one(recipe: str, folder: str) -> None:
     started = float(os.environ["STARTED"])
     marks: Marks = [("python", started, time.time())]
     before = time.time()
-    from trimtab import run
-    from trimtab.config import read
-    from trimtab.recipe import Recipe
+    from trimtab.core.config import read
+    from trimtab.run import script
+    from trimtab.run.recipe import Recipe
 
     marks.append(("import", before, time.time()))
     note(PARTS, marks)
-    train = run.train
+    train = script.train
 
     def first(*arguments: Any) -> Any:
         before = time.time()
@@ -48,8 +48,8 @@ def one(recipe: str, folder: str) -> None:
             os._exit(0)
         yield None
 
-    run.train = first
-    run.run_recipe(read(Recipe, Path(recipe), [f"output={folder}/run"]))
+    script.train = first
+    script.run_recipe(read(Recipe, Path(recipe), [f"output={folder}/run"]))
 
 
 def main() -> None:

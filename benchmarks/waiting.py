@@ -17,9 +17,9 @@ from pathlib import Path
 from statistics import median
 
 import trimtab
+from trimtab.core.files import read_json, write_json
+from trimtab.core.process import WAITING
 from trimtab.engine import stream_tokens
-from trimtab.files import read_json, write_json
-from trimtab.startup import WAITING
 from trimtab.train import Step
 
 ROOT = Path(__file__).parents[1]

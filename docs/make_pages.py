@@ -20,8 +20,8 @@ from pydantic import BaseModel
 
 from trimtab.methods import Method
 from trimtab.objectives import Objective
-from trimtab.recipe import Recipe
 from trimtab.report.methods import methods_facts
+from trimtab.run.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 PAGE, README = ROOT / "docs" / "recipe.md", ROOT / "README.md"
@@ -32,45 +32,14 @@ TEMPLATES = ROOT / "docs" / "templates.md"
 PREFERENCE, COMPARED = ROOT / "docs" / "preference.md", ROOT / "docs" / "preference.json"
 FLOORS = (
     ("words and pages", ("cli.py", "commands", "__main__.py", "__init__.py")),
-    (
-        "a run, top to bottom; and against others",
-        (
-            "recipe.py",
-            "preflight.py",
-            "prepare.py",
-            "reference.py",
-            "saving.py",
-            "resume.py",
-            "run.py",
-            "examine.py",
-            "certificate.py",
-            "api.py",
-            "doctor.py",
-            "bench",
-        ),
-    ),
-    ("scores, handing over, reports", ("evaluate", "deploy", "report")),
-    ("the loop", ("train",)),
-    ("what makes an answer good", ("objectives",)),
+    ("the Python door; and against others", ("api.py", "bench")),
+    ("one run, top to bottom", ("run",)),
+    ("proof, and what is shown", ("certify", "report")),
+    ("the loop, and scores", ("train", "evaluate")),
+    ("one short file each; adapters on disk, merge, exports", ("objectives", "deploy")),
     ("what is computed", ("engine",)),
-    ("neighbours that do not know each other", ("base", "methods", "data", "artifacts")),
-    (
-        "the ground",
-        (
-            "errors.py",
-            "files.py",
-            "locks.py",
-            "config.py",
-            "synonyms.py",
-            "yaml12.py",
-            "startup.py",
-            "interrupts.py",
-            "streams.py",
-            "adapted.py",
-            "randomness.py",
-            "attention.py",
-        ),
-    ),
+    ("neighbours that do not import each other", ("base", "methods", "data", "artifacts")),
+    ("the ground", ("core",)),
 )
 HEAD = """# The recipe
 

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
-from trimtab.config import read
-from trimtab.errors import TrimtabError
-from trimtab.recipe import Recipe
-from trimtab.run import run_recipe
+from trimtab.core.config import read
+from trimtab.core.errors import TrimtabError
+from trimtab.run.recipe import Recipe
+from trimtab.run.script import run_recipe
 
 REASONS = (errno.ENOSPC, errno.EIO, errno.EACCES)
 SHIM = ctypes.CDLL(None)

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 
-from trimtab.config import read
-from trimtab.errors import TrimtabError
-from trimtab.recipe import Recipe
+from trimtab.core.config import read
+from trimtab.core.errors import TrimtabError
 from trimtab.report import Silent
-from trimtab.run import run_recipe
+from trimtab.run.recipe import Recipe
+from trimtab.run.script import run_recipe
 
 
 def main(folder: str, kills: str, seed: str) -> None:

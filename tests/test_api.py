@@ -10,8 +10,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from trimtab import api
 from trimtab.base import Base
+from trimtab.core.errors import DataError
 from trimtab.data.example import Sequence
-from trimtab.errors import DataError
 from trimtab.methods import attach
 from trimtab.methods.lora import LoRA
 from trimtab.train import steps

@@ -9,9 +9,9 @@ import pytest
 from worlds import make_model
 
 from trimtab.base import Base
+from trimtab.core.errors import DataError, TrimtabError
 from trimtab.data import load_examples, make_sequences
-from trimtab.data.compared import SHAPES
-from trimtab.errors import DataError, TrimtabError
+from trimtab.data.preference_formats import SHAPES
 
 GOOD = {"prompt": "Is it?", "completion": "yes"}
 TALK = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}

@@ -11,7 +11,7 @@ from templates import saved_base
 
 from trimtab.base import Base, ModelConfig, source
 from trimtab.base.fingerprint import own_weights, weights_hash
-from trimtab.errors import RecipeError, StorageError, UnsupportedModel
+from trimtab.core.errors import RecipeError, StorageError, UnsupportedModel
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from trimtab import cli
 from trimtab.base import Base, ModelConfig
 from trimtab.bench import PEERS, Asked, compare, driver, ours, summary
 from trimtab.bench.floor import least_work, multiplying_rate
+from trimtab.core.errors import RecipeError
 from trimtab.data.example import Sequence
-from trimtab.errors import RecipeError
 from trimtab.methods.lora import LoRA
 from trimtab.objectives import Objective
 from trimtab.report.comparison import comparison_chart, comparison_table

@@ -12,14 +12,14 @@ from families import FAMILIES, perturb, random_rows, tiny
 from safetensors.torch import load_file, save_file
 
 from trimtab.base import Base
+from trimtab.core.errors import ArtifactError, NotMergeable, RecipeError, UnsupportedModel
 from trimtab.data import pack_flat
 from trimtab.data.example import Sequence
 from trimtab.deploy import load_adapter, save_adapter
 from trimtab.engine import pack_logprobs
-from trimtab.errors import ArtifactError, NotMergeable, RecipeError, UnsupportedModel
 from trimtab.methods import active, attach
-from trimtab.methods._acting import Routing, routed
 from trimtab.methods._adapterhub import _reduction
+from trimtab.methods._switch import Routing, routed
 from trimtab.methods.bottleneck import BottleneckAdapter
 from trimtab.report.tables import described
 

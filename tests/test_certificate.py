@@ -8,18 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from trimtab.artifacts.certified import ADVICE
 from worlds import write_rows
 
 import trimtab as package
-from trimtab import certificate, saving
-from trimtab import run as running
-from trimtab.artifacts.certified import ADVICE
 from trimtab.base import Base
-from trimtab.certificate import certificate_text
+from trimtab.certify import certificate
+from trimtab.certify.certificate import certificate_text
+from trimtab.certify.fresh_process import examined
 from trimtab.evaluate import paired
-from trimtab.examine import examined
 from trimtab.methods import Method
 from trimtab.methods.lora import LoRA
+from trimtab.run import checkpoints
+from trimtab.run.script import script as running
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -193,7 +194,7 @@ def test_a_base_that_is_another_is_refused(done, here, trimtab):
 
 def test_what_is_saved_must_be_what_was_trained(here, trimtab, monkeypatch):
     """The negative control: an adapter that is written a little differently, with a manifest that fits."""
-    save = saving.save_adapter
+    save = checkpoints.save_adapter
 
     def damaged(base, adapter, folder, facts):
         with torch.no_grad():
@@ -202,7 +203,7 @@ def test_what_is_saved_must_be_what_was_trained(here, trimtab, monkeypatch):
             save(base, adapter, folder, facts)
             first.div_(1.5)
 
-    monkeypatch.setattr(saving, "save_adapter", damaged)
+    monkeypatch.setattr(checkpoints, "save_adapter", damaged)
     failed = trimtab(*WORDS, "output=new")
     assert failed.code == 7
     assert "new is finished, and its adapter is not what it should be:\n  reload: a fresh process gives a row" in failed.err

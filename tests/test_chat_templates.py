@@ -7,8 +7,8 @@ import pytest
 from chat_templates import EMBEDDED, NAMES, SCENARIOS, TAUGHT, base, row
 
 from trimtab.data import Account, asked, make_sequences, prove, written
+from trimtab.data.formats import read_examples
 from trimtab.data.load import Loaded
-from trimtab.data.shapes import read_examples
 
 
 def learned(name, scenario_row, **switches):

@@ -12,22 +12,23 @@ import pytest
 import transformers
 from worlds import CHATML, ROWS, make_model, write_rows
 
-from trimtab import preflight as before
-from trimtab.config import read
+from trimtab.core.config import read
+from trimtab.core.errors import DataError, TrimtabError
 from trimtab.data import leaks as module_of_leaks
 from trimtab.data import proof, prove, refuse_problems
 from trimtab.data.example import Sequence
-from trimtab.data.leaks import leaks
+from trimtab.data.leakage import leaks
 from trimtab.engine import memory as planning
-from trimtab.errors import DataError, TrimtabError
-from trimtab.preflight import opened, preflight
-from trimtab.recipe import Recipe
+from trimtab.run.preflight import preflight
+from trimtab.run.recipe import Recipe
+from trimtab.run.script import preflight as before
+from trimtab.run.start import open_recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def findings(*words):
-    given = opened(read(Recipe, Path("r.yaml"), list(words)))
+    given = open_recipe(read(Recipe, Path("r.yaml"), list(words)))
     return {one.name: one for one in preflight(given)}
 
 
@@ -212,7 +213,7 @@ def test_what_generation_would_not_see_is_refused(here, monkeypatch):
 
 
 def test_an_answer_without_its_stop_token_is_noticed(here):
-    given = opened(read(Recipe, Path("r.yaml"), []))
+    given = open_recipe(read(Recipe, Path("r.yaml"), []))
     cut = [replace(row, ids=row.ids[:-1], learned=row.learned[:-1]) for row in given.data.train]
     given.data.train = cut[:1] + given.data.train[1:]
     assert {one.name: one.status for one in prove(given.data, [], given.base)}["stop tokens"] == "note"

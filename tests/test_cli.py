@@ -18,17 +18,19 @@ from disks import make_read_only, small_disk
 from safetensors.torch import load_file, save_file
 from worlds import ROWS, command, write_rows
 
-from trimtab import api, cli, commands, files, preflight, saving
+from trimtab import api, cli, commands
 from trimtab.artifacts import saved_states
 from trimtab.base import Base
-from trimtab.config import read, word
+from trimtab.core import files
+from trimtab.core.config import read, word
+from trimtab.core.errors import RecipeError, TrimtabError
 from trimtab.data import Finding
 from trimtab.deploy import open_target
-from trimtab.errors import RecipeError, TrimtabError
 from trimtab.methods import Method, attach
-from trimtab.recipe import Recipe
 from trimtab.report import Silent
-from trimtab.run import run_recipe
+from trimtab.run import checkpoints
+from trimtab.run.recipe import Recipe
+from trimtab.run.script import preflight, run_recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -777,13 +779,13 @@ def test_a_changed_recipe_is_refused_with_a_command_that_works_as_it_is_printed(
 
 
 def test_an_interruption_just_after_saving_finds_the_adapter_saved(here, monkeypatch):
-    save = saving.save_adapter
+    save = checkpoints.save_adapter
 
     def saved(*arguments):
         save(*arguments)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(saving, "save_adapter", saved)
+    monkeypatch.setattr(checkpoints, "save_adapter", saved)
     assert interrupted("new", "nothing") == f"the adapter after step 10 is in new/checkpoints/step-000010{GOES_ON}"
     assert state_of(here / "new")["last"]["step"] == 10
 
@@ -791,7 +793,7 @@ def test_an_interruption_just_after_saving_finds_the_adapter_saved(here, monkeyp
 @pytest.mark.parametrize("written", [False, True])
 def test_an_interruption_while_the_state_is_written_loses_nothing(written, here, monkeypatch):
     """It is then written again; what is said to have been saved has been."""
-    write, calls = saving.write_state, []
+    write, calls = checkpoints.write_state, []
 
     def interrupted_once(states, state):
         calls.append(state.step)
@@ -800,7 +802,7 @@ def test_an_interruption_while_the_state_is_written_loses_nothing(written, here,
             raise KeyboardInterrupt
         return folder
 
-    monkeypatch.setattr(saving, "write_state", interrupted_once)
+    monkeypatch.setattr(checkpoints, "write_state", interrupted_once)
     assert interrupted("new", "nothing") == f"the adapter after step 20 is in new/checkpoints/step-000020{GOES_ON}"
     assert calls == [10, 20, 20]
     assert [path.name for path in saved_states(here / "new" / "states")] == ["step-000020", "step-000010"]

@@ -7,10 +7,10 @@ import torch
 from families import logprob_alone, method_of, perturb, random_rows, tiny
 
 from trimtab.base.fingerprint import own_weights, weights_hash
+from trimtab.core.errors import RecipeError
 from trimtab.data import pack_flat
 from trimtab.data.example import Sequence
 from trimtab.engine import generate, pack_logprobs
-from trimtab.errors import RecipeError
 from trimtab.methods import Method, Sample, activate, active, adapters, attach, combine
 from trimtab.methods.lora import LoRA
 

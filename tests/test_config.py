@@ -9,15 +9,15 @@ import yaml
 from families import NEEDED
 from pydantic import BaseModel, Field, ValidationError
 
-from trimtab import yaml12
 from trimtab.base import ModelConfig
-from trimtab.config import Choice, Config, read
+from trimtab.core import yaml12
+from trimtab.core.config import Choice, Config, read
+from trimtab.core.errors import RecipeError
 from trimtab.data import DataConfig
-from trimtab.errors import RecipeError
 from trimtab.methods import Method
 from trimtab.methods.lora import LoRA
 from trimtab.objectives import Objective
-from trimtab.recipe import Recipe
+from trimtab.run.recipe import Recipe
 from trimtab.train import TrainConfig
 
 DATA = "data: {train: a.jsonl}\n"

@@ -9,8 +9,8 @@ import pytest
 from templates import FAMILIES
 
 from trimtab.base import Base, fingerprint
+from trimtab.core.errors import DataError, StorageError
 from trimtab.data import DataConfig, cache, load_data
-from trimtab.errors import DataError, StorageError
 
 CLOCK = "{{ strftime_now('%d %b %Y') }}"
 

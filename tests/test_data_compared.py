@@ -5,8 +5,8 @@ import json
 import pytest
 from templates import FAMILIES
 
+from trimtab.core.errors import DataError
 from trimtab.data import DataConfig, Judged, Preference, load_data, load_examples, units
-from trimtab.errors import DataError
 
 BASE = FAMILIES["chatml"].make
 USER, GOOD, BAD = {"role": "user", "content": "2+2?"}, "It is 4.", "It is 5."

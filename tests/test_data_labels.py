@@ -13,8 +13,8 @@ from templates import CHATML, FAMILIES, QWEN3, base_of, bytes_tokenizer, pieces_
 from tokenizers import Regex, pre_tokenizers
 
 from trimtab.data import Account, Conversation, Judged, Preference, Text, asked, make_sequences, prompt_of
-from trimtab.data.draft import read_so
 from trimtab.data.example import Sequence
+from trimtab.data.rendering import read_so
 
 
 def conversation(*texts, system=None, silent=(), **more):

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from templates import FAMILIES
 
+from trimtab.core.errors import DataError, RecipeError
 from trimtab.data import DataConfig, held_out_examples, load_data, load_examples, pack_all, pack_flat, plan_steps
 from trimtab.data.example import Sequence
 from trimtab.data.order import shuffled, split
-from trimtab.errors import DataError, RecipeError
 
 BASE = FAMILIES["chatml"].make
 

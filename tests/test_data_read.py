@@ -12,12 +12,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from templates import FAMILIES
 
+from trimtab.core.errors import DataError, StorageError, TrimtabError
 from trimtab.data import DataConfig, Refusal, load_data, load_examples, text_files
 from trimtab.data import read as reading
 from trimtab.data.arrow_files import without_padding
 from trimtab.data.read import read_rows
 from trimtab.data.strict_json import parse_json
-from trimtab.errors import DataError, StorageError, TrimtabError
 
 ROWS = [{"prompt": f"question {n}", "completion": f"answer {n}"} for n in range(3)]
 

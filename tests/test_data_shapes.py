@@ -6,7 +6,7 @@ import re
 import pytest
 
 from trimtab.data import Account, Conversation, Text
-from trimtab.data.shapes import read_examples
+from trimtab.data.formats import read_examples
 
 
 def user(text, **more):

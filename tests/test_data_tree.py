@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trimtab.data import Sequence, lay_out, most_together, pack_all, pack_flat, pack_tree, tree
-from trimtab.data.bins import filled, in_lexical_order
+from trimtab.data.bin_packing import filled, in_lexical_order
 
 ROWS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=14), max_size=12)
 """Of three tokens, so that most begin alike."""

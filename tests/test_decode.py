@@ -4,9 +4,9 @@ import pytest
 import torch
 from families import FAMILIES, method_of, perturb, random_rows, tiny
 
+from trimtab.core.errors import DataError
 from trimtab.engine import decode, generate, layouts, stream_tokens
 from trimtab.engine.decode import _groups
-from trimtab.errors import DataError
 from trimtab.methods import Sample, adapters, attach
 from trimtab.methods.lora import LoRA
 

@@ -8,15 +8,15 @@ from families import perturb, random_rows, tiny
 from torch.overrides import TorchFunctionMode
 
 import trimtab
-from trimtab import attention, randomness, reference
 from trimtab.base import Base
+from trimtab.core import attention_hook, randomness
 from trimtab.data.example import Sequence
 from trimtab.engine import check_packing, generate
-from trimtab.evaluate import score_loss
+from trimtab.evaluate import reference, score_loss
 from trimtab.methods import Sample, attach, combine
 from trimtab.methods.lora import LoRA
 from trimtab.objectives import Objective
-from trimtab.prepare import prepared
+from trimtab.run.start import prepare_objective
 from trimtab.train import TrainConfig
 
 MAKERS = {torch.tensor, torch.zeros, torch.empty, torch.ones, torch.full, torch.arange, torch.from_numpy, torch.frombuffer}
@@ -81,7 +81,7 @@ def test_training_and_evaluating_need_no_float64_on_the_device(name, family, hom
         adapter = attach(base.model, LoRA(rank=2, dropout=0.1 if name == "sft" else 0.0))
         rows = rows_of(objective.learns_from)
         steps = list(trimtab.fit(base, adapter, rows, objective, epochs=1, rows_per_step=3, lr=1e-3))
-        objective, (train, _), _ = prepared(objective, base, adapter, (rows, []), 0, None)
+        objective, (train, _), _ = prepare_objective(objective, base, adapter, (rows, []), 0, None)
         assert score_loss(base, train, 30, objective).loss > 0
         assert reference.divergence(base, adapter, "base", rows, 30) > 0
         generate(base.model, [rows[0].ids], [], max_new_tokens=2, temperature=1.0)
@@ -146,7 +146,7 @@ def test_the_processs_generators_stay_as_they_were(generators, home):
 
 
 def test_a_model_that_is_made_up_leaves_them_alone(generators):
-    from trimtab.base.made_up import made_up_model
+    from trimtab.base.tiny_model import made_up_model
 
     first, second = (made_up_model().state_dict() for _ in range(2))
     assert generators()
@@ -229,6 +229,6 @@ def test_attention_does_without_cudnn_and_the_process_keeps_its_setting(allowed,
 
 def test_the_setting_comes_back_after_an_error():
     before = torch.backends.cuda.cudnn_sdp_enabled()
-    with pytest.raises(ValueError, match="in it"), attention.without_cudnn():
+    with pytest.raises(ValueError, match="in it"), attention_hook.without_cudnn():
         raise ValueError("in it")
     assert torch.backends.cuda.cudnn_sdp_enabled() == before

@@ -11,7 +11,7 @@ import yaml
 from templates import CHATML, base_of, bytes_tokenizer
 
 from trimtab import cli
-from trimtab.recipe import Recipe
+from trimtab.run.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -63,7 +63,7 @@ def test_the_readmes_python_runs(tmp_path, monkeypatch):
 
 
 def test_every_exit_code_is_in_the_readme():
-    from trimtab import errors
+    from trimtab.core import errors
 
     codes = {
         kind.exit_code for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.TrimtabError)

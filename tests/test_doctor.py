@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
-from trimtab import attention, doctor
-from trimtab.doctor import TRIALS, diagnoses
+from trimtab.certify import doctor
+from trimtab.certify.doctor import TRIALS, diagnoses
+from trimtab.core import attention_hook
 from trimtab.engine.layouts import DecodeLayout
 from trimtab.methods import Attached, Method
 from trimtab.methods._lowrank import LowRankLayer
@@ -39,15 +40,15 @@ def test_virtual_tokens_that_transformers_own_generate_does_not_see(monkeypatch,
     def without(module, query, key, value, mask, rules, virtual, own):
         for one in virtual:
             one.of(module, key)
-        return attention.attend(
+        return attention_hook.attend(
             query,
             key,
             value,
-            mask if mask is not None else attention.causal(query.shape[2], key.shape[2], None, query.device),
+            mask if mask is not None else attention_hook.causal(query.shape[2], key.shape[2], None, query.device),
             rules,
         ).transpose(1, 2)
 
-    monkeypatch.setattr(attention, "_after_virtual", without)
+    monkeypatch.setattr(attention_hook, "_after_virtual", without)
     assert ("prefix", "Transformers' generate()") in sick() or ("prefix", "acts") in sick()
     assert not {one for one in sick() if one[0] == "lora"}
     done = trimtab("doctor")

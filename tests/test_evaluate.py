@@ -10,11 +10,11 @@ from families import logprob_alone
 from rich.console import Console
 from templates import CHATML, base_of, bytes_tokenizer
 
+from trimtab.core.errors import DataError, NonFinite
 from trimtab.data import Account, Conversation, Judged, Preference, Text, make_sequences, prompt_of
 from trimtab.engine import Answer, generate
-from trimtab.errors import DataError, NonFinite
 from trimtab.evaluate import answer_preferences, score, score_answers, score_loss, wilson
-from trimtab.evaluate.scoring import _bootstrap
+from trimtab.evaluate.scores import _bootstrap
 from trimtab.report.tables import scores_table
 
 
@@ -109,7 +109,7 @@ def test_a_right_answer_that_stops_is_counted_and_never_cut(base, monkeypatch):
             one.ended = "stopped"
         return said
 
-    monkeypatch.setattr("trimtab.evaluate.scoring.generate", perfect)
+    monkeypatch.setattr("trimtab.evaluate.scores.generate", perfect)
     result = score(base, examples)
     assert result["exact_match"] == 1.0
     assert result["stopped"] == 1.0

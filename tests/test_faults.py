@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from trimtab import cli, files
+from trimtab import cli
 from trimtab.artifacts import read_adapter, read_state, saved_states
-from trimtab.certificate import whole
-from trimtab.errors import ArtifactError
+from trimtab.certify.certificate import whole
+from trimtab.core import files
+from trimtab.core.errors import ArtifactError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -20,10 +21,10 @@ FLIPS, DAMAGES = 10_000, 1_000
 @pytest.fixture(scope="module")
 def made(world, tmp_path_factory):
     """A finished run with its certificate, and one that was ended on its way."""
-    from trimtab.config import read
-    from trimtab.recipe import Recipe
+    from trimtab.core.config import read
     from trimtab.report import Silent
-    from trimtab.run import run_recipe
+    from trimtab.run.recipe import Recipe
+    from trimtab.run.script import run_recipe
 
     place = tmp_path_factory.mktemp("faults") / "world"
     shutil.copytree(world, place)

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from types import ModuleType
 from unittest.mock import Mock
 
 import pytest
@@ -16,9 +17,9 @@ import torch
 from disks import make_read_only, small_disk
 from safetensors.torch import save_file
 
-from trimtab import files, locks
 from trimtab.artifacts import Adapter, read_adapter, write_adapter
-from trimtab.errors import ArtifactError, StorageError
+from trimtab.core import cache, files, locks
+from trimtab.core.errors import ArtifactError, StorageError
 
 OLD, NEW = b"old content", b"new content " * 400
 NOT_WRITTEN = {errno.ENOSPC: "No space left on device", errno.EIO: "Input/output error", errno.EACCES: "Permission denied"}
@@ -338,7 +339,7 @@ def test_a_program_that_dies_at_any_call_leaves_the_old_or_the_new(what, tmp_pat
         """
         import os, sys
         from pathlib import Path
-        from trimtab import files, locks
+        from trimtab.core import files, locks
 
         folder, number, calls = Path(sys.argv[1]), int(sys.argv[2]), 0
 
@@ -447,7 +448,7 @@ def test_a_file_that_grows_too_large_for_the_process_leaves_the_old(tmp_path):
         """
         import resource, sys
         from pathlib import Path
-        from trimtab import errors, files
+        from trimtab.core import errors, files
 
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
         for write in (lambda p: files.write_bytes(p, bytes(5000)), lambda p: files.append_line(p, "x" * 5000)):
@@ -552,20 +553,24 @@ def test_a_manifest_that_was_edited_is_refused(key, value, tmp_path):
             read_adapter(tmp_path / "adapter")
 
 
-def test_a_hash_of_code_is_of_all_that_computes_and_of_nothing_else(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "__file__", str(tmp_path / "files.py"))
+def test_a_hash_of_code_is_of_all_that_computes_and_of_nothing_else(tmp_path):
     (tmp_path / "engine" / "fused").mkdir(parents=True)
     (tmp_path / "data").mkdir()
+    engine, hook = ModuleType("engine"), ModuleType("hook")
+    engine.__file__, engine.__path__, hook.__file__ = str(tmp_path / "engine" / "__init__.py"), [], str(tmp_path / "hook.py")
     found = set()
     for name, text in (
-        ("engine/loop.py", "1"), ("engine/loop.py", "2"), ("engine/fused/kernels.h", "1"), ("attention.py", "1"), ("engine/moved.py", "2"),
+        ("engine/loop.py", "1"), ("engine/loop.py", "2"), ("engine/fused/kernels.h", "1"), ("hook.py", "1"), ("engine/moved.py", "2"),
     ):  # fmt: skip
         (tmp_path / name).write_text(text)
-        found.add(files.code_hash.__wrapped__("engine", "attention.py"))
+        if name != "hook.py":
+            found.add(cache.code_hash.__wrapped__(engine))
+        else:
+            found.add(cache.code_hash.__wrapped__(engine, hook))
     assert len(found) == 5
     (tmp_path / "data" / "read.py").write_text("1")
     (tmp_path / "engine" / "loop.pyc").write_text("1")
-    assert files.code_hash.__wrapped__("engine", "attention.py") in found
+    assert cache.code_hash.__wrapped__(engine) in found
 
 
 def test_where_there_are_no_locks_one_goes_without(tmp_path, monkeypatch):
@@ -664,7 +669,7 @@ def test_a_cache_that_cannot_be_written_names_the_way_out(tmp_path, monkeypatch)
     with pytest.raises(
         StorageError, match="It is Trimtab's cache: the environment variable TRIMTAB_CACHE can name another folder"
     ):
-        files.write_text(files.cache_folder() / "x" / "y", "z")
+        files.write_text(cache.cache_folder() / "x" / "y", "z")
     (tmp_path / "other").write_text("a file")
     with pytest.raises(StorageError) as elsewhere:
         files.write_text(tmp_path / "other" / "x", "y")
@@ -680,7 +685,7 @@ def test_a_user_without_a_home_has_a_cache_all_the_same(monkeypatch):
     monkeypatch.delenv("TRIMTAB_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", homeless)
-    assert files.cache_folder().is_absolute()
+    assert cache.cache_folder().is_absolute()
 
 
 def test_json_has_no_numbers_for_what_is_none():

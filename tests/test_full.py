@@ -11,11 +11,11 @@ from torch import nn
 
 from trimtab.base import Base
 from trimtab.base.fingerprint import own_weights
+from trimtab.core.errors import ArtifactError, NoSuchModule, RecipeError, UnsupportedModel
 from trimtab.data import pack_all, pack_flat
 from trimtab.data.example import Sequence
 from trimtab.deploy import load_adapter, merge, save_adapter
 from trimtab.engine import pack_logprobs
-from trimtab.errors import ArtifactError, NoSuchModule, RecipeError, UnsupportedModel
 from trimtab.methods import attach
 from trimtab.methods.full import Full
 from trimtab.methods.lora import LoRA

@@ -11,11 +11,11 @@ from trimtab.base import Base
 from trimtab.data import pack, pack_all, units
 from trimtab.data.example import Sequence
 from trimtab.data.mismatched import with_mismatched
-from trimtab.data.tree import Segment, chained
+from trimtab.data.prefix_tree import Segment, chained
 from trimtab.engine import Memory, layouts
 from trimtab.engine.fused import tree_attention
 from trimtab.engine.fused.standins import unfused
-from trimtab.engine.probe import Cost
+from trimtab.engine.memory_probe import Cost
 from trimtab.evaluate import score_loss
 from trimtab.methods import Sample, attach
 from trimtab.methods.lora import LoRA

@@ -9,15 +9,15 @@ import pytest
 import torch
 from families import perturb, random_rows, tiny
 
-from trimtab import run as running
 from trimtab.base import Base
+from trimtab.core.errors import NonFinite
+from trimtab.core.interrupts import afterwards
 from trimtab.data import pack_all
 from trimtab.data.example import Sequence
-from trimtab.errors import NonFinite
-from trimtab.interrupts import afterwards
 from trimtab.methods import attach
 from trimtab.methods.lora import LoRA
 from trimtab.objectives.sft import SFT
+from trimtab.run.script import script as running
 from trimtab.train import Optimizer, TrainConfig, loop, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")

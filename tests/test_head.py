@@ -4,9 +4,9 @@ import pytest
 import torch
 from families import tiny
 
+from trimtab.core.errors import UnsupportedModel
 from trimtab.engine import head as head_module
 from trimtab.engine.head import Head, head_of, sequence_logprobs
-from trimtab.errors import UnsupportedModel
 
 
 def reference(hidden, row, head, token, sequence, count):

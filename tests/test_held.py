@@ -9,15 +9,15 @@ import transformers
 from worlds import make_model
 
 import trimtab as package
-from trimtab import reference
-from trimtab import run as running
 from trimtab.artifacts import read_adapter
 from trimtab.base import Base, ModelConfig, config
 from trimtab.base import here as held_here
-from trimtab.config import read
+from trimtab.core.config import read
+from trimtab.core.errors import ArtifactError, RecipeError
 from trimtab.deploy import open_target
-from trimtab.errors import ArtifactError, RecipeError
-from trimtab.recipe import Recipe
+from trimtab.evaluate import reference
+from trimtab.run.recipe import Recipe
+from trimtab.run.script import script as running
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -5,10 +5,10 @@ import torch
 from families import FAMILIES, method_of, perturb, random_rows, tiny
 
 from trimtab.base import Base
+from trimtab.core.errors import NonFinite
 from trimtab.data import Sequence, pack_all
 from trimtab.engine import Work, kept, plan_memory
-from trimtab.engine.kept import Kept
-from trimtab.errors import NonFinite
+from trimtab.engine.arena import Kept
 from trimtab.methods import Sample, attach
 from trimtab.methods.lora import LoRA
 from trimtab.objectives.sft import SFT

@@ -9,12 +9,13 @@ from pydantic import BaseModel
 from templates import CHATML, base_of, bytes_tokenizer
 
 from trimtab.base import Base, ModelConfig
+from trimtab.core.errors import ArtifactError, DataError, RecipeError
 from trimtab.deploy import load_adapter, open_target
-from trimtab.errors import ArtifactError, DataError, RecipeError
 from trimtab.methods import Method
 from trimtab.objectives import Objective
-from trimtab.recipe import Recipe
-from trimtab.run import run_recipe
+from trimtab.run import script
+from trimtab.run.recipe import Recipe
+from trimtab.run.script import run_recipe
 
 
 @pytest.fixture(scope="module")
@@ -249,11 +250,10 @@ def test_recompute_says_whether_layers_are_computed_again_and_changes_nothing_th
 
 
 def test_the_adapter_handed_over_is_the_best_one_and_both_it_and_the_last_are_kept(work, monkeypatch):
-    from trimtab import run
     from trimtab.evaluate import Loss
 
     losses = iter([9.0, 3.0, 1.0, 2.0, 1.5, 2.5])  # the base's, then one a step
-    monkeypatch.setattr(run, "score_loss", lambda *_: Loss(loss := next(losses), (loss, loss), 1, 1, logprobs=[-1.0] * 9))
+    monkeypatch.setattr(script, "score_loss", lambda *_: Loss(loss := next(losses), (loss, loss), 1, 1, logprobs=[-1.0] * 9))
     folder = work / "runs" / "best"
     run_recipe(plain_recipe(work, output=str(folder), **{"train.evaluate_every": 1}))
     trained = json.loads((folder / "adapter" / "trimtab.json").read_text())["trained"]
@@ -264,16 +264,15 @@ def test_the_adapter_handed_over_is_the_best_one_and_both_it_and_the_last_are_ke
 
 
 def test_a_base_that_changes_while_it_trains_fails_the_run(work, monkeypatch):
-    from trimtab import run
-    from trimtab.errors import BaseChanged
+    from trimtab.core.errors import BaseChanged
 
-    whole = run.train
+    whole = script.train
 
     def meddling(base, *arguments):
         yield from whole(base, *arguments)
         base.model.get_input_embeddings().weight.data[3] += 1
 
-    monkeypatch.setattr(run, "train", meddling)
+    monkeypatch.setattr(script, "train", meddling)
     folder = work / "runs" / "changed"
     with pytest.raises(BaseChanged):
         run_recipe(plain_recipe(work, output=str(folder)))

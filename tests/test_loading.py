@@ -15,8 +15,8 @@ from worlds import CHATML, RECIPE, make_model, write_rows
 from trimtab.api import fit
 from trimtab.base import Base
 from trimtab.base.loading import read_model
+from trimtab.core.errors import ArtifactError, DataError, UnsupportedModel
 from trimtab.data.example import Sequence as Row
-from trimtab.errors import ArtifactError, DataError, UnsupportedModel
 from trimtab.methods import attach
 from trimtab.methods.lora import LoRA
 

@@ -10,11 +10,11 @@ import transformers
 from families import logprob_alone, perturb, random_rows, tiny
 
 from trimtab.base import Base
+from trimtab.core.errors import NoSuchModule, RecipeError
 from trimtab.data import pack_flat
 from trimtab.data.example import Sequence as Row
 from trimtab.deploy import load_adapter, merge, save_adapter
 from trimtab.engine import pack_logprobs
-from trimtab.errors import NoSuchModule, RecipeError
 from trimtab.methods import Sample, _lora_init, attach
 from trimtab.methods._base import matrix
 from trimtab.methods.dora import DoRA

@@ -12,18 +12,18 @@ import torch
 from families import FAMILIES, method_of, perturb, random_rows, tiny
 
 import trimtab
+from trimtab.core.errors import RecipeError
 from trimtab.data import Sequence, pack_flat, pack_tree
 from trimtab.data.mismatched import with_mismatched
 from trimtab.engine import Memory, Work, head, memory, pack_logprobs, plan_memory
+from trimtab.engine.arena import forget_transient
 from trimtab.engine.fused import unfused
-from trimtab.engine.kept import forget_transient
-from trimtab.engine.probe import Meter, measuring_costs, training_costs
-from trimtab.errors import RecipeError
+from trimtab.engine.memory_probe import Meter, measuring_costs, training_costs
 from trimtab.methods import Method, Sample, active, attach
 from trimtab.methods.lora import LoRA
 from trimtab.objectives import _pooling
 from trimtab.report.tables import memory_words
-from trimtab.resume import Unfinished
+from trimtab.run.resume import Unfinished
 from trimtab.train import TrainConfig, planned_memory
 
 ROWS = [Sequence(ids, list(range(3, len(ids))), f"row:{n}") for n, ids in enumerate(random_rows(40, 17, 25, 9))]

@@ -7,8 +7,8 @@ from families import FAMILIES, perturb, random_rows, tiny
 
 from trimtab.base import Base
 from trimtab.base.fingerprint import own_weights, weights_hash
+from trimtab.core.errors import ArtifactError, NotMergeable, StorageError
 from trimtab.deploy import merge
-from trimtab.errors import ArtifactError, NotMergeable, StorageError
 from trimtab.methods import AdapterLayer, attach
 from trimtab.methods.lora import LoRA
 

@@ -7,11 +7,11 @@ from families import FAMILIES, method_of, perturb, random_rows, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trimtab.base.fingerprint import own_weights, weights_hash
+from trimtab.core.errors import ArtifactError, NoSuchModule, RecipeError
 from trimtab.data import Segment
 from trimtab.engine.forward import hidden_states
 from trimtab.engine.head import head_of
 from trimtab.engine.layouts import PackLayout
-from trimtab.errors import ArtifactError, NoSuchModule, RecipeError
 from trimtab.methods import Method, Sample, attach
 from trimtab.methods.lora import LoRA
 

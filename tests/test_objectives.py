@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from torch.nn.functional import logsigmoid
 
 from trimtab.base import Base
+from trimtab.core.errors import DataError, RecipeError
 from trimtab.data import pack_all, pack_flat, plan_steps, units
 from trimtab.data.example import Sequence
 from trimtab.data.mismatched import derangement, with_mismatched
 from trimtab.engine import generate, pack_logprobs
-from trimtab.errors import DataError, RecipeError
 from trimtab.evaluate import score_loss
 from trimtab.methods import attach
 from trimtab.methods.lora import LoRA

@@ -7,15 +7,15 @@ import torch
 import transformers
 from families import FAMILIES, exact_norms, logprob_alone, perturb, random_rows, tiny
 
-from trimtab import attention
-from trimtab.attention import Rules, Virtual
+from trimtab.core import attention_hook
+from trimtab.core.attention_hook import Rules, Virtual
+from trimtab.core.errors import UnsupportedModel
 from trimtab.data import Pack, Segment, pack_all, pack_flat, pack_tree
 from trimtab.data.example import Sequence
 from trimtab.engine import check_packing, forward, layouts, pack_logprobs
 from trimtab.engine.forward import hidden_states
 from trimtab.engine.fused import blocks
 from trimtab.engine.layouts import PackLayout
-from trimtab.errors import UnsupportedModel
 from trimtab.methods import attach
 from trimtab.methods.lora import LoRA
 
@@ -233,7 +233,7 @@ def test_calls_without_a_layout_are_the_models_own_bit_for_bit(own):
     hidden_states(model, pack.ids, pack.positions, layouts.PackLayout(pack.segments))
     assert model.config._attn_implementation == f"trimtab-{own}"
     assert torch.equal(outputs(), before)
-    attention.unheed(model)
+    attention_hook.unheed(model)
     assert model.config._attn_implementation == own
 
 
@@ -255,19 +255,19 @@ def test_a_model_that_asks_attention_for_more_is_refused_by_name():
     q = torch.zeros(1, 4, 3, 8)
     layout = layouts.PackLayout((Segment(0, 3, -1),))
     with pytest.raises(UnsupportedModel, match="LlamaAttention asks attention for the tensor s_aux"):
-        attention._attention(layer, q, q, q, None, own="sdpa", layout=layout, s_aux=torch.zeros(4))
+        attention_hook._attention(layer, q, q, q, None, own="sdpa", layout=layout, s_aux=torch.zeros(4))
     with pytest.raises(UnsupportedModel, match="LlamaAttention asks attention for attention dropout"):
-        attention._attention(layer, q, q, q, None, own="sdpa", layout=layout, dropout=0.1)
+        attention_hook._attention(layer, q, q, q, None, own="sdpa", layout=layout, dropout=0.1)
 
 
 def test_a_model_that_drops_keywords_on_the_way_is_refused(monkeypatch):
     model = tiny("cohere")
-    monkeypatch.setattr(attention, "_attention", lambda *_, own, layout, **asked: (_[1].transpose(1, 2), None))
-    attention.heed(model)
+    monkeypatch.setattr(attention_hook, "_attention", lambda *_, own, layout, **asked: (_[1].transpose(1, 2), None))
+    attention_hook.heed(model)
     with pytest.raises(UnsupportedModel, match="CohereForCausalLM does not hand keywords of forward on to attention"):
         pack_logprobs(model, pack_flat(ROWS))
     monkeypatch.undo()
-    attention.unheed(model)
+    attention_hook.unheed(model)
     pack_logprobs(model, pack_flat(ROWS))
 
 

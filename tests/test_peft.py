@@ -8,8 +8,8 @@ from families import FAMILIES, perturb, random_rows, tiny
 from safetensors.torch import load_file, save_file
 
 from trimtab.base import Base
+from trimtab.core.errors import ArtifactError
 from trimtab.deploy import load_adapter, save_adapter
-from trimtab.errors import ArtifactError
 from trimtab.methods import attach
 from trimtab.methods.lora import LoRA
 

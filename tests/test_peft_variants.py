@@ -8,8 +8,8 @@ from families import perturb, random_rows, tiny
 from safetensors.torch import load_file
 
 from trimtab.base import Base
+from trimtab.core.errors import ArtifactError
 from trimtab.deploy import load_adapter, save_adapter
-from trimtab.errors import ArtifactError
 from trimtab.methods import attach
 from trimtab.methods.dora import DoRA
 from trimtab.methods.lora import LoRA

@@ -8,12 +8,12 @@ from families import FAMILIES, perturb, random_rows, tiny
 from safetensors.torch import load_file, save_file
 
 from trimtab.base import Base
+from trimtab.core.errors import ArtifactError
 from trimtab.data import Segment
 from trimtab.deploy import load_adapter, save_adapter
 from trimtab.engine.forward import hidden_states
 from trimtab.engine.head import head_of
 from trimtab.engine.layouts import PackLayout
-from trimtab.errors import ArtifactError
 from trimtab.methods import Method, Sample, attach
 from trimtab.methods.prefix import PrefixTuning
 from trimtab.methods.prompt import PromptTuning

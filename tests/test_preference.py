@@ -12,23 +12,24 @@ from families import method_of, perturb, random_rows, tiny
 from test_objectives import rows_of
 from worlds import make_model, write_rows
 
-from trimtab import api, cli, files, reference
+from trimtab import api, cli
 from trimtab.base import Base, ModelConfig
-from trimtab.config import read
+from trimtab.core import files
+from trimtab.core.config import read
+from trimtab.core.errors import NonFinite, RecipeError, WrongReference
 from trimtab.data import pack_all, units
 from trimtab.data.mismatched import with_mismatched
 from trimtab.deploy import save_adapter
 from trimtab.engine import pack_divergences, pack_logprobs
-from trimtab.errors import NonFinite, RecipeError, WrongReference
-from trimtab.evaluate import score_loss
+from trimtab.evaluate import reference, score_loss
+from trimtab.evaluate.reference import divergence, refer
 from trimtab.methods import Method, Sample, attach
 from trimtab.methods.lora import LoRA
 from trimtab.objectives import Objective
-from trimtab.prepare import prepared
-from trimtab.recipe import Recipe
-from trimtab.reference import divergence, refer
 from trimtab.report import Silent
-from trimtab.run import run_recipe
+from trimtab.run.recipe import Recipe
+from trimtab.run.script import run_recipe
+from trimtab.run.start import prepare_objective
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -53,7 +54,7 @@ def base_with(method="lora", *, trained=False, seed=0):
 
 
 def start_of(objective, base, adapter, rows):
-    objective, (train, _), facts = prepared(objective, base, adapter, (rows, []), 0, None)
+    objective, (train, _), facts = prepare_objective(objective, base, adapter, (rows, []), 0, None)
     return score_loss(base, train, 64, objective), train, facts
 
 
@@ -134,8 +135,8 @@ def test_dropout_is_refused_where_answers_are_compared():
     adapter = attach(base.model, LoRA(rank=2, dropout=0.1))
     for name, rows in (("dpo", PAIRS), ("kto", JUDGED)):
         with pytest.raises(RecipeError, match=f"{name} compares with a reference, and dropout"):
-            prepared(Objective.pick(name), base, adapter, (rows, []), 0, None)
-    prepared(Objective.pick("simpo"), base, adapter, (PAIRS, []), 0, None)
+            prepare_objective(Objective.pick(name), base, adapter, (rows, []), 0, None)
+    prepare_objective(Objective.pick("simpo"), base, adapter, (PAIRS, []), 0, None)
 
 
 # Computed once

@@ -9,11 +9,11 @@ from families import logprob_alone, method_of, perturb, random_rows, tiny
 
 from trimtab.base import Base, ModelConfig, quantized
 from trimtab.base.fingerprint import own_weights, weights_hash
+from trimtab.core.errors import ArtifactError, BaseChanged, NotMergeable, RecipeError, UnsupportedModel
 from trimtab.data import pack_flat
 from trimtab.data.example import Sequence as Row
 from trimtab.deploy import load_adapter, merge, open_target, save_adapter
 from trimtab.engine import check_packing, generate, pack_logprobs
-from trimtab.errors import ArtifactError, BaseChanged, NotMergeable, RecipeError, UnsupportedModel
 from trimtab.methods import Method, Sample, attach
 from trimtab.methods._base import matrix
 

@@ -19,19 +19,20 @@ import transformers
 from safetensors.torch import load_file, save_file
 from worlds import CHATML, ROWS, make_model, write_rows
 
-from trimtab import files, locks, saving
-from trimtab import resume as resuming
-from trimtab import run as running
 from trimtab.artifacts import State, newest_state, read_state, saved_states, sha256_tensor, write_state
 from trimtab.artifacts import state as artifacts_state
-from trimtab.config import read, word
+from trimtab.core import files, locks
+from trimtab.core.config import read, word
+from trimtab.core.errors import ArtifactError, DataError, RecipeError, StorageError
 from trimtab.deploy import open_target
-from trimtab.errors import ArtifactError, DataError, RecipeError, StorageError
 from trimtab.objectives.sft import SFT
-from trimtab.recipe import Recipe
 from trimtab.report import Silent
-from trimtab.resume import _differences as differences
-from trimtab.run import run_recipe
+from trimtab.run import checkpoints
+from trimtab.run.recipe import Recipe
+from trimtab.run.resume import _differences as differences
+from trimtab.run.script import resume as resuming
+from trimtab.run.script import run_recipe
+from trimtab.run.script import script as running
 from trimtab.train import loop
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -413,15 +414,15 @@ def test_two_processes_do_not_train_into_one_folder(begun, here):
         ended("cut", "stepped", 8)
     before = tree("cut")
     script = (
-        f"import time\nfrom pathlib import Path\nfrom trimtab import locks\nwith locks.locked(Path('cut') / {saving.LOCK!r}):\n"
+        f"import time\nfrom pathlib import Path\nfrom trimtab.core import locks\nwith locks.locked(Path('cut') / {checkpoints.LOCK!r}):\n"
         "    print('held', flush=True)\n    time.sleep(60)\n"
     )
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
         with pytest.raises(StorageError, match=rf"another process \({other.pid} on .+\) is training there"):
             run("cut")
-        assert {path: content for path, content in tree("cut").items() if path.name != saving.LOCK} == {
-            path: content for path, content in before.items() if path.name != saving.LOCK
+        assert {path: content for path, content in tree("cut").items() if path.name != checkpoints.LOCK} == {
+            path: content for path, content in before.items() if path.name != checkpoints.LOCK
         }
         other.kill()
     run("cut")
@@ -651,7 +652,7 @@ def test_a_run_that_ended_meanwhile_is_left_alone(here, monkeypatch):
     monkeypatch.setattr(resuming, "_is_unfinished", lambda recipe: looked.append(1) or len(looked) == 1 or look(recipe))
     with pytest.raises(StorageError, match="exists already"), resuming.claimed(recipe, print):
         pass
-    assert {path: content for path, content in tree("whole").items() if path.name != saving.LOCK} == before
+    assert {path: content for path, content in tree("whole").items() if path.name != checkpoints.LOCK} == before
 
 
 def test_what_differs_is_named_by_its_place_where_one_of_both_has_nothing():
@@ -663,7 +664,7 @@ def test_what_differs_is_named_by_its_place_where_one_of_both_has_nothing():
 
 
 def test_a_run_has_begun_with_nothing_done():
-    assert asdict(saving.Progress()) == {
+    assert asdict(checkpoints.Progress()) == {
         "best": None, "last": {}, "seconds": 0.0, "tokens": 0, "computed": 0, "skipped": 0, "compared": False,
     }  # fmt: skip
 
@@ -672,8 +673,8 @@ def test_a_run_has_begun_with_nothing_done():
     (1000, None, True), (1000, 1.0, False), (1004, None, True), (1004, 1.0, False), (1002, None, False), (1002, 1.0, False),
 ])  # fmt: skip
 def test_a_step_that_was_to_be_followed_by_a_look_is_known_by_its_number(step, loss, unseen):
-    saver = object.__new__(saving.Saver)
-    saver.done = saving.Progress(last={"step": step, "eval_loss": loss})
+    saver = object.__new__(checkpoints.Saver)
+    saver.done = checkpoints.Progress(last={"step": step, "eval_loss": loss})
     assert saver.unseen(100, int("1004")) == unseen
 
 

@@ -7,8 +7,8 @@ import transformers
 from families import FAMILIES, perturb, random_rows, tiny
 
 from trimtab.base import Base
+from trimtab.core.errors import ArtifactError, NoSuchModule, NotMergeable, RecipeError
 from trimtab.deploy import load_adapter, merge, save_adapter
-from trimtab.errors import ArtifactError, NoSuchModule, NotMergeable, RecipeError
 from trimtab.methods import attach
 from trimtab.methods.bitfit import BitFit
 from trimtab.methods.ia3 import IA3

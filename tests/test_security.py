@@ -17,11 +17,12 @@ import transformers
 from worlds import CHATML, make_model
 
 import trimtab as package
-from trimtab import certificate, files
 from trimtab.base import Base, limits
+from trimtab.certify import certificate
+from trimtab.core import files
+from trimtab.core.errors import DataError, NotCertified, TrimtabError, UnsupportedModel
+from trimtab.core.process import fresh_process
 from trimtab.engine.fused import kernels
-from trimtab.errors import DataError, NotCertified, TrimtabError, UnsupportedModel
-from trimtab.startup import fresh_process
 
 WATCHED = """
 import os, sys

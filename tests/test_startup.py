@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from trimtab.startup import WAITING, environment
+from trimtab.core.process import WAITING, environment
 
 NAMES = (*WAITING, "KMP_BLOCKTIME")
 OURS = " ".join(WAITING.values())
@@ -24,7 +24,7 @@ sys.addaudithook(hook)
 LIBRARY = """
 import torch
 from trimtab import certificate
-from trimtab.errors import NotCertified
+from trimtab.core.errors import NotCertified
 try:
     certificate._examine({"folder": "nowhere", "model": None})
 except NotCertified:

@@ -4,12 +4,12 @@ import re
 
 import pytest
 
-from trimtab.config import Config
-from trimtab.errors import RecipeError
+from trimtab.core.config import Config
+from trimtab.core.errors import RecipeError
+from trimtab.core.synonyms import CHOICES, DERIVED, HERE, NOT_HERE, choice_elsewhere, elsewhere, hint, option
 from trimtab.methods import Method
 from trimtab.objectives import Objective
-from trimtab.recipe import Recipe
-from trimtab.synonyms import CHOICES, DERIVED, HERE, NOT_HERE, choice_elsewhere, elsewhere, hint, option
+from trimtab.run.recipe import Recipe
 
 
 def test_the_nearest_name_is_suggested_or_all_are():

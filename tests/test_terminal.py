@@ -13,12 +13,14 @@ from pathlib import Path
 import pytest
 from worlds import write_rows
 
-from trimtab import api, cli, interrupts, saving, streams
+from trimtab import api, cli
 from trimtab.commands import _shared
-from trimtab.config import read
-from trimtab.recipe import Recipe
+from trimtab.core import interrupts, streams
+from trimtab.core.config import read
 from trimtab.report import Silent
-from trimtab.run import run_recipe
+from trimtab.run import checkpoints
+from trimtab.run.recipe import Recipe
+from trimtab.run.script import run_recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -85,7 +87,7 @@ def steering(here, monkeypatch):
         here / "evil.jsonl", [{"prompt": f"Is {n}{STEERING} a number?", "completion": f"yes{STEERING}"} for n in range(30)]
     )
     monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setattr("trimtab.evaluate.scoring.Answered.answer", STEERING, raising=False)
+    monkeypatch.setattr("trimtab.evaluate.scores.Answered.answer", STEERING, raising=False)
     return here
 
 
@@ -245,7 +247,7 @@ def test_whatever_an_interruption_turns_into_is_an_interruption(here, trimtab, m
 
 
 def test_one_that_comes_while_a_state_is_written_comes_afterwards(here, monkeypatch, clock):
-    write, calls = saving.write_state, []
+    write, calls = checkpoints.write_state, []
 
     def interrupted(states, state):
         calls.append(state.step)
@@ -254,7 +256,7 @@ def test_one_that_comes_while_a_state_is_written_comes_afterwards(here, monkeypa
         signal.raise_signal(signal.SIGINT)
         return write(states, state)
 
-    monkeypatch.setattr(saving, "write_state", interrupted)
+    monkeypatch.setattr(checkpoints, "write_state", interrupted)
     recipe = read(Recipe, Path("r.yaml"), ["output=new", "train.evaluate_every=10"])
     with interrupts.heeded(to_the_end=False), pytest.raises(KeyboardInterrupt, match="the adapter after step 10 is in"):
         run_recipe(recipe)
@@ -263,7 +265,7 @@ def test_one_that_comes_while_a_state_is_written_comes_afterwards(here, monkeypa
 
 
 def test_one_that_comes_while_an_interrupted_run_is_saved_changes_nothing(here, monkeypatch, clock):
-    look, pressed = saving.Saver.save, []
+    look, pressed = checkpoints.Saver.save, []
 
     class Pressing(Silent):
         def stepped(self, step, steps):
@@ -277,7 +279,7 @@ def test_one_that_comes_while_an_interrupted_run_is_saved_changes_nothing(here, 
             signal.raise_signal(signal.SIGINT)
         look(self, step, *given)
 
-    monkeypatch.setattr(saving.Saver, "save", save)
+    monkeypatch.setattr(checkpoints.Saver, "save", save)
     recipe = read(Recipe, Path("r.yaml"), ["output=new", "train.evaluate_every=10"])
     with interrupts.heeded(to_the_end=False), pytest.raises(KeyboardInterrupt, match="the adapter after step 7 is in"):
         run_recipe(recipe, Pressing())

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from trimtab.config import read
-from trimtab.recipe import Recipe
+from trimtab.core.config import read
+from trimtab.run.recipe import Recipe
 
 DEMO = Path(__file__).parents[1] / "demo" / "terse"
 MAKER = runpy.run_path(str(DEMO / "make_data.py"))

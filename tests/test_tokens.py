@@ -11,15 +11,15 @@ from templates import CHATML, base_of, bytes_tokenizer, pieces_tokenizer
 
 import trimtab
 from trimtab.base import Base
+from trimtab.core.errors import ArtifactError, DataError, NotMergeable, RecipeError
 from trimtab.data import Account, Conversation, make_sequences, pack_flat
 from trimtab.data.example import Sequence as Row
 from trimtab.deploy import load_adapter, merge, save_adapter
 from trimtab.engine import generate, pack_logprobs
-from trimtab.errors import ArtifactError, DataError, NotMergeable, RecipeError
 from trimtab.methods import active, attach
 from trimtab.methods.lora import LoRA
 from trimtab.methods.tokens import Tokens
-from trimtab.recipe import Recipe
+from trimtab.run.recipe import Recipe
 
 ROWS = random_rows(9, 7)
 IDS = torch.tensor(random_rows(11, 11))

@@ -8,9 +8,9 @@ import torch
 from families import logprob_alone, perturb, random_rows, tiny
 
 from trimtab.base import Base
+from trimtab.core.errors import BaseChanged, DataError, NonFinite
 from trimtab.data import pack_all, pack_flat
 from trimtab.data.example import Sequence
-from trimtab.errors import BaseChanged, DataError, NonFinite
 from trimtab.methods import attach
 from trimtab.methods.lora import LoRA
 from trimtab.objectives.sft import SFT

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from trimtab.data.tree import Segment
+from trimtab.data.prefix_tree import Segment
 from trimtab.engine.fused import kernels, tree_attention
 from trimtab.engine.fused.tree_attention import Sight, Sizes, attend
 

@@ -19,10 +19,10 @@ from trimtab.bench import peers
 from trimtab.data import pack, pack_all, units
 from trimtab.data.mismatched import with_mismatched
 from trimtab.deploy import load_adapter, save_adapter
+from trimtab.evaluate.reference import refer
 from trimtab.methods import attach
 from trimtab.methods.lora import LoRA
 from trimtab.objectives import Objective
-from trimtab.reference import refer
 from trimtab.train import TrainConfig, train
 
 SCRIPT = """

@@ -10,7 +10,7 @@ from chat_templates import CALLS, FOLDER, RESULT, TOOLS, base, base_with
 from test_chat_templates import runs
 
 from trimtab.data import Account, make_sequences
-from trimtab.data.shapes import read_examples
+from trimtab.data.formats import read_examples
 
 IM_END = "<|im_end|>"
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from families import FAMILIES, exact_norms, logprob_alone, perturb, random_rows, tiny
 
+from trimtab.core.errors import RecipeError, UnsupportedModel
 from trimtab.data import pack_flat
 from trimtab.data.example import Sequence
 from trimtab.engine import decode, generate, pack_logprobs
-from trimtab.errors import RecipeError, UnsupportedModel
 from trimtab.methods import Sample, activate, attach
 from trimtab.methods.lora import LoRA
 from trimtab.methods.prefix import PrefixTuning

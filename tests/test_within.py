@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 import trimtab as package
 from trimtab.artifacts import read_adapter
 from trimtab.base import Base
+from trimtab.core.errors import ArtifactError, RecipeError, UnsupportedModel
 from trimtab.deploy import attach, load_adapter, merge, save_adapter
-from trimtab.errors import ArtifactError, RecipeError, UnsupportedModel
 from trimtab.methods import Method, Sample
 from trimtab.methods.lora import LoRA
 

@@ -14,9 +14,9 @@ from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 from worlds import CHATML, make_model
 
 from trimtab.base import Base, ModelConfig
+from trimtab.core.errors import ArtifactError, NotMergeable, UnsupportedModel
 from trimtab.deploy import WELL_KEPT, attach, merge, sample
-from trimtab.deploy.within import save_alone
-from trimtab.errors import ArtifactError, NotMergeable, UnsupportedModel
+from trimtab.deploy.save_pretrained import save_alone
 from trimtab.methods import Method, modules
 from trimtab.methods.lora import LoRA
 

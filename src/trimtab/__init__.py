@@ -23,10 +23,10 @@ _HOMES = {
     "Attached": "methods",
     "Base": "base",
     "LoRA": "methods.lora",
-    "Recipe": "recipe",
+    "Recipe": "run.recipe",
     "SFT": "objectives.sft",
     "TrainConfig": "train",
-    "TrimtabError": "errors",
+    "TrimtabError": "core.errors",
     "activate": "methods",
     "active": "methods",
     "adapters": "methods",
@@ -39,7 +39,7 @@ _HOMES = {
     "merge": "deploy",
     "method": "api",
     "rows": "api",
-    "run_recipe": "run",
+    "run_recipe": "run.script",
     "sample": "deploy",
     "save_adapter": "deploy",
     "score": "evaluate",
@@ -62,13 +62,13 @@ def __dir__() -> list[str]:
 if TYPE_CHECKING:
     from trimtab.api import answer, fit, load, method, rows, stream
     from trimtab.base import Base
+    from trimtab.core.errors import TrimtabError
     from trimtab.deploy import attach, load_adapter, merge, sample, save_adapter
     from trimtab.engine import generate
-    from trimtab.errors import TrimtabError
     from trimtab.evaluate import score
     from trimtab.methods import Attached, activate, active, adapters
     from trimtab.methods.lora import LoRA
     from trimtab.objectives.sft import SFT
-    from trimtab.recipe import Recipe
-    from trimtab.run import run_recipe
+    from trimtab.run.recipe import Recipe
+    from trimtab.run.script import run_recipe
     from trimtab.train import TrainConfig

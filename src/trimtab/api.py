@@ -4,14 +4,14 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any
 
 from trimtab.base import Base, Message, ModelConfig
+from trimtab.core.errors import DataError, RecipeError
 from trimtab.data import DataConfig, Kind, load_data, prompt_of
 from trimtab.data.example import Sequence as Row
 from trimtab.engine import Ended, check_packing, stream_tokens
-from trimtab.errors import DataError, RecipeError
 from trimtab.methods import Attached, Method, room
 from trimtab.objectives import Objective
 from trimtab.objectives.sft import SFT
-from trimtab.prepare import prepared
+from trimtab.run.start import prepare_objective
 from trimtab.train import PlannedSteps, Step, TrainConfig, peak_learning_rate, planned_memory, train
 
 
@@ -55,7 +55,7 @@ def fit(
     _check_rows(base, rows)
     check_packing(base.model)
     most = room(base.model, base.context_length)
-    objective, (rows, _), _ = prepared(objective or SFT(), base, adapter, (list(rows), []), config.seed, most)
+    objective, (rows, _), _ = prepare_objective(objective or SFT(), base, adapter, (list(rows), []), config.seed, most)
     memory = planned_memory(base, config, rows)
     steps = PlannedSteps(rows, config, memory)
     rate, _ = peak_learning_rate(config, base, adapter.method, objective, steps.rows_per_step)

@@ -6,9 +6,10 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from trimtab import __version__, commands, interrupts, startup, streams
+from trimtab import __version__, commands
 from trimtab.commands._words import Parser
-from trimtab.errors import StorageError, TrimtabError
+from trimtab.core import interrupts, process, streams
+from trimtab.core.errors import StorageError, TrimtabError
 
 MODEL = "a folder, a GGUF file, a hub name, or smollm2-135m-instruct"
 INTERRUPTED = 130
@@ -31,7 +32,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def _run(words: Sequence[str] | None) -> int:
     arguments = _parser().parse_args(words)
-    os.environ.update(startup.environment())  # before a command imports torch
+    os.environ.update(process.environment())  # before a command imports torch
     try:
         arguments.command(arguments)
         sys.stdout.flush()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from trimtab.base import Base
 from trimtab.base.fingerprint import own_weights, weights_hash
+from trimtab.core.errors import ArtifactError, NotMergeable, RecipeError, TrimtabError
 from trimtab.data import Pack, Segment, lay_out, pack_all, pack_flat, pack_tree, units
 from trimtab.data.example import Sequence
 from trimtab.data.mismatched import with_mismatched
@@ -26,7 +27,6 @@ from trimtab.engine import generate, pack_logprobs
 from trimtab.engine.forward import hidden_states
 from trimtab.engine.head import head_of
 from trimtab.engine.layouts import Cache, DecodeLayout, PackLayout, PrefillLayout
-from trimtab.errors import ArtifactError, NotMergeable, RecipeError, TrimtabError
 from trimtab.methods import Attached, Method, Routing, Sample, active, adapters, attach, combine, routed
 from trimtab.methods._attach import switch_of
 from trimtab.objectives import Objective, answered

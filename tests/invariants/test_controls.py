@@ -10,10 +10,10 @@ from torch import nn
 from invariants import suite
 from invariants.suite import INVARIANTS, case_of
 from trimtab.base import Base
+from trimtab.core.errors import TrimtabError
 from trimtab.engine import layouts
 from trimtab.engine.fused import blocks
 from trimtab.engine.fused.tree_attention import attend
-from trimtab.errors import TrimtabError
 from trimtab.methods import Attached, Routing, _combine
 from trimtab.methods._attach import adapters
 from trimtab.methods._lowrank import LowRankLayer

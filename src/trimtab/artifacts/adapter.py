@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import Tensor
 
-from trimtab import files
 from trimtab.artifacts.tensors import read_tensors, sha256_tensor, write_tensors
-from trimtab.errors import ArtifactError, listing
+from trimtab.core import files
+from trimtab.core.errors import ArtifactError, listing
 
 CONFIG, MANIFEST = "adapter_config.json", "trimtab.json"
 PEFTS_WEIGHTS, PEFTS_PICKLE = "adapter_model.safetensors", "adapter_model.bin"

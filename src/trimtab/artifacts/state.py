@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from trimtab import files
 from trimtab.artifacts.tensors import changed_tensor, read_tensors, write_tensors
-from trimtab.errors import ArtifactError
+from trimtab.core import files
+from trimtab.core.errors import ArtifactError
 
 TENSORS, MANIFEST = "state.safetensors", "state.json"
 FORMAT = 1

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from trimtab.errors import ArtifactError
+from trimtab.core.errors import ArtifactError
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

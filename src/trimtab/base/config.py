@@ -6,8 +6,8 @@ import torch
 from pydantic import Field
 
 from trimtab.base.quantized import Quantize
-from trimtab.config import Config
-from trimtab.errors import RecipeError
+from trimtab.core.config import Config
+from trimtab.core.errors import RecipeError
 
 
 class ModelConfig(Config):

@@ -7,6 +7,7 @@ quantized or bfloat16 base has learned to correct that base's rounding.
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
@@ -16,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.adapted import modules
 from trimtab.base.quantized import identity
+from trimtab.core import cache
+from trimtab.core.wrapping import modules
 
 Fingerprint = dict[str, str]
 """SHA-256 as hex, of each part: `weights`, `config`, `tokenizer`, `template`. Of what was not known at the time there is none."""
@@ -87,12 +89,13 @@ def own_weights(model: nn.Module) -> dict[str, Tensor]:
 
 def tokenizing_hash(tokenizer: Any, switches: Mapping[str, Any], moment: datetime) -> str:
     """What decides the tokens of a text or conversation: tokenizer, template with its switches, the moment for one that writes the
-    date, and the libraries that read them."""
+    date, and the code that reads them, ours and others'."""
     template = _template_text(tokenizer, switches)
     if writes_dates(tokenizer):
         template += moment.isoformat()
     versions = [f"{name} {version(name)}" for name in ("transformers", "tokenizers", "jinja2")]
-    return _text_hash("\n".join([type(tokenizer).__name__, _tokenizer_hash(tokenizer), template, *versions]))
+    ours = cache.code_hash(sys.modules[__package__])
+    return _text_hash("\n".join([type(tokenizer).__name__, _tokenizer_hash(tokenizer), template, *versions, ours]))
 
 
 def writes_dates(tokenizer: Any) -> bool:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.errors import ArtifactError, UnsupportedModel, listing
-from trimtab.startup import without_collector
+from trimtab.core.errors import ArtifactError, UnsupportedModel, listing
+from trimtab.core.process import without_collector
 
 _OLD_BUFFERS = re.compile(r"(^|\.)(masked_bias|rotary_emb\.inv_freq|position_ids)$")
 """Constants that older versions of Transformers saved, and that today's models make themselves. It knows most of them."""

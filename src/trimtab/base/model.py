@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from trimtab.adapted import look_through
-from trimtab.base import quantized, source, vocabulary
+from trimtab.base import locate, quantized, vocabulary
 from trimtab.base.config import ModelConfig, as_held, device_of, dtype_of
 from trimtab.base.fingerprint import Fingerprint, fingerprint, own_weights, tokenizing_hash, weights_hash
 from trimtab.base.loading import read_model, read_tokenizer, refuse_partly_made
@@ -18,9 +17,10 @@ from trimtab.base.quantized import Quantize
 from trimtab.base.supported import context_length, refuse_unsupported
 from trimtab.base.template import ChatTemplate, Ending, Message, Switches
 from trimtab.base.vocabulary import Encoded
-from trimtab.errors import ArtifactError, BaseChanged, RecipeError, StorageError, TrimtabError, UnsupportedModel
-from trimtab.files import expanded
-from trimtab.startup import give_back_freed_memory
+from trimtab.core.errors import ArtifactError, BaseChanged, RecipeError, StorageError, TrimtabError, UnsupportedModel
+from trimtab.core.files import expanded
+from trimtab.core.process import give_back_freed_memory
+from trimtab.core.wrapping import look_through
 
 
 class Base:
@@ -65,15 +65,15 @@ class Base:
     def load(cls, config: ModelConfig | str) -> "Base":
         """Load a base by name. See ModelConfig for what a name can be."""
         config = ModelConfig(name=config) if isinstance(config, str) else config
-        folder = source.folder_of(config.name)
+        folder = locate.folder_of(config.name)
         device = device_of(config)
         dtype = dtype_of(config, device)
         if folder is None:
-            source.check_hub(config.name)
+            locate.check_hub(config.name)
         place = folder if folder is not None else config.name
         base = cls.load_folder(place, dtype, device, quantize=config.quantize, template=config.template)
         # What it was asked for by, rather than the cache folder that a GGUF file was converted into.
-        local = folder is not None and config.name != source.EMBEDDED
+        local = folder is not None and config.name != locate.EMBEDDED
         base.source = str(expanded(config.name).absolute()) if local else config.name
         base.asked_device = config.device
         return base

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trimtab.errors import RecipeError, UnsupportedModel
+from trimtab.core.errors import RecipeError, UnsupportedModel
 
 Quantize = Literal["none", "nf4", "int8"]
 

@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from trimtab.base import source
+from trimtab.base import locate
 from trimtab.base.loading import read_skeleton
 from trimtab.base.supported import refuse_unsupported
-from trimtab.errors import StorageError, TrimtabError, UnsupportedModel
+from trimtab.core.errors import StorageError, TrimtabError, UnsupportedModel
 
 
 def skeleton(name: str) -> Any:
@@ -18,9 +18,9 @@ def skeleton(name: str) -> Any:
     Raises:
         RecipeError, UnsupportedModel, StorageError: As `Base.load`.
     """
-    place: Path | str | None = source.folder_of(name)
+    place: Path | str | None = locate.folder_of(name)
     if place is None:
-        source.check_hub(name)
+        locate.check_hub(name)
         place = name
     try:
         model = read_skeleton(place)

@@ -7,7 +7,7 @@ meet nowhere but in that attention. `engine.check_packing` measures the same on 
 from typing import Any
 
 from trimtab.base.quantized import refuse_unknown
-from trimtab.errors import UnsupportedModel
+from trimtab.core.errors import UnsupportedModel
 
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 """The kinds of layer through which a pack keeps its rows apart."""

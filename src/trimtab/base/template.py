@@ -8,8 +8,8 @@ from datetime import datetime
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
-from trimtab.base import limits
-from trimtab.errors import DataError, RecipeError
+from trimtab.base import render_limits
+from trimtab.core.errors import DataError, RecipeError
 
 Message = dict[str, Any]
 """A chat message: `role`, `content`, and what else the model's template reads (`tool_calls`, …)."""
@@ -70,7 +70,7 @@ class ChatTemplate:
             template = self.tokenizer.get_chat_template(tools=list(tools) if tools else None)
         except ValueError as error:  # several templates, and none for this
             raise DataError(f"the model's tokenizer has no chat template for it: {error}") from None
-        return limits.rendered(
+        return render_limits.rendered(
             template,
             lambda: self.tokenizer.apply_chat_template(
                 [_in_form(message, parts, texts) for message in messages],
@@ -272,7 +272,7 @@ def _agreeing(one: str, other: str) -> int:
 def _switches(template: str) -> set[str]:
     from jinja2 import meta, nodes
 
-    tree = limits.parsed(template)
+    tree = render_limits.parsed(template)
     if tree is None:
         return set()
     asked = {

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from trimtab.errors import RecipeError
+from trimtab.core.errors import RecipeError
 
 
 class Encoded(NamedTuple):

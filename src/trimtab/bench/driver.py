@@ -12,19 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trimtab import files
 from trimtab.base import Base, ModelConfig
 from trimtab.bench.floor import least_work, multiplying_rate
+from trimtab.core import files
+from trimtab.core.errors import RecipeError
+from trimtab.core.process import environment, fresh_process
 from trimtab.data import DataConfig, load_data, units
 from trimtab.data.example import Sequence as Row
 from trimtab.data.mismatched import with_mismatched
 from trimtab.data.order import shuffled
 from trimtab.deploy import save_adapter
-from trimtab.errors import RecipeError
 from trimtab.methods import attach
 from trimtab.methods.lora import LoRA
 from trimtab.objectives import Objective
-from trimtab.startup import environment, fresh_process
 
 OURS = "trimtab"
 PEERS: dict[str, dict[str, Any]] = {

@@ -10,14 +10,13 @@ from typing import Any
 
 from trimtab.base import Base, ModelConfig
 from trimtab.bench.peers import peak_gb
+from trimtab.core.files import read_json
 from trimtab.data import pack_all, units
 from trimtab.data.example import Sequence as Row
 from trimtab.deploy import load_adapter
 from trimtab.engine import check_packing
-from trimtab.files import read_json
+from trimtab.evaluate.reference import PACK_TOKENS, refer
 from trimtab.objectives import Objective
-from trimtab.prepare import PACK_TOKENS
-from trimtab.reference import refer
 from trimtab.train import TrainConfig, planned_memory, train
 
 

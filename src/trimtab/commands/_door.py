@@ -7,7 +7,7 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.status import Status
 
-from trimtab.streams import visible
+from trimtab.core.streams import visible
 
 
 class Door(Console):

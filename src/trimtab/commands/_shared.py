@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, Any, cast
 
-from trimtab.files import as_json
-from trimtab.streams import Lasting, visible
+from trimtab.core.files import as_json
+from trimtab.core.streams import Lasting, visible
 
 if TYPE_CHECKING:
     from rich.console import Console

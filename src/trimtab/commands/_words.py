@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from trimtab.synonyms import elsewhere, hint, option
+from trimtab.core.synonyms import elsewhere, hint, option
 
 
 class Parser(argparse.ArgumentParser):

@@ -4,27 +4,28 @@ import argparse
 from datetime import datetime
 
 from trimtab.commands._shared import doing, print_json, terminal
-from trimtab.errors import UnsupportedModel
-from trimtab.startup import without_collector
+from trimtab.core.errors import UnsupportedModel
+from trimtab.core.process import without_collector
 
 
 def check(arguments: argparse.Namespace) -> None:
-    from trimtab import yaml12
+    from trimtab.core import yaml12
 
     yaml12.load_file(arguments.recipe)
     console = terminal()
     with doing(console), without_collector():
-        from trimtab import files
-        from trimtab.config import read
+        from trimtab.core import files
+        from trimtab.core.config import read
         from trimtab.data import refuse_problems
         from trimtab.deploy import versions
-        from trimtab.preflight import check_disk, memory_needed, opened, preflight, shown
-        from trimtab.recipe import Recipe
-        from trimtab.report.proof import proof_page, proof_table, verdict
+        from trimtab.report.checks import proof_page, proof_table, verdict
+        from trimtab.run.preflight import check_disk, memory_needed, preflight, shown
+        from trimtab.run.recipe import Recipe
+        from trimtab.run.start import open_recipe
 
     recipe = read(Recipe, arguments.recipe, arguments.words)
     with doing(console) as say:
-        given = opened(recipe, began=say)
+        given = open_recipe(recipe, began=say)
         say("checking what will be trained on")
         findings, rows = [*preflight(given), memory_needed(given)], shown(given.base, given.data, arguments.show)
     if arguments.html is not None:
@@ -47,7 +48,7 @@ def check(arguments: argparse.Namespace) -> None:
 def verify(arguments: argparse.Namespace) -> None:
     from rich.markup import escape
 
-    from trimtab.certificate import certificate_text, refuse_failed, verified
+    from trimtab.certify.certificate import certificate_text, refuse_failed, verified
 
     certificate = verified(arguments.target, arguments.model)
     if arguments.json:
@@ -61,8 +62,8 @@ def doctor(arguments: argparse.Namespace) -> None:
     from rich.markup import escape
 
     with without_collector():
+        from trimtab.certify.doctor import TRIALS, diagnoses
         from trimtab.deploy import versions
-        from trimtab.doctor import TRIALS, diagnoses
 
     console, sick, tried = terminal(), [], 0
     for one in diagnoses():

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trimtab.commands._shared import doing, print_json, say, terminal
-from trimtab.errors import RecipeError, TrimtabError
-from trimtab.startup import without_collector
-from trimtab.streams import complain, typed
+from trimtab.core.errors import RecipeError, TrimtabError
+from trimtab.core.process import without_collector
+from trimtab.core.streams import complain, typed
 
 if TYPE_CHECKING:
     from trimtab.deploy import Target
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 def train(arguments: argparse.Namespace) -> None:
     from rich.markup import escape
 
-    from trimtab import yaml12
+    from trimtab.core import yaml12
 
     yaml12.load_file(arguments.recipe)  # which need not wait for what follows
     console = terminal(lasting=True)
     with doing(console), without_collector():
-        from trimtab.config import read
-        from trimtab.recipe import Recipe
+        from trimtab.core.config import read
         from trimtab.report import Terminal
-        from trimtab.run import run_recipe
+        from trimtab.run.recipe import Recipe
+        from trimtab.run.script import run_recipe
 
     recipe = read(Recipe, arguments.recipe, arguments.words)
     try:
@@ -42,7 +42,7 @@ def train(arguments: argparse.Namespace) -> None:
 
 def _into(folder: Path, arguments: argparse.Namespace) -> str:
     """The same command, which trains into another folder."""
-    from trimtab.config import word
+    from trimtab.core.config import word
 
     others = [one for one in arguments.words if not one.startswith("output=")]
     return shlex.join(["trimtab", "train", str(arguments.recipe), *others, word("output", str(folder))])
@@ -50,10 +50,9 @@ def _into(folder: Path, arguments: argparse.Namespace) -> str:
 
 def evaluate(arguments: argparse.Namespace) -> None:
     from trimtab.evaluate import score
-    from trimtab.prepare import learned_from, rows_to_measure
     from trimtab.report import Answering
     from trimtab.report.tables import answers_table, scores_table
-    from trimtab.run import held_out
+    from trimtab.run.evaluation import held_out, learned_from, rows_to_measure
 
     folder = Path(arguments.target)
     if arguments.data is not None:
@@ -85,12 +84,15 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 def _evaluate_preferences(arguments: argparse.Namespace, target: "Target", examples: list[Any], source: str) -> None:
     from trimtab.evaluate import answer_preferences
-    from trimtab.prepare import score_preferences
+    from trimtab.evaluate.preferences import score_preferences
     from trimtab.report import Answering
     from trimtab.report.tables import beside_table, preferences_table
+    from trimtab.run.evaluation import objective_of
 
     assert target.adapter is not None, "a run has an adapter"
-    scores = score_preferences(Path(arguments.target), target.base, target.adapter, examples, with_base=arguments.base)
+    scores = score_preferences(
+        target.base, target.adapter, examples, *objective_of(Path(arguments.target)), with_base=arguments.base
+    )
     console, shown = terminal(), examples[: arguments.show]
     if shown:
         with Answering(console, len(shown), quiet=arguments.json) as answering:
@@ -192,7 +194,7 @@ def merge(arguments: argparse.Namespace) -> None:
     import torch
     from rich.markup import escape
 
-    from trimtab import files
+    from trimtab.core import files
     from trimtab.deploy import WELL_KEPT, merge
 
     files.refuse_existing(arguments.output)
@@ -217,7 +219,7 @@ def merge(arguments: argparse.Namespace) -> None:
 def combine(arguments: argparse.Namespace) -> None:
     from rich.markup import escape
 
-    from trimtab import files
+    from trimtab.core import files
     from trimtab.deploy import combine_adapters
 
     files.refuse_existing(arguments.output)
@@ -231,9 +233,9 @@ def methods(arguments: argparse.Namespace) -> None:
     console = terminal()
     with doing(console), without_collector():
         from trimtab.base import skeleton
-        from trimtab.config import made, read
-        from trimtab.recipe import Recipe
+        from trimtab.core.config import made, read
         from trimtab.report.methods import method_facts, method_table, methods_facts, methods_table
+        from trimtab.run.recipe import Recipe
 
     names = [word for word in arguments.words if "=" not in word or Path(word).exists()]
     keys = [word for word in arguments.words if word not in names]
@@ -254,8 +256,8 @@ def methods(arguments: argparse.Namespace) -> None:
 
 
 def bench(arguments: argparse.Namespace) -> None:
-    from trimtab import files
     from trimtab.bench import Asked, compare
+    from trimtab.core import files
     from trimtab.report.comparison import comparison_chart, comparison_table
 
     if arguments.output is not None:

@@ -1,6 +1,7 @@
 """From a data file to packs of tokens."""
 
-from trimtab.data.bins import most_together
+from trimtab.data.bin_packing import most_together
+from trimtab.data.checks import COMPARED, Finding, prove, refuse_problems
 from trimtab.data.example import (
     Account,
     Conversation,
@@ -13,7 +14,6 @@ from trimtab.data.example import (
     Text,
     units,
 )
-from trimtab.data.labels import asked, last_run, make_sequences, prompt_of
 from trimtab.data.load import (
     DataConfig,
     Loaded,
@@ -25,9 +25,9 @@ from trimtab.data.load import (
 )
 from trimtab.data.order import plan_steps
 from trimtab.data.pack import Pack, pack_all, pack_flat, pack_tree
-from trimtab.data.proof import COMPARED, Finding, prove, refuse_problems
+from trimtab.data.prefix_tree import Segment, Tree, lay_out
 from trimtab.data.read import absolute_source
-from trimtab.data.tree import Segment, Tree, lay_out
+from trimtab.data.token_rows import asked, last_run, make_sequences, prompt_of
 
 __all__ = [
     "COMPARED", "Account", "Conversation", "DataConfig", "Example", "Finding", "Judged", "Kind", "Loaded", "Pack",

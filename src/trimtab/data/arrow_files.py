@@ -8,10 +8,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from trimtab.core.errors import DataError, StorageError
 from trimtab.data.example import Account, Refusal, Row
 from trimtab.data.strict_json import row_of
 from trimtab.data.text_files import refuse_twice
-from trimtab.errors import DataError, StorageError
 
 
 def parquet(path: Path, account: Account) -> Iterator[Row | Refusal]:

@@ -9,17 +9,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from trimtab.config import Config, as_tuple
-from trimtab.data.cache import Made, tokenized_once
-from trimtab.data.compared import SHAPES
-from trimtab.data.draft import Tokenizing
+from trimtab.core.config import Config, as_tuple
+from trimtab.core.errors import DataError, listing
+from trimtab.core.files import expanded, sha256_file
 from trimtab.data.example import Account, Column, Example, Kind, Sequence
-from trimtab.data.labels import make_sequences
+from trimtab.data.formats import read_examples
 from trimtab.data.order import split
+from trimtab.data.preference_formats import SHAPES
 from trimtab.data.read import is_local, local_files, read_rows
-from trimtab.data.shapes import read_examples
-from trimtab.errors import DataError, listing
-from trimtab.files import expanded, sha256_file
+from trimtab.data.rendering import Tokenizing
+from trimtab.data.token_cache import Made, tokenized_once
+from trimtab.data.token_rows import make_sequences
 
 FIRST = 20
 """Rows that are looked at before anything else."""

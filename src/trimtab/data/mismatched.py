@@ -7,9 +7,9 @@ reference makes of it is computed once.
 
 from collections.abc import Sequence as SequenceOf
 
+from trimtab.core.errors import DataError
 from trimtab.data.example import Sequence
 from trimtab.data.order import shuffled
-from trimtab.errors import DataError
 
 
 def with_mismatched(rows: SequenceOf[Sequence], seed: int, max_length: int | None = None) -> list[Sequence]:

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trimtab.data.bins import filled, in_lexical_order
+from trimtab.core.process import collector_paused
+from trimtab.data.bin_packing import filled, in_lexical_order
 from trimtab.data.example import Sequence, units
-from trimtab.data.tree import Numbers, Segment, chained, lay_out, numbers, places
-from trimtab.startup import collector_paused
+from trimtab.data.prefix_tree import Numbers, Segment, chained, lay_out, numbers, places
 
 
 @dataclass(frozen=True)

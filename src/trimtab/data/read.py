@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
+from trimtab.core.errors import DataError, listing
+from trimtab.core.files import expanded
 from trimtab.data.arrow_files import hub_dataset, is_saved_dataset, parquet, saved_dataset
 from trimtab.data.example import Account, Refusal, Row
 from trimtab.data.json_files import json_file
 from trimtab.data.text_files import PACKED, csv_file, not_text
-from trimtab.errors import DataError, listing
-from trimtab.files import expanded
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(:\w+)?")

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, TextIO, cast
 
+from trimtab.core.errors import DataError
 from trimtab.data.example import Refusal, Row
-from trimtab.errors import DataError
 
 PACKED = (".gz", ".zst")
 _DELIMITERS = (",", ";", "\t", "|")

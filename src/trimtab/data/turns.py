@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any, Protocol
 
 from trimtab.data.example import Refused
-from trimtab.data.written import CLOSES, OPENS, REASONING, Writing, check_said, parted
+from trimtab.data.template_output import CLOSES, OPENS, REASONING, Writing, check_said, parted
 
 Message = dict[str, Any]
 

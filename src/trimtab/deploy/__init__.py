@@ -3,9 +3,9 @@
 from trimtab.deploy.adapter import keep_adapter, load_adapter, read_method, sample, save_adapter
 from trimtab.deploy.combining import CombinedFolders, combine_adapters
 from trimtab.deploy.merging import WELL_KEPT, Merged, merge
-from trimtab.deploy.stored import versions
+from trimtab.deploy.provenance import versions
+from trimtab.deploy.save_pretrained import attach
 from trimtab.deploy.target import Target, adapter_folder, open_target
-from trimtab.deploy.within import attach
 
 __all__ = [
     "WELL_KEPT",

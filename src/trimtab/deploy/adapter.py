@@ -10,10 +10,10 @@ from torch import Tensor
 
 from trimtab.artifacts import Adapter, read_adapter, write_adapter
 from trimtab.base import Base, writes_dates
+from trimtab.core.errors import ArtifactError, RecipeError
 from trimtab.data.example import Sequence as Row
-from trimtab.deploy.stored import as_stored
-from trimtab.deploy.within import save_alone
-from trimtab.errors import ArtifactError, RecipeError
+from trimtab.deploy.provenance import as_stored
+from trimtab.deploy.save_pretrained import save_alone
 from trimtab.methods import OF_BASE, Attached, Method, Sample, modules, place, refuse_name
 
 

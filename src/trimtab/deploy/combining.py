@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from trimtab.artifacts import refuse_uncertified
+from trimtab.core.errors import RecipeError
 from trimtab.deploy.adapter import load_adapter, save_adapter
 from trimtab.deploy.target import adapter_folder, open_target
-from trimtab.errors import RecipeError
 from trimtab.methods import Attached, combine
 
 

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trimtab import files
-from trimtab.attention import without_cudnn
 from trimtab.base import Base, write_config, write_switches, write_tokenizer
-from trimtab.errors import ArtifactError, NotMergeable
+from trimtab.core import files
+from trimtab.core.attention_hook import without_cudnn
+from trimtab.core.errors import ArtifactError, NotMergeable
 from trimtab.methods import Attached, look_through, modules
 
 WELL_KEPT = 0.99

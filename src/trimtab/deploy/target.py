@@ -4,12 +4,13 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from trimtab import files
-from trimtab.artifacts import ADAPTER, CHECKPOINTS, RUN, is_adapter, read_adapter, record, refuse_uncertified, standing
+from trimtab.artifacts import is_adapter, is_run, read_adapter, read_record, refuse_uncertified, standing
 from trimtab.artifacts.adapter import MANIFEST
+from trimtab.artifacts.run_folder import ADAPTER, CHECKPOINTS
 from trimtab.base import Base, ModelConfig, here, located
+from trimtab.core import files
+from trimtab.core.errors import ArtifactError, RecipeError
 from trimtab.deploy.adapter import load_adapter
-from trimtab.errors import ArtifactError, RecipeError
 from trimtab.methods import Attached
 
 
@@ -28,13 +29,13 @@ class Target:
 def adapter_folder(name: str) -> Path | None:
     """The finished adapter that a run or adapter folder stands for; None if `name` is neither. Raises ArtifactError."""
     path = files.expanded(name)
-    if not (path / RUN).is_file():
+    if not is_run(path):
         return path if is_adapter(path) else None
     if is_adapter(path / ADAPTER):
         return path / ADAPTER
     saved = _newest(path)
     other = f", or name the adapter that it saved last: {saved}" if saved else ""
-    if record(path).get("status") == "done":
+    if read_record(path).get("status") == "done":
         raise ArtifactError(
             f"{path} is a finished run, and its adapter is missing. Restore {path / ADAPTER} from a copy{other}."
         )
@@ -44,10 +45,10 @@ def adapter_folder(name: str) -> Path | None:
 def _adapter(name: str) -> tuple[Path | None, tuple[str, ...]]:
     """The adapter that a run or adapter folder stands for, finished or not, and what to say of it."""
     path = files.expanded(name)
-    if not (path / RUN).is_file() or is_adapter(path / ADAPTER):
-        failed = standing(path).words_of("failed") if (path / RUN).is_file() else []
+    if not is_run(path) or is_adapter(path / ADAPTER):
+        failed = standing(path).words_of("failed") if is_run(path) else []
         return adapter_folder(name), ((f"{path} is not certified. {'; '.join(failed)}.",) if failed else ())
-    run, saved = record(path), _newest(path)
+    run, saved = read_record(path), _newest(path)
     if saved is None or run.get("status") == "done":
         return adapter_folder(name), ()
     step = int(saved.name.removeprefix("step-"))

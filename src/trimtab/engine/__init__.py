@@ -1,12 +1,12 @@
 """What is computed: packed attention, sequence log-probabilities, generation."""
 
-from trimtab.engine.below import FrozenBelow
+from trimtab.engine.arena import Kept
+from trimtab.engine.available_memory import Peak, free_memory
 from trimtab.engine.decode import Answer, Ended, generate, stream_tokens
 from trimtab.engine.forward import check_packing, pack_divergences, pack_logprobs
-from trimtab.engine.kept import Kept
+from trimtab.engine.frozen_cache import FrozenBelow
 from trimtab.engine.layouts import Earlier
-from trimtab.engine.machine import Peak, free_memory
-from trimtab.engine.memory import Memory, Recompute, Work, plan_memory
+from trimtab.engine.memory_plan import Memory, Recompute, Work, plan_memory
 
 __all__ = [
     "Answer", "Earlier", "Ended", "FrozenBelow", "Kept", "Memory", "Peak", "Recompute", "Work", "check_packing", "free_memory", "generate",

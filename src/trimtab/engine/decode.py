@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from trimtab.base import context_length
-from trimtab.data.tree import lay_out
+from trimtab.core.errors import DataError
+from trimtab.data.prefix_tree import lay_out
 from trimtab.engine.forward import hidden_states
 from trimtab.engine.head import Head, head_of
 from trimtab.engine.layouts import Cache, DecodeLayout, PrefillLayout
-from trimtab.errors import DataError
 from trimtab.methods import Routing, Switch, room, routed, switch_of
 
 BATCH_TOKENS = 4096

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimtab.attention import Layout, heed, laid_out, without_cudnn
+from trimtab.core.attention_hook import Layout, heed, laid_out, without_cudnn
+from trimtab.core.errors import UnsupportedModel
 from trimtab.data.example import Sequence as Row
 from trimtab.data.pack import Pack, pack_flat
-from trimtab.engine.below import FrozenBelow
+from trimtab.engine.frozen_cache import FrozenBelow
 from trimtab.engine.fused import fuse, recomputed
 from trimtab.engine.head import head_of, sequence_logprobs
 from trimtab.engine.layouts import Earlier, PackLayout
-from trimtab.errors import UnsupportedModel
 from trimtab.methods import Routing, look_through, routed, switch_of
 
 DIVERGENCE_ROWS = 64

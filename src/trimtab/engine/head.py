@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from trimtab.core.errors import UnsupportedModel
 from trimtab.engine.fused.kernels import sweep_
-from trimtab.errors import UnsupportedModel
 from trimtab.methods import AdapterLayer, Routing, current_routing, look_through, routed
 
 TILE = 500_000

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trimtab.attention import Rules, Virtual, attend, causal, holding
-from trimtab.data.tree import Segment, Tree, paths_of
+from trimtab.core.attention_hook import Rules, Virtual, attend, causal, holding
+from trimtab.data.prefix_tree import Segment, Tree, paths_of
 
 Earlier = dict[int, tuple[Tensor, ...]]
 """Of a pack's tokens, by attention layer: what those see of them that go on from it."""

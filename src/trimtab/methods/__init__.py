@@ -1,7 +1,6 @@
 """Adapter methods, one file each, and the way every one of them gets onto a model and off it again."""
 
-from trimtab.adapted import look_through, modules
-from trimtab.methods._acting import Routing, Switch, current_routing, routed
+from trimtab.core.wrapping import look_through, modules
 from trimtab.methods._attach import (
     Attached,
     activate,
@@ -17,6 +16,7 @@ from trimtab.methods._attach import (
 from trimtab.methods._base import AdapterLayer, Circumstances, Method, Sample
 from trimtab.methods._combine import Combined, combine
 from trimtab.methods._peft import OF_BASE
+from trimtab.methods._switch import Routing, Switch, current_routing, routed
 
 __all__ = [
     "OF_BASE",

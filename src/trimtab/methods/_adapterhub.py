@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from trimtab.errors import ArtifactError
+from trimtab.core.errors import ArtifactError
 
 NAME = "trimtab"
 """The adapter's name in folders of ours."""

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.adapted import modules
-from trimtab.attention import heed, unheed
-from trimtab.errors import ArtifactError, RecipeError, listing
-from trimtab.methods._acting import Switch, switched
+from trimtab.core.attention_hook import heed, unheed
+from trimtab.core.errors import ArtifactError, RecipeError, listing
+from trimtab.core.randomness import seeded
+from trimtab.core.wrapping import modules
 from trimtab.methods._base import AdapterLayer, Method, Sample
-from trimtab.randomness import seeded
+from trimtab.methods._switch import Switch, switched
 
 _REGISTER = "trimtab_adapters"
 """The attribute of a model that holds what is attached to it."""

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trimtab.adapted import Around, look_through
-from trimtab.config import Choice
-from trimtab.errors import NotMergeable, UnsupportedModel
-from trimtab.methods._acting import Routing, Switch, only
+from trimtab.core.config import Choice
+from trimtab.core.errors import NotMergeable, UnsupportedModel
+from trimtab.core.wrapping import Around, look_through
+from trimtab.methods._switch import Routing, Switch, only
 
 
 class AdapterLayer(Around):

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from trimtab.adapted import look_through, modules
-from trimtab.errors import UnsupportedModel
+from trimtab.core.errors import UnsupportedModel
+from trimtab.core.wrapping import look_through, modules
 from trimtab.methods._base import matrix_shape
 from trimtab.methods._targets import ATTENTION_NAMES
 

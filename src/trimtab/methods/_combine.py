@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from trimtab.errors import RecipeError
+from trimtab.core.errors import RecipeError
 from trimtab.methods._attach import Attached, find, place
 from trimtab.methods._base import Method
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.adapted import look_through
-from trimtab.attention import without_cudnn
-from trimtab.errors import RecipeError
+from trimtab.core.attention_hook import without_cudnn
+from trimtab.core.errors import RecipeError
+from trimtab.core.wrapping import look_through
 from trimtab.methods._base import AdapterLayer, matrix
 from trimtab.methods._lowrank import LowRankLayer
 

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from trimtab.adapted import look_through, modules
-from trimtab.errors import NoSuchModule
+from trimtab.core.errors import NoSuchModule
+from trimtab.core.wrapping import look_through, modules
 from trimtab.methods._base import AdapterLayer, Circumstances, Method, matrix_shape, with_weight
 from trimtab.methods._peft import SELECTING, from_names, only_known, shortest_names, to_names
 from trimtab.methods._targets import ALL_LINEAR, ByTarget, Targets, matches, matrices

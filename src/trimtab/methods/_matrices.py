@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from trimtab.adapted import modules
+from trimtab.core.wrapping import modules
 from trimtab.methods._base import Method
 from trimtab.methods._peft import not_pefts, shortest_names, to_names
 from trimtab.methods._targets import ALL_LINEAR, Targets, matrices

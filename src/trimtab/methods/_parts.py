@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from trimtab.errors import NoSuchModule
+from trimtab.core.errors import NoSuchModule
 from trimtab.methods._targets import ALL_LINEAR, ATTENTION, ATTENTION_NAMES, matrices
 
 KEYS_VALUES = re.compile(r"(k|v|key|value)(_proj)?|c_attn|qkv(_proj)?|query_key_value|Wqkv")

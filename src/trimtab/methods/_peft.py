@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from trimtab.errors import ArtifactError
+from trimtab.core.errors import ArtifactError
 
 PREFIX = "base_model.model."
 """What PEFT writes before a module's path."""

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from trimtab.adapted import look_through
+from trimtab.core.wrapping import look_through
 from trimtab.methods._base import AdapterLayer, Sample
 from trimtab.methods._virtual import KeysValues, VirtualLayer, VirtualTokens, number_type
 

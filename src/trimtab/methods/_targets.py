@@ -14,9 +14,9 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BeforeValidator, Field
 from torch import nn
 
-from trimtab.adapted import look_through, modules
-from trimtab.config import as_tuple
-from trimtab.errors import NoSuchModule, listing
+from trimtab.core.config import as_tuple
+from trimtab.core.errors import NoSuchModule, listing
+from trimtab.core.wrapping import look_through, modules
 from trimtab.methods._base import matrix_shape
 
 ALL_LINEAR, ATTENTION = "all-linear", "attention"

@@ -17,12 +17,12 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from trimtab.adapted import look_through, modules
-from trimtab.attention import Layout, Rules, Virtual, attend, causal, laid_out, refuse_reentrant
-from trimtab.errors import ArtifactError, RecipeError, UnsupportedModel
-from trimtab.methods._acting import Routing, only
+from trimtab.core.attention_hook import Layout, Rules, Virtual, attend, causal, laid_out, refuse_reentrant
+from trimtab.core.errors import ArtifactError, RecipeError, UnsupportedModel
+from trimtab.core.wrapping import look_through, modules
 from trimtab.methods._base import AdapterLayer, Method, Sample
 from trimtab.methods._peft import only_known
+from trimtab.methods._switch import Routing, only
 
 KeysValues = Sequence[tuple[Tensor, Tensor]]
 """Of each attention layer: keys and values, each G P K."""

@@ -10,12 +10,12 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from trimtab.adapted import look_through, modules
-from trimtab.errors import NotMergeable
+from trimtab.core.errors import NotMergeable
+from trimtab.core.wrapping import look_through, modules
 from trimtab.methods._base import AdapterLayer, Circumstances, Method, matrix_shape, wide
-from trimtab.methods._copies import ALL, norms, within
 from trimtab.methods._peft import SELECTING, from_names, not_pefts, only_known, shortest_names, to_names
 from trimtab.methods._targets import ALL_LINEAR, Targets, matrices
+from trimtab.methods._weight_copies import ALL, norms, within
 
 NAMES = {"bias": "beft_bias"}
 """PEFT's name of ours."""

@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from trimtab.adapted import modules
-from trimtab.errors import NotMergeable
-from trimtab.methods._acting import Routing
+from trimtab.core.errors import NotMergeable
+from trimtab.core.wrapping import modules
 from trimtab.methods._adapterhub import ATTENTION, OUTPUT, from_hub, is_hubs, to_hub
 from trimtab.methods._base import AdapterLayer, Circumstances, Method, wide
 from trimtab.methods._blocks import attention_outputs, mlps, stream_size
 from trimtab.methods._peft import not_pefts
+from trimtab.methods._switch import Routing
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "silu": F.silu, "tanh": torch.tanh,

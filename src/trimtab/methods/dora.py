@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from trimtab.adapted import look_through
+from trimtab.core.wrapping import look_through
 from trimtab.methods._base import matrix, with_weight
 from trimtab.methods._lowrank import LowRank, LowRankLayer
 

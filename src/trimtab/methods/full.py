@@ -4,12 +4,12 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
-from trimtab.adapted import modules
-from trimtab.errors import RecipeError
+from trimtab.core.errors import RecipeError
+from trimtab.core.wrapping import modules
 from trimtab.methods._base import AdapterLayer, Circumstances, Method
-from trimtab.methods._copies import ALL, CopyLayer, count, own_weights, within
 from trimtab.methods._peft import not_pefts
 from trimtab.methods._targets import Patterns, Targets
+from trimtab.methods._weight_copies import ALL, CopyLayer, count, own_weights, within
 
 
 class Full(Method):

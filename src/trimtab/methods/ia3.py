@@ -10,8 +10,8 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from trimtab.adapted import modules
-from trimtab.errors import RecipeError
+from trimtab.core.errors import RecipeError
+from trimtab.core.wrapping import modules
 from trimtab.methods._base import AdapterLayer, Circumstances, Method, matrix_shape, wide, with_weight
 from trimtab.methods._parts import feed_forward_ends, in_attention, keys_values, makes_keys_or_values
 from trimtab.methods._peft import SELECTING, from_names, only_known, shortest_names, to_names

@@ -7,11 +7,11 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
-from trimtab.adapted import modules
+from trimtab.core.wrapping import modules
 from trimtab.methods._base import Circumstances, Method
-from trimtab.methods._copies import ALL, CopyLayer, count, norms, within
 from trimtab.methods._peft import SELECTING, from_names, only_known, shortest_names, to_names
 from trimtab.methods._targets import Targets
+from trimtab.methods._weight_copies import ALL, CopyLayer, count, norms, within
 
 NAMES = {"weight": "ln_tuning_layers.weight", "bias": "ln_tuning_layers.bias"}
 """PEFT's names of ours."""

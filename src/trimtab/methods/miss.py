@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from trimtab.errors import RecipeError
+from trimtab.core.errors import RecipeError
 from trimtab.methods._base import AdapterLayer, Circumstances, matrix_shape, wide, with_weight
 from trimtab.methods._matrices import OfMatrices
 from trimtab.methods._peft import SELECTING, from_names, only_known

@@ -10,13 +10,13 @@ from typing import Annotated, Any, ClassVar, Self
 from pydantic import BeforeValidator, Field, field_serializer, model_validator
 from torch import Tensor, nn
 
-from trimtab.adapted import modules
-from trimtab.config import as_tuple
-from trimtab.errors import RecipeError
+from trimtab.core.config import as_tuple
+from trimtab.core.errors import RecipeError
+from trimtab.core.wrapping import modules
 from trimtab.methods._base import AdapterLayer, Circumstances, Method, Sample
 from trimtab.methods._peft import SELECTING, from_names, not_pefts, only_known, shortest_names, to_names
-from trimtab.methods._rows import EmbeddedRows, ScoredRows, TokenRows, ends, one_token, start_new, tie
 from trimtab.methods._targets import end_matrices
+from trimtab.methods._token_rows import EmbeddedRows, ScoredRows, TokenRows, ends, one_token, start_new, tie
 
 NAMES = {"rows": "trainable_tokens_delta"}
 Id = Annotated[int, Field(ge=0)]

@@ -6,7 +6,7 @@ from typing import ClassVar, Self
 
 from torch import Tensor
 
-from trimtab.config import Choice
+from trimtab.core.config import Choice
 from trimtab.data import Kind, Pack
 from trimtab.data.example import Sequence as Row
 

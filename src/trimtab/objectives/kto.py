@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from trimtab.core.errors import DataError
 from trimtab.data import Kind, Pack
 from trimtab.data.example import Sequence as Row
-from trimtab.errors import DataError
 from trimtab.objectives._base import right
 from trimtab.objectives._comparing import Comparing
 

@@ -1,6 +1,6 @@
 """Telling people what happens."""
 
+from trimtab.report.events import Silent, Watcher
 from trimtab.report.progress import Answering, Terminal
-from trimtab.report.watch import Silent, Watcher
 
 __all__ = ["Answering", "Silent", "Terminal", "Watcher"]

@@ -10,8 +10,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from trimtab.adapted import modules
-from trimtab.errors import TrimtabError
+from trimtab.core.errors import TrimtabError
+from trimtab.core.wrapping import modules
 from trimtab.methods import Method, place
 from trimtab.objectives import Objective
 

@@ -10,9 +10,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.status import Status
 
-from trimtab.config import Choice
+from trimtab.core.config import Choice
+from trimtab.core.errors import RecipeError
 from trimtab.data import Account
-from trimtab.errors import RecipeError
 from trimtab.evaluate import Loss
 from trimtab.methods import Method
 from trimtab.objectives import Objective

@@ -13,9 +13,9 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from trimtab import files
-from trimtab.artifacts import advice, is_adapter, read_adapter, standing
-from trimtab.errors import ArtifactError, RecipeError
+from trimtab.artifacts import advice, is_adapter, is_run, read_adapter, read_record, standing
+from trimtab.artifacts.run_folder import ADAPTER, METRICS, RUN
+from trimtab.core.errors import ArtifactError, RecipeError
 
 
 def scores_table(scores: dict[str, dict[str, Any]], source: str) -> Table:
@@ -95,12 +95,12 @@ def _short(text: str, most: int = 200) -> str:
 
 def described(folder: Path) -> dict[str, Any]:
     """What is in a run or adapter folder, as JSON data; reading it verifies every hash."""
-    if (folder / "run.json").is_file():
-        state = files.read_json(folder / "run.json")
-        if not isinstance(state, dict) or not {"status", "base", "steps", "peak_lr", "lr_formula"} <= state.keys():
-            raise ArtifactError(f"{folder / 'run.json'}: is not the record of a run. Restore it from a copy.")
+    if is_run(folder):
+        state = read_record(folder)
+        if not {"status", "base", "steps", "peak_lr", "lr_formula"} <= state.keys():
+            raise ArtifactError(f"{folder / RUN}: is not the record of a run. Restore it from a copy.")
         certificate = {"certificate": asdict(standing(folder)), "held_out": _held_out(folder)}
-        return {"run": str(folder), **state, **certificate, **_adapter_facts(folder / "adapter")}
+        return {"run": str(folder), **state, **certificate, **_adapter_facts(folder / ADAPTER)}
     if is_adapter(folder):
         return _adapter_facts(folder)
     raise RecipeError(f"{folder} is neither a run nor an adapter folder." if folder.exists() else f"{folder}: no such folder.")
@@ -110,7 +110,7 @@ def _held_out(folder: Path) -> dict[str, float | None]:
     """The loss on held-out rows at first and at its lowest, as the run's log has it; a line that is cut off is none."""
     losses = []
     with suppress(OSError):
-        for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        for line in (folder / METRICS).read_text(encoding="utf-8").splitlines():
             with suppress(ValueError):
                 one = json.loads(line)
                 losses += [(one["step"], one["loss"])] if one["kind"] == "eval" else []

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from trimtab.config import Config
+from trimtab.core.config import Config
 from trimtab.engine import Recompute
 
 Schedule = Literal["cosine", "linear", "constant"]

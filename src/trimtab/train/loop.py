@@ -14,14 +14,14 @@ import torch
 from torch import nn
 
 from trimtab.base import Base
+from trimtab.core.errors import DataError, NonFinite
+from trimtab.core.process import never_keep_freed_memory
+from trimtab.core.randomness import seeded
 from trimtab.data import Pack
 from trimtab.data.example import Sequence as Row
 from trimtab.engine import FrozenBelow, Kept, Memory, free_memory
-from trimtab.errors import DataError, NonFinite
 from trimtab.methods import Attached, Circumstances, Method
 from trimtab.objectives import Objective, Pool, averaged
-from trimtab.randomness import seeded
-from trimtab.startup import never_keep_freed_memory
 from trimtab.train.config import TrainConfig, learning_rate
 from trimtab.train.optimizer import Optimizer
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.artifacts import sha256_tensor
-from trimtab.errors import ArtifactError
-from trimtab.interrupts import afterwards
+from trimtab.core.errors import ArtifactError
+from trimtab.core.interrupts import afterwards
 from trimtab.methods import Attached
 
 MOMENTS = {"mean": "exp_avg", "square": "exp_avg_sq"}

@@ -4,11 +4,11 @@ import heapq
 from collections.abc import Sequence as SequenceOf
 
 from trimtab.base import Base
+from trimtab.core.errors import DataError
+from trimtab.core.process import never_keep_freed_memory
 from trimtab.data import Pack, most_together, pack_all, plan_steps, units
 from trimtab.data.example import Sequence as Row
 from trimtab.engine import FrozenBelow, Memory, Work, plan_memory
-from trimtab.errors import DataError
-from trimtab.startup import never_keep_freed_memory
 from trimtab.train.config import TrainConfig
 
 

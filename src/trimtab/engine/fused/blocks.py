@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.attention import Virtual, holding
+from trimtab.core.attention_hook import Virtual, holding
 from trimtab.engine.fused import ops
 from trimtab.engine.fused.kernels import Gate
 from trimtab.engine.fused.tree_attention import Sight, Sizes, attend

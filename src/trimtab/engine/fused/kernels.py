@@ -19,9 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trimtab.engine.kept import kept, transient_like
-from trimtab.errors import StorageError
-from trimtab.files import TEMPORARY, cache_folder, is_private, private_folder, sha256_file, write_bytes
+from trimtab.core.cache import cache_folder
+from trimtab.core.errors import StorageError
+from trimtab.core.files import TEMPORARY, is_private, private_folder, sha256_file, write_bytes
+from trimtab.engine.arena import kept, transient_like
 
 Gate = Literal["silu", "gelu_tanh"]
 _KINDS: dict[torch.dtype, str] = {torch.float32: "f32", torch.float64: "f64"}

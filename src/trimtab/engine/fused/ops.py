@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from trimtab.engine.arena import kept
 from trimtab.engine.fused import kernels
 from trimtab.engine.fused.kernels import Gate
-from trimtab.engine.kept import kept
 
 
 class Norm(NamedTuple):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from trimtab.attention import holding
+from trimtab.core.attention_hook import holding
 from trimtab.engine.fused.blocks import is_known, layer_by_hand, mlp_by_hand
 from trimtab.engine.layouts import PackLayout
 

@@ -14,9 +14,9 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from trimtab.data.tree import Segment, evenly_chained, paths_of
+from trimtab.data.prefix_tree import Segment, evenly_chained, paths_of
+from trimtab.engine.arena import kept
 from trimtab.engine.fused import kernels
-from trimtab.engine.kept import kept
 
 BLOCK = 256
 """Queries in a call, at most."""

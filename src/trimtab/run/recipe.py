@@ -1,0 +1,71 @@
+"""The recipe: everything that decides a run's result, in one file that repeats it."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, SerializeAsAny
+from pydantic_core import PydanticCustomError
+
+from trimtab.base import ModelConfig
+from trimtab.core import files, yaml12
+from trimtab.core.config import Config
+from trimtab.data import DataConfig, absolute_source
+from trimtab.methods import Method
+from trimtab.methods.lora import LoRA
+from trimtab.objectives import Comparing, Objective
+from trimtab.objectives.sft import SFT
+from trimtab.train import TrainConfig
+
+
+def _named(raw: Any) -> Any:
+    return {"name": raw} if isinstance(raw, str) else raw
+
+
+def _as_path(raw: Any) -> Any:
+    if not isinstance(raw, str | Path) or not str(raw):
+        raise PydanticCustomError("no_path", "a path")
+    return files.expanded(raw)
+
+
+class Recipe(Config):
+    """Everything that decides a run's result."""
+
+    model: Annotated[ModelConfig, BeforeValidator(_named)] = ModelConfig(name="smollm2-135m-instruct")
+    """The base: a folder, a GGUF file, a hub name, or `smollm2-135m-instruct`."""
+    data: DataConfig
+    """What to learn from."""
+    method: Annotated[SerializeAsAny[Method], BeforeValidator(Method.pick)] = Field(default_factory=LoRA)
+    """Which adapter to train."""
+    objective: Annotated[SerializeAsAny[Objective], BeforeValidator(Objective.pick)] = Field(default_factory=SFT)
+    """What makes an answer good."""
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    """How to train."""
+    start: str | None = None
+    """An adapter or run folder whose adapter is trained on, instead of a fresh one; its method goes without saying."""
+    certify: bool = True
+    """Whether a finished run's adapter is loaded by a fresh process and compared with what was trained, and with the base."""
+    resume: Literal["auto", "never"] = "auto"
+    """What to do if `output` holds an unfinished run of this recipe: go on with it, or refuse."""
+    output: Annotated[Path, BeforeValidator(_as_path)] = Path("runs/run")
+    """The run's folder."""
+
+    def to_yaml(self) -> str:
+        """The recipe with every default written out and every local path absolute, so it repeats the run from anywhere."""
+        return yaml12.dump(self.absolute().plain())
+
+    def absolute(self) -> "Recipe":
+        """The same recipe with every local path absolute."""
+        held_out = absolute_source(self.data.eval) if isinstance(self.data.eval, str) else self.data.eval
+        data = self.data.model_copy(update={"train": tuple(map(absolute_source, self.data.train)), "eval": held_out})
+        model = self.model.model_copy(update={"name": _absolute(self.model.name)})
+        news: dict[str, Any] = {"model": model, "data": data, "output": self.output.absolute()}
+        if self.start is not None:
+            news["start"] = _absolute(self.start)
+        if isinstance(self.objective, Comparing) and self.objective.reference not in ("auto", "base", "start"):
+            news["objective"] = self.objective.model_copy(update={"reference": _absolute(self.objective.reference)})
+        return self.model_copy(update=news)
+
+
+def _absolute(name: str) -> str:
+    path = files.expanded(name)
+    return str(path.absolute()) if path.exists() else name

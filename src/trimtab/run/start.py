@@ -1,0 +1,200 @@
+"""What comes before the first step: base, data and adapter are opened, checked, and made ready for the objective."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from trimtab.artifacts import read_adapter
+from trimtab.base import Base, located
+from trimtab.core import files
+from trimtab.core.errors import RecipeError
+from trimtab.data import Finding, Loaded, load_data, look_at_first, refuse_problems, units
+from trimtab.data.example import Sequence as Row
+from trimtab.data.mismatched import with_mismatched
+from trimtab.deploy import adapter_folder, load_adapter, read_method, sample, versions
+from trimtab.engine import FrozenBelow, check_packing
+from trimtab.evaluate.reference import PACK_TOKENS, check_start, refer
+from trimtab.methods import Attached, attach
+from trimtab.objectives import Comparing, Objective
+from trimtab.report import Watcher
+from trimtab.run.preflight import OpenedRecipe, check_disk, preflight
+from trimtab.run.recipe import Recipe
+from trimtab.run.resume import Unfinished, threads
+from trimtab.train import PlannedSteps, peak_learning_rate, planned_memory
+
+Rows = list[Row]
+
+
+@dataclass
+class PreparedRun:
+    """Everything that training needs."""
+
+    recipe: Recipe
+    base: Base
+    adapter: Attached
+    data: Loaded
+    steps: PlannedSteps
+    facts: dict[str, Any]
+    findings: list[Finding]
+    """Of the data's proof, and what else was looked at."""
+
+
+def prepare(recipe: Recipe, before: Unfinished | None, watch: Watcher) -> PreparedRun:
+    given = open_recipe(recipe, before.moment if before is not None else None, watch.began)
+    recipe, base, adapter, data = given.recipe, given.base, given.adapter, given.data
+    watch.began("checking what will be trained on")
+    findings = preflight(given)
+    check_disk(findings)
+    refuse_problems(findings)
+    rows = (data.train, data.eval)
+    if recipe.objective.compares:
+        watch.began("computing what the reference model makes of the examples")
+    objective, (data.train, data.eval), reference = prepare_objective(
+        recipe.objective, base, adapter, rows, recipe.train.seed, given.limit
+    )
+    recipe = recipe.model_copy(update={"objective": objective})
+    watch.began("planning the memory")
+    memory = before.memory() if before is not None else None
+    memory = memory or planned_memory(base, recipe.train, data.train, data.eval)
+    steps = PlannedSteps(data.train, recipe.train, memory)
+    facts = {**_facts(recipe, base, adapter, data, steps), "start": given.origin, "reference": reference}
+    watch.planned(facts, data.accounts, len(units(data.train)), len(units(data.eval)))
+    for one in findings:
+        if one.status == "note" and one.name != "rows" and (data.eval or one.name != "held out"):  # the others are said already
+            watch.noticed(f"{one.name}: {one.words}")
+    if before is not None:
+        before.check(recipe, facts, data.plain()["files"], watch.noticed)
+        if recipe.train.repeats and FrozenBelow(base.model, 0).lowest:
+            watch.noticed("what frozen lower layers made of rows is computed anew: results may differ by rounding from here on")
+        watch.noticed(f"goes on with {before.folder} after step {before.step} of {len(steps)}")
+    return PreparedRun(recipe, base, adapter, data, steps, facts, findings)
+
+
+def open_recipe(recipe: Recipe, moment: datetime | None = None, began: Callable[[str], None] = lambda _: None) -> OpenedRecipe:
+    """Open base and data, and attach the adapter. Raises TrimtabError, of many kinds.
+
+    Args:
+        moment: What a template writes as today's date; now unless given.
+        began: Is told what is being done.
+    """
+    began("looking at the recipe and the data")
+    if recipe.model.dtype == "float16":
+        raise RecipeError(
+            "model.dtype: small gradients vanish in float16 silently, so it is not trained in: give bfloat16 or float32."
+        )
+    located(recipe.model.name)
+    look_at_first(recipe.data, recipe.objective.learns_from)
+    recipe, origin = with_start(recipe)
+    began(f"loading {recipe.model.name}")
+    base = Base.load(recipe.model)
+    base.moment = moment or base.moment
+    base.add_tokens(recipe.method.new_tokens)
+    positions, context = recipe.method.positions, base.context_length
+    if context is not None and positions > context - 2:
+        raise RecipeError(
+            f"method.tokens: {positions:,} virtual tokens leave no room for examples in the {context:,} tokens of {base.source}'s context."
+        )
+    with ThreadPoolExecutor(max_workers=1) as background:  # hashing the weights beside tokenizing the data
+        fingerprint = background.submit(lambda: base.fingerprint)
+        check_packing(base.model)
+        began("reading and tokenizing the data")
+        # By absolute paths, as the run's recipe.yaml has them, so that its held-out rows are found again.
+        data = load_data(
+            recipe.absolute().data, base, context, recipe.train.seed, recipe.objective.learns_from, positions=positions
+        )
+        began("hashing the base model")
+        fingerprint.result()
+    if origin is None:
+        adapter = attach(base.model, recipe.method, recipe.train.seed, sample=sample(base, data.train))
+    else:
+        adapter = load_adapter(base, origin["folder"])
+    return OpenedRecipe(recipe, origin, base, adapter, data, context - positions if context is not None else None)
+
+
+def with_start(recipe: Recipe) -> tuple[Recipe, dict[str, Any] | None]:
+    """The recipe with the method of the adapter that it starts from, and what that adapter is; or as it is, and None.
+
+    Raises:
+        RecipeError: There is no such adapter, or the recipe asks for another method.
+        ArtifactError: It is damaged.
+    """
+    if recipe.start is None:
+        return recipe, None
+    folder = adapter_folder(recipe.start)
+    if folder is None:
+        raise RecipeError(
+            f"start: {recipe.start} is no run or adapter folder (looked in {files.expanded(recipe.start).absolute()})."
+        )
+    stored = read_adapter(folder)
+    method, _ = read_method(stored)
+    if "method" in recipe.model_fields_set and recipe.method != method:
+        raise RecipeError(
+            f"method: {recipe.start} holds another ({method.plain()}), and start trains that on. Leave method out, or start."
+        )
+    origin = {
+        "folder": str(folder.absolute()),
+        "weights": files.sha256_file(folder / stored.weights),
+        "trained": stored.trained,
+    }
+    return recipe.model_copy(update={"method": method}), origin
+
+
+def prepare_objective(
+    objective: Objective, base: Base, adapter: Attached, rows: tuple[Rows, Rows], seed: int, max_length: int | None
+) -> tuple[Objective, tuple[Rows, Rows], dict[str, Any] | None]:
+    """The objective with what the rows decide; the rows with what it needs of them; and what its reference is, as JSON data.
+
+    Args:
+        adapter: As it is when training starts.
+        rows: To learn, and held out.
+        max_length: The most tokens that a mismatched answer and its prompt may have.
+
+    Raises:
+        DataError: It can't learn from these rows.
+        RecipeError: There is no such reference, or the adapter has dropout.
+        WrongReference: What training starts from is not the reference, where it should be.
+    """
+    objective = objective.settled(rows[0])
+    if isinstance(objective, Comparing) and getattr(adapter.method, "dropout", False):
+        raise RecipeError(
+            f"method.dropout: {objective.name} compares with a reference, and dropout would make noise of the difference. Set it to 0."
+        )
+    train, held_out = ((with_mismatched(some, seed, max_length) if some and objective.pools else some) for some in rows)
+    if not isinstance(objective, Comparing):
+        return objective, (train, held_out), None
+    referred = refer(base, adapter, objective.reference, [*train, *held_out], PACK_TOKENS)
+    train, held_out = referred.rows[: len(train)], referred.rows[len(train) :]
+    facts = referred.facts
+    if facts["kind"] == "start" or (facts["kind"] == "base" and not adapter.trained and adapter.method.starts_as_base):
+        first = [train[n] for unit in units(train)[:4] for n in unit]
+        facts["start_differs"] = check_start(base, first, PACK_TOKENS)
+    return objective, (train, held_out), facts
+
+
+def _facts(recipe: Recipe, base: Base, adapter: Attached, data: Loaded, steps: PlannedSteps) -> dict[str, Any]:
+    """What is known before the first step, as JSON data."""
+    rate, formula = peak_learning_rate(recipe.train, base, recipe.method, recipe.objective, steps.rows_per_step)
+    trained = sum(p.numel() for p in adapter.parameters().values())
+    return {
+        "base": {"source": base.source, "fingerprint": base.fingerprint},
+        "moment": base.moment.isoformat(),
+        "method": recipe.method.plain(),
+        "objective": recipe.objective.plain(),
+        "trainable_parameters": trained,
+        "positions": recipe.method.positions,
+        "base_parameters": base.model.num_parameters() - trained,
+        "steps": len(steps),
+        "epochs": steps.epochs,
+        "rows_per_step": steps.rows_per_step,
+        "memory": steps.memory.words,
+        "plan": steps.memory.plain(),
+        "threads": threads(),
+        "device": str(base.device),
+        "peak_lr": rate,
+        "lr_formula": formula,
+        "learned_tokens": sum(len(row.learned) for row in data.train if row.side != "mismatched"),
+        "data_digest": data.digest,
+        "versions": versions(),
+    }

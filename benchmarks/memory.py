@@ -95,7 +95,7 @@ def base_of(family: str, dtype: str) -> Any:
 
 def rows_of(run: Run, vocabulary: int, steps: int) -> list[Any]:
     """Made-up rows, half of which is learned, as the objective wants them."""
-    from trimtab.data.example import Sequence
+    from trimtab.data.example import TokenRow
 
     draw, made = random.Random(0), []
     for number in range(steps * run.rows):
@@ -103,7 +103,7 @@ def rows_of(run: Run, vocabulary: int, steps: int) -> list[Any]:
         sides = {"dpo": ("chosen", "rejected"), "kto": (("good", "bad")[number % 2],)}.get(run.objective, (None,))
         for side in sides:
             ids = [*prompt, *(draw.randrange(vocabulary) for _ in range(run.row - len(prompt)))]
-            made.append(Sequence(ids, list(range(len(prompt), len(ids))), f"row:{number}", len(ids), side))
+            made.append(TokenRow(ids, list(range(len(prompt), len(ids))), f"row:{number}", len(ids), side))
     return made
 
 

@@ -140,9 +140,9 @@ def measure(method: str, seed: int, jobs: int) -> None:
 
 def rates(objective: str, method: str, shares: list[float], jobs: int) -> None:
     """Learning rates as shares of the one that the method has for supervised training on this model."""
-    from trimtab.methods import Circumstances, Method
+    from trimtab.methods import LearningRateContext, Method
 
-    whole, _ = Method.pick(method).learning_rate(Circumstances("llama", 576, 8))
+    whole, _ = Method.pick(method).learning_rate(LearningRateContext("llama", 576, 8))
     result = run(method, 0, [(objective, float(f"{whole * share:.2e}")) for share in shares], jobs)
     if "error" not in result:
         found = [one for name, one in result.items() if name != "sft"]

@@ -34,13 +34,13 @@ def trained(length: int, rank: int, steps: int, at_once: int = 1) -> dict[str, A
     import trimtab
     from trimtab.bench.peers import peak_gb
     from trimtab.data import pack_flat
-    from trimtab.data.example import Sequence
+    from trimtab.data.example import TokenRow
     from trimtab.train import TrainConfig, planned_memory, train
 
     base = trimtab.load("smollm2-135m-instruct")
     adapter = trimtab.attach(base.model, trimtab.LoRA(rank=rank, alpha=2.0 * rank))
     draw = random.Random(0)
-    rows = [Sequence([draw.randrange(49152) for _ in range(length)], list(range(length // 4, length)), "made up", length)]
+    rows = [TokenRow([draw.randrange(49152) for _ in range(length)], list(range(length // 4, length)), "made up", length)]
     config = TrainConfig()
     memory = planned_memory(base, config, rows)
     done = list(train(base, adapter, trimtab.SFT(), [[pack_flat(rows * at_once)]] * steps, config, 1e-4, memory))
@@ -102,7 +102,7 @@ def bookkeeping(count: int) -> dict[str, Any]:
     import trimtab
     from trimtab.base.tiny_model import made_up_model
     from trimtab.data import pack_all
-    from trimtab.data.example import Sequence
+    from trimtab.data.example import TokenRow
     from trimtab.evaluate import reference, score_loss
     from trimtab.objectives import _pooling
 
@@ -112,7 +112,7 @@ def bookkeeping(count: int) -> dict[str, Any]:
     for number in range(count):
         ids = [*tokens[:20], *draw.choices(tokens, k=min(600, round(draw.lognormvariate(4.0, 0.6))) + 4)]
         side = ("good", "bad")[number % 2]
-        rows.append(Sequence(ids, tokens[len(ids) // 2 : len(ids)], f"rows.jsonl:{number}", len(ids), side))
+        rows.append(TokenRow(ids, tokens[len(ids) // 2 : len(ids)], f"rows.jsonl:{number}", len(ids), side))
     base = trimtab.Base(made_up_model())
     adapter, seconds = trimtab.attach(base.model, trimtab.LoRA()), {}
 

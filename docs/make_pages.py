@@ -99,7 +99,7 @@ def methods_table() -> str:
     ]
     for one in methods_facts(model):
         said = f"{one['parameters']:,}" if one["parameters"] is not None else one["refused"].rstrip(".")
-        marks = ["yes" if one[key] else "no" for key in ("mergeable", "starts_as_base")]
+        marks = ["yes" if one[key] else "no" for key in ("mergeable", "identity_at_init")]
         stages = ", ".join(one["objectives"])
         lines.append(
             f"| `{one['name']}` | {one['summary']} | {said} | {marks[0]} | {one['positions'] or '–'} | {marks[1]} | {stages} "

@@ -11,7 +11,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from trimtab import api
 from trimtab.base import Base
 from trimtab.core.errors import DataError
-from trimtab.data.example import Sequence
+from trimtab.data.example import TokenRow
 from trimtab.methods import attach
 from trimtab.methods.lora import LoRA
 from trimtab.train import steps
@@ -37,7 +37,7 @@ def pieces_of_words():
         vocabulary[piece] = len(vocabulary)
     backend = tokenizers.Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
-    backend.decoder = decoders.Sequence(
+    backend.decoder = decoders.TokenRow(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<s>", pad_token="<s>")
@@ -86,7 +86,7 @@ def test_packs_are_made_when_their_step_is_taken(monkeypatch):
     made = []
     real = steps.pack_all
     monkeypatch.setattr(steps, "pack_all", lambda rows, tokens: made.append(len(rows)) or real(rows, tokens))
-    rows = [Sequence(ids, [2, 3], f"row:{n}", 6) for n, ids in enumerate(random_rows(*[6] * 6))]
+    rows = [TokenRow(ids, [2, 3], f"row:{n}", 6) for n, ids in enumerate(random_rows(*[6] * 6))]
     going = fit(rows, epochs=1000, rows_per_step=2)
     next(going)
     next(going)

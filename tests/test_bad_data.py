@@ -176,7 +176,10 @@ def test_bad_files_are_accounted_for_or_refused(name, base, tmp_path, one_thread
                 assert account.rows == rows_in(path.read_bytes())
             known = {where for where, _ in account.refused}
             assert {row.where for row in sequences} == {e.where for e in examples} - known
-            assert all(row.learned and row.learned[0] > 0 and row.learned[-1] < len(row.ids) <= 128 for row in sequences)
+            assert all(
+                row.target_indices and row.target_indices[0] > 0 and row.target_indices[-1] < len(row.ids) <= 128
+                for row in sequences
+            )
 
 
 def rows_in(content):

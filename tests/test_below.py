@@ -5,8 +5,8 @@ import torch
 from families import exact_norms, random_rows, tiny
 
 from trimtab import Base
-from trimtab.data import Sequence, pack_all, pack_tree
-from trimtab.engine import FrozenBelow, pack_logprobs
+from trimtab.data import TokenRow, pack_all, pack_tree
+from trimtab.engine import FrozenLayerCache, pack_logprobs
 from trimtab.methods import attach
 from trimtab.methods.lora import LoRA
 from trimtab.objectives.sft import SFT
@@ -18,7 +18,7 @@ UPPER = LoRA(rank=2, targets=(r".*layers\.1\..*_proj",))
 def rows():
     head, *rest = random_rows(10, 12, 3, 9, 17, seed=4)
     ids = [head + rest[0], head + rest[1], rest[2], head + rest[0][:6] + rest[3]]
-    return [Sequence(row, list(range(len(row) // 2, len(row))), f"row:{n}") for n, row in enumerate(ids)]
+    return [TokenRow(row, list(range(len(row) // 2, len(row))), f"row:{n}") for n, row in enumerate(ids)]
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +68,7 @@ def test_the_layers_below_compute_each_row_once(monkeypatch):
 
 def test_what_is_kept_wrong_is_noticed(monkeypatch):
     """The negative control."""
-    monkeypatch.setattr(FrozenBelow, "_gathered", lambda self, pack: torch.zeros(len(pack.ids), 32, dtype=torch.float64))
+    monkeypatch.setattr(FrozenLayerCache, "_gathered", lambda self, pack: torch.zeros(len(pack.ids), 32, dtype=torch.float64))
     assert trained(3)[0] != pytest.approx(trained(1)[0], rel=1e-3)
 
 
@@ -78,15 +78,15 @@ def test_what_is_kept_wrong_is_noticed(monkeypatch):
 def test_nothing_is_kept_where_something_is_trained_below(method, monkeypatch):
     model = tiny("llama")
     attach(model, method)
-    assert FrozenBelow(model, 1e9).lowest == 0
+    assert FrozenLayerCache(model, 1e9).lowest == 0
 
 
 def test_nothing_is_kept_below_a_layer_that_drops_at_random():
     model = tiny("llama")
     attach(model, UPPER)
-    assert FrozenBelow(model, 1e9).lowest == 1
+    assert FrozenLayerCache(model, 1e9).lowest == 1
     model.train()
-    assert FrozenBelow(model, 1e9).lowest == 0
+    assert FrozenLayerCache(model, 1e9).lowest == 0
 
 
 def test_rows_for_which_there_is_no_room_are_computed_again():
@@ -94,7 +94,7 @@ def test_rows_for_which_there_is_no_room_are_computed_again():
     attach(model, UPPER)
     ones = rows()
     size = model.config.hidden_size * 4
-    below = FrozenBelow(model, size * (len(ones[0].ids) - 1 + len(ones[2].ids) - 1))
+    below = FrozenLayerCache(model, size * (len(ones[0].ids) - 1 + len(ones[2].ids) - 1))
     before = pack_logprobs(model, pack_tree(ones), below=below)
     assert [row.where for row, _ in below.rows.values()] == ["row:0", "row:2"]
     assert below.room == 0
@@ -107,7 +107,7 @@ def test_rows_that_are_equal_are_not_mistaken_for_each_other():
     """A row is known by what it is, not by what it says: another of the same place and tokens is computed."""
     model = tiny("llama")
     attach(model, UPPER)
-    below = FrozenBelow(model, 1e9)
+    below = FrozenLayerCache(model, 1e9)
     pack_logprobs(model, pack_tree(rows()), below=below)
     pack_logprobs(model, pack_tree(rows()), below=below)
     assert len(below.rows) == 2 * len(rows())

@@ -12,7 +12,7 @@ from trimtab.base import Base, ModelConfig
 from trimtab.bench import PEERS, Asked, compare, driver, ours, summary
 from trimtab.bench.floor import least_work, multiplying_rate
 from trimtab.core.errors import RecipeError
-from trimtab.data.example import Sequence
+from trimtab.data.example import TokenRow
 from trimtab.methods.lora import LoRA
 from trimtab.objectives import Objective
 from trimtab.report.comparison import comparison_chart, comparison_table
@@ -20,7 +20,7 @@ from trimtab.report.comparison import comparison_chart, comparison_table
 
 def test_the_least_work_counted_out():
     """Two rows that share ten tokens, on the tiny Llama: 2 layers, hidden 32, MLP 48, 4 heads and 2 key-value heads of 8, 97 tokens."""
-    rows = [Sequence([*range(10), 50, 51, 52], [10, 11, 12], "a"), Sequence([*range(10), 60, 61], [10, 11], "b")]
+    rows = [TokenRow([*range(10), 50, 51, 52], [10, 11, 12], "a"), TokenRow([*range(10), 60, 61], [10, 11], "b")]
     model = tiny("llama")
     tokens, learned = 10 + 2 + 1, 5  # a last token predicts nothing
     pairs = sum(range(1, 11)) + 11 + 12 + 11

@@ -6,7 +6,7 @@ import pytest
 import torch
 from families import FAMILIES, exact_norms, method_of, perturb, random_rows, tiny
 
-from trimtab.data import Sequence, pack_flat, pack_tree
+from trimtab.data import TokenRow, pack_flat, pack_tree
 from trimtab.engine import pack_logprobs
 from trimtab.engine.fused import blocks, kernels, ops, tree_attention, unfused
 from trimtab.methods import Method, Sample, active, attach
@@ -20,7 +20,7 @@ def rows():
     """Rows that begin alike and rows that don't, some longer than a block of attention and than a matrix is wide."""
     head, *rest = random_rows(12, 50, 3, 40, 17, 9, seed=4)
     ids = [head + rest[0][:45], head + rest[1], head + rest[2], rest[3], rest[4], head + rest[2][:20] + rest[1]]
-    return [Sequence(row, list(range(len(row) // 2, len(row))), f"row:{n}") for n, row in enumerate(ids)]
+    return [TokenRow(row, list(range(len(row) // 2, len(row))), f"row:{n}") for n, row in enumerate(ids)]
 
 
 @pytest.fixture(autouse=True)
@@ -118,7 +118,7 @@ def test_every_choice_of_targets(method, wide, monkeypatch):
     perturb(adapter.parameters())
     chosen = rows()
     if getattr(method, "dropout", 0.0):  # where every token predicts, both draw the same masks in the last layer, too
-        chosen = [Sequence(row.ids, list(range(1, len(row.ids))), row.where) for row in chosen]
+        chosen = [TokenRow(row.ids, list(range(1, len(row.ids))), row.where) for row in chosen]
     pack = pack_tree(chosen) if wide else pack_flat(chosen[4:5])
     assert (len(pack.ids) > 48) == wide
     assert_equal(*both(model, adapter, pack, train=True))

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from trimtab.base import Base
 from trimtab.core.errors import ArtifactError, NotMergeable, RecipeError, UnsupportedModel
 from trimtab.data import pack_flat
-from trimtab.data.example import Sequence
+from trimtab.data.example import TokenRow
 from trimtab.deploy import load_adapter, save_adapter
 from trimtab.engine import pack_logprobs
 from trimtab.methods import active, attach
@@ -168,7 +168,7 @@ def test_rows_of_several_adapters_in_one_batch_equal_the_rows_alone(make):
     model = make()
     for seed, kind in enumerate(KINDS):
         attached(model, kind, seed, kind=kind)
-    rows = [Sequence(ids, list(range(1, len(ids))), "row") for ids in random_rows(9, 6, 7, 5)]
+    rows = [TokenRow(ids, list(range(1, len(ids))), "row") for ids in random_rows(9, 6, 7, 5)]
     owners = ["parallel", None, "houlsby", "pfeiffer"]
     with torch.no_grad():
         together = pack_logprobs(model, pack_flat(rows), owners)

@@ -268,7 +268,7 @@ def test_a_run_whose_rows_fill_the_context_is_not_failed_for_what_it_cuts_off(he
 
 
 def test_what_no_gradient_reaches_is_said_after_three_steps(here, trimtab, monkeypatch):
-    monkeypatch.setattr(LoRA, "relative_rate", lambda self, name: 0.0 if name == "A" else 1.0)
+    monkeypatch.setattr(LoRA, "lr_multiplier", lambda self, name: 0.0 if name == "A" else 1.0)
     failed = trimtab(*WORDS, "output=new")
     assert failed.code == 5
     assert "after 3 steps, training has not moved" in failed.err

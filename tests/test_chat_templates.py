@@ -22,9 +22,9 @@ def runs(on, sequences):
     """(what stands before, what is trained on), a pair a turn."""
     decode = on.tokenizer.decode
     for sequence in sequences:
-        starts = [t for t in sequence.learned if t - 1 not in sequence.learned]
+        starts = [t for t in sequence.target_indices if t - 1 not in sequence.target_indices]
         for start in starts:
-            end = next(t for t in range(start, len(sequence.ids) + 1) if t not in sequence.learned)
+            end = next(t for t in range(start, len(sequence.ids) + 1) if t not in sequence.target_indices)
             yield decode(sequence.ids[:start]), decode(sequence.ids[start:end])
 
 
@@ -48,7 +48,7 @@ def test_it_teaches_what_it_has_to_or_says_why_not(name, scenario):
     after_result = TAUGHT[name].after or scenario == "call, result, answer"
     assert all(before.endswith(TAUGHT[name].opens) for before, _ in (found[:1] if after_result else found))
     on = base(name)
-    assert all(row.ids[row.learned[-1]] in on.stop_ids for row in sequences)
+    assert all(row.ids[row.target_indices[-1]] in on.stop_ids for row in sequences)
     prompt, answer = asked(examples, on)[0]
     assert prompt + answer == sequences[-1].ids
     (finding,) = [one for one in prove(Loaded(sequences, [], [], ""), examples, on) if one.name == "rendering"]

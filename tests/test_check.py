@@ -16,7 +16,7 @@ from trimtab.core.config import read
 from trimtab.core.errors import DataError, TrimtabError
 from trimtab.data import leaks as module_of_leaks
 from trimtab.data import proof, prove, refuse_problems
-from trimtab.data.example import Sequence
+from trimtab.data.example import TokenRow
 from trimtab.data.leakage import leaks
 from trimtab.engine import memory as planning
 from trimtab.run.preflight import preflight
@@ -149,7 +149,7 @@ def test_held_out_rows_that_are_nearly_learned_are_named():
     template = [draw.randrange(300) for _ in range(600)]  # most of every row, and no reason to call two alike
 
     def row(where, ids):
-        return Sequence(
+        return TokenRow(
             template + ids, list(range(len(template) + 20, len(template) + len(ids))), where, len(template) + len(ids)
         )
 
@@ -214,7 +214,7 @@ def test_what_generation_would_not_see_is_refused(here, monkeypatch):
 
 def test_an_answer_without_its_stop_token_is_noticed(here):
     given = open_recipe(read(Recipe, Path("r.yaml"), []))
-    cut = [replace(row, ids=row.ids[:-1], learned=row.learned[:-1]) for row in given.data.train]
+    cut = [replace(row, ids=row.ids[:-1], target_indices=row.target_indices[:-1]) for row in given.data.train]
     given.data.train = cut[:1] + given.data.train[1:]
     assert {one.name: one.status for one in prove(given.data, [], given.base)}["stop tokens"] == "note"
     given.data.train = cut

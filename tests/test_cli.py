@@ -932,7 +932,7 @@ def test_methods_lists_what_each_would_train_on_a_model(here, trimtab):
             "parameters",
             "refused",
             "mergeable",
-            "starts_as_base",
+            "identity_at_init",
             "positions",
             "objectives",
             "peft",

@@ -9,14 +9,14 @@ from families import logprob_alone, method_of, perturb, random_rows, tiny
 from trimtab.base.fingerprint import own_weights, weights_hash
 from trimtab.core.errors import RecipeError
 from trimtab.data import pack_flat
-from trimtab.data.example import Sequence
+from trimtab.data.example import TokenRow
 from trimtab.engine import generate, pack_logprobs
 from trimtab.methods import Method, Sample, activate, active, adapters, attach, combine
 from trimtab.methods.lora import LoRA
 
 SAMPLE = Sample(rows=random_rows(40, seed=5))
 IDS = torch.tensor(random_rows(9, 9))
-ROWS = [Sequence(ids, list(range(2, len(ids))), f"row:{n}") for n, ids in enumerate(random_rows(9, 6, 12, 5, 7, 8, seed=3))]
+ROWS = [TokenRow(ids, list(range(2, len(ids))), f"row:{n}") for n, ids in enumerate(random_rows(9, 6, 12, 5, 7, 8, seed=3))]
 
 
 @torch.no_grad()
@@ -123,7 +123,7 @@ def everything():
 
 def test_rows_of_every_method_and_of_the_base_in_one_batch_equal_the_rows_alone(everything):
     owners = owners_of_every_method()
-    rows = [Sequence(ids, list(range(1, len(ids))), "row") for ids in random_rows(*(5 + n % 7 for n in range(len(owners))))]
+    rows = [TokenRow(ids, list(range(1, len(ids))), "row") for ids in random_rows(*(5 + n % 7 for n in range(len(owners))))]
     with torch.no_grad():
         together = pack_logprobs(everything, pack_flat(rows), owners)
         for one, row, owner in zip(together, rows, owners, strict=True):
@@ -137,7 +137,7 @@ def test_rows_of_every_method_and_of_the_base_in_one_batch_equal_the_rows_alone(
 def test_the_base_rows_of_a_mixed_batch_are_those_of_a_bare_model(everything):
     with torch.no_grad():
         mixed = pack_logprobs(everything, pack_flat(ROWS[:3]), ["lora", None, "prefix"])[1]
-    assert float(mixed) == pytest.approx(float(logprob_alone(tiny("llama"), ROWS[1].ids, ROWS[1].learned)), rel=1e-6)
+    assert float(mixed) == pytest.approx(float(logprob_alone(tiny("llama"), ROWS[1].ids, ROWS[1].target_indices)), rel=1e-6)
 
 
 def test_gradients_of_a_mixed_batch_reach_each_rows_adapter_and_equal_those_alone(everything):
@@ -171,12 +171,12 @@ def test_tokens_are_told_from_heads_where_there_are_as_many(family):
     """Norms of queries take T H K or H T K. A row's last token is not computed, so 4 tokens meet 4 heads."""
     model = tiny(family, torch.float64)
     adapter = attached(model, method_of("layernorm"), "layernorm")
-    rows = [Sequence(ids, [len(ids) - 1], f"row:{n}") for n, ids in enumerate(random_rows(3, 3))]
+    rows = [TokenRow(ids, [len(ids) - 1], f"row:{n}") for n, ids in enumerate(random_rows(3, 3))]
     owners = ["layernorm", None]
     mixed = pack_logprobs(model, pack_flat(rows), owners)
     for row, owner, got in zip(rows, owners, mixed, strict=True):
         with active(model, *filter(None, [owner])):
-            torch.testing.assert_close(got, logprob_alone(model, row.ids, row.learned), rtol=1e-8, atol=1e-8)
+            torch.testing.assert_close(got, logprob_alone(model, row.ids, row.target_indices), rtol=1e-8, atol=1e-8)
     adapter.detach()
 
 

@@ -101,8 +101,8 @@ def test_earlier_answers_are_read_and_not_learned(tmp_path):
         "pairs",
     )
     for sequence, answer in zip(data.train, ("Yes.", "No."), strict=True):
-        assert BASE().decode([sequence.ids[n] for n in sequence.learned]) == answer
-        assert sequence.ids[sequence.learned[-1]] == BASE().template.ending.token
+        assert BASE().decode([sequence.ids[n] for n in sequence.target_indices]) == answer
+        assert sequence.ids[sequence.target_indices[-1]] == BASE().template.ending.token
 
 
 REFUSED = {
@@ -157,7 +157,7 @@ def test_sides_stay_together_and_are_held_out_together(tmp_path):
 def test_sides_that_are_the_same_once_they_are_cut_are_refused(tmp_path):
     source = written(tmp_path, {"prompt": "a", "chosen": "the answer is one", "rejected": "the answer is two"})
     (chosen, _) = load_data(DataConfig(train=source, eval=0), BASE(), None, 0, "pairs").train
-    limit = chosen.learned[0] + 2
+    limit = chosen.target_indices[0] + 2
     with pytest.raises(DataError, match="the same tokens as far as they are read"):
         load_data(DataConfig(train=source, eval=0, max_length=limit, overlong="truncate"), BASE(), None, 0, "pairs")
     with pytest.raises(DataError, match="chosen: has"):

@@ -13,7 +13,7 @@ from templates import CHATML, FAMILIES, QWEN3, base_of, bytes_tokenizer, pieces_
 from tokenizers import Regex, pre_tokenizers
 
 from trimtab.data import Account, Conversation, Judged, Preference, Text, asked, make_sequences, prompt_of
-from trimtab.data.example import Sequence
+from trimtab.data.example import TokenRow
 from trimtab.data.rendering import read_so
 
 
@@ -57,7 +57,7 @@ def encoded(base, text):
 def runs(sequence):
     """The learned tokens as (first, last) of each stretch without a gap."""
     found = []
-    for t in sequence.learned:
+    for t in sequence.target_indices:
         if found and found[-1][1] == t - 1:
             found[-1][1] = t
         else:
@@ -93,8 +93,8 @@ def learns_exactly_the_answers(family, example, base=None):
         assert sequence.ids[last] == end
         assert end not in sequence.ids[first:last]
     for sequence in made:
-        assert sequence.learned[0] > 0
-        assert sequence.learned[-1] == len(sequence.ids) - 1
+        assert sequence.target_indices[0] > 0
+        assert sequence.target_indices[-1] == len(sequence.ids) - 1
         assert sequence.shown >= len(sequence.ids)
         if family.bos:
             (bos,) = encoded(base, family.bos)
@@ -430,7 +430,7 @@ def test_a_completion_is_learned_to_the_character_after_the_prompts_own_tokens(n
     bos = [base.tokenizer.bos_token_id] if "bos" in name or name == "both" else []
     before = bos + encoded(base, prompt)
     assert sequence.ids[: len(before)] == before
-    assert sequence.learned == list(range(len(before), len(sequence.ids)))
+    assert sequence.target_indices == list(range(len(before), len(sequence.ids)))
     assert said(base, sequence) == [f"{answer}</s>"]
     assert sequence.ids.count(base.end_of_text) == 1
     assert prompt_of([{"role": "user", "content": prompt}], base) == before
@@ -456,7 +456,7 @@ def test_a_prompt_that_divides_in_another_way_keeps_its_own_tokens(look, alone, 
     """Whichever of the two comes first in the vocabulary, and no token lies across the border."""
     tokenizer = bytes_tokenizer(("</s>",))
     letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(look), "isolated"), letters])
+    tokenizer.pre_tokenizer = pre_tokenizers.TokenRow([pre_tokenizers.Split(Regex(look), "isolated"), letters])
     base = base_of(tokenizer, eos_token="</s>")
 
     def tokens(text):
@@ -466,7 +466,7 @@ def test_a_prompt_that_divides_in_another_way_keeps_its_own_tokens(look, alone, 
     assert tokens("senX")[:-1] == followed
     (sequence,) = sequences_of(completion("sen", "X"), base)
     assert base.tokenizer.convert_ids_to_tokens(sequence.ids) == [*alone, "X", "</s>"]
-    assert sequence.learned == [2, 3]
+    assert sequence.target_indices == [2, 3]
 
 
 def test_pieces_that_cannot_be_written_apart_are_refused():
@@ -486,7 +486,7 @@ def test_of_a_text_every_token_but_the_first_is_learned_and_its_end(name):
         (sequence,) = sequences_of(Text(text, "data:1"), base)
         bos = [base.tokenizer.bos_token_id] if name in ("bos", "both") else []
         assert sequence.ids == [*bos, *encoded(base, text), base.end_of_text]
-        assert sequence.learned == list(range(1, len(sequence.ids)))
+        assert sequence.target_indices == list(range(1, len(sequence.ids)))
 
 
 def test_the_end_of_a_text_is_put_behind_whatever_its_number():
@@ -518,7 +518,7 @@ def test_tokens_that_stand_before_a_text_are_never_learned():
     base = base_of(tokenizer, eos_token="</s>")
     (sequence,) = sequences_of(Text("hello world", "data:1"), base)
     assert said(base, sequence) == ["hello world</s>"]
-    assert sequence.learned[0] == 2
+    assert sequence.target_indices[0] == 2
 
 
 def test_without_an_end_of_text_a_completion_is_refused_and_a_text_is_not():
@@ -612,7 +612,7 @@ def test_a_row_fits_up_to_the_end_of_its_last_answer(name):
     # What follows the last answer does not count.
     more = Conversation((*long_conversation().messages, {"role": "user", "content": "and so on " * 50}), "data:1")
     (longer,) = sequences_of(more, base, max_length=length)
-    assert (longer.ids, longer.learned) == (sequence.ids, sequence.learned)
+    assert (longer.ids, longer.target_indices) == (sequence.ids, sequence.target_indices)
     assert longer.shown > sequence.shown
 
 
@@ -621,13 +621,13 @@ def test_a_longer_row_is_cut_when_told_to_and_never_empty(name):
     base = FAMILIES[name].make()
     (whole,) = sequences_of(long_conversation(), base)
     for limit in range(2, len(whole.ids) + 1):
-        expected = [t for t in whole.learned if t < limit]
+        expected = [t for t in whole.target_indices if t < limit]
         if not expected:
             reason = f"has no token to learn within max_length {limit}"
             assert refusal(long_conversation(), base, max_length=limit, truncate=True) == reason
             continue
         (cut,) = sequences_of(long_conversation(), base, max_length=limit, truncate=True)
-        assert cut.learned == expected
+        assert cut.target_indices == expected
         assert cut.ids == whole.ids[: expected[-1] + 1]
         assert cut.shown == whole.shown
 
@@ -698,21 +698,21 @@ def test_an_answer_that_only_ends_as_the_last_one_is_learned_to_its_own_end():
     late = "{% for m in messages %}" + turns + "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     base = base_of(bytes_tokenizer(("<|im_start|>", "<|im_end|>")), late, eos_token="<|im_end|>")
     made = sequences_of(conversation("2+2?", "4", "And 3+3?", "6"), base)
-    learned = [decoded(base, [sequence.ids[t] for t in sequence.learned]) for sequence in made]
+    learned = [decoded(base, [sequence.ids[t] for t in sequence.target_indices]) for sequence in made]
     assert learned == ["4<|im_end|>", "6<|im_end|>"]
     (joining,) = sequences_of(conversation("2+2?", "\n\n4", "And 3+3?", "6", silent={3}), base)
-    assert decoded(base, [joining.ids[t] for t in joining.learned]) == "\n\n4<|im_end|>"
+    assert decoded(base, [joining.ids[t] for t in joining.target_indices]) == "\n\n4<|im_end|>"
     assert "ĊĊ" in base.tokenizer.convert_ids_to_tokens(encoded(base, "assistant\n\n\n4")), "a token across the border"
 
 
 @pytest.mark.parametrize("made", [
     Text("a", "row"), conversation("a", "b"), Preference(conversation("a", "b"), conversation("a", "c"), "row"),
-    Judged(conversation("a", "b"), True, "row"), Sequence([5, 6], [1], "row"),
+    Judged(conversation("a", "b"), True, "row"), TokenRow([5, 6], [1], "row"),
 ])  # fmt: skip
 def test_rows_stay_as_they_were_read(made):
     with pytest.raises(FrozenInstanceError):
         made.where = "another"
-    assert not isinstance(made, Sequence) or (made.shown, made.reference, made.side) == (0, 0.0, None)
+    assert not isinstance(made, TokenRow) or (made.shown, made.reference, made.side) == (0, 0.0, None)
 
 
 @pytest.mark.parametrize("prompts", [("2+2?", "3+3?"), ("3+3?", "2+2?")])

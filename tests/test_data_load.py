@@ -12,7 +12,7 @@ from templates import FAMILIES
 
 from trimtab.core.errors import DataError, RecipeError
 from trimtab.data import DataConfig, held_out_examples, load_data, load_examples, pack_all, pack_flat, plan_steps
-from trimtab.data.example import Sequence
+from trimtab.data.example import TokenRow
 from trimtab.data.order import shuffled, split
 
 BASE = FAMILIES["chatml"].make
@@ -272,7 +272,7 @@ def test_examples_are_read_with_the_columns_of_the_recipe(tmp_path):
 
 
 def sequence(length, number=0):
-    return Sequence(list(range(length)), [length - 1], f"data:{number}", length)
+    return TokenRow(list(range(length)), [length - 1], f"data:{number}", length)
 
 
 @pytest.mark.parametrize("count", range(1, 34))
@@ -325,13 +325,13 @@ def test_the_order_is_decided_by_seed_and_epoch_alone():
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(lengths=st.lists(st.integers(2, 40), max_size=40), limit=st.integers(1, 60))
 def test_packs_hold_every_row_once_and_no_more_than_their_limit(lengths, limit):
-    rows = [Sequence([n] * length, [length - 1], f"data:{n}", length) for n, length in enumerate(lengths)]  # none alike
+    rows = [TokenRow([n] * length, [length - 1], f"data:{n}", length) for n, length in enumerate(lengths)]  # none alike
     packs = pack_all(rows, limit)
     assert sorted(wheres(row for pack in packs for row in pack.sequences)) == sorted(wheres(rows))
     for pack in packs:
         assert len(pack.ids) <= limit or len(pack.sequences) == 1
         assert len(pack.ids) == sum(len(row.ids) - 1 for row in pack.sequences)
-        assert pack.targets == sum(len(row.learned) for row in pack.sequences)
+        assert pack.targets == sum(len(row.target_indices) for row in pack.sequences)
     if lengths and max(lengths) <= limit:
         assert sum(2 * len(pack.ids) <= limit for pack in packs) <= 1  # two half empty packs would have been one
     again = pack_all(rows, limit)
@@ -340,21 +340,21 @@ def test_packs_hold_every_row_once_and_no_more_than_their_limit(lengths, limit):
 
 @pytest.mark.parametrize(("count", "sizes"), [(10, [50, 50]), (13, [50, 50, 30]), (6, [60]), (12, [60, 60])])
 def test_the_largest_of_few_packs_is_no_larger_than_it_has_to_be(count, sizes):
-    rows = [Sequence([n] * 11, [10], f"data:{n}", 11) for n in range(count)]
+    rows = [TokenRow([n] * 11, [10], f"data:{n}", 11) for n in range(count)]
     assert sorted((len(pack.ids) for pack in pack_all(rows, 60)), reverse=True) == sizes
 
 
 def test_even_packs_are_no_more_than_the_fewest():
-    rows = [Sequence([n] * length, [length - 1], f"data:{n}", length) for n, length in enumerate([41, 31, 31, 21, 21])]
+    rows = [TokenRow([n] * length, [length - 1], f"data:{n}", length) for n, length in enumerate([41, 31, 31, 21, 21])]
     sizes = {limit: sorted((len(pack.ids) for pack in pack_all(rows, limit)), reverse=True) for limit in (60, 80, 200)}
     assert sizes == {60: [50, 50, 40], 80: [70, 70], 200: [140]}
 
 
 def test_a_pack_says_of_each_learned_token_what_stands_before_it():
     rows = [
-        Sequence([10, 11, 12, 13], [2, 3], "data:1"),
-        Sequence([20, 21], [1], "data:2"),
-        Sequence([30, 31, 32, 33, 34], [1, 4], "data:3"),
+        TokenRow([10, 11, 12, 13], [2, 3], "data:1"),
+        TokenRow([20, 21], [1], "data:2"),
+        TokenRow([30, 31, 32, 33, 34], [1, 4], "data:3"),
     ]
     pack = pack_flat(rows)
     assert pack.ids.tolist() == [10, 11, 12, 20, 30, 31, 32, 33]  # a last token predicts nothing

@@ -730,9 +730,9 @@ def test_rows_in_are_rows_used_and_refused_whatever_happens_to_a_file(tmp_path, 
     assert len({row.where for row in loaded.train}) == account.used
     assert {row.where for row in loaded.train} | {refusal.where for refusal in account.refused} == {row[0] for row in rows}
     for sequence in loaded.train:
-        assert sequence.learned
-        assert sequence.learned[0] > 0
-        assert sequence.learned[-1] == len(sequence.ids) - 1 < length
+        assert sequence.target_indices
+        assert sequence.target_indices[0] > 0
+        assert sequence.target_indices[-1] == len(sequence.ids) - 1 < length
     json.dumps(loaded.plain(), allow_nan=False, ensure_ascii=False).encode()
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trimtab.data import Sequence, lay_out, most_together, pack_all, pack_flat, pack_tree, tree
+from trimtab.data import TokenRow, lay_out, most_together, pack_all, pack_flat, pack_tree, tree
 from trimtab.data.bin_packing import filled, in_lexical_order
 
 ROWS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=14), max_size=12)
@@ -86,7 +86,7 @@ def test_many_rows_each_the_beginning_of_the_next_do_not_exhaust_the_stack():
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(rows=st.lists(st.lists(st.integers(0, 2), min_size=2, max_size=14), max_size=12), limit=st.integers(1, 30))
 def test_packs_of_rows_that_begin_alike_keep_to_their_limit(rows, limit):
-    sequences = [Sequence(ids, [len(ids) - 1], f"row:{n}") for n, ids in enumerate(rows)]
+    sequences = [TokenRow(ids, [len(ids) - 1], f"row:{n}") for n, ids in enumerate(rows)]
     packs = pack_all(sequences, limit)
     assert sorted(row.where for pack in packs for row in pack.sequences) == sorted(row.where for row in sequences)
     assert all(len(pack.ids) <= limit or len(pack.sequences) == 1 for pack in packs)
@@ -125,14 +125,14 @@ def test_lexical_order_and_what_is_shared_are_those_of_lists(rows):
 
 def test_rows_that_begin_alike_are_packed_together():
     families = [[head] * 20 + [head, tail] for tail in range(4) for head in range(3)]
-    packs = pack_all([Sequence(ids, [21], f"row:{n}") for n, ids in enumerate(families)], 60)
+    packs = pack_all([TokenRow(ids, [21], f"row:{n}") for n, ids in enumerate(families)], 60)
     assert [{row.ids[0] for row in pack.sequences} for pack in packs] == [{0}, {1}, {2}]
     assert [len(pack.ids) for pack in packs] == [21, 21, 21]
 
 
 def test_targets_follow_their_rows_into_what_is_shared():
     head = list(range(10, 20))
-    rows = [Sequence([*head, 1, 2], [3, 10, 11], "a"), Sequence([*head, 4, 5], [3, 10], "b")]
+    rows = [TokenRow([*head, 1, 2], [3, 10, 11], "a"), TokenRow([*head, 4, 5], [3, 10], "b")]
     flat, shared = pack_flat(rows), pack_tree(rows)
     for pack in (flat, shared):
         said = zip(pack.ids[pack.target_at].tolist(), pack.target_token.tolist(), pack.target_sequence.tolist(), strict=True)
@@ -144,7 +144,7 @@ def test_targets_follow_their_rows_into_what_is_shared():
 def test_packs_of_a_step_are_filled_again_up_to_less():
     """In eight tries between the mean and the limit, the last of which is the first to do with as few packs here."""
     rows = [
-        Sequence([token] * (length + 1), [length], f"row:{token}", length + 1)
+        TokenRow([token] * (length + 1), [length], f"row:{token}", length + 1)
         for token, length in enumerate((33, 33, 33, 2, 1))
     ]
     assert sorted(len(pack.ids) for pack in pack_all(rows, 70)) == [35, 67]
@@ -156,9 +156,9 @@ def test_rows_that_begin_alike_take_so_many_tokens_together(shared):
     """Up to seven of the shared ones are counted twice, since a segment may not be worth it; so many fit, and no fewer."""
     ids = [[*[7] * shared, *range(10, 19)], [*[7] * shared, *range(30, 37)]]
     most = 2 * shared + 8 + 6 - max(0, shared - 7)  # without their last tokens, which predict nothing
-    pair = [Sequence(row, [shared + 1], "row:1", len(row), side) for row, side in zip(ids, ("chosen", "rejected"), strict=True)]
+    pair = [TokenRow(row, [shared + 1], "row:1", len(row), side) for row, side in zip(ids, ("chosen", "rejected"), strict=True)]
     assert most_together(pair) == most
     assert len(pack_tree(pair).ids) <= most
-    alone = [Sequence(row, [shared + 1], f"row:{n}", len(row)) for n, row in enumerate(ids)]
+    alone = [TokenRow(row, [shared + 1], f"row:{n}", len(row)) for n, row in enumerate(ids)]
     assert most_together(alone) == shared + 8
     assert [len(pack_all(alone, limit)) for limit in (most, most - 1)] == [1, 2]

@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 import trimtab
 from trimtab.base import Base
 from trimtab.core import attention_hook, randomness
-from trimtab.data.example import Sequence
+from trimtab.data.example import TokenRow
 from trimtab.engine import check_packing, generate
 from trimtab.evaluate import reference, score_loss
 from trimtab.methods import Sample, attach, combine
@@ -63,7 +63,7 @@ def rows_of(kind):
         for side in sides:
             side = "bad" if kind == "judged" and number % 2 else side
             ids = [*prompt, *random_rows(4, seed=draw.randrange(10**6))[0]]
-            made.append(Sequence(ids, [5, 6, 7, 8], f"row:{number}", 9, side))
+            made.append(TokenRow(ids, [5, 6, 7, 8], f"row:{number}", 9, side))
     return made
 
 
@@ -79,7 +79,7 @@ def test_training_and_evaluating_need_no_float64_on_the_device(name, family, hom
     with WithoutFloat64():
         check_packing(base.model)
         adapter = attach(base.model, LoRA(rank=2, dropout=0.1 if name == "sft" else 0.0))
-        rows = rows_of(objective.learns_from)
+        rows = rows_of(objective.data_kind)
         steps = list(trimtab.fit(base, adapter, rows, objective, epochs=1, rows_per_step=3, lr=1e-3))
         objective, (train, _), _ = prepare_objective(objective, base, adapter, (rows, []), 0, None)
         assert score_loss(base, train, 30, objective).loss > 0

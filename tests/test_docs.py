@@ -80,7 +80,7 @@ def test_the_tutorials_method_is_a_method(tmp_path, monkeypatch):
     import trimtab.methods
     from trimtab.base import Base
     from trimtab.data import pack_all
-    from trimtab.data.example import Sequence
+    from trimtab.data.example import TokenRow
     from trimtab.deploy import load_adapter, merge, save_adapter
     from trimtab.methods import Method, attach
     from trimtab.objectives.sft import SFT
@@ -106,7 +106,7 @@ def test_the_tutorials_method_is_a_method(tmp_path, monkeypatch):
     x = torch.randn(3, 32)
     expected = (1 + layer.g.double().tanh()) * (x.double() @ layer.base.weight.double().T + layer.base.bias.double())
     torch.testing.assert_close(layer(x).double(), expected, rtol=1e-5, atol=1e-6)
-    rows = [Sequence(row, list(range(1, len(row))), "row") for row in random_rows(9, 7)]
+    rows = [TokenRow(row, list(range(1, len(row))), "row") for row in random_rows(9, 7)]
     losses = [step.loss for step in train(base, adapter, SFT(), [pack_all(rows, 64)] * 30, TrainConfig(), 1e-1)]
     assert losses[-1] < losses[0]
     save_adapter(base, adapter, tmp_path / "saved")

@@ -77,9 +77,11 @@ def test_the_bootstrap_is_the_plain_one(rows):
 def test_the_loss_is_the_mean_over_all_learned_tokens(base):
     rows = make_sequences([asked("Hello", "the answer is 4"), asked("What?", "x")], base, Account(("rows",)))
     scored = score_loss(base, rows, pack_tokens=16)
-    expected = -sum(logprob_alone(base.model, row.ids, row.learned) for row in rows) / sum(len(row.learned) for row in rows)
+    expected = -sum(logprob_alone(base.model, row.ids, row.target_indices) for row in rows) / sum(
+        len(row.target_indices) for row in rows
+    )
     assert scored.loss == pytest.approx(float(expected), rel=1e-5)
-    assert (scored.rows, scored.tokens) == (2, sum(len(row.learned) for row in rows))
+    assert (scored.rows, scored.tokens) == (2, sum(len(row.target_indices) for row in rows))
     assert scored.perplexity == pytest.approx(math.exp(scored.loss))
 
 

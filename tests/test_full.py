@@ -13,7 +13,7 @@ from trimtab.base import Base
 from trimtab.base.fingerprint import own_weights
 from trimtab.core.errors import ArtifactError, NoSuchModule, RecipeError, UnsupportedModel
 from trimtab.data import pack_all, pack_flat
-from trimtab.data.example import Sequence
+from trimtab.data.example import TokenRow
 from trimtab.deploy import load_adapter, merge, save_adapter
 from trimtab.engine import pack_logprobs
 from trimtab.methods import attach
@@ -24,10 +24,10 @@ from trimtab.train import TrainConfig, train
 
 IDS = torch.tensor(random_rows(11, 11))
 ROWS = [
-    Sequence(ids, list(range(start, len(ids))), f"row:{n}", len(ids))
+    TokenRow(ids, list(range(start, len(ids))), f"row:{n}", len(ids))
     for n, (ids, start) in enumerate(zip(random_rows(9, 14, 3, 11), (7, 2, 2, 1), strict=True))
 ]
-LEARNED = sum(len(row.learned) for row in ROWS)
+LEARNED = sum(len(row.target_indices) for row in ROWS)
 
 
 def logits(model):
@@ -37,7 +37,7 @@ def logits(model):
 
 def plain_loss(model):
     """The mean over the learned tokens of rows alone, by the model's own forward pass."""
-    return -sum(logprob_alone(model, row.ids, row.learned) for row in ROWS) / LEARNED
+    return -sum(logprob_alone(model, row.ids, row.target_indices) for row in ROWS) / LEARNED
 
 
 def moe(dtype=torch.float32):

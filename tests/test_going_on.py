@@ -9,7 +9,7 @@ from families import FAMILIES, exact_norms, logprob_alone, method_of, perturb, r
 
 from trimtab.base import Base
 from trimtab.data import pack, pack_all, units
-from trimtab.data.example import Sequence
+from trimtab.data.example import TokenRow
 from trimtab.data.mismatched import with_mismatched
 from trimtab.data.prefix_tree import Segment, chained
 from trimtab.engine import Memory, layouts
@@ -38,7 +38,7 @@ def rows():
     answers = random_rows(4, 5, 9, 3, 6, 2, seed=3)
     answers[1] = answers[0][:2] + answers[1]
     made = [
-        Sequence(p + a, list(range(len(p), len(p + a))), f"row:{n}", len(p + a), "bad" if n % 3 else "good")
+        TokenRow(p + a, list(range(len(p), len(p + a))), f"row:{n}", len(p + a), "bad" if n % 3 else "good")
         for n, (p, a) in enumerate(zip(prompts, answers, strict=True))
     ]
     return [replace(row, reference=-30.0 - n) for n, row in enumerate(with_mismatched(made, 0))]
@@ -64,7 +64,9 @@ def test_what_goes_on_and_in_which_order():
         last = max(n for n, one in enumerate(learned) if one.after is not None)
         assert all(one.after is not None and len(one.sequences) == 1 for one in learned[:last])
         for one in gone_on(several):
-            assert one.computed - len(one.ids) == len(one.after.ids) == sum(len(row.learned) for row in one.after.sequences)
+            assert (
+                one.computed - len(one.ids) == len(one.after.ids) == sum(len(row.target_indices) for row in one.after.sequences)
+            )
     assert not gone_on(pack_all([row for row in rows() if row.side != "mismatched"], 24))
 
 
@@ -108,7 +110,7 @@ def test_answers_that_go_on_are_what_they_are_alone(family, by, monkeypatch):
     exact_norms(monkeypatch)
     model = tiny(family, torch.float64)
     perturb(attach(model, method_of("lora")).parameters())
-    alone = [float(logprob_alone(model, row.ids, row.learned).detach()) for row in rows()]
+    alone = [float(logprob_alone(model, row.ids, row.target_indices).detach()) for row in rows()]
     for limit in (1, 24, 1000):
         packs = pack_all(rows(), limit)
         assert gone_on(packs)
@@ -162,7 +164,7 @@ def test_held_out_rows_are_scored_the_same(monkeypatch):
     for one in found:
         assert one.loss == pytest.approx(apart.loss, rel=1e-6)
         assert one.measures == pytest.approx(apart.measures, rel=1e-6)
-        assert (one.tokens, one.rows) == (apart.tokens, apart.rows) == (sum(len(r.learned) for r in rows()[::2]), 6)
+        assert (one.tokens, one.rows) == (apart.tokens, apart.rows) == (sum(len(r.target_indices) for r in rows()[::2]), 6)
 
 
 @pytest.mark.parametrize("broken", ["nothing is left", "another token's"])
@@ -207,7 +209,7 @@ def test_steps_count_what_goes_on_as_computed():
     done, _ = step("lora", "llama", 1)
     learned = [rows()[unit[0]] for unit in units(rows())]
     assert done.tokens == sum(row.shown for row in learned)
-    assert done.computed == sum(len(row.ids) - 1 for row in learned) + sum(len(r.learned) for r in rows()[1::2])
+    assert done.computed == sum(len(row.ids) - 1 for row in learned) + sum(len(r.target_indices) for r in rows()[1::2])
 
 
 @pytest.mark.parametrize("window", [None, 33])

@@ -11,9 +11,9 @@ from families import perturb, random_rows, tiny
 
 from trimtab.base import Base
 from trimtab.core.errors import NonFinite
-from trimtab.core.interrupts import afterwards
+from trimtab.core.interrupts import interrupts_deferred
 from trimtab.data import pack_all
-from trimtab.data.example import Sequence
+from trimtab.data.example import TokenRow
 from trimtab.methods import attach
 from trimtab.methods.lora import LoRA
 from trimtab.objectives.sft import SFT
@@ -23,7 +23,7 @@ from trimtab.train import Optimizer, TrainConfig, loop, train
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 FLAT = TrainConfig(schedule="constant", warmup=0.0)
-ROWS = [Sequence(ids, list(range(2, len(ids))), f"row:{n}", len(ids)) for n, ids in enumerate(random_rows(9, 7, 8, 6, 9, 5))]
+ROWS = [TokenRow(ids, list(range(2, len(ids))), f"row:{n}", len(ids)) for n, ids in enumerate(random_rows(9, 7, 8, 6, 9, 5))]
 
 
 def adapted():
@@ -144,7 +144,7 @@ def test_an_interruption_waits_for_the_end_of_an_update():
 
 
 def updated(done):
-    with afterwards():
+    with interrupts_deferred():
         done.append("first")
         signal.raise_signal(signal.SIGINT)
         done.append("second")
@@ -189,7 +189,7 @@ def test_in_another_thread_an_update_goes_on_as_it_is():
     done = []
 
     def update():
-        with afterwards():
+        with interrupts_deferred():
             done.append(signal.getsignal(signal.SIGINT))
 
     before = signal.getsignal(signal.SIGINT)

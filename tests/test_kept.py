@@ -6,7 +6,7 @@ from families import FAMILIES, method_of, perturb, random_rows, tiny
 
 from trimtab.base import Base
 from trimtab.core.errors import NonFinite
-from trimtab.data import Sequence, pack_all
+from trimtab.data import TokenRow, pack_all
 from trimtab.engine import Work, kept, plan_memory
 from trimtab.engine.arena import Kept
 from trimtab.methods import Sample, attach
@@ -17,7 +17,7 @@ from trimtab.train import TrainConfig, train
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 LENGTHS = (9, 33, 14, 50, 6, 21, 40, 8)
-ROWS = [Sequence(ids, list(range(2, len(ids))), f"row:{n}") for n, ids in enumerate(random_rows(*LENGTHS))]
+ROWS = [TokenRow(ids, list(range(2, len(ids))), f"row:{n}") for n, ids in enumerate(random_rows(*LENGTHS))]
 STEPS = [pack_all(ROWS[n : n + 4], 30) for n in (0, 4, 2, 0)]
 """Packs that grow and shrink."""
 

@@ -176,7 +176,7 @@ OBJECTIVE_KEYS = [(name, key) for name in Objective.names() for key in Objective
 
 def by_preference(work, name, **settings):
     """What a run by an objective leaves behind; two epochs, because in the first step a reference is what is trained."""
-    data = str(work / ("judged.jsonl" if Objective.member(name).learns_from == "judged" else "pairs.jsonl"))
+    data = str(work / ("judged.jsonl" if Objective.member(name).data_kind == "judged" else "pairs.jsonl"))
     words = "-".join(f"{key}-{value}" for key, value in settings.items()).replace("/", "_")
     return outcome(
         work, f"objective-{name}-{words}", **{"data.train": data, "train.epochs": 2}, objective={"name": name, **settings}

@@ -16,7 +16,7 @@ from trimtab.api import fit
 from trimtab.base import Base
 from trimtab.base.loading import read_model
 from trimtab.core.errors import ArtifactError, DataError, UnsupportedModel
-from trimtab.data.example import Sequence as Row
+from trimtab.data.example import TokenRow
 from trimtab.methods import attach
 from trimtab.methods.lora import LoRA
 
@@ -322,7 +322,7 @@ def test_rows_with_tokens_that_the_model_has_no_embedding_for_are_refused(larger
 def test_nor_are_rows_trained_that_somebody_has_made(larger):
     base = Base.load(str(larger))
     adapter = attach(base.model, LoRA(rank=2))
-    rows = [Row([0, 5, 300, 1], [2, 3], "mine:1", 4)]
+    rows = [TokenRow([0, 5, 300, 1], [2, 3], "mine:1", 4)]
     with pytest.raises(DataError, match="mine:1: holds token 300"):
         next(fit(base, adapter, rows))
 

@@ -12,7 +12,7 @@ from families import logprob_alone, perturb, random_rows, tiny
 from trimtab.base import Base
 from trimtab.core.errors import NoSuchModule, RecipeError
 from trimtab.data import pack_flat
-from trimtab.data.example import Sequence as Row
+from trimtab.data.example import TokenRow
 from trimtab.deploy import load_adapter, merge, save_adapter
 from trimtab.engine import pack_logprobs
 from trimtab.methods import Sample, _lora_init, attach
@@ -92,8 +92,8 @@ def test_a_pattern_that_matches_no_target_is_refused(key):
 
 def test_b_learns_at_its_own_rate():
     method = LoRA(b_rate=16.0)
-    assert (method.relative_rate("A"), method.relative_rate("B")) == (1.0, 16.0)
-    assert DoRA(b_rate=16.0).relative_rate("magnitude") == 1.0
+    assert (method.lr_multiplier("A"), method.lr_multiplier("B")) == (1.0, 16.0)
+    assert DoRA(b_rate=16.0).lr_multiplier("magnitude") == 1.0
 
 
 # embeddings and head
@@ -119,7 +119,7 @@ def test_gradients_of_packed_rows_at_both_ends_are_plain_autograds(kind, family)
     expected = torch.autograd.grad(
         sum(logprob_alone(model, ids, list(range(1, len(ids)))) for ids in ROWS), list(parameters.values())
     )
-    packed = pack_logprobs(model, pack_flat(Row(ids, list(range(1, len(ids))), "row") for ids in ROWS))
+    packed = pack_logprobs(model, pack_flat(TokenRow(ids, list(range(1, len(ids))), "row") for ids in ROWS))
     ours = torch.autograd.grad(packed.sum(), list(parameters.values()))
     for name, mine, theirs in zip(parameters, ours, expected, strict=True):
         largest = float(theirs.abs().max())

@@ -13,7 +13,7 @@ from families import FAMILIES, method_of, perturb, random_rows, tiny
 
 import trimtab
 from trimtab.core.errors import RecipeError
-from trimtab.data import Sequence, pack_flat, pack_tree
+from trimtab.data import TokenRow, pack_flat, pack_tree
 from trimtab.data.mismatched import with_mismatched
 from trimtab.engine import Memory, Work, head, memory, pack_logprobs, plan_memory
 from trimtab.engine.arena import forget_transient
@@ -26,7 +26,7 @@ from trimtab.report.tables import memory_words
 from trimtab.run.resume import Unfinished
 from trimtab.train import TrainConfig, planned_memory
 
-ROWS = [Sequence(ids, list(range(3, len(ids))), f"row:{n}") for n, ids in enumerate(random_rows(40, 17, 25, 9))]
+ROWS = [TokenRow(ids, list(range(3, len(ids))), f"row:{n}") for n, ids in enumerate(random_rows(40, 17, 25, 9))]
 
 
 def gradients(model, adapter, recompute):
@@ -83,7 +83,7 @@ def small_tiles(monkeypatch):
 
 
 def rows_of(*lengths):
-    return [Sequence(ids, list(range(1, len(ids))), f"row:{n}") for n, ids in enumerate(random_rows(*(n + 1 for n in lengths)))]
+    return [TokenRow(ids, list(range(1, len(ids))), f"row:{n}") for n, ids in enumerate(random_rows(*(n + 1 for n in lengths)))]
 
 
 def kept(model, pack, recompute=False):
@@ -154,7 +154,7 @@ def test_dropout_an_adapted_head_and_large_adapters_count(given, by_hand, one_th
 
 def test_rows_that_share_what_they_begin_with(one_thread, small_tiles):
     head = random_rows(60)[0]
-    rows = [Sequence([*head, *tail], list(range(61, 61 + 20)), "row") for tail in random_rows(*[21] * 6, seed=3)]
+    rows = [TokenRow([*head, *tail], list(range(61, 61 + 20)), "row") for tail in random_rows(*[21] * 6, seed=3)]
     pack = pack_tree(rows)
     assert len(pack.ids) < 200
     assert sum(pack.pairs) == 60 * 60 + sum(20 * 80 for _ in rows)
@@ -292,7 +292,7 @@ def test_all_that_is_planned_fits(kind, free, monkeypatch, small_tiles):
     base = trimtab.Base(tiny("llama"))
     trimtab.attach(base.model, LoRA(rank=2, targets=[r".*layers\.1\..*_proj"]))
     rows = [
-        Sequence(ids, list(range(20, 40)), f"row:{n}", 40, ("good", "bad")[n % 2])
+        TokenRow(ids, list(range(20, 40)), f"row:{n}", 40, ("good", "bad")[n % 2])
         for n, ids in enumerate(random_rows(*[40] * 60))
     ]
     rows = with_mismatched(rows, 0) if kind == "judged" else [replace(row, side=None) for row in rows]

@@ -44,7 +44,7 @@ def test_starts_as_the_base_bit_for_bit(method, family):
     model = tiny(family)
     before = logits(model)
     attached(model, method)
-    assert torch.equal(logits(model), before) == method.starts_as_base
+    assert torch.equal(logits(model), before) == method.identity_at_init
 
 
 @pytest.mark.parametrize("family", OTHERS)

@@ -15,7 +15,7 @@ from torch.nn.functional import logsigmoid
 from trimtab.base import Base
 from trimtab.core.errors import DataError, RecipeError
 from trimtab.data import pack_all, pack_flat, plan_steps, units
-from trimtab.data.example import Sequence
+from trimtab.data.example import TokenRow
 from trimtab.data.mismatched import derangement, with_mismatched
 from trimtab.engine import generate, pack_logprobs
 from trimtab.evaluate import score_loss
@@ -54,7 +54,7 @@ def rows_of(kind, count=6, seed=0, sizes=(3, 9)):
             answer = random_rows(draw.randint(*sizes), seed=100 * seed + 2 * number + n + 50)[0]
             ids = [*prompt, *answer]
             made.append(
-                Sequence(ids, list(range(len(prompt), len(ids))), f"row:{number}", len(ids), side, draw.uniform(-60, -20))
+                TokenRow(ids, list(range(len(prompt), len(ids))), f"row:{number}", len(ids), side, draw.uniform(-60, -20))
             )
     return made
 
@@ -95,7 +95,7 @@ def by_hand(how, units_of_values, pooled):
 
 
 def kind_of(how):
-    return Objective.member(how["name"]).learns_from
+    return Objective.member(how["name"]).data_kind
 
 
 @pytest.mark.parametrize("how", SETTINGS, ids=NAMED)
@@ -111,7 +111,10 @@ def test_the_loss_is_the_formula(how):
         items += objective.items(pack)
     expected = by_hand(
         how,
-        [[(values[id(rows[n])], rows[n].reference, len(rows[n].learned), rows[n].side) for n in unit] for unit in units(rows)],
+        [
+            [(values[id(rows[n])], rows[n].reference, len(rows[n].target_indices), rows[n].side) for n in unit]
+            for unit in units(rows)
+        ],
         pooled,
     )
     assert items == len(units(rows))
@@ -123,7 +126,7 @@ def test_supervised_fine_tuning_is_the_mean_over_all_learned_tokens():
     logprobs = [-3.0 * (number + 1) for number in range(len(rows))]
     pack = pack_flat(rows)
     summed = SFT().loss(torch.tensor([logprobs[rows.index(row)] for row in pack.sequences]), pack, 0.0)
-    assert SFT().items(pack) == sum(len(row.learned) for row in rows)
+    assert SFT().items(pack) == sum(len(row.target_indices) for row in rows)
     assert float(summed) == pytest.approx(-sum(logprobs))
 
 
@@ -135,8 +138,8 @@ def test_what_is_read_beside_the_loss_is_the_formula(how):
     found = objective.measures(torch.tensor(logprobs, dtype=torch.float64), pack, 0.8)
     rewards = {
         "dpo": lambda logp, row: how.get("beta", 0.1) * (logp - row.reference),
-        "orpo": lambda logp, row: how["weight"] * logp / len(row.learned),
-        "simpo": lambda logp, row: how["beta"] * logp / len(row.learned),
+        "orpo": lambda logp, row: how["weight"] * logp / len(row.target_indices),
+        "simpo": lambda logp, row: how["beta"] * logp / len(row.target_indices),
         "cpo": lambda logp, row: how["beta"] * logp,
         "kto": lambda logp, row: how["beta"] * (logp - row.reference),
     }
@@ -166,7 +169,7 @@ def test_what_objectives_take_where_nothing_is_said():
         "kto": {"name": "kto", "beta": 0.1, "desirable": "auto", "undesirable": "auto", "reference": "auto"},
     }
     rates = {"sft": 1.0, "dpo": 0.1, "orpo": 0.5, "simpo": 0.1, "cpo": 0.1, "kto": 0.1}
-    assert {name: Objective.member(name).relative_rate for name in rates} == rates
+    assert {name: Objective.member(name).lr_multiplier for name in rates} == rates
 
 
 LIMITS = [1e-7, 0.0, -1e-9, -1e-7, -1e-4, -1.0, -30.0, -1e4]
@@ -177,7 +180,7 @@ def exactly(how, logprobs, rows, pooled):
     """Loss and gradient in float64, by formulas that cancel nothing; of ORPO, 1 - p is at least 2^-24, and its slope too."""
     x = torch.tensor(logprobs, dtype=torch.float64, requires_grad=True)
     ratios = x - torch.tensor([row.reference for row in rows], dtype=torch.float64)
-    means = x / torch.tensor([len(row.learned) for row in rows], dtype=torch.float64)
+    means = x / torch.tensor([len(row.target_indices) for row in rows], dtype=torch.float64)
     if how["name"] == "kto":
         sign, weight = (1, how["desirable"]) if rows[0].side == "good" else (-1, how["undesirable"])
         loss = weight * torch.sigmoid(-sign * how["beta"] * (ratios[0] - pooled))
@@ -196,7 +199,7 @@ def exactly(how, logprobs, rows, pooled):
         if how.get("loss_type") == "hinge":
             loss = torch.relu(1 - margin)
         if how.get("loss_type") == "ipo":
-            by_token = [ratio / len(row.learned) for ratio, row in zip(ratios, rows, strict=True)]
+            by_token = [ratio / len(row.target_indices) for ratio, row in zip(ratios, rows, strict=True)]
             loss = (by_token[0] - by_token[1] - 1 / (2 * how["beta"])) ** 2
         loss = loss - how.get("sft", 0.0) * means[0]
     loss.backward()
@@ -223,7 +226,7 @@ def test_losses_and_gradients_are_right_where_answers_are_impossible_or_certain(
 def test_orpo_of_a_certain_answer_is_its_limit():
     """For p -> 1 of the chosen one, -weight · odds of the rejected one is the slope that is left; it is not lost to the bound on 1 - p."""
     pack = pack_flat(rows_of("pairs", 1))
-    tokens = [len(row.learned) for row in pack.sequences]
+    tokens = [len(row.target_indices) for row in pack.sequences]
     for other in (-0.01, -1.0, -30.0):
         logprobs = torch.tensor([0.0, other], requires_grad=True)
         Objective.pick({"name": "orpo", "weight": 0.4}).loss(logprobs, pack, 0.0).backward()
@@ -242,7 +245,7 @@ def test_an_answer_that_is_certain_does_not_break_a_step(how, dtype):
     adapter = attach(base.model, LoRA(rank=3))
     prompts = random_rows(*[4] * 30)
     likely = [
-        Sequence([*prompt, *answer], [4, 5], "likely")
+        TokenRow([*prompt, *answer], [4, 5], "likely")
         for prompt, answer in zip(prompts, generate(base.model, prompts, [], max_new_tokens=2), strict=True)
     ]
     certain = [row for row, value in zip(likely, pack_logprobs(base.model, pack_flat(likely)), strict=True) if value == 0]
@@ -283,12 +286,14 @@ def test_a_step_is_the_formulas_whatever_its_packs(how):
         (step,) = train(base, adapter, objective, [pack_all(rows, limit)], FLAT, 1e-3)
         results.append((step, {name: p.grad for name, p in adapter.parameters().items()}))
     base, _ = adapted()
-    values = {id(row): float(logprob_alone(base.model, row.ids, row.learned).detach()) for row in rows}
+    values = {id(row): float(logprob_alone(base.model, row.ids, row.target_indices).detach()) for row in rows}
     learned = [[rows[n] for n in unit if rows[n].side != "mismatched"] for unit in units(rows)]
     ratios = [values[id(row)] - row.reference for row in rows if row.side == "mismatched"]
     pooled = max(0.0, sum(ratios) / len(ratios)) if ratios else 0.0
     assert pooled > 0.1 or not objective.pools
-    expected = by_hand(how, [[(values[id(r)], r.reference, len(r.learned), r.side) for r in unit] for unit in learned], pooled)
+    expected = by_hand(
+        how, [[(values[id(r)], r.reference, len(r.target_indices), r.side) for r in unit] for unit in learned], pooled
+    )
     assert score_loss(base, rows, 24, objective).loss == pytest.approx(expected, rel=1e-6)  # and so is what is held out
     for step, _ in results:
         assert step.loss == pytest.approx(expected, rel=1e-6)
@@ -303,7 +308,7 @@ def test_the_gradient_is_the_formulas(how):
     rows, objective = rows_of(kind_of(how)), Objective.pick(how)
     base, adapter = adapted()
     parameters = adapter.parameters()
-    logp = {id(row): logprob_alone(base.model, row.ids, row.learned) for row in rows}
+    logp = {id(row): logprob_alone(base.model, row.ids, row.target_indices) for row in rows}
     if how["name"] == "dpo":
         margins = [
             0.1 * ((logp[id(c)] - c.reference) - (logp[id(r)] - r.reference))
@@ -373,15 +378,15 @@ def test_one_prompt_alone_is_refused():
 def test_mismatched_answers_are_another_rows_after_the_own_prompt():
     rows = rows_of("judged", 7)
     made = with_mismatched(rows, 1, max_length=9)
-    answers = {tuple(row.ids[row.learned[0] :]) for row in rows}
+    answers = {tuple(row.ids[row.target_indices[0] :]) for row in rows}
     for row, other in zip(made[::2], made[1::2], strict=True):
-        start = row.learned[0]
+        start = row.target_indices[0]
         assert row in rows
         assert other.ids[:start] == row.ids[:start]
         assert any(answer[: len(other.ids) - start] == tuple(other.ids[start:]) for answer in answers)
         assert other.ids[start:] != row.ids[start:]
         assert len(other.ids) <= 9
-        assert (other.side, other.learned) == ("mismatched", list(range(start, len(other.ids))))
+        assert (other.side, other.target_indices) == ("mismatched", list(range(start, len(other.ids))))
 
 
 def test_the_pooled_number_is_the_whole_steps_and_no_gradient_goes_through_it():
@@ -391,7 +396,9 @@ def test_the_pooled_number_is_the_whole_steps_and_no_gradient_goes_through_it():
     pooled = [answered(base.model, objective, pack_all(rows, limit))[1] for limit in (1, 30, 1000)]
     assert pooled == pytest.approx([pooled[0]] * 3, rel=1e-9)
     ratios = [
-        float(logprob_alone(base.model, row.ids, row.learned).detach()) + 25.0 for row in rows if row.side == "mismatched"
+        float(logprob_alone(base.model, row.ids, row.target_indices).detach()) + 25.0
+        for row in rows
+        if row.side == "mismatched"
     ]
     assert pooled[0] == pytest.approx(max(0.0, sum(ratios) / len(ratios)), rel=1e-6)
 
@@ -445,7 +452,7 @@ def test_packs_never_part_a_pair_and_keep_to_their_limit(pairs, limit):
     for number, (kind, size, one, other) in enumerate(pairs):
         for side, answer in (("chosen", one), ("rejected", other)):
             ids = [*([kind + 5] * size), *answer]
-            rows.append(Sequence(ids, list(range(size, len(ids))), f"row:{number}", len(ids), side))
+            rows.append(TokenRow(ids, list(range(size, len(ids))), f"row:{number}", len(ids), side))
     packs = pack_all(rows, limit)
     assert sorted(row.where for pack in packs for row in pack.sequences) == sorted(row.where for row in rows)
     for pack in packs:

@@ -11,7 +11,7 @@ from trimtab.core import attention_hook
 from trimtab.core.attention_hook import Rules, Virtual
 from trimtab.core.errors import UnsupportedModel
 from trimtab.data import Pack, Segment, pack_all, pack_flat, pack_tree
-from trimtab.data.example import Sequence
+from trimtab.data.example import TokenRow
 from trimtab.engine import check_packing, forward, layouts, pack_logprobs
 from trimtab.engine.forward import hidden_states
 from trimtab.engine.fused import blocks
@@ -28,7 +28,7 @@ def exact(monkeypatch):
     exact_norms(monkeypatch)
 
 
-ROWS = [Sequence(ids, learned, f"row:{n}") for n, (ids, learned) in enumerate(zip(
+ROWS = [TokenRow(ids, learned, f"row:{n}") for n, (ids, learned) in enumerate(zip(
     random_rows(9, 14, 3, 11), ([5, 6, 7, 8], [4, 5, 9, 13], [1, 2], list(range(1, 11))), strict=True
 ))]  # fmt: skip
 
@@ -51,7 +51,7 @@ def test_packed_losses_and_gradients_equal_those_of_rows_alone(family):
     parameters = list(adapter.parameters().values())
     packed = pack_logprobs(model, pack_flat(ROWS))
     packed_gradients = torch.autograd.grad(packed.sum(), parameters)
-    alone = torch.stack([logprob_alone(model, row.ids, row.learned) for row in ROWS])
+    alone = torch.stack([logprob_alone(model, row.ids, row.target_indices) for row in ROWS])
     alone_gradients = torch.autograd.grad(alone.sum(), parameters)
     assert relative(packed, alone) < TOLERANCE[family]
     for ours, reference in zip(packed_gradients, alone_gradients, strict=True):
@@ -86,15 +86,17 @@ def test_a_tree_of_segments_equals_its_paths_as_flat_rows(family):
     parameters = list(adapter.parameters().values())
     prompt, common, left, right, other = random_rows(6, 3, 4, 2, 5, seed=1)
     rows = [
-        Sequence(prompt + common + left, list(range(6, 13)), "left"),
-        Sequence(prompt + common + right, list(range(6, 11)), "right"),
-        Sequence(prompt + other, list(range(6, 11)), "other"),
+        TokenRow(prompt + common + left, list(range(6, 13)), "left"),
+        TokenRow(prompt + common + right, list(range(6, 11)), "right"),
+        TokenRow(prompt + other, list(range(6, 11)), "other"),
     ]
     flat = pack_logprobs(model, pack_flat(rows))
     segments = (Segment(0, 6, -1), Segment(6, 9, 0), Segment(9, 13, 1), Segment(13, 15, 1), Segment(15, 20, 0))
     paths = [[0, 1, 2], [0, 1, 3], [0, 4]]
     places = [[t for s in path for t in range(segments[s].start, segments[s].end)] for path in paths]
-    targets = [(at[t - 1], row.ids[t], n) for n, (row, at) in enumerate(zip(rows, places, strict=True)) for t in row.learned]
+    targets = [
+        (at[t - 1], row.ids[t], n) for n, (row, at) in enumerate(zip(rows, places, strict=True)) for t in row.target_indices
+    ]
     at, token, of = (torch.tensor(column) for column in zip(*targets, strict=True))
     positions = torch.tensor([*range(9), *range(9, 13), *range(9, 11), *range(6, 11)])
     tree = Pack(
@@ -115,7 +117,7 @@ def forked():
     head, one, two, three, apart = random_rows(10, 9, 8, 5, 7, seed=2)
     rows = [head + one + two, head + one + three, head + one, head + three, head + three, apart, head + one[:2] + two]
     starts = [12, 4, 10, 11, 2, 3, 8]
-    return [Sequence(ids, list(range(s, len(ids))), f"fork:{n}") for n, (ids, s) in enumerate(zip(rows, starts, strict=True))]
+    return [TokenRow(ids, list(range(s, len(ids))), f"fork:{n}") for n, (ids, s) in enumerate(zip(rows, starts, strict=True))]
 
 
 def test_what_many_rows_see_has_their_gradients_added_up_in_float32():
@@ -194,7 +196,7 @@ def test_a_broken_mask_window_or_position_is_noticed(broken, by_hand, monkeypatc
     family = "mistral"
     model, _ = adapted(family)
     pack = pack_flat(ROWS)
-    alone = torch.stack([logprob_alone(model, row.ids, row.learned) for row in ROWS])
+    alone = torch.stack([logprob_alone(model, row.ids, row.target_indices) for row in ROWS])
     if broken == "causal":
         monkeypatch.setattr(layouts, "causal", lambda q, k, *_: torch.ones(q, k, dtype=torch.bool))
         seen = blocks.attend
@@ -233,7 +235,7 @@ def test_calls_without_a_layout_are_the_models_own_bit_for_bit(own):
     hidden_states(model, pack.ids, pack.positions, layouts.PackLayout(pack.segments))
     assert model.config._attn_implementation == f"trimtab-{own}"
     assert torch.equal(outputs(), before)
-    attention_hook.unheed(model)
+    attention_hook.remove_hook(model)
     assert model.config._attn_implementation == own
 
 
@@ -263,16 +265,16 @@ def test_a_model_that_asks_attention_for_more_is_refused_by_name():
 def test_a_model_that_drops_keywords_on_the_way_is_refused(monkeypatch):
     model = tiny("cohere")
     monkeypatch.setattr(attention_hook, "_attention", lambda *_, own, layout, **asked: (_[1].transpose(1, 2), None))
-    attention_hook.heed(model)
+    attention_hook.install_hook(model)
     with pytest.raises(UnsupportedModel, match="CohereForCausalLM does not hand keywords of forward on to attention"):
         pack_logprobs(model, pack_flat(ROWS))
     monkeypatch.undo()
-    attention_hook.unheed(model)
+    attention_hook.remove_hook(model)
     pack_logprobs(model, pack_flat(ROWS))
 
 
 def test_packs_hold_every_row_once_and_drop_what_nothing_needs():
-    rows = [Sequence(ids, [len(ids) - 1], f"row:{n}") for n, ids in enumerate(random_rows(30, 5, 12, 9, 17, 2, 8))]
+    rows = [TokenRow(ids, [len(ids) - 1], f"row:{n}") for n, ids in enumerate(random_rows(30, 5, 12, 9, 17, 2, 8))]
     packs = pack_all(rows, 20)
     assert sorted(row.where for pack in packs for row in pack.sequences) == sorted(row.where for row in rows)
     for pack in packs:

@@ -73,7 +73,7 @@ def logprob(base, row):
 def test_every_method_starts_as_its_reference(name, trained):
     """DPO at ln 2 with margins of 0, KTO at half the weight with a divergence of 0; for an adapter that is trained on, too."""
     base, adapter = base_with(name, trained=trained)
-    as_base = adapter.method.starts_as_base
+    as_base = adapter.method.identity_at_init
     scored, rows, facts = start_of(Objective.pick("dpo"), base, adapter, PAIRS)
     assert facts["kind"] == ("start" if trained else "base")
     if trained or as_base:
@@ -101,7 +101,7 @@ def test_every_method_starts_as_its_reference(name, trained):
 def test_every_method_learns_by_every_objective(name, objective):
     base, adapter = base_with(name)
     picked, before = Objective.pick(objective), base.fingerprint["weights"]
-    rows = PAIRS if picked.learns_from == "pairs" else JUDGED
+    rows = PAIRS if picked.data_kind == "pairs" else JUDGED
     losses = [
         step.loss for step in api.fit(base, adapter, rows, picked, epochs=30, rows_per_step=6, lr=3e-2, schedule="constant")
     ]
@@ -227,7 +227,7 @@ def own_divergence(base, other, rows):
     found = []
     for row in rows:
         p, q = (model(torch.tensor([row.ids]), use_cache=False).logits[0].double().log_softmax(-1) for model in (base, other))
-        found += [(p[t - 1].exp() * (p[t - 1] - q[t - 1])).sum() for t in row.learned]
+        found += [(p[t - 1].exp() * (p[t - 1] - q[t - 1])).sum() for t in row.target_indices]
     return float(torch.stack(found).mean())
 
 
@@ -292,7 +292,7 @@ def test_the_divergence_from_another_model_whose_vocabulary_is_padded(world):
 
     def found(one, two):
         nats = sum(float(pack_divergences(one, two, nullcontext, pack).sum()) for pack in pack_all(rows, 64))
-        return nats / sum(len(row.learned) for row in rows)
+        return nats / sum(len(row.target_indices) for row in rows)
 
     assert found(base.model, other.model) == pytest.approx(expected, rel=1e-4)
     assert found(other.model, base.model) == pytest.approx(back, rel=1e-4)
@@ -346,8 +346,8 @@ def test_a_recipe_trains_by_preference(world, tmp_path, name):
     assert evals[-1]["loss"] < evals[0]["loss"]
     assert evals[-1]["accuracy"] == 1.0
     assert {"accuracy", "good_reward" if name == "kto" else "margin"} <= lines[-2].keys()
-    compares = name in ("dpo", "kto")
-    assert (run.state["reference"] is not None) == compares
+    needs_reference = name in ("dpo", "kto")
+    assert (run.state["reference"] is not None) == needs_reference
     if name == "dpo":
         assert evals[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
         assert run.state["reference"]["kind"] == "base"
@@ -500,7 +500,7 @@ def test_a_fresh_adapter_can_be_the_reference(world, tmp_path, capsys, method, n
     data = {"train": str(world / ("judged.jsonl" if name == "kto" else "pairs.jsonl")), "eval": 6}
     objective, train = {"name": name, "reference": "start"}, {"epochs": 2, "rows_per_step": 8, "lr": 1e-2}
     run = run_recipe(recipe(world, tmp_path, objective=objective, data=data, method=method, train=train))
-    virtual = not Method.member(method).starts_as_base
+    virtual = not Method.member(method).identity_at_init
     assert run.state["reference"]["kind"] == ("start" if virtual else "base")
     assert run.state["reference"]["start_differs"] < 1e-4
     assert (run.folder / "start").is_dir() == virtual

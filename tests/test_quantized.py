@@ -11,7 +11,7 @@ from trimtab.base import Base, ModelConfig, quantized
 from trimtab.base.fingerprint import own_weights, weights_hash
 from trimtab.core.errors import ArtifactError, BaseChanged, NotMergeable, RecipeError, UnsupportedModel
 from trimtab.data import pack_flat
-from trimtab.data.example import Sequence as Row
+from trimtab.data.example import TokenRow
 from trimtab.deploy import load_adapter, merge, open_target, save_adapter
 from trimtab.engine import check_packing, generate, pack_logprobs
 from trimtab.methods import Method, Sample, attach
@@ -111,7 +111,7 @@ def test_gradients_reach_the_adapter_alone_and_are_those_on_the_dequantized_mode
             perturb(adapter.parameters(), 0.05)
             state = adapter.state()
         adapter.load_state(state)
-        pack = pack_flat(Row(ids, list(range(1, len(ids))), "row") for ids in ROWS)
+        pack = pack_flat(TokenRow(ids, list(range(1, len(ids))), "row") for ids in ROWS)
         pack_logprobs(model, pack).sum().backward()
         parameters = adapter.parameters()
         gradients.append({n: p.grad for n, p in parameters.items()})
@@ -129,7 +129,7 @@ def test_packed_rows_are_the_rows_alone_and_cached_decoding_is_the_full_pass(nam
     base = load(kind)
     adapted(base, name)
     with torch.no_grad():
-        packed = pack_logprobs(base.model, pack_flat(Row(ids, list(range(1, len(ids))), "row") for ids in ROWS))
+        packed = pack_logprobs(base.model, pack_flat(TokenRow(ids, list(range(1, len(ids))), "row") for ids in ROWS))
         alone = torch.stack([logprob_alone(base.model, ids, list(range(1, len(ids)))) for ids in ROWS])
     torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-4)  # float32: the same sums in another order
     for prompt, answer in zip(ROWS, generate(base.model, ROWS, [], max_new_tokens=12), strict=True):

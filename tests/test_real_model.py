@@ -38,7 +38,7 @@ def adapter(smollm2):
 
 
 def test_labels_are_the_answer_and_the_end_of_its_turn(smollm2, rows):
-    text = smollm2.tokenizer.decode([rows[0].ids[t] for t in rows[0].learned])
+    text = smollm2.tokenizer.decode([rows[0].ids[t] for t in rows[0].target_indices])
     examples, _ = load_examples(str(DEMO / "train.jsonl"))
     assert text == examples[0].messages[-1]["content"] + "<|im_end|>"
 
@@ -47,7 +47,7 @@ def test_packed_rows_equal_rows_alone(smollm2, rows, adapter):
     perturb(adapter.parameters(), 0.02)
     with torch.no_grad():
         packed = pack_logprobs(smollm2.model, pack_flat(rows[:5]))
-        alone = torch.stack([logprob_alone(smollm2.model, row.ids, row.learned) for row in rows[:5]])
+        alone = torch.stack([logprob_alone(smollm2.model, row.ids, row.target_indices) for row in rows[:5]])
     torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-4)
 
 
@@ -62,7 +62,7 @@ def test_three_steps_lower_the_loss_and_leave_the_base_alone(smollm2, rows, adap
 
 def test_cached_decoding_equals_full_passes(smollm2, rows, adapter):
     perturb(adapter.parameters(), 0.01)
-    prompts = [row.ids[: row.learned[0]] for row in rows[:3]]
+    prompts = [row.ids[: row.target_indices[0]] for row in rows[:3]]
     answers = generate(smollm2.model, prompts, [], max_new_tokens=12)
     for prompt, answer in zip(prompts, answers, strict=True):
         with torch.no_grad():
@@ -99,4 +99,4 @@ def test_what_training_reads_is_what_a_chat_asks(smollm2):
     for example in examples[:10]:
         (row,) = make_sequences([example], smollm2, account)
         asked = smollm2.render(example.messages[:-1], prompt=True)
-        assert smollm2.encode([asked])[0].ids == row.ids[: row.learned[0]]
+        assert smollm2.encode([asked])[0].ids == row.ids[: row.target_indices[0]]

@@ -650,7 +650,7 @@ def test_a_run_that_ended_meanwhile_is_left_alone(here, monkeypatch):
     recipe, before, looked = read(Recipe, Path("r.yaml"), ["output=whole"]), tree("whole"), []
     look = resuming._is_unfinished
     monkeypatch.setattr(resuming, "_is_unfinished", lambda recipe: looked.append(1) or len(looked) == 1 or look(recipe))
-    with pytest.raises(StorageError, match="exists already"), resuming.claimed(recipe, print):
+    with pytest.raises(StorageError, match="exists already"), resuming.claim_output(recipe, print):
         pass
     assert {path: content for path, content in tree("whole").items() if path.name != checkpoints.LOCK} == before
 

@@ -202,7 +202,7 @@ def clock(monkeypatch):
 
 @pytest.mark.parametrize("number", interrupts.SIGNALS, ids=lambda number: number.name)
 def test_the_first_is_obeyed_and_those_at_once_after_it_change_nothing(number, clock):
-    with interrupts.heeded(to_the_end=False) as came:
+    with interrupts.as_keyboard_interrupt(to_the_end=False) as came:
         assert not came()
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(number)
@@ -219,9 +219,9 @@ def test_the_first_is_obeyed_and_those_at_once_after_it_change_nothing(number, c
 def test_one_that_is_ignored_stays_ignored(clock):
     """As under nohup."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    with interrupts.heeded(to_the_end=False):
+    with interrupts.as_keyboard_interrupt(to_the_end=False):
         signal.raise_signal(signal.SIGHUP)
-    with interrupts.heeded(to_the_end=True):
+    with interrupts.as_keyboard_interrupt(to_the_end=True):
         pass
     for number in interrupts.SIGNALS:
         signal.raise_signal(number)  # the process ends
@@ -258,7 +258,10 @@ def test_one_that_comes_while_a_state_is_written_comes_afterwards(here, monkeypa
 
     monkeypatch.setattr(checkpoints, "write_state", interrupted)
     recipe = read(Recipe, Path("r.yaml"), ["output=new", "train.evaluate_every=10"])
-    with interrupts.heeded(to_the_end=False), pytest.raises(KeyboardInterrupt, match="the adapter after step 10 is in"):
+    with (
+        interrupts.as_keyboard_interrupt(to_the_end=False),
+        pytest.raises(KeyboardInterrupt, match="the adapter after step 10 is in"),
+    ):
         run_recipe(recipe)
     assert calls == [10]
     assert json.loads(Path("new/run.json").read_text())["status"] == "interrupted"
@@ -281,7 +284,10 @@ def test_one_that_comes_while_an_interrupted_run_is_saved_changes_nothing(here, 
 
     monkeypatch.setattr(checkpoints.Saver, "save", save)
     recipe = read(Recipe, Path("r.yaml"), ["output=new", "train.evaluate_every=10"])
-    with interrupts.heeded(to_the_end=False), pytest.raises(KeyboardInterrupt, match="the adapter after step 7 is in"):
+    with (
+        interrupts.as_keyboard_interrupt(to_the_end=False),
+        pytest.raises(KeyboardInterrupt, match="the adapter after step 7 is in"),
+    ):
         run_recipe(recipe, Pressing())
     assert pressed == [7]
     assert [json.loads(line)["step"] for line in Path("new/metrics.jsonl").read_text().splitlines()] == list(range(1, 8))

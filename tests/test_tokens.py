@@ -13,7 +13,7 @@ import trimtab
 from trimtab.base import Base
 from trimtab.core.errors import ArtifactError, DataError, NotMergeable, RecipeError
 from trimtab.data import Account, Conversation, make_sequences, pack_flat
-from trimtab.data.example import Sequence as Row
+from trimtab.data.example import TokenRow
 from trimtab.deploy import load_adapter, merge, save_adapter
 from trimtab.engine import generate, pack_logprobs
 from trimtab.methods import active, attach
@@ -57,7 +57,7 @@ def test_it_is_the_model_with_those_rows_of_its_tables_in_their_place(family, he
     assert len(adapter.parameters()) == (2 if head and not tied else 1)
     expected = with_rows(tiny(family), SOME, rows, head_rows[0] if head_rows else None)
     torch.testing.assert_close(logits(model), logits(expected), rtol=1e-5, atol=1e-5)
-    packed = pack_logprobs(model, pack_flat(Row(ids, list(range(1, len(ids))), "row") for ids in ROWS))
+    packed = pack_logprobs(model, pack_flat(TokenRow(ids, list(range(1, len(ids))), "row") for ids in ROWS))
     alone = [logprob_alone(expected, ids, list(range(1, len(ids)))) for ids in ROWS]
     torch.testing.assert_close(packed.detach(), torch.stack(alone), rtol=1e-5, atol=1e-4)
 
@@ -229,8 +229,8 @@ def test_rows_with_them_are_learned_as_one_token_each(tokenizer):
     thinking(base, method=Tokens(new=THINK.new_tokens))
     row = encoded(base)
     think, end = base.added_tokens["<think>"], base.added_tokens["</think>"]
-    assert {think, end} <= {row.ids[t] for t in row.learned}
-    assert base.decode([row.ids[t] for t in row.learned]) == "<think>hello</think> It is 4."
+    assert {think, end} <= {row.ids[t] for t in row.target_indices}
+    assert base.decode([row.ids[t] for t in row.target_indices]) == "<think>hello</think> It is 4."
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -247,7 +247,7 @@ def test_it_is_the_model_that_transformers_resizes(tied, rows):
     assert logits(base.model, torch.tensor([row.ids])).shape[-1] == max(391 + rows, 393)
     torch.testing.assert_close(logits(base.model, torch.tensor([row.ids])), logits(expected, torch.tensor([row.ids])))
     packed = pack_logprobs(base.model, pack_flat([row, row]))
-    torch.testing.assert_close(packed[1].detach(), logprob_alone(expected, row.ids, row.learned), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(packed[1].detach(), logprob_alone(expected, row.ids, row.target_indices), rtol=1e-5, atol=1e-5)
     packed.sum().backward()
     assert all((p.grad.abs().sum(1) > 0).all() for p in adapter.parameters().values())
     adapter.detach()

@@ -10,14 +10,14 @@ from families import logprob_alone, perturb, random_rows, tiny
 from trimtab.base import Base
 from trimtab.core.errors import BaseChanged, DataError, NonFinite
 from trimtab.data import pack_all, pack_flat
-from trimtab.data.example import Sequence
+from trimtab.data.example import TokenRow
 from trimtab.methods import attach
 from trimtab.methods.lora import LoRA
 from trimtab.objectives.sft import SFT
 from trimtab.train import Optimizer, PlannedSteps, TrainConfig, learning_rate, train
 
 ROWS = [
-    Sequence(ids, list(range(start, len(ids))), f"row:{n}", len(ids))
+    TokenRow(ids, list(range(start, len(ids))), f"row:{n}", len(ids))
     for n, (ids, start) in enumerate(zip(random_rows(9, 14, 3, 11, 6, 8, 12, 5), (7, 2, 2, 1, 5, 3, 11, 4), strict=True))
 ]
 FLAT = TrainConfig(schedule="constant", warmup=0.0, clip=None)
@@ -53,8 +53,8 @@ def test_the_loss_and_the_first_step_are_those_of_the_plain_formula():
     base, adapter = adapted()
     reference_base, reference = adapted()
     (step,) = train(base, adapter, SFT(), [pack_all(ROWS, 20)], TrainConfig(warmup=0.0, schedule="constant", clip=0.5), 1e-2)
-    learned = sum(len(row.learned) for row in ROWS)
-    loss = -sum(logprob_alone(reference_base.model, row.ids, row.learned) for row in ROWS) / learned
+    learned = sum(len(row.target_indices) for row in ROWS)
+    loss = -sum(logprob_alone(reference_base.model, row.ids, row.target_indices) for row in ROWS) / learned
     parameters = list(reference.parameters().values())
     optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.0)
     loss.backward()
@@ -94,7 +94,7 @@ def test_two_rates_are_those_of_torchs_groups_and_weights_decay_by_them():
 
 def test_a_step_says_how_many_tokens_its_rows_have_and_how_many_it_computed():
     base, adapter = adapted()
-    rows = [Sequence([*range(3, 19), token], [16], f"row:{token}", 20) for token in (3, 4, 5)]
+    rows = [TokenRow([*range(3, 19), token], [16], f"row:{token}", 20) for token in (3, 4, 5)]
     (step,) = train(base, adapter, SFT(), [pack_all(rows, 64)], FLAT, 1e-2)
     assert (step.tokens, step.computed) == (60, 16)  # what the rows begin with is all that predicts anything
 

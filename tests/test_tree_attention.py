@@ -9,7 +9,7 @@ import torch
 
 from trimtab.data.prefix_tree import Segment
 from trimtab.engine.fused import kernels, tree_attention
-from trimtab.engine.fused.tree_attention import Sight, Sizes, attend
+from trimtab.engine.fused.tree_attention import AttentionPlan, Sizes, attend
 
 FLAT = (Segment(0, 30, -1), Segment(30, 31, -1), Segment(31, 180, -1))
 TREE = (
@@ -53,7 +53,9 @@ def drawn(case, dtype=torch.float64):
 
 def ours(case, q, k, v, cos, sin, first):
     segments, sizes, virtual, window = case
-    return attend(q, k, v, cos, sin, Sight(segments, virtual, window), sizes, sizes.head**-0.5, tuple(first) if first else None)
+    return attend(
+        q, k, v, cos, sin, AttentionPlan(segments, virtual, window), sizes, sizes.head**-0.5, tuple(first) if first else None
+    )
 
 
 def written_out(case, q, k, v, cos, sin, first):

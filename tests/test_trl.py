@@ -65,7 +65,7 @@ def test_ten_steps_are_trls(tmp_path, monkeypatch, how):
     save_adapter(base, fresh, tmp_path / "start")
     fresh.detach()
     objective = Objective.pick(how)
-    rows = rows_of(objective.learns_from, 40, seed=1)
+    rows = rows_of(objective.data_kind, 40, seed=1)
     objective = objective.settled(rows)
     if objective.pools:
         rows = with_mismatched(rows, 0)
@@ -100,7 +100,7 @@ def test_ten_steps_are_trls(tmp_path, monkeypatch, how):
 def _trl(folder, rows, objective):
     spec = {
         "model": str(folder / "tiny"), "start": str(folder / "start"), "scratch": str(folder / "scratch"),
-        "rows": [{"ids": row.ids, "learned": row.learned, "side": row.side} for row in rows],
+        "rows": [{"ids": row.ids, "learned": row.target_indices, "side": row.side} for row in rows],
         "rows_per_step": 4, "lr": 5e-3, "objective": objective.plain(), "recompute": False, "grouped": False,
     }  # fmt: skip
     (folder / "spec.json").write_text(json.dumps(spec))

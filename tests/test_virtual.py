@@ -6,7 +6,7 @@ from families import FAMILIES, exact_norms, logprob_alone, perturb, random_rows,
 
 from trimtab.core.errors import RecipeError, UnsupportedModel
 from trimtab.data import pack_flat
-from trimtab.data.example import Sequence
+from trimtab.data.example import TokenRow
 from trimtab.engine import decode, generate, pack_logprobs
 from trimtab.methods import Sample, activate, attach
 from trimtab.methods.lora import LoRA
@@ -62,7 +62,7 @@ def continued(model, row, count=5):
 
 def learned(*rows, before=0):
     """Rows in which all tokens but the first are learned, as a pack."""
-    return pack_flat([Sequence(row, list(range(before + 1, len(row))), "here") for row in rows])
+    return pack_flat([TokenRow(row, list(range(before + 1, len(row))), "here") for row in rows])
 
 
 # A text before the row

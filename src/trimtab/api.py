@@ -6,7 +6,7 @@ from typing import Any
 from trimtab.base import Base, Message, ModelConfig
 from trimtab.core.errors import DataError, RecipeError
 from trimtab.data import DataConfig, Kind, load_data, prompt_of
-from trimtab.data.example import Sequence as Row
+from trimtab.data.example import TokenRow
 from trimtab.engine import Ended, check_packing, stream_tokens
 from trimtab.methods import Attached, Method, room
 from trimtab.objectives import Objective
@@ -29,7 +29,7 @@ def method(name: str, **hyperparameters: Any) -> Method:
     return Method.member(name)(**hyperparameters)
 
 
-def rows(source: str, base: Base, kind: Kind = "answers", **settings: Any) -> list[Row]:
+def rows(source: str, base: Base, kind: Kind = "answers", **settings: Any) -> list[TokenRow]:
     """Every row of a data source as tokens with labels.
 
     Args:
@@ -44,7 +44,7 @@ def rows(source: str, base: Base, kind: Kind = "answers", **settings: Any) -> li
 
 
 def fit(
-    base: Base, adapter: Attached, rows: Sequence[Row], objective: Objective | None = None, **settings: Any
+    base: Base, adapter: Attached, rows: Sequence[TokenRow], objective: Objective | None = None, **settings: Any
 ) -> Iterator[Step]:
     """Train an attached adapter on rows; yields after each optimizer step.
 
@@ -64,7 +64,7 @@ def fit(
     base.check_unchanged()
 
 
-def _check_rows(base: Base, rows: Sequence[Row]) -> None:
+def _check_rows(base: Base, rows: Sequence[TokenRow]) -> None:
     strange = next((f"{row.where}: {words}." for row in rows if (words := base.unembedded(row.ids))), None)
     if strange is not None:
         raise DataError(strange)

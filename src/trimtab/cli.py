@@ -19,7 +19,7 @@ TARGET = "a run folder, an adapter folder, or a model (folder, GGUF file, hub na
 def main(words: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code (see errors.py)."""
     streams.ready()
-    with interrupts.heeded(to_the_end=words is None) as came:
+    with interrupts.as_keyboard_interrupt(to_the_end=words is None) as came:
         try:
             return _run(words)
         except KeyboardInterrupt:  # another one, while the first was being answered

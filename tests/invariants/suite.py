@@ -20,7 +20,7 @@ from trimtab.base import Base
 from trimtab.base.fingerprint import own_weights, weights_hash
 from trimtab.core.errors import ArtifactError, NotMergeable, RecipeError, TrimtabError
 from trimtab.data import Pack, Segment, lay_out, pack_all, pack_flat, pack_tree, units
-from trimtab.data.example import Sequence
+from trimtab.data.example import TokenRow
 from trimtab.data.mismatched import with_mismatched
 from trimtab.deploy import load_adapter, merge, save_adapter
 from trimtab.engine import generate, pack_logprobs
@@ -38,12 +38,12 @@ FAMILIES = ("llama", "qwen2", "qwen3", "gemma3", "gpt2")
 
 SAMPLE = Sample(rows=random_rows(40, seed=5))
 ROWS = [
-    Sequence(ids, list(range(start, len(ids))), f"row:{n}", len(ids))
+    TokenRow(ids, list(range(start, len(ids))), f"row:{n}", len(ids))
     for n, (ids, start) in enumerate(zip(random_rows(9, 14, 3, 11, 6, 8, 12, 5), (7, 2, 2, 1, 5, 3, 11, 4), strict=True))
 ]
 _SHARED = random_rows(10, seed=6)[0]
 FORKED = [
-    Sequence(_SHARED + rest, list(range(start, 10 + len(rest))), f"forked:{n}", 10 + len(rest))
+    TokenRow(_SHARED + rest, list(range(start, 10 + len(rest))), f"forked:{n}", 10 + len(rest))
     for n, (rest, start) in enumerate(zip(
         [ROWS[1].ids, ROWS[1].ids[:9] + ROWS[3].ids, ROWS[4].ids, ROWS[1].ids[:9], ROWS[4].ids], (12, 9, 2, 11, 13), strict=True
     ))
@@ -53,16 +53,18 @@ _PROMPTS = random_rows(3, 5, 2, 5, 4, 6, 3, 2, seed=8)
 _BETTER, _OTHERS = random_rows(4, 6, 3, 9, 5, 2, 7, 4, seed=9), random_rows(5, 2, 6, 4, 3, 7, 3, 6, seed=10)
 
 
-def _compared(number: int, side: Any, reference: float) -> Sequence:
+def _compared(number: int, side: Any, reference: float) -> TokenRow:
     answer = _BETTER[number] if side in ("chosen", "good") else _BETTER[number][:2] + _OTHERS[number]
     ids = _PROMPTS[number] + answer
-    return Sequence(ids, list(range(len(_PROMPTS[number]), len(ids))), f"row:{number}", len(ids), side, reference)
+    return TokenRow(ids, list(range(len(_PROMPTS[number]), len(ids))), f"row:{number}", len(ids), side, reference)
 
 
 PAIRS = [_compared(n, side, -4.0 * n - 9) for n in range(8) for side in ("chosen", "rejected")]
 """Eight rows of two answers that begin alike."""
 JUDGED = with_mismatched([_compared(n, "good" if n % 3 else "bad", -4.0 * n - 12) for n in range(8)], seed=0)
-JUDGED = [Sequence(r.ids, r.learned, r.where, r.shown, r.side, r.reference or -6.0 * len(r.learned)) for r in JUDGED]
+JUDGED = [
+    TokenRow(r.ids, r.target_indices, r.where, r.shown, r.side, r.reference or -6.0 * len(r.target_indices)) for r in JUDGED
+]
 """Eight good or bad answers, each followed by one to another prompt."""
 FLAT = TrainConfig(schedule="constant", warmup=0.0, clip=None)
 
@@ -94,11 +96,11 @@ class Case:
     objective: Objective = field(default_factory=SFT)
 
     @property
-    def rows(self) -> list[Sequence]:
+    def rows(self) -> list[TokenRow]:
         """Eight rows to learn from by the objective."""
-        return {"answers": ROWS, "pairs": PAIRS, "judged": JUDGED}[self.objective.learns_from]
+        return {"answers": ROWS, "pairs": PAIRS, "judged": JUDGED}[self.objective.data_kind]
 
-    def first(self, count: int) -> list[Sequence]:
+    def first(self, count: int) -> list[TokenRow]:
         """The sequences of the first rows."""
         return [self.rows[n] for unit in units(self.rows)[:count] for n in unit]
 
@@ -106,9 +108,9 @@ class Case:
         self,
         model: nn.Module,
         adapter: Attached,
-        rows: list[Sequence],
+        rows: list[TokenRow],
         cut: list[int],
-        pack: Callable[[list[Sequence]], Pack] = pack_flat,
+        pack: Callable[[list[TokenRow]], Pack] = pack_flat,
     ) -> dict[str, Tensor]:
         """Of the loss over all rows, cut into packs of these numbers of rows."""
         for parameter in adapter.parameters().values():
@@ -119,13 +121,13 @@ class Case:
             (self.objective.loss(pack_logprobs(model, one), one, pooled) / items).backward()
         return {name: p.grad.clone() for name, p in adapter.parameters().items() if p.grad is not None}
 
-    def loss(self, model: nn.Module, rows: list[Sequence]) -> Callable[[], float]:
+    def loss(self, model: nn.Module, rows: list[TokenRow]) -> Callable[[], float]:
         """The loss as a function of what the adapter is, at the divergence that it has now, which counts as constant."""
         packs, pooled = learned_and_pooled(model, self.objective, self.packed(rows, [len(units(rows))]))
         items = sum(map(self.objective.items, packs))
         return lambda: sum(float(self.objective.loss(pack_logprobs(model, one), one, pooled)) for one in packs) / items
 
-    def packed(self, rows: list[Sequence], cut: list[int], pack: Callable[[list[Sequence]], Pack] = pack_flat) -> list[Pack]:
+    def packed(self, rows: list[TokenRow], cut: list[int], pack: Callable[[list[TokenRow]], Pack] = pack_flat) -> list[Pack]:
         """Packs of these numbers of rows each; mismatched answers have packs of their own."""
         numbers, packs = iter(units(rows)), []
         for size in cut:
@@ -200,7 +202,7 @@ def I01_starts_as_the_base_or_says_that_it_does_not(case: Case) -> None:
     case.attached(model, moved=False)
     again = case.fresh()
     case.attached(again, moved=False)
-    assert torch.equal(logits(model), before) == case.method.starts_as_base
+    assert torch.equal(logits(model), before) == case.method.identity_at_init
     assert torch.equal(logits(model), logits(again)), "the first values are not decided by model, method, seed and sample"
 
 
@@ -391,7 +393,8 @@ def I22_packed_is_alone_and_no_row_reaches_another(case: Case) -> None:
         alone = torch.cat([pack_logprobs(base.model, pack_flat([row])) for row in rows])
         tree = pack_logprobs(base.model, pack_tree(rows))
         changed = [
-            Sequence([*row.ids[:1], 4, *row.ids[2:]], row.learned, row.where) if n == 1 else row for n, row in enumerate(rows)
+            TokenRow([*row.ids[:1], 4, *row.ids[2:]], row.target_indices, row.where) if n == 1 else row
+            for n, row in enumerate(rows)
         ]
         other = pack_logprobs(base.model, pack_flat(changed))
     assert distance(packed, alone) <= bound

@@ -112,7 +112,7 @@ BROKEN = {
     "I04": ("lora", (Attached, "disabled", _for_everybody)),
     "I05": ("lora", (Attached, "detach", lambda self: self.model)),
     "I06": ("lora", (Base, "__init__", lambda self, model: _base_with_a_trainable_norm(self, model))),
-    "I07": ("lora", (LoRA, "relative_rate", lambda self, name: 0.0 if name == "A" else 1.0)),
+    "I07": ("lora", (LoRA, "lr_multiplier", lambda self, name: 0.0 if name == "A" else 1.0)),
     "I08": ("lora", (LoRALayer, "low_rank", _half)),
     "I10": ("lora", (LoRALayer, "train", lambda self, mode=True: _layer_train(self, True))),
     "I12": ("lora", (LoRA, "to_peft", _with_a_nonce)),

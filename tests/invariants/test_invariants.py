@@ -132,6 +132,6 @@ def test_it_learns_rows_by_heart(name, tmp_path):
     losses = case.learn(base, adapter, STEPS.get(name, 200), RATES.get(name, 3e-2))
     assert losses[0] > 2
     assert losses[-1] < 0.05
-    prompts = [row.ids[: row.learned[0]] for row in ROWS]
+    prompts = [row.ids[: row.target_indices[0]] for row in ROWS]
     for row, said in zip(ROWS, generate(base.model, prompts, [], max_new_tokens=14), strict=True):
-        assert said[: len(row.learned)] == [row.ids[t] for t in row.learned]
+        assert said[: len(row.target_indices)] == [row.ids[t] for t in row.target_indices]

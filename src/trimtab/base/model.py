@@ -20,7 +20,7 @@ from trimtab.base.vocabulary import Encoded
 from trimtab.core.errors import ArtifactError, BaseChanged, RecipeError, StorageError, TrimtabError, UnsupportedModel
 from trimtab.core.files import expanded
 from trimtab.core.process import give_back_freed_memory
-from trimtab.core.wrapping import look_through
+from trimtab.core.wrapping import unwrap
 
 
 class Base:
@@ -58,7 +58,7 @@ class Base:
             raise RecipeError(f"model.template: {self.source} has no chat template, so it has no switches.")
         if self.has_template:
             self.template.check_switches()
-        ends: list[Any] = [look_through(end) for end in (model.get_input_embeddings(), model.get_output_embeddings())]
+        ends: list[Any] = [unwrap(end) for end in (model.get_input_embeddings(), model.get_output_embeddings())]
         self._embedded = min(len(end.weight) for end in ends)
 
     @classmethod

@@ -18,7 +18,7 @@ from trimtab.core import files
 from trimtab.core.errors import RecipeError
 from trimtab.core.process import environment, fresh_process
 from trimtab.data import DataConfig, load_data, units
-from trimtab.data.example import Sequence as Row
+from trimtab.data.example import TokenRow
 from trimtab.data.mismatched import with_mismatched
 from trimtab.data.order import shuffled
 from trimtab.deploy import save_adapter
@@ -124,7 +124,7 @@ def summary(name: str, results: list[dict[str, Any]], ours: list[dict[str, Any]]
     }
 
 
-def _rows(asked: Asked, base: Base, objective: Objective) -> list[Row]:
+def _rows(asked: Asked, base: Base, objective: Objective) -> list[TokenRow]:
     """The rows in the order in which they are learned."""
     if asked.data is None and asked.objective != "sft":
         raise RecipeError(f"--objective {asked.objective}: give rows with --data; none are made up for it.")
@@ -132,7 +132,7 @@ def _rows(asked: Asked, base: Base, objective: Objective) -> list[Row]:
         rows = list(_made_up(asked.rows, base.model.config.get_text_config().vocab_size))
     else:
         config = DataConfig(train=(asked.data,), eval=0.0)
-        rows = load_data(config, base, base.context_length, 0, objective.learns_from).train
+        rows = load_data(config, base, base.context_length, 0, objective.data_kind).train
     whole = units(rows)[: asked.rows]
     if len(whole) < asked.rows:
         raise RecipeError(
@@ -142,16 +142,16 @@ def _rows(asked: Asked, base: Base, objective: Objective) -> list[Row]:
     return with_mismatched(chosen, 0, base.context_length) if objective.pools else chosen
 
 
-def _made_up(count: int, vocabulary: int) -> Iterator[Row]:
+def _made_up(count: int, vocabulary: int) -> Iterator[TokenRow]:
     """Random tokens in rows of chat-like lengths (median 160, up to 600), three quarters of each to be learned, nothing shared."""
     draw = random.Random(0)
     for number in range(count):
         length = min(600, max(24, round(draw.lognormvariate(5.08, 0.6))))
         ids = [draw.randrange(vocabulary) for _ in range(length)]
-        yield Row(ids, list(range(length // 4, length)), f"made up {number}", length)
+        yield TokenRow(ids, list(range(length // 4, length)), f"made up {number}", length)
 
 
-def _prepare(asked: Asked, base: Base, rows: list[Row], method: LoRA, folder: Path) -> dict[str, Any]:
+def _prepare(asked: Asked, base: Base, rows: list[TokenRow], method: LoRA, folder: Path) -> dict[str, Any]:
     """What every run reads; the model as a folder that Transformers can open, and the first weights."""
     base.model.save_pretrained(folder / "model")
     if base.tokenizer is not None:
@@ -164,7 +164,7 @@ def _prepare(asked: Asked, base: Base, rows: list[Row], method: LoRA, folder: Pa
         "model": str(folder / "model"),
         "start": str(folder / "start"),
         "scratch": str(folder / "scratch"),
-        "rows": [{"ids": row.ids, "learned": list(row.learned), "side": row.side} for row in rows],
+        "rows": [{"ids": row.ids, "learned": list(row.target_indices), "side": row.side} for row in rows],
         "rows_per_step": asked.rows_per_step,
         "lr": 2e-4,
     }

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 
 from trimtab.data import lay_out
-from trimtab.data.example import Sequence as Row
+from trimtab.data.example import TokenRow
 from trimtab.methods import Method
 from trimtab.methods.lora import LoRA
 
 
-def least_work(model: Any, steps: Sequence[Sequence[Row]], method: LoRA) -> float:
+def least_work(model: Any, steps: Sequence[Sequence[TokenRow]], method: LoRA) -> float:
     """Floating-point operations of training on these steps' rows, a LoRA on a frozen model.
 
     With Tu tokens once what a step's rows begin with in common is counted once, and N learned ones:
@@ -32,7 +32,7 @@ def least_work(model: Any, steps: Sequence[Sequence[Row]], method: LoRA) -> floa
     total = 0.0
     for rows in steps:
         tree = lay_out([row.ids[:-1] for row in rows])
-        tokens, learned = len(tree.ids), sum(len(row.learned) for row in rows)
+        tokens, learned = len(tree.ids), sum(len(row.target_indices) for row in rows)
         pairs = sum(position + 1 for position in tree.positions)
         total += (4 * frozen + 6 * adapted) * tokens + 4 * config.vocab_size * hidden * learned
         total += 14 * layers * queries * pairs

@@ -12,7 +12,7 @@ from trimtab.base import Base, ModelConfig
 from trimtab.bench.peers import peak_gb
 from trimtab.core.files import read_json
 from trimtab.data import pack_all, units
-from trimtab.data.example import Sequence as Row
+from trimtab.data.example import TokenRow
 from trimtab.deploy import load_adapter
 from trimtab.engine import check_packing
 from trimtab.evaluate.reference import PACK_TOKENS, refer
@@ -24,14 +24,16 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
     base = Base.load(ModelConfig(name=spec["model"]))
     adapter = load_adapter(base, Path(spec["start"]))
     config = TrainConfig(schedule="constant", warmup=0.0)
-    rows = [Row(row["ids"], row["learned"], f"row {n}", len(row["ids"]), row["side"]) for n, row in enumerate(spec["rows"])]
+    rows = [
+        TokenRow(row["ids"], row["learned"], f"row {n}", len(row["ids"]), row["side"]) for n, row in enumerate(spec["rows"])
+    ]
     objective, each = Objective.pick(spec["objective"]), spec["rows_per_step"]
     check_packing(base.model)  # compiles what has not been yet
     os.makedirs(spec["scratch"], exist_ok=True)
     # No reference is known there, not even the last run's.
     os.environ["TRIMTAB_CACHE"] = tempfile.mkdtemp(dir=spec["scratch"])
     started = time.perf_counter()
-    if objective.compares:
+    if objective.needs_reference:
         rows = refer(base, adapter, "base", rows, PACK_TOKENS).rows
     memory = planned_memory(base, config, rows)
     whole = units(rows)

@@ -15,12 +15,12 @@ from trimtab.core import files
 from trimtab.core.errors import ArtifactError, NotCertified
 from trimtab.core.process import environment, fresh_process
 from trimtab.data import Loaded, last_run, units
-from trimtab.data.example import Sequence as Row
+from trimtab.data.example import TokenRow
 from trimtab.deploy import versions
 from trimtab.evaluate import paired
 from trimtab.objectives import Objective
 
-FORMAT = 1
+FORMAT = 2
 KEYS = {"passed", "tests", "canaries", "answers", "losses", "files", "base", "data_digest", "versions"}
 CANARIES, SAMPLES = 4, 8
 """Rows whose log-probabilities are compared, and prompts that are answered."""
@@ -37,7 +37,7 @@ class Tested:
     words: str
 
 
-def canaries(data: Loaded) -> list[Row]:
+def canaries(data: Loaded) -> list[TokenRow]:
     """A few rows by which a model is recognized: the first that are held out, or else short ones that are learned."""
     if data.eval:
         return [row for row in data.eval if row.side != "mismatched"][:CANARIES]
@@ -196,7 +196,7 @@ def _held_out(found: dict[str, Any], objective: Objective) -> list[Tested]:
         return [Tested("gain", "noted", "the base can't read the held-out rows, which have new tokens")]
     ours, theirs = found["adapter"]["held_out"], found["base"]["held_out"]
     difference, (low, high) = paired(ours["sums"], theirs["sums"], ours["counts"])
-    other = "the reference" if objective.compares else "the base"
+    other = "the reference" if objective.needs_reference else "the base"
     words = (
         f"on {len(ours['counts']):,} held-out rows the loss ({objective.name}) is {ours['loss']:.4f}, and {other}'s "
         f"{theirs['loss']:.4f}: {difference:+.4f} (95 %: {low:+.4f} to {high:+.4f})"

@@ -17,7 +17,7 @@ from trimtab.base import Base
 from trimtab.base.tiny_model import VOCABULARY, made_up_model
 from trimtab.core.errors import NotMergeable
 from trimtab.data import pack_tree
-from trimtab.data.example import Sequence as Row
+from trimtab.data.example import TokenRow
 from trimtab.deploy import load_adapter, merge, save_adapter
 from trimtab.engine import generate, pack_logprobs
 from trimtab.methods import Attached, Method, Sample, attach
@@ -50,10 +50,10 @@ def diagnoses() -> Iterator[Diagnosis]:
                 yield Diagnosis(name, what, f"{type(error).__name__}: {error}")
 
 
-def _rows() -> list[Row]:
+def _rows() -> list[TokenRow]:
     draw = torch.Generator().manual_seed(1)
     head, *rest = (torch.randint(3, VOCABULARY, (n,), generator=draw).tolist() for n in (9, 5, 3, 7))
-    return [Row(head + one, list(range(n + 2, 9 + len(one))), f"row {n}") for n, one in enumerate(rest)]
+    return [TokenRow(head + one, list(range(n + 2, 9 + len(one))), f"row {n}") for n, one in enumerate(rest)]
 
 
 class _Case:
@@ -111,7 +111,7 @@ def _packed(case: _Case) -> str | None:
     for row, ours in zip(case.rows, packed, strict=True):
         with torch.no_grad():
             logprobs = base.model(input_ids=torch.tensor([row.ids]), use_cache=False).logits[0].double().log_softmax(-1)
-        alone = float(sum(logprobs[t - 1, row.ids[t]] for t in row.learned))
+        alone = float(sum(logprobs[t - 1, row.ids[t]] for t in row.target_indices))
         if not abs(ours - alone) <= 1e-4 * abs(alone):
             return f"a row has log p = {ours:.6g} in a pack, and {alone:.6g} alone"
     return None

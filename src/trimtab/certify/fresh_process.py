@@ -14,8 +14,7 @@ import torch
 from trimtab.base import Base
 from trimtab.core.errors import TrimtabError
 from trimtab.data import Text, make_sequences, pack_all
-from trimtab.data.example import Account
-from trimtab.data.example import Sequence as Row
+from trimtab.data.example import Account, TokenRow
 from trimtab.deploy import open_target
 from trimtab.engine import generate
 from trimtab.evaluate import score_loss
@@ -40,7 +39,7 @@ def examined(job: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {
         "fingerprint": base.fingerprint,
         "near": near(base),
-        "canaries": logprobs(base, [Row(**row) for row in job["canaries"]], PACK_TOKENS),
+        "canaries": logprobs(base, [TokenRow(**row) for row in job["canaries"]], PACK_TOKENS),
         "finite": all(bool(tensor.isfinite().all()) for tensor in adapter.state().values()),
     }
     limit = min(MOST_NEW_TOKENS, 2 * job["longest"] + 32)
@@ -48,18 +47,18 @@ def examined(job: dict[str, Any]) -> dict[str, Any]:
     found["answers"] = [{"text": base.decode(answer), "ended": answer.ended} for answer in answers]
     if not job["measure"]:
         return found
-    rows, objective = [Row(**row) for row in job["rows"]], Objective.pick(job["objective"])
+    rows, objective = [TokenRow(**row) for row in job["rows"]], Objective.pick(job["objective"])
     for name, off in (("adapter", False), ("base", True)):
         with adapter.disabled() if off else nullcontext():
             found[name] = {"general": _by_row(base, general(base), Objective.pick("sft"))}
-            if rows and off and objective.compares:
+            if rows and off and objective.needs_reference:
                 found[name]["held_out"] = _of_reference(rows, objective)
             elif rows and not (off and adapter.method.new_tokens):  # which the base can't read
                 found[name]["held_out"] = _by_row(base, rows, objective)
     return found
 
 
-def general(base: Base) -> list[Row]:
+def general(base: Base) -> list[TokenRow]:
     """Paragraphs about all sorts of things, which no training data is about."""
     text = resources.files("trimtab.evaluate").joinpath("general.txt").read_text(encoding="utf-8")
     examples = [Text(part.strip(), f"general.txt:{n}") for n, part in enumerate(text.split("\n\n"), 1)]
@@ -68,7 +67,7 @@ def general(base: Base) -> list[Row]:
     )
 
 
-def _of_reference(rows: list[Row], objective: Objective) -> dict[str, Any]:
+def _of_reference(rows: list[TokenRow], objective: Objective) -> dict[str, Any]:
     """What the objective makes of the model that the adapter's is compared with: the base, or what training started from."""
     sums: list[float] = []
     counts: list[int] = []
@@ -78,7 +77,7 @@ def _of_reference(rows: list[Row], objective: Objective) -> dict[str, Any]:
     return {"loss": sum(sums) / sum(counts), "sums": sums, "counts": counts}
 
 
-def _by_row(base: Base, rows: list[Row], objective: Objective) -> dict[str, Any]:
+def _by_row(base: Base, rows: list[TokenRow], objective: Objective) -> dict[str, Any]:
     scored = score_loss(base, rows, PACK_TOKENS, objective)
     return {"loss": scored.loss, "sums": scored.sums, "counts": scored.counts}
 

@@ -1,6 +1,6 @@
 """The one door into the attention of Transformers' models.
 
-Once `heed` has been called for a model, every call of its attention comes here. A forward pass with the keyword `layout`
+Once `install_hook` has been called for a model, every call of its attention comes here. A forward pass with the keyword `layout`
 attends as that layout says; one with `virtual` sees virtual tokens before its rows; any other goes on to the model's own
 attention and is what it was, to the last bit.
 
@@ -232,7 +232,7 @@ def laid_out() -> AbstractContextManager[None]:
     return holding(_laid_out, True)
 
 
-def heed(model: nn.Module) -> None:
+def install_hook(model: nn.Module) -> None:
     """Lead every call of this model's attention through here. Nothing changes for calls without a layout or virtual tokens."""
     from transformers.masking_utils import AttentionMaskInterface
     from transformers.modeling_utils import AttentionInterface
@@ -246,10 +246,10 @@ def heed(model: nn.Module) -> None:
         config._attn_implementation = PREFIX + own
 
 
-def unheed(model: nn.Module) -> None:
-    """Undo `heed`, and take away what stands in for layers' own forward passes."""
+def remove_hook(model: nn.Module) -> None:
+    """Undo `install_hook`, and take away what stands in for layers' own forward passes."""
     for module in model.modules():
-        if getattr(module.__dict__.get("forward"), "stands_in", False):
+        if getattr(module.__dict__.get("forward"), "is_patch", False):
             del module.forward
     for config in _configs(model):
         if (config._attn_implementation or "").startswith(PREFIX):

@@ -15,7 +15,7 @@ AT_ONCE = 3.0
 
 
 @contextmanager
-def heeded(*, to_the_end: bool) -> Iterator[Callable[[], bool]]:
+def as_keyboard_interrupt(*, to_the_end: bool) -> Iterator[Callable[[], bool]]:
     """Within the block each of these signals raises KeyboardInterrupt, but for those that come at once after another.
 
     One that is ignored (under nohup, say) stays so.
@@ -43,7 +43,7 @@ def heeded(*, to_the_end: bool) -> Iterator[Callable[[], bool]]:
 
 
 @contextmanager
-def afterwards() -> Iterator[None]:
+def interrupts_deferred() -> Iterator[None]:
     """An interruption of this block comes at its end. Handlers are replaced rather than signals blocked: a signal that the main
     thread blocks is given to one of torch's, and acts all the same."""
     came: list[int] = []

@@ -3,15 +3,15 @@
 from torch import nn
 
 
-class Around(nn.Module):
+class Wrapper(nn.Module):
     """A layer in the place of a model's own module, which is its `base`. All else in it is an adapter's."""
 
     base: nn.Module
 
 
-def look_through(module: nn.Module) -> nn.Module:
+def unwrap(module: nn.Module) -> nn.Module:
     """The model's own module at a place where adapter layers may stand."""
-    while isinstance(module, Around):
+    while isinstance(module, Wrapper):
         module = module.base
     return module
 
@@ -21,7 +21,7 @@ def modules(model: nn.Module) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
 
     def visit(module: nn.Module, path: str) -> None:
-        module = look_through(module)
+        module = unwrap(module)
         found[path] = module
         for name, child in module.named_children():
             visit(child, f"{path}.{name}" if path else name)

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.core.errors import DataError, StorageError
-from trimtab.data.example import Account, Refusal, Row
+from trimtab.data.example import Account, RawRow, Refusal
 from trimtab.data.strict_json import row_of
 from trimtab.data.text_files import refuse_twice
 
 
-def parquet(path: Path, account: Account) -> Iterator[Row | Refusal]:
+def parquet(path: Path, account: Account) -> Iterator[RawRow | Refusal]:
     import pyarrow.parquet
 
     try:
@@ -31,7 +31,7 @@ def is_saved_dataset(path: Path) -> bool:
     return any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
-def saved_dataset(path: Path, account: Account) -> Iterator[Row | Refusal]:
+def saved_dataset(path: Path, account: Account) -> Iterator[RawRow | Refusal]:
     import datasets
 
     try:
@@ -46,7 +46,7 @@ def saved_dataset(path: Path, account: Account) -> Iterator[Row | Refusal]:
     yield from _numbered(str(path), found, account)
 
 
-def hub_dataset(name: str, account: Account) -> Iterator[Row | Refusal]:
+def hub_dataset(name: str, account: Account) -> Iterator[RawRow | Refusal]:
     import datasets
 
     repository, _, split = name.partition(":")
@@ -59,7 +59,7 @@ def hub_dataset(name: str, account: Account) -> Iterator[Row | Refusal]:
     yield from _numbered(name, found, account)
 
 
-def _numbered(name: str, values: Iterable[Any], account: Account) -> Iterator[Row | Refusal]:
+def _numbered(name: str, values: Iterable[Any], account: Account) -> Iterator[RawRow | Refusal]:
     number = 0
     try:
         for number, value in enumerate(values, start=1):

@@ -1,12 +1,11 @@
 """Which rows are computed together: those that begin alike, as many as fit, then first-fit decreasing. Near-linear in the rows."""
 
-from collections.abc import Iterable
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
-from trimtab.data.example import Sequence, units
+from trimtab.data.example import TokenRow, units
 from trimtab.data.prefix_tree import WORTH, Numbers, alphabetical, numbers, shared_length
 
 
@@ -33,7 +32,7 @@ class Run:
         self.tokens += tokens
 
 
-def in_lexical_order(rows: SequenceOf[Numbers], whole: SequenceOf[list[int]]) -> list[Unit]:
+def in_lexical_order(rows: Sequence[Numbers], whole: Sequence[list[int]]) -> list[Unit]:
     """Units, so that those which begin alike are neighbours.
 
     Args:
@@ -80,12 +79,12 @@ def _saved(before: Numbers, row: Numbers) -> int:
     return max(0, shared_length(before, row) - WORTH + 1)
 
 
-def _together(rows: SequenceOf[Numbers]) -> int:
+def _together(rows: Sequence[Numbers]) -> int:
     """Tokens of rows that share what they begin with; at most so many are computed."""
     return sum(map(len, rows)) - sum(_saved(before, row) for before, row in pairwise(rows))
 
 
-def most_together(sequences: Iterable[Sequence]) -> int:
+def most_together(sequences: Iterable[TokenRow]) -> int:
     """Tokens of the largest unit, which no pack can part."""
     sequences = list(sequences)
     return max((_together([numbers(sequences[n].ids)[:-1] for n in unit]) for unit in units(sequences)), default=1)

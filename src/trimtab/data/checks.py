@@ -6,8 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
 
 from trimtab.core.errors import DataError
-from trimtab.data.example import Account, Conversation, Example, Judged, Preference
-from trimtab.data.example import Sequence as Row
+from trimtab.data.example import Account, Conversation, Example, Judged, Preference, TokenRow
 from trimtab.data.leakage import digest, leaks
 from trimtab.data.load import Loaded
 from trimtab.data.rendering import Tokenizing, read_so, trained_turns
@@ -83,8 +82,8 @@ def _accounts(accounts: Iterable[Account]) -> list[Finding]:
     return found
 
 
-def _lengths(rows: Sequence[Row]) -> Finding:
-    learned, lengths = sorted(len(row.learned) for row in rows), sorted(len(row.ids) for row in rows)
+def _lengths(rows: Sequence[TokenRow]) -> Finding:
+    learned, lengths = sorted(len(row.target_indices) for row in rows), sorted(len(row.ids) for row in rows)
     middle, whole = learned[len(learned) // 2], sum(lengths)
     histogram = {str(low): sum(low <= n < 2 * low for n in learned) for low in BUCKETS}
     histogram = {low: count for low, count in histogram.items() if count}
@@ -95,9 +94,9 @@ def _lengths(rows: Sequence[Row]) -> Finding:
     return Finding("tokens", "good", words, {"learned": sum(learned), "tokens": whole, "histogram": histogram})
 
 
-def _stops(rows: Sequence[Row], base: Speaking) -> Finding:
+def _stops(rows: Sequence[TokenRow], base: Speaking) -> Finding:
     """Whether the last token that is learned of each row is one that ends a generation (B01, B02)."""
-    open_ended = [row.where for row in rows if row.ids[row.learned[-1]] not in base.stop_ids]
+    open_ended = [row.where for row in rows if row.ids[row.target_indices[-1]] not in base.stop_ids]
     share = 1 - len(open_ended) / len(rows)
     facts = {"share": share, "open_ended": open_ended[:20]}
     if not open_ended:
@@ -112,9 +111,9 @@ def _stops(rows: Sequence[Row], base: Speaking) -> Finding:
     return Finding("stop tokens", "note", f"{words}, and teach the model to stop later, or never", facts)
 
 
-def _texts(rows: Sequence[Row], examples: Sequence[Example], base: Speaking) -> Finding:
+def _texts(rows: Sequence[TokenRow], examples: Sequence[Example], base: Speaking) -> Finding:
     """What is trained on, decoded, says what the message says; and before it stands what generation will see (B03, B05)."""
-    by_row: dict[str, list[Row]] = {}
+    by_row: dict[str, list[TokenRow]] = {}
     for row in rows:
         by_row.setdefault(row.where, []).append(row)
     wrong, turned, compared = list[str](), 0, 0
@@ -137,13 +136,15 @@ def _texts(rows: Sequence[Row], examples: Sequence[Example], base: Speaking) -> 
     return Finding("rendering", "good", words, facts)
 
 
-def _says(row: Row, conversation: Conversation, base: Speaking) -> bool:
+def _says(row: TokenRow, conversation: Conversation, base: Speaking) -> bool:
     """Whether a row's tokens are the prompt of its last answer, and then all that the answer says."""
     turn = trained_turns(conversation)[-1]
     messages = read_so(conversation, base) if base.has_template else list(conversation.messages)
     before = prompt_of(messages[:turn], base, conversation.tools)
-    text = base.tokenizer.decode([row.ids[t] for t in row.learned if t >= len(before)], clean_up_tokenization_spaces=False)
-    cut = row.ids[row.learned[-1]] not in base.stop_ids
+    text = base.tokenizer.decode(
+        [row.ids[t] for t in row.target_indices if t >= len(before)], clean_up_tokenization_spaces=False
+    )
+    cut = row.ids[row.target_indices[-1]] not in base.stop_ids
     return row.ids[: len(before)] == before and (cut or all(_stands(one, text, base) for one in texts_of(messages[turn])))
 
 
@@ -177,7 +178,7 @@ def _conversations(example: Example) -> list[Conversation]:
     return [example] if isinstance(example, Conversation) else []
 
 
-def _duplicates(rows: Sequence[Row]) -> Finding:
+def _duplicates(rows: Sequence[TokenRow]) -> Finding:
     first: dict[bytes, str] = {}
     again = [(row.where, first[key]) for row in rows if first.setdefault(key := digest(row.ids), row.where) != row.where]
     facts = {"rows": len(again), "first": again[:20]}
@@ -187,7 +188,7 @@ def _duplicates(rows: Sequence[Row]) -> Finding:
     return Finding("duplicates", "note", words, facts)
 
 
-def _leaks(rows: Sequence[Row], held_out: Sequence[Row]) -> Finding:
+def _leaks(rows: Sequence[TokenRow], held_out: Sequence[TokenRow]) -> Finding:
     """Held-out rows that are learned as well: whole, by their prompt, or nearly."""
     if not held_out:
         return Finding("held out", "note", "no rows are held out, so nothing says how good the adapter is: give data.eval", {})
@@ -215,9 +216,9 @@ def _leaks(rows: Sequence[Row], held_out: Sequence[Row]) -> Finding:
     return Finding("held out", "good", f"no held-out row of {len(held_out):,} is learned: whole, nearly or its prompt", facts)
 
 
-def _answers(rows: Sequence[Row]) -> Finding:
+def _answers(rows: Sequence[TokenRow]) -> Finding:
     """What is learned most often: a model that always says it is right as often."""
-    said = Counter(digest([row.ids[t] for t in row.learned]) for row in rows)
+    said = Counter(digest([row.ids[t] for t in row.target_indices]) for row in rows)
     (_, most), distinct = said.most_common(1)[0], len(said)
     facts = {"distinct": distinct, "most_common": most}
     words = f"{distinct:,} different answers in {len(rows):,} rows"
@@ -227,7 +228,7 @@ def _answers(rows: Sequence[Row]) -> Finding:
     return Finding("answers", "good", f"{words}; the most common one stands in {most:,} of them", facts)
 
 
-def _specials(rows: Sequence[Row], base: Speaking) -> Finding:
+def _specials(rows: Sequence[TokenRow], base: Speaking) -> Finding:
     """Tokens that other tools stumble over (B01, B04)."""
     tokenizer = base.tokenizer
     bos, unknown = getattr(tokenizer, "bos_token_id", None), getattr(tokenizer, "unk_token_id", None)
@@ -246,10 +247,10 @@ def _specials(rows: Sequence[Row], base: Speaking) -> Finding:
     return Finding("special tokens", "note" if strange else "good", words, facts)
 
 
-def _sides(rows: Sequence[Row]) -> list[Finding]:
+def _sides(rows: Sequence[TokenRow]) -> list[Finding]:
     """Of compared answers: whether length alone tells them apart."""
     one, other = ("chosen", "rejected") if any(row.side == "chosen" for row in rows) else ("good", "bad")
-    lengths = {side: [len(row.learned) for row in rows if row.side == side] for side in (one, other)}
+    lengths = {side: [len(row.target_indices) for row in rows if row.side == side] for side in (one, other)}
     if not lengths[one] or not lengths[other]:
         return []
     mean = {side: sum(several) / len(several) for side, several in lengths.items()}

@@ -11,7 +11,7 @@ Column = Literal[
 COLUMNS = frozenset(get_args(Column))
 """Every column that some format reads."""
 
-Row = tuple[str, dict[str, Any]]
+RawRow = tuple[str, dict[str, Any]]
 """Where it stands, and its columns. No two rows of a source stand at the same place: it is file:line, or file:line:column
 where a JSON array has several rows on a line, or file:number where there are no lines."""
 
@@ -85,12 +85,12 @@ TOGETHER = {("chosen", "rejected"), ("good", "mismatched"), ("bad", "mismatched"
 
 
 @dataclass(frozen=True)
-class Sequence:
+class TokenRow:
     """One row as tokens."""
 
     ids: list[int]
     """Every token of the row up to the last one that is learned."""
-    learned: list[int]
+    target_indices: list[int]
     """Indices into `ids` of the tokens to learn, increasing, none of them 0: each is predicted from those before it."""
     where: str
     """file:line."""
@@ -102,7 +102,7 @@ class Sequence:
     """Σ log p of the learned tokens in the reference model, in nats, for objectives that have one."""
 
 
-def units(sequences: Iterable[Sequence]) -> list[list[int]]:
+def units(sequences: Iterable[TokenRow]) -> list[list[int]]:
     """The numbers of sequences that are learned in one step: those of a row whose answers are compared, or one by itself."""
     found: list[list[int]] = []
     before: Side | None = None

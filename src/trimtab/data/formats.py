@@ -13,7 +13,7 @@ import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
-from trimtab.data.example import COLUMNS, Account, Conversation, Example, Judged, Preference, Refusal, Refused, Row, Text
+from trimtab.data.example import COLUMNS, Account, Conversation, Example, Judged, Preference, RawRow, Refusal, Refused, Text
 from trimtab.data.messages import read_messages, read_tools, text_of
 
 
@@ -38,7 +38,7 @@ ANSWERED = ("answer", "response", "solution", "output", "target", "assistant", "
 
 
 def read_examples(
-    rows: Iterable[Row | Refusal],
+    rows: Iterable[RawRow | Refusal],
     columns: Mapping[Any, str],
     account: Account,
     shapes: Sequence[Shape] | None = None,

@@ -7,12 +7,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from trimtab.data.example import COLUMNS, Account, Refusal, Row
+from trimtab.data.example import COLUMNS, Account, RawRow, Refusal
 from trimtab.data.strict_json import after_space, end_of, parse_json, place_in, row_of, value_at
 from trimtab.data.text_files import open_text
 
 
-def json_file(path: Path, account: Account) -> Iterator[Row | Refusal]:
+def json_file(path: Path, account: Account) -> Iterator[RawRow | Refusal]:
     """The rows of a JSON file, whatever its ending: what stands in it says which way it holds them."""
     with open_text(path) as file:
         lines = (line.strip() for line in file if line.strip())
@@ -37,7 +37,7 @@ def _text(path: Path) -> str:
         return file.read()
 
 
-def _lines(path: Path) -> Iterator[Row | Refusal]:
+def _lines(path: Path) -> Iterator[RawRow | Refusal]:
     with open_text(path) as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
@@ -48,7 +48,7 @@ def _lines(path: Path) -> Iterator[Row | Refusal]:
                     yield Refusal(where, f"not valid JSON: {error}")
 
 
-def _objects(path: Path, account: Account) -> Iterator[Row | Refusal]:
+def _objects(path: Path, account: Account) -> Iterator[RawRow | Refusal]:
     """Objects one after the other that go over several lines each; or the only one, which holds the array of rows."""
     text = _text(path)
     place, at = _placing(path, text), after_space(text, 0)
@@ -128,7 +128,7 @@ def _placing(path: Path, text: str) -> Callable[[int], str]:
     return place
 
 
-def _rows_of_array(path: Path, text: str, at: int | None = None) -> Iterator[Row | Refusal]:
+def _rows_of_array(path: Path, text: str, at: int | None = None) -> Iterator[RawRow | Refusal]:
     """The rows of the array that starts there; the whole file is one unless told."""
     place, whole = _placing(path, text), at is None
     at = after_space(text, (text.index("[") if at is None else at) + 1)

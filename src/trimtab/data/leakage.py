@@ -9,7 +9,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from trimtab.data.example import Sequence as Row
+from trimtab.data.example import TokenRow
 
 WINDOW = 8
 """Tokens that are compared at a time."""
@@ -34,12 +34,12 @@ class Leaks:
     """Rows that are neither, and the learned rows that say nearly the same."""
 
 
-def leaks(rows: Sequence[Row], held_out: Sequence[Row]) -> Leaks:
+def leaks(rows: Sequence[TokenRow], held_out: Sequence[TokenRow]) -> Leaks:
     """Which held-out rows are learned as well."""
     whole = {digest(row.ids) for row in rows}
-    prompts = {digest(row.ids[: row.learned[0]]) for row in rows if row.learned[0] > 1}
+    prompts = {digest(row.ids[: row.target_indices[0]]) for row in rows if row.target_indices[0] > 1}
     same = [row for row in held_out if digest(row.ids) in whole]
-    asked = [row for row in held_out if row.learned[0] > 1 and digest(row.ids[: row.learned[0]]) in prompts]
+    asked = [row for row in held_out if row.target_indices[0] > 1 and digest(row.ids[: row.target_indices[0]]) in prompts]
     known = {id(row) for row in (*same, *asked)}
     nearly = _nearly(rows, [row for row in held_out if id(row) not in known])
     return Leaks([row.where for row in same], [row.where for row in asked], nearly)
@@ -49,7 +49,7 @@ def digest(ids: Sequence[int]) -> bytes:
     return hashlib.blake2b(str(ids).encode(), digest_size=16).digest()
 
 
-def _nearly(rows: Sequence[Row], held_out: Sequence[Row]) -> list[tuple[str, str]]:
+def _nearly(rows: Sequence[TokenRow], held_out: Sequence[TokenRow]) -> list[tuple[str, str]]:
     """Held-out rows most of whose windows are those of one learned row, and that row: a text that was edited, cut or quoted."""
     theirs, of = _windows(held_out)
     wanted = theirs.unique()
@@ -80,7 +80,7 @@ def _nearly(rows: Sequence[Row], held_out: Sequence[Row]) -> list[tuple[str, str
     return close
 
 
-def _parts(rows: Sequence[Row]) -> Iterator[tuple[int, Sequence[Row]]]:
+def _parts(rows: Sequence[TokenRow]) -> Iterator[tuple[int, Sequence[TokenRow]]]:
     """Rows of AT_ONCE tokens or a little more, and the first one's number."""
     start = tokens = 0
     for end, row in enumerate(rows, 1):
@@ -90,7 +90,7 @@ def _parts(rows: Sequence[Row]) -> Iterator[tuple[int, Sequence[Row]]]:
             start, tokens = end, 0
 
 
-def _windows(rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+def _windows(rows: Sequence[TokenRow]) -> tuple[Tensor, Tensor]:
     """A number for each WINDOW tokens that follow each other in a row, and the row's."""
     ids = torch.tensor(list(chain.from_iterable(row.ids for row in rows)), dtype=torch.long)
     owners = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor([len(row.ids) for row in rows], dtype=torch.long))

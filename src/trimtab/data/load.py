@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field
 from trimtab.core.config import Config, as_tuple
 from trimtab.core.errors import DataError, listing
 from trimtab.core.files import expanded, sha256_file
-from trimtab.data.example import Account, Column, Example, Kind, Sequence
+from trimtab.data.example import Account, Column, Example, Kind, TokenRow
 from trimtab.data.formats import read_examples
 from trimtab.data.order import split
 from trimtab.data.preference_formats import SHAPES
@@ -56,8 +56,8 @@ class DataConfig(Config):
 class Loaded:
     """The data of a run, ready to be packed."""
 
-    train: list[Sequence]
-    eval: list[Sequence]
+    train: list[TokenRow]
+    eval: list[TokenRow]
     accounts: list[Account]
     digest: str
     """SHA-256 over every token and label, in order: what was learned and what was held out."""
@@ -231,10 +231,10 @@ def _reasons(account: Account) -> str:
     return listing([f"{where}{f' and {len(more)} more' if more else ''}: {why}" for why, (where, *more) in places.items()])
 
 
-def _digest(*parts: list[Sequence]) -> str:
+def _digest(*parts: list[TokenRow]) -> str:
     digest = hashlib.sha256()
     for part in parts:
         digest.update(b"part")
         for sequence in part:
-            digest.update(f"{sequence.ids}{sequence.learned}{sequence.side or ''}".encode())
+            digest.update(f"{sequence.ids}{sequence.target_indices}{sequence.side or ''}".encode())
     return digest.hexdigest()

@@ -5,14 +5,14 @@ of the rows and the seed: it stays the same in all epochs, whatever the order of
 reference makes of it is computed once.
 """
 
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Sequence
 
 from trimtab.core.errors import DataError
-from trimtab.data.example import Sequence
+from trimtab.data.example import TokenRow
 from trimtab.data.order import shuffled
 
 
-def with_mismatched(rows: SequenceOf[Sequence], seed: int, max_length: int | None = None) -> list[Sequence]:
+def with_mismatched(rows: Sequence[TokenRow], seed: int, max_length: int | None = None) -> list[TokenRow]:
     """The rows, each followed by its prompt with an answer to another prompt.
 
     Args:
@@ -21,22 +21,22 @@ def with_mismatched(rows: SequenceOf[Sequence], seed: int, max_length: int | Non
     Raises:
         DataError: More than half of the rows share a prompt, so some would get an answer to their own.
     """
-    prompts = [tuple(row.ids[: row.learned[0]]) for row in rows]
+    prompts = [tuple(row.ids[: row.target_indices[0]]) for row in rows]
     givers = derangement(prompts, seed)
     if givers is None:
         raise DataError(
             f"data: more than half of the {len(rows):,} rows have the same prompt, so kto can't estimate how far the model has moved: "
             "that takes answers to other prompts. Use more prompts, or pairs with dpo."
         )
-    made: list[Sequence] = []
+    made: list[TokenRow] = []
     for row, prompt, giver in zip(rows, prompts, givers, strict=True):
-        answer = rows[giver].ids[rows[giver].learned[0] :]
+        answer = rows[giver].ids[rows[giver].target_indices[0] :]
         ids = [*prompt, *answer][:max_length]
-        made += [row, Sequence(ids, list(range(len(prompt), len(ids))), row.where, len(ids), "mismatched")]
+        made += [row, TokenRow(ids, list(range(len(prompt), len(ids))), row.where, len(ids), "mismatched")]
     return made
 
 
-def derangement(prompts: SequenceOf[tuple[int, ...]], seed: int) -> list[int] | None:
+def derangement(prompts: Sequence[tuple[int, ...]], seed: int) -> list[int] | None:
     """For each prompt the number of another that is not equal to it, each number once; None if that can't be.
 
     With equal prompts beside each other around a circle, whoever is as far on as the largest group is long has another prompt.

@@ -2,9 +2,9 @@
 
 import math
 import random
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Sequence
 
-from trimtab.data.example import Sequence, units
+from trimtab.data.example import TokenRow, units
 
 
 def shuffled(count: int, seed: int, epoch: int) -> list[int]:
@@ -22,7 +22,7 @@ def split(count: int, held_out: int, seed: int) -> tuple[list[int], list[int]]:
 
 
 def plan_steps(
-    sequences: SequenceOf[Sequence], *, epochs: float, seed: int, rows: int | None = None, tokens: int | None = None
+    sequences: Sequence[TokenRow], *, epochs: float, seed: int, rows: int | None = None, tokens: int | None = None
 ) -> list[list[int]]:
     """Which sequences each optimizer step learns, by their numbers. What belongs together stays together and counts once.
 

@@ -1,7 +1,6 @@
 """Packs: the micro-batches that are computed, without padding, and without what several of their sequences begin with twice."""
 
-from collections.abc import Iterable
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from trimtab.core.process import collector_paused
 from trimtab.data.bin_packing import filled, in_lexical_order
-from trimtab.data.example import Sequence, units
+from trimtab.data.example import TokenRow, units
 from trimtab.data.prefix_tree import Numbers, Segment, chained, lay_out, numbers, places
 
 
@@ -34,7 +33,7 @@ class Pack:
     """N, int64."""
     target_sequence: Tensor
     """N, int64, not decreasing."""
-    sequences: tuple[Sequence, ...]
+    sequences: tuple[TokenRow, ...]
     """S, what was packed."""
     leaves: tuple[int, ...]
     """Of each sequence, the segment in which it ends."""
@@ -83,17 +82,17 @@ class Pack:
         return replace(self, **moved, after=self.after.to(device) if self.after is not None else None)
 
 
-def pack_flat(sequences: Iterable[Sequence]) -> Pack:
+def pack_flat(sequences: Iterable[TokenRow]) -> Pack:
     """Sequences side by side in their order, each a segment of its own: what rows of different adapters need."""
     return _laid_out(tuple(sequences), share=False)
 
 
-def pack_tree(sequences: Iterable[Sequence]) -> Pack:
+def pack_tree(sequences: Iterable[TokenRow]) -> Pack:
     """Sequences as a tree: what several begin with is computed once. The same in every other respect."""
     return _laid_out(tuple(sequences), share=True)
 
 
-def _laid_out(sequences: tuple[Sequence, ...], share: bool, rows: SequenceOf[Numbers] | None = None) -> Pack:
+def _laid_out(sequences: tuple[TokenRow, ...], share: bool, rows: Sequence[Numbers] | None = None) -> Pack:
     """
     Args:
         rows: Their tokens, if they are arrays already.
@@ -101,7 +100,7 @@ def _laid_out(sequences: tuple[Sequence, ...], share: bool, rows: SequenceOf[Num
     rows = rows or [numbers(sequence.ids) for sequence in sequences]
     tree = lay_out([row[:-1] for row in rows], share=share)  # a last token predicts nothing
     rows_and_leaves = zip(sequences, rows, tree.leaves, strict=True)
-    targets = [_targets(tree.segments, leaf, row, sequence.learned) for sequence, row, leaf in rows_and_leaves]
+    targets = [_targets(tree.segments, leaf, row, sequence.target_indices) for sequence, row, leaf in rows_and_leaves]
     return _packed(tree.ids, tree.positions, tree.segments, targets, sequences, tree.leaves)
 
 
@@ -123,8 +122,8 @@ def _packed(
     ids: Numbers,
     positions: Numbers,
     segments: tuple[Segment, ...],
-    targets: SequenceOf[Targets],
-    sequences: tuple[Sequence, ...],
+    targets: Sequence[Targets],
+    sequences: tuple[TokenRow, ...],
     leaves: tuple[int, ...],
 ) -> Pack:
     at, token = (np.concatenate(some) for some in zip(*targets, strict=True))
@@ -134,7 +133,7 @@ def _packed(
 
 
 @collector_paused()
-def pack_all(sequences: Iterable[Sequence], tokens: int) -> list[Pack]:
+def pack_all(sequences: Iterable[TokenRow], tokens: int) -> list[Pack]:
     """Sequences as packs of at most `tokens` computed tokens (a longer one gets a pack of its own). Deterministic.
 
     The two answers of a pair are never parted, and what comes of mismatched answers says `_with_mismatched`. Sequences that
@@ -143,7 +142,7 @@ def pack_all(sequences: Iterable[Sequence], tokens: int) -> list[Pack]:
     they are no more: memory is that of the largest.
     """
     sequences = list(sequences)
-    given: dict[int, list[Sequence]] = {}  # a step can hold a row twice
+    given: dict[int, list[TokenRow]] = {}  # a step can hold a row twice
     for row, other in pairwise(sequences):
         if other.side == "mismatched" and row.side != "mismatched":
             given.setdefault(id(row), []).append(other)
@@ -160,7 +159,7 @@ def pack_all(sequences: Iterable[Sequence], tokens: int) -> list[Pack]:
     return [_laid_out(tuple(sequences[n] for n in some), True, [rows[n] for n in some]) for some in together]
 
 
-def _with_mismatched(packs: list[Pack], given: dict[int, list[Sequence]], tokens: int) -> list[Pack]:
+def _with_mismatched(packs: list[Pack], given: dict[int, list[TokenRow]], tokens: int) -> list[Pack]:
     """Packs of judged answers and of the mismatched ones given to them, in the order in which they can be computed.
 
     A loss needs to know all of the step's mismatched answers. They have packs of their own, the first ones, of up to `FORWARD`
@@ -169,7 +168,7 @@ def _with_mismatched(packs: list[Pack], given: dict[int, list[Sequence]], tokens
     """
 
     def spared(pack: Pack) -> int:
-        return sum(row.learned[0] for row in pack.sequences) if all(id(row) in given for row in pack.sequences) else 0
+        return sum(row.target_indices[0] for row in pack.sequences) if all(id(row) in given for row in pack.sequences) else 0
 
     worth = [pack for pack in packs if spared(pack) >= WORTH_GOING_ON]
     one_answer = [pack for pack in worth if len(pack.sequences) == 1]
@@ -181,9 +180,9 @@ def _with_mismatched(packs: list[Pack], given: dict[int, list[Sequence]], tokens
     return [*pack_all(apart, FORWARD * tokens), *going_on, *others]
 
 
-def _gone_on(pack: Pack, others: SequenceOf[Sequence]) -> Pack:
+def _gone_on(pack: Pack, others: Sequence[TokenRow]) -> Pack:
     """The pack with a mismatched answer to the prompt of each of its sequences, from the prompt's last token on: that predicts."""
-    own, rows = len(pack.ids), [(pack.places(n), row.learned[0] - 1) for n, row in enumerate(pack.sequences)]
+    own, rows = len(pack.ids), [(pack.places(n), row.target_indices[0] - 1) for n, row in enumerate(pack.sequences)]
     segments = [*chained(pack.segments, (int(row[known - 1]) + 1 for row, known in rows if known))]
     ends = {segment.end: number for number, segment in enumerate(segments)}
     ids: list[Numbers] = []
@@ -191,7 +190,7 @@ def _gone_on(pack: Pack, others: SequenceOf[Sequence]) -> Pack:
     targets: list[Targets] = []
     end = own
     for other, (row, known) in zip(others, rows, strict=True):
-        tokens, learned = numbers(other.ids), numbers(other.learned)
+        tokens, learned = numbers(other.ids), numbers(other.target_indices)
         targets.append((learned + (end - own - known - 1), tokens[learned]))
         ids.append(tokens[known:-1])
         positions.append(np.arange(known, len(tokens) - 1))

@@ -10,7 +10,7 @@ from pathlib import Path
 from trimtab.core.errors import DataError, listing
 from trimtab.core.files import expanded
 from trimtab.data.arrow_files import hub_dataset, is_saved_dataset, parquet, saved_dataset
-from trimtab.data.example import Account, Refusal, Row
+from trimtab.data.example import Account, RawRow, Refusal
 from trimtab.data.json_files import json_file
 from trimtab.data.text_files import PACKED, csv_file, not_text
 
@@ -21,7 +21,7 @@ _ABOUT = {"dataset_infos.json", "dataset_info.json", "config.json", "metadata.js
 """Files of a folder that say something about its rows."""
 
 
-def read_rows(source: str, account: Account | None = None) -> Iterator[Row | Refusal]:
+def read_rows(source: str, account: Account | None = None) -> Iterator[RawRow | Refusal]:
     """Every row of a source, in its order; a row that can't be read is a Refusal.
 
     Args:
@@ -132,7 +132,7 @@ def _suffix(path: Path) -> str:
     return Path(path.stem if path.suffix.lower() in PACKED else path.name).suffix.lower()
 
 
-def _file(path: Path, account: Account) -> Iterator[Row | Refusal]:
+def _file(path: Path, account: Account) -> Iterator[RawRow | Refusal]:
     suffix = _suffix(path)
     if suffix not in SUFFIXES or (suffix == ".parquet" and path.suffix.lower() in PACKED):
         raise DataError(f"data: {path}: the ending {path.suffix!r} is not one of {', '.join(SUFFIXES)}{_advice(path)}.")

@@ -1,8 +1,7 @@
 """Examples as drafts: the texts that they are written as, and where in them the model speaks."""
 
 import re
-from collections.abc import Iterator
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any, NamedTuple, Protocol
 
@@ -28,10 +27,10 @@ class Tokenizing(Protocol):
     @property
     def control_tokens(self) -> tuple[str, ...]: ...
     def ending(self, message: Message) -> Any: ...
-    def render(self, messages: SequenceOf[Message], tools: SequenceOf[Any] | None = None, *, prompt: bool = False) -> str: ...
-    def encode(self, texts: SequenceOf[str], *, special: bool = False) -> SequenceOf[Any]: ...
-    def unembedded(self, ids: SequenceOf[int]) -> str | None: ...
-    def decode(self, ids: SequenceOf[int]) -> str: ...
+    def render(self, messages: Sequence[Message], tools: Sequence[Any] | None = None, *, prompt: bool = False) -> str: ...
+    def encode(self, texts: Sequence[str], *, special: bool = False) -> Sequence[Any]: ...
+    def unembedded(self, ids: Sequence[int]) -> str | None: ...
+    def decode(self, ids: Sequence[int]) -> str: ...
 
 
 NO_CALLS = "messages[{}] (assistant): the model's chat template leaves out its tool_calls"
@@ -56,7 +55,7 @@ class Answer(NamedTuple):
     """It calls tools; the token may end each call."""
 
 
-class Draft(NamedTuple):
+class RenderedText(NamedTuple):
     """A text to be tokenized, and the answers in it."""
 
     text: str
@@ -68,13 +67,13 @@ class Draft(NamedTuple):
         return self.answers[0].end is not None
 
 
-def whole(example: Conversation | Text, base: Tokenizing) -> list[Draft]:
+def whole(example: Conversation | Text, base: Tokenizing) -> list[RenderedText]:
     """The example as one text."""
     if isinstance(example, Text):
-        return [Draft(example.text, [Answer(0, len(example.text))])]
+        return [RenderedText(example.text, [Answer(0, len(example.text))])]
     if not base.has_template:
         prompt, completion = joined(example, base)
-        return [Draft(prompt + completion, [Answer(len(prompt), len(prompt) + len(completion))])]
+        return [RenderedText(prompt + completion, [Answer(len(prompt), len(prompt) + len(completion))])]
     messages, last = read_so(example, base), len(example.messages) - 1
     _check_conversation(example, base)
     text = base.render(messages, example.tools)
@@ -89,17 +88,17 @@ def whole(example: Conversation | Text, base: Tokenizing) -> list[Draft]:
             raise NotAPrefix
         limit = len(text) if n == last else start + shared_length(said, text[start:])
         answers.append(Answer(start, limit, turn.ending.token, turn.calls))
-    return [Draft(text, answers)]
+    return [RenderedText(text, answers)]
 
 
-def turn_by_turn(example: Conversation | Text, base: Tokenizing) -> list[Draft]:
+def turn_by_turn(example: Conversation | Text, base: Tokenizing) -> list[RenderedText]:
     """Each trained turn in a text of its own that ends with it, as the model has it when it speaks."""
     assert isinstance(example, Conversation)
     drafts, messages = [], read_so(example, base)
     for n in trained_turns(example):
         turn = Turn(base.template, messages, n, example.tools)
         text = turn.prompt + turn.said()
-        drafts.append(Draft(text, [Answer(len(turn.prompt), len(text), turn.ending.token, turn.calls)]))
+        drafts.append(RenderedText(text, [Answer(len(turn.prompt), len(text), turn.ending.token, turn.calls)]))
     return drafts
 
 
@@ -175,7 +174,7 @@ def _check_written(example: Conversation, messages: list[Message], texts: list[s
         texts: The conversation as it is written, and each prompt.
     """
 
-    def written_as(messages: SequenceOf[Message], tools: Any) -> str | None:
+    def written_as(messages: Sequence[Message], tools: Any) -> str | None:
         try:
             return base.render(messages, tools)
         except DataError:

@@ -4,7 +4,7 @@ import json
 import re
 from typing import Any
 
-from trimtab.data.example import Refusal, Row
+from trimtab.data.example import RawRow, Refusal
 
 _SPACE = re.compile(r"\s*")
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")
@@ -69,7 +69,7 @@ def _refuse_constant(name: str) -> Any:
 _JSON = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_refuse_constant)
 
 
-def row_of(where: str, value: Any) -> Row | Refusal:
+def row_of(where: str, value: Any) -> RawRow | Refusal:
     """A value as a row, if it is one."""
     if not isinstance(value, dict):
         return Refusal(where, f"a row is an object with named columns, not {kind(value)}")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import BinaryIO, TextIO, cast
 
 from trimtab.core.errors import DataError
-from trimtab.data.example import Refusal, Row
+from trimtab.data.example import RawRow, Refusal
 
 PACKED = (".gz", ".zst")
 _DELIMITERS = (",", ";", "\t", "|")
@@ -44,7 +44,7 @@ def not_text(path: Path) -> str:
     return f"data: {path} changed while it was read."
 
 
-def csv_file(path: Path, delimiter: str | None) -> Iterator[Row | Refusal]:
+def csv_file(path: Path, delimiter: str | None) -> Iterator[RawRow | Refusal]:
     """The rows of a table whose first line names its columns.
 
     Args:

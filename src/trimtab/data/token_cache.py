@@ -18,12 +18,12 @@ from torch import Tensor
 from trimtab.core.cache import cache_folder, code_hash, keep_newest
 from trimtab.core.errors import StorageError
 from trimtab.core.files import sha256_file, write_bytes
-from trimtab.data.example import Account, Refusal, Sequence
+from trimtab.data.example import Account, Refusal, TokenRow
 from trimtab.data.read import local_files
 from trimtab.data.rendering import Tokenizing
 from trimtab.data.token_rows import shared
 
-Made = tuple[list[Sequence], Account]
+Made = tuple[list[TokenRow], Account]
 
 LEAST = 1_000_000
 """Bytes of data whose tokens are kept; those of less are made in a second."""
@@ -89,7 +89,7 @@ def _as_bytes(made: Made) -> bytes:
     learned = bytearray()
     for one in sequences:
         mask = bytearray(len(one.ids))
-        for place in one.learned:
+        for place in one.target_indices:
             mask[place] = 1
         learned += mask
     tensors = {
@@ -116,7 +116,7 @@ def _read(path: Path) -> Made | None:
     for where, side, (size, shown) in zip(words["where"], words["side"], sizes, strict=True):
         ids = shared(tensors["ids"][start : start + size].tolist())
         marked = shared([n for n, mark in enumerate(learned[start : start + size]) if mark])
-        rows.append(Sequence(ids, marked, where, shown, side))
+        rows.append(TokenRow(ids, marked, where, shown, side))
         start += size
     refused = [Refusal(*refusal) for refusal in words["refused"]]
     return rows, Account(tuple(words["sources"]), words["used"], refused, set(words["unread"]), words["nulls"])

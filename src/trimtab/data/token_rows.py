@@ -7,16 +7,15 @@ So before an answer stand exactly the tokens that ask for it when the model gene
 says what the message says (see `written`).
 """
 
-from collections.abc import Iterable, Iterator
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
 from typing import Any, NamedTuple
 
 from trimtab.core.errors import DataError
-from trimtab.data.example import Account, Conversation, Example, Judged, Preference, Refusal, Refused, Sequence, Side, Text
-from trimtab.data.rendering import Answer, Draft, Message, NotAPrefix, Tokenizing, turn_by_turn, whole
+from trimtab.data.example import Account, Conversation, Example, Judged, Preference, Refusal, Refused, Side, Text, TokenRow
+from trimtab.data.rendering import Answer, Message, NotAPrefix, RenderedText, Tokenizing, turn_by_turn, whole
 
 AT_A_TIME = 1000
 """Examples that are tokenized at a time: what a tokenizer says of a text takes a hundred times the memory of its tokens."""
@@ -33,7 +32,7 @@ def make_sequences(
     max_length: int | None = None,
     truncate: bool = False,
     limit: str | None = None,
-) -> list[Sequence]:
+) -> list[TokenRow]:
     """Examples as sequences, in their order; what can't be used goes to the account, with its reason.
 
     Args:
@@ -62,19 +61,19 @@ def _parts(example: Example) -> Iterable[Conversation | Text]:
     return (example.conversation,) if isinstance(example, Judged) else (example,)
 
 
-def _joined(example: Example, made: list[list[Sequence] | str]) -> list[Sequence] | str:
+def _joined(example: Example, made: list[list[TokenRow] | str]) -> list[TokenRow] | str:
     """The sequences of an example, from those of its parts; or why it can't be used."""
     if isinstance(example, Judged) and not isinstance(made[0], str):
         return [replace(made[0][0], side="good" if example.good else "bad")]
     if not isinstance(example, Preference):
         return made[0]
-    both: list[Sequence] = []
+    both: list[TokenRow] = []
     for name, part in zip(("chosen", "rejected"), made, strict=True):
         if isinstance(part, str):
             return f"{name}: {part}"
         both += part
     chosen, rejected = both  # a sequence each, because only the last turn of each is learned
-    if chosen.ids[: chosen.learned[0]] != rejected.ids[: rejected.learned[0]]:
+    if chosen.ids[: chosen.target_indices[0]] != rejected.ids[: rejected.target_indices[0]]:
         return "chosen and rejected come after different tokens, so they can't be compared"
     if chosen.ids == rejected.ids:
         return "chosen and rejected are the same tokens as far as they are read, so neither is the better one"
@@ -82,11 +81,11 @@ def _joined(example: Example, made: list[list[Sequence] | str]) -> list[Sequence
     return [replace(one, side=side) for one, side in zip((chosen, rejected), sides, strict=True)]
 
 
-def _made(examples: SequenceOf[Conversation | Text], base: Tokenizing, cut: "_Cut") -> Iterator[list[Sequence] | str]:
+def _made(examples: Sequence[Conversation | Text], base: Tokenizing, cut: "_Cut") -> Iterator[list[TokenRow] | str]:
     """Of each example, its sequences, or why it can't be used."""
-    found: dict[int, list[Sequence] | str] = {}
+    found: dict[int, list[TokenRow] | str] = {}
     for draft in (whole, turn_by_turn):
-        drafts: dict[int, list[Draft]] = {}
+        drafts: dict[int, list[RenderedText]] = {}
         for number, example in enumerate(examples):
             if number not in found:
                 try:
@@ -107,7 +106,7 @@ def _made(examples: SequenceOf[Conversation | Text], base: Tokenizing, cut: "_Cu
     return (found.get(number, unending) for number in range(len(examples)))
 
 
-def prompt_of(messages: SequenceOf[Message], base: Tokenizing, tools: Iterable[Any] = ()) -> list[int]:
+def prompt_of(messages: Sequence[Message], base: Tokenizing, tools: Iterable[Any] = ()) -> list[int]:
     """The tokens that ask for the next message, as training has them; for a base without a template, those of the one message's text."""
     if base.has_template:
         (encoded,) = base.encode([base.render(messages, list(tools), prompt=True)])
@@ -133,15 +132,15 @@ def asked(examples: Iterable[Conversation], base: Tokenizing) -> list[tuple[list
     return found
 
 
-def last_run(row: Sequence) -> int:
+def last_run(row: TokenRow) -> int:
     """Where the last run of tokens that are trained on begins."""
-    at = len(row.learned) - 1
-    while at > 0 and row.learned[at - 1] == row.learned[at] - 1:
+    at = len(row.target_indices) - 1
+    while at > 0 and row.target_indices[at - 1] == row.target_indices[at] - 1:
         at -= 1
-    return row.learned[at]
+    return row.target_indices[at]
 
 
-def _encode(drafts: list[Draft], base: Tokenizing) -> Iterator[list[Any]]:
+def _encode(drafts: list[RenderedText], base: Tokenizing) -> Iterator[list[Any]]:
     """The tokens of each draft's text, and of the text before each of its answers. Plain texts begin with a BOS, if any."""
     done: dict[int, list[Any]] = {}
     for in_turns in (True, False):
@@ -152,7 +151,7 @@ def _encode(drafts: list[Draft], base: Tokenizing) -> Iterator[list[Any]]:
     return (done[n] for n in range(len(drafts)))
 
 
-def _sequence(draft: Draft, encoded: list[Any], base: Tokenizing, where: str) -> Sequence:
+def _sequence(draft: RenderedText, encoded: list[Any], base: Tokenizing, where: str) -> TokenRow:
     ids, ends, firsts = _split_at_answers(draft, encoded, base)
     learned: list[int] = []
     for first, answer in zip(firsts, draft.answers, strict=True):
@@ -170,10 +169,10 @@ def _sequence(draft: Draft, encoded: list[Any], base: Tokenizing, where: str) ->
         learned += range(max(first, 1), last + 1)  # nothing comes before the first token, so nothing can predict it
     if strange := base.unembedded(ids[: learned[-1] + 1] if learned else []):
         raise Refused(strange)
-    return Sequence(ids, learned, where, len(ids))
+    return TokenRow(ids, learned, where, len(ids))
 
 
-def _split_at_answers(draft: Draft, encoded: list[Any], base: Tokenizing) -> tuple[list[int], list[int], list[int]]:
+def _split_at_answers(draft: RenderedText, encoded: list[Any], base: Tokenizing) -> tuple[list[int], list[int], list[int]]:
     """The tokens, where they end in the text, and the first token of each answer, before which stand exactly the prompt's tokens.
 
     A tokenizer may join the prompt's last characters with the answer's first ("2+" and "+" as "++"), or divide the prompt
@@ -208,14 +207,18 @@ class _Cut(NamedTuple):
     truncate: bool = False
     limit: str = ""
 
-    def cut(self, sequences: list[Sequence]) -> list[Sequence]:
+    def cut(self, sequences: list[TokenRow]) -> list[TokenRow]:
         """Sequences of one example up to their last learned token, each no longer than it may be."""
-        needed = max((s.learned[-1] + 1 for s in sequences if s.learned), default=0)
+        needed = max((s.target_indices[-1] + 1 for s in sequences if s.target_indices), default=0)
         if self.max_length is not None and needed > self.max_length:
             if not self.truncate:
                 raise Refused(f"has {needed:,} tokens up to the end of its last answer, more than {self.limit}")
-            sequences = [replace(s, learned=[t for t in s.learned if t < self.max_length]) for s in sequences]
-        whole = [replace(s, ids=shared(s.ids[: s.learned[-1] + 1]), learned=shared(s.learned)) for s in sequences if s.learned]
+            sequences = [replace(s, target_indices=[t for t in s.target_indices if t < self.max_length]) for s in sequences]
+        whole = [
+            replace(s, ids=shared(s.ids[: s.target_indices[-1] + 1]), target_indices=shared(s.target_indices))
+            for s in sequences
+            if s.target_indices
+        ]
         if not whole:
             raise Refused("has no token to learn" + (f" within {self.limit}" if needed else ""))
         return whole

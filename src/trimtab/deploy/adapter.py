@@ -11,13 +11,13 @@ from torch import Tensor
 from trimtab.artifacts import Adapter, read_adapter, write_adapter
 from trimtab.base import Base, writes_dates
 from trimtab.core.errors import ArtifactError, RecipeError
-from trimtab.data.example import Sequence as Row
+from trimtab.data.example import TokenRow
 from trimtab.deploy.provenance import as_stored
 from trimtab.deploy.save_pretrained import save_alone
 from trimtab.methods import OF_BASE, Attached, Method, Sample, modules, place, refuse_name
 
 
-def sample(base: Base, rows: Sequence[Row]) -> Sample:
+def sample(base: Base, rows: Sequence[TokenRow]) -> Sample:
     """What an adapter's first values can be made from, beside the base: rows to be learned, and the base's tokenizer."""
     return Sample(rows=[row.ids for row in rows], encode=_encode(base), pieces=base.pieces)
 

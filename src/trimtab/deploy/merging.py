@@ -14,7 +14,7 @@ from trimtab.base import Base, write_config, write_switches, write_tokenizer
 from trimtab.core import files
 from trimtab.core.attention_hook import without_cudnn
 from trimtab.core.errors import ArtifactError, NotMergeable
-from trimtab.methods import Attached, look_through, modules
+from trimtab.methods import Attached, modules, unwrap
 
 WELL_KEPT = 0.99
 """Of the adapter's change; what keeps less should not be handed over unread."""
@@ -126,7 +126,7 @@ def _merged_weights(base: Base, adapter: Attached) -> dict[str, Tensor]:
     for path, layer in adapter.layers.items():
         for name, tensor in layer.merged().state_dict(keep_vars=True).items():
             new = tensor.detach().float()
-            first = tied.setdefault(id(getattr(look_through(layer), name, new)), new)
+            first = tied.setdefault(id(getattr(unwrap(layer), name, new)), new)
             merged[f"{path}.{name}"] = first if torch.equal(first, new) else new
     converted: dict[int, Tensor] = {}
     weights = {}
@@ -146,7 +146,7 @@ def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _facts(base: Base, weights: dict[str, Tensor]) -> dict[str, Any]:
     """What a configuration must say of the weights: of how many tokens, and untied where the ends differ (or differed before)."""
-    ends = [look_through(end) for end in (base.model.get_input_embeddings(), base.model.get_output_embeddings())]
+    ends = [unwrap(end) for end in (base.model.get_input_embeddings(), base.model.get_output_embeddings())]
     paths = {id(module): path for path, module in modules(base.model).items()}
     embeddings, head = (weights[f"{paths[id(end)]}.weight"] for end in ends)
     return {"vocab_size": len(embeddings)} | ({"tie_word_embeddings": False} if embeddings is not head else {})
@@ -175,7 +175,7 @@ def _compare(
         for name, tensor in own.items():
             tensor.copy_(exact[name])
         difference, scale, _ = _apart(base, saved, prompts)
-    plain = look_through(base.model.get_input_embeddings()).weight.dtype == torch.float32
+    plain = unwrap(base.model.get_input_embeddings()).weight.dtype == torch.float32
     if plain and not difference <= 1e-3 * max(scale, 1.0):
         raise ArtifactError(
             f"The merged model's logits differ by {difference:.3g} (largest logit {scale:.3g}), so it was not kept."

@@ -11,9 +11,9 @@ from trimtab.base import Fingerprint, as_held, model_fingerprint
 from trimtab.base.fingerprint import own_weights
 from trimtab.core.errors import RecipeError, UnsupportedModel
 from trimtab.core.files import filled_folder
-from trimtab.core.wrapping import Around
+from trimtab.core.wrapping import Wrapper
 from trimtab.deploy.provenance import as_stored
-from trimtab.methods import Attached, Method, Sample, adapters, stand_in
+from trimtab.methods import Attached, Method, Sample, adapters, replace_method
 from trimtab.methods import attach as put_on
 
 CHECKPOINT, RESUMED_FROM = "checkpoint-", "model.safetensors"
@@ -46,7 +46,7 @@ def attach(model: nn.Module, method: Method, seed: int = 0, *, name: str = "defa
 def save_alone(model: nn.Module) -> None:
     """Let the model save its adapters alone, as long as it has any."""
     if hasattr(model, "save_pretrained"):
-        stand_in(model, "save_pretrained", _save_pretrained)
+        replace_method(model, "save_pretrained", _save_pretrained)
 
 
 def _save_pretrained(
@@ -88,7 +88,7 @@ def _of_adapters(model: nn.Module) -> dict[str, Tensor]:
     """What the model's own state has of adapters, by the names that it has there; what layers share under the first of them."""
     found: dict[int, tuple[str, Tensor]] = {}
     for path, layer in model.named_modules():
-        if isinstance(layer, Around):
+        if isinstance(layer, Wrapper):
             for name, tensor in layer.state_dict(keep_vars=True).items():
                 if not name.startswith("base."):
                     found.setdefault(id(tensor), (f"{path}.{name}", tensor))

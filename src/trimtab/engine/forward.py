@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimtab.core.attention_hook import Layout, heed, laid_out, without_cudnn
+from trimtab.core.attention_hook import Layout, install_hook, laid_out, without_cudnn
 from trimtab.core.errors import UnsupportedModel
-from trimtab.data.example import Sequence as Row
+from trimtab.data.example import TokenRow
 from trimtab.data.pack import Pack, pack_flat
-from trimtab.engine.frozen_cache import FrozenBelow
+from trimtab.engine.frozen_cache import FrozenLayerCache
 from trimtab.engine.fused import fuse, recomputed
 from trimtab.engine.head import head_of, sequence_logprobs
 from trimtab.engine.layouts import Earlier, PackLayout
-from trimtab.methods import Routing, look_through, routed, switch_of
+from trimtab.methods import Routing, routed, switch_of, unwrap
 
 DIVERGENCE_ROWS = 64
 """Tokens whose logits are held at a time, in two models."""
@@ -23,7 +23,7 @@ DIVERGENCE_ROWS = 64
 
 def hidden_states(model: Any, ids: Tensor, positions: Tensor, layout: Layout) -> Tensor:
     """The last hidden states of tokens laid out as `layout` says: T d, or those of the wanted ones, M d, if it has `narrowed`."""
-    heed(model)
+    install_hook(model)
     if type(layout) is PackLayout:
         fuse(model)
     with laid_out():
@@ -41,7 +41,7 @@ def pack_logprobs(
     owners: Sequence[str | None] | None = None,
     *,
     recompute: bool = False,
-    below: FrozenBelow | None = None,
+    below: FrozenLayerCache | None = None,
     earlier: Earlier | None = None,
 ) -> Tensor:
     """Σ log p over the learned tokens of each of the pack's sequences: S. Differentiable, but for a pack that goes on from another.
@@ -103,10 +103,10 @@ def check_packing(model: Any) -> None:
         UnsupportedModel: It does not.
     """
     device, vocabulary = next(model.parameters()).device, model.config.get_text_config().vocab_size
-    exact = look_through(model.get_input_embeddings()).weight.dtype in (torch.float32, torch.float64)
+    exact = unwrap(model.get_input_embeddings()).weight.dtype in (torch.float32, torch.float64)
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(vocabulary, (length,), generator=generator).tolist() for length in (7, 5)]
-    pack = pack_flat(Row(ids, list(range(1, len(ids))), "check") for ids in rows).to(device)
+    pack = pack_flat(TokenRow(ids, list(range(1, len(ids))), "check") for ids in rows).to(device)
     with one_thread():
         packed = pack_logprobs(model, pack).tolist()
         alone = [_logprob_alone(model, torch.tensor([ids], device=device)) for ids in rows]

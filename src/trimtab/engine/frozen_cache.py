@@ -6,12 +6,12 @@ from typing import Any
 
 from torch import Tensor
 
-from trimtab.data.example import Sequence
+from trimtab.data.example import TokenRow
 from trimtab.data.pack import Pack
 from trimtab.engine.fused.standins import Passing, layers_of, passing
 
 
-class FrozenBelow:
+class FrozenLayerCache:
     """The hidden states that enter the lowest trained layer, of rows that have been computed before.
 
     They do not change while an adapter is trained: what makes them is frozen, and looks at nothing but the row.
@@ -24,7 +24,7 @@ class FrozenBelow:
             room: Bytes that rows may take.
         """
         self.model, self.lowest, self.room = model, _lowest_trained(model), room
-        self.rows: dict[int, tuple[Sequence, Tensor]] = {}
+        self.rows: dict[int, tuple[TokenRow, Tensor]] = {}
         """By a row's identity: the row, held so that no other takes its place, and its hidden states, a line a token."""
 
     def size(self, tokens: int) -> float:

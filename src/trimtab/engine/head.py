@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from trimtab.core.errors import UnsupportedModel
 from trimtab.engine.fused.kernels import sweep_
-from trimtab.methods import AdapterLayer, Routing, current_routing, look_through, routed
+from trimtab.methods import AdapterLayer, Routing, current_routing, routed, unwrap
 
 TILE = 500_000
 """Logits formed at a time: 2 MB of float32, which stay in a cache."""
@@ -55,7 +55,7 @@ def head_of(model: Any) -> Head:
         UnsupportedModel: The base's own head is trained, or is not one matrix.
     """
     outer, config = model.get_output_embeddings(), model.config.get_text_config()
-    module = look_through(outer)
+    module = unwrap(outer)
     if not isinstance(module, nn.Linear):
         raise UnsupportedModel(f"The head of {type(model).__name__} is a {type(module).__name__}, not a matrix.")
     if module.weight.requires_grad:

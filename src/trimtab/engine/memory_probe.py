@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from trimtab.core.process import collector_paused
 from trimtab.core.randomness import seeded
-from trimtab.data.example import Sequence as Row
+from trimtab.data.example import TokenRow
 from trimtab.data.pack import Pack, pack_flat
 from trimtab.engine import head
 from trimtab.engine.arena import forget_transient
@@ -116,7 +116,7 @@ def _as_in_training(model: Any, device: torch.device) -> Iterator[None]:
 def _made_up(model: Any, length: int, learned: float) -> Pack:
     draw, vocabulary = random.Random(0), model.config.get_text_config().vocab_size
     first = length + 1 - max(1, round(learned * length))
-    row = Row([draw.randrange(vocabulary) for _ in range(length + 1)], list(range(first, length + 1)), "made up")
+    row = TokenRow([draw.randrange(vocabulary) for _ in range(length + 1)], list(range(first, length + 1)), "made up")
     return pack_flat([row])
 
 

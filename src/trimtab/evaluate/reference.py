@@ -23,7 +23,7 @@ from trimtab.base import Base
 from trimtab.core import cache, files
 from trimtab.core.errors import ArtifactError, NonFinite, RecipeError, StorageError, WrongReference
 from trimtab.data import pack_all
-from trimtab.data.example import Sequence as Row
+from trimtab.data.example import TokenRow
 from trimtab.deploy import adapter_folder, load_adapter, versions
 from trimtab.engine import pack_divergences, pack_logprobs
 from trimtab.methods import Attached, activate, active, adapters
@@ -42,12 +42,12 @@ NEAR_IN_HALF = (0.5, 2e-2)
 class Referred:
     """Rows that know what the reference makes of them."""
 
-    rows: list[Row]
+    rows: list[TokenRow]
     facts: dict[str, Any]
     """What a run remembers of its reference, as JSON data."""
 
 
-def refer(base: Base, adapter: Attached, asked: str, rows: Sequence[Row], pack_tokens: int) -> Referred:
+def refer(base: Base, adapter: Attached, asked: str, rows: Sequence[TokenRow], pack_tokens: int) -> Referred:
     """Rows with Σ log p of their learned tokens in the reference; from the cache as far as they are known.
 
     Args:
@@ -59,7 +59,7 @@ def refer(base: Base, adapter: Attached, asked: str, rows: Sequence[Row], pack_t
         NonFinite: The reference gives a row a log-probability that is not a number.
     """
     kind = ("start" if adapter.trained else "base") if asked == "auto" else asked
-    if kind == "start" and not adapter.trained and adapter.method.starts_as_base:
+    if kind == "start" and not adapter.trained and adapter.method.identity_at_init:
         kind = "base"
     with _opened(base, adapter, kind) as other:
         path = cache.cache_folder() / "reference" / f"{other.identity}-{_made_by()}.json"
@@ -81,7 +81,7 @@ def refer(base: Base, adapter: Attached, asked: str, rows: Sequence[Row], pack_t
     return Referred([replace(row, reference=known[key]) for row, key in zip(rows, keys, strict=True)], facts)
 
 
-def check_start(base: Base, rows: Sequence[Row], pack_tokens: int) -> float:
+def check_start(base: Base, rows: Sequence[TokenRow], pack_tokens: int) -> float:
     """Measure that what is to be trained starts as its reference on these rows: by how much Σ log p is off at most.
 
     So DPO starts with margins of 0 and a loss of ln 2.
@@ -109,7 +109,7 @@ def near(base: Base) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def divergence(base: Base, adapter: Attached, kind: str, rows: Sequence[Row], pack_tokens: int) -> float:
+def divergence(base: Base, adapter: Attached, kind: str, rows: Sequence[TokenRow], pack_tokens: int) -> float:
     """How far the model is from the reference: KL(π ‖ π_reference), in nats a token, the mean over the learned tokens of the rows.
 
     It is exact: of whole distributions over the vocabulary, given what the row says before each token.
@@ -178,18 +178,18 @@ def _made_by() -> str:
     return hashlib.sha256(json.dumps([code, versions()], sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _key(row: Row) -> str:
+def _key(row: TokenRow) -> str:
     """What a row's Σ log p depends on, beside the model."""
-    parts = [array("q", numbers).tobytes() for numbers in ([len(row.ids)], row.ids, row.learned)]
+    parts = [array("q", numbers).tobytes() for numbers in ([len(row.ids)], row.ids, row.target_indices)]
     return hashlib.sha256(b"".join(parts)).hexdigest()[:32]
 
 
 @torch.no_grad()
-def logprobs(base: Base, rows: Sequence[Row], pack_tokens: int) -> list[float]:
+def logprobs(base: Base, rows: Sequence[TokenRow], pack_tokens: int) -> list[float]:
     """Σ log p of each row's learned tokens in the model as it stands."""
     found: dict[int, float] = {}
     # Without their sides: here, a mismatched answer can share its prompt with the row's own.
-    rows = [Row(row.ids, row.learned, row.where) for row in rows]
+    rows = [TokenRow(row.ids, row.target_indices, row.where) for row in rows]
     for pack in pack_all(rows, pack_tokens):
         for row, value in zip(pack.sequences, pack_logprobs(base.model, pack.to(base.device)).tolist(), strict=True):
             found[id(row)] = value

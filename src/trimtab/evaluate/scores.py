@@ -15,7 +15,7 @@ from torch import Tensor
 from trimtab.base import Base
 from trimtab.core.errors import DataError, NonFinite, listing
 from trimtab.data import Account, Conversation, Judged, Preference, asked, make_sequences, pack_all
-from trimtab.data.example import Sequence as Row
+from trimtab.data.example import TokenRow
 from trimtab.engine import Answer, Ended, generate
 from trimtab.methods import room
 from trimtab.objectives import Objective, answered, averaged
@@ -72,7 +72,7 @@ class Answered:
 
 
 @torch.no_grad()
-def score_loss(base: Base, rows: Sequence[Row], pack_tokens: int = 1024, objective: Objective | None = None) -> Loss:
+def score_loss(base: Base, rows: Sequence[TokenRow], pack_tokens: int = 1024, objective: Objective | None = None) -> Loss:
     """The loss of the model as it stands (an attached adapter counts) on `rows`. Raises NonFinite if it is not a number.
 
     Args:
@@ -92,7 +92,7 @@ def score_loss(base: Base, rows: Sequence[Row], pack_tokens: int = 1024, objecti
         sums += objective.losses(logprobs, pack, pooled).tolist()
         counts += objective.counts(pack)
         measured.append(objective.measures(logprobs, pack, pooled))
-    tokens = sum(len(row.learned) for pack, _ in learned for row in pack.sequences)
+    tokens = sum(len(row.target_indices) for pack, _ in learned for row in pack.sequences)
     in_order = [found[id(row)] for row in rows if id(row) in found]
     loss, interval = sum(sums) / sum(counts), _bootstrap(sums, counts)
     return Loss(loss, interval, tokens, len(sums), averaged(measured), sums, counts, in_order)

@@ -1,6 +1,6 @@
 """Adapter methods, one file each, and the way every one of them gets onto a model and off it again."""
 
-from trimtab.core.wrapping import look_through, modules
+from trimtab.core.wrapping import modules, unwrap
 from trimtab.methods._attach import (
     Attached,
     activate,
@@ -9,11 +9,11 @@ from trimtab.methods._attach import (
     attach,
     place,
     refuse_name,
+    replace_method,
     room,
-    stand_in,
     switch_of,
 )
-from trimtab.methods._base import AdapterLayer, Circumstances, Method, Sample
+from trimtab.methods._base import AdapterLayer, LearningRateContext, Method, Sample
 from trimtab.methods._combine import Combined, combine
 from trimtab.methods._peft import OF_BASE
 from trimtab.methods._switch import Routing, Switch, current_routing, routed
@@ -22,8 +22,8 @@ __all__ = [
     "OF_BASE",
     "AdapterLayer",
     "Attached",
-    "Circumstances",
     "Combined",
+    "LearningRateContext",
     "Method",
     "Routing",
     "Sample",
@@ -34,12 +34,12 @@ __all__ = [
     "attach",
     "combine",
     "current_routing",
-    "look_through",
     "modules",
     "place",
     "refuse_name",
+    "replace_method",
     "room",
     "routed",
-    "stand_in",
     "switch_of",
+    "unwrap",
 ]

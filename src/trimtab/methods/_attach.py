@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.core.attention_hook import heed, unheed
+from trimtab.core.attention_hook import install_hook, remove_hook
 from trimtab.core.errors import ArtifactError, RecipeError, listing
 from trimtab.core.randomness import seeded
 from trimtab.core.wrapping import modules
@@ -26,7 +26,7 @@ class _Register:
 
     required_grad: dict[str, bool]
     adapters: "dict[str, Attached]" = field(default_factory=dict)
-    stand_ins: set[str] = field(default_factory=set)
+    replaced_methods: set[str] = field(default_factory=set)
 
 
 class Attached:
@@ -126,8 +126,8 @@ class Attached:
             del register.adapters[self.name]
             if not register.adapters:
                 delattr(self.model, _REGISTER)
-                unheed(self.model)
-                for name in register.stand_ins:
+                remove_hook(self.model)
+                for name in register.replaced_methods:
                     delattr(self.model, name)
                 for name, parameter in self.model.named_parameters():
                     parameter.requires_grad_(register.required_grad.get(name, parameter.requires_grad))
@@ -141,9 +141,9 @@ def adapters(model: nn.Module) -> dict[str, Attached]:
     return dict(register.adapters) if register is not None else {}
 
 
-def stand_in(model: nn.Module, name: str, function: Callable[..., Any]) -> None:
+def replace_method(model: nn.Module, name: str, function: Callable[..., Any]) -> None:
     """Let the model do this instead of its own method `name`, as long as there are adapters on it."""
-    getattr(model, _REGISTER).stand_ins.add(name)
+    getattr(model, _REGISTER).replaced_methods.add(name)
     setattr(model, name, partial(function, model))
 
 
@@ -235,7 +235,7 @@ def place(model: nn.Module, method: Method, seed: int, name: str) -> Attached:
         holder, _, last = path.rpartition(".")
         layer.base = getattr(everything[holder], last)  # another adapter's layer, where one stands there already
         setattr(everything[holder], last, layer)
-    heed(model)
+    install_hook(model)
     adapter = Attached(model, name, method, layers)
     register.adapters[name] = adapter
     setattr(model, _REGISTER, register)

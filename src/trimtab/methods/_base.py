@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from trimtab.core.config import Choice
 from trimtab.core.errors import NotMergeable, UnsupportedModel
-from trimtab.core.wrapping import Around, look_through
+from trimtab.core.wrapping import Wrapper, unwrap
 from trimtab.methods._switch import Routing, Switch, only
 
 
-class AdapterLayer(Around):
+class AdapterLayer(Wrapper):
     """A frozen `base` module together with the trainable parameters that adapt it.
 
     Whatever this module owns outside `base` is the adapter. Freezing, counting, saving, loading and removing rely on
@@ -116,7 +116,7 @@ def _evaluate(module: nn.Module, mode: bool) -> None:
             _evaluate(child, mode)
 
 
-class Circumstances(NamedTuple):
+class LearningRateContext(NamedTuple):
     """What a learning rate chosen by formula may depend on."""
 
     model_type: str
@@ -144,7 +144,7 @@ class Method(Choice):
 
     peft_type: ClassVar[str | None] = None
     """What PEFT calls the method; None if it has none such."""
-    starts_as_base: ClassVar[bool] = True
+    identity_at_init: ClassVar[bool] = True
     """A fresh adapter changes nothing, bit for bit."""
     mergeable: ClassVar[bool] = True
     """The adapter is a change of weights."""
@@ -164,7 +164,7 @@ class Method(Choice):
         """How many parameters will be trained on this model, by closed formula."""
 
     @abstractmethod
-    def learning_rate(self, at: Circumstances) -> tuple[float, str]:
+    def learning_rate(self, at: LearningRateContext) -> tuple[float, str]:
         """The learning rate that `lr: auto` means, and the formula in words."""
 
     @property
@@ -191,7 +191,7 @@ class Method(Choice):
     def join(self, layers: dict[str, AdapterLayer]) -> None:
         """Let layers share parameters; called when all of them are made, each around the model's own module."""
 
-    def relative_rate(self, name: str) -> float:
+    def lr_multiplier(self, name: str) -> float:
         """By what the learning rate is multiplied for the parameter of this name within its layer."""
         return 1.0
 
@@ -248,21 +248,21 @@ def matrix(module: nn.Module) -> Tensor:
 
     Raises UnsupportedModel if it is quantized: then nothing else is exactly its matrix.
     """
-    weight = look_through(module).weight
+    weight = unwrap(module).weight
     assert isinstance(weight, Tensor)
     if not weight.is_floating_point():
         raise UnsupportedModel(
-            f"A {type(look_through(module)).__name__} is quantized, and this method starts from or changes the weights themselves. "
+            f"A {type(unwrap(module)).__name__} is quantized, and this method starts from or changes the weights themselves. "
             "Use one that leaves them as they are, such as lora, or a base that is not quantized."
         )
     weight = weight.to(wide(weight))
-    return weight if isinstance(look_through(module), nn.Linear) else weight.T  # Conv1D and Embedding store (inputs, outputs)
+    return weight if isinstance(unwrap(module), nn.Linear) else weight.T  # Conv1D and Embedding store (inputs, outputs)
 
 
 def with_weight(module: nn.Module, make: Callable[[Tensor], Tensor]) -> nn.Module:
     """A copy of the model's own module with another matrix: `make` turns its (outputs, inputs) into the new one."""
     changed = make(matrix(module))
-    made = copy.deepcopy(look_through(module))
+    made = copy.deepcopy(unwrap(module))
     stored = changed if isinstance(made, nn.Linear) else changed.T
     made.weight = nn.Parameter(stored.contiguous(), requires_grad=False)
     return made

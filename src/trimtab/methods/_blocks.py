@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from trimtab.core.errors import UnsupportedModel
-from trimtab.core.wrapping import look_through, modules
+from trimtab.core.wrapping import modules, unwrap
 from trimtab.methods._base import matrix_shape
 from trimtab.methods._targets import ATTENTION_NAMES
 
@@ -50,7 +50,7 @@ def stream_size(module: nn.Module) -> int:
     """The size of the hidden states that a matrix makes, or that an MLP takes, by the first of its matrices; 0 if it has none."""
     if shape := matrix_shape(module):
         return shape[1]
-    for part in map(look_through, module.modules()):
+    for part in map(unwrap, module.modules()):
         if shape := matrix_shape(part):
             return shape[0]
         for parameter in part.parameters(recurse=False):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from trimtab.core.attention_hook import without_cudnn
 from trimtab.core.errors import RecipeError
-from trimtab.core.wrapping import look_through
+from trimtab.core.wrapping import unwrap
 from trimtab.methods._base import AdapterLayer, matrix
 from trimtab.methods._lowrank import LowRankLayer
 
@@ -59,7 +59,7 @@ def start_at_inputs(model: Any, layers: dict[str, AdapterLayer], rows: Sequence[
     adapted = {path: layer for path, layer in layers.items() if isinstance(layer, LowRankLayer)}
     for path, layer in adapted.items():
         rank, inputs = layer.A.shape
-        if isinstance(look_through(layer), nn.Embedding):
+        if isinstance(unwrap(layer), nn.Embedding):
             raise RecipeError(f"init: eva looks at what enters a matrix, and tokens enter {path}: leave it out of targets.")
         if rank > min(tokens, inputs):
             raise RecipeError(

@@ -10,8 +10,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from trimtab.core.errors import NoSuchModule
-from trimtab.core.wrapping import look_through, modules
-from trimtab.methods._base import AdapterLayer, Circumstances, Method, matrix_shape, with_weight
+from trimtab.core.wrapping import modules, unwrap
+from trimtab.methods._base import AdapterLayer, LearningRateContext, Method, matrix_shape, with_weight
 from trimtab.methods._peft import SELECTING, from_names, only_known, shortest_names, to_names
 from trimtab.methods._targets import ALL_LINEAR, ByTarget, Targets, matches, matrices
 
@@ -78,10 +78,10 @@ class LowRank(Method):
         """Σ rank · (inputs + outputs) over the targeted matrices."""
         return sum(self.rank_of(path) * (inputs + outputs) for path, (inputs, outputs) in self.shapes(model).items())
 
-    def relative_rate(self, name: str) -> float:
+    def lr_multiplier(self, name: str) -> float:
         return self.b_rate if name == "B" else 1.0
 
-    def learning_rate(self, at: Circumstances) -> tuple[float, str]:
+    def learning_rate(self, at: LearningRateContext) -> tuple[float, str]:
         """lr = 5e-4 · (2000 / hidden)^p · √(rows per step / 32), at most 2e-3.
 
         The first two factors are fitted by the Tinker cookbook (`hyperparam_utils.py`) for alpha 32 with p = 0.0775 for
@@ -190,9 +190,7 @@ class LowRankLayer(AdapterLayer):
         if x.is_floating_point():
             inner = F.linear(self.dropout(x), A.to(x.dtype))
         else:
-            inner = F.embedding(x, A.T) * getattr(
-                look_through(self.base), "embed_scale", 1.0
-            )  # Gemma's multiply what they look up
+            inner = F.embedding(x, A.T) * getattr(unwrap(self.base), "embed_scale", 1.0)  # Gemma's multiply what they look up
         expand = (self.scale * B).to(y.dtype).T
         return torch.addmm(y.flatten(0, -2), inner.to(y.dtype).flatten(0, -2), expand).view_as(y)  # one pass over y, not three
 

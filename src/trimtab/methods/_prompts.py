@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from trimtab.core.wrapping import look_through
+from trimtab.core.wrapping import unwrap
 from trimtab.methods._base import AdapterLayer, Sample
 from trimtab.methods._virtual import KeysValues, VirtualLayer, VirtualTokens, number_type
 
@@ -25,14 +25,14 @@ class Prompts(VirtualTokens):
         (layer,) = layers.values()
         assert isinstance(layer, PromptLayer)
         embed = model.get_input_embeddings()
-        vocabulary = look_through(embed).num_embeddings
+        vocabulary = unwrap(embed).num_embeddings
         ids = self.text_ids(sample) if self.init == "text" else torch.randint(vocabulary, (self.tokens,)).tolist()  # type: ignore[call-overload]
         layer.start_as(embed(torch.tensor(ids, device=next(embed.parameters()).device)))
 
 
 def embedding_size(model: Any) -> int:
     """d."""
-    return int(look_through(model.get_input_embeddings()).embedding_dim)  # type: ignore[arg-type]
+    return int(unwrap(model.get_input_embeddings()).embedding_dim)  # type: ignore[arg-type]
 
 
 class PromptLayer(VirtualLayer):

@@ -16,7 +16,7 @@ from torch import nn
 
 from trimtab.core.config import as_tuple
 from trimtab.core.errors import NoSuchModule, listing
-from trimtab.core.wrapping import look_through, modules
+from trimtab.core.wrapping import modules, unwrap
 from trimtab.methods._base import matrix_shape
 
 ALL_LINEAR, ATTENTION = "all-linear", "attention"
@@ -68,7 +68,7 @@ def matrices(model: Any, targets: Sequence[str], *, ends: bool = False, key: str
             with blocks that hold other weights (fused experts, say), which would silently stay as they are.
     """
     everything = modules(model)
-    head = look_through(model.get_output_embeddings())
+    head = unwrap(model.get_output_embeddings())
     shapes = {path: shape for path, module in everything.items() if (shape := matrix_shape(module)) and module is not head}
     named = shapes | (end_matrices(model) if ends else {})
     chosen: set[str] = set()
@@ -113,7 +113,7 @@ def _why_none(target: str, model: Any, shapes: Mapping[str, Any], named: Mapping
 def end_matrices(model: Any) -> dict[str, tuple[int, int]]:
     """The token embeddings (vocabulary, hidden) and the head (hidden, vocabulary) by their paths."""
     ends = {}
-    embeddings, head = look_through(model.get_input_embeddings()), look_through(model.get_output_embeddings())
+    embeddings, head = unwrap(model.get_input_embeddings()), unwrap(model.get_output_embeddings())
     for path, module in modules(model).items():
         if module is embeddings:
             ends[path] = (int(embeddings.num_embeddings), int(embeddings.embedding_dim))  # type: ignore[arg-type]
@@ -128,7 +128,7 @@ def _names(shapes: Iterable[str]) -> str:
 
 def _refuse_uncovered(everything: dict[str, nn.Module], shapes: dict[str, tuple[int, int]], model: Any) -> None:
     embeddings = {id(p) for m in everything.values() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    head = look_through(model.get_output_embeddings())
+    head = unwrap(model.get_output_embeddings())
     uncovered = [
         f"{path}.{name} in {type(module).__name__}, shape {tuple(parameter.shape)}"
         for path, module in everything.items()

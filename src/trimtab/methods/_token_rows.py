@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trimtab.core.errors import DataError, RecipeError, UnsupportedModel
-from trimtab.core.wrapping import look_through, modules
+from trimtab.core.wrapping import modules, unwrap
 from trimtab.methods._base import AdapterLayer, Sample, wide, with_weight
 from trimtab.methods._targets import end_matrices
 
@@ -40,7 +40,7 @@ class TokenRows(AdapterLayer):
     @property
     def weight(self) -> Tensor:
         """The base's own rows: V × d."""
-        weight = look_through(self.base).weight
+        weight = unwrap(self.base).weight
         assert isinstance(weight, Tensor)
         return weight
 
@@ -72,7 +72,7 @@ class EmbeddedRows(TokenRows):
 
     def _scaled(self, rows: Tensor) -> Tensor:
         """Gemma 3 multiplies by √d as it looks up."""
-        scale = getattr(look_through(self.base), "embed_scale", None)
+        scale = getattr(unwrap(self.base), "embed_scale", None)
         return rows if scale is None else rows * torch.as_tensor(scale, device=rows.device).to(rows.dtype)
 
     def _read(self, ids: Tensor) -> Tensor:

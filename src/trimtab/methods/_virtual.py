@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from trimtab.core.attention_hook import Layout, Rules, Virtual, attend, causal, laid_out, refuse_reentrant
 from trimtab.core.errors import ArtifactError, RecipeError, UnsupportedModel
-from trimtab.core.wrapping import look_through, modules
+from trimtab.core.wrapping import modules, unwrap
 from trimtab.methods._base import AdapterLayer, Method, Sample
 from trimtab.methods._peft import only_known
 from trimtab.methods._switch import Routing, only
@@ -36,7 +36,7 @@ class VirtualTokens(Method):
     """The part of the hyperparameters that prefixes and prompts share."""
 
     mergeable: ClassVar[bool] = False
-    starts_as_base: ClassVar[bool] = False
+    identity_at_init: ClassVar[bool] = False
 
     table_name: ClassVar[str]
     """What the only parameter is called, once folded: a row of numbers for each virtual token."""
@@ -57,7 +57,7 @@ class VirtualTokens(Method):
         return self.tokens
 
     def sites(self, model: Any) -> list[str]:
-        trunk = look_through(model.base_model)
+        trunk = unwrap(model.base_model)
         return [path for path, module in modules(model).items() if module is trunk and path]
 
     def text_ids(self, sample: Sample) -> list[int]:
@@ -130,7 +130,7 @@ def attention_shape(model: Any) -> Shape:
 
 def number_type(base: nn.Module) -> torch.dtype:
     """Of what is trained: the base's, but at least float32."""
-    trunk: Any = look_through(base)
+    trunk: Any = unwrap(base)
     return torch.promote_types(trunk.dtype, torch.float32)
 
 
@@ -187,7 +187,7 @@ class VirtualLayer(AdapterLayer):
     def attended(self, ids: Tensor | None = None, embeddings: Tensor | None = None) -> KeysValues:
         """What the layers of the base attend to of tokens (P) or embeddings (P d) at positions 0 to P-1, differentiably."""
         keeping = _Keeping()
-        base: Any = look_through(self.base)
+        base: Any = unwrap(self.base)
         given = {"input_ids": ids[None]} if embeddings is None else {"inputs_embeds": embeddings[None].to(base.dtype)}  # type: ignore[index]
         positions = torch.arange(self.count, device=next(self.base.parameters()).device)[None]
         with laid_out():

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from trimtab.core.errors import NoSuchModule, RecipeError, UnsupportedModel, listing
-from trimtab.core.wrapping import look_through, modules
+from trimtab.core.wrapping import modules, unwrap
 from trimtab.methods._base import AdapterLayer, matrix_shape, wide
 from trimtab.methods._targets import matches
 
@@ -35,10 +35,10 @@ class CopyLayer(AdapterLayer):
         return with_parameters(self.base, self.replaced())(*args, **kwargs)
 
     def replaced(self) -> Mapping[str, Tensor]:
-        return {name: self._parameters[name].to(weight.dtype) for name, weight in own_weights(look_through(self.base))}  # type: ignore[union-attr]
+        return {name: self._parameters[name].to(weight.dtype) for name, weight in own_weights(unwrap(self.base))}  # type: ignore[union-attr]
 
     def merged(self) -> nn.Module:
-        return with_parameters(look_through(self.base), dict(self.named_parameters(recurse=False, remove_duplicate=False)))
+        return with_parameters(unwrap(self.base), dict(self.named_parameters(recurse=False, remove_duplicate=False)))
 
 
 def own_weights(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.core.errors import NotMergeable
-from trimtab.core.wrapping import look_through, modules
-from trimtab.methods._base import AdapterLayer, Circumstances, Method, matrix_shape, wide
+from trimtab.core.wrapping import modules, unwrap
+from trimtab.methods._base import AdapterLayer, LearningRateContext, Method, matrix_shape, wide
 from trimtab.methods._peft import SELECTING, from_names, not_pefts, only_known, shortest_names, to_names
 from trimtab.methods._targets import ALL_LINEAR, Targets, matrices
 from trimtab.methods._weight_copies import ALL, norms, within
@@ -51,7 +51,7 @@ class BitFit(Method):
         """Σ outputs over the targeted matrices, and the sizes of the norms that have a bias."""
         return sum(self.sizes(model).values())
 
-    def learning_rate(self, at: Circumstances) -> tuple[float, str]:
+    def learning_rate(self, at: LearningRateContext) -> tuple[float, str]:
         """1e-2, by a small search: see docs/methods.md."""
         return 1e-2, "1e-2"
 
@@ -90,7 +90,7 @@ class BiasLayer(AdapterLayer):
 
     @torch.no_grad()
     def merged(self) -> nn.Module:
-        module = look_through(self.base)
+        module = unwrap(self.base)
         own = _bias(module)
         if own is None:
             raise NotMergeable(

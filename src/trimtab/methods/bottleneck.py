@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from trimtab.core.errors import NotMergeable
 from trimtab.core.wrapping import modules
 from trimtab.methods._adapterhub import ATTENTION, OUTPUT, from_hub, is_hubs, to_hub
-from trimtab.methods._base import AdapterLayer, Circumstances, Method, wide
+from trimtab.methods._base import AdapterLayer, LearningRateContext, Method, wide
 from trimtab.methods._blocks import attention_outputs, mlps, stream_size
 from trimtab.methods._peft import not_pefts
 from trimtab.methods._switch import Routing
@@ -78,7 +78,7 @@ class BottleneckAdapter(Method):
         sizes = [stream_size(everything[path]) for path in self.sites(model)]
         return sum((2 * size + 1) * self.width_on(size) + size for size in sizes)
 
-    def learning_rate(self, at: Circumstances) -> tuple[float, str]:
+    def learning_rate(self, at: LearningRateContext) -> tuple[float, str]:
         """1e-3, by a small search: see docs/methods.md."""
         return 1e-3, "1e-3"
 

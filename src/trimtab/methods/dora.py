@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from trimtab.core.wrapping import look_through
+from trimtab.core.wrapping import unwrap
 from trimtab.methods._base import matrix, with_weight
 from trimtab.methods._lowrank import LowRank, LowRankLayer
 
@@ -49,7 +49,7 @@ class DoRALayer(LowRankLayer):
 
     def adapt(self, x: Tensor) -> Tensor:
         y, gain = self.base(x), self.gain()
-        bias = getattr(look_through(self.base), "bias", None)
+        bias = getattr(unwrap(self.base), "bias", None)
         straight = y if bias is None else y - bias
         # y + (g − 1) · straight, rather than g · straight, is y itself where g is 1
         return self.add(y + (gain - 1).to(y.dtype) * straight, x, self.A, gain[:, None] * self.B)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from trimtab.core.errors import RecipeError
 from trimtab.core.wrapping import modules
-from trimtab.methods._base import AdapterLayer, Circumstances, Method
+from trimtab.methods._base import AdapterLayer, LearningRateContext, Method
 from trimtab.methods._peft import not_pefts
 from trimtab.methods._targets import Patterns, Targets
 from trimtab.methods._weight_copies import ALL, CopyLayer, count, own_weights, within
@@ -51,7 +51,7 @@ class Full(Method):
         """All that the chosen modules own, tied ones counted once."""
         return count(model, self.sites(model))
 
-    def learning_rate(self, at: Circumstances) -> tuple[float, str]:
+    def learning_rate(self, at: LearningRateContext) -> tuple[float, str]:
         """1e-4, by a small search: see docs/methods.md."""
         return 1e-4, "1e-4"
 

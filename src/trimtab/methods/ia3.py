@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from trimtab.core.errors import RecipeError
 from trimtab.core.wrapping import modules
-from trimtab.methods._base import AdapterLayer, Circumstances, Method, matrix_shape, wide, with_weight
+from trimtab.methods._base import AdapterLayer, LearningRateContext, Method, matrix_shape, wide, with_weight
 from trimtab.methods._parts import feed_forward_ends, in_attention, keys_values, makes_keys_or_values
 from trimtab.methods._peft import SELECTING, from_names, only_known, shortest_names, to_names
 from trimtab.methods._targets import ALL_LINEAR, ATTENTION, Patterns, matches, matrices
@@ -63,7 +63,7 @@ class IA3(Method):
         """Σ outputs over the matrices whose outputs are scaled + Σ inputs over those whose inputs are."""
         return sum(self.sizes(model).values())
 
-    def learning_rate(self, at: Circumstances) -> tuple[float, str]:
+    def learning_rate(self, at: LearningRateContext) -> tuple[float, str]:
         """1e-2, by a small search: see docs/methods.md."""
         return 1e-2, "1e-2"
 

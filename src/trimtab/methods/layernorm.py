@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 from torch import Tensor, nn
 
 from trimtab.core.wrapping import modules
-from trimtab.methods._base import Circumstances, Method
+from trimtab.methods._base import LearningRateContext, Method
 from trimtab.methods._peft import SELECTING, from_names, only_known, shortest_names, to_names
 from trimtab.methods._targets import Targets
 from trimtab.methods._weight_copies import ALL, CopyLayer, count, norms, within
@@ -37,7 +37,7 @@ class LayerNormTuning(Method):
         """Σ size of the norm, twice that if it has a bias."""
         return count(model, self.sites(model))
 
-    def learning_rate(self, at: Circumstances) -> tuple[float, str]:
+    def learning_rate(self, at: LearningRateContext) -> tuple[float, str]:
         """3e-3, by a small search: see docs/methods.md."""
         return 3e-3, "3e-3"
 

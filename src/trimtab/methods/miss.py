@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from trimtab.core.errors import RecipeError
-from trimtab.methods._base import AdapterLayer, Circumstances, matrix_shape, wide, with_weight
+from trimtab.methods._base import AdapterLayer, LearningRateContext, matrix_shape, wide, with_weight
 from trimtab.methods._matrices import OfMatrices
 from trimtab.methods._peft import SELECTING, from_names, only_known
 
@@ -43,7 +43,7 @@ class MiSS(OfMatrices):
         """Σ rank · outputs over the targeted matrices."""
         return sum(self.rank * outputs for _, outputs in self.shapes(model).values())
 
-    def learning_rate(self, at: Circumstances) -> tuple[float, str]:
+    def learning_rate(self, at: LearningRateContext) -> tuple[float, str]:
         """3e-4, by a small search: see docs/methods.md."""
         return 3e-4, "3e-4"
 

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from trimtab.core.errors import ArtifactError, RecipeError
-from trimtab.methods._base import AdapterLayer, Circumstances, matrix_shape, wide, with_weight
+from trimtab.methods._base import AdapterLayer, LearningRateContext, matrix_shape, wide, with_weight
 from trimtab.methods._matrices import OfMatrices
 from trimtab.methods._peft import SELECTING, from_names, only_known
 
@@ -48,7 +48,7 @@ class OFT(OfMatrices):
         blocks = (1 if self.shared else inputs // self.block_size for inputs, _ in self.shapes(model).values())
         return sum(blocks) * (self.block_size * (self.block_size - 1) // 2)
 
-    def learning_rate(self, at: Circumstances) -> tuple[float, str]:
+    def learning_rate(self, at: LearningRateContext) -> tuple[float, str]:
         """1e-3, by a small search: see docs/methods.md."""
         return 1e-3, "1e-3"
 

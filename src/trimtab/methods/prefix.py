@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from trimtab.methods._base import Circumstances
+from trimtab.methods._base import LearningRateContext
 from trimtab.methods._keysvalues import KeysValuesTuning, PrefixLayer
 from trimtab.methods._virtual import Shape, attention_shape, number_type
 
@@ -31,7 +31,7 @@ class PrefixTuning(KeysValuesTuning):
         numbers, width = attention_shape(model).numbers, self.width
         return self.tokens * width + (width + 1) * width + (width + 1) * numbers if width else self.tokens * numbers
 
-    def learning_rate(self, at: Circumstances) -> tuple[float, str]:
+    def learning_rate(self, at: LearningRateContext) -> tuple[float, str]:
         """1e-3, by a small search: see docs/methods.md."""
         return 1e-3, "1e-3"
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from trimtab.methods._base import Circumstances
+from trimtab.methods._base import LearningRateContext
 from trimtab.methods._prompts import DirectPrompt, PromptLayer, Prompts, embedding_size
 
 
@@ -29,6 +29,6 @@ class PromptTuning(Prompts):
         """tokens · embedding size."""
         return self.tokens * embedding_size(model)
 
-    def learning_rate(self, at: Circumstances) -> tuple[float, str]:
+    def learning_rate(self, at: LearningRateContext) -> tuple[float, str]:
         """3e-2, by a small search: see docs/methods.md."""
         return 3e-2, "3e-2"

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from trimtab.methods._base import Circumstances
+from trimtab.methods._base import LearningRateContext
 from trimtab.methods._prompts import DirectPrompt, PromptLayer, Prompts, embedding_size
 from trimtab.methods._virtual import number_type
 
@@ -42,7 +42,7 @@ class PTuning(Prompts):
         read, lstm = (2 * w, 16 * w * (w + 1)) if self.encoder == "lstm" else (w, 0)
         return self.tokens * w + lstm + (read + 1) * w + (w + 1) * d if w else self.tokens * d
 
-    def learning_rate(self, at: Circumstances) -> tuple[float, str]:
+    def learning_rate(self, at: LearningRateContext) -> tuple[float, str]:
         """3e-4, by a small search: see docs/methods.md."""
         return 3e-4, "3e-4"
 

@@ -7,7 +7,7 @@ arXiv:2110.07602, section 3.
 import torch
 from torch import Tensor, nn
 
-from trimtab.methods._base import Circumstances
+from trimtab.methods._base import LearningRateContext
 from trimtab.methods._keysvalues import KeysValuesTuning, PrefixLayer
 from trimtab.methods._virtual import Shape, attention_shape, number_type
 
@@ -22,7 +22,7 @@ class PTuningV2(KeysValuesTuning):
         """tokens · layers · 2 · key-value heads · head size."""
         return self.tokens * attention_shape(model).numbers
 
-    def learning_rate(self, at: Circumstances) -> tuple[float, str]:
+    def learning_rate(self, at: LearningRateContext) -> tuple[float, str]:
         """3e-2, by a small search: see docs/methods.md."""
         return 3e-2, "3e-2"
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from trimtab.core.config import as_tuple
 from trimtab.core.errors import RecipeError
 from trimtab.core.wrapping import modules
-from trimtab.methods._base import AdapterLayer, Circumstances, Method, Sample
+from trimtab.methods._base import AdapterLayer, LearningRateContext, Method, Sample
 from trimtab.methods._peft import SELECTING, from_names, not_pefts, only_known, shortest_names, to_names
 from trimtab.methods._targets import end_matrices
 from trimtab.methods._token_rows import EmbeddedRows, ScoredRows, TokenRows, ends, one_token, start_new, tie
@@ -91,7 +91,7 @@ class Tokens(Method):
         again = 0 if tied else len(self.ids) if self.head else len(self.new)
         return end_matrices(model)[embeddings][1] * (len(self.ids) + again)
 
-    def learning_rate(self, at: Circumstances) -> tuple[float, str]:
+    def learning_rate(self, at: LearningRateContext) -> tuple[float, str]:
         """3e-2, by a small search: see docs/methods.md."""
         return 3e-2, "3e-2"
 

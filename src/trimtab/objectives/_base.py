@@ -8,7 +8,7 @@ from torch import Tensor
 
 from trimtab.core.config import Choice
 from trimtab.data import Kind, Pack
-from trimtab.data.example import Sequence as Row
+from trimtab.data.example import TokenRow
 
 EVEN = 1e-3
 """Rewards that are no further apart are the same, but for rounding: a model has no preference where it is its own reference."""
@@ -30,15 +30,15 @@ class Objective(Choice):
 
     family: ClassVar[str] = "trimtab.objectives"
     default: ClassVar[str] = "sft"
-    learns_from: ClassVar[Kind] = "answers"
-    compares: ClassVar[bool] = False
+    data_kind: ClassVar[Kind] = "answers"
+    needs_reference: ClassVar[bool] = False
     """With a reference model, whose Σ log p each sequence brings along: see `Comparing`. Dropout is refused then."""
     pools: ClassVar[bool] = False
     """A number that is estimated on mismatched answers of the whole optimizer step, before any of its losses."""
-    relative_rate: ClassVar[float] = 1.0
+    lr_multiplier: ClassVar[float] = 1.0
     """The best learning rate, as a multiple of the one for supervised fine-tuning."""
 
-    def settled(self, rows: Sequence[Row]) -> Self:
+    def settled(self, rows: Sequence[TokenRow]) -> Self:
         """The same objective, with whatever the training rows decide. Raises DataError."""
         return self
 

@@ -8,7 +8,7 @@ from trimtab.objectives._base import Objective
 class Comparing(Objective):
     """An objective that needs Σ log p of each sequence in a reference model."""
 
-    compares: ClassVar[bool] = True
+    needs_reference: ClassVar[bool] = True
 
     reference: str = "auto"
     """What to compare with: base (adapters off), start (what training starts from), an adapter or run folder, or a model; auto is

@@ -37,7 +37,7 @@ class Answers(NamedTuple):
 class Pairwise(Objective):
     """An objective that learns from pairs. Its reward of an answer is what it makes larger for chosen ones than for rejected ones."""
 
-    learns_from: ClassVar[Kind] = "pairs"
+    data_kind: ClassVar[Kind] = "pairs"
 
     @abstractmethod
     def pair_losses(self, chosen: Answers, rejected: Answers) -> Tensor:
@@ -74,7 +74,7 @@ def sides(logprobs: Tensor, pack: Pack) -> tuple[Answers, Answers]:
 
     def side(start: int) -> Answers:
         rows = pack.sequences[start::2]
-        reference, tokens = ([row.reference for row in rows], [len(row.learned) for row in rows])
+        reference, tokens = ([row.reference for row in rows], [len(row.target_indices) for row in rows])
         return Answers(
             logprobs[start::2], *(torch.tensor(x, dtype=logprobs.dtype, device=logprobs.device) for x in (reference, tokens))
         )

@@ -16,7 +16,7 @@ class CPO(Pairwise):
     eq. 4 and 5).
     """
 
-    relative_rate: ClassVar[float] = 0.1
+    lr_multiplier: ClassVar[float] = 0.1
 
     beta: Annotated[float, Field(gt=0)] = 0.1
     """Scale of the reward."""

@@ -25,7 +25,7 @@ class DPO(Comparing, Pairwise):
     plus sft · −log π(chosen)/tokens.
     """
 
-    relative_rate: ClassVar[float] = 0.1
+    lr_multiplier: ClassVar[float] = 0.1
 
     beta: Annotated[float, Field(gt=0)] = 0.1
     """How dearly the model pays for leaving the reference; of ipo, τ."""

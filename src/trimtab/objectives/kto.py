@@ -10,7 +10,7 @@ from torch import Tensor
 
 from trimtab.core.errors import DataError
 from trimtab.data import Kind, Pack
-from trimtab.data.example import Sequence as Row
+from trimtab.data.example import TokenRow
 from trimtab.objectives._base import right
 from trimtab.objectives._comparing import Comparing
 
@@ -26,9 +26,9 @@ class KTO(Comparing):
     over the step's mismatched answers), through which no gradient goes.
     """
 
-    learns_from: ClassVar[Kind] = "judged"
+    data_kind: ClassVar[Kind] = "judged"
     pools: ClassVar[bool] = True
-    relative_rate: ClassVar[float] = 0.1
+    lr_multiplier: ClassVar[float] = 0.1
 
     beta: Annotated[float, Field(gt=0)] = 0.1
     """How dearly the model pays for leaving the reference."""
@@ -37,7 +37,7 @@ class KTO(Comparing):
     undesirable: Weight = "auto"
     """Weight of bad answers."""
 
-    def settled(self, rows: Sequence[Row]) -> Self:
+    def settled(self, rows: Sequence[TokenRow]) -> Self:
         good, bad = (sum(row.side == side for row in rows) for side in ("good", "bad"))
         if not good or not bad:
             raise DataError(

@@ -17,7 +17,7 @@ class ORPO(Pairwise):
     log p = log π(y)/tokens (Hong, Lee, Thorne 2024, arXiv:2403.07691, eq. 6 and 7); 1 − p is taken as at least 2⁻²⁴.
     """
 
-    relative_rate: ClassVar[float] = 0.5
+    lr_multiplier: ClassVar[float] = 0.5
 
     weight: Annotated[float, Field(gt=0)] = 0.1
     """Of the odds ratio beside the likelihood; the paper's λ."""

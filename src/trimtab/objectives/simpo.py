@@ -15,7 +15,7 @@ class SimPO(Pairwise):
     −log σ(β (log π(chosen)/tokens − log π(rejected)/tokens) − γ), over pairs (Meng, Xia, Chen 2024, arXiv:2405.14734, eq. 6).
     """
 
-    relative_rate: ClassVar[float] = 0.1
+    lr_multiplier: ClassVar[float] = 0.1
 
     beta: Annotated[float, Field(gt=0)] = 2.0
     """Scale of the reward."""

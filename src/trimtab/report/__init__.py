@@ -1,6 +1,6 @@
 """Telling people what happens."""
 
-from trimtab.report.events import Silent, Watcher
+from trimtab.report.events import RunObserver, Silent
 from trimtab.report.progress import Answering, Terminal
 
-__all__ = ["Answering", "Silent", "Terminal", "Watcher"]
+__all__ = ["Answering", "RunObserver", "Silent", "Terminal"]

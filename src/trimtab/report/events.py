@@ -8,7 +8,7 @@ from trimtab.evaluate import Loss
 from trimtab.train import Step
 
 
-class Watcher(Protocol):
+class RunObserver(Protocol):
     """Told what happens in a run, as it happens."""
 
     def began(self, what: str) -> None:

@@ -37,7 +37,7 @@ def methods_facts(model: Any) -> list[dict[str, Any]]:
                 "parameters": parameters,
                 "refused": refused,
                 "mergeable": kind.mergeable,
-                "starts_as_base": kind.starts_as_base,
+                "identity_at_init": kind.identity_at_init,
                 "positions": positions,
                 "objectives": Objective.names(),
                 "peft": kind.peft_type,

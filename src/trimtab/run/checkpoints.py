@@ -14,7 +14,7 @@ from trimtab.artifacts.run_folder import CHECKPOINTS, LOCK, METRICS, RUN, STATES
 from trimtab.base import Base
 from trimtab.core import files
 from trimtab.core.errors import NonFinite, StorageError
-from trimtab.core.interrupts import afterwards
+from trimtab.core.interrupts import interrupts_deferred
 from trimtab.deploy import save_adapter
 from trimtab.evaluate import Loss
 from trimtab.train import Optimizer
@@ -106,7 +106,7 @@ class Saver:
         seconds = time.perf_counter() - self.started
         done = replace(done, best=last if better else done.best, last=last, skipped=self.optimizer.skipped, seconds=seconds)
         facts = {key: self.run.state[key] for key in ("data_digest", "objective", "reference", "start")}
-        with afterwards():
+        with interrupts_deferred():
             if not (folder / name).exists():  # it does where what follows failed
                 save_adapter(self.base, self.optimizer.adapter, folder / name, {**news, **facts})
             write_state(folder / STATES, State(step, self.optimizer.state(), asdict(done)))

@@ -27,7 +27,7 @@ def held_out(folder: Path) -> tuple[list[Example], str]:
         raise ArtifactError(
             f"{folder / 'data.json'}: does not say which rows were held out. Restore it from a copy, or give rows with --data."
         )
-    examples = held_out_examples(recipe.data, remembered, recipe.objective.learns_from)
+    examples = held_out_examples(recipe.data, remembered, recipe.objective.data_kind)
     if not examples:
         raise DataError(f"{folder} held out no rows: give rows with --data.")
     return examples, f"held-out rows of {folder}"
@@ -35,7 +35,7 @@ def held_out(folder: Path) -> tuple[list[Example], str]:
 
 def learned_from(target: Path) -> Kind:
     """What a run's objective learned from; answers, for anything that is no run."""
-    return read(Recipe, target / RECIPE).objective.learns_from if is_run(target) else "answers"
+    return read(Recipe, target / RECIPE).objective.data_kind if is_run(target) else "answers"
 
 
 def rows_to_measure(target: Path, source: str, words: Sequence[str] = ()) -> tuple[list[Example], Kind]:

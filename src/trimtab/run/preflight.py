@@ -32,7 +32,7 @@ class OpenedRecipe:
 def preflight(given: OpenedRecipe) -> list[Finding]:
     """Everything that is looked at. Nothing is refused here: see `data.refuse_problems`, and `check_disk`."""
     recipe, data = given.recipe, given.data
-    examples = first_examples(recipe.absolute().data, COMPARED, recipe.objective.learns_from)
+    examples = first_examples(recipe.absolute().data, COMPARED, recipe.objective.data_kind)
     return [*prove(data, examples, given.base), _capacity(given.adapter, data), _disk(recipe, given.adapter)]
 
 
@@ -55,7 +55,7 @@ def check_disk(findings: list[Finding]) -> None:
 def _capacity(adapter: Attached, data: Loaded) -> Finding:
     """Whether there is more to learn from than what learns."""
     trained = sum(p.numel() for p in adapter.parameters().values())
-    tokens = sum(len(row.learned) for row in data.train if row.side != "mismatched")
+    tokens = sum(len(row.target_indices) for row in data.train if row.side != "mismatched")
     words = f"{trained:,} parameters are trained on {tokens:,} tokens of answers"
     facts = {"parameters": trained, "tokens": tokens}
     if trained > 1000 * tokens:
@@ -87,7 +87,9 @@ def shown(base: Base, data: Loaded, count: int) -> list[dict[str, Any]]:
     rows = [row for row in data.train if row.side != "mismatched"]
     by_length = sorted(rows, key=lambda row: len(row.ids))
     chosen = {id(row): row for row in (*rows[:count], *by_length[:1], *by_length[-1:])} if count else {}
-    return [{"where": row.where, "side": row.side, "parts": _parts(base, row.ids, row.learned)} for row in chosen.values()]
+    return [
+        {"where": row.where, "side": row.side, "parts": _parts(base, row.ids, row.target_indices)} for row in chosen.values()
+    ]
 
 
 def _parts(base: Base, ids: list[int], learned: list[int]) -> list[dict[str, Any]]:

@@ -162,7 +162,7 @@ class Unfinished:
 
 
 @contextmanager
-def claimed(recipe: Recipe, notice: Callable[[str], None]) -> Iterator[Unfinished | None]:
+def claim_output(recipe: Recipe, notice: Callable[[str], None]) -> Iterator[Unfinished | None]:
     """The recipe's output, in which nobody else trains within the block: the unfinished run that it holds, or None.
 
     What was made for a run that has not begun when the block ends is taken away again.

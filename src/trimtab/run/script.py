@@ -10,16 +10,16 @@ from trimtab.certify.certificate import canaries, certify, refuse_failed
 from trimtab.certify.fresh_process import PACK_TOKENS
 from trimtab.core import files
 from trimtab.core.errors import NotMoved, StorageError, listing
-from trimtab.core.interrupts import afterwards
-from trimtab.data.example import Sequence as Row
+from trimtab.core.interrupts import interrupts_deferred
+from trimtab.data.example import TokenRow
 from trimtab.deploy import keep_adapter, save_adapter
 from trimtab.engine import Memory, Peak
 from trimtab.evaluate import Loss, score_loss
 from trimtab.evaluate.reference import logprobs
-from trimtab.report import Silent, Watcher
+from trimtab.report import RunObserver, Silent
 from trimtab.run.checkpoints import Progress, Run, Saver, end, keep_adapters
 from trimtab.run.recipe import Recipe
-from trimtab.run.resume import DECIDED, Unfinished, claimed
+from trimtab.run.resume import DECIDED, Unfinished, claim_output
 from trimtab.run.start import PreparedRun, prepare
 from trimtab.train import Optimizer, Step, train
 
@@ -27,7 +27,7 @@ MOVED_BY = 3
 """Steps by which everything that is trained must have moved: of two factors, the second one moves the first a step later."""
 
 
-def run_recipe(recipe: Recipe, watch: Watcher | None = None) -> Run:
+def run_recipe(recipe: Recipe, watch: RunObserver | None = None) -> Run:
     """Carry a recipe out, or go on with its unfinished run.
 
     Raises:
@@ -36,7 +36,7 @@ def run_recipe(recipe: Recipe, watch: Watcher | None = None) -> Run:
         KeyboardInterrupt: After everything as it stood has been saved.
     """
     watch = watch or Silent()
-    with claimed(recipe, watch.noticed) as before:
+    with claim_output(recipe, watch.noticed) as before:
         if before is not None:
             before.check_recipe(recipe)
         ready = prepare(recipe, before, watch)
@@ -44,7 +44,7 @@ def run_recipe(recipe: Recipe, watch: Watcher | None = None) -> Run:
         return _carried_out(run, ready, before.state if before else None, watch)
 
 
-def _carried_out(run: Run, ready: PreparedRun, state: State | None, watch: Watcher) -> Run:
+def _carried_out(run: Run, ready: PreparedRun, state: State | None, watch: RunObserver) -> Run:
     try:
         done, unmoved = _train(run, ready, state, watch)
         ready.base.check_unchanged()
@@ -54,7 +54,7 @@ def _carried_out(run: Run, ready: PreparedRun, state: State | None, watch: Watch
         keep_adapter(ready.base, run.folder / best["folder"], run.folder / ADAPTER)
     except BaseException as error:
         interrupted = isinstance(error, KeyboardInterrupt)
-        with suppress(KeyboardInterrupt, StorageError), afterwards():  # what went wrong first is what matters
+        with suppress(KeyboardInterrupt, StorageError), interrupts_deferred():  # what went wrong first is what matters
             run.write(status="interrupted") if interrupted else run.write(status="failed", error=str(error))
         raise
     run.state.pop("error", None)
@@ -97,7 +97,7 @@ def _begin(ready: PreparedRun, before: Unfinished | None) -> Run:
     return run
 
 
-def _train(run: Run, ready: PreparedRun, state: State | None, watch: Watcher) -> tuple[Progress, list[str]]:
+def _train(run: Run, ready: PreparedRun, state: State | None, watch: RunObserver) -> tuple[Progress, list[str]]:
     """What was saved, and the names of what training has not moved."""
     recipe, steps = ready.recipe, ready.steps
     optimizer, first, peak = _optimizer(ready, state)
@@ -105,7 +105,7 @@ def _train(run: Run, ready: PreparedRun, state: State | None, watch: Watcher) ->
     saver = Saver(run, ready.base, optimizer, progress, lambda scored: _seen(ready.base, few, scored))
     every = recipe.train.evaluate_every or max(1, -(-len(steps) // 4))
     # What the base without the adapter can't read, or is not the start of, is compared with as it starts.
-    as_it_starts = bool(recipe.method.new_tokens) or recipe.objective.compares or recipe.start is not None
+    as_it_starts = bool(recipe.method.new_tokens) or recipe.objective.needs_reference or recipe.start is not None
 
     def look(number: int, train_loss: float | None) -> None:
         # The base's loss, to compare with; measured now, so that training starts at once.
@@ -125,7 +125,7 @@ def _train(run: Run, ready: PreparedRun, state: State | None, watch: Watcher) ->
         for step in train(
             ready.base, ready.adapter, recipe.objective, steps, recipe.train, run.state["peak_lr"], steps.memory, optimizer
         ):
-            with afterwards():
+            with interrupts_deferred():
                 saver.done.tokens += step.tokens
                 saver.done.computed += step.computed
                 run.log(kind="train", step=step.number, **_step_line(step))
@@ -139,7 +139,7 @@ def _train(run: Run, ready: PreparedRun, state: State | None, watch: Watcher) ->
                 look(step.number, step.loss)
     except KeyboardInterrupt:
         # Between an update and its line in the log, what was saved last stays the newest.
-        with suppress(KeyboardInterrupt), afterwards():  # another one changes nothing
+        with suppress(KeyboardInterrupt), interrupts_deferred():  # another one changes nothing
             if logged is not None and optimizer.taken == logged.number and saver.done.last.get("step") != logged.number:
                 watch.began(f"saving step {logged.number}")
                 saver.save(logged.number, logged.loss, None)
@@ -168,7 +168,7 @@ def _held(peak: Peak, memory: Memory) -> dict[str, float] | None:
     return {"planned": peak.start + memory.most, "measured": most, "before": peak.start}
 
 
-def _seen(base: Base, rows: list[Row], scored: Loss | None) -> list[tuple[str, float]]:
+def _seen(base: Base, rows: list[TokenRow], scored: Loss | None) -> list[tuple[str, float]]:
     """Each canary's place, and its Σ log p in the model as it stands: they are the first of the rows that were measured, if any were."""
     values = scored.logprobs[: len(rows)] if scored else logprobs(base, rows, PACK_TOKENS)
     return [(row.where, value) for row, value in zip(rows, values, strict=True)]
@@ -179,7 +179,7 @@ def _unmoved(first: dict[str, str], optimizer: Optimizer) -> list[str]:
     return [name for name, digest in first.items() if now[name] == digest]
 
 
-def _evaluate(run: Run, ready: PreparedRun, step: int, watch: Watcher) -> Loss | None:
+def _evaluate(run: Run, ready: PreparedRun, step: int, watch: RunObserver) -> Loss | None:
     if not ready.data.eval:
         return None
     watch.began("measuring on the held-out rows")

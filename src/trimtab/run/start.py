@@ -11,20 +11,20 @@ from trimtab.base import Base, located
 from trimtab.core import files
 from trimtab.core.errors import RecipeError
 from trimtab.data import Finding, Loaded, load_data, look_at_first, refuse_problems, units
-from trimtab.data.example import Sequence as Row
+from trimtab.data.example import TokenRow
 from trimtab.data.mismatched import with_mismatched
 from trimtab.deploy import adapter_folder, load_adapter, read_method, sample, versions
-from trimtab.engine import FrozenBelow, check_packing
+from trimtab.engine import FrozenLayerCache, check_packing
 from trimtab.evaluate.reference import PACK_TOKENS, check_start, refer
 from trimtab.methods import Attached, attach
 from trimtab.objectives import Comparing, Objective
-from trimtab.report import Watcher
+from trimtab.report import RunObserver
 from trimtab.run.preflight import OpenedRecipe, check_disk, preflight
 from trimtab.run.recipe import Recipe
 from trimtab.run.resume import Unfinished, threads
 from trimtab.train import PlannedSteps, peak_learning_rate, planned_memory
 
-Rows = list[Row]
+Rows = list[TokenRow]
 
 
 @dataclass
@@ -41,7 +41,7 @@ class PreparedRun:
     """Of the data's proof, and what else was looked at."""
 
 
-def prepare(recipe: Recipe, before: Unfinished | None, watch: Watcher) -> PreparedRun:
+def prepare(recipe: Recipe, before: Unfinished | None, watch: RunObserver) -> PreparedRun:
     given = open_recipe(recipe, before.moment if before is not None else None, watch.began)
     recipe, base, adapter, data = given.recipe, given.base, given.adapter, given.data
     watch.began("checking what will be trained on")
@@ -49,7 +49,7 @@ def prepare(recipe: Recipe, before: Unfinished | None, watch: Watcher) -> Prepar
     check_disk(findings)
     refuse_problems(findings)
     rows = (data.train, data.eval)
-    if recipe.objective.compares:
+    if recipe.objective.needs_reference:
         watch.began("computing what the reference model makes of the examples")
     objective, (data.train, data.eval), reference = prepare_objective(
         recipe.objective, base, adapter, rows, recipe.train.seed, given.limit
@@ -66,7 +66,7 @@ def prepare(recipe: Recipe, before: Unfinished | None, watch: Watcher) -> Prepar
             watch.noticed(f"{one.name}: {one.words}")
     if before is not None:
         before.check(recipe, facts, data.plain()["files"], watch.noticed)
-        if recipe.train.repeats and FrozenBelow(base.model, 0).lowest:
+        if recipe.train.repeats and FrozenLayerCache(base.model, 0).lowest:
             watch.noticed("what frozen lower layers made of rows is computed anew: results may differ by rounding from here on")
         watch.noticed(f"goes on with {before.folder} after step {before.step} of {len(steps)}")
     return PreparedRun(recipe, base, adapter, data, steps, facts, findings)
@@ -85,7 +85,7 @@ def open_recipe(recipe: Recipe, moment: datetime | None = None, began: Callable[
             "model.dtype: small gradients vanish in float16 silently, so it is not trained in: give bfloat16 or float32."
         )
     located(recipe.model.name)
-    look_at_first(recipe.data, recipe.objective.learns_from)
+    look_at_first(recipe.data, recipe.objective.data_kind)
     recipe, origin = with_start(recipe)
     began(f"loading {recipe.model.name}")
     base = Base.load(recipe.model)
@@ -102,7 +102,7 @@ def open_recipe(recipe: Recipe, moment: datetime | None = None, began: Callable[
         began("reading and tokenizing the data")
         # By absolute paths, as the run's recipe.yaml has them, so that its held-out rows are found again.
         data = load_data(
-            recipe.absolute().data, base, context, recipe.train.seed, recipe.objective.learns_from, positions=positions
+            recipe.absolute().data, base, context, recipe.train.seed, recipe.objective.data_kind, positions=positions
         )
         began("hashing the base model")
         fingerprint.result()
@@ -167,7 +167,7 @@ def prepare_objective(
     referred = refer(base, adapter, objective.reference, [*train, *held_out], PACK_TOKENS)
     train, held_out = referred.rows[: len(train)], referred.rows[len(train) :]
     facts = referred.facts
-    if facts["kind"] == "start" or (facts["kind"] == "base" and not adapter.trained and adapter.method.starts_as_base):
+    if facts["kind"] == "start" or (facts["kind"] == "base" and not adapter.trained and adapter.method.identity_at_init):
         first = [train[n] for unit in units(train)[:4] for n in unit]
         facts["start_differs"] = check_start(base, first, PACK_TOKENS)
     return objective, (train, held_out), facts
@@ -194,7 +194,7 @@ def _facts(recipe: Recipe, base: Base, adapter: Attached, data: Loaded, steps: P
         "device": str(base.device),
         "peak_lr": rate,
         "lr_formula": formula,
-        "learned_tokens": sum(len(row.learned) for row in data.train if row.side != "mismatched"),
+        "learned_tokens": sum(len(row.target_indices) for row in data.train if row.side != "mismatched"),
         "data_digest": data.digest,
         "versions": versions(),
     }

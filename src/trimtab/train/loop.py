@@ -18,9 +18,9 @@ from trimtab.core.errors import DataError, NonFinite
 from trimtab.core.process import never_keep_freed_memory
 from trimtab.core.randomness import seeded
 from trimtab.data import Pack
-from trimtab.data.example import Sequence as Row
-from trimtab.engine import FrozenBelow, Kept, Memory, free_memory
-from trimtab.methods import Attached, Circumstances, Method
+from trimtab.data.example import TokenRow
+from trimtab.engine import FrozenLayerCache, Kept, Memory, free_memory
+from trimtab.methods import Attached, LearningRateContext, Method
 from trimtab.objectives import Objective, Pool, averaged
 from trimtab.train.config import TrainConfig, learning_rate
 from trimtab.train.optimizer import Optimizer
@@ -93,7 +93,7 @@ def train(
         items = sum(objective.items(pack) for pack in packs if not pack.mismatched)
         if items == 0:
             raise DataError(f"step {number}: none of its rows has anything to learn.")
-        adapter.train(not objective.compares)
+        adapter.train(not objective.needs_reference)
         losses, measured = passes.gradients(number, packs, items)
         adapter.train(False)
         norm = torch.nn.utils.clip_grad_norm_(optimizer.parameters, config.clip if config.clip is not None else float("inf"))
@@ -123,7 +123,7 @@ class _Passes:
         self.memory = memory
         self.kept = Kept(memory.kept * 1.01) if memory and base.device.type == "cpu" else None
         below = memory.below if memory else free_memory(base.device) / 4
-        self.below = FrozenBelow(base.model, below) if config.repeats else None
+        self.below = FrozenLayerCache(base.model, below) if config.repeats else None
         self.room = memory.waiting if memory else math.inf
         """Bytes of gradients that may wait."""
 
@@ -194,8 +194,8 @@ def peak_learning_rate(
     if config.lr != "auto":
         return config.lr, "given"
     model = base.model.config.get_text_config()
-    rate, words = method.learning_rate(Circumstances(model.model_type, model.hidden_size, rows_per_step))
-    share = objective.relative_rate
+    rate, words = method.learning_rate(LearningRateContext(model.model_type, model.hidden_size, rows_per_step))
+    share = objective.lr_multiplier
     return (rate, words) if share == 1.0 else (float(f"{rate * share:.2e}"), f"{words}; times {share:g} for {objective.name}")
 
 
@@ -210,7 +210,7 @@ def _patient(in_a_row: int, skipped: str | None) -> int:
     return in_a_row + 1 if skipped else 0
 
 
-def _not_finite(number: int, loss: float, norm: float, rows: list[Row]) -> str | None:
+def _not_finite(number: int, loss: float, norm: float, rows: list[TokenRow]) -> str | None:
     """What to say of a step whose loss or gradient is not a number."""
     if math.isfinite(loss) and math.isfinite(norm):
         return None

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from trimtab.artifacts import sha256_tensor
 from trimtab.core.errors import ArtifactError
-from trimtab.core.interrupts import afterwards
+from trimtab.core.interrupts import interrupts_deferred
 from trimtab.methods import Attached
 
 MOMENTS = {"mean": "exp_avg", "square": "exp_avg_sq"}
@@ -26,10 +26,10 @@ class Optimizer:
         self.skipped = 0
         groups: dict[float, list[nn.Parameter]] = {}
         for name, parameter in self.named.items():
-            groups.setdefault(adapter.method.relative_rate(name.rpartition(".")[2]), []).append(parameter)
+            groups.setdefault(adapter.method.lr_multiplier(name.rpartition(".")[2]), []).append(parameter)
             # Made later, between what a backward pass needs for a moment, gradients would leave holes in memory.
             parameter.grad = torch.zeros_like(parameter)
-        by_rate = [{"params": several, "relative_rate": rate} for rate, several in groups.items()]
+        by_rate = [{"params": several, "lr_multiplier": rate} for rate, several in groups.items()]
         self._adamw = torch.optim.AdamW(by_rate, lr=0.0, weight_decay=weight_decay, fused=True)
 
     @property
@@ -39,8 +39,8 @@ class Optimizer:
     def step(self, lr: float) -> None:
         """Move the parameters by their gradients, and clear those. An interruption meanwhile comes afterwards."""
         for group in self._adamw.param_groups:
-            group["lr"] = lr * group["relative_rate"]
-        with afterwards():
+            group["lr"] = lr * group["lr_multiplier"]
+        with interrupts_deferred():
             self._adamw.step()
             self.clear()
             self.taken += 1

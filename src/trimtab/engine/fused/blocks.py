@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from trimtab.core.attention_hook import Virtual, holding
 from trimtab.engine.fused import ops
 from trimtab.engine.fused.kernels import Gate
-from trimtab.engine.fused.tree_attention import Sight, Sizes, attend
+from trimtab.engine.fused.tree_attention import AttentionPlan, Sizes, attend
 from trimtab.methods import AdapterLayer, Routing
 
 PRE_NORM = {"Llama", "Mistral", "Qwen2", "Qwen3", "Phi3", "Granite"}
@@ -75,9 +75,9 @@ def _attention(
     first = virtual[0].of(attention, x) if virtual else None
     k, v, cos, sin = layout.seen(attention, 0, k, v, cos, sin)
     window = getattr(holder, "sliding_window", None)
-    sight = Sight(layout.segments, first[0].shape[2] if first else 0, window, layout.first)
+    plan = AttentionPlan(layout.segments, first[0].shape[2] if first else 0, window, layout.first)
     sizes = Sizes(groups, heads // groups, size)
-    out = attend(q, k, v, cos, sin, sight, sizes, attention.scaling, (first[0][0], first[1][0]) if first else None)
+    out = attend(q, k, v, cos, sin, plan, sizes, attention.scaling, (first[0][0], first[1][0]) if first else None)
     return _through(*_rows(wanted, x, out), attention.o_proj, after, scale)
 
 

@@ -61,26 +61,26 @@ def passing(one: Passing) -> AbstractContextManager[None]:
 def layers_of(model: nn.Module) -> list[Any]:
     """The layers that stand-ins stand before, in their order."""
     fuse(model)
-    return [module for module in model.modules() if type(vars(module).get("forward")) is StandIn]
+    return [module for module in model.modules() if type(vars(module).get("forward")) is PatchedForward]
 
 
 def fuse(model: nn.Module) -> None:
-    """Put stand-ins before the layers' own forward passes, which act where a pass has a PackLayout. `unheed` undoes it."""
+    """Put stand-ins before the layers' own forward passes, which act where a pass has a PackLayout. `remove_hook` undoes it."""
     last = True
     for module in _inside(model):
         own = module.__dict__.get("forward")
         if own is None and isinstance(getattr(type(module), "gradient_checkpointing", None), bool):
-            module.forward = own = StandIn(module)  # as Transformers' own layers that can be computed again
+            module.forward = own = PatchedForward(module)  # as Transformers' own layers that can be computed again
         elif own is None and is_known(module, "MLP"):
-            module.forward = MLPStandIn(module)
-        if type(own) is StandIn:
+            module.forward = PatchedMLPForward(module)
+        if type(own) is PatchedForward:
             own.watched, own.last, last = any(map(_watched, _inside(module))), last, False
 
 
-class StandIn:
+class PatchedForward:
     """A decoder layer's forward pass: by hand where it is known, computed again in the backward pass where that is asked for."""
 
-    stands_in = True
+    is_patch = True
 
     def __init__(self, layer: Any) -> None:
         self.layer = layer
@@ -110,10 +110,10 @@ class StandIn:
         return checkpoint(copy_context().run, run, hidden_states, *args, use_reentrant=False)
 
 
-class MLPStandIn:
+class PatchedMLPForward:
     """An MLP's forward pass, for an adapter around it that is called by a layer by hand."""
 
-    stands_in = True
+    is_patch = True
 
     def __init__(self, mlp: Any) -> None:
         self.mlp = mlp
@@ -136,4 +136,4 @@ def _watched(module: nn.Module) -> bool:
     """Somebody has put a hook, or a forward pass of their own, on the module."""
     own = vars(module)
     hooked = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
-    return bool(hooked) or not getattr(own.get("forward", MLPStandIn), "stands_in", False)
+    return bool(hooked) or not getattr(own.get("forward", PatchedMLPForward), "is_patch", False)

@@ -25,7 +25,7 @@ _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-class Sight(NamedTuple):
+class AttentionPlan(NamedTuple):
     """What each token sees."""
 
     segments: tuple[Segment, ...]
@@ -37,7 +37,7 @@ class Sight(NamedTuple):
     """Tokens that ask nothing: they are only seen."""
 
 
-class Block(NamedTuple):
+class ScoreBlock(NamedTuple):
     """Queries `start:end` of a pack see, of their segment's keys in sight, `low:high`."""
 
     start: int
@@ -48,17 +48,17 @@ class Block(NamedTuple):
     """What they do not see of those, to be added to the scores; None for plain causality."""
 
 
-class Piece(NamedTuple):
+class SegmentPlan(NamedTuple):
     """A segment's blocks, and where in the pack the keys in its sight are, after the virtual ones."""
 
     path: tuple[tuple[int, int], ...]
-    blocks: tuple[Block, ...]
+    blocks: tuple[ScoreBlock, ...]
 
 
 @lru_cache(maxsize=16)  # every layer asks the same
-def pieces(sight: Sight, dtype: torch.dtype) -> tuple[Piece, ...]:
+def segment_plans(plan: AttentionPlan, dtype: torch.dtype) -> tuple[SegmentPlan, ...]:
     """A tree's attention, as calls: each segment of tokens that ask after the virtual ones."""
-    segments, virtual, window, first = sight
+    segments, virtual, window, first = plan
     made = []
     for (start, end, _), numbers in zip(segments, paths_of(segments), strict=True):
         path = tuple((segments[n].start, segments[n].end) for n in numbers)
@@ -71,8 +71,8 @@ def pieces(sight: Sight, dtype: torch.dtype) -> tuple[Piece, ...]:
             stop = min(at + size, end)
             place, high = before + at - start, before + stop - start
             low = 0 if window is None else max(0, place - window + 1)
-            blocks.append(Block(at, stop, low, high, _hidden(place - low, high - low, window, dtype)))
-        made.append(Piece(path, tuple(blocks)))
+            blocks.append(ScoreBlock(at, stop, low, high, _hidden(place - low, high - low, window, dtype)))
+        made.append(SegmentPlan(path, tuple(blocks)))
     return tuple(made)
 
 
@@ -112,7 +112,7 @@ def attend(
     v: Tensor,
     cos: Tensor,
     sin: Tensor,
-    sight: Sight,
+    plan: AttentionPlan,
     sizes: Sizes,
     scale: float,
     virtual: tuple[Tensor, Tensor] | None,
@@ -123,11 +123,11 @@ def attend(
         virtual: Keys and values before every segment's: each G P K.
     """
     how = _Compiled if kernels.compiled(q, k, v, cos, sin, *(virtual or ())) else _InTorch
-    if sight.first:
+    if plan.first:
         assert not torch.is_grad_enabled(), "no gradient of what goes on from others"
-        q = torch.cat([q.new_empty(sight.first, q.shape[1]), q])
-    out = how.apply(q, k, v, cos, sin, sight, sizes, scale, *(virtual or (None, None)))
-    return out[sight.first :] if sight.first else out
+        q = torch.cat([q.new_empty(plan.first, q.shape[1]), q])
+    out = how.apply(q, k, v, cos, sin, plan, sizes, scale, *(virtual or (None, None)))
+    return out[plan.first :] if plan.first else out
 
 
 class _Tree(ctypes.Structure):
@@ -177,13 +177,13 @@ class _Compiled(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, sight: Sight, sizes: Sizes, scale: float,
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, plan: AttentionPlan, sizes: Sizes, scale: float,
         first_k: Tensor | None, first_v: Tensor | None,
     ) -> Tensor:  # fmt: skip
         first_k, first_v = (None if t is None else t.contiguous() for t in (first_k, first_v))
         wanted = any(ctx.needs_input_grad)
         out, sums = kept(q, len(q), q.shape[1], wanted), kept(q, q.shape[1] // sizes.head, len(q), wanted)
-        ctx.about = sight, sizes, scale
+        ctx.about = plan, sizes, scale
         ctx.save_for_backward(q, k, v, cos, sin, first_k, first_v, out, sums)
         _call("attend", ctx.about, 0, q, k, v, cos, sin, first_k, first_v, out, sums)
         return out
@@ -203,14 +203,14 @@ class _Compiled(torch.autograd.Function):
 
 
 def _call(
-    name: str, about: tuple[Sight, Sizes, float], d_row: int, q: Tensor, k: Tensor, v: Tensor, *others: Tensor | None
+    name: str, about: tuple[AttentionPlan, Sizes, float], d_row: int, q: Tensor, k: Tensor, v: Tensor, *others: Tensor | None
 ) -> None:
-    (sight, sizes, scale), call = about, kernels.compiled(q, k, v)
+    (plan, sizes, scale), call = about, kernels.compiled(q, k, v)
     assert call is not None, "as in the forward pass"
-    segments, window = _cut(sight.segments), sight.window or 0
-    arrays = _arrays(segments, sight.virtual, sight.first)
+    segments, window = _cut(plan.segments), plan.window or 0
+    arrays = _arrays(segments, plan.virtual, plan.first)
     rows = (q.stride(0), k.stride(0), v.stride(0), d_row)
-    numbers = (len(segments), len(arrays[-1]), len(q), *sizes, sight.virtual, window, *rows)
+    numbers = (len(segments), len(arrays[-1]), len(q), *sizes, plan.virtual, window, *rows)
     tree = _Tree(*numbers, scale, *(array.data_ptr() for array in arrays))
     if call(name, tree, q, k, v, *others):
         raise MemoryError(f"no memory for attention over {len(q):,} tokens: lower train.pack_tokens or data.max_length")
@@ -225,12 +225,12 @@ class _InTorch(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, sight: Sight, sizes: Sizes, scale: float,
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, plan: AttentionPlan, sizes: Sizes, scale: float,
         first_k: Tensor | None, first_v: Tensor | None,
     ) -> Tensor:  # fmt: skip
         q, k = (_turned(t, sizes.head, cos, sin) for t in (q, k))
         out, sums = torch.empty_like(q), []
-        for piece in pieces(sight, q.dtype):
+        for piece in segment_plans(plan, q.dtype):
             keys, values = _in_sight(k, piece, first_k, sizes), _in_sight(v, piece, first_v, sizes)
             for start, end, low, high, hidden in piece.blocks:
                 here, lse = _forward(
@@ -239,7 +239,7 @@ class _InTorch(torch.autograd.Function):
                 )  # fmt: skip
                 _queries(out, start, end, sizes).copy_(here)
                 sums.append(lse)
-        ctx.sight, ctx.sizes, ctx.scale = sight, sizes, scale
+        ctx.plan, ctx.sizes, ctx.scale = plan, sizes, scale
         ctx.save_for_backward(q, k, v, cos, sin, out, first_k, first_v, *sums)
         return out
 
@@ -250,7 +250,7 @@ class _InTorch(torch.autograd.Function):
         dout, sizes, sum_of = gradients[0], ctx.sizes, iter(sums)
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros(v.shape, dtype=v.dtype)
         dfirst_k, dfirst_v = (None if t is None else torch.zeros_like(t) for t in (first_k, first_v))
-        for piece in pieces(ctx.sight, q.dtype):
+        for piece in segment_plans(ctx.plan, q.dtype):
             keys, values = _in_sight(k, piece, first_k, sizes), _in_sight(v, piece, first_v, sizes)
             dkeys, dvalues = (torch.zeros(t.shape[0], t.shape[2], t.shape[3], dtype=t.dtype) for t in (keys, values))
             for start, end, low, high, hidden in piece.blocks:
@@ -280,7 +280,7 @@ def _queries(t: Tensor, start: int, end: int, sizes: Sizes) -> Tensor:
     return t[start:end].view(end - start, *sizes).permute(1, 2, 0, 3)
 
 
-def _in_sight(t: Tensor, piece: Piece, first: Tensor | None, sizes: Sizes) -> Tensor:
+def _in_sight(t: Tensor, piece: SegmentPlan, first: Tensor | None, sizes: Sizes) -> Tensor:
     """G R L K of the keys (or values) in a segment's sight."""
     parts = [t[low:high].view(high - low, sizes.groups, sizes.head).transpose(0, 1) for low, high in piece.path]
     parts = parts if first is None else [first, *parts]
@@ -288,7 +288,7 @@ def _in_sight(t: Tensor, piece: Piece, first: Tensor | None, sizes: Sizes) -> Te
     return seen[:, None].expand(-1, sizes.each, -1, -1)
 
 
-def _give_back(gradient: Tensor, to: Tensor, piece: Piece, first: Tensor | None, sizes: Sizes) -> None:
+def _give_back(gradient: Tensor, to: Tensor, piece: SegmentPlan, first: Tensor | None, sizes: Sizes) -> None:
     """Add the gradient of what was in sight (G L K) to where it came from."""
     at = 0
     if first is not None:

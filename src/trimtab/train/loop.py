@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -57,7 +57,14 @@ class Step:
     measures: dict[str, float] = field(default_factory=dict)
     """What the objective gives people to read beside the loss: means over the step's rows."""
     skipped: str | None = None
-    """Why the step was not taken: its loss or gradient is not a number."""
+    """Why the step was not taken: its loss or gradient is NaN or Inf."""
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """What is logged of it."""
+        names = ("loss", "lr", "grad_norm", "items", "tokens", "computed")
+        skipped = {"skipped": self.skipped} if self.skipped else {}
+        return {name: getattr(self, name) for name in names} | {"seconds": round(self.seconds, 4)} | skipped | self.measures
 
 
 def train(

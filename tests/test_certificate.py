@@ -8,19 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from trimtab.artifacts.certified import ADVICE
 from worlds import write_rows
 
 import trimtab as package
+from trimtab.artifacts.standing import ADVICE
 from trimtab.base import Base
 from trimtab.certify import certificate
 from trimtab.certify.certificate import certificate_text
-from trimtab.certify.fresh_process import examined
+from trimtab.certify.fresh_process import measure
 from trimtab.evaluate import paired
 from trimtab.methods import Method
 from trimtab.methods.lora import LoRA
 from trimtab.run import checkpoints
-from trimtab.run.script import script as running
+from trimtab.run import script as running
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -53,7 +53,7 @@ def at_once(monkeypatch):
 
     def examine(job):
         with torch.no_grad():
-            return json.loads(json.dumps(examined(json.loads(json.dumps(job)))))
+            return json.loads(json.dumps(measure(json.loads(json.dumps(job)))))
 
     monkeypatch.setattr(certificate, "_examine", examine)
 

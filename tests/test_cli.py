@@ -27,10 +27,10 @@ from trimtab.core.errors import RecipeError, TrimtabError
 from trimtab.data import Finding
 from trimtab.deploy import open_target
 from trimtab.methods import Method, attach
-from trimtab.report import Silent
-from trimtab.run import checkpoints
+from trimtab.report import RunObserver
+from trimtab.run import checkpoints, preflight
 from trimtab.run.recipe import Recipe
-from trimtab.run.script import preflight, run_recipe
+from trimtab.run.script import run_recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -654,7 +654,7 @@ def state_of(run):
 GOES_ON = "; the same command goes on from there"
 
 
-class Interrupting(Silent):
+class Interrupting(RunObserver):
     """Presses Ctrl-C when something happens."""
 
     def __init__(self, when, number=0):

@@ -17,7 +17,7 @@ from trimtab.data.example import TokenRow
 from trimtab.methods import attach
 from trimtab.methods.lora import LoRA
 from trimtab.objectives.sft import SFT
-from trimtab.run.script import script as running
+from trimtab.run import script as running
 from trimtab.train import Optimizer, TrainConfig, loop, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")

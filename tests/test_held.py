@@ -16,8 +16,8 @@ from trimtab.core.config import read
 from trimtab.core.errors import ArtifactError, RecipeError
 from trimtab.deploy import open_target
 from trimtab.evaluate import reference
+from trimtab.run import script as running
 from trimtab.run.recipe import Recipe
-from trimtab.run.script import script as running
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -7,7 +7,7 @@ from families import FAMILIES, method_of, perturb, random_rows, tiny
 from trimtab.base import Base
 from trimtab.core.errors import NonFinite
 from trimtab.data import TokenRow, pack_all
-from trimtab.engine import Work, kept, plan_memory
+from trimtab.engine import Work, arena, plan_memory
 from trimtab.engine.arena import Kept
 from trimtab.methods import Sample, attach
 from trimtab.methods.lora import LoRA
@@ -87,16 +87,16 @@ def test_what_no_backward_pass_needs_takes_no_place_in_it(monkeypatch):
 def test_what_does_not_fit_lies_elsewhere():
     block = Kept(1000)
     with block.again():
-        first, second = (kept.kept(torch.zeros(1), 12, 10) for _ in range(2))
+        first, second = (arena.kept(torch.zeros(1), 12, 10) for _ in range(2))
         first.fill_(1)
         second.fill_(2)
-        third = kept.kept(torch.zeros(1), 12, 10)
+        third = arena.kept(torch.zeros(1), 12, 10)
         third.fill_(3)
     assert [float(t.mean()) for t in (first, second, third)] == [1, 2, 3]
     assert third.untyped_storage().data_ptr() != block.bytes.untyped_storage().data_ptr()
     with block.again():
-        assert kept.kept(torch.zeros(1), 12, 10).data_ptr() == first.data_ptr()
-    assert kept.kept(torch.zeros(1), 12, 10).data_ptr() != first.data_ptr()  # outside
+        assert arena.kept(torch.zeros(1), 12, 10).data_ptr() == first.data_ptr()
+    assert arena.kept(torch.zeros(1), 12, 10).data_ptr() != first.data_ptr()  # outside
 
 
 def test_recomputed_packs_do_without(monkeypatch):

@@ -9,6 +9,7 @@ import pytest
 
 from trimtab import cli
 from trimtab.artifacts import read_adapter, read_state, saved_states
+from trimtab.certify.certificate import read_certificate
 from trimtab.core import files
 from trimtab.core.errors import ArtifactError
 

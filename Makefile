@@ -63,7 +63,7 @@ demo: $(READY)  ## fine-tune a real model on a small task and show what it gaine
 	@cat demo/next.txt
 
 bench: $(READY)  ## the same LoRA run in Trimtab and in Hugging Face Trainer + PEFT: make bench DATA=rows.json
-	$(BIN)/trimtab bench --data $(or $(DATA),demo/train.jsonl)
+	$(BIN)/python benchmarks/peers --data $(or $(DATA),demo/train.jsonl)
 
 clean:  ## remove the virtual environments, caches and the demo's run
 	rm -rf $(VENV) $(COMPAT) .pytest_cache .mypy_cache .ruff_cache runs/demo

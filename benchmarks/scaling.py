@@ -31,8 +31,9 @@ DEFAULTS = {
 
 def trained(length: int, rank: int, steps: int, at_once: int = 1) -> dict[str, Any]:
     """Steps of made-up rows, `at_once` in a pack, all of them learned but the first quarter; the first step warms up."""
+    from peers.run_peer import peak_gb
+
     import trimtab
-    from trimtab.bench.peers import peak_gb
     from trimtab.data import pack_flat
     from trimtab.data.example import TokenRow
     from trimtab.train import TrainConfig, planned_memory, train
@@ -50,8 +51,9 @@ def trained(length: int, rank: int, steps: int, at_once: int = 1) -> dict[str, A
 
 def loaded(count: int) -> dict[str, Any]:
     """Rows made, read, tokenized, labelled and put in order: what training waits for before its first step."""
+    from peers.run_peer import peak_gb
+
     import trimtab
-    from trimtab.bench.peers import peak_gb
     from trimtab.data import plan_steps
 
     base = trimtab.load("smollm2-135m-instruct")
@@ -104,9 +106,9 @@ def bookkeeping(count: int) -> dict[str, Any]:
     from trimtab.data import pack_all
     from trimtab.data.example import TokenRow
     from trimtab.evaluate import reference, score_loss
-    from trimtab.objectives import _pooling
+    from trimtab.objectives import _kl_estimate
 
-    _pooling.pack_logprobs = reference.pack_logprobs = lambda model, pack, **_: -torch.ones(len(pack.sequences))
+    _kl_estimate.pack_logprobs = reference.pack_logprobs = lambda model, pack, **_: -torch.ones(len(pack.sequences))
     draw, tokens = random.Random(0), list(range(49152))
     rows = []
     for number in range(count):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from trimtab import __version__, commands
+from trimtab.commands import bench
 from trimtab.commands._words import Parser
 from trimtab.core import interrupts, process, streams
 from trimtab.core.errors import StorageError, TrimtabError
@@ -16,12 +17,16 @@ INTERRUPTED = 130
 TARGET = "a run folder, an adapter folder, or a model (folder, GGUF file, hub name, smollm2-135m-instruct)"
 
 
-def main(words: Sequence[str] | None = None) -> int:
-    """Run a command; returns its exit code (see errors.py)."""
+def main(words: Sequence[str] | None = None, parser: Callable[[], argparse.ArgumentParser] | None = None) -> int:
+    """Run a command; returns its exit code (see errors.py).
+
+    Args:
+        parser: Makes another program's parser, which sets `command` and `debug`: what ends it is treated in the same way.
+    """
     streams.ready()
     with interrupts.as_keyboard_interrupt(to_the_end=words is None) as came:
         try:
-            return _run(words)
+            return _run((parser or _parser)().parse_args(words))
         except KeyboardInterrupt:  # another one, while the first was being answered
             return INTERRUPTED
         except Exception:
@@ -30,12 +35,12 @@ def main(words: Sequence[str] | None = None) -> int:
             return _fail("interrupted.", INTERRUPTED)  # as what it came in the middle of says: an import, say
 
 
-def _run(words: Sequence[str] | None) -> int:
-    arguments = _parser().parse_args(words)
+def _run(arguments: argparse.Namespace) -> int:
     os.environ.update(process.environment())  # before a command imports torch
     try:
-        arguments.command(arguments)
+        code = arguments.command(arguments)
         sys.stdout.flush()
+        return code or 0
     except TrimtabError as error:
         if arguments.debug:
             raise
@@ -71,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"trimtab {__version__}")
     choices = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    def add(name: str, run: Callable[[argparse.Namespace], None], text: str, more: str = "") -> argparse.ArgumentParser:
+    def add(name: str, run: Callable[[argparse.Namespace], int | None], text: str, more: str = "") -> argparse.ArgumentParser:
         command = choices.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}. {more}".strip())
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
         command.set_defaults(command=run)
@@ -106,8 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     methods.add_argument("--json", action="store_true", help="print one JSON object")
 
-    text = "train the same rows in Trimtab and in its peers, alternating, and compare speed, memory and losses"
-    _bench_words(add("bench", commands.bench, text, "The peers (PEFT, TRL) may stand in an environment of their own."))
+    bench.add_arguments(add("bench", bench.run, bench.HELP, bench.DESCRIPTION))
 
     _proof_words(add)
     return parser
@@ -187,24 +191,6 @@ def _chat_words(chat: argparse.ArgumentParser) -> None:
         "--seed", metavar="N", type=_whole(0), default=0, help="decides the draws when the temperature is above 0"
     )
     _model_option(chat)
-
-
-def _bench_words(bench: argparse.ArgumentParser) -> None:
-    bench.add_argument("--data", metavar="FILE", help="rows to train on; made-up ones of chat-like lengths unless given")
-    bench.add_argument("--model", metavar="NAME", default="smollm2-135m-instruct", help=MODEL)
-    bench.add_argument("--rows", metavar="N", type=_whole(1), default=64)
-    bench.add_argument("--rows-per-step", metavar="N", type=_whole(1), default=8)
-    bench.add_argument("--rank", metavar="N", type=_whole(1), default=8, help="of the LoRA that is trained")
-    bench.add_argument("--targets", metavar="NAME", nargs="+", default=["all-linear"], help="the matrices that it adapts")
-    bench.add_argument("--objective", choices=("sft", "dpo", "kto"), default="sft", help="what is learned (default: sft)")
-    bench.add_argument("--pairs", metavar="N", type=_whole(1), default=3, help="how often each trainer runs")
-    bench.add_argument(
-        "--against", metavar="PEER", nargs="+",
-        help="hf-peft, hf-peft-no-recompute, hf-peft-grouped, trl, trl-no-recompute (default: the first three; of dpo and kto, trl)",
-    )  # fmt: skip
-    bench.add_argument("--python", metavar="PATH", default=sys.executable, help="the Python interpreter that has the peers")
-    bench.add_argument("--output", metavar="FOLDER", type=Path, help="a new folder for results.json and a chart")
-    bench.add_argument("--json", action="store_true", help="print the results as JSON")
 
 
 def _model_option(command: argparse.ArgumentParser) -> None:

@@ -102,11 +102,11 @@ def bookkeeping(count: int) -> dict[str, Any]:
     import torch
 
     import trimtab
-    from trimtab.base.tiny_model import made_up_model
     from trimtab.data import pack_all
     from trimtab.data.example import TokenRow
     from trimtab.evaluate import reference, score_loss
     from trimtab.objectives import _kl_estimate
+    from trimtab.testing import tiny_model
 
     _kl_estimate.pack_logprobs = reference.pack_logprobs = lambda model, pack, **_: -torch.ones(len(pack.sequences))
     draw, tokens = random.Random(0), list(range(49152))
@@ -115,7 +115,7 @@ def bookkeeping(count: int) -> dict[str, Any]:
         ids = [*tokens[:20], *draw.choices(tokens, k=min(600, round(draw.lognormvariate(4.0, 0.6))) + 4)]
         side = ("good", "bad")[number % 2]
         rows.append(TokenRow(ids, tokens[len(ids) // 2 : len(ids)], f"rows.jsonl:{number}", len(ids), side))
-    base = trimtab.Base(made_up_model())
+    base = trimtab.Base(tiny_model())
     adapter, seconds = trimtab.attach(base.model, trimtab.LoRA()), {}
 
     def timed(what: str, work: Any) -> None:

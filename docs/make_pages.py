@@ -35,7 +35,7 @@ FLOORS = (
     ("the Python door", ("api.py",)),
     ("one run, top to bottom", ("run",)),
     ("proof, and what is shown", ("certify", "report")),
-    ("the loop, and scores", ("train", "evaluate")),
+    ("the loop, and scores; a model for trials", ("train", "evaluate", "testing")),
     ("one short file each; adapters on disk, merge, exports", ("objectives", "deploy")),
     ("what is computed", ("engine",)),
     ("neighbours that do not import each other", ("base", "methods", "data", "artifacts")),

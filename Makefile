@@ -22,15 +22,15 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 format: $(READY)  ## format the code and mend what lint can mend
-	$(BIN)/ruff check --quiet --fix src tests demo benchmarks docs
-	$(BIN)/ruff format --quiet src tests demo benchmarks docs
+	$(BIN)/ruff check --quiet --fix src tests demo benchmarks examples docs
+	$(BIN)/ruff format --quiet src tests demo benchmarks examples docs
 
 docs: $(READY)  ## write what the documents say about the code from the code
 	$(BIN)/python docs/make_pages.py
 
 check: $(READY)  ## formatting, lint, types
-	$(BIN)/ruff format --check --quiet src tests demo benchmarks docs
-	$(BIN)/ruff check --quiet src tests demo benchmarks docs
+	$(BIN)/ruff format --check --quiet src tests demo benchmarks examples docs
+	$(BIN)/ruff check --quiet src tests demo benchmarks examples docs
 	$(BIN)/mypy
 
 test: check  ## everything that has to hold; what CI runs

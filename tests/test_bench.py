@@ -104,7 +104,7 @@ def test_the_command_is_the_benchmark_in_another_process(tmp_path, monkeypatch, 
     said = "trimtab: --rows: 12 examples do not make whole steps of 8 (--rows-per-step).\n"
     assert capfd.readouterr() == ("", said)
     assert cli.main(["bench", "--rows", "0"]) == 2
-    assert capfd.readouterr().err.endswith("error: argument --rows: expected a whole number from 1, got '0'\n")
+    assert capfd.readouterr().err.endswith("error: argument --rows: expected a whole number from 1 to 4294967295, got '0'\n")
     monkeypatch.setattr(bench, "FOLDER", tmp_path)
     assert cli.main(["bench", "--data", "my rows.json"]) == 2
     assert capfd.readouterr().err == (

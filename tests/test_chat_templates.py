@@ -6,7 +6,7 @@ from datetime import datetime
 import pytest
 from chat_templates import EMBEDDED, NAMES, SCENARIOS, TAUGHT, base, row
 
-from trimtab.data import Account, asked, make_sequences, prove, written
+from trimtab.data import Account, asked, make_sequences, prove, template_output
 from trimtab.data.formats import read_examples
 from trimtab.data.load import Loaded
 
@@ -111,10 +111,10 @@ def test_without_a_text_of_the_message_nothing_is_taught():
         ),
     ):
         template.frames.clear()
-        with pytest.raises(written.Refused, match=re.escape(reason)):
-            written.check_said(message, said, lambda other, writes=writes: writes.format(other["content"]), template)
+        with pytest.raises(template_output.Refused, match=re.escape(reason)):
+            template_output.check_said(message, said, lambda other, writes=writes: writes.format(other["content"]), template)
     template.frames.clear()
-    written.check_said(message, "It is 4.<|im_end|>", lambda other: other["content"] + "<|im_end|>", template)
+    template_output.check_said(message, "It is 4.<|im_end|>", lambda other: other["content"] + "<|im_end|>", template)
     assert template.frames == {("", "<|im_end|>")}
 
 

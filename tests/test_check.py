@@ -14,14 +14,14 @@ from worlds import CHATML, ROWS, make_model, write_rows
 
 from trimtab.core.config import read
 from trimtab.core.errors import DataError, TrimtabError
-from trimtab.data import leaks as module_of_leaks
-from trimtab.data import proof, prove, refuse_problems
+from trimtab.data import checks, prove, refuse_problems
+from trimtab.data import leakage as module_of_leaks
 from trimtab.data.example import TokenRow
 from trimtab.data.leakage import leaks
-from trimtab.engine import memory as planning
+from trimtab.engine import memory_plan as planning
+from trimtab.run import preflight as before
 from trimtab.run.preflight import preflight
 from trimtab.run.recipe import Recipe
-from trimtab.run.script import preflight as before
 from trimtab.run.start import open_recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -199,12 +199,12 @@ def test_a_template_that_writes_two_beginnings_is_refused(here, trimtab):
 
 def test_what_generation_would_not_see_is_refused(here, monkeypatch):
     """The negative control: tokens that are not the text's, or not the prompt's."""
-    real = proof.prompt_of
+    real = checks.prompt_of
     for name, broken in (
         ("prompt_of", lambda messages, base, tools: [*real(messages, base, tools)[:-1], 5]),
         ("texts_of", lambda message: ["something else"]),
     ):
-        monkeypatch.setattr(proof, name, broken)
+        monkeypatch.setattr(checks, name, broken)
         found = findings()["rendering"]
         assert found.status == "problem"
         assert len(found.facts["different"]) == 20

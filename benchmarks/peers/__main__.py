@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # Python puts the folder tha
 sys.path.append(str(Path(__file__).parents[2] / "src"))  # for a checkout that is not installed
 
 from trimtab import cli
-
-MODEL = "a folder, a GGUF file, a hub name, or smollm2-135m-instruct"
+from trimtab.commands._parser import MODEL, add_json, integer
+from trimtab.commands._terminal import print_json, terminal
 
 
 def parser() -> argparse.ArgumentParser:
@@ -26,35 +26,28 @@ def parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--data", metavar="FILE", help="examples to train on; random ones of chat-like lengths unless given")
     add("--model", metavar="NAME", default="smollm2-135m-instruct", help=MODEL)
-    add("--rows", metavar="N", type=positive, default=64, help="how many examples (default: %(default)s)")
-    add("--rows-per-step", metavar="N", type=positive, default=8, help="the effective batch size (default: %(default)s)")
-    add("--rank", metavar="N", type=positive, default=8, help="of the LoRA that is trained (default: %(default)s)")
+    add("--rows", metavar="N", type=integer(1), default=64, help="how many examples (default: %(default)s)")
+    add("--rows-per-step", metavar="N", type=integer(1), default=8, help="the effective batch size (default: %(default)s)")
+    add("--rank", metavar="N", type=integer(1), default=8, help="of the LoRA that is trained (default: %(default)s)")
     add(
         "--targets", metavar="NAME", nargs="+", default=["all-linear"], help="the matrices that it adapts (default: all-linear)"
     )
     add("--objective", choices=("sft", "dpo", "kto"), default="sft", help="the training objective (default: %(default)s)")
-    add("--pairs", metavar="N", type=positive, default=3, help="how often each trainer runs (default: %(default)s)")
+    add("--pairs", metavar="N", type=integer(1), default=3, help="how often each trainer runs (default: %(default)s)")
     peers = "hf-peft, hf-peft-no-recompute, hf-peft-grouped, trl, trl-no-recompute"
     add("--against", metavar="PEER", nargs="+", help=f"{peers} (default: the first three; of dpo and kto, trl)")
     add("--python", metavar="PATH", default=sys.executable, help="the Python interpreter that has the peers")
     add("--output", metavar="FOLDER", type=Path, help="a new folder for results.json and a chart")
-    add("--json", action="store_true", help="print the results as JSON")
+    add_json(parser)
     add("--debug", action="store_true", help="show the traceback of an error")
-    parser.set_defaults(command=run)
+    parser.set_defaults(run=run)
     return parser
-
-
-def positive(word: str) -> int:
-    if not word.isdecimal() or int(word) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {word!r}")
-    return int(word)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Compare, and show the results."""
     from peers.compare import Settings, compare
     from peers.report import comparison_chart, comparison_table
-    from rich.console import Console
 
     from trimtab.core import files
 
@@ -66,7 +59,7 @@ def run(arguments: argparse.Namespace) -> None:
         targets=tuple(arguments.targets),
         against=tuple(arguments.against or (Settings.against if arguments.objective == "sft" else ("trl",))),
     )
-    console = Console(highlight=False, soft_wrap=True)
+    console = terminal()
 
     def show(name: str, result: dict[str, Any]) -> None:
         if not arguments.json:
@@ -83,7 +76,7 @@ def run(arguments: argparse.Namespace) -> None:
         f"{data}: {settings.rows} examples, {settings.objective}, LoRA of rank {settings.rank} on {', '.join(settings.targets)}"
     )
     if arguments.json:
-        print(json.dumps(files.as_json(results), indent=2))
+        print_json(results)
     else:
         console.print(comparison_table(results, title))
     if arguments.output is not None:

@@ -156,7 +156,7 @@ def load_rows(settings: Settings, base: Base, objective: Objective) -> list[Toke
             f"--rows: {settings.data} has {len(whole):,} examples, not {settings.rows:,}. Ask for as many as it has, or fewer."
         )
     chosen = [rows[n] for unit in shuffled(len(whole), seed=0, epoch=0) for n in whole[unit]]
-    return with_mismatched(chosen, 0, base.context_length) if objective.pools else chosen
+    return with_mismatched(chosen, 0, base.context_length) if objective.estimates_kl else chosen
 
 
 def _random_rows(count: int, vocabulary: int) -> Iterator[TokenRow]:

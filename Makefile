@@ -22,15 +22,15 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 format: $(READY)  ## format the code and mend what lint can mend
-	$(BIN)/ruff check --quiet --fix src tests demo benchmarks docs
-	$(BIN)/ruff format --quiet src tests demo benchmarks docs
+	$(BIN)/ruff check --quiet --fix src tests demo benchmarks examples docs
+	$(BIN)/ruff format --quiet src tests demo benchmarks examples docs
 
 docs: $(READY)  ## write what the documents say about the code from the code
 	$(BIN)/python docs/make_pages.py
 
 check: $(READY)  ## formatting, lint, types
-	$(BIN)/ruff format --check --quiet src tests demo benchmarks docs
-	$(BIN)/ruff check --quiet src tests demo benchmarks docs
+	$(BIN)/ruff format --check --quiet src tests demo benchmarks examples docs
+	$(BIN)/ruff check --quiet src tests demo benchmarks examples docs
 	$(BIN)/mypy
 
 test: check  ## everything that has to hold; what CI runs
@@ -63,7 +63,7 @@ demo: $(READY)  ## fine-tune a real model on a small task and show what it gaine
 	@cat demo/next.txt
 
 bench: $(READY)  ## the same LoRA run in Trimtab and in Hugging Face Trainer + PEFT: make bench DATA=rows.json
-	$(BIN)/trimtab bench --data $(or $(DATA),demo/train.jsonl)
+	$(BIN)/python benchmarks/peers --data $(or $(DATA),demo/train.jsonl)
 
 clean:  ## remove the virtual environments, caches and the demo's run
 	rm -rf $(VENV) $(COMPAT) .pytest_cache .mypy_cache .ruff_cache runs/demo

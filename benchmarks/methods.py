@@ -55,7 +55,8 @@ def recipe_of(task: str, method: dict[str, Any], output: Path, nl2cmd: Path | No
 
 def one(path: str) -> None:
     """Carry a recipe out, in this process, and print what it took and gave as JSON."""
-    from trimtab.bench.peers import peak_gb
+    from peers.run_peer import peak_gb
+
     from trimtab.core.config import read
     from trimtab.data import load_examples
     from trimtab.deploy import open_target

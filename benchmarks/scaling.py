@@ -31,8 +31,9 @@ DEFAULTS = {
 
 def trained(length: int, rank: int, steps: int, at_once: int = 1) -> dict[str, Any]:
     """Steps of made-up rows, `at_once` in a pack, all of them learned but the first quarter; the first step warms up."""
+    from peers.run_peer import peak_gb
+
     import trimtab
-    from trimtab.bench.peers import peak_gb
     from trimtab.data import pack_flat
     from trimtab.data.example import TokenRow
     from trimtab.train import TrainConfig, planned_memory, train
@@ -50,8 +51,9 @@ def trained(length: int, rank: int, steps: int, at_once: int = 1) -> dict[str, A
 
 def loaded(count: int) -> dict[str, Any]:
     """Rows made, read, tokenized, labelled and put in order: what training waits for before its first step."""
+    from peers.run_peer import peak_gb
+
     import trimtab
-    from trimtab.bench.peers import peak_gb
     from trimtab.data import plan_steps
 
     base = trimtab.load("smollm2-135m-instruct")
@@ -100,11 +102,11 @@ def bookkeeping(count: int) -> dict[str, Any]:
     import torch
 
     import trimtab
-    from trimtab.base.tiny_model import made_up_model
     from trimtab.data import pack_all
     from trimtab.data.example import TokenRow
     from trimtab.evaluate import reference, score_loss
     from trimtab.objectives import _kl_estimate
+    from trimtab.testing import tiny_model
 
     _kl_estimate.pack_logprobs = reference.pack_logprobs = lambda model, pack, **_: -torch.ones(len(pack.sequences))
     draw, tokens = random.Random(0), list(range(49152))
@@ -113,7 +115,7 @@ def bookkeeping(count: int) -> dict[str, Any]:
         ids = [*tokens[:20], *draw.choices(tokens, k=min(600, round(draw.lognormvariate(4.0, 0.6))) + 4)]
         side = ("good", "bad")[number % 2]
         rows.append(TokenRow(ids, tokens[len(ids) // 2 : len(ids)], f"rows.jsonl:{number}", len(ids), side))
-    base = trimtab.Base(made_up_model())
+    base = trimtab.Base(tiny_model())
     adapter, seconds = trimtab.attach(base.model, trimtab.LoRA()), {}
 
     def timed(what: str, work: Any) -> None:

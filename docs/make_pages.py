@@ -2,7 +2,7 @@
 
 docs/recipe.md comes from the recipe's own declarations, the tree in README.md from the files' first lines, the tables in
 docs/methods.md from the methods and from docs/methods.json, which benchmarks/methods.py measures, and those in
-docs/performance.md from docs/measured, which `trimtab bench` and the scripts in benchmarks fill; those in
+docs/performance.md from docs/measured, which benchmarks/peers (`trimtab bench`) and the scripts in benchmarks fill; those in
 docs/preference.md from docs/preference.json, which benchmarks/preference.py measures; docs/faults.md from tests/fault_catalogue.py
 and from docs/measured/peer_faults.json, which benchmarks/peer_faults measures.
 """
@@ -32,10 +32,10 @@ TEMPLATES = ROOT / "docs" / "templates.md"
 PREFERENCE, COMPARED = ROOT / "docs" / "preference.md", ROOT / "docs" / "preference.json"
 FLOORS = (
     ("words and pages", ("cli.py", "commands", "__main__.py", "__init__.py")),
-    ("the Python door; and against others", ("api.py", "bench")),
+    ("the Python door", ("api.py",)),
     ("one run, top to bottom", ("run",)),
     ("proof, and what is shown", ("certify", "report")),
-    ("the loop, and scores", ("train", "evaluate")),
+    ("the loop, and scores; a model for trials", ("train", "evaluate", "testing")),
     ("one short file each; adapters on disk, merge, exports", ("objectives", "deploy")),
     ("what is computed", ("engine",)),
     ("neighbours that do not import each other", ("base", "methods", "data", "artifacts")),

@@ -12,6 +12,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from trimtab.base import Base
+from trimtab.testing import tiny_base
 
 CORPUS = [
     "What is the capital of France? The capital of France is Paris.\n\nWhat is 2+2? It is 4. It is 4.",
@@ -257,8 +258,7 @@ def plain(bos: bool = False, eos_behind: bool = False) -> Base:
 
 def saved_base(path):
     """A tiny model with a chat tokenizer, saved as Transformers saves it."""
-    tokenizer = bytes_tokenizer(("<|endoftext|>", "<|im_start|>", "<|im_end|>"))
-    base = base_of(tokenizer, CHATML, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    base = tiny_base()
     base.model.save_pretrained(path)
     base.tokenizer.save_pretrained(path)
     return path

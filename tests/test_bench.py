@@ -1,33 +1,38 @@
 """The comparison with peers: what it counts, what it says, and one real run of it on a tiny model."""
 
 import json
+import runpy
+import shlex
 import xml.etree.ElementTree as ET
+from pathlib import Path
 
 import pytest
 from families import tiny
+from peers import run_trimtab
+from peers.compare import PEERS, Settings, compare, load_rows, prepare, summary
+from peers.floor import least_work, multiplying_rate
+from peers.report import comparison_chart, comparison_table
 from templates import saved_base
 
 from trimtab import cli
 from trimtab.base import Base, ModelConfig
-from trimtab.bench import PEERS, Asked, compare, driver, ours, summary
-from trimtab.bench.floor import least_work, multiplying_rate
+from trimtab.commands import bench
 from trimtab.core.errors import RecipeError
 from trimtab.data.example import TokenRow
 from trimtab.methods.lora import LoRA
 from trimtab.objectives import Objective
-from trimtab.report.comparison import comparison_chart, comparison_table
 
 
 def test_the_least_work_counted_out():
     """Two rows that share ten tokens, on the tiny Llama: 2 layers, hidden 32, MLP 48, 4 heads and 2 key-value heads of 8, 97 tokens."""
     rows = [TokenRow([*range(10), 50, 51, 52], [10, 11, 12], "a"), TokenRow([*range(10), 60, 61], [10, 11], "b")]
     model = tiny("llama")
-    tokens, learned = 10 + 2 + 1, 5  # a last token predicts nothing
+    tokens, targets = 10 + 2 + 1, 5  # a last token predicts nothing
     pairs = sum(range(1, 11)) + 11 + 12 + 11
     of_layer = 32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 48
     adapted = 3 * 2 * ((32 + 32) + (32 + 16))  # rank 3 on q and v, in both layers
-    expected = (4 * 2 * of_layer + 6 * adapted) * tokens + 4 * 97 * 32 * learned + 14 * 2 * 32 * pairs
-    expected -= 2 * 32 * (32 + 2 * 16) * tokens + 4 * (tokens - learned) * (of_layer - 2 * 32 * 16)
+    expected = (4 * 2 * of_layer + 6 * adapted) * tokens + 4 * 97 * 32 * targets + 14 * 2 * 32 * pairs
+    expected -= 2 * 32 * (32 + 2 * 16) * tokens + 4 * (tokens - targets) * (of_layer - 2 * 32 * 16)
     assert least_work(model, [rows], LoRA(rank=3, targets=["q_proj", "v_proj"])) == expected
     apart = least_work(model, [rows[:1], rows[1:]], LoRA(rank=3, targets=["q_proj", "v_proj"]))
     assert apart > expected
@@ -60,16 +65,20 @@ def test_a_summary_is_of_pairs():
     assert "losses" not in said["runs"][0]
 
 
+def benchmark_parser():
+    return runpy.run_path(str(bench.FOLDER / "__main__.py"))["parser"]()
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return saved_base(tmp_path_factory.mktemp("models") / "tiny")
 
 
-def test_a_real_comparison_with_the_same_losses(folder, tmp_path, capsys):
+def test_a_real_comparison_with_the_same_losses(folder, tmp_path, capfd):
     words = ["--model", str(folder), "--data", "demo/train.jsonl", "--rows", "12", "--rows-per-step", "4", "--pairs", "1"]
     output = tmp_path / "results"
     assert cli.main(["bench", *words, "--against", "hf-peft", "--output", str(output), "--json"]) == 0
-    mine, theirs = json.loads(capsys.readouterr().out)
+    mine, theirs = json.loads(capfd.readouterr().out)
     assert (mine["trainer"], theirs["trainer"]) == ("trimtab", "hf-peft")
     assert len(mine["losses"]) == 3
     assert mine["losses"][0] != mine["losses"][2]
@@ -83,44 +92,88 @@ def test_a_real_comparison_with_the_same_losses(folder, tmp_path, capsys):
     ET.fromstring(comparison_chart([{**mine, "trainer": "a & b"}], "rows < tokens"))
 
 
+def test_the_command_is_the_benchmark_in_another_process(tmp_path, monkeypatch, capfd):
+    with pytest.raises(SystemExit) as helped:
+        benchmark_parser().parse_args(["--help"])
+    expected = capfd.readouterr().out
+    assert helped.value.code == 0
+    assert "--rows-per-step" in expected
+    assert cli.main(["bench", "--help"]) == 0
+    assert capfd.readouterr() == (expected, "")
+    assert cli.main(["bench", "--rows", "12", "--against", "trl"]) == 2
+    said = "trimtab: --rows: 12 examples do not make whole steps of 8 (--rows-per-step).\n"
+    assert capfd.readouterr() == ("", said)
+    assert cli.main(["bench", "--rows", "0"]) == 2
+    assert capfd.readouterr().err.endswith("error: argument --rows: expected a whole number from 1 to 4294967295, got '0'\n")
+    monkeypatch.setattr(bench, "FOLDER", tmp_path)
+    assert cli.main(["bench", "--data", "my rows.json"]) == 2
+    assert capfd.readouterr().err == (
+        "trimtab: bench compares Trimtab with PEFT and TRL. It is a benchmark in Trimtab's repository and not part of the installed package: "
+        "get a checkout of the repository, and run there: python benchmarks/peers --data 'my rows.json'\n"
+    )
+
+
+ENDS = {
+    "by itself": ("sys.exit(7)", 7),
+    "by an interruption of the command": (
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(130)); os.kill(os.getppid(), signal.SIGINT); time.sleep(60)", 130
+    ),
+    "by a signal of its own": ("os.kill(os.getpid(), signal.SIGKILL)", 137),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("program", "code"), ENDS.values(), ids=ENDS)
+def test_the_command_ends_as_the_benchmark_does(program, code, tmp_path, monkeypatch):
+    (tmp_path / "__main__.py").write_text(f"import os, signal, sys, time\n{program}\n")
+    monkeypatch.setattr(bench, "FOLDER", tmp_path)
+    assert cli.main(["bench"]) == code
+
+
+def test_the_readmes_words_are_the_benchmarks():
+    lines = [line for line in Path("README.md").read_text().splitlines() if line.startswith("trimtab bench")]
+    assert lines
+    for line in lines:
+        benchmark_parser().parse_args(shlex.split(line, comments=True)[2:])
+
+
 def test_more_rows_than_there_are_is_refused_rather_than_cut(folder):
-    asked = Asked(data="demo/test.jsonl", model=str(folder), rows=104, against=())
-    with pytest.raises(RecipeError, match=r"--rows: demo/test.jsonl has 100 rows, not 104\."):
-        compare(asked, lambda *_: None)
+    settings = Settings(data="demo/test.jsonl", model=str(folder), rows=104, against=())
+    with pytest.raises(RecipeError, match=r"--rows: demo/test.jsonl has 100 examples, not 104\."):
+        compare(settings, lambda *_: None)
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path):
     with pytest.raises(RecipeError, match="--against: 'peft' is none of hf-peft, "):
-        compare(Asked(against=("peft",)), lambda *_: None)
+        compare(Settings(against=("peft",)), lambda *_: None)
     with pytest.raises(RecipeError, match="--python: /no/python can't be run"):
-        compare(Asked(python="/no/python"), lambda *_: None)
-    with pytest.raises(RecipeError, match=r"--rows: 12 rows do not make whole steps of 8"):
-        compare(Asked(rows=12), lambda *_: None)
+        compare(Settings(python="/no/python"), lambda *_: None)
+    with pytest.raises(RecipeError, match=r"--rows: 12 examples do not make whole steps of 8"):
+        compare(Settings(rows=12), lambda *_: None)
     bare = tmp_path / "python"
     bare.write_text("#!/bin/sh\necho trl peft\n")
     bare.chmod(0o755)
     with pytest.raises(RecipeError, match=r"trl needs trl, peft, which .*python does not have\. Install them"):
-        compare(Asked(python=str(bare), against=("trl",)), lambda *_: None)
-    assert set(PEERS) >= set(Asked().against)
+        compare(Settings(python=str(bare), against=("trl",)), lambda *_: None)
+    assert set(PEERS) >= set(Settings().against)
 
 
 @pytest.mark.usefixtures("one_thread")
 def test_every_run_makes_its_own_pass_of_the_reference(folder, tmp_path, monkeypatch):
     """One that finds the numbers of the run before it would be faster than the first."""
     monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "cache"))
-    asked = Asked(data="demo/terse/train.jsonl", model=str(folder), rows=4, rows_per_step=2, objective="dpo")
+    settings = Settings(data="demo/terse/train.jsonl", model=str(folder), rows=4, rows_per_step=2, objective="dpo")
     base, objective = Base.load(ModelConfig(name=str(folder))), Objective.pick("dpo")
-    rows = driver._rows(asked, base, objective)
-    spec = driver._prepare(asked, base, rows, LoRA(rank=2), tmp_path) | {"objective": objective.plain()}
+    rows = load_rows(settings, base, objective)
+    spec = prepare(settings, base, rows, LoRA(rank=2), tmp_path) | {"objective": objective.plain()}
     computed = []
-    refer = ours.refer
+    refer = run_trimtab.refer
 
     def counted(*given):
         referred = refer(*given)
         computed.append(referred.facts["computed"])
         return referred
 
-    monkeypatch.setattr(ours, "refer", counted)
-    losses = [ours.run(spec)["losses"] for _ in range(2)]
+    monkeypatch.setattr(run_trimtab, "refer", counted)
+    losses = [run_trimtab.run(spec)["losses"] for _ in range(2)]
     assert computed == [8, 8]
     assert losses[0] == losses[1]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from templates import CHATML, base_of, bytes_tokenizer
+from templates import saved_base
 
 from trimtab import cli
 from trimtab.run.recipe import Recipe
@@ -52,9 +52,7 @@ def test_the_readmes_commands_are_commands():
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_the_readmes_python_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    base = base_of(bytes_tokenizer(("<|endoftext|>", "<|im_start|>", "<|im_end|>")), CHATML, eos_token="<|im_end|>")
-    base.model.save_pretrained("tiny")
-    base.tokenizer.save_pretrained("tiny")
+    saved_base("tiny")
     Path("train.jsonl").write_text("".join(json.dumps({"prompt": f"Say {n}", "completion": str(n)}) + "\n" for n in range(8)))
     text = "".join(blocks("python"))
     exec(compile(text.replace("smollm2-135m-instruct", "./tiny"), "README.md", "exec"), {})

@@ -14,10 +14,10 @@ FLOORS = [
     {"base", "methods", "data", "artifacts"},
     {"engine"},
     {"objectives", "deploy"},
-    {"train", "evaluate"},
+    {"train", "evaluate", "testing"},
     {"certify", "report"},
     {"run"},
-    {"api", "bench"},
+    {"api"},
     {"commands"},
     {"cli", "__main__"},
 ]
@@ -31,7 +31,7 @@ FAMILIES = {"methods", "objectives"}
 """Folders whose members do not know each other: they share the files whose names start with an underscore."""
 
 OWNERS = {
-    "transformers": {"base", "core/attention_hook", "bench"},
+    "transformers": {"base", "core/attention_hook", "testing"},
     "rich": {"commands", "report"},
     "yaml": {"core/yaml12"},
     "argparse": {"cli", "commands"},
@@ -48,7 +48,7 @@ UNSAFE_METHODS = {
     ("os", "system"),
 }
 UNSAFE_WORDS = {"trust_remote_code", "allow_pickle", "weights_only"}
-DOORS = {"base/loading.py", "bench/peers.py", "data/arrow_files.py"}
+DOORS = {"base/loading.py", "data/arrow_files.py"}
 """Files that call what could run code of a model or dataset, and so have to say REFUSES there."""
 REFUSES = "trust_remote_code=False"
 
@@ -320,11 +320,11 @@ PLANTED = {
         "objectives/new.py", "def f():\n    from trimtab.objectives import sft", "objectives/new.py may not know its sibling objectives/sft.py"
     ),
     "transformers outside base and engine": (
-        "deploy/merging.py", "import transformers", "only base, bench, core/attention_hook may import transformers"
+        "deploy/merging.py", "import transformers", "only base, core/attention_hook, testing may import transformers"
     ),
     "the same, lazily and deep": (
         "train/loop.py", "def f():\n    from transformers.utils import logging",
-        "only base, bench, core/attention_hook may import transformers"
+        "only base, core/attention_hook, testing may import transformers"
     ),
     "rich where nothing is shown": ("run/script.py", "from rich.console import Console", "only commands, report may import rich"),
     "printing where nothing is shown": ("train/loop.py", "print('step')", "only commands/_terminal.py prints"),

@@ -9,10 +9,15 @@ import pytest
 
 import trimtab
 
-SURFACE = {
-    "Attached", "Base", "LoRA", "Recipe", "SFT", "TrainConfig", "TrimtabError", "activate", "active", "adapters", "answer",
-    "attach", "fit", "generate", "load",
-    "load_adapter", "merge", "method", "rows", "run_recipe", "sample", "save_adapter", "score", "stream",
+METHODS = {
+    "BitFit", "BottleneckAdapter", "DoRA", "Full", "IA3", "LayerNormTuning", "LoRA", "MiSS", "OFT", "PTuning", "PTuningV2",
+    "PrefixTuning", "PromptTuning", "Tokens",
+}  # fmt: skip
+OBJECTIVES = {"CPO", "DPO", "KTO", "ORPO", "SFT", "SimPO"}
+SURFACE = METHODS | OBJECTIVES | {
+    "AdapterLayer", "Attached", "Base", "Method", "Objective", "Recipe", "TrainConfig", "TrimtabError", "activate", "active",
+    "adapters", "answer", "attach", "fit", "generate", "load", "load_adapter", "merge", "method", "rows", "run_recipe", "sample",
+    "save_adapter", "score", "score_loss", "stream",
 }  # fmt: skip
 """What users may rely on. A name goes away only with a line in CHANGELOG.md."""
 
@@ -40,6 +45,11 @@ def test_all_is_the_names_and_the_version():
     assert set(trimtab._HOMES) == SURFACE
     assert dir(trimtab) == sorted(trimtab.__all__)
     assert trimtab.__all__[:-1] == sorted(trimtab._HOMES)
+
+
+@pytest.mark.parametrize(("family", "names"), [(trimtab.Method, METHODS), (trimtab.Objective, OBJECTIVES)])
+def test_every_file_of_the_families_is_offered_as_its_class(family, names):
+    assert {family.member(name) for name in family.names()} == {getattr(trimtab, name) for name in names}
 
 
 @pytest.mark.parametrize("name", sorted(trimtab._HOMES))

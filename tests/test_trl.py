@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from peers import run_peer
 from safetensors.torch import load_file
 from test_objectives import rows_of
 from worlds import make_model
 
 from trimtab.base import Base
-from trimtab.bench import peers
 from trimtab.data import pack_all, units
 from trimtab.data.mismatched import with_mismatched
 from trimtab.deploy import load_adapter, save_adapter
@@ -29,11 +29,11 @@ SCRIPT = """
 import json, sys, warnings
 warnings.simplefilter("ignore")
 sys.path.insert(0, sys.argv[1])
-import peers, torch, transformers
+import run_peer, torch, transformers
 from safetensors.torch import save_file
 torch.set_num_threads(1)
 spec, losses, gradients = json.load(open(sys.argv[2])), [], {}
-trainer = peers.preference_trainer(spec, transformers.AutoTokenizer.from_pretrained(spec["model"]), losses)
+trainer = run_peer.preference_trainer(spec, transformers.AutoTokenizer.from_pretrained(spec["model"]), losses)
 real = trainer.training_step
 def step(*given, **named):
     loss = real(*given, **named)
@@ -99,13 +99,13 @@ def test_ten_steps_are_trls(tmp_path, monkeypatch, how):
 def _trl(folder, rows, objective):
     spec = {
         "model": str(folder / "tiny"), "start": str(folder / "start"), "scratch": str(folder / "scratch"),
-        "rows": [{"ids": row.ids, "learned": row.target_indices, "side": row.side} for row in rows],
+        "rows": [{"ids": row.ids, "targets": row.target_indices, "side": row.side} for row in rows],
         "rows_per_step": 4, "lr": 5e-3, "objective": objective.plain(), "recompute": False, "grouped": False,
     }  # fmt: skip
     (folder / "spec.json").write_text(json.dumps(spec))
     files = [str(folder / name) for name in ("spec.json", "gradients.safetensors", "losses.json")]
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(Path(peers.__file__).parent), *files], capture_output=True, text=True, check=False
+        [sys.executable, "-c", SCRIPT, str(Path(run_peer.__file__).parent), *files], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((folder / "losses.json").read_text()), load_file(folder / "gradients.safetensors")

@@ -20,11 +20,32 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AdapterLayer": "methods",
     "Attached": "methods",
     "Base": "base",
+    "BitFit": "methods.bitfit",
+    "BottleneckAdapter": "methods.bottleneck",
+    "CPO": "objectives.cpo",
+    "DPO": "objectives.dpo",
+    "DoRA": "methods.dora",
+    "Full": "methods.full",
+    "IA3": "methods.ia3",
+    "KTO": "objectives.kto",
+    "LayerNormTuning": "methods.layernorm",
     "LoRA": "methods.lora",
+    "Method": "methods",
+    "MiSS": "methods.miss",
+    "OFT": "methods.oft",
+    "ORPO": "objectives.orpo",
+    "Objective": "objectives",
+    "PTuning": "methods.ptuning",
+    "PTuningV2": "methods.ptuning_v2",
+    "PrefixTuning": "methods.prefix",
+    "PromptTuning": "methods.prompt",
     "Recipe": "run.recipe",
     "SFT": "objectives.sft",
+    "SimPO": "objectives.simpo",
+    "Tokens": "methods.tokens",
     "TrainConfig": "train",
     "TrimtabError": "core.errors",
     "activate": "methods",
@@ -43,6 +64,7 @@ _HOMES = {
     "sample": "deploy",
     "save_adapter": "deploy",
     "score": "evaluate",
+    "score_loss": "evaluate",
     "stream": "api",
 }
 
@@ -65,10 +87,29 @@ if TYPE_CHECKING:
     from trimtab.core.errors import TrimtabError
     from trimtab.deploy import attach, load_adapter, merge, sample, save_adapter
     from trimtab.engine import generate
-    from trimtab.evaluate import score
-    from trimtab.methods import Attached, activate, active, adapters
+    from trimtab.evaluate import score, score_loss
+    from trimtab.methods import AdapterLayer, Attached, Method, activate, active, adapters
+    from trimtab.methods.bitfit import BitFit
+    from trimtab.methods.bottleneck import BottleneckAdapter
+    from trimtab.methods.dora import DoRA
+    from trimtab.methods.full import Full
+    from trimtab.methods.ia3 import IA3
+    from trimtab.methods.layernorm import LayerNormTuning
     from trimtab.methods.lora import LoRA
+    from trimtab.methods.miss import MiSS
+    from trimtab.methods.oft import OFT
+    from trimtab.methods.prefix import PrefixTuning
+    from trimtab.methods.prompt import PromptTuning
+    from trimtab.methods.ptuning import PTuning
+    from trimtab.methods.ptuning_v2 import PTuningV2
+    from trimtab.methods.tokens import Tokens
+    from trimtab.objectives import Objective
+    from trimtab.objectives.cpo import CPO
+    from trimtab.objectives.dpo import DPO
+    from trimtab.objectives.kto import KTO
+    from trimtab.objectives.orpo import ORPO
     from trimtab.objectives.sft import SFT
+    from trimtab.objectives.simpo import SimPO
     from trimtab.run.recipe import Recipe
     from trimtab.run.script import run_recipe
     from trimtab.train import TrainConfig

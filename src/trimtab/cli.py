@@ -3,7 +3,7 @@
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from trimtab import __version__
 from trimtab.commands import bench, chat, check, combine, doctor, eval, merge, methods, show, train, verify
@@ -16,12 +16,16 @@ COMMANDS = (train, check, eval, chat, merge, combine, methods, bench, verify, do
 INTERRUPTED = 130
 
 
-def main(words: Sequence[str] | None = None) -> int:
-    """Run a command; returns its exit code (see core/errors.py)."""
+def main(words: Sequence[str] | None = None, parser: Callable[[], argparse.ArgumentParser] | None = None) -> int:
+    """Run a command; returns its exit code (see core/errors.py).
+
+    Args:
+        parser: Makes the parser of another program, with `run` and `debug`, whose errors are handled in the same way.
+    """
     streams.ready()
     with interrupts.as_keyboard_interrupt(to_the_end=words is None) as came:
         try:
-            return _run(words)
+            return _run((parser or _parser)().parse_args(words))
         except KeyboardInterrupt:  # another one, while the first was handled
             return INTERRUPTED
         except Exception:
@@ -30,12 +34,12 @@ def main(words: Sequence[str] | None = None) -> int:
             return _fail("interrupted.", INTERRUPTED)  # what it came in the middle of raised something else: an import, say
 
 
-def _run(words: Sequence[str] | None) -> int:
-    arguments = _parser().parse_args(words)
+def _run(arguments: argparse.Namespace) -> int:
     os.environ.update(process.environment())  # before a command imports torch
     try:
-        arguments.run(arguments)
+        exit_code = arguments.run(arguments)
         sys.stdout.flush()
+        return exit_code or 0
     except TrimtabError as error:
         if arguments.debug:
             raise

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from trimtab.base import Base
-from trimtab.base.tiny_model import VOCABULARY, made_up_model
 from trimtab.core.errors import NotMergeable
 from trimtab.data import pack_tree
 from trimtab.data.example import TokenRow
 from trimtab.deploy import load_adapter, merge, save_adapter
 from trimtab.engine import generate, pack_logprobs
 from trimtab.methods import Attached, Method, Sample, attach
+from trimtab.testing import tiny_model
+from trimtab.testing.tiny import VOCABULARY
 
 NEEDED: dict[str, dict[str, Any]] = {
     "tokens": {"tokens": list(range(3, VOCABULARY, 2))},
@@ -62,7 +63,7 @@ class _Case:
 
     def adapted(self, dtype: torch.dtype = torch.float32) -> tuple[Base, Attached]:
         """A new model with the method on it, perturbed, since a method may start as the base model."""
-        base = Base(made_up_model().to(dtype))
+        base = Base(tiny_model().to(dtype))
         draw = torch.Generator().manual_seed(2)
         sample = Sample(rows=[torch.randint(3, VOCABULARY, (40,), generator=draw).tolist()])
         adapter = attach(base.model, self.method, 0, sample=sample)
@@ -92,7 +93,7 @@ class _Case:
 
 def _try_acting(case: _Case) -> str | None:
     base, _ = case.adapted()
-    moved = (case.logits(base.model) - case.logits(made_up_model())).abs().max()
+    moved = (case.logits(base.model) - case.logits(tiny_model())).abs().max()
     return None if moved > 1e-3 else "it is on, and changes nothing"
 
 
@@ -100,7 +101,7 @@ def _try_detaching(case: _Case) -> str | None:
     base, adapter = case.adapted()
     with adapter.disabled():
         off = case.logits(base.model)
-    if not torch.equal(off, case.logits(made_up_model())):
+    if not torch.equal(off, case.logits(tiny_model())):
         return "when it is off, the model is not the base model"
     return None if torch.equal(case.logits(adapter.detach()), off) else "detached, it leaves a trace"
 
@@ -160,7 +161,7 @@ def _try_saving(case: _Case) -> str | None:
     expected = case.logits(base.model)
     with tempfile.TemporaryDirectory() as folder:
         save_adapter(base, adapter, Path(folder) / "adapter")
-        reloaded = Base(made_up_model())
+        reloaded = Base(tiny_model())
         load_adapter(reloaded, Path(folder) / "adapter")
     error = float((case.logits(reloaded.model) - expected).abs().max())
     return None if error <= 1e-5 * float(expected.abs().max()) else f"reloaded, its logits are {error:.3g} off"

@@ -1,7 +1,7 @@
-"""One training run by a peer, in a process of its own: python peers.py SPEC.json, where peft (and, for TRL, trl) is installed.
+"""One training run by a peer, in a process of its own: python run_peer.py SPEC.json, where peft (and, for TRL, trl) is installed.
 
-It needs nothing of Trimtab, whose environment may be another. The rows are tokens already, in the order in which they are
-learned; the adapter starts from the same weights as Trimtab's.
+It needs nothing of Trimtab, whose environment may be another. The examples are tokens already, in the order of training;
+the adapter starts from the same weights as Trimtab's.
 """
 
 import json
@@ -40,18 +40,18 @@ def _model(spec: dict[str, Any]) -> Any:
 
 
 def peak_gb() -> float:
-    """The most memory that this process has had: on the device if there is one, else of the machine."""
+    """The peak memory of this process: on the device if there is one, else of the machine."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     status = Path("/proc/self/status")
-    if status.exists():  # what getrusage says begins with what the parent had
+    if status.exists():  # getrusage begins with the parent's peak
         return int(status.read_text().partition("VmHWM:")[2].split()[0]) / 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
 
 
 def _labelled(row: dict[str, Any]) -> dict[str, Any]:
-    learned = set(row["learned"])
-    return {"input_ids": row["ids"], "labels": [t if place in learned else -100 for place, t in enumerate(row["ids"])]}
+    targets = set(row["targets"])
+    return {"input_ids": row["ids"], "labels": [t if place in targets else -100 for place, t in enumerate(row["ids"])]}
 
 
 def preference_trainer(spec: dict[str, Any], tokenizer: Any, losses: list[float]) -> Any:
@@ -72,35 +72,35 @@ def preference_trainer(spec: dict[str, Any], tokenizer: Any, losses: list[float]
         weights = {"desirable_weight": objective["desirable"], "undesirable_weight": objective["undesirable"]}
         trainer, config = trl.KTOTrainer, trl.KTOConfig(**settings, **weights)
 
-    class Given(_recording(trainer, losses)):  # type: ignore[misc]
+    class Tokenized(_recording(trainer, losses)):  # type: ignore[misc]
         def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
-            return dataset  # of tokens already
+            return dataset
 
     adapter = peft.PeftConfig.from_pretrained(spec["start"])
     adapter.inference_mode = False
-    made = Given(
+    peer = Tokenized(
         model=_model(spec),
         args=config,
         train_dataset=datasets.Dataset.from_list(_units(spec["rows"], of_pairs)),
         processing_class=tokenizer,
         peft_config=adapter,
     )
-    peft.set_peft_model_state_dict(made.model, load_file(Path(spec["start"]) / "adapter_model.safetensors"))
-    return made
+    peft.set_peft_model_state_dict(peer.model, load_file(Path(spec["start"]) / "adapter_model.safetensors"))
+    return peer
 
 
 def _units(rows: list[dict[str, Any]], of_pairs: bool) -> list[dict[str, Any]]:
     """Two neighbours each as one: chosen and rejected, or an answer and a mismatched one."""
-    made = []
+    paired = []
     for first, second in zip(rows[::2], rows[1::2], strict=True):
-        start = first["learned"][0]
-        prompt, answer, other = first["ids"][:start], first["ids"][start:], second["ids"][start:]
+        start = first["targets"][0]
+        prompt, answer, second_answer = first["ids"][:start], first["ids"][start:], second["ids"][start:]
         if of_pairs:
-            made.append({"prompt_ids": prompt, "chosen_ids": answer, "rejected_ids": other})
+            paired.append({"prompt_ids": prompt, "chosen_ids": answer, "rejected_ids": second_answer})
         else:
-            unit = {"prompt_ids": prompt, "completion_ids": answer, "KL_completion_ids": other}
-            made.append({**unit, "label": first["side"] == "good"})
-    return made
+            unit = {"prompt_ids": prompt, "completion_ids": answer, "KL_completion_ids": second_answer}
+            paired.append({**unit, "label": first["side"] == "good"})
+    return paired
 
 
 def _settings(spec: dict[str, Any]) -> dict[str, Any]:

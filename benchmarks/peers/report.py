@@ -1,4 +1,4 @@
-"""What `trimtab bench` measured, as a table and as a picture."""
+"""The results of a comparison as a table and as a chart."""
 
 from typing import Any
 from xml.sax.saxutils import escape as escape_xml
@@ -9,22 +9,22 @@ from rich.table import Table
 
 
 def comparison_table(results: list[dict[str, Any]], title: str) -> Table:
-    """A row a trainer: medians; how many times as fast Trimtab is, in which part of the memory, and how far the losses are apart."""
+    """A line for each trainer: medians; how many times as fast Trimtab is, in which part of the memory; how far the losses are apart."""
     table = Table(title=escape(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     table.add_column("", no_wrap=True)
     for column in ("tok/s", "rows/min", "GB", "floor", "faster", "memory", "losses"):
         table.add_column(column, justify="right", no_wrap=True)
-    for one in results:
-        mine = one["trainer"] == "trimtab"
-        distance = "–" if mine or one["loss_distance"] is None else f"{one['loss_distance']:.0e}"
+    for result in results:
+        is_trimtab = result["trainer"] == "trimtab"
+        distance = "–" if is_trimtab or result["loss_distance"] is None else f"{result['loss_distance']:.0e}"
         table.add_row(
-            escape(one["trainer"]),
-            f"{one['tokens_per_s']:.1f}",
-            f"{one['rows_per_min']:.1f}",
-            f"{one['peak_rss_gb']:.2f}",
-            "–" if one["gemm_floor_fraction"] is None else f"{one['gemm_floor_fraction']:.0%}",
-            "" if mine else f"{one['trimtab_is_faster']:.2f}x",
-            "" if mine else f"{one['trimtab_memory']:.2f}",
+            escape(result["trainer"]),
+            f"{result['tokens_per_s']:.1f}",
+            f"{result['rows_per_min']:.1f}",
+            f"{result['peak_rss_gb']:.2f}",
+            "–" if result["gemm_floor_fraction"] is None else f"{result['gemm_floor_fraction']:.0%}",
+            "" if is_trimtab else f"{result['trimtab_is_faster']:.2f}x",
+            "" if is_trimtab else f"{result['trimtab_memory']:.2f}",
             distance,
         )
     return table
@@ -44,15 +44,15 @@ def comparison_chart(results: list[dict[str, Any]], title: str) -> str:
         '<rect width="100%" height="100%" fill="white"/>',
         f'<text x="12" y="22" font-size="15" font-weight="bold">{escape_xml(title)}</text>',
     ]
-    for row, one in enumerate(results):
+    for row, result in enumerate(results):
         y = 50 + row * (BAR + GAP)
-        parts.append(f'<text x="{LEFT - 10}" y="{y + 16}" text-anchor="end">{escape_xml(one["trainer"])}</text>')
+        parts.append(f'<text x="{LEFT - 10}" y="{y + 16}" text-anchor="end">{escape_xml(result["trainer"])}</text>')
     for half, (label, key, shape) in enumerate(halves):
-        left, most = LEFT + half * (WIDE + 80), max(one[key] for one in results)
+        left, most = LEFT + half * (WIDE + 80), max(result[key] for result in results)
         parts.append(f'<text x="{left}" y="42" fill="#555">{label}</text>')
-        for row, one in enumerate(results):
-            y, width = 50 + row * (BAR + GAP), max(1.0, WIDE * one[key] / most)
-            colour = "#1f6feb" if one["trainer"] == "trimtab" else "#9aa4af"
+        for row, result in enumerate(results):
+            y, width = 50 + row * (BAR + GAP), max(1.0, WIDE * result[key] / most)
+            colour = "#1f6feb" if result["trainer"] == "trimtab" else "#9aa4af"
             parts.append(f'<rect x="{left}" y="{y}" width="{width:.1f}" height="{BAR}" fill="{colour}"/>')
-            parts.append(f'<text x="{left + width + 6:.1f}" y="{y + 16}">{shape.format(one[key])}</text>')
+            parts.append(f'<text x="{left + width + 6:.1f}" y="{y + 16}">{shape.format(result[key])}</text>')
     return "\n".join([*parts, "</svg>"]) + "\n"

@@ -1,4 +1,4 @@
-"""What a training step costs at least: the floating-point work that no exact method can avoid, and how fast this machine multiplies."""
+"""The floor: the floating-point work that no exact method can avoid, and how fast this machine multiplies."""
 
 import time
 from collections.abc import Sequence
@@ -13,12 +13,12 @@ from trimtab.methods.lora import LoRA
 
 
 def least_work(model: Any, steps: Sequence[Sequence[TokenRow]], method: LoRA) -> float:
-    """Floating-point operations of training on these steps' rows, a LoRA on a frozen model.
+    """Floating-point operations of training a LoRA on a frozen model for these steps, which are lists of rows.
 
-    With Tu tokens once what a step's rows begin with in common is counted once, and N learned ones:
+    With Tu tokens when the rows' shared prefixes are counted once in a step, and N target tokens:
     4 P Tu for the frozen matrices of the blocks (P numbers), forward and back to their inputs; 6 r (in + out) Tu for each
     adapted matrix; 4 V d N for the head; 14 L dq for each pair of tokens of which one sees the other, in attention; less
-    what the first layer's q, k, v need not send back, and what of the last layer only learned tokens need.
+    what the first layer's q, k, v need not send back, and what of the last layer only target tokens need.
     """
     config = model.config.get_text_config()
     hidden, layers = config.hidden_size, config.num_hidden_layers
@@ -32,33 +32,33 @@ def least_work(model: Any, steps: Sequence[Sequence[TokenRow]], method: LoRA) ->
     total = 0.0
     for rows in steps:
         tree = lay_out([row.ids[:-1] for row in rows])
-        tokens, learned = len(tree.ids), sum(len(row.target_indices) for row in rows)
+        tokens, targets = len(tree.ids), sum(len(row.target_indices) for row in rows)
         pairs = sum(position + 1 for position in tree.positions)
-        total += (4 * frozen + 6 * adapted) * tokens + 4 * config.vocab_size * hidden * learned
+        total += (4 * frozen + 6 * adapted) * tokens + 4 * config.vocab_size * hidden * targets
         total += 14 * layers * queries * pairs
         total -= 2 * hidden * (queries + 2 * keys) * tokens
         last = frozen / layers - 2 * hidden * keys  # all but what makes keys and values
-        total -= 4 * max(0, tokens - learned) * last
+        total -= 4 * max(0, tokens - targets) * last
     return total
 
 
 def multiplying_rate(model: Any, tokens: int = 1024, tries: int = 5) -> float:
-    """Floating-point operations a second of one large matrix product of the model's own shape: the best of some tries."""
+    """Floating-point operations a second of one large matrix product of the model's own shape: the best of `tries`."""
     config, like = model.config.get_text_config(), next(model.parameters())
     inputs, outputs = config.hidden_size, getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     x, weight = (torch.randn(*shape, dtype=like.dtype, device=like.device) for shape in ((tokens, inputs), (inputs, outputs)))
-    out, often = torch.empty(tokens, outputs, dtype=like.dtype, device=like.device), 20
+    out, repeats = torch.empty(tokens, outputs, dtype=like.dtype, device=like.device), 20
     best = float("inf")
     for _ in range(tries):
-        _wait(like.device)
+        _synchronize(like.device)
         started = time.perf_counter()
-        for _ in range(often):
+        for _ in range(repeats):
             torch.mm(x, weight, out=out)
-        _wait(like.device)
+        _synchronize(like.device)
         best = min(best, time.perf_counter() - started)
-    return 2 * tokens * inputs * outputs * often / best
+    return 2 * tokens * inputs * outputs * repeats / best
 
 
-def _wait(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

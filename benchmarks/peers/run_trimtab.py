@@ -1,16 +1,14 @@
-"""One training run by Trimtab, in a process of its own: python -m trimtab.bench.ours SPEC.json."""
+"""One training run by Trimtab, in a process of its own: python benchmarks/peers one SPEC.json."""
 
-import json
 import os
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+from peers.run_peer import peak_gb
+
 from trimtab.base import Base, ModelConfig
-from trimtab.bench.peers import peak_gb
-from trimtab.core.files import read_json
 from trimtab.data import pack_all, units
 from trimtab.data.example import TokenRow
 from trimtab.deploy import load_adapter
@@ -25,13 +23,12 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
     adapter = load_adapter(base, Path(spec["start"]))
     config = TrainConfig(schedule="constant", warmup=0.0)
     rows = [
-        TokenRow(row["ids"], row["learned"], f"row {n}", len(row["ids"]), row["side"]) for n, row in enumerate(spec["rows"])
+        TokenRow(row["ids"], row["targets"], f"row {n}", len(row["ids"]), row["side"]) for n, row in enumerate(spec["rows"])
     ]
     objective, each = Objective.pick(spec["objective"]), spec["rows_per_step"]
     check_packing(base.model)  # compiles what has not been yet
     os.makedirs(spec["scratch"], exist_ok=True)
-    # No reference is known there, not even the last run's.
-    os.environ["TRIMTAB_CACHE"] = tempfile.mkdtemp(dir=spec["scratch"])
+    os.environ["TRIMTAB_CACHE"] = tempfile.mkdtemp(dir=spec["scratch"])  # which knows no reference, not even the last run's
     started = time.perf_counter()
     if objective.needs_reference:
         rows = refer(base, adapter, "base", rows, PACK_TOKENS).rows
@@ -43,7 +40,3 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
     ]
     losses = [step.loss for step in train(base, adapter, objective, steps, config, spec["lr"], memory)]
     return {"losses": losses, "seconds": time.perf_counter() - started, "peak_gb": peak_gb()}
-
-
-if __name__ == "__main__":
-    sys.stdout.write(json.dumps(run(read_json(Path(sys.argv[1])))) + "\n")

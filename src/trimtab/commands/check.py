@@ -31,7 +31,7 @@ def run(arguments: argparse.Namespace) -> None:
         from trimtab.core.config import read
         from trimtab.data import refuse_problems
         from trimtab.deploy import versions
-        from trimtab.report.checks import proof_page, proof_table, verdict
+        from trimtab.report.checks import checks_page, checks_table, verdict
         from trimtab.run.preflight import check_disk, memory_needed, preflight, preview
         from trimtab.run.recipe import Recipe
         from trimtab.run.start import open_recipe
@@ -44,11 +44,11 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.html is not None:
         date, version = f"{datetime.now():%Y-%m-%d %H:%M}", f"Trimtab {versions()['trimtab']}"
         about = (str(arguments.recipe), opened.base.source, date, version)
-        files.write_text(arguments.html, proof_page(findings, examples, about, recipe.to_yaml()))
+        files.write_text(arguments.html, checks_page(findings, examples, about, recipe.to_yaml()))
     if arguments.json:
         result, text = verdict(findings)
         print_json({"status": result, "verdict": text, "findings": [finding.plain() for finding in findings], "rows": examples})
     else:
-        console.print(proof_table(findings, examples))
+        console.print(checks_table(findings, examples))
     check_disk(findings)
     refuse_problems(findings)

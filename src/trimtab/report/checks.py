@@ -1,4 +1,4 @@
-"""What was looked at before training, for people: on the terminal, and as a page."""
+"""The checks before training and the tokenized examples: on the terminal, and as an HTML page."""
 
 from collections.abc import Iterator, Sequence
 from html import escape as html
@@ -12,27 +12,27 @@ from rich.text import Text
 from trimtab.data import Finding
 
 MARKS = {"good": "[green]good[/]", "note": "[yellow]note[/]", "problem": "[red]problem[/]"}
-MOST = 1000
-"""Characters at each end of a longer part of a row that the terminal shows; the page shows all."""
+SHOWN = 1000
+"""Characters at each end of a longer text that the terminal shows; the page shows all."""
 
 
 def verdict(findings: Sequence[Finding]) -> tuple[str, str]:
     """The worst status, and what it means in a sentence."""
-    named = {status: [one.name for one in findings if one.status == status] for status in MARKS}
+    named = {status: [finding.name for finding in findings if finding.status == status] for status in MARKS}
     problems, notes = named["problem"], named["note"]
     if problems:
-        return "problem", f"Not to be trained on as it is: {_counted(problems, 'problem')}."
+        return "problem", f"Not ready to train: {_counted(problems, 'problem')}."
     if notes:
-        return "note", f"Ready to train. Read first: {_counted(notes, 'note')}."
-    return "good", f"Ready to train: all {len(findings)} things that were looked at are good."
+        return "note", f"Ready to train. Please read: {_counted(notes, 'note')}."
+    return "good", f"Ready to train: all {len(findings)} checks are good."
 
 
-def _counted(names: Sequence[str], what: str) -> str:
-    return f"{len(names)} {what}{'' if len(names) == 1 else 's'} ({', '.join(dict.fromkeys(names))})"
+def _counted(names: Sequence[str], noun: str) -> str:
+    return f"{len(names)} {noun}{'' if len(names) == 1 else 's'} ({', '.join(dict.fromkeys(names))})"
 
 
-def proof_table(findings: Sequence[Finding], rows: Sequence[dict[str, Any]]) -> Group:
-    """Rows as they are learned, line by line; the histogram of learned tokens; a line for each finding; and the verdict."""
+def checks_table(findings: Sequence[Finding], rows: Sequence[dict[str, Any]]) -> Group:
+    """Examples line by line, with their target tokens marked; a histogram of target tokens; a line for each check; and the verdict."""
     parts: list[Any] = []
     for row in rows:
         parts += [Text(_name(row), style="bold"), *_lines(row["parts"]), Text()]
@@ -40,30 +40,32 @@ def proof_table(findings: Sequence[Finding], rows: Sequence[dict[str, Any]]) -> 
         bars = Table.grid(padding=(0, 2))
         for low, count, share in histogram:
             bars.add_row(f"{low:>6,} to {2 * low - 1:,}", f"[cyan]{'█' * max(1, round(40 * share))}[/] {count:,}")
-        parts += [Text.from_markup("[bold]Learned tokens a row[/]"), bars, Text()]
+        parts += [Text.from_markup("[bold]Target tokens per example[/]"), bars, Text()]
     parts += [
-        Text.from_markup(f"{MARKS[one.status]}{' ' * (9 - len(one.status))}[bold]{one.name:15}[/] {escape(one.words)}")
-        for one in findings
+        Text.from_markup(
+            f"{MARKS[finding.status]}{' ' * (9 - len(finding.status))}[bold]{finding.name:15}[/] {escape(finding.words)}"
+        )
+        for finding in findings
     ]
-    status, words = verdict(findings)
+    status, sentence = verdict(findings)
     return Group(
-        *parts, Text(), Text(words, style={"good": "bold green", "note": "bold yellow", "problem": "bold red"}[status])
+        *parts, Text(), Text(sentence, style={"good": "bold green", "note": "bold yellow", "problem": "bold red"}[status])
     )
 
 
 def _lines(parts: Sequence[dict[str, Any]]) -> Iterator[Text]:
-    """A row's text behind a margin, which says what is learned; `:` where a line of the text goes on, of which a part is learned."""
-    goes_on = False
+    """An example's text behind a margin that marks target tokens; `:` where a line of the text continues with another marking."""
+    continues = False
     for part in parts:
-        text, learned = part["text"], part["learned"]
-        if len(text) > 2 * MOST:
-            text = f"{text[:MOST]}\n… {len(text) - 2 * MOST:,} characters …\n{text[-MOST:]}"
+        text, target = part["text"], part["learned"]
+        if len(text) > 2 * SHOWN:
+            text = f"{text[:SHOWN]}\n… {len(text) - 2 * SHOWN:,} characters …\n{text[-SHOWN:]}"
         lines = text.removesuffix("\n").split("\n")
-        for line in lines[1:] if goes_on and not lines[0] else lines:
-            margin = f"{'learned' if learned else '':>7} {':' if goes_on else '|'} "
-            yield Text.assemble((margin, "green" if learned else "dim"), (line, "black on green" if learned else "dim"))
-            goes_on = False
-        goes_on = not text.endswith("\n")
+        for line in lines[1:] if continues and not lines[0] else lines:
+            margin = f"{'target' if target else '':>6} {':' if continues else '|'} "
+            yield Text.assemble((margin, "green" if target else "dim"), (line, "black on green" if target else "dim"))
+            continues = False
+        continues = not text.endswith("\n")
 
 
 def _name(row: dict[str, Any]) -> str:
@@ -71,16 +73,16 @@ def _name(row: dict[str, Any]) -> str:
 
 
 def _histogram(findings: Sequence[Finding]) -> list[tuple[int, int, float]]:
-    """Of each power of two: from how many learned tokens, how many rows have so many, and what part of the most that is."""
-    found: dict[str, int] = next((one.facts["histogram"] for one in findings if "histogram" in one.facts), {})
-    return [(int(low), count, count / max(found.values())) for low, count in found.items()]
+    """By powers of two of target tokens: from how many, how many examples have so many, and their share of the largest count."""
+    counts: dict[str, int] = next((finding.facts["histogram"] for finding in findings if "histogram" in finding.facts), {})
+    return [(int(low), count, count / max(counts.values())) for low, count in counts.items()]
 
 
 PAGE = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Trimtab: what will be learned</title>
+<title>Trimtab: data check</title>
 <style>
 :root {{ color-scheme: light dark; --text: #1d2733; --ground: #fff; --soft: #5b6875; --line: #e3e8ee; --box: #f6f8fa;
   --good: #17733a; --note: #8a5a00; --problem: #b3261e; --bar: #4a90c2; --mark: #b6e3c1; --marked: #0d2a16; }}
@@ -101,14 +103,14 @@ pre.recipe {{ color: var(--text); }}
 mark {{ background: var(--mark); color: var(--marked); font-weight: 600; text-decoration: underline; text-underline-offset: .2em; }}
 h3 {{ overflow-wrap: anywhere; }}
 </style>
-<h1>What will be learned</h1>
+<h1>Data check</h1>
 <p class="about">{about}</p>
 <p class="verdict {status}">{verdict}</p>
 {findings}
-<h2>Learned tokens a row</h2>
+<h2>Target tokens per example</h2>
 <div class="rows">{histogram}</div>
-<h2>Rows as they are learned</h2>
-<p><mark>Learned</mark>, and only read.</p>
+<h2>Tokenized examples</h2>
+<p><mark>Target tokens</mark> are trained on; the rest is context.</p>
 {rows}
 <h2>Recipe</h2>
 <pre class="recipe">{recipe}</pre>
@@ -116,17 +118,17 @@ h3 {{ overflow-wrap: anywhere; }}
 """
 
 
-def proof_page(findings: Sequence[Finding], rows: Sequence[dict[str, Any]], about: Sequence[str], recipe: str) -> str:
-    """The same as a page that needs nothing else.
+def checks_page(findings: Sequence[Finding], rows: Sequence[dict[str, Any]], about: Sequence[str], recipe: str) -> str:
+    """The same as one self-contained HTML page.
 
     Args:
-        about: What was looked at, in short: the recipe's file, the model, the day.
-        recipe: The recipe, whole.
+        about: What was checked: the recipe's file, the model, the date.
+        recipe: The whole recipe, as YAML.
     """
     lines = "\n".join(
-        f'<div class="finding"><span class="{one.status}">{one.status}</span><b>{html(one.name)}</b>'
-        f'<span class="words">{html(one.words)}</span></div>'
-        for one in findings
+        f'<div class="finding"><span class="{finding.status}">{finding.status}</span><b>{html(finding.name)}</b>'
+        f'<span class="words">{html(finding.words)}</span></div>'
+        for finding in findings
     )
     bars = "\n".join(
         f'<span>{low:,} to {2 * low - 1:,}</span><div><div class="bar" style="width:{max(1, 100 * share):.1f}%"></div></div>'
@@ -139,8 +141,8 @@ def proof_page(findings: Sequence[Finding], rows: Sequence[dict[str, Any]], abou
             f"<mark>{html(part['text'])}</mark>" if part["learned"] else html(part["text"]) for part in row["parts"]
         )
         texts.append(f"<h3>{html(_name(row))}</h3><pre>{inside}</pre>")
-    status, words = verdict(findings)
+    status, sentence = verdict(findings)
     return PAGE.format(
-        about=html(" · ".join(about)), status=status, verdict=html(words), findings=lines, histogram=bars, rows="\n".join(texts),
+        about=html(" · ".join(about)), status=status, verdict=html(sentence), findings=lines, histogram=bars, rows="\n".join(texts),
         recipe=html(recipe),
     )  # fmt: skip

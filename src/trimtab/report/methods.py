@@ -1,4 +1,4 @@
-"""The adapter methods as a table: what each would train on a model; and of one, which modules it would replace."""
+"""The adapter methods as a table: what each would train on a model; and of one method, the modules that it would adapt."""
 
 import re
 from itertools import groupby
@@ -48,24 +48,24 @@ def methods_facts(model: Any) -> list[dict[str, Any]]:
 
 def methods_table(facts: list[dict[str, Any]], source: str) -> Group:
     """`methods_facts` as a table."""
-    title = f"Methods, each as it is by default on {escape(source)}"
+    title = f"Methods with their defaults on {escape(source)}"
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
     table.add_column("method", no_wrap=True)
     table.add_column("parameters", justify="right", no_wrap=True)
     table.add_column("merges", no_wrap=True)
     table.add_column("what it does")
-    for one in facts:
-        trains = f"{one['parameters']:,}" if one["parameters"] is not None else "–"
-        words = one["summary"] + (f" Here it is refused: {one['refused']}" if one["refused"] else "")
-        if one["positions"]:
-            words += f" They take {one['positions']} positions of the context."
-        table.add_row(f"[bold]{one['name']}[/]", trains, "yes" if one["mergeable"] else "no", escape(words))
+    for method in facts:
+        parameters = f"{method['parameters']:,}" if method["parameters"] is not None else "–"
+        summary = method["summary"] + (f" Unsupported on this model: {method['refused']}" if method["refused"] else "")
+        if method["positions"]:
+            summary += f" They take {method['positions']} positions of the context."
+        table.add_row(f"[bold]{method['name']}[/]", parameters, "yes" if method["mergeable"] else "no", escape(summary))
     objectives = ", ".join(facts[0]["objectives"])
     return Group(table, Text(f"\nEach works with every objective: {objectives}.", style="dim"))
 
 
 def method_facts(model: Any, method: Method) -> dict[str, Any]:
-    """What a method would replace on a model, by trying it there, as JSON data. Raises NoSuchModule or RecipeError, as `attach`."""
+    """The modules that a method would adapt on a model, by attaching it there, as JSON data. Raises NoSuchModule or RecipeError."""
     known = modules(model)
     total = sum(p.numel() for p in model.parameters())
     with torch.device("meta"):
@@ -90,7 +90,7 @@ def method_facts(model: Any, method: Method) -> dict[str, Any]:
 
 
 def method_table(facts: dict[str, Any], source: str) -> Group:
-    """`method_facts` as a table, in which modules of the same kind and sizes, but for the number of their layer, are one row."""
+    """`method_facts` as a table, with one row for modules that differ in the number of their layer alone."""
     table = Table(box=None, pad_edge=False)
     table.add_column("module", overflow="fold")
     table.add_column("", justify="right", no_wrap=True)
@@ -98,22 +98,23 @@ def method_table(facts: dict[str, Any], source: str) -> Group:
     table.add_column("trained", overflow="fold")
 
     alike: dict[tuple[str, str, str], list[list[int]]] = {}
-    for one in facts["replaced"]:
-        sizes = ", ".join(f"{name} {'×'.join(map(str, shape))}" for name, shape in one["tensors"].items())
-        numbers = [int(part) for part in one["module"].split(".") if part.isdigit()]
-        alike.setdefault((re.sub(r"(?<![^.])\d+(?![^.])", "{}", one["module"]), one["kind"], sizes), []).append(numbers)
-    for (path, kind, sizes), several in alike.items():
-        spans = [_span(sorted(set(column))) for column in zip(*several, strict=True)]
-        table.add_row(escape(path.format(*spans)) or "(the whole model)", f"{len(several):,} ×", kind, sizes)
+    for module in facts["replaced"]:
+        sizes = ", ".join(f"{name} {'×'.join(map(str, shape))}" for name, shape in module["tensors"].items())
+        numbers = [int(part) for part in module["module"].split(".") if part.isdigit()]
+        pattern = re.sub(r"(?<![^.])\d+(?![^.])", "{}", module["module"])
+        alike.setdefault((pattern, module["kind"], sizes), []).append(numbers)
+    for (pattern, kind, sizes), layers in alike.items():
+        spans = [_span(sorted(set(column))) for column in zip(*layers, strict=True)]
+        table.add_row(escape(pattern.format(*spans)) or "(the whole model)", f"{len(layers):,} ×", kind, sizes)
     name, settings = facts["method"]["name"], {k: v for k, v in facts["method"].items() if k != "name"}
-    said = ", ".join(f"{key} {value}" for key, value in settings.items() if value not in (None, False, {}, [], 0))
+    text = ", ".join(f"{key} {value}" for key, value in settings.items() if value not in (None, False, {}, [], 0))
     share = facts["parameters"] / facts["base_parameters"]
     head = [
-        Text(f"{name} on {source}: {said}", style="bold"),
+        Text(f"{name} on {source}: {text}", style="bold"),
         Text(f"{facts['parameters']:,} parameters are trained ({share:.2%})."),
     ]
     if facts["positions"]:
-        head.append(Text(f"Its virtual tokens take {facts['positions']} positions of every row's context."))
+        head.append(Text(f"Its virtual tokens take {facts['positions']} positions of every example's context."))
     return Group(*head, Text(), table)
 
 

@@ -13,14 +13,14 @@ def scores_table(scores: dict[str, dict[str, Any]], source: str) -> Table:
     table.add_column("")
     for column in ("loss", "perplexity", "exact match", "stopped at EOS"):
         table.add_column(column, justify="right")
-    for name, one in scores.items():
+    for name, score in scores.items():
         match, stopped = "–", "–"
-        if one["exact_match"] is not None:
-            match = _with_interval(f"{one['exact_match']:.1%}", *(f"{end:.1%}" for end in one["exact_match_interval"]))
-            stopped = f"{one['stopped']:.1%}"
-        loss = _with_interval(f"{one['loss']:.4f}", *(f"{end:.4f}" for end in one["loss_interval"]))
-        table.add_row(name, loss, f"{one['perplexity']:.3f}", match, stopped)
-    if full := [f"{one['cut_by_context']} of {name}" for name, one in scores.items() if one["cut_by_context"]]:
+        if score["exact_match"] is not None:
+            match = _with_interval(f"{score['exact_match']:.1%}", *(f"{end:.1%}" for end in score["exact_match_interval"]))
+            stopped = f"{score['stopped']:.1%}"
+        loss = _with_interval(f"{score['loss']:.4f}", *(f"{end:.4f}" for end in score["loss_interval"]))
+        table.add_row(name, loss, f"{score['perplexity']:.3f}", match, stopped)
+    if full := [f"{score['cut_by_context']} of {name}" for name, score in scores.items() if score["cut_by_context"]]:
         table.caption = f"answers cut off because the model's context was full: {', '.join(full)}"
         table.caption_justify = "left"
     return table
@@ -35,11 +35,11 @@ def preferences_table(scores: dict[str, dict[str, Any]], source: str) -> Table:
     table.add_column("")
     for name in scores:
         table.add_column(name, justify="right")
-    losses = [(f"{one['loss']:.4f}", *(f"{end:.4f}" for end in one["loss_interval"])) for one in scores.values()]
+    losses = [(f"{score['loss']:.4f}", *(f"{end:.4f}" for end in score["loss_interval"])) for score in scores.values()]
     table.add_row("loss", *(_with_interval(*loss) for loss in losses))
     for key in [key for key in first if key not in ("objective", "rows", "loss", "loss_interval")]:
-        shape = "{:.1%}" if key == "accuracy" else "{:z.3f}"
-        table.add_row(key.replace("_", " "), *(shape.format(one[key]) for one in scores.values()))
+        number = "{:.1%}" if key == "accuracy" else "{:z.3f}"
+        table.add_row(key.replace("_", " "), *(number.format(score[key]) for score in scores.values()))
     return table
 
 
@@ -48,14 +48,14 @@ def _with_interval(value: str, low: str, high: str) -> str:
 
 
 def answers_table(answers: dict[str, list[dict[str, Any]]]) -> Table:
-    """Questions, expected answers, and what each model said."""
+    """Questions, expected answers, and each model's."""
     names = list(answers)
     table = Table(show_lines=True)
     for column in ("question", "expected", *names):
         table.add_column(column, overflow="fold")
-    for several in zip(*answers.values(), strict=True):
-        said = [f"[green]{escape(a['answer'])}[/]" if a["right"] else escape(_short(a["answer"])) for a in several]
-        table.add_row(escape(_short(several[0]["question"])), escape(several[0]["expected"]), *said)
+    for row in zip(*answers.values(), strict=True):
+        cells = [f"[green]{escape(a['answer'])}[/]" if a["right"] else escape(_short(a["answer"])) for a in row]
+        table.add_row(escape(_short(row[0]["question"])), escape(row[0]["expected"]), *cells)
     return table
 
 
@@ -67,7 +67,7 @@ def compared_answers_table(answers: dict[str, list[dict[str, Any]]]) -> Table:
     columns |= {name: [row["answer"] for row in rows] for name, rows in answers.items()}
     columns = {name: cells for name, cells in columns.items() if any(cells)}
     lengths = {name: [cell["tokens"] for cell in cells if cell] for name, cells in columns.items()}
-    means = ", ".join(f"{name} {sum(several) / len(several):.1f}" for name, several in lengths.items())
+    means = ", ".join(f"{name} {sum(counts) / len(counts):.1f}" for name, counts in lengths.items())
     table = Table(title=f"tokens on average: {means}", title_justify="left", title_style="", show_lines=True)
     for name in ("prompt", *columns):
         table.add_column(name, overflow="fold")

@@ -31,21 +31,21 @@ class Recipe(Config):
     """Everything that decides a run's result."""
 
     model: Annotated[ModelConfig, BeforeValidator(_named)] = ModelConfig(name="smollm2-135m-instruct")
-    """The base: a folder, a GGUF file, a hub name, or `smollm2-135m-instruct`."""
+    """The base model: a folder, a GGUF file, a hub name, or `smollm2-135m-instruct`."""
     data: DataConfig
-    """What to learn from."""
+    """What to train and evaluate on."""
     method: Annotated[SerializeAsAny[Method], BeforeValidator(Method.pick)] = Field(default_factory=LoRA)
     """Which adapter to train."""
     objective: Annotated[SerializeAsAny[Objective], BeforeValidator(Objective.pick)] = Field(default_factory=SFT)
-    """What makes an answer good."""
+    """The training objective: supervised fine-tuning, or a preference objective."""
     train: TrainConfig = Field(default_factory=TrainConfig)
     """How to train."""
     start: str | None = None
-    """An adapter or run folder whose adapter is trained on, instead of a fresh one; its method goes without saying."""
+    """An adapter or run folder whose adapter is trained further, instead of a new one; its method is used, and need not be given."""
     certify: bool = True
-    """Whether a finished run's adapter is loaded by a fresh process and compared with what was trained, and with the base."""
+    """Whether a finished run's adapter is loaded in a new process and compared with the trained model and with the base model."""
     resume: Literal["auto", "never"] = "auto"
-    """What to do if `output` holds an unfinished run of this recipe: go on with it, or refuse."""
+    """Whether an unfinished run of this recipe in `output` is resumed, or refused."""
     output: Annotated[Path, BeforeValidator(_as_path)] = Path("runs/run")
     """The run's folder."""
 

@@ -11,9 +11,9 @@ from trimtab.engine import Recompute
 Schedule = Literal["cosine", "linear", "constant"]
 
 ROWS, STEPS = (4, 16), 60
-"""Unless told otherwise, a step has as few and as many rows as make so many steps. Measured: docs/decisions/034."""
+"""The fewest and the most rows of a step, and the number of steps that decides between them. Measured: docs/decisions/034."""
 EPOCHS, LEAST_STEPS = (2.0, 4.0), 30
-"""Unless told otherwise, rows are learned as often as makes so many steps, from twice to four times."""
+"""The fewest and the most epochs, and the number of steps that decides between them."""
 
 
 def _fraction(raw: Any) -> Any:
@@ -26,29 +26,29 @@ class TrainConfig(Config):
     """How to train."""
 
     epochs: Literal["auto"] | Annotated[float, Field(gt=0, le=10_000)] = "auto"
-    """How often each row is learned; auto is 2, or up to 4 where that would make less than 30 steps."""
+    """How often each example is trained on; auto is 2, or up to 4 where that would make fewer than 30 steps."""
     rows_per_step: Annotated[int, Field(ge=1)] | None = None
-    """Rows in an optimizer step; unless given, 16, or down to 4 where that would make less than 60 steps."""
+    """Examples in an optimizer step (the effective batch size); unless given, 16, or down to 4 where that would make fewer than 60 steps."""
     tokens_per_step: Annotated[int, Field(ge=1)] | None = None
-    """Tokens in an optimizer step, instead of rows."""
+    """Tokens in an optimizer step, instead of a number of examples."""
     pack_tokens: Literal["auto"] | Annotated[int, Field(ge=16)] = "auto"
-    """Tokens computed at a time; auto is 1,024, or what fits. More take memory and are a little faster; what is learned is the same."""
+    """Tokens of a micro-batch, at most; auto is 1,024, or what fits. More take memory and are a little faster; the result is the same."""
     recompute: Recompute = "auto"
-    """Whether layers are computed again in the backward pass, instead of keeping what they need: auto where memory asks for it."""
+    """Gradient checkpointing: none, full, or auto, for those micro-batches that do not fit into memory without."""
     lr: Literal["auto"] | Annotated[float, Field(gt=0)] = "auto"
     """Peak learning rate; auto is the method's formula, which the run prints."""
     schedule: Schedule = "cosine"
-    """How the learning rate falls after its warm-up: to zero along a cosine or a line, or not at all."""
+    """How the learning rate decays after its warm-up: to zero along a cosine or a line, or not at all."""
     warmup: Annotated[float, Field(ge=0, le=1), BeforeValidator(_fraction)] = 0.05
     """Fraction of the steps over which the learning rate rises from zero."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """AdamW's, on the adapter's weights."""
     clip: Annotated[float, Field(gt=0)] | None = 1.0
-    """The largest norm a gradient may have; a larger one is scaled down to it. null for no limit."""
+    """The largest norm of the gradient; a larger one is scaled down to it. null for no limit."""
     evaluate_every: Annotated[int, Field(ge=1)] | None = None
     """Steps between evaluations, after each of which the adapter is saved; a quarter of the run unless given."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Decides the adapter's first values, the held-out rows, the order of rows and the dropout."""
+    """Decides the adapter's first values, the held-out examples, the order of examples and the dropout."""
 
     @model_validator(mode="after")
     def _one_measure(self) -> Any:
@@ -58,11 +58,11 @@ class TrainConfig(Config):
 
     @property
     def repeats(self) -> bool:
-        """Whether rows are learned more than once."""
+        """Whether rows are trained on more than once."""
         return self.epochs == "auto" or self.epochs > 1
 
     def epochs_and_rows(self, rows: int) -> tuple[float, int | None]:
-        """How often each of so many rows is learned, and how many a step has; None if that is measured in tokens."""
+        """Epochs over so many rows, and the rows of a step; None if that is measured in tokens."""
         epochs, a_step = EPOCHS[0] if self.epochs == "auto" else self.epochs, self.rows_per_step
         if a_step is None and self.tokens_per_step is None:
             a_step = max(ROWS[0], min(ROWS[1], int(epochs * rows / STEPS)))

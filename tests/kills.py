@@ -49,7 +49,7 @@ class Begun(RunObserver):
     def __init__(self, pipe: int | None) -> None:
         self.pipe, self.at = pipe, 0.0
 
-    def planned(self, *_: object) -> None:
+    def on_plan(self, *_: object) -> None:
         self.at = time.monotonic()
         if self.pipe is not None:
             os.write(self.pipe, b".")

@@ -475,13 +475,13 @@ def test_a_run_from_beginning_to_end(world, here, trimtab):
     for part in (
         "37,792 parameters, frozen",
         "30 rows in = 30 used + 0 refused",
-        "26 rows to learn",
-        "4 held out",
-        "26 steps of 8 rows in 8 epochs, learning rate 0.02",
+        "26 training examples (",
+        "target tokens), 4 validation",
+        "26 steps of 8 examples in 8 epochs, learning rate 0.02",
     ):
         assert part in said
     assert said.endswith(
-        "Best adapter: step 26, in run/adapter\nChat with it:     trimtab chat run\nLook inside:    trimtab show run\n"
+        "adapter     step 26, in run/adapter\nChat with it:   trimtab chat run\nLook inside:    trimtab show run\n"
     )
     assert sorted(path.name for path in (here / "run").iterdir()) == [
         "adapter", "checkpoints", "data.json", "metrics.jsonl", "recipe.yaml", "run.json",
@@ -497,9 +497,9 @@ def test_a_run_from_beginning_to_end(world, here, trimtab):
     steps = [line for line in steps if line["kind"] == "train"]
     assert state["tokens"] == sum(step["tokens"] for step in steps)
     assert 0 < state["computed_tokens"] == sum(step["computed"] for step in steps) < state["tokens"]
-    assert f"tokens  {state['tokens']:,} in rows, {state['computed_tokens']:,} computed" in said
+    assert f"tokens      {state['tokens']:,} tokens, {state['computed_tokens']:,} processed" in said
     page = trimtab("show", "run").out
-    assert f"{state['tokens']:,} in rows, {state['computed_tokens']:,} computed" in page
+    assert f"{state['tokens']:,}, {state['computed_tokens']:,} processed" in page
     assert page.splitlines()[0].split() == ["run", "run:", "done,", "without", "a", "certificate"]
     assert "trimtab chat run" in page
     assert "every hash in its manifest" in page
@@ -641,7 +641,7 @@ def test_other_rows_are_read_as_the_runs_own_were(here, trimtab):
         2, "trimtab: train.lr=3: of a recipe's keys, eval takes only data.columns and data.ignore.\n"
     )  # fmt: skip
     refused = trimtab("eval", "run", "data.ignore=[x]")
-    assert (refused.code, "says how rows are read, and a run's own are read as they were" in refused.err) == (2, True)
+    assert (refused.code, "says how the examples of a file are read, and a run's own are read as they were" in refused.err) == (2, True)
 
 
 # Broken off
@@ -660,14 +660,11 @@ class Interrupting(RunObserver):
     def __init__(self, when, number=0):
         self.when, self.number = when, number
 
-    def planned(self, *_):
+    def on_plan(self, *_):
         self.press("planned", 0)
 
-    def stepped(self, step, steps):
-        self.press("stepped", step.number)
-
-    def evaluated(self, step, scored):
-        self.press("evaluated", step)
+    def logged(self, kind, step, values):
+        self.press("stepped" if kind == "train" else "evaluated", step)
 
     def press(self, what, number):
         if (what, number) == (self.when, self.number):
@@ -894,7 +891,7 @@ def test_every_error_has_the_exit_code_that_the_command_returns(here, monkeypatc
         def fail(*_, kind=kind):
             raise kind("a message [with] odd {characters}")
 
-        monkeypatch.setattr(commands, "show", fail)
+        monkeypatch.setattr(commands.show, "run", fail)
         done = trimtab("show", "run")
         assert (done.code, done.err) == (kind.exit_code, "trimtab: a message [with] odd {characters}\n")
     assert {kind.exit_code for kind in kinds(TrimtabError)} == {1, 2, 3, 4, 5, 6, 7}
@@ -991,7 +988,7 @@ def test_combine_makes_one_adapter_of_several(here, trimtab):
     question = ("--prompt", ROWS[3]["prompt"])
     assert trimtab("chat", "both", *question).out == trimtab("chat", "run", *question).out
     assert "its weighted" not in trimtab("combine", "--force", "run=1", "half", "--rank", "1").out
-    assert "of it: lora, rank 1." in trimtab("combine", "--force", "run=1", "small", "--rank", "1").out
+    assert "their weighted sum with an error of " in trimtab("combine", "--force", "run=1", "small", "--rank", "1").out
     for words, code, message in (
         ("combine run=1 both", 6, "exists already"),
         ("combine tiny=1 new", 2, "tiny is neither a run nor an adapter folder, so there is nothing in it to combine."),

@@ -83,14 +83,11 @@ class Ends(RunObserver):
     def __init__(self, what, number, how=Killed):
         self.moment, self.how, self.notes = (what, number), how, []
 
-    def stepped(self, step, steps):
-        self.at("stepped", step.number)
+    def logged(self, kind, step, values):
+        self.at("stepped" if kind == "train" else "evaluated", step)
 
-    def evaluated(self, step, scored):
-        self.at("evaluated", step)
-
-    def noticed(self, words):
-        self.notes.append(words)
+    def on_notice(self, message):
+        self.notes.append(message)
 
     def at(self, *moment):
         if moment == self.moment:
@@ -440,7 +437,7 @@ class Meanwhile(RunObserver):
     def __init__(self, do):
         self.do = do
 
-    def planned(self, *_):
+    def on_plan(self, *_):
         self.do()
 
 
@@ -716,7 +713,7 @@ def test_a_run_that_is_resumed_gives_back_freed_memory_as_one_that_begins(here, 
 
 
 class EndsAfterTraining(RunObserver):
-    def finished(self, *_):
+    def on_finish(self, *_):
         raise Killed
 
 

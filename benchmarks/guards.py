@@ -42,7 +42,7 @@ def one(path: str) -> None:
     of = {name: [end - begin for known, begin, end in marks if known == name] for name in GUARDS | BESIDES}
     spent = {name: {"times": len(each), "seconds": sum(each)} for name, each in of.items()}
     kinds = {"guards": {name: spent[name] for name in GUARDS}, "besides": {name: spent[name] for name in BESIDES}}
-    print(json.dumps({"seconds": seconds, "steps": run.state["steps"], **kinds}))
+    print(json.dumps({"seconds": seconds, "steps": run.record["steps"], **kinds}))
 
 
 def main() -> None:

@@ -70,13 +70,13 @@ def one(path: str) -> None:
     lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if line["kind"] == "train"][1:]  # the first warms caches up
     result = {
-        "parameters": run.state["trainable_parameters"],
-        "positions": run.state["positions"],
-        "lr": run.state["peak_lr"],
-        "steps": run.state["steps"],
+        "parameters": run.record["trainable_parameters"],
+        "positions": run.record["positions"],
+        "lr": run.record["peak_lr"],
+        "steps": run.record["steps"],
         "tokens_per_s": sum(line["tokens"] for line in steps) / sum(line["seconds"] for line in steps),
         "peak_gb": memory,
-        "held_out_loss": run.state["best"]["eval_loss"],
+        "held_out_loss": run.record["best"]["eval_loss"],
         "base_loss": next(line["loss"] for line in lines if line["kind"] == "eval" and line["step"] == 0),
     }
     if asked.get("test"):

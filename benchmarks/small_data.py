@@ -51,15 +51,15 @@ def one(asked: dict[str, Any]) -> dict[str, Any]:
     target = open_target(str(run.folder))
     scored = score(target.base, load_examples(test)[0][:ANSWERED])
     return {
-        "steps": run.state["steps"],
+        "steps": run.record["steps"],
         "base": losses.pop(0),
-        "best": run.state["best"]["eval_loss"],
-        "best_step": run.state["best"]["step"],
-        "last": run.state["last"]["eval_loss"],
+        "best": run.record["best"]["eval_loss"],
+        "best_step": run.record["best"]["step"],
+        "last": run.record["last"]["eval_loss"],
         "losses": losses,
         "exact": scored["exact_match"],
         "stopped": scored["stopped"],
-        "seconds": run.state["seconds"],
+        "seconds": run.record["seconds"],
     }
 
 

@@ -55,7 +55,7 @@ def at_once(monkeypatch):
         with torch.no_grad():
             return json.loads(json.dumps(measure(json.loads(json.dumps(job)))))
 
-    monkeypatch.setattr(certificate, "_examine", examine)
+    monkeypatch.setattr(certificate, "_measure_in_new_process", examine)
 
 
 def test_a_run_ends_with_a_certificate(done, trimtab):
@@ -68,7 +68,7 @@ def test_a_run_ends_with_a_certificate(done, trimtab):
     assert {one["text"] for one in held["answers"]} == {"yes"}
     text = (done / "certificate.txt").read_text()
     assert text == certificate_text(held)
-    assert text.startswith("Trimtab certificate: passed\n\npassed  reload: a fresh process gives 4 rows")
+    assert text.startswith("Trimtab certificate: passed\n\npassed  reload: reloaded in a new process, the adapter reproduces training log-probabilities on 4 examples")
     verified = trimtab("verify", done)
     assert verified.code == 0
     assert verified.out.startswith("Trimtab certificate: passed")
@@ -85,20 +85,20 @@ def test_what_is_not_certified_is_merged_only_if_that_is_meant(done, trimtab, tm
     monkeypatch.chdir(done.parent)
     page = " ".join(trimtab("show", "done").out.split())
     assert "done: done, certified" in page
-    assert "gain on 4 held-out rows the loss (sft) is" in page
+    assert "gain sft loss on 4 held-out examples: adapter" in page
     assert "trimtab merge done FOLDER" in page
     saved = json.loads((done / "run.json").read_text())["best"]["folder"]
     assert [merges(done).code, merges(done / "adapter").code, merges(done / saved).code] == [0, 0, 7]
     assert trimtab("combine", f"{done}=1", tmp_path / "sum").code == 0
 
     held = json.loads((done / "certificate.json").read_text())
-    held["tests"][3] |= {"status": "failed", "words": "0 of 4 answers end by themselves"}
+    held["tests"][3] |= {"status": "failed", "words": "0 of 4 answers stopped at EOS"}
     (done / "certificate.json").write_text(json.dumps({**held, "passed": False}))
     for target in (done, done / "adapter"):
         refused = merges(target)
         assert (refused.code, (tmp_path / "merged").exists()) == (7, False)
         assert (
-            "is done, NOT certified, so this adapter is not certified.\n  stops: 0 of 4 answers end by themselves"
+            "is done, NOT certified, so this adapter is not certified.\n  stops: 0 of 4 answers stopped at EOS"
             in refused.err
         )
         assert "train for more train.epochs" in refused.err
@@ -108,7 +108,7 @@ def test_what_is_not_certified_is_merged_only_if_that_is_meant(done, trimtab, tm
     assert trimtab("combine", "--force", f"{done}=1", tmp_path / "other").code == 0
     page = " ".join(trimtab("show", done).out.split())
     assert "done, NOT certified" in page
-    assert "stops (failed) 0 of 4 answers end by themselves" in page
+    assert "stops (failed) 0 of 4 answers stopped at EOS" in page
     assert "what to do It has learned too little" in page
     assert "trimtab merge" not in page
     assert "is not certified. stops: 0 of 4" in trimtab("chat", done, "--prompt", "x", "--max-new-tokens", 1).err
@@ -121,18 +121,18 @@ def test_what_is_not_certified_is_merged_only_if_that_is_meant(done, trimtab, tm
     assert (refused.code, "is done, without a certificate, so" in refused.err) == (7, True)
     page = " ".join(trimtab("show", done).out.split())
     assert "done, without a certificate" in page
-    assert "gain on held-out rows the loss is" in page
+    assert "gain lowest loss on held-out examples:" in page
     facts = json.loads(trimtab("show", done, "--json").out)
     assert facts["held_out"]["lowest"] == facts["best"]["eval_loss"] < facts["held_out"]["first"]
 
 
 def test_every_test_that_can_fail_has_advice():
     source = Path(certificate.__file__).read_text()
-    tests = re.split(r"Tested\(", source)[1:]
+    tests = re.split(r"\bTest\(", source)[1:]
     failing = {
-        re.match(r'\s*"(\w+)"', one)[1]
-        for one in tests
-        if '"failed"' in one.split("def ")[0].split("return")[0] and re.match(r'\s*"', one)
+        re.match(r'\s*"(\w+)"', test)[1]
+        for test in tests
+        if '"failed"' in test.split("def ")[0].split("return")[0] and re.match(r'\s*"', test)
     }
     assert failing == set(ADVICE)
 
@@ -166,7 +166,7 @@ def test_an_adapter_by_itself_is_verified_as_far_as_it_goes(done, trimtab, at_on
     said = trimtab("verify", adapter)
     assert said.code == 0
     assert "passed  files: the adapter's 28 tensors and its configuration are unchanged since they were saved" in said.out
-    assert "noted   certificate: an adapter by itself has none" in said.out
+    assert "noted   certificate: an adapter alone has none" in said.out
     content = bytearray((adapter / "adapter_model.safetensors").read_bytes())
     content[-20] ^= 1
     (adapter / "adapter_model.safetensors").write_bytes(content)
@@ -206,7 +206,7 @@ def test_what_is_saved_must_be_what_was_trained(here, trimtab, monkeypatch):
     monkeypatch.setattr(checkpoints, "save_adapter", damaged)
     failed = trimtab(*WORDS, "output=new")
     assert failed.code == 7
-    assert "new is finished, but its adapter failed certification:\n  reload: a fresh process gives a row" in failed.err
+    assert "new is finished, but its adapter failed certification:\n  reload: reloaded in a new process, the adapter gives a log-probability that is" in failed.err
     assert json.loads(Path("new/certificate.json").read_text())["passed"] is False
     assert json.loads(Path("new/run.json").read_text())["status"] == "done"
     assert trimtab("verify", "new").code == 7
@@ -216,28 +216,28 @@ def test_an_adapter_that_is_worse_than_its_base_does_not_pass(here, trimtab, at_
     write_rows(here / "held.jsonl", [{"prompt": f"Is {n} a number?", "completion": "no, not at all"} for n in range(40)])
     failed = trimtab(*WORDS, "output=new", "data.eval=held.jsonl", "train.evaluate_every=1000", "train.epochs=12")
     assert failed.code == 7
-    assert "gain: on 40 held-out rows the loss (sft) is" in failed.err
+    assert "gain: sft loss on 40 held-out examples: adapter" in failed.err
 
 
 def test_an_adapter_that_never_stops_does_not_pass(here, trimtab, monkeypatch, at_once):
-    real = certificate._examine
-    monkeypatch.setattr(certificate, "_examine", lambda job: {
+    real = certificate._measure_in_new_process
+    monkeypatch.setattr(certificate, "_measure_in_new_process", lambda job: {
         **(found := real(job)), "answers": [{**one, "ended": "length"} for one in found["answers"]],
     })  # fmt: skip
     failed = trimtab(*WORDS, "output=new")
     assert failed.code == 7
-    assert "stops: 0 of 4 answers end by themselves" in failed.err
+    assert "stops: 0 of 4 answers stopped at EOS" in failed.err
 
 
 @pytest.mark.parametrize(("ends", "status", "words"), [
-    (["stopped"] * 3, "passed", "3 of 3 answers end by themselves"),
-    (["stopped", "length", "context"], "noted", "1 of 3 answers end by themselves, and 1 were cut off because the model's context was full"),
-    (["context"] * 2, "noted", "0 of 2 answers end by themselves, and 2 were cut off because the model's context was full"),
-    (["context", "length"], "failed", "0 of 2 answers end by themselves, and 1 were cut off"),
-    (["length"], "failed", "0 of 1 answers end by themselves"),
+    (["stopped"] * 3, "passed", "3 of 3 answers stopped at EOS"),
+    (["stopped", "length", "context"], "noted", "1 of 3 answers stopped at EOS; 1 were cut off because the model's context was full"),
+    (["context"] * 2, "noted", "0 of 2 answers stopped at EOS; 2 were cut off because the model's context was full"),
+    (["context", "length"], "failed", "0 of 2 answers stopped at EOS; 1 were cut off"),
+    (["length"], "failed", "0 of 1 answers stopped at EOS"),
 ])  # fmt: skip
 def test_an_answer_that_the_context_cuts_off_says_nothing_against_the_adapter(ends, status, words):
-    (test,) = certificate._stopped([{"text": "x", "ended": one} for one in ends])
+    (test,) = certificate._test_stops([{"text": "x", "ended": one} for one in ends])
     assert test.status == status
     assert test.words.startswith(words)
     written = {"passed": True, "tests": [], "answers": [{"text": "x", "ended": one} for one in ends]}
@@ -256,7 +256,7 @@ def test_a_run_whose_rows_fill_the_context_is_not_failed_for_what_it_cuts_off(he
     stops = next(one for one in held["tests"] if one["name"] == "stops")
     assert stops["status"] == "noted"
     assert stops["words"].startswith(
-        "0 of 4 answers end by themselves, and 4 were cut off because the model's context was full"
+        "0 of 4 answers stopped at EOS; 4 were cut off because the model's context was full"
     )
     assert "(cut off by the context) " in (here / "new/certificate.txt").read_text()
     done = trimtab("eval", "new", "--base")
@@ -318,7 +318,7 @@ def test_preferences_are_certified_beside_their_reference(objective, here, trimt
     assert gain["status"] == "passed", done.err
     if objective == "dpo":
         assert held["losses"]["base"]["held_out"] == pytest.approx(0.693147, abs=1e-5)
-        assert "and the reference's 0.6931" in gain["words"]
+        assert "reference model 0.6931" in gain["words"]
     assert next(one for one in held["tests"] if one["name"] == "reload")["status"] == "passed"
 
 

@@ -91,7 +91,7 @@ def test_the_terminal_shows_what_is_learned_and_so_does_the_page(here, trimtab):
     said = done.out.splitlines()
     assert said[0].endswith("rows.jsonl:1")
     assert said[1:5] == [  # what is learned is marked by a word, where there are no colours
-        "        | <|im_start|>user", f"        | {said[2][10:]}", "        | <|im_start|>assistant", f"learned | {said[4][10:]}",
+        "       | <|im_start|>user", f"       | {said[2][9:]}", "       | <|im_start|>assistant", f"target | {said[4][9:]}",
     ]  # fmt: skip
     assert re.fullmatch(r"Is \d+ < 7 & so on\?<\|im_end\|>", said[2][10:])
     assert re.fullmatch(r"<b>yes</b> \d+<\|im_end\|>", said[4][10:])

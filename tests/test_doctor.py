@@ -17,13 +17,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def sick():
-    return {(one.method, one.what) for one in run_trials() if one.sick}
+    return {(one.method, one.name) for one in run_trials() if one.problem}
 
 
 def test_every_method_is_well_here(trimtab):
     done = trimtab("doctor", "--json")
     said = json.loads(done.out)
-    assert said["sick"] == []
+    assert said["failed"] == []
     assert said["tried"] == len(Method.names()) * len(TRIALS)
     assert done.code == 0
     assert "torch" in said["versions"]

@@ -278,7 +278,7 @@ def test_forty_real_kills(here):
 def test_another_recipe_is_refused_with_the_keys_that_differ_before_anything_is_loaded(here, monkeypatch):
     ended("cut", "stepped", 8)
     before = tree("cut")
-    monkeypatch.setattr(running, "opened", None)
+    monkeypatch.setattr(running, "prepare", None)
     with pytest.raises(RecipeError) as refused:
         run("cut", "train.lr=1e-3", "method.rank=4", "train.epochs=3", "train.evaluate_every=3")
     assert str(refused.value) == (
@@ -315,7 +315,7 @@ def test_other_content_is_refused_by_what_it_is_in(here):
     rows = here / "rows.jsonl"
     write_rows(rows, ROWS[:-1])
     with pytest.raises(
-        RecipeError, match=rf"data: the rows .* are not the same: {re.escape(str(rows))} has changed\nSet these"
+        RecipeError, match=rf"data: the training or held-out examples are not the same: {re.escape(str(rows))} has changed\nSet these"
     ):
         run("cut")
     write_rows(rows, ROWS)
@@ -393,7 +393,7 @@ def test_where_only_upper_layers_learn_it_is_said_that_rounding_may_differ(here)
         ended(name, "stepped", 8, *words)
         watch = Ends("never", 0)
         run(name, *words, watch=watch)
-        assert any("frozen lower layers" in note for note in watch.notes) == said
+        assert any("cache of frozen layers" in note for note in watch.notes) == said
 
 
 def test_other_versions_are_said_to_round_otherwise(here):
@@ -481,7 +481,7 @@ def test_what_is_killed_while_it_begins_begins_again(written, here, monkeypatch)
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(resuming, "_take_away", taken_away)
+        patch.setattr(resuming, "_remove_unbegun", taken_away)
         patch.setattr(files, "write_text", kills(files.write_text))
         patch.setattr(files, "write_json", kills(files.write_json))
         with pytest.raises(Killed):
@@ -620,7 +620,7 @@ def test_a_state_of_other_parameters_is_refused(here):
 def test_a_state_of_another_version_is_refused(tmp_path):
     folder = write_state(tmp_path, State(3, {"a": torch.ones(1)}, {}))
     manifest = {key: value for key, value in files.read_json(folder / "state.json").items() if key != "digest"}
-    for changes in ({"format": 2}, {"more": 1}):
+    for changes in ({"format": 1}, {"more": 1}):
         files.write_json(folder / "state.json", {**manifest, **changes, "digest": files.json_digest(manifest)})
         with pytest.raises(ArtifactError, match="changed since it was saved"):
             read_state(folder)
@@ -663,7 +663,7 @@ def test_what_differs_is_named_by_its_place_where_one_of_both_has_nothing():
 
 def test_a_run_has_begun_with_nothing_done():
     assert asdict(checkpoints.Progress()) == {
-        "best": None, "last": {}, "seconds": 0.0, "tokens": 0, "computed": 0, "skipped": 0, "compared": False,
+        "best": None, "last": {}, "seconds": 0.0, "tokens": 0, "computed": 0, "skipped": 0, "evaluated_before_training": False,
     }  # fmt: skip
 
 
@@ -672,8 +672,8 @@ def test_a_run_has_begun_with_nothing_done():
 ])  # fmt: skip
 def test_a_step_that_was_to_be_followed_by_a_look_is_known_by_its_number(step, loss, unseen):
     saver = object.__new__(checkpoints.Checkpointer)
-    saver.done = checkpoints.Progress(last={"step": step, "eval_loss": loss})
-    assert saver.unseen(100, int("1004")) == unseen
+    saver.progress = checkpoints.Progress(last={"step": step, "eval_loss": loss})
+    assert saver.lacks_evaluation(100, int("1004")) == unseen
 
 
 def test_a_run_is_resumed_on_another_day_with_a_template_that_writes_the_date(here, monkeypatch):
@@ -699,7 +699,7 @@ def test_a_run_is_resumed_on_another_day_with_a_template_that_writes_the_date(he
     assert target.base.moment.isoformat() == started["moment"]
     assert target.base.render(text).startswith(f"Today: {target.base.moment:%d %b %Y}")
     other = run("later", "train.epochs=0.5")
-    assert other.state["data_digest"] != started["data_digest"]  # the negative control: tomorrow's tokens are others
+    assert other.record["data_digest"] != started["data_digest"]  # the negative control: tomorrow's tokens are others
 
 
 def test_a_run_that_is_resumed_gives_back_freed_memory_as_one_that_begins(here, monkeypatch):

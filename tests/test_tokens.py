@@ -411,7 +411,7 @@ def test_a_run_adds_them_before_it_reads_its_data_and_its_adapter_answers_with_t
     losses = [line["loss"] for line in lines if line["kind"] == "eval"]
     assert next(line["step"] for line in lines if line["kind"] == "eval") == 0
     assert losses[-1] < 0.9 * losses[0]
-    assert run.state["trainable_parameters"] == 2 * 32
+    assert run.record["trainable_parameters"] == 2 * 32
     fresh = Base.load(str(tmp_path / "model"))
     load_adapter(fresh, tmp_path / "run" / "adapter")
     assert fresh.added_tokens.keys() == {"<think>", "</think>"}

@@ -86,7 +86,7 @@ def loaded(count: int) -> dict[str, Any]:
         for _ in range(2):  # the second time, the tokens are kept from the first
             started = time.perf_counter()
             rows = trimtab.rows(str(path), base)
-            plan_steps(rows, epochs=2, seed=0, rows=16)
+            plan_steps(rows, epochs=2, seed=0, examples=16)
             seconds.append(time.perf_counter() - started)
             grew = grew or peak_gb() - before
             tokens = sum(len(row.ids) for row in rows)
@@ -100,7 +100,7 @@ def bookkeeping(count: int) -> dict[str, Any]:
     import torch
 
     import trimtab
-    from trimtab.base.tiny_model import made_up_model
+    from trimtab.base.tiny_model import tiny_model
     from trimtab.data import pack_all
     from trimtab.data.example import TokenRow
     from trimtab.evaluate import reference, score_loss
@@ -113,7 +113,7 @@ def bookkeeping(count: int) -> dict[str, Any]:
         ids = [*tokens[:20], *draw.choices(tokens, k=min(600, round(draw.lognormvariate(4.0, 0.6))) + 4)]
         side = ("good", "bad")[number % 2]
         rows.append(TokenRow(ids, tokens[len(ids) // 2 : len(ids)], f"rows.jsonl:{number}", len(ids), side))
-    base = trimtab.Base(made_up_model())
+    base = trimtab.Base(tiny_model())
     adapter, seconds = trimtab.attach(base.model, trimtab.LoRA()), {}
 
     def timed(what: str, work: Any) -> None:

@@ -14,8 +14,8 @@ from worlds import CHATML, ROWS, make_model, write_rows
 
 from trimtab.core.config import read
 from trimtab.core.errors import DataError, TrimtabError
+from trimtab.data import check_data, proof, refuse_problems
 from trimtab.data import leaks as module_of_leaks
-from trimtab.data import proof, prove, refuse_problems
 from trimtab.data.example import TokenRow
 from trimtab.data.leakage import leaks
 from trimtab.engine import memory as planning
@@ -199,9 +199,9 @@ def test_a_template_that_writes_two_beginnings_is_refused(here, trimtab):
 
 def test_what_generation_would_not_see_is_refused(here, monkeypatch):
     """The negative control: tokens that are not the text's, or not the prompt's."""
-    real = proof.prompt_of
+    real = proof.tokenize_prompt
     for name, broken in (
-        ("prompt_of", lambda messages, base, tools: [*real(messages, base, tools)[:-1], 5]),
+        ("tokenize_prompt", lambda messages, base, tools: [*real(messages, base, tools)[:-1], 5]),
         ("texts_of", lambda message: ["something else"]),
     ):
         monkeypatch.setattr(proof, name, broken)
@@ -216,9 +216,9 @@ def test_an_answer_without_its_stop_token_is_noticed(here):
     given = open_recipe(read(Recipe, Path("r.yaml"), []))
     cut = [replace(row, ids=row.ids[:-1], target_indices=row.target_indices[:-1]) for row in given.data.train]
     given.data.train = cut[:1] + given.data.train[1:]
-    assert {one.name: one.status for one in prove(given.data, [], given.base)}["stop tokens"] == "note"
+    assert {one.name: one.status for one in check_data(given.data, [], given.base)}["stop tokens"] == "note"
     given.data.train = cut
-    assert {one.name: one.status for one in prove(given.data, [], given.base)}["stop tokens"] == "problem"
+    assert {one.name: one.status for one in check_data(given.data, [], given.base)}["stop tokens"] == "problem"
 
 
 def test_the_same_answer_everywhere_and_too_little_data_are_noted(here):

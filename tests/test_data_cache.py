@@ -47,8 +47,8 @@ def kept(home):
 def made_again(monkeypatch):
     """Counts how often rows are tokenized."""
     counts = []
-    real = load_data.__globals__["make_sequences"]
-    monkeypatch.setitem(load_data.__globals__, "make_sequences", lambda *a, **k: counts.append(1) or real(*a, **k))
+    real = load_data.__globals__["tokenize_examples"]
+    monkeypatch.setitem(load_data.__globals__, "tokenize_examples", lambda *a, **k: counts.append(1) or real(*a, **k))
     return counts
 
 
@@ -60,8 +60,8 @@ def test_a_second_load_gives_the_same_rows_and_the_same_account_without_a_tokeni
     assert second == first
     assert second.plain() == first.plain()
     assert len(counts) == 1
-    assert [refusal.where for refusal in second.accounts[0].refused] == [f"{source}:4", f"{source}:5"]
-    assert second.accounts[0].unread == {"mark"}
+    assert [refusal.where for refusal in second.reports[0].rejected] == [f"{source}:4", f"{source}:5"]
+    assert second.reports[0].ignored_columns == {"mark"}
     other = loaded(source, eval=5)  # what is held out is chosen from the same rows
     assert (len(counts), len(other.eval)) == (1, 5)
 
@@ -208,7 +208,7 @@ def test_tokens_of_a_template_that_writes_the_date_are_kept_for_the_runs_own_mom
 
 def test_a_file_that_changes_while_it_is_read_is_not_kept(home, monkeypatch):
     source = rows_file(home)
-    real = load_data.__globals__["make_sequences"]
+    real = load_data.__globals__["tokenize_examples"]
 
     def changing(*given, **settings):
         made = real(*given, **settings)
@@ -216,7 +216,7 @@ def test_a_file_that_changes_while_it_is_read_is_not_kept(home, monkeypatch):
             file.write("\n")
         return made
 
-    monkeypatch.setitem(load_data.__globals__, "make_sequences", changing)
+    monkeypatch.setitem(load_data.__globals__, "tokenize_examples", changing)
     loaded(source)
     assert kept(home) == []
 

@@ -6,7 +6,7 @@ import pytest
 from templates import FAMILIES
 
 from trimtab.core.errors import DataError
-from trimtab.data import DataConfig, Judged, Preference, load_data, load_examples, units
+from trimtab.data import DataConfig, Judged, Preference, load_data, load_examples, row_groups
 
 BASE = FAMILIES["chatml"].make
 USER, GOOD, BAD = {"role": "user", "content": "2+2?"}, "It is 4.", "It is 5."
@@ -53,7 +53,7 @@ def written(tmp_path, *rows):
 
 def read(tmp_path, row, kind="pairs"):
     examples, account = load_examples(written(tmp_path, row), kind=kind)
-    return examples[0] if examples else account.refused[0].reason
+    return examples[0] if examples else account.rejected[0].reason
 
 
 @pytest.mark.parametrize("shape", PAIRS)
@@ -63,7 +63,7 @@ def test_pairs_come_in_every_shape(tmp_path, shape):
     for side, answer in ((pair.chosen, GOOD), (pair.rejected, BAD)):
         assert [(m["role"], m["content"]) for m in side.messages] == [("user", "2+2?"), ("assistant", answer)]
     both = read(tmp_path, PAIRS[shape], "judged")
-    assert both.apart
+    assert both.as_judged
     assert both.chosen == pair.chosen
 
 
@@ -92,7 +92,7 @@ def test_judged_answers_come_in_every_shape(tmp_path, shape, label, value, good)
 def test_earlier_answers_are_read_and_not_learned(tmp_path):
     turns = [USER, said("4"), {"role": "user", "content": "Sure?"}]
     pair = read(tmp_path, {"messages": turns, "chosen": said("Yes."), "rejected": said("No.")})
-    assert pair.chosen.silent == {1}
+    assert pair.chosen.context_only == {1}
     data = load_data(
         DataConfig(train=written(tmp_path, {"messages": turns, "chosen": "Yes.", "rejected": "No."}), eval=0),
         BASE(),
@@ -146,12 +146,12 @@ def test_sides_stay_together_and_are_held_out_together(tmp_path):
     source = written(tmp_path, *({"prompt": f"{n}?", "chosen": f"{n}.", "rejected": "no"} for n in range(20)))
     data = load_data(DataConfig(train=source, eval=0.25), BASE(), None, 0, "pairs")
     assert [one.side for one in data.train] == ["chosen", "rejected"] * 15
-    assert units(data.train) == [[2 * n, 2 * n + 1] for n in range(15)]
+    assert row_groups(data.train) == [[2 * n, 2 * n + 1] for n in range(15)]
     assert not {one.where for one in data.train} & {one.where for one in data.eval}
     apart = load_data(DataConfig(train=source, eval=0), BASE(), None, 0, "judged")
     assert [one.side for one in apart.train] == ["good", "bad"] * 20
-    assert units(apart.train) == [[n] for n in range(40)]
-    assert apart.accounts[0].used == 20
+    assert row_groups(apart.train) == [[n] for n in range(40)]
+    assert apart.reports[0].used == 20
 
 
 def test_sides_that_are_the_same_once_they_are_cut_are_refused(tmp_path):

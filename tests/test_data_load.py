@@ -90,7 +90,7 @@ def test_turns_of_one_row_are_never_parted(tmp_path):
     assert set(Counter(wheres(data.train + data.eval)).values()) == {2}
     assert (len(data.train), len(data.eval)) == (30, 10)
     assert set(wheres(data.train)).isdisjoint(wheres(data.eval))
-    assert data.accounts[0].used == 20
+    assert data.reports[0].used == 20
 
 
 def test_a_row_that_is_given_twice_is_not_both_learned_and_held_out(tmp_path):
@@ -105,7 +105,7 @@ def test_held_out_rows_can_be_a_file_of_their_own(tmp_path):
     data = loaded(source, eval=other)
     assert wheres(data.train) == [f"{source}:{n}" for n in range(1, 5)]
     assert wheres(data.eval) == [f"{other}:{n}" for n in range(1, 4)]
-    assert [str(account) for account in data.accounts] == [
+    assert [str(account) for account in data.reports] == [
         f"{source}: 4 rows in = 4 used + 0 refused",
         f"{other}: 3 rows in = 3 used + 0 refused",
     ]
@@ -192,15 +192,15 @@ def test_rows_that_are_too_long_are_refused_with_the_way_out(tmp_path):
         load_data(DataConfig(train=source, eval=0), BASE(), 80, 0, positions=20)
     cut = loaded(source, eval=0, max_length=60, overlong="truncate")
     assert [len(row.ids) for row in cut.train][1] == 60
-    assert cut.train[1].shown == longest + 1  # and the newline behind its end
+    assert cut.train[1].full_length == longest + 1  # and the newline behind its end
 
 
 def test_several_sources_are_one_account(tmp_path):
     sources = rows_file(tmp_path, 2), rows_file(tmp_path, 3, "other.jsonl", {1: {"text": "a", "id": 1}})
     data = loaded(sources, eval=0)
-    (account,) = data.accounts
+    (account,) = data.reports
     assert str(account) == f"{sources[0]}, {sources[1]}: 5 rows in = 5 used + 0 refused"
-    assert account.unread == {"id"}
+    assert account.ignored_columns == {"id"}
 
 
 # Again
@@ -265,7 +265,7 @@ def test_examples_are_read_with_the_columns_of_the_recipe(tmp_path):
     (tmp_path / "rows.csv").write_text("question,answer\na,b\n")
     examples, account = load_examples(str(tmp_path / "rows.csv"), {"prompt": "question", "completion": "answer"})
     assert [message["content"] for message in examples[0].messages] == ["a", "b"]
-    assert account.refused == []
+    assert account.rejected == []
 
 
 # Steps
@@ -280,7 +280,7 @@ def test_every_row_is_learned_once_an_epoch(count):
     rows = [sequence(3, n) for n in range(count)]
     for per_step in range(1, 9):
         for epochs in (1, 2, 3):
-            plan = plan_steps(rows, epochs=epochs, seed=5, rows=per_step)
+            plan = plan_steps(rows, epochs=epochs, seed=5, examples=per_step)
             assert Counter(n for step in plan for n in step) == dict.fromkeys(range(count), epochs)
             assert [len(step) for step in plan[:-1]] == [per_step] * (len(plan) - 1)
             assert 1 <= len(plan[-1]) <= per_step
@@ -305,7 +305,7 @@ def test_steps_of_tokens_hold_every_row_once_an_epoch(budget):
     ("count", "epochs", "total"), [(10, 1.1, 11), (10, 0.5, 5), (3, 0.5, 2), (30, 0.1, 3), (100, 0.07, 7), (7, 1e-9, 1)]
 )
 def test_parts_of_epochs_are_rounded_up_to_whole_rows(count, epochs, total):
-    plan = plan_steps([sequence(3, n) for n in range(count)], epochs=epochs, seed=0, rows=4)
+    plan = plan_steps([sequence(3, n) for n in range(count)], epochs=epochs, seed=0, examples=4)
     learned = Counter(n for step in plan for n in step)
     assert learned.total() == total
     assert max(learned.values()) - min(learned[n] for n in range(count)) <= 1
@@ -316,7 +316,7 @@ def test_the_order_is_decided_by_seed_and_epoch_alone():
     assert len({tuple(shuffled(20, seed, epoch)) for seed in range(5) for epoch in range(5)}) == 25
     assert shuffled(8, 0, 0) == [0, 2, 1, 4, 6, 7, 3, 5]  # the same on every machine
     rows = [sequence(3, n) for n in range(8)]
-    assert plan_steps(rows, epochs=1, seed=4, rows=2) == plan_steps(rows, epochs=3, seed=4, rows=2)[:4]
+    assert plan_steps(rows, epochs=1, seed=4, examples=2) == plan_steps(rows, epochs=3, seed=4, examples=2)[:4]
 
 
 # Packs

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from templates import FAMILIES
 
 from trimtab.core.errors import DataError, StorageError, TrimtabError
-from trimtab.data import DataConfig, Refusal, load_data, load_examples, text_files
+from trimtab.data import DataConfig, RejectedExample, load_data, load_examples, text_files
 from trimtab.data import read as reading
 from trimtab.data.arrow_files import without_padding
 from trimtab.data.read import read_rows
@@ -36,7 +36,7 @@ def places(source: str) -> list[tuple[str, object]]:
 def refusals(source: str) -> list[str]:
     """Refusals as they are shown, without the folder."""
     folder = f"{Path(source).parent}/"
-    return [f"{row.where}: {row.reason}".removeprefix(folder) for row in read_rows(source) if isinstance(row, Refusal)]
+    return [f"{row.where}: {row.reason}".removeprefix(folder) for row in read_rows(source) if isinstance(row, RejectedExample)]
 
 
 def message_of(source: str, kind: type[Exception] = DataError) -> str:
@@ -403,11 +403,11 @@ def test_objects_are_rows_or_hold_them(tmp_path, name, suffix):
 
 
 def test_what_stands_beside_all_rows_is_named(tmp_path):
-    from trimtab.data import Account
+    from trimtab.data import SourceReport
 
-    account = Account(("x",))
+    account = SourceReport(("x",))
     list(read_rows(written(tmp_path, "rows.json", '{"version": 1, "rows": [{"text": "a"}]}'), account))
-    assert account.unread == {"version"}
+    assert account.ignored_columns == {"version"}
 
 
 @pytest.mark.parametrize(
@@ -544,8 +544,8 @@ def test_what_arrow_fills_up_with_nulls_is_left_out_and_counted(tmp_path, quiet_
     examples, account = load_examples(source)
     expected, _ = load_examples(written(tmp_path, "rows.jsonl", "\n".join(map(json.dumps, CALLS))))
     assert [(one.messages, one.tools) for one in examples] == [(one.messages, one.tools) for one in expected]
-    assert account.nulls > 0
-    assert account.plain()["nulls_left_out"] == account.nulls
+    assert account.removed_nulls > 0
+    assert account.plain()["nulls_left_out"] == account.removed_nulls
 
 
 def test_without_its_pruning_arrow_would_teach_nulls(tmp_path, monkeypatch):
@@ -721,14 +721,14 @@ def test_rows_in_are_rows_used_and_refused_whatever_happens_to_a_file(tmp_path, 
         refused_all = f"0 used + {len(rows)} refused" in str(error)
         assert refused_all
         return
-    (account,) = loaded.accounts
-    assert len(rows) == account.used + len(account.refused) == account.rows
+    (account,) = loaded.reports
+    assert len(rows) == account.used + len(account.rejected) == account.total
     if name == "rows.jsonl":  # counted by hand
         lines = content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n").split("\n")
         assert len(rows) == sum(bool(line.strip()) for line in lines)
     assert len({row[0] for row in rows}) == len(rows)
     assert len({row.where for row in loaded.train}) == account.used
-    assert {row.where for row in loaded.train} | {refusal.where for refusal in account.refused} == {row[0] for row in rows}
+    assert {row.where for row in loaded.train} | {refusal.where for refusal in account.rejected} == {row[0] for row in rows}
     for sequence in loaded.train:
         assert sequence.target_indices
         assert sequence.target_indices[0] > 0
@@ -744,7 +744,7 @@ def test_any_bytes_under_any_ending_are_read_or_refused(tmp_path, content, name)
         examples, account = load_examples(source)
     except TrimtabError:
         return
-    assert len(examples) + len(account.refused) == len(list(read_rows(source)))
+    assert len(examples) + len(account.rejected) == len(list(read_rows(source)))
 
 
 def test_a_file_that_a_disk_does_not_give_says_why(tmp_path, monkeypatch):

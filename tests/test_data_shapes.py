@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from trimtab.data import Account, Conversation, Text
+from trimtab.data import Conversation, SourceReport, Text
 from trimtab.data.formats import read_examples
 
 
@@ -27,26 +27,26 @@ def call(name, **arguments):
 
 def read(row, columns=None, ignore=()):
     """The one example that a row is read as."""
-    account = Account(("data",))
+    account = SourceReport(("data",))
     examples = list(read_examples([("data:1", row)], columns or {}, account, ignore=ignore))
-    assert account.refused == []
+    assert account.rejected == []
     (example,) = examples
     assert example.where == "data:1"
     return example
 
 
 def refusal(row, columns=None):
-    account = Account(("data",))
+    account = SourceReport(("data",))
     assert list(read_examples([("data:1", row)], columns or {}, account)) == []
-    ((where, reason),) = account.refused
+    ((where, reason),) = account.rejected
     assert where == "data:1"
     return reason
 
 
 def unread(row, columns=None):
-    account = Account(("data",))
+    account = SourceReport(("data",))
     list(read_examples([("data:1", row)], columns or {}, account))
-    return account.unread
+    return account.ignored_columns
 
 
 # Alpaca and BELLE
@@ -151,8 +151,8 @@ def test_several_sharegpt_calls_are_one_message():
 
 def test_a_sharegpt_turn_of_weight_0_is_not_learned():
     turns = [turn("human", "a"), turn("gpt", "b", weight=0), turn("human", "c"), turn("gpt", "d", weight=1)]
-    assert read({"conversations": turns}).silent == {1}
-    assert read({"conversations": turns, "system": "s"}).silent == {2}
+    assert read({"conversations": turns}).context_only == {1}
+    assert read({"conversations": turns, "system": "s"}).context_only == {2}
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,7 @@ def test_what_a_table_fills_up_with_nulls_is_left_out():
 def test_weight_0_is_read_and_not_learned():
     messages = [user("a"), assistant("b", weight=0), user("c"), assistant("d", weight=1), user("e"), assistant("f")]
     example = read({"messages": messages})
-    assert example.silent == {1}
+    assert example.context_only == {1}
     assert example.messages == (user("a"), assistant("b"), user("c"), assistant("d"), user("e"), assistant("f"))
 
 
@@ -323,7 +323,7 @@ def test_tools_that_are_no_list_are_refused(tools, reason):
 
 def test_prompt_and_completion_as_texts_continue_each_other():
     example = read({"prompt": "2+2=", "completion": "4"})
-    assert example == Conversation((user("2+2="), assistant("4")), "data:1", continues=True)
+    assert example == Conversation((user("2+2="), assistant("4")), "data:1", is_completion=True)
 
 
 def test_prompt_and_completion_as_messages_learn_the_completion_alone():
@@ -332,9 +332,11 @@ def test_prompt_and_completion_as_messages_learn_the_completion_alone():
     example = read({"prompt": prompt, "completion": completion, "tools": "[]"})
     texts = [message["content"] for message in example.messages]
     assert texts == ["s", "a", "b", "c", "d", "e", "f", "g", "h"]
-    learned = {n for n, message in enumerate(example.messages) if message["role"] == "assistant" and n not in example.silent}
+    learned = {
+        n for n, message in enumerate(example.messages) if message["role"] == "assistant" and n not in example.context_only
+    }
     assert [texts[n] for n in sorted(learned)] == ["d", "h"]
-    assert not example.continues
+    assert not example.is_completion
 
 
 def test_a_text_is_a_text():
@@ -457,18 +459,18 @@ def test_a_row_of_no_shape_says_what_is_missing(row, reason):
 
 
 def test_columns_that_nothing_reads_are_remembered_once():
-    account = Account(("data",))
+    account = SourceReport(("data",))
     rows = [(f"data:{n}", {"prompt": "a", "completion": "b", "id": n, "source": "x"}) for n in range(3)]
     list(read_examples([*rows, ("data:9", {"text": "a", "tools": []})], {}, account))
-    assert account.unread == {"id", "source", "tools"}
+    assert account.ignored_columns == {"id", "source", "tools"}
 
 
 def test_every_row_becomes_an_example_or_a_refusal():
-    account = Account(("data",))
+    account = SourceReport(("data",))
     rows = [("data:1", {"text": "a"}), ("data:2", {}), ("data:3", {"text": ""}), ("data:4", {"prompt": "a", "completion": "b"})]
     examples = list(read_examples(rows, {}, account))
     assert [example.where for example in examples] == ["data:1", "data:4"]
-    assert [refused.where for refused in account.refused] == ["data:2", "data:3"]
+    assert [refused.where for refused in account.rejected] == ["data:2", "data:3"]
 
 
 # What people export
@@ -502,10 +504,10 @@ def test_the_old_form_of_a_call_is_a_call():
 
 def test_a_column_in_another_case_is_that_column():
     assert read({"Prompt": "a", "COMPLETION ": "b"}) == read({"prompt": "a", "completion": "b"})
-    account = Account(("data",))
+    account = SourceReport(("data",))
     (found,) = read_examples([("data:1", {"Instruction": "a", "Output": "b", "Id": 3})], {}, account)
     assert found == read({"instruction": "a", "output": "b"})
-    assert account.unread == {"Id"}
+    assert account.ignored_columns == {"Id"}
     assert "column 'completion' is missing" in refusal({"prompt": "a", "Completion": "b", "COMPLETION": "c"})
 
 

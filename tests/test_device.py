@@ -146,9 +146,9 @@ def test_the_processs_generators_stay_as_they_were(generators, home):
 
 
 def test_a_model_that_is_made_up_leaves_them_alone(generators):
-    from trimtab.base.tiny_model import made_up_model
+    from trimtab.base.tiny_model import tiny_model
 
-    first, second = (made_up_model().state_dict() for _ in range(2))
+    first, second = (tiny_model().state_dict() for _ in range(2))
     assert generators()
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 

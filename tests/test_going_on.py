@@ -8,7 +8,7 @@ import torch
 from families import FAMILIES, exact_norms, logprob_alone, method_of, perturb, random_rows, tiny
 
 from trimtab.base import Base
-from trimtab.data import pack, pack_all, units
+from trimtab.data import pack, pack_all, row_groups
 from trimtab.data.example import TokenRow
 from trimtab.data.mismatched import with_mismatched
 from trimtab.data.prefix_tree import Segment, chained
@@ -207,8 +207,8 @@ def test_segments_are_parted_before_tokens_and_only_there():
 
 def test_steps_count_what_goes_on_as_computed():
     done, _ = step("lora", "llama", 1)
-    learned = [rows()[unit[0]] for unit in units(rows())]
-    assert done.tokens == sum(row.shown for row in learned)
+    learned = [rows()[unit[0]] for unit in row_groups(rows())]
+    assert done.tokens == sum(row.full_length for row in learned)
     assert done.computed == sum(len(row.ids) - 1 for row in learned) + sum(len(r.target_indices) for r in rows()[1::2])
 
 

@@ -330,8 +330,8 @@ def test_nor_are_rows_trained_that_somebody_has_made(larger):
 def test_a_new_token_of_an_adapters_is_embedded_by_it(larger):
     base = Base.load(str(larger))
     base.add_tokens(["<new>"])
-    assert base.unembedded(base.encode(["a <new> one"])[0].ids) is None
-    assert base.unembedded(base.encode(["a <pad> one"])[0].ids) is not None
+    assert base.embedding_problem(base.encode(["a <new> one"])[0].ids) is None
+    assert base.embedding_problem(base.encode(["a <pad> one"])[0].ids) is not None
 
 
 def test_what_was_tokenized_for_a_larger_model_is_not_taken_from_the_cache(world, larger):

@@ -699,7 +699,7 @@ def test_a_run_is_resumed_on_another_day_with_a_template_that_writes_the_date(he
     assert json.loads(Path("dated/run.json").read_text())["moment"] == started["moment"]
     target, text = open_target("dated"), [{"role": "user", "content": "x"}]
     assert target.base.moment.isoformat() == started["moment"]
-    assert target.base.render(text).startswith(f"Today: {target.base.moment:%d %b %Y}")
+    assert target.base.template.render(text).startswith(f"Today: {target.base.moment:%d %b %Y}")
     other = run("later", "train.epochs=0.5")
     assert other.state["data_digest"] != started["data_digest"]  # the negative control: tomorrow's tokens are others
 

@@ -173,7 +173,7 @@ def test_a_template_that_reaches_for_python_is_refused(attack, tmp_path, one_thr
     make_model(tmp_path / "tiny", 0, template=attack + CHATML)
     try:
         base = Base.load(str(tmp_path / "tiny"))
-        said = base.render([{"role": "user", "content": "x"}])
+        said = base.template.render([{"role": "user", "content": "x"}])
     except (DataError, TrimtabError):
         return
     assert "class" not in said
@@ -194,7 +194,7 @@ def test_a_template_that_never_ends_or_writes_without_end_is_refused_soon(loop, 
     base = Base.load(str(tmp_path / "tiny"))
     started = time.monotonic()
     with pytest.raises(DataError, match="chat template"):
-        base.render([{"role": "user", "content": "x"}])
+        base.template.render([{"role": "user", "content": "x"}])
     assert time.monotonic() - started < 10
 
 
@@ -207,10 +207,10 @@ def test_a_template_that_takes_all_memory_is_refused(tmp_path, one_thread, monke
     base, before = Base.load(str(tmp_path / "tiny")), resource.getrlimit(resource.RLIMIT_AS)
     monkeypatch.setattr(limits, "MEMORY", 64 << 20)
     with pytest.raises(DataError, match=r"chat template needs more than 0\.1 GB of memory"):
-        base.render([{"role": "user", "content": "x"}])
+        base.template.render([{"role": "user", "content": "x"}])
     assert resource.getrlimit(resource.RLIMIT_AS) == before
     monkeypatch.setattr(limits, "MEMORY", 2 << 30)  # it takes 1.2 GB for a moment
-    assert base.render([{"role": "user", "content": "x"}]).startswith("aaa<|im_start|>user")
+    assert base.template.render([{"role": "user", "content": "x"}]).startswith("aaa<|im_start|>user")
 
 
 def forever(seconds):

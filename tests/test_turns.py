@@ -9,7 +9,7 @@ import pytest
 from chat_templates import CALLS, FOLDER, RESULT, TOOLS, base, base_with
 from test_chat_templates import runs
 
-from trimtab.data import Account, make_sequences
+from trimtab.data import SourceReport, tokenize_examples
 from trimtab.data.formats import read_examples
 
 IM_END = "<|im_end|>"
@@ -25,10 +25,10 @@ def said(content, **more):
 
 def taught(on, *messages):
     """(The prompt, what is trained on), a pair a turn, or why the row is refused."""
-    account = Account(("rows",))
+    account = SourceReport(("rows",))
     row = {"messages": list(messages), **({"tools": TOOLS} if any("tool_calls" in m for m in messages) else {})}
-    sequences = make_sequences(list(read_examples([("rows:1", row)], {}, account)), on, account)
-    return account.refused[0].reason if account.refused else list(runs(on, sequences))
+    sequences = tokenize_examples(list(read_examples([("rows:1", row)], {}, account)), on, account)
+    return account.rejected[0].reason if account.rejected else list(runs(on, sequences))
 
 
 def answers(on, *messages):
@@ -94,7 +94,7 @@ def test_an_assistant_that_speaks_twice_is_heard_twice():
 def test_a_turn_ends_with_the_first_token_that_ends_it():
     """Phi-3's template writes another behind the conversation, if the tokenizer's own is the one that ends a turn."""
     source = (FOLDER / "phi3.jinja").read_text(encoding="utf-8")
-    assert base_with(source, "<|end|>").render([ONE, FIRST]).endswith("First.<|end|>\n<|end|>")
+    assert base_with(source, "<|end|>").template.render([ONE, FIRST]).endswith("First.<|end|>\n<|end|>")
     assert answers(base_with(source, "<|end|>"), ONE, FIRST) == ["First.<|end|>"]
 
 

@@ -336,8 +336,8 @@ def test_the_switches_that_it_was_trained_with_are_what_a_merged_template_does_b
     read = transformers.AutoTokenizer.from_pretrained(tmp_path / "merged", trust_remote_code=False)
     for prompt in (False, True):
         said = read.apply_chat_template(talk, tokenize=False, add_generation_prompt=prompt)
-        assert said == base.render(talk, prompt=prompt)
-        assert said != Base.load(str(folder)).render(talk, prompt=prompt)
+        assert said == base.template.render(talk, prompt=prompt)
+        assert said != Base.load(str(folder)).template.render(talk, prompt=prompt)
         again = read.apply_chat_template(talk, tokenize=False, add_generation_prompt=prompt, loud=True, names=[], think=1)
         assert again == base.tokenizer.apply_chat_template(
             talk, tokenize=False, add_generation_prompt=prompt, loud=True, names=[], think=1

@@ -1,4 +1,4 @@
-"""A small model that is made up here, for trials that need none in particular."""
+"""A tiny random model, for self-tests that need a model of any kind."""
 
 from typing import Any
 
@@ -9,8 +9,8 @@ from trimtab.core.randomness import seeded
 VOCABULARY = 89
 
 
-def made_up_model() -> Any:
-    """A random Llama of two layers, with weights large enough that a wrong mask, position or scale shows."""
+def tiny_model() -> Any:
+    """A random Llama of two layers, with weights large enough to expose a wrong mask, position or scale."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     with seeded(0), torch.no_grad():

@@ -17,7 +17,7 @@ from trimtab.bench.floor import least_work, multiplying_rate
 from trimtab.core import files
 from trimtab.core.errors import RecipeError
 from trimtab.core.process import environment, fresh_process
-from trimtab.data import DataConfig, load_data, units
+from trimtab.data import DataConfig, load_data, row_groups
 from trimtab.data.example import TokenRow
 from trimtab.data.mismatched import with_mismatched
 from trimtab.data.order import shuffled
@@ -81,7 +81,7 @@ def compare(asked: Asked, say: Callable[[str, dict[str, Any]], None]) -> list[di
         spec = {**_prepare(asked, base, rows, method, Path(folder)), "objective": objective.plain()}
         steps = [rows[at : at + asked.rows_per_step] for at in range(0, len(rows), asked.rows_per_step)]
         work = least_work(base.model, steps, method) if asked.objective == "sft" else None
-        tokens = sum(row.shown for row in rows if row.side != "mismatched")
+        tokens = sum(row.full_length for row in rows if row.side != "mismatched")
         done: dict[str, list[dict[str, Any]]] = {OURS: [], **{name: [] for name in asked.against}}
         for number in range(asked.pairs):
             for name, results in done.items():
@@ -133,7 +133,7 @@ def _rows(asked: Asked, base: Base, objective: Objective) -> list[TokenRow]:
     else:
         config = DataConfig(train=(asked.data,), eval=0.0)
         rows = load_data(config, base, base.context_length, 0, objective.data_kind).train
-    whole = units(rows)[: asked.rows]
+    whole = row_groups(rows)[: asked.rows]
     if len(whole) < asked.rows:
         raise RecipeError(
             f"--rows: {asked.data} has {len(whole):,} rows, not {asked.rows:,}. Ask for as many as it has, or fewer."

@@ -14,7 +14,7 @@ from trimtab.base import Base
 from trimtab.core import files
 from trimtab.core.errors import ArtifactError, NotCertified
 from trimtab.core.process import environment, fresh_process
-from trimtab.data import Loaded, last_run, units
+from trimtab.data import LoadedData, last_answer_start, row_groups
 from trimtab.data.example import TokenRow
 from trimtab.deploy import versions
 from trimtab.evaluate import paired
@@ -37,7 +37,7 @@ class Tested:
     words: str
 
 
-def canaries(data: Loaded) -> list[TokenRow]:
+def canaries(data: LoadedData) -> list[TokenRow]:
     """A few rows by which a model is recognized: the first that are held out, or else short ones that are learned."""
     if data.eval:
         return [row for row in data.eval if row.side != "mismatched"][:CANARIES]
@@ -48,7 +48,7 @@ def canaries(data: Loaded) -> list[TokenRow]:
 def certify(
     folder: Path,
     base: Base,
-    data: Loaded,
+    data: LoadedData,
     objective: Objective,
     best: dict[str, Any],
     unmoved: Sequence[str],
@@ -91,7 +91,7 @@ def certify(
 
 
 def _written_down(
-    folder: Path, base: Base, data: Loaded, best: dict[str, Any], tests: Sequence[Tested], found: dict[str, Any]
+    folder: Path, base: Base, data: LoadedData, best: dict[str, Any], tests: Sequence[Tested], found: dict[str, Any]
 ) -> dict[str, Any]:
     return {
         "passed": all(one.status != "failed" for one in tests),
@@ -125,11 +125,11 @@ def certificate_text(certificate: dict[str, Any]) -> str:
     return "\n".join([head, "", *tests, "", *(["Samples:", *said] if said else [])]).rstrip() + "\n"
 
 
-def _asked(data: Loaded) -> dict[str, Any]:
+def _asked(data: LoadedData) -> dict[str, Any]:
     """Prompts of a few rows, and how long their answers are; none of plain texts, which nothing asks for."""
     rows = data.eval or data.train
-    asked = [rows[unit[0]] for unit in units(rows)]
-    chosen = [(row.ids[:start], len(row.ids) - start) for row in asked if (start := last_run(row)) > 1][:SAMPLES]
+    asked = [rows[unit[0]] for unit in row_groups(rows)]
+    chosen = [(row.ids[:start], len(row.ids) - start) for row in asked if (start := last_answer_start(row)) > 1][:SAMPLES]
     return {"prompts": [ids for ids, _ in chosen], "longest": max((length for _, length in chosen), default=0)}
 
 

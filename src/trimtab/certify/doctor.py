@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from trimtab.base import Base
-from trimtab.base.tiny_model import VOCABULARY, made_up_model
+from trimtab.base.tiny_model import VOCABULARY, tiny_model
 from trimtab.core.errors import NotMergeable
 from trimtab.data import pack_tree
 from trimtab.data.example import TokenRow
@@ -62,7 +62,7 @@ class _Case:
 
     def adapted(self, dtype: torch.dtype = torch.float32) -> tuple[Base, Attached]:
         """A fresh model with the method on it, moved off its first values."""
-        base = Base(made_up_model().to(dtype))
+        base = Base(tiny_model().to(dtype))
         draw = torch.Generator().manual_seed(2)
         sample = Sample(rows=[torch.randint(3, VOCABULARY, (40,), generator=draw).tolist()])
         adapter = attach(base.model, self.method, 0, sample=sample)
@@ -92,7 +92,7 @@ class _Case:
 
 def _acts(case: _Case) -> str | None:
     base, _ = case.adapted()
-    moved = (case.logits(base.model) - case.logits(made_up_model())).abs().max()
+    moved = (case.logits(base.model) - case.logits(tiny_model())).abs().max()
     return None if moved > 1e-3 else "switched on, it changes nothing"
 
 
@@ -100,7 +100,7 @@ def _off(case: _Case) -> str | None:
     base, adapter = case.adapted()
     with adapter.disabled():
         off = case.logits(base.model)
-    if not torch.equal(off, case.logits(made_up_model())):
+    if not torch.equal(off, case.logits(tiny_model())):
         return "switched off, the model is not the base"
     return None if torch.equal(case.logits(adapter.detach()), off) else "taken off, it leaves a trace"
 
@@ -162,7 +162,7 @@ def _saved(case: _Case) -> str | None:
     expected = case.logits(base.model)
     with tempfile.TemporaryDirectory() as folder:
         save_adapter(base, adapter, Path(folder) / "adapter")
-        again = Base(made_up_model())
+        again = Base(tiny_model())
         load_adapter(again, Path(folder) / "adapter")
     off = float((case.logits(again.model) - expected).abs().max())
     return None if off <= 1e-5 * float(expected.abs().max()) else f"loaded again, its logits are {off:.3g} off"

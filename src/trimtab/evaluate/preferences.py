@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from trimtab.base import Base
 from trimtab.core.errors import ArtifactError, DataError, listing
-from trimtab.data import Account, Example, make_sequences
+from trimtab.data import Example, LengthLimit, SourceReport, tokenize_examples
 from trimtab.data.mismatched import with_mismatched
 from trimtab.evaluate.reference import PACK_TOKENS, divergence, refer
 from trimtab.evaluate.scores import score_loss
@@ -43,10 +43,12 @@ def score_preferences(
         DataError: Some of the rows can't be measured.
         ArtifactError: The reference is not what it was.
     """
-    most, account = room(base.model, base.context_length), Account(("evaluation",))
-    rows = make_sequences(examples, base, account, max_length=most, limit=f"the context length {most}")
-    if account.refused or not rows:
-        raise DataError(f"data: rows that can't be measured:\n{listing([f'{where}: {why}' for where, why in account.refused])}")
+    most, account = room(base.model, base.context_length), SourceReport(("evaluation",))
+    rows = tokenize_examples(examples, base, account, LengthLimit(most, name=f"the context length {most}"))
+    if account.rejected or not rows:
+        raise DataError(
+            f"data: rows that can't be measured:\n{listing([f'{where}: {why}' for where, why in account.rejected])}"
+        )
     answers = rows
     rows = with_mismatched(rows, seed, most) if objective.pools else rows
     source = reference.source if reference is not None else "base"

@@ -42,7 +42,7 @@ def proof_table(findings: Sequence[Finding], rows: Sequence[dict[str, Any]]) -> 
             bars.add_row(f"{low:>6,} to {2 * low - 1:,}", f"[cyan]{'█' * max(1, round(40 * share))}[/] {count:,}")
         parts += [Text.from_markup("[bold]Learned tokens a row[/]"), bars, Text()]
     parts += [
-        Text.from_markup(f"{MARKS[one.status]}{' ' * (9 - len(one.status))}[bold]{one.name:15}[/] {escape(one.words)}")
+        Text.from_markup(f"{MARKS[one.status]}{' ' * (9 - len(one.status))}[bold]{one.name:15}[/] {escape(one.message)}")
         for one in findings
     ]
     status, words = verdict(findings)
@@ -125,7 +125,7 @@ def proof_page(findings: Sequence[Finding], rows: Sequence[dict[str, Any]], abou
     """
     lines = "\n".join(
         f'<div class="finding"><span class="{one.status}">{one.status}</span><b>{html(one.name)}</b>'
-        f'<span class="words">{html(one.words)}</span></div>'
+        f'<span class="words">{html(one.message)}</span></div>'
         for one in findings
     )
     bars = "\n".join(

@@ -12,7 +12,7 @@ from rich.status import Status
 
 from trimtab.core.config import Choice
 from trimtab.core.errors import RecipeError
-from trimtab.data import Account
+from trimtab.data import SourceReport
 from trimtab.evaluate import Loss
 from trimtab.methods import Method
 from trimtab.objectives import Objective
@@ -52,7 +52,7 @@ class Terminal:
             self._begun.add(what)
             self.console.print(f"[dim]{escape(what)} …[/]")
 
-    def planned(self, facts: dict[str, Any], accounts: list[Account], train_rows: int, eval_rows: int) -> None:
+    def planned(self, facts: dict[str, Any], accounts: list[SourceReport], train_rows: int, eval_rows: int) -> None:
         self._no_status()
         say = self.console.print
         share = facts["trainable_parameters"] / facts["base_parameters"]
@@ -64,12 +64,12 @@ class Terminal:
             say(f"          its virtual tokens take {facts['positions']:,} positions of every row's context")
         for account in accounts:
             say(f"[bold]data[/]    {escape(str(account))}")
-            for where, reason in account.refused[:5]:
+            for where, reason in account.rejected[:5]:
                 say(f"          [yellow]refused[/] {escape(where)}: {escape(reason)}")
-            if len(account.refused) > 5:
-                say(f"          … and {len(account.refused) - 5} more, in data.json")
-            if account.unread:
-                say(f"          columns that nothing reads: {escape(', '.join(sorted(account.unread)))}")
+            if len(account.rejected) > 5:
+                say(f"          … and {len(account.rejected) - 5} more, in data.json")
+            if account.ignored_columns:
+                say(f"          columns that nothing reads: {escape(', '.join(sorted(account.ignored_columns)))}")
         say(f"          {train_rows:,} rows to learn ({facts['learned_tokens']:,} tokens of answers), {eval_rows:,} held out")
         say(f"[bold]learn[/]   {escape(_member(Objective, facts['objective']))}")
         if facts["start"] is not None or facts["reference"] is not None:

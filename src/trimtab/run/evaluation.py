@@ -65,10 +65,10 @@ def rows_to_measure(target: Path, source: str, words: Sequence[str] = ()) -> tup
         for kind in kinds:
             examples, account = load_examples(source, columns, kind, ignore)
             first = first or account
-            if examples and not account.refused:
+            if examples and not account.rejected:
                 return examples, kind
     assert first is not None
-    problems = [f"{where}: {why}" for where, why in first.refused]
+    problems = [f"{where}: {why}" for where, why in first.rejected]
     raise DataError(
         f"data: rows that can't be measured:\n{listing(problems)}" if problems else f"data: {source} holds no rows."
     )

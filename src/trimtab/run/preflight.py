@@ -7,7 +7,7 @@ from typing import Any
 
 from trimtab.base import Base
 from trimtab.core.errors import RecipeError, StorageError
-from trimtab.data import COMPARED, Finding, Loaded, first_examples, prove
+from trimtab.data import EXAMPLES_CHECKED, Finding, LoadedData, check_data, first_examples
 from trimtab.methods import Attached
 from trimtab.run.checkpoints import KEPT
 from trimtab.run.recipe import Recipe
@@ -24,7 +24,7 @@ class OpenedRecipe:
     """What that is, as JSON data."""
     base: Base
     adapter: Attached
-    data: Loaded
+    data: LoadedData
     limit: int | None
     """The most tokens that a row may have."""
 
@@ -32,8 +32,8 @@ class OpenedRecipe:
 def preflight(given: OpenedRecipe) -> list[Finding]:
     """Everything that is looked at. Nothing is refused here: see `data.refuse_problems`, and `check_disk`."""
     recipe, data = given.recipe, given.data
-    examples = first_examples(recipe.absolute().data, COMPARED, recipe.objective.data_kind)
-    return [*prove(data, examples, given.base), _capacity(given.adapter, data), _disk(recipe, given.adapter)]
+    examples = first_examples(recipe.absolute().data, EXAMPLES_CHECKED, recipe.objective.data_kind)
+    return [*check_data(data, examples, given.base), _capacity(given.adapter, data), _disk(recipe, given.adapter)]
 
 
 def memory_needed(given: OpenedRecipe) -> Finding:
@@ -49,10 +49,10 @@ def check_disk(findings: list[Finding]) -> None:
     """Raise StorageError if the disk has no room for the run."""
     for one in findings:
         if one.name == "disk" and one.status == "problem":
-            raise StorageError(f"output: {one.words}")
+            raise StorageError(f"output: {one.message}")
 
 
-def _capacity(adapter: Attached, data: Loaded) -> Finding:
+def _capacity(adapter: Attached, data: LoadedData) -> Finding:
     """Whether there is more to learn from than what learns."""
     trained = sum(p.numel() for p in adapter.parameters().values())
     tokens = sum(len(row.target_indices) for row in data.train if row.side != "mismatched")
@@ -82,7 +82,7 @@ def _disk(recipe: Recipe, adapter: Attached) -> Finding:
     return Finding("disk", "good", words, facts)
 
 
-def shown(base: Base, data: Loaded, count: int) -> list[dict[str, Any]]:
+def shown(base: Base, data: LoadedData, count: int) -> list[dict[str, Any]]:
     """Rows as they are learned: the first ones, and the shortest and longest of all; each in parts that are learned or not."""
     rows = [row for row in data.train if row.side != "mismatched"]
     by_length = sorted(rows, key=lambda row: len(row.ids))

@@ -7,10 +7,10 @@ from datetime import datetime
 from typing import Any
 
 from trimtab.artifacts import read_adapter
-from trimtab.base import Base, located
+from trimtab.base import Base, locate_model
 from trimtab.core import files
 from trimtab.core.errors import RecipeError
-from trimtab.data import Finding, Loaded, load_data, look_at_first, refuse_problems, units
+from trimtab.data import Finding, LoadedData, check_first_examples, load_data, refuse_problems, row_groups
 from trimtab.data.example import TokenRow
 from trimtab.data.mismatched import with_mismatched
 from trimtab.deploy import adapter_folder, load_adapter, read_method, sample, versions
@@ -34,7 +34,7 @@ class PreparedRun:
     recipe: Recipe
     base: Base
     adapter: Attached
-    data: Loaded
+    data: LoadedData
     steps: PlannedSteps
     facts: dict[str, Any]
     findings: list[Finding]
@@ -60,10 +60,10 @@ def prepare(recipe: Recipe, before: Unfinished | None, watch: RunObserver) -> Pr
     memory = memory or planned_memory(base, recipe.train, data.train, data.eval)
     steps = PlannedSteps(data.train, recipe.train, memory)
     facts = {**_facts(recipe, base, adapter, data, steps), "start": given.origin, "reference": reference}
-    watch.planned(facts, data.accounts, len(units(data.train)), len(units(data.eval)))
+    watch.planned(facts, data.reports, len(row_groups(data.train)), len(row_groups(data.eval)))
     for one in findings:
         if one.status == "note" and one.name != "rows" and (data.eval or one.name != "held out"):  # the others are said already
-            watch.noticed(f"{one.name}: {one.words}")
+            watch.noticed(f"{one.name}: {one.message}")
     if before is not None:
         before.check(recipe, facts, data.plain()["files"], watch.noticed)
         if recipe.train.repeats and FrozenLayerCache(base.model, 0).lowest:
@@ -84,8 +84,8 @@ def open_recipe(recipe: Recipe, moment: datetime | None = None, began: Callable[
         raise RecipeError(
             "model.dtype: small gradients vanish in float16 silently, so it is not trained in: give bfloat16 or float32."
         )
-    located(recipe.model.name)
-    look_at_first(recipe.data, recipe.objective.data_kind)
+    locate_model(recipe.model.name)
+    check_first_examples(recipe.data, recipe.objective.data_kind)
     recipe, origin = with_start(recipe)
     began(f"loading {recipe.model.name}")
     base = Base.load(recipe.model)
@@ -168,12 +168,12 @@ def prepare_objective(
     train, held_out = referred.rows[: len(train)], referred.rows[len(train) :]
     facts = referred.facts
     if facts["kind"] == "start" or (facts["kind"] == "base" and not adapter.trained and adapter.method.identity_at_init):
-        first = [train[n] for unit in units(train)[:4] for n in unit]
+        first = [train[n] for unit in row_groups(train)[:4] for n in unit]
         facts["start_differs"] = check_start(base, first, PACK_TOKENS)
     return objective, (train, held_out), facts
 
 
-def _facts(recipe: Recipe, base: Base, adapter: Attached, data: Loaded, steps: PlannedSteps) -> dict[str, Any]:
+def _facts(recipe: Recipe, base: Base, adapter: Attached, data: LoadedData, steps: PlannedSteps) -> dict[str, Any]:
     """What is known before the first step, as JSON data."""
     rate, formula = peak_learning_rate(recipe.train, base, recipe.method, recipe.objective, steps.rows_per_step)
     trained = sum(p.numel() for p in adapter.parameters().values())

@@ -11,7 +11,7 @@ from worlds import make_model
 from trimtab.base import Base
 from trimtab.core.errors import DataError, TrimtabError
 from trimtab.data import LengthLimit, load_examples, tokenize_examples
-from trimtab.data.preference_formats import SHAPES
+from trimtab.data.preference_formats import FORMATS
 
 GOOD = {"prompt": "Is it?", "completion": "yes"}
 TALK = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
@@ -161,7 +161,7 @@ def test_bad_files_are_accounted_for_or_refused(name, base, tmp_path, one_thread
     for number in range(10):
         path = tmp_path / f"file-{number}{suffix}"
         path.write_bytes(made(random.Random(f"{name}/{number}")))
-        for kind in SHAPES:
+        for kind in FORMATS:
             try:
                 examples, account = load_examples(str(path), kind=kind)
             except DataError as error:

@@ -6,7 +6,7 @@ from datetime import datetime
 import pytest
 from chat_templates import EMBEDDED, NAMES, SCENARIOS, TAUGHT, base, row
 
-from trimtab.data import SourceReport, check_data, tokenize_answers, tokenize_examples, written
+from trimtab.data import SourceReport, check_data, template_output, tokenize_answers, tokenize_examples
 from trimtab.data.formats import read_examples
 from trimtab.data.load import LoadedData
 
@@ -100,10 +100,10 @@ def test_without_a_text_of_the_message_nothing_is_taught():
     template = on.template
     message = {"role": "assistant", "content": "It is 4."}
     for said, writes, reason in (
-        ("It is<|im_end|>", "{}<|im_end|>", "does not write its content as it stands"),
+        ("It is<|im_end|>", "{}<|im_end|>", "does not write its content unchanged"),
         ("It is 4.<|im_end|>", "<|im_end|>", "leaves out its content: 'It is 4.'"),
         ("It is 4.<|im_end|> and more", "{}<|im_end|>", "ends this turn"),
-        ("Well. It is 4.<|im_end|>", "{}<|im_end|>", "does not write its content as it stands"),
+        ("Well. It is 4.<|im_end|>", "{}<|im_end|>", "does not write its content unchanged"),
         (
             "Well. It is 4.<|im_end|>",
             "So: {}<|im_end|>",
@@ -111,10 +111,10 @@ def test_without_a_text_of_the_message_nothing_is_taught():
         ),
     ):
         template.frames.clear()
-        with pytest.raises(written.InvalidExample, match=re.escape(reason)):
-            written.check_said(message, said, lambda other, writes=writes: writes.format(other["content"]), template)
+        with pytest.raises(template_output.InvalidExample, match=re.escape(reason)):
+            template_output.check_answer(message, said, lambda other, writes=writes: writes.format(other["content"]), template)
     template.frames.clear()
-    written.check_said(message, "It is 4.<|im_end|>", lambda other: other["content"] + "<|im_end|>", template)
+    template_output.check_answer(message, "It is 4.<|im_end|>", lambda other: other["content"] + "<|im_end|>", template)
     assert template.frames == {("", "<|im_end|>")}
 
 

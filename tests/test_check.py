@@ -14,10 +14,10 @@ from worlds import CHATML, ROWS, make_model, write_rows
 
 from trimtab.core.config import read
 from trimtab.core.errors import DataError, TrimtabError
-from trimtab.data import check_data, proof, refuse_problems
+from trimtab.data import check_data, checks, refuse_problems
 from trimtab.data import leaks as module_of_leaks
 from trimtab.data.example import TokenRow
-from trimtab.data.leakage import leaks
+from trimtab.data.leakage import find_leaks
 from trimtab.engine import memory as planning
 from trimtab.run.preflight import preflight
 from trimtab.run.recipe import Recipe
@@ -39,12 +39,12 @@ def findings(*words):
         (["data.eval=rows.json"], "data: rows.json: no such file or folder (looked in HERE; did you mean rows.jsonl?)."),
         (["data.eval=nothing.jsonl"], "data: nothing.jsonl: no such file or folder (looked in HERE)."),
         (["data.train=odd.csv"],
-         "data: none of the first 20 rows of odd.csv can be used:\n  odd.csv:2 and 19 more: has Frage, Antwort, which fits no shape "
+         "data: none of the first 20 rows of odd.csv can be used:\n  odd.csv:2 and 19 more: has Frage, Antwort, which matches no supported format "
          "(messages; conversations; instruction, output; prompt, completion; text). Name them with data.columns, "
          "e.g. data.columns.prompt=Frage data.columns.completion=Antwort"),
         (["objective=dpo"],
          "data: none of the first 20 rows of rows.jsonl can be used:\n  rows.jsonl:1 and 19 more: column 'chosen' is missing beside "
-         "prompt; the row has prompt, completion"),
+         "prompt; the example has prompt, completion"),
         (["model=./tino"], "model: ./tino: no such file or folder (looked in HERE; did you mean tiny?). A model is a local "),
     ],
 )  # fmt: skip
@@ -156,18 +156,18 @@ def test_held_out_rows_that_are_nearly_learned_are_named():
     texts = [[draw.randrange(300) for _ in range(draw.randrange(60, 80))] for _ in range(60)]
     rows = [row(f"rows:{n}", text) for n, text in enumerate(texts[:50])]
     held = [row(f"held:{n}", text) for n, text in enumerate(texts[50:])]  # of another text, in the same template
-    assert leaks(rows, held).nearly == []
+    assert find_leaks(rows, held).nearly == []
     edited = [*texts[7][:3], 301, *texts[7][4:]]
     cut = texts[8][6:56]
     half = [*texts[50][:20], *texts[9][20:60]]
     held += [row("edited", edited), row("cut", cut), row("half", half)]
-    assert leaks(rows, held).nearly == [("edited", "rows:7"), ("cut", "rows:8")]
-    found = leaks(rows, [*held, row("same", texts[3]), row("asked", [*texts[4][:20], 5, 6])])
+    assert find_leaks(rows, held).nearly == [("edited", "rows:7"), ("cut", "rows:8")]
+    found = find_leaks(rows, [*held, row("same", texts[3]), row("asked", [*texts[4][:20], 5, 6])])
     assert (found.whole, found.prompts, len(found.nearly)) == (["same"], ["same", "asked"], 2)
-    assert leaks(rows[:3], []).nearly == leaks([], held).nearly == []
+    assert find_leaks(rows[:3], []).nearly == leaks([], held).nearly == []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module_of_leaks, "AT_ONCE", 700)
-        assert leaks(rows, held).nearly == [("edited", "rows:7"), ("cut", "rows:8")]
+        assert find_leaks(rows, held).nearly == [("edited", "rows:7"), ("cut", "rows:8")]
 
 
 def test_rows_that_do_not_fit_into_memory_are_a_problem(here, trimtab, monkeypatch):
@@ -199,12 +199,12 @@ def test_a_template_that_writes_two_beginnings_is_refused(here, trimtab):
 
 def test_what_generation_would_not_see_is_refused(here, monkeypatch):
     """The negative control: tokens that are not the text's, or not the prompt's."""
-    real = proof.tokenize_prompt
+    real = checks.tokenize_prompt
     for name, broken in (
         ("tokenize_prompt", lambda messages, base, tools: [*real(messages, base, tools)[:-1], 5]),
         ("texts_of", lambda message: ["something else"]),
     ):
-        monkeypatch.setattr(proof, name, broken)
+        monkeypatch.setattr(checks, name, broken)
         found = findings()["rendering"]
         assert found.status == "problem"
         assert len(found.facts["different"]) == 20

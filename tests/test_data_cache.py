@@ -10,7 +10,8 @@ from templates import FAMILIES
 
 from trimtab.base import Base, fingerprint
 from trimtab.core.errors import DataError, StorageError
-from trimtab.data import DataConfig, cache, load_data
+from trimtab.data import DataConfig, load_data
+from trimtab.data import token_cache as cache
 
 CLOCK = "{{ strftime_now('%d %b %Y') }}"
 
@@ -19,7 +20,7 @@ CLOCK = "{{ strftime_now('%d %b %Y') }}"
 def home(tmp_path, monkeypatch):
     """A cache folder of the test's own, and small data kept too."""
     monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(cache, "LEAST", 0)
+    monkeypatch.setattr(cache, "MIN_BYTES", 0)
     return tmp_path
 
 
@@ -222,13 +223,13 @@ def test_a_file_that_changes_while_it_is_read_is_not_kept(home, monkeypatch):
 
 
 def test_little_data_is_not_kept(home, monkeypatch):
-    monkeypatch.setattr(cache, "LEAST", 1_000_000)
+    monkeypatch.setattr(cache, "MIN_BYTES", 1_000_000)
     loaded(rows_file(home))
     assert kept(home) == []
 
 
 def test_what_was_asked_for_longest_ago_goes_first(home, monkeypatch):
-    monkeypatch.setattr(cache, "KEPT", 2)
+    monkeypatch.setattr(cache, "MAX_FILES", 2)
     sources = [rows_file(home, name=f"{n}.jsonl", answer=str(n)) for n in range(3)]
     for age, source in ((90, sources[0]), (60, sources[1])):
         loaded(source)

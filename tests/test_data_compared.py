@@ -115,10 +115,10 @@ REFUSED = {
         {"messages": [USER], "chosen": [said("a"), said("b")], "rejected": said("b")},
         "chosen is a list, not one answer",
     ),
-    "a question": ({"messages": [USER], "chosen": USER, "rejected": said("b")}, "nothing to learn"),
+    "a question": ({"messages": [USER], "chosen": USER, "rejected": said("b")}, "nothing to train on"),
     "other prompts": ({"chosen": [USER, said("a")], "rejected": [{**USER, "content": "3+3?"}, said("b")]}, "different prompts"),
     "not its prompt": ({"prompt": "x", "chosen": [USER, said("a")], "rejected": [USER, said("b")]}, "the prompt is in neither"),
-    "texts alone": ({"chosen": "a", "rejected": "b"}, "not a list of messages, and no prompt"),
+    "texts alone": ({"chosen": "a", "rejected": "b"}, "not a list of messages, and no other column holds a prompt"),
     "no turns": ({"messages": "a", "chosen": "a", "rejected": "b"}, "messages is a string"),
 }
 
@@ -139,7 +139,7 @@ def test_each_kind_says_what_it_wants_of_the_others_rows(tmp_path):
         assert "compares two answers" in read(tmp_path, row, "answers")
     assert "column 'chosen' is missing" in read(tmp_path, {"prompt": "a", "completion": "b"}, "pairs")
     assert "column 'label' is missing" in read(tmp_path, {"prompt": "a", "completion": "b"}, "judged")
-    assert "has label, which kto learns from" in read(tmp_path, {"messages": [USER, said("a")], "label": False}, "answers")
+    assert "has label, which kto trains on" in read(tmp_path, {"messages": [USER, said("a")], "label": False}, "answers")
 
 
 def test_sides_stay_together_and_are_held_out_together(tmp_path):
@@ -158,7 +158,7 @@ def test_sides_that_are_the_same_once_they_are_cut_are_refused(tmp_path):
     source = written(tmp_path, {"prompt": "a", "chosen": "the answer is one", "rejected": "the answer is two"})
     (chosen, _) = load_data(DataConfig(train=source, eval=0), BASE(), None, 0, "pairs").train
     limit = chosen.target_indices[0] + 2
-    with pytest.raises(DataError, match="the same tokens as far as they are read"):
+    with pytest.raises(DataError, match="the same tokens up to where they end"):
         load_data(DataConfig(train=source, eval=0, max_length=limit, overlong="truncate"), BASE(), None, 0, "pairs")
     with pytest.raises(DataError, match="chosen: has"):
         load_data(DataConfig(train=source, eval=0, max_length=limit), BASE(), None, 0, "pairs")

@@ -24,7 +24,7 @@ from trimtab.data import (
     tokenize_prompt,
 )
 from trimtab.data.example import TokenRow
-from trimtab.data.rendering import read_so
+from trimtab.data.rendering import template_messages
 
 
 def conversation(*texts, system=None, context_only=(), **more):
@@ -110,7 +110,7 @@ def learns_exactly_the_answers(family, example, base=None):
             (bos,) = encoded(base, family.bos)
             assert [n for n, i in enumerate(sequence.ids) if i == bos] == [0]
     sequence, first, _ = answers[-1]
-    assert tokenize_prompt(read_so(example, base)[: turns[-1]], base, example.tools) == sequence.ids[:first]
+    assert tokenize_prompt(template_messages(example, base)[: turns[-1]], base, example.tools) == sequence.ids[:first]
     assert tokenize_answers([example], base) == [(sequence.ids[:first], sequence.ids[first:])]
     return made
 
@@ -194,7 +194,7 @@ class TestEveryTemplate:
         first = {"role": "assistant", "content": "Hello, I am here."}
         rest = conversation("What is 2+2?", "It is 4.").messages
         assert refusal(Conversation((first, *rest), "data:1"), family.make()) == (
-            "messages[0] is the assistant's, and nothing asks for it: begin with another, or give it weight 0"
+            "messages[0] is the assistant's, without a prompt: begin with another role, or give it weight 0"
         )
         if family.end != "</s>":  # Mistral's template wants the user to begin
             learns_exactly_the_answers(family, Conversation((first, *rest), "data:1", context_only=frozenset({0})))
@@ -310,9 +310,9 @@ def keyed(number, key, value):
 @pytest.mark.parametrize("number", [0, 1])
 def test_a_key_of_a_message_that_nothing_reads_is_refused(key, value, number):
     """What says `"loss": false` would be trained on all the same."""
-    why = f"nothing reads {key}: weight: 0 is for a message that is not to be trained on; leave the key out"
+    why = f"the key {key} is not used: a message with weight: 0 is not trained on; ignore the key"
     if key == "reasoning_content":
-        why = f"the model's chat template does not write {key}: put it into the content, as <think>…</think>, or leave it out"
+        why = f"the model's chat template does not write {key}: put it into the content, as <think>…</think>, or ignore it"
     role = ("user", "assistant")[number]
     assert refusal(keyed(number, key, value), FAMILIES["chatml"].make()) == (
         f"messages[{number}] ({role}): {why} with data.ignore=[{key}]"
@@ -331,7 +331,7 @@ def test_a_template_that_ends_no_turn_by_a_token_is_refused():
     assert without_end().template.ending is None
     assert refusal(conversation("Hello", "hello"), without_end()) == (
         "the model's chat template ends an assistant turn with no special token, so the model could not learn to stop; "
-        "give it a template that does, or use prompt/completion rows with a base that has no template"
+        "use a template that does, or prompt/completion examples with a base that has no template"
     )
 
 
@@ -373,7 +373,7 @@ def test_an_answer_that_ends_otherwise_than_others_is_refused_and_accounted_for(
     account = SourceReport(("data",))
     rows = [conversation("a", "b"), replace(conversation("c", "two"), where="data:2"), conversation("c", "d")]
     assert len(tokenize_examples(rows, base, account)) == 2
-    reason = "messages[1] (assistant): the model's chat template does not write its content as it stands: 'two' becomes 'two<|eom|>\\n'"
+    reason = "messages[1] (assistant): the model's chat template does not write its content unchanged: 'two' becomes 'two<|eom|>\\n'"
     assert (account.used, account.rejected) == (2, [("data:2", reason)])
 
 
@@ -406,7 +406,7 @@ def test_a_control_token_that_swallows_the_answers_white_space_is_refused():
     assert said(base, sequence) == ["hello<|im_end|>"]
     for answer in (" hello", " \x01hello"):  # what comes apart stands before and behind what it should be in an alphabet
         assert refusal(conversation("Hi", answer), base) == (
-            "the tokenizer joins the end of the prompt with the start of the answer, and cannot write them apart"
+            "the tokenizer joins the end of the prompt with the start of the answer, and cannot write them separately"
         )
 
 
@@ -466,7 +466,7 @@ def test_a_prompt_that_divides_in_another_way_keeps_its_own_tokens(look, alone, 
     """Whichever of the two comes first in the vocabulary, and no token lies across the border."""
     tokenizer = bytes_tokenizer(("</s>",))
     letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.TokenRow([pre_tokenizers.Split(Regex(look), "isolated"), letters])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(look), "isolated"), letters])
     base = base_of(tokenizer, eos_token="</s>")
 
     def tokens(text):
@@ -485,7 +485,7 @@ def test_pieces_that_cannot_be_written_apart_are_refused():
     (sequence,) = sequences_of(completion("hello", " world"), base)
     assert said(base, sequence) == [" world</s>"]
     assert refusal(completion("hello wor", "ld"), base) == (
-        "the tokenizer joins the end of the prompt with the start of the answer, and cannot write them apart"
+        "the tokenizer joins the end of the prompt with the start of the answer, and cannot write them separately"
     )
 
 
@@ -541,12 +541,12 @@ def test_without_an_end_of_text_a_completion_is_refused_and_a_text_is_not():
 
 
 def test_a_text_of_one_token_has_nothing_to_learn():
-    assert refusal(Text("a", "data:1"), base_of(bytes_tokenizer(("<s>",)))) == "has no token to learn"
+    assert refusal(Text("a", "data:1"), base_of(bytes_tokenizer(("<s>",)))) == "has no token to train on"
 
 
 def test_a_conversation_needs_a_template():
     assert refusal(conversation("Hi", "hello", system="Be exact."), plain()) == (
-        "is a conversation, and this model has no chat template to write it with: use prompt/completion or text rows"
+        "is a conversation, and this model has no chat template to write it with: use prompt/completion or text examples"
     )
 
 
@@ -633,7 +633,7 @@ def test_a_longer_row_is_cut_when_told_to_and_never_empty(name):
     for limit in range(2, len(whole.ids) + 1):
         expected = [t for t in whole.target_indices if t < limit]
         if not expected:
-            reason = f"has no token to learn within max_length {limit}"
+            reason = f"has no token to train on within max_length {limit}"
             assert refusal(long_conversation(), base, tokens=limit, truncate=True) == reason
             continue
         (cut,) = sequences_of(long_conversation(), base, tokens=limit, truncate=True)

@@ -342,10 +342,10 @@ def test_a_broken_json_line_is_refused_and_the_others_are_read(tmp_path):
 UNCLEAR = {
     '{"text": NaN}': "NaN is not a JSON value",
     '{"text": "a", "n": [-Infinity]}': "-Infinity is not a JSON value",
-    '{"text": "a", "text": "b"}': "the key 'text' is given twice",
-    '{"text": "a", "x": {"y": 1, "z": 2, "y": 1}}': "the key 'y' is given twice",
-    '{"text": "a \\ud83d b"}': "a \\u escape in it is half of a character",
-    '{"text": "a", "x": ["\\uDC00"]}': "a \\u escape in it is half of a character",
+    '{"text": "a", "text": "b"}': "the key 'text' is there twice",
+    '{"text": "a", "x": {"y": 1, "z": 2, "y": 1}}': "the key 'y' is there twice",
+    '{"text": "a \\ud83d b"}': "a \\u escape in it is an unpaired surrogate",
+    '{"text": "a", "x": ["\\uDC00"]}': "a \\u escape in it is an unpaired surrogate",
 }
 
 
@@ -375,7 +375,7 @@ def test_json_nested_too_deeply_is_refused(tmp_path):
 def test_rows_that_are_no_objects_are_refused(tmp_path):
     values = ["12", '"text"', "null", "true", "[1]", "1.5"]
     kinds = ["a number", "a string", "null", "a true/false value", "a list", "a number"]
-    said = [f"a row is an object with named columns, not {kind}" for kind in kinds]
+    said = [f"an example is an object with named columns, not {kind}" for kind in kinds]
     lines = written(tmp_path, "rows.jsonl", "\n".join(values))
     assert refusals(lines) == [f"rows.jsonl:{n}: {reason}" for n, reason in enumerate(said, start=1)]
     array = written(tmp_path, "rows.json", "[" + ",\n".join(values) + "]")
@@ -425,7 +425,7 @@ def test_an_array_may_stand_in_a_file_of_lines(tmp_path):
     spread = written(tmp_path, "spread.jsonl", json.dumps(ROWS, indent=1))
     assert [row for _, row in places(spread)] == ROWS
     lists = written(tmp_path, "lists.jsonl", "[1]\n[2]\n")
-    assert refusals(lists) == [f"lists.jsonl:{n}: a row is an object with named columns, not a list" for n in (1, 2)]
+    assert refusals(lists) == [f"lists.jsonl:{n}: an example is an object with named columns, not a list" for n in (1, 2)]
 
 
 # Packed files, patterns and folders
@@ -478,7 +478,7 @@ def test_a_folder_of_several_things_says_which_can_be_asked_for_and_that_works(t
     for split, row in zip(("train-0", "train-1", "test-0"), ROWS, strict=True):
         written(tmp_path / "set" / "data", f"{split}.jsonl", json.dumps(row))
     said = message_of(str(tmp_path / "set"))
-    assert "holds several splits (test, train). Say which, for example:" in said
+    assert "holds several splits (test, train). Choose one, for example:" in said
     (advised,) = re.findall(r"data\.train='(.*train.*)'", said)
     assert [row[1] for row in read_rows(advised)] == ROWS[:2]
     written(tmp_path / "set" / "data", "more.csv", "prompt,completion\nx,y\n")
@@ -633,7 +633,7 @@ def test_a_json_text_is_parsed_as_strictly_as_a_row():
     assert parse_json(' {"a": [1, 2.5, "é", null, true]} \n') == {"a": [1, 2.5, "é", None, True]}
     for text, reason in (
         ("", "Expecting value at column 1"),
-        ('{"a": 1,\n"a": 2}', "the key 'a' is given twice"),
+        ('{"a": 1,\n"a": 2}', "the key 'a' is there twice"),
         ('{"a":\n1} x', "something follows it at line 2, column 4"),
         ('\n{"a": 1} x', "something follows it at line 2, column 10"),
         ("NaN", "NaN is not a JSON value"),
@@ -718,7 +718,7 @@ def test_rows_in_are_rows_used_and_refused_whatever_happens_to_a_file(tmp_path, 
     try:
         loaded = load_data(config, base, None, seed=0)
     except DataError as error:
-        refused_all = f"0 used + {len(rows)} refused" in str(error)
+        refused_all = f"0 used, {len(rows)} rejected" in str(error)
         assert refused_all
         return
     (account,) = loaded.reports
@@ -757,13 +757,13 @@ def test_a_file_that_a_disk_does_not_give_says_why(tmp_path, monkeypatch):
 def test_a_file_that_is_mended_while_it_is_read_is_not_taken_for_what_it_was(tmp_path, monkeypatch):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"prompt": "\xff", "completion": "b"}\n')
-    real = text_files.not_text
+    real = text_files.not_utf8
 
     def mended(broken):
         path.write_bytes(b"{}")
         return real(broken)
 
-    monkeypatch.setattr(reading, "not_text", mended)
+    monkeypatch.setattr(reading, "not_utf8", mended)
     assert message_of(str(path)) == f"data: {path} changed while it was read."
 
 

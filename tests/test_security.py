@@ -17,7 +17,8 @@ import transformers
 from worlds import CHATML, make_model
 
 import trimtab as package
-from trimtab.base import Base, limits
+from trimtab.base import Base
+from trimtab.base import render_limits as limits
 from trimtab.certify import certificate
 from trimtab.core import files
 from trimtab.core.errors import DataError, NotCertified, TrimtabError, UnsupportedModel
@@ -153,7 +154,7 @@ def test_a_pickle_in_an_adapter_folder_is_never_opened(here, trimtab):
     assert not (here / "it-ran").exists()
 
 
-LIMITED = limits.limited
+LIMITED = limits.limited_time
 ATTACKS = [
     "{{ ''.__class__.__mro__[1].__subclasses__() }}",
     "{{ cycler.__init__.__globals__.os.popen('id').read() }}",
@@ -189,7 +190,7 @@ def test_a_template_that_reaches_for_python_is_refused(attack, tmp_path, one_thr
 ])  # fmt: skip
 def test_a_template_that_never_ends_or_writes_without_end_is_refused_soon(loop, tmp_path, one_thread, monkeypatch):
     monkeypatch.setattr(limits, "CHARACTERS", 1_000_000)
-    monkeypatch.setattr(limits.rendered, "__defaults__", (1.0,))
+    monkeypatch.setattr(limits.render_within_limits, "__defaults__", (1.0,))
     make_model(tmp_path / "tiny", 0, template=loop + CHATML)
     base = Base.load(str(tmp_path / "tiny"))
     started = time.monotonic()
@@ -223,7 +224,7 @@ def test_a_limit_is_of_its_own_block_and_thread():
     with LIMITED(0.3):
         pass
     time.sleep(0.8)  # nothing comes later
-    with pytest.raises(limits.TooLong):
+    with pytest.raises(limits.RenderTimeout):
         forever(0.3)
     done = []
     thread = threading.Thread(target=lambda: done.append(sum(range(1000))))

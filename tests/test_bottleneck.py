@@ -21,7 +21,7 @@ from trimtab.methods import active, attach
 from trimtab.methods._adapterhub import _reduction
 from trimtab.methods._switch import Routing, routed
 from trimtab.methods.bottleneck import BottleneckAdapter
-from trimtab.report.tables import described
+from trimtab.report.folders import folder_facts
 
 IDS = torch.tensor(random_rows(7, 7))
 KINDS = ("houlsby", "pfeiffer", "parallel")
@@ -380,7 +380,7 @@ def test_a_pickle_or_a_head_beside_it_is_refused_with_what_to_do(theirs):
 
 
 def test_it_can_be_shown_unverified():
-    facts = described(THEIRS / "llama" / "after_mlp")["adapter"]
+    facts = folder_facts(THEIRS / "llama" / "after_mlp")["adapter"]
     assert (facts["verified"], facts["method"]["name"], facts["tensors"]) == (False, "adapters", 8)
 
 

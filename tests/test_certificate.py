@@ -8,19 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from trimtab.artifacts.certified import ADVICE
 from worlds import write_rows
 
 import trimtab as package
+from trimtab.artifacts.standing import ADVICE
 from trimtab.base import Base
 from trimtab.certify import certificate
 from trimtab.certify.certificate import certificate_text
-from trimtab.certify.fresh_process import examined
+from trimtab.certify.fresh_process import measure
 from trimtab.evaluate import paired
 from trimtab.methods import Method
 from trimtab.methods.lora import LoRA
 from trimtab.run import checkpoints
-from trimtab.run.script import script as running
+from trimtab.run import script as running
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -53,7 +53,7 @@ def at_once(monkeypatch):
 
     def examine(job):
         with torch.no_grad():
-            return json.loads(json.dumps(examined(json.loads(json.dumps(job)))))
+            return json.loads(json.dumps(measure(json.loads(json.dumps(job)))))
 
     monkeypatch.setattr(certificate, "_examine", examine)
 
@@ -165,7 +165,7 @@ def test_an_adapter_by_itself_is_verified_as_far_as_it_goes(done, trimtab, at_on
     adapter = shutil.copytree(done / "adapter", tmp_path / "alone")
     said = trimtab("verify", adapter)
     assert said.code == 0
-    assert "passed  files: the adapter's 28 tensors and its configuration are what was saved" in said.out
+    assert "passed  files: the adapter's 28 tensors and its configuration are unchanged since they were saved" in said.out
     assert "noted   certificate: an adapter by itself has none" in said.out
     content = bytearray((adapter / "adapter_model.safetensors").read_bytes())
     content[-20] ^= 1
@@ -206,7 +206,7 @@ def test_what_is_saved_must_be_what_was_trained(here, trimtab, monkeypatch):
     monkeypatch.setattr(checkpoints, "save_adapter", damaged)
     failed = trimtab(*WORDS, "output=new")
     assert failed.code == 7
-    assert "new is finished, and its adapter is not what it should be:\n  reload: a fresh process gives a row" in failed.err
+    assert "new is finished, but its adapter failed certification:\n  reload: a fresh process gives a row" in failed.err
     assert json.loads(Path("new/certificate.json").read_text())["passed"] is False
     assert json.loads(Path("new/run.json").read_text())["status"] == "done"
     assert trimtab("verify", "new").code == 7
@@ -287,7 +287,7 @@ def test_a_process_that_cannot_load_it_says_why(here, trimtab, monkeypatch):
     monkeypatch.setattr(running, "keep_adapter", damaged)
     failed = trimtab(*WORDS, "output=new")
     assert failed.code == 7
-    assert "A fresh process could not load and run" in failed.err
+    assert "A new process could not load and run" in failed.err
     assert "changed since it was saved" in failed.err
 
 

@@ -15,13 +15,13 @@ from worlds import CHATML, ROWS, make_model, write_rows
 from trimtab.core.config import read
 from trimtab.core.errors import DataError, TrimtabError
 from trimtab.data import check_data, checks, refuse_problems
-from trimtab.data import leaks as module_of_leaks
+from trimtab.data import leakage as module_of_leaks
 from trimtab.data.example import TokenRow
 from trimtab.data.leakage import find_leaks
-from trimtab.engine import memory as planning
+from trimtab.engine import memory_plan as planning
+from trimtab.run import preflight as before
 from trimtab.run.preflight import preflight
 from trimtab.run.recipe import Recipe
-from trimtab.run.script import preflight as before
 from trimtab.run.start import open_recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -163,11 +163,11 @@ def test_held_out_rows_that_are_nearly_learned_are_named():
     held += [row("edited", edited), row("cut", cut), row("half", half)]
     assert find_leaks(rows, held).nearly == [("edited", "rows:7"), ("cut", "rows:8")]
     found = find_leaks(rows, [*held, row("same", texts[3]), row("asked", [*texts[4][:20], 5, 6])])
-    assert (found.whole, found.prompts, len(found.nearly)) == (["same"], ["same", "asked"], 2)
-    assert find_leaks(rows[:3], []).nearly == leaks([], held).nearly == []
+    assert (found.exact, found.prompts, len(found.near)) == (["same"], ["same", "asked"], 2)
+    assert find_leaks(rows[:3], []).near == find_leaks([], held).near == []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module_of_leaks, "AT_ONCE", 700)
-        assert find_leaks(rows, held).nearly == [("edited", "rows:7"), ("cut", "rows:8")]
+        patch.setattr(module_of_leaks, "BATCH", 700)
+        assert find_leaks(rows, held).near == [("edited", "rows:7"), ("cut", "rows:8")]
 
 
 def test_rows_that_do_not_fit_into_memory_are_a_problem(here, trimtab, monkeypatch):

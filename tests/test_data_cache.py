@@ -10,8 +10,7 @@ from templates import FAMILIES
 
 from trimtab.base import Base, fingerprint
 from trimtab.core.errors import DataError, StorageError
-from trimtab.data import DataConfig, load_data
-from trimtab.data import token_cache as cache
+from trimtab.data import DataConfig, load_data, token_cache
 
 CLOCK = "{{ strftime_now('%d %b %Y') }}"
 
@@ -20,7 +19,7 @@ CLOCK = "{{ strftime_now('%d %b %Y') }}"
 def home(tmp_path, monkeypatch):
     """A cache folder of the test's own, and small data kept too."""
     monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(cache, "MIN_BYTES", 0)
+    monkeypatch.setattr(token_cache, "MIN_BYTES", 0)
     return tmp_path
 
 
@@ -61,8 +60,8 @@ def test_a_second_load_gives_the_same_rows_and_the_same_account_without_a_tokeni
     assert second == first
     assert second.plain() == first.plain()
     assert len(counts) == 1
-    assert [refusal.where for refusal in second.reports[0].rejected] == [f"{source}:4", f"{source}:5"]
-    assert second.reports[0].ignored_columns == {"mark"}
+    assert [refusal.where for refusal in second.reports[0].refused] == [f"{source}:4", f"{source}:5"]
+    assert second.reports[0].unread == {"mark"}
     other = loaded(source, eval=5)  # what is held out is chosen from the same rows
     assert (len(counts), len(other.eval)) == (1, 5)
 
@@ -98,7 +97,7 @@ def another_library(home, source, on):
 
 
 def another_code(home, source, on):
-    return {"patch": (cache, "code_hash", lambda *_: "other")}
+    return {"patch": (token_cache, "code_hash", lambda *_: "other")}
 
 
 def another_name(home, source, on):
@@ -183,7 +182,7 @@ def test_a_torn_file_is_made_anew(home, left):
 
 def test_damage_would_be_seen_in_the_rows_if_nobody_looked(home, monkeypatch):
     """The control of the two above."""
-    monkeypatch.setattr(cache, "_digest", lambda tensors: "any")
+    monkeypatch.setattr(token_cache, "_digest", lambda tensors: "any")
     source = rows_file(home)
     first = loaded(source)
     (path,) = kept(home)
@@ -223,13 +222,13 @@ def test_a_file_that_changes_while_it_is_read_is_not_kept(home, monkeypatch):
 
 
 def test_little_data_is_not_kept(home, monkeypatch):
-    monkeypatch.setattr(cache, "MIN_BYTES", 1_000_000)
+    monkeypatch.setattr(token_cache, "MIN_BYTES", 1_000_000)
     loaded(rows_file(home))
     assert kept(home) == []
 
 
 def test_what_was_asked_for_longest_ago_goes_first(home, monkeypatch):
-    monkeypatch.setattr(cache, "MAX_FILES", 2)
+    monkeypatch.setattr(token_cache, "MAX_FILES", 2)
     sources = [rows_file(home, name=f"{n}.jsonl", answer=str(n)) for n in range(3)]
     for age, source in ((90, sources[0]), (60, sources[1])):
         loaded(source)
@@ -253,7 +252,7 @@ def test_without_room_for_it_rows_are_tokenized_all_the_same(home, monkeypatch):
     def full(path, content):
         raise StorageError(f"{path}: no space")
 
-    monkeypatch.setattr(cache, "write_bytes", full)
+    monkeypatch.setattr(token_cache, "write_bytes", full)
     assert loaded(source) == first
 
 

@@ -373,7 +373,9 @@ def test_an_answer_that_ends_otherwise_than_others_is_refused_and_accounted_for(
     account = SourceReport(("data",))
     rows = [conversation("a", "b"), replace(conversation("c", "two"), where="data:2"), conversation("c", "d")]
     assert len(tokenize_examples(rows, base, account)) == 2
-    reason = "messages[1] (assistant): the model's chat template does not write its content unchanged: 'two' becomes 'two<|eom|>\\n'"
+    reason = (
+        "messages[1] (assistant): the model's chat template does not write its content unchanged: 'two' becomes 'two<|eom|>\\n'"
+    )
     assert (account.used, account.rejected) == (2, [("data:2", reason)])
 
 

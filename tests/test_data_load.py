@@ -156,7 +156,10 @@ def test_rows_that_cannot_be_used_are_left_out_when_told_to_and_remembered(tmp_p
             "rows": 20,
             "used": 18,
             "refused": [
-                {"where": f"{source}:5", "reason": "column 'completion' is missing beside prompt; the example has prompt, label"},
+                {
+                    "where": f"{source}:5",
+                    "reason": "column 'completion' is missing beside prompt; the example has prompt, label",
+                },
                 {"where": f"{source}:7", "reason": "messages[0] (user) holds the model's control token <|im_end|> as text"},
             ],
             "columns_not_read": [],
@@ -172,7 +175,9 @@ def test_what_is_wrong_with_the_rows_is_said_before_what_is_wrong_with_the_split
 
 def test_rows_none_of_which_can_be_used_are_refused_even_if_bad_rows_may_be_skipped(tmp_path):
     source, good = rows_file(tmp_path, 1, change={0: {"text": ""}}), rows_file(tmp_path, 3, "good.jsonl")
-    expected = f"data: no example of {source} can be used:\n  {source}:1: text is empty\n{source}: 1 examples: 0 used, 1 rejected"
+    expected = (
+        f"data: no example of {source} can be used:\n  {source}:1: text is empty\n{source}: 1 examples: 0 used, 1 rejected"
+    )
     assert message_of(source, bad_rows="skip") == expected
     assert message_of(good, eval=source, bad_rows="skip") == expected
 

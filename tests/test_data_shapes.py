@@ -274,7 +274,10 @@ def test_weight_0_is_read_and_not_learned():
         ([user([{"type": "text", "text": " "}]), assistant("b")], "messages[0].content is empty"),
         ([user([]), assistant("b")], "messages[0].content is a list, not a text"),
         ([user("a"), assistant("b", weight=2)], "messages[1].weight is 2; it can be 0 (in the context, not trained on) or 1"),
-        ([user("a"), assistant("b", weight="0")], "messages[1].weight is '0'; it can be 0 (in the context, not trained on) or 1"),
+        (
+            [user("a"), assistant("b", weight="0")],
+            "messages[1].weight is '0'; it can be 0 (in the context, not trained on) or 1",
+        ),
         ([user("a"), assistant("b", weight=0)], "every assistant message has weight 0, so there is nothing to train on"),
         ([system("s"), user("a")], "no message is the assistant's, so there is nothing to train on"),
         (

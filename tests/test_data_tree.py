@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trimtab.data import TokenRow, largest_group_tokens, lay_out, pack_all, pack_flat, pack_tree, tree
+from trimtab.data import TokenRow, largest_group_tokens, lay_out, pack_all, pack_flat, pack_tree, prefix_tree
 from trimtab.data.bin_packing import first_fit_decreasing, in_lexical_order
 
 ROWS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=14), max_size=12)
@@ -21,10 +21,10 @@ def prefixes(rows):
 @given(rows=ROWS, worth=st.sampled_from([1, 3, 8]))
 def test_a_row_is_its_path_and_what_rows_share_stands_once(rows, worth):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tree, "WORTH", worth)
+        patch.setattr(prefix_tree, "WORTH", worth)
         laid = lay_out(rows)
     for number, row in enumerate(rows):
-        where = tree.places(laid.segments, laid.leaves[number])
+        where = prefix_tree.places(laid.segments, laid.leaves[number])
         assert [laid.ids[place] for place in where] == row
         assert [laid.positions[place] for place in where] == list(range(len(row)))
     ends = [0, *(segment.end for segment in laid.segments)]
@@ -56,7 +56,7 @@ def test_the_segments_of_a_small_tree():
     ("shared", "rows", "worth"), [(8, 2, True), (7, 2, False), (4, 3, True), (3, 3, False), (2, 5, True), (1, 8, False)]
 )
 def test_a_segment_is_laid_where_it_spares_eight_tokens(shared, rows, worth):
-    assert tree.WORTH == 8
+    assert prefix_tree.WORTH == 8
     laid = lay_out([[*[7] * shared, 10 + n] for n in range(rows)])
     assert len(laid.ids) == (shared + rows if worth else (shared + 1) * rows)
     head = [5] * 10
@@ -66,8 +66,12 @@ def test_a_segment_is_laid_where_it_spares_eight_tokens(shared, rows, worth):
 
 @pytest.mark.parametrize(("length", "most"), [(1, 4), (4, 4), (5, 4), (13, 4), (1000, 512), (1025, 512)])
 def test_long_segments_are_parted_into_even_ones(length, most):
-    whole = (tree.Segment(0, 3, -1), tree.Segment(3, 3 + length, 0), tree.Segment(3 + length, 5 + length, 1))
-    parts = tree.evenly_chained(whole, most)
+    whole = (
+        prefix_tree.Segment(0, 3, -1),
+        prefix_tree.Segment(3, 3 + length, 0),
+        prefix_tree.Segment(3 + length, 5 + length, 1),
+    )
+    parts = prefix_tree.evenly_chained(whole, most)
     sizes = [end - start for start, end, _ in parts[1:-1]]
     assert all(isinstance(number, int) for part in parts for number in part)
     assert len(sizes) == -(-length // most)
@@ -80,7 +84,7 @@ def test_many_rows_each_the_beginning_of_the_next_do_not_exhaust_the_stack():
     rows = [list(range(8 * n)) for n in range(1, 1500)]
     laid = lay_out(rows)
     assert len(laid.ids) == 8 * 1499
-    assert tree.places(laid.segments, laid.leaves[700]).tolist() == list(range(8 * 701))
+    assert prefix_tree.places(laid.segments, laid.leaves[700]).tolist() == list(range(8 * 701))
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
@@ -108,7 +112,7 @@ def first_fit(runs, limit):
 @given(sizes=st.lists(st.integers(1, 40), max_size=80), limit=st.integers(1, 30))
 def test_bins_are_those_of_first_fit_decreasing(sizes, limit):
     """Searched in a tree instead of one after the other: near-linear, and not a row elsewhere. Some are larger than a bin."""
-    rows = [tree.numbers([n + 1] * size) for n, size in enumerate(sizes)]
+    rows = [prefix_tree.numbers([n + 1] * size) for n, size in enumerate(sizes)]
     found = first_fit_decreasing(in_lexical_order(rows, [[n] for n in range(len(rows))]), limit)
     assert [[one.tokens, one.numbers] for one in found] == first_fit([(size, [n]) for n, size in enumerate(sizes)], limit)
 
@@ -116,11 +120,11 @@ def test_bins_are_those_of_first_fit_decreasing(sizes, limit):
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(rows=st.lists(st.lists(st.sampled_from([0, 1, 255, 256, 65_536, 151_935]), max_size=9), max_size=12))
 def test_lexical_order_and_what_is_shared_are_those_of_lists(rows):
-    made = [tree.numbers(row) for row in rows]
-    assert tree.alphabetical(made) == sorted(range(len(rows)), key=lambda n: rows[n])
+    made = [prefix_tree.numbers(row) for row in rows]
+    assert prefix_tree.alphabetical(made) == sorted(range(len(rows)), key=lambda n: rows[n])
     for one, other in pairwise(rows):
         plain = next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-        assert tree.shared_length(tree.numbers(one), tree.numbers(other)) == plain
+        assert prefix_tree.shared_length(prefix_tree.numbers(one), prefix_tree.numbers(other)) == plain
 
 
 def test_rows_that_begin_alike_are_packed_together():

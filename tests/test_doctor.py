@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from trimtab.certify import doctor
-from trimtab.certify.doctor import TRIALS, diagnoses
+from trimtab.certify.doctor import TRIALS, run_trials
 from trimtab.core import attention_hook
 from trimtab.engine.layouts import DecodeLayout
 from trimtab.methods import Attached, Method
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def sick():
-    return {(one.method, one.what) for one in diagnoses() if one.sick}
+    return {(one.method, one.what) for one in run_trials() if one.sick}
 
 
 def test_every_method_is_well_here(trimtab):

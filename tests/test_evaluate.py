@@ -15,7 +15,7 @@ from trimtab.data import Conversation, Judged, Preference, SourceReport, Text, t
 from trimtab.engine import Answer, generate
 from trimtab.evaluate import answer_preferences, score, score_answers, score_loss, wilson
 from trimtab.evaluate.scores import _bootstrap
-from trimtab.report.tables import scores_table
+from trimtab.report.scores import scores_table
 
 
 @pytest.fixture(scope="module")

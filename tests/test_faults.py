@@ -9,7 +9,7 @@ import pytest
 
 from trimtab import cli
 from trimtab.artifacts import read_adapter, read_state, saved_states
-from trimtab.certify.certificate import whole
+from trimtab.certify.certificate import read_certificate
 from trimtab.core import files
 from trimtab.core.errors import ArtifactError
 
@@ -22,14 +22,14 @@ FLIPS, DAMAGES = 10_000, 1_000
 def made(world, tmp_path_factory):
     """A finished run with its certificate, and one that was ended on its way."""
     from trimtab.core.config import read
-    from trimtab.report import Silent
+    from trimtab.report import RunObserver
     from trimtab.run.recipe import Recipe
     from trimtab.run.script import run_recipe
 
     place = tmp_path_factory.mktemp("faults") / "world"
     shutil.copytree(world, place)
 
-    class Ends(Silent):
+    class Ends(RunObserver):
         def stepped(self, step, steps):
             if step.number == 7:
                 raise KeyboardInterrupt
@@ -45,7 +45,7 @@ def made(world, tmp_path_factory):
 def looked_at(folder, path=None):
     """What is looked at before this folder is used; of an unfinished run, before that part is used in which the path is."""
     if folder.name == "done":
-        whole(folder)
+        read_certificate(folder)
         return
     parts = [*saved_states(folder / "states"), *sorted((folder / "checkpoints").iterdir())]
     for part in parts:

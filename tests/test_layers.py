@@ -188,8 +188,8 @@ def _unsafe(text: str, path: str) -> Iterator[tuple[int, str]]:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             if node.func.id in UNSAFE_CALLS:
                 yield node.lineno, f"{node.func.id}() runs what it is given"
-            elif node.func.id in ("print", "Console") and path != "commands/_shared.py":
-                yield node.lineno, "only commands/_shared.py prints"
+            elif node.func.id in ("print", "Console") and path != "commands/_terminal.py":
+                yield node.lineno, "only commands/_terminal.py prints"
             elif (
                 node.func.id == "open"
                 and path not in ("core/files.py", "core/locks.py")
@@ -309,7 +309,7 @@ PLANTED = {
     "deploy that knows train": ("deploy/merging.py", "import trimtab.train", "train is above deploy"),
     "evaluate that knows train": ("evaluate/scores.py", "from trimtab.train.loop import Step", "evaluate may not know its neighbour train"),
     "deploy that knows evaluate": ("deploy/target.py", "from trimtab.evaluate import score", "evaluate is above deploy"),
-    "evaluate that knows report": ("evaluate/scores.py", "from trimtab.report import Silent", "report is above evaluate"),
+    "evaluate that knows report": ("evaluate/scores.py", "from trimtab.report import RunObserver", "report is above evaluate"),
     "a method that knows another": (
         "methods/new.py", "from trimtab.methods.lora import LoRA", "methods/new.py may not know its sibling methods/lora.py"
     ),
@@ -327,9 +327,9 @@ PLANTED = {
         "only base, bench, core/attention_hook may import transformers"
     ),
     "rich where nothing is shown": ("run/script.py", "from rich.console import Console", "only commands, report may import rich"),
-    "printing where nothing is shown": ("train/loop.py", "print('step')", "only commands/_shared.py prints"),
-    "printing past the door": ("commands/work.py", "def f():\n    print('x')", "only commands/_shared.py prints"),
-    "another console": ("report/tables.py", "from rich.console import Console\nConsole().print(1)", "only commands/_shared.py prints"),
+    "printing where nothing is shown": ("train/loop.py", "print('step')", "only commands/_terminal.py prints"),
+    "printing past the door": ("commands/work.py", "def f():\n    print('x')", "only commands/_terminal.py prints"),
+    "another console": ("report/tables.py", "from rich.console import Console\nConsole().print(1)", "only commands/_terminal.py prints"),
     "an import that does not say from where": ("data/load.py", "from .order import split", ".order: write imports in full"),
     "an import that is hidden": (
         "data/load.py", "import importlib\nimportlib.import_module('trimtab.run.script')", "importlib.import_module: write imports in full"

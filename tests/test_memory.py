@@ -15,16 +15,15 @@ import trimtab
 from trimtab.core.errors import RecipeError
 from trimtab.data import TokenRow, pack_flat, pack_tree
 from trimtab.data.mismatched import with_mismatched
-from trimtab.engine import Memory, Work, head, memory, pack_logprobs, plan_memory
+from trimtab.engine import Memory, Work, head, memory_plan, pack_logprobs, plan_memory
 from trimtab.engine.arena import forget_transient
 from trimtab.engine.fused import unfused
 from trimtab.engine.memory_probe import Meter, measuring_costs, training_costs
 from trimtab.methods import Method, Sample, active, attach
 from trimtab.methods.lora import LoRA
-from trimtab.objectives import _pooling
-from trimtab.report.tables import memory_words
-from trimtab.run.resume import Unfinished
-from trimtab.train import TrainConfig, planned_memory
+from trimtab.report.folders import memory_text
+from trimtab.run.resume import UnfinishedRun
+from trimtab.train import TrainConfig, loop, planned_memory
 
 ROWS = [TokenRow(ids, list(range(3, len(ids))), f"row:{n}") for n, ids in enumerate(random_rows(40, 17, 25, 9))]
 
@@ -223,7 +222,7 @@ def enough(tokens, longest=50, twice=False):
     model = tiny("llama")
     trained = sum(p.nbytes for p in attach(model, LoRA(rank=2)).parameters().values())
     costs = training_costs(model, longest, 1.0, recompute=twice)
-    return (costs.most(tokens, 0).of(tokens, 0) + 3 * trained) / memory.SHARE
+    return (costs.most(tokens, 0).of(tokens, 0) + 3 * trained) / memory_plan.SHARE
 
 
 def pack_of(tokens):
@@ -271,7 +270,7 @@ def test_gradients_and_moments_that_do_not_fit_are_refused(small_tiles):
         RecipeError,
         match=r"Gradients, AdamW's two moments and a copy to save what is trained take 0\.00 GB, .*a lower method\.rank",
     ):
-        plan(free=4 * trained / memory.SHARE - 1)
+        plan(free=4 * trained / memory_plan.SHARE - 1)
 
 
 def test_what_is_trained_counts_twelve_bytes_each_and_a_copy_to_save_it():
@@ -288,7 +287,7 @@ def test_what_is_trained_counts_twelve_bytes_each_and_a_copy_to_save_it():
 @pytest.mark.parametrize("kind", ["answers", "judged"])
 def test_all_that_is_planned_fits(kind, free, monkeypatch, small_tiles):
     """70 % for activations and 25 % for what frozen layers made of rows, whatever else there was, were more than all."""
-    monkeypatch.setattr(memory, "free_memory", lambda device: free)
+    monkeypatch.setattr(memory_plan, "free_memory", lambda device: free)
     base = trimtab.Base(tiny("llama"))
     trimtab.attach(base.model, LoRA(rank=2, targets=[r".*layers\.1\..*_proj"]))
     rows = [
@@ -301,11 +300,10 @@ def test_all_that_is_planned_fits(kind, free, monkeypatch, small_tiles):
     except RecipeError:
         assert free < 1e6
         return
-    assert made.most <= memory.SHARE * free
+    assert made.most <= memory_plan.SHARE * free
     assert made.below <= len(rows) * 40 * 32 * 4
     if free >= 1e9:
         assert made.below == len(rows) * 40 * 32 * 4
-        assert (made.waiting > 0) == (made.kept > 0)
 
 
 def test_the_largest_pack_is_looked_for_among_the_fullest_steps(small_tiles):
@@ -321,7 +319,7 @@ def test_the_largest_pack_is_looked_for_among_the_fullest_steps(small_tiles):
 
 def test_rows_to_evaluate_on_count_if_they_are_longer(small_tiles, monkeypatch):
     """A soft-cap's scores of 400 tokens are more than all that training on 20 takes; of a row no longer than those, they are not measured."""
-    monkeypatch.setattr(memory, "free_memory", lambda device: 1e12)
+    monkeypatch.setattr(memory_plan, "free_memory", lambda device: 1e12)
     base = trimtab.Base(tiny("gemma2"))
     trimtab.attach(base.model, LoRA(rank=2))
     config, rows, long = TrainConfig(epochs=1, rows_per_step=2), rows_of(*[20] * 4), rows_of(400)
@@ -351,17 +349,17 @@ def test_a_plan_comes_back_from_json_as_it_was(room):
 
 def test_training_recomputes_what_does_not_fit_and_learns_the_same(monkeypatch):
     losses, asked = [], []
-    real = _pooling.pack_logprobs
+    real = loop.pack_logprobs
 
     def watching(model, pack, *, recompute, **others):
         asked.append((len(pack.ids), recompute))
         return real(model, pack, recompute=recompute, **others)
 
-    monkeypatch.setattr(_pooling, "pack_logprobs", watching)
+    monkeypatch.setattr(loop, "pack_logprobs", watching)
     for free in (math.inf, enough(30, 40)):
         base = trimtab.Base(tiny("llama"))
         adapter = trimtab.attach(base.model, LoRA(rank=2))
-        monkeypatch.setattr(memory, "free_memory", lambda device, free=free: free)
+        monkeypatch.setattr(memory_plan, "free_memory", lambda device, free=free: free)
         losses.append([step.loss for step in trimtab.fit(base, adapter, ROWS, epochs=2, rows_per_step=2, lr=1e-2)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert {size > 30 for size, recompute in asked if recompute} == {True}
@@ -371,9 +369,9 @@ def test_training_recomputes_what_does_not_fit_and_learns_the_same(monkeypatch):
 def test_a_run_that_another_version_began_is_planned_anew(here, trimtab):
     facts = json.loads(Path("run/run.json").read_text())
     assert facts["plan"].keys() == set(Memory._fields)
-    assert Unfinished(Path("run"), facts, None).memory().pack_tokens == 1024
+    assert UnfinishedRun(Path("run"), facts, None).memory().pack_tokens == 1024
     facts["plan"] = {"pack_tokens": 1024, "most_kept": None, "kept": 1.0, "words": ""}
-    assert Unfinished(Path("run"), facts, None).memory() is None
+    assert UnfinishedRun(Path("run"), facts, None).memory() is None
 
 
 # How far off it was
@@ -383,15 +381,13 @@ def test_a_run_says_what_it_held_and_what_was_planned(here, trimtab):
     held = json.loads(Path("run/run.json").read_text())["memory_held"]
     assert held["before"] < held["measured"]
     assert held["planned"] == pytest.approx(held["measured"], rel=0.25)
-    words = memory_words(held)
-    assert re.fullmatch(
-        r"0\.\d\d GB at most; 0\.\d\d GB had been planned \((\d+ % (more|less)|as much)\)", words.replace("%", " %")
-    )
+    words = memory_text(held)
+    assert re.fullmatch(r"peak 0\.\d\d GB; 0\.\d\d GB planned \((\d+ % (more|less)|as much)\)", words.replace("%", " %"))
     assert re.search(rf"memory +{re.escape(words)}", trimtab("show", "run").out)
     assert f"memory  {words}" in Path("said.txt").read_text()
 
 
 def test_the_words_say_which_way_it_was_off():
-    assert memory_words({"planned": 1.5e9, "measured": 1e9}) == "1.00 GB at most; 1.50 GB had been planned (50% more)"
-    assert memory_words({"planned": 0.9e9, "measured": 1e9}) == "1.00 GB at most; 0.90 GB had been planned (10% less)"
-    assert memory_words({"planned": 1.001e9, "measured": 1e9}) == "1.00 GB at most; 1.00 GB had been planned (as much)"
+    assert memory_text({"planned": 1.5e9, "measured": 1e9}) == "peak 1.00 GB; 1.50 GB planned (50% more)"
+    assert memory_text({"planned": 0.9e9, "measured": 1e9}) == "peak 1.00 GB; 0.90 GB planned (10% less)"
+    assert memory_text({"planned": 1.001e9, "measured": 1e9}) == "peak 1.00 GB; 1.00 GB planned (as much)"

@@ -26,7 +26,7 @@ from trimtab.evaluate.reference import divergence, refer
 from trimtab.methods import Method, Sample, attach
 from trimtab.methods.lora import LoRA
 from trimtab.objectives import Objective
-from trimtab.report import Silent
+from trimtab.report import RunObserver
 from trimtab.run.recipe import Recipe
 from trimtab.run.script import run_recipe
 from trimtab.run.start import prepare_objective
@@ -134,7 +134,7 @@ def test_dropout_is_refused_where_answers_are_compared():
     base = Base(tiny("llama"))
     adapter = attach(base.model, LoRA(rank=2, dropout=0.1))
     for name, rows in (("dpo", PAIRS), ("kto", JUDGED)):
-        with pytest.raises(RecipeError, match=f"{name} compares with a reference, and dropout"):
+        with pytest.raises(RecipeError, match=f"{name} compares with a reference model, and dropout"):
             prepare_objective(Objective.pick(name), base, adapter, (rows, []), 0, None)
     prepare_objective(Objective.pick("simpo"), base, adapter, (PAIRS, []), 0, None)
 
@@ -524,7 +524,7 @@ def test_a_run_with_a_fresh_reference_goes_on_with_it(world, tmp_path):
     keys = {"objective": {"name": "dpo", "reference": "start"}, "data": data, "method": "prefix", "train": train}
     whole = run_recipe(recipe(world, tmp_path, output=str(tmp_path / "whole"), **keys))
 
-    class Interrupting(Silent):
+    class Interrupting(RunObserver):
         def stepped(self, step, steps):
             if step.number == 3:
                 raise KeyboardInterrupt

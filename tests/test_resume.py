@@ -26,13 +26,14 @@ from trimtab.core.config import read, word
 from trimtab.core.errors import ArtifactError, DataError, RecipeError, StorageError
 from trimtab.deploy import open_target
 from trimtab.objectives.sft import SFT
-from trimtab.report import Silent
+from trimtab.report import RunObserver
 from trimtab.run import checkpoints
+from trimtab.run import resume as resuming
+from trimtab.run import script as running
+from trimtab.run.evaluation import held_out_examples_of
 from trimtab.run.recipe import Recipe
 from trimtab.run.resume import _differences as differences
-from trimtab.run.script import resume as resuming
 from trimtab.run.script import run_recipe
-from trimtab.run.script import script as running
 from trimtab.train import loop
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -76,7 +77,7 @@ class Killed(BaseException):
     """Nothing that a run would catch and tidy up after."""
 
 
-class Ends(Silent):
+class Ends(RunObserver):
     """Ends the run at a moment."""
 
     def __init__(self, what, number, how=Killed):
@@ -332,7 +333,7 @@ def test_other_content_is_refused_by_what_it_is_in(here):
         assert words in str(refused.value)
     assert not re.search("[0-9a-f]{64}", str(refused.value))
     make_model(here / "tiny", 1)
-    with pytest.raises(RecipeError, match="model: it is another base, with different weights\n"):
+    with pytest.raises(RecipeError, match="model: it is another base model, with different weights\n"):
         run("cut")
     make_model(here / "tiny", 0)
     run("cut", "certify=false")
@@ -363,7 +364,7 @@ def test_the_same_content_may_lie_elsewhere(here):
     assert f"{here}/moved/pairs.jsonl" in Path("moved/cut/recipe.yaml").read_text()
     facts = files.read_json(Path("moved/cut/run.json"))
     assert [facts["base"]["source"], facts["start"]["folder"]] == [f"{here}/moved/tiny", f"{here}/moved/first/adapter"]
-    assert len(running.held_out(Path("moved/cut"))[0]) == 6
+    assert len(held_out_examples_of(Path("moved/cut"))[0]) == 6
 
 
 @pytest.mark.parametrize("name", ["run", "run-9", "a: b", "007", "null", "-", "a-", "ä 中", "x #1", "-2"])
@@ -384,7 +385,7 @@ def test_another_reference_or_start_is_refused(here):
     ended("on", "stepped", 8, *started)
     shutil.rmtree("first")
     run("first", "train.epochs=0.6")
-    with pytest.raises(RecipeError, match=r"objective\.reference: the model that is compared with is not what it was\nSet"):
+    with pytest.raises(RecipeError, match=r"objective\.reference: the reference model is not what it was\nSet"):
         run("cut", *words)
     with pytest.raises(RecipeError, match=r"start: the adapter there is not what it was\nSet"):
         run("on", *started)
@@ -433,7 +434,7 @@ def tree(folder):
     return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
 
 
-class Meanwhile(Silent):
+class Meanwhile(RunObserver):
     """Does something when everything has been looked at, and nothing has been written yet."""
 
     def __init__(self, do):
@@ -673,7 +674,7 @@ def test_a_run_has_begun_with_nothing_done():
     (1000, None, True), (1000, 1.0, False), (1004, None, True), (1004, 1.0, False), (1002, None, False), (1002, 1.0, False),
 ])  # fmt: skip
 def test_a_step_that_was_to_be_followed_by_a_look_is_known_by_its_number(step, loss, unseen):
-    saver = object.__new__(checkpoints.Saver)
+    saver = object.__new__(checkpoints.Checkpointer)
     saver.done = checkpoints.Progress(last={"step": step, "eval_loss": loss})
     assert saver.unseen(100, int("1004")) == unseen
 
@@ -714,7 +715,7 @@ def test_a_run_that_is_resumed_gives_back_freed_memory_as_one_that_begins(here, 
     assert told
 
 
-class EndsAfterTraining(Silent):
+class EndsAfterTraining(RunObserver):
     def finished(self, *_):
         raise Killed
 

@@ -17,8 +17,7 @@ import transformers
 from worlds import CHATML, make_model
 
 import trimtab as package
-from trimtab.base import Base
-from trimtab.base import render_limits as limits
+from trimtab.base import Base, render_limits
 from trimtab.certify import certificate
 from trimtab.core import files
 from trimtab.core.errors import DataError, NotCertified, TrimtabError, UnsupportedModel
@@ -154,7 +153,7 @@ def test_a_pickle_in_an_adapter_folder_is_never_opened(here, trimtab):
     assert not (here / "it-ran").exists()
 
 
-LIMITED = limits.limited_time
+LIMITED = render_limits.limited_time
 ATTACKS = [
     "{{ ''.__class__.__mro__[1].__subclasses__() }}",
     "{{ cycler.__init__.__globals__.os.popen('id').read() }}",
@@ -189,8 +188,8 @@ def test_a_template_that_reaches_for_python_is_refused(attack, tmp_path, one_thr
     "{{ 99999 ** 99999 ** 99999 }}",
 ])  # fmt: skip
 def test_a_template_that_never_ends_or_writes_without_end_is_refused_soon(loop, tmp_path, one_thread, monkeypatch):
-    monkeypatch.setattr(limits, "CHARACTERS", 1_000_000)
-    monkeypatch.setattr(limits.render_within_limits, "__defaults__", (1.0,))
+    monkeypatch.setattr(render_limits, "CHARACTERS", 1_000_000)
+    monkeypatch.setattr(render_limits.render_within_limits, "__defaults__", (1.0,))
     make_model(tmp_path / "tiny", 0, template=loop + CHATML)
     base = Base.load(str(tmp_path / "tiny"))
     started = time.monotonic()
@@ -206,11 +205,11 @@ DOUBLING = "{% set x = namespace(a='a' * 6000) %}{% for _ in range(17) %}{% set 
 def test_a_template_that_takes_all_memory_is_refused(tmp_path, one_thread, monkeypatch):
     make_model(tmp_path / "tiny", 0, template=DOUBLING + CHATML)
     base, before = Base.load(str(tmp_path / "tiny")), resource.getrlimit(resource.RLIMIT_AS)
-    monkeypatch.setattr(limits, "MEMORY", 64 << 20)
+    monkeypatch.setattr(render_limits, "MEMORY", 64 << 20)
     with pytest.raises(DataError, match=r"chat template needs more than 0\.1 GB of memory"):
         base.template.render([{"role": "user", "content": "x"}])
     assert resource.getrlimit(resource.RLIMIT_AS) == before
-    monkeypatch.setattr(limits, "MEMORY", 2 << 30)  # it takes 1.2 GB for a moment
+    monkeypatch.setattr(render_limits, "MEMORY", 2 << 30)  # it takes 1.2 GB for a moment
     assert base.template.render([{"role": "user", "content": "x"}]).startswith("aaa<|im_start|>user")
 
 
@@ -224,7 +223,7 @@ def test_a_limit_is_of_its_own_block_and_thread():
     with LIMITED(0.3):
         pass
     time.sleep(0.8)  # nothing comes later
-    with pytest.raises(limits.RenderTimeout):
+    with pytest.raises(render_limits.RenderTimeout):
         forever(0.3)
     done = []
     thread = threading.Thread(target=lambda: done.append(sum(range(1000))))

@@ -14,10 +14,10 @@ import pytest
 from worlds import write_rows
 
 from trimtab import api, cli
-from trimtab.commands import _shared
+from trimtab.commands import _terminal
 from trimtab.core import interrupts, streams
 from trimtab.core.config import read
-from trimtab.report import Silent
+from trimtab.report import RunObserver
 from trimtab.run import checkpoints
 from trimtab.run.recipe import Recipe
 from trimtab.run.script import run_recipe
@@ -71,7 +71,7 @@ def test_half_of_a_character_can_be_shown(here):
     assert code == 0, err
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stdout", io.StringIO())
-        _shared.print_json({"a": "\ud800 \x9b é", "b": "\u2028"})
+        _terminal.print_json({"a": "\ud800 \x9b é", "b": "\u2028"})
         said = sys.stdout.getvalue()
     assert "\\ud800 \\u009b é" in said
     assert json.loads(said) == {"a": "\ud800 \x9b é", "b": "\u2028"}
@@ -236,7 +236,7 @@ def test_whatever_an_interruption_turns_into_is_an_interruption(here, trimtab, m
                 signal.raise_signal(signal.SIGINT)
         raise ImportError("half a module")
 
-    monkeypatch.setattr("trimtab.report.tables.described", broken)
+    monkeypatch.setattr("trimtab.report.folders.folder_facts", broken)
     came = True
     done = trimtab("show", "run")
     assert (done.code, done.err) == (130, "trimtab: interrupted.\n")
@@ -268,9 +268,9 @@ def test_one_that_comes_while_a_state_is_written_comes_afterwards(here, monkeypa
 
 
 def test_one_that_comes_while_an_interrupted_run_is_saved_changes_nothing(here, monkeypatch, clock):
-    look, pressed = checkpoints.Saver.save, []
+    look, pressed = checkpoints.Checkpointer.save, []
 
-    class Pressing(Silent):
+    class Pressing(RunObserver):
         def stepped(self, step, steps):
             if step.number == 7:
                 signal.raise_signal(signal.SIGINT)
@@ -282,7 +282,7 @@ def test_one_that_comes_while_an_interrupted_run_is_saved_changes_nothing(here, 
             signal.raise_signal(signal.SIGINT)
         look(self, step, *given)
 
-    monkeypatch.setattr(checkpoints.Saver, "save", save)
+    monkeypatch.setattr(checkpoints.Checkpointer, "save", save)
     recipe = read(Recipe, Path("r.yaml"), ["output=new", "train.evaluate_every=10"])
     with (
         interrupts.as_keyboard_interrupt(to_the_end=False),

@@ -16,7 +16,7 @@ from trimtab.core import files
 from trimtab.core.errors import ArtifactError
 
 TENSORS, MANIFEST = "state.safetensors", "state.json"
-FORMAT = 1
+FORMAT = 2
 KEYS = {"step", "facts", "tensors"}
 
 

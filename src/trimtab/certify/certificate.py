@@ -1,4 +1,4 @@
-"""The certificate: that a run's adapter, loaded again by a fresh process, is the model that was trained, and what it gained and lost."""
+"""The certificate: that a run's adapter, loaded by a new process, is the model that was trained, and how much better and worse it is."""
 
 import json
 import math
@@ -23,14 +23,14 @@ from trimtab.objectives import Objective
 FORMAT = 2
 KEYS = {"passed", "tests", "canaries", "answers", "losses", "files", "base", "data_digest", "versions"}
 CANARIES, SAMPLES = 4, 8
-"""Rows whose log-probabilities are compared, and prompts that are answered."""
+"""How many rows' log-probabilities are compared, and how many prompts are answered."""
 FORGOTTEN = 0.5
-"""Nats a token on general text from which forgetting is pointed out."""
+"""Nats a token on general text from which forgetting is noted."""
 
 
 @dataclass(frozen=True)
-class Tested:
-    """One thing that was tested."""
+class Test:
+    """One test of a certificate."""
 
     name: str
     status: Literal["passed", "noted", "failed"]
@@ -38,7 +38,7 @@ class Tested:
 
 
 def canaries(data: LoadedData) -> list[TokenRow]:
-    """A few rows by which a model is recognized: the first that are held out, or else short ones that are learned."""
+    """A few rows by which a model is recognized: the first held-out ones, or else short ones of the training set."""
     if data.eval:
         return [row for row in data.eval if row.side != "mismatched"][:CANARIES]
     first = [row for row in data.train[:64] if row.side != "mismatched"]
@@ -54,51 +54,47 @@ def certify(
     unmoved: Sequence[str],
     skipped: int = 0,
 ) -> dict[str, Any]:
-    """Have a fresh process look at a finished run's adapter, and write what came of it into its folder. It is also returned.
+    """Have a new process measure a finished run's adapter, and write the certificate into its folder. It is also returned.
 
     Args:
-        best: What the run knows of the adapter that it ended with, its `canaries` above all.
+        best: The record of the adapter that the run ended with, its `canaries` above all.
         unmoved: Tensors of the adapter that training has not moved.
-        skipped: Steps that were not taken, because a number was none.
+        skipped: Steps that were not taken, because the loss or gradient was NaN or Inf.
     """
     job = {
         "folder": str(folder / ADAPTER),
         "model": None,
         "canaries": [asdict(row) for row in canaries(data)],
-        **_asked(data),
+        **_prompts(data),
         "measure": True,
         "rows": [asdict(row) for row in data.eval],
         "objective": objective.plain(),
     }
-    found = _examine(job)
+    measured = _measure_in_new_process(job)
     tests = [
-        _reloaded(best["canaries"], found["canaries"], found["near"]),
-        _same_base(found, base),
-        _moved(unmoved),
-        *(
-            [Tested("steps", "noted", f"{skipped} were skipped, because a loss or gradient was not a number")]
-            if skipped
-            else []
-        ),
-        *_stopped(found["answers"]),
-        *_held_out(found, objective),
-        _remembered(found),
+        _test_reload(best["canaries"], measured["canaries"], measured["near"]),
+        _test_base(measured, base),
+        _test_moved(unmoved),
+        *([Test("steps", "noted", f"{skipped} were skipped: the loss or gradient was NaN or Inf")] if skipped else []),
+        *_test_stops(measured["answers"]),
+        _test_gain(measured, objective),
+        _test_forgetting(measured),
     ]
-    certificate = _written_down(folder, base, data, best, tests, found)
+    certificate = _contents(folder, base, data, best, tests, measured)
     files.write_manifest(folder / CERTIFICATE, FORMAT, certificate)
     files.write_text(folder / CERTIFICATE_TEXT, certificate_text(certificate))
     return certificate
 
 
-def _written_down(
-    folder: Path, base: Base, data: LoadedData, best: dict[str, Any], tests: Sequence[Tested], found: dict[str, Any]
+def _contents(
+    folder: Path, base: Base, data: LoadedData, best: dict[str, Any], tests: Sequence[Test], measured: dict[str, Any]
 ) -> dict[str, Any]:
     return {
-        "passed": all(one.status != "failed" for one in tests),
-        "tests": [asdict(one) for one in tests],
+        "passed": all(test.status != "failed" for test in tests),
+        "tests": [asdict(test) for test in tests],
         "canaries": [{**asdict(row), "logprob": value} for row, value in zip(canaries(data), best["canaries"], strict=True)],
-        "answers": found["answers"],
-        "losses": {name: {of: one["loss"] for of, one in found[name].items()} for name in ("adapter", "base")},
+        "answers": measured["answers"],
+        "losses": {model: {on: loss["loss"] for on, loss in measured[model].items()} for model in ("adapter", "base")},
         "files": {name: files.sha256_file(folder / name) for name in certified_files(folder)},
         "base": base.fingerprint,
         "data_digest": data.digest,
@@ -107,137 +103,131 @@ def _written_down(
 
 
 def refuse_failed(certificate: dict[str, Any], folder: Path) -> None:
-    """Raise NotCertified if something has failed."""
-    failed = [f"  {one['name']}: {one['words']}" for one in certificate["tests"] if one["status"] == "failed"]
+    """Raise NotCertified if a test has failed."""
+    failed = [f"  {test['name']}: {test['words']}" for test in certificate["tests"] if test["status"] == "failed"]
     if failed:
         raise NotCertified(
-            f"{folder} is finished, and its adapter is not what it should be:\n"
+            f"{folder} is finished, but its adapter failed certification:\n"
             + "\n".join([*failed, *advice(certificate["tests"])])
         )
 
 
 def certificate_text(certificate: dict[str, Any]) -> str:
-    """For people: a line for each test."""
+    """For people: a line for each test, and the sampled answers."""
     head = "Trimtab certificate: " + ("passed" if certificate["passed"] else "NOT PASSED")
-    tests = [f"{one['status']:7} {one['name']}: {one['words']}" for one in certificate["tests"]]
-    cut = {"stopped": "", "length": "(cut off) ", "context": "(cut off by the context) "}
-    said = [f"  {cut[one['ended']]}{one['text']!r}" for one in certificate["answers"]]
-    return "\n".join([head, "", *tests, "", *(["Samples:", *said] if said else [])]).rstrip() + "\n"
+    tests = [f"{test['status']:7} {test['name']}: {test['words']}" for test in certificate["tests"]]
+    ends = {"stopped": "", "length": "(cut off) ", "context": "(cut off by the context) "}
+    answers = [f"  {ends[answer['ended']]}{answer['text']!r}" for answer in certificate["answers"]]
+    return "\n".join([head, "", *tests, "", *(["Samples:", *answers] if answers else [])]).rstrip() + "\n"
 
 
-def _asked(data: LoadedData) -> dict[str, Any]:
-    """Prompts of a few rows, and how long their answers are; none of plain texts, which nothing asks for."""
+def _prompts(data: LoadedData) -> dict[str, Any]:
+    """Prompts of a few rows, and how long their answers are; plain texts have none."""
     rows = data.eval or data.train
-    asked = [rows[unit[0]] for unit in row_groups(rows)]
-    chosen = [(row.ids[:start], len(row.ids) - start) for row in asked if (start := last_answer_start(row)) > 1][:SAMPLES]
+    first = [rows[unit[0]] for unit in row_groups(rows)]
+    chosen = [(row.ids[:start], len(row.ids) - start) for row in first if (start := last_answer_start(row)) > 1][:SAMPLES]
     return {"prompts": [ids for ids, _ in chosen], "longest": max((length for _, length in chosen), default=0)}
 
 
-def _examine(job: dict[str, Any]) -> dict[str, Any]:
+def _measure_in_new_process(job: dict[str, Any]) -> dict[str, Any]:
     done = subprocess.run(
         fresh_process("trimtab.certify.fresh_process"), input=json.dumps(job), capture_output=True, text=True, check=False,
         env=environment(),
     )  # fmt: skip
     if done.returncode:
-        last = done.stderr.strip().splitlines()[-1:] or ["it said nothing"]
-        raise NotCertified(f"A fresh process could not load and run {job['folder']}: {last[0]}")
+        last = done.stderr.strip().splitlines()[-1:] or ["it printed nothing"]
+        raise NotCertified(f"A new process could not load and run {job['folder']}: {last[0]}")
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     if "error" in result:
-        raise NotCertified(f"A fresh process could not load and run {job['folder']}: {result['error']}")
+        raise NotCertified(f"A new process could not load and run {job['folder']}: {result['error']}")
     return result
 
 
-def _reloaded(live: Sequence[float], found: Sequence[float], near: tuple[float, float]) -> Tested:
+def _test_reload(live: Sequence[float], reloaded: Sequence[float], near: tuple[float, float]) -> Test:
     nats, share = near
-    off = max((abs(a - b) for a, b in zip(live, found, strict=True)), default=math.inf)
-    words = f"a fresh process gives {len(found)} rows the log-probabilities that training had, to {off:.1e} nats"
-    same = len(live) == len(found) and all(abs(a - b) <= nats + share * abs(a) for a, b in zip(live, found, strict=True))
-    if same:
-        return Tested("reload", "passed", words)
-    return Tested(
-        "reload",
-        "failed",
-        f"a fresh process gives a row a log-probability {off:.3g} nats off: what is saved is not what was trained",
-    )
+    error = max((abs(a - b) for a, b in zip(live, reloaded, strict=True)), default=math.inf)
+    if len(live) == len(reloaded) and all(abs(a - b) <= nats + share * abs(a) for a, b in zip(live, reloaded, strict=True)):
+        message = f"reloaded in a new process, the adapter reproduces training log-probabilities on {len(reloaded)} examples"
+        return Test("reload", "passed", f"{message} (largest error {error:.1e} nats)")
+    message = f"reloaded in a new process, the adapter gives a log-probability that is {error:.3g} nats off"
+    return Test("reload", "failed", f"{message}: what was saved is not what was trained")
 
 
-def _same_base(found: dict[str, Any], base: Base) -> Tested:
-    changed = [part for part, value in base.fingerprint.items() if found["fingerprint"][part] != value]
-    if changed or not found["finite"]:
-        return Tested(
-            "base", "failed", f"different {', '.join(changed)}" if changed else "the adapter holds values that are not finite"
-        )
-    return Tested("base", "passed", "the base is what it was, weights, tokenizer and template; the adapter's values are finite")
+def _test_base(measured: dict[str, Any], base: Base) -> Test:
+    changed = [part for part, value in base.fingerprint.items() if measured["fingerprint"][part] != value]
+    if changed or not measured["finite"]:
+        return Test("base", "failed", f"different {', '.join(changed)}" if changed else "the adapter holds NaN or Inf")
+    return Test("base", "passed", "the base model is unchanged (weights, tokenizer, template); the adapter's values are finite")
 
 
-def _moved(unmoved: Sequence[str]) -> Tested:
+def _test_moved(unmoved: Sequence[str]) -> Test:
     if unmoved:
-        return Tested(
-            "moved", "failed", f"training has not moved {unmoved[0]}{f' and {len(unmoved) - 1} more' if unmoved[1:] else ''}"
+        return Test(
+            "moved", "failed", f"training has not changed {unmoved[0]}{f' and {len(unmoved) - 1} more' if unmoved[1:] else ''}"
         )
-    return Tested("moved", "passed", "training has moved every tensor of the adapter")
+    return Test("moved", "passed", "training has changed every tensor of the adapter")
 
 
-def _stopped(answers: Sequence[dict[str, Any]]) -> list[Tested]:
+def _test_stops(answers: Sequence[dict[str, Any]]) -> list[Test]:
     if not answers:
         return []
-    ends = [one["ended"] for one in answers]
+    ends = [answer["ended"] for answer in answers]
     stopped, full = ends.count("stopped"), ends.count("context")
-    words = f"{stopped} of {len(answers)} answers end by themselves"
-    words += f", and {full} were cut off because the model's context was full, which says nothing of them" if full else ""
+    message = f"{stopped} of {len(answers)} answers stopped at EOS"
+    message += f"; {full} were cut off because the model's context was full, and are not judged" if full else ""
     failed = not stopped and full < len(answers)
-    return [Tested("stops", "passed" if stopped == len(answers) else "failed" if failed else "noted", words)]
+    return [Test("stops", "passed" if stopped == len(answers) else "failed" if failed else "noted", message)]
 
 
-def _held_out(found: dict[str, Any], objective: Objective) -> list[Tested]:
-    if "held_out" not in found["adapter"]:
-        return [Tested("gain", "noted", "no rows were held out, so nothing says what was gained")]
-    if "held_out" not in found["base"]:
-        return [Tested("gain", "noted", "the base can't read the held-out rows, which have new tokens")]
-    ours, theirs = found["adapter"]["held_out"], found["base"]["held_out"]
+def _test_gain(measured: dict[str, Any], objective: Objective) -> Test:
+    if "held_out" not in measured["adapter"]:
+        return Test("gain", "noted", "no examples were held out, so the improvement is unknown")
+    if "held_out" not in measured["base"]:
+        return Test("gain", "noted", "the base model can't read the held-out examples, which have new tokens")
+    ours, theirs = measured["adapter"]["held_out"], measured["base"]["held_out"]
     difference, (low, high) = paired(ours["sums"], theirs["sums"], ours["counts"])
-    other = "the reference" if objective.needs_reference else "the base"
-    words = (
-        f"on {len(ours['counts']):,} held-out rows the loss ({objective.name}) is {ours['loss']:.4f}, and {other}'s "
-        f"{theirs['loss']:.4f}: {difference:+.4f} (95 %: {low:+.4f} to {high:+.4f})"
+    other = "reference model" if objective.needs_reference else "base model"
+    message = (
+        f"{objective.name} loss on {len(ours['counts']):,} held-out examples: adapter {ours['loss']:.4f}, {other} {theirs['loss']:.4f}, "
+        f"difference {difference:+.4f} (95 % interval {low:+.4f} to {high:+.4f})"
     )
-    return [Tested("gain", "failed" if low > 0 else "passed" if high < 0 else "noted", words)]
+    return Test("gain", "failed" if low > 0 else "passed" if high < 0 else "noted", message)
 
 
-def _remembered(found: dict[str, Any]) -> Tested:
-    ours, theirs = found["adapter"]["general"], found["base"]["general"]
+def _test_forgetting(measured: dict[str, Any]) -> Test:
+    ours, theirs = measured["adapter"]["general"], measured["base"]["general"]
     difference, (low, high) = paired(ours["sums"], theirs["sums"], ours["counts"])
-    words = (
-        f"on general text the loss is {ours['loss']:.4f}, and the base's {theirs['loss']:.4f}: "
-        f"{difference:+.4f} (95 %: {low:+.4f} to {high:+.4f})"
+    message = (
+        f"loss on general text: adapter {ours['loss']:.4f}, base model {theirs['loss']:.4f}, "
+        f"difference {difference:+.4f} (95 % interval {low:+.4f} to {high:+.4f})"
     )
-    return Tested("forgetting", "noted" if difference > FORGOTTEN else "passed", words)
+    return Test("forgetting", "noted" if difference > FORGOTTEN else "passed", message)
 
 
-def whole(folder: Path) -> dict[str, Any]:
-    """A run's certificate, if every file is what it was when it was written, and no adapter has one more.
+def read_certificate(folder: Path) -> dict[str, Any]:
+    """A run's certificate, if every file is what it was then, and no file was added to an adapter.
 
     Raises:
-        ArtifactError: Which is not.
+        ArtifactError: With the file that is not.
     """
     certificate = files.read_manifest(folder / CERTIFICATE, FORMAT, KEYS)
     text = folder / CERTIFICATE_TEXT
     if not text.is_file() or text.read_bytes() != certificate_text(certificate).encode():
-        raise ArtifactError(f"{text}: is missing, or says something else than {CERTIFICATE}.")
+        raise ArtifactError(f"{text}: is missing, or differs from {CERTIFICATE}.")
     if (folder / ADAPTER).is_dir():
         read_adapter(folder / ADAPTER, ours=True)  # says which tensor it is
     for name, digest in certificate["files"].items():
         if not (folder / name).is_file() or files.sha256_file(folder / name) != digest:
             raise ArtifactError(f"{folder / name}: is missing, or changed since it was certified.")
-    more = [name for name in certified_files(folder) if name not in certificate["files"]]
-    if more := [name for name in more if name.startswith((f"{ADAPTER}/", f"{CHECKPOINTS}/"))]:
-        raise ArtifactError(f"{folder / more[0]}: was not there when the run was certified.")
+    added = [name for name in certified_files(folder) if name not in certificate["files"]]
+    if added := [name for name in added if name.startswith((f"{ADAPTER}/", f"{CHECKPOINTS}/"))]:
+        raise ArtifactError(f"{folder / added[0]}: was not there when the run was certified.")
     return certificate
 
 
-def verified(folder: Path, model: str | None = None) -> dict[str, Any]:
-    """Repeat what a certificate says of the run's files and adapter; the certificate, if it still holds. Of an adapter's folder,
-    what can be said without.
+def verify(folder: Path, model: str | None = None) -> dict[str, Any]:
+    """Repeat a certificate's tests of the run's files and adapter; the certificate, if it still holds. Of an adapter's folder,
+    those tests that need no run.
 
     Args:
         model: Where the base is, if not where it was.
@@ -247,40 +237,44 @@ def verified(folder: Path, model: str | None = None) -> dict[str, Any]:
         NotCertified: The adapter does not do what it did, or can't be used.
     """
     if is_adapter(folder):
-        return _verified_alone(folder, model)
+        return _verify_adapter(folder, model)
     if is_run(folder) and not (folder / CERTIFICATE).exists():
         raise ArtifactError(
-            f"{folder}: has no certificate.json: the run has not ended, was told not to make one (certify: false), or has lost it. "
+            f"{folder}: has no certificate.json: the run has not ended, was told not to make one (certify: false), or the file was lost. "
             f"Its adapter alone can be verified: trimtab verify {folder / ADAPTER}"
         )
-    certificate = whole(folder)
+    certificate = read_certificate(folder)
     rows = [{key: value for key, value in row.items() if key != "logprob"} for row in certificate["canaries"]]
-    found = _examine(_looked_at(folder / ADAPTER, rows, model))
-    nats, share = found["near"]
-    for row, value in zip(certificate["canaries"], found["canaries"], strict=True):
+    measured = _measure_in_new_process(_loading_job(folder / ADAPTER, rows, model))
+    nats, share = measured["near"]
+    for row, value in zip(certificate["canaries"], measured["canaries"], strict=True):
         if not abs(value - row["logprob"]) <= nats + share * abs(row["logprob"]):
             raise NotCertified(
-                f"{folder}: the adapter gives {row['where']} log p = {value:.6g}, and gave it {row['logprob']:.6g}."
+                f"{folder}: the adapter gives {row['where']} the log-probability {value:.6g}; when it was certified, {row['logprob']:.6g}."
             )
     return certificate
 
 
-def _verified_alone(folder: Path, model: str | None) -> dict[str, Any]:
-    """What its manifest says of an adapter, by a fresh process that loads it on its base; as much of a certificate as there is."""
+def _verify_adapter(folder: Path, model: str | None) -> dict[str, Any]:
+    """The tests that an adapter's own manifest allows, by a new process that loads it on its base model."""
     adapter = read_adapter(folder)
     if adapter.method is None:
-        raise ArtifactError(f"{folder}: has no manifest of Trimtab's (trimtab.json), so nothing says what it was.")
-    found = _examine(_looked_at(folder, [], model))
+        raise ArtifactError(f"{folder}: has no manifest of Trimtab (trimtab.json), so there is nothing to verify it against.")
+    measured = _measure_in_new_process(_loading_job(folder, [], model))
     tests = [
-        Tested("files", "passed", f"the adapter's {len(adapter.tensors)} tensors and its configuration are what was saved"),
-        Tested("base", "passed", "the base is the one that it was trained on, weights, tokenizer and template")
-        if found["finite"]
-        else Tested("base", "failed", "the adapter holds values that are not finite"),
-        Tested("certificate", "noted", "an adapter by itself has none: the folder of its run does"),
+        Test(
+            "files",
+            "passed",
+            f"the adapter's {len(adapter.tensors)} tensors and its configuration are unchanged since they were saved",
+        ),
+        Test("base", "passed", "the base model is the one it was trained on (weights, tokenizer, template)")
+        if measured["finite"]
+        else Test("base", "failed", "the adapter holds NaN or Inf"),
+        Test("certificate", "noted", "an adapter alone has none: its run's folder has"),
     ]
-    return {"passed": found["finite"], "tests": [asdict(one) for one in tests], "answers": []}
+    return {"passed": measured["finite"], "tests": [asdict(test) for test in tests], "answers": []}
 
 
-def _looked_at(folder: Path, canaries: list[dict[str, Any]], model: str | None) -> dict[str, Any]:
+def _loading_job(folder: Path, canaries: list[dict[str, Any]], model: str | None) -> dict[str, Any]:
     """A job that only loads an adapter and recognizes it."""
     return {"folder": str(folder), "model": model, "canaries": canaries, "prompts": [], "longest": 0, "measure": False}

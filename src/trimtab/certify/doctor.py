@@ -1,8 +1,8 @@
-"""What an upgrade may have broken: every method, on a small model made up here, with the versions that are installed.
+"""Tests every method on a small random model with the library versions that are installed.
 
-Other tools' prefix tuning does nothing in `generate()` with some versions of Transformers, and no one is told. Here it is measured
-that each method acts, in packs, in cached decoding and in Transformers' own `generate()` alike; that its gradient is the loss's
-slope; that it is saved and merged without loss, and taken off without a trace.
+Each method must act in packs, in cached decoding and in Transformers' own `generate()` alike (the prefixes of other libraries silently do
+nothing in `generate()` with some versions of Transformers); its gradient must be the loss's slope; it must be saved and merged without
+loss, and detached without a trace.
 """
 
 import tempfile
@@ -30,24 +30,24 @@ NEEDED: dict[str, dict[str, Any]] = {
 """Settings that a method can't do without on so small a model."""
 
 
-class Diagnosis(NamedTuple):
-    """What came of one thing that was tried."""
+class TrialResult(NamedTuple):
+    """The result of one trial of a method."""
 
     method: str
-    what: str
-    sick: str
+    name: str
+    problem: str
     """What is wrong; empty if nothing is."""
 
 
-def diagnoses() -> Iterator[Diagnosis]:
-    """Try everything there is, a method at a time."""
-    for name in Method.names():
-        case = _Case(Method.member(name)(**NEEDED.get(name, {})))
-        for what, trial in TRIALS.items():
+def run_trials() -> Iterator[TrialResult]:
+    """Every trial of every method, a method at a time."""
+    for method in Method.names():
+        case = _Case(Method.member(method)(**NEEDED.get(method, {})))
+        for name, trial in TRIALS.items():
             try:
-                yield Diagnosis(name, what, trial(case) or "")
-            except Exception as error:  # whatever it is, it is what a run would meet
-                yield Diagnosis(name, what, f"{type(error).__name__}: {error}")
+                yield TrialResult(method, name, trial(case) or "")
+            except Exception as error:  # whatever it is, a run would meet it
+                yield TrialResult(method, name, f"{type(error).__name__}: {error}")
 
 
 def _rows() -> list[TokenRow]:
@@ -61,7 +61,7 @@ class _Case:
         self.method, self.rows, self.prompt = method, _rows(), _rows()[0].ids[:6]
 
     def adapted(self, dtype: torch.dtype = torch.float32) -> tuple[Base, Attached]:
-        """A fresh model with the method on it, moved off its first values."""
+        """A new model with the method on it, perturbed, since a method may start as the base model."""
         base = Base(tiny_model().to(dtype))
         draw = torch.Generator().manual_seed(2)
         sample = Sample(rows=[torch.randint(3, VOCABULARY, (40,), generator=draw).tolist()])
@@ -72,13 +72,13 @@ class _Case:
         return base, adapter
 
     def logits(self, model: Any) -> Tensor:
-        """By the model's own forward pass."""
+        """From the model's own forward pass."""
         with torch.no_grad():
             logits: Tensor = model(input_ids=torch.tensor([self.rows[0].ids]), use_cache=False).logits[0]
         return logits
 
     def loss(self, base: Base) -> Tensor:
-        """By ours, on a pack in which rows share what they begin with."""
+        """By our packed forward pass, on rows with a shared prefix."""
         return -pack_logprobs(base.model, pack_tree(self.rows)).sum()
 
     def greedy(self, model: Any, count: int = 8) -> list[int]:
@@ -90,22 +90,22 @@ class _Case:
         return ids[len(self.prompt) :]
 
 
-def _acts(case: _Case) -> str | None:
+def _try_acting(case: _Case) -> str | None:
     base, _ = case.adapted()
     moved = (case.logits(base.model) - case.logits(tiny_model())).abs().max()
-    return None if moved > 1e-3 else "switched on, it changes nothing"
+    return None if moved > 1e-3 else "it is on, and changes nothing"
 
 
-def _off(case: _Case) -> str | None:
+def _try_detaching(case: _Case) -> str | None:
     base, adapter = case.adapted()
     with adapter.disabled():
         off = case.logits(base.model)
     if not torch.equal(off, case.logits(tiny_model())):
-        return "switched off, the model is not the base"
-    return None if torch.equal(case.logits(adapter.detach()), off) else "taken off, it leaves a trace"
+        return "when it is off, the model is not the base model"
+    return None if torch.equal(case.logits(adapter.detach()), off) else "detached, it leaves a trace"
 
 
-def _packed(case: _Case) -> str | None:
+def _try_packing(case: _Case) -> str | None:
     base, _ = case.adapted(torch.float64)
     packed = pack_logprobs(base.model, pack_tree(case.rows)).tolist()
     for row, ours in zip(case.rows, packed, strict=True):
@@ -113,11 +113,11 @@ def _packed(case: _Case) -> str | None:
             logprobs = base.model(input_ids=torch.tensor([row.ids]), use_cache=False).logits[0].double().log_softmax(-1)
         alone = float(sum(logprobs[t - 1, row.ids[t]] for t in row.target_indices))
         if not abs(ours - alone) <= 1e-4 * abs(alone):
-            return f"a row has log p = {ours:.6g} in a pack, and {alone:.6g} alone"
+            return f"an example has the log-probability {ours:.6g} in a pack, and {alone:.6g} alone"
     return None
 
 
-def _gradient(case: _Case) -> str | None:
+def _try_gradient(case: _Case) -> str | None:
     base, adapter = case.adapted(torch.float64)
     if not case.method.exact_gradient:
         return None
@@ -132,21 +132,19 @@ def _gradient(case: _Case) -> str | None:
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.sub_(sign * step * gradient)
     slope, expected = (values[0] - values[1]) / (2 * step), float(sum(g.square().sum() for g in gradients))
-    return (
-        None
-        if abs(slope - expected) <= 2e-2 * expected
-        else f"the loss's slope is {slope:.6g}, and its gradient says {expected:.6g}"
-    )
+    if abs(slope - expected) <= 2e-2 * expected:
+        return None
+    return f"the loss's slope is {slope:.6g}, and by its gradient {expected:.6g}"
 
 
-def _decoded(case: _Case) -> str | None:
+def _try_decoding(case: _Case) -> str | None:
     base, _ = case.adapted()
     expected = case.greedy(base.model)
     (ours,) = generate(base.model, [case.prompt], [], max_new_tokens=8)
-    return None if ours == expected else f"cached decoding says {ours}, and the forward pass {expected}"
+    return None if ours == expected else f"cached decoding gives {ours}, and the forward pass {expected}"
 
 
-def _theirs(case: _Case) -> str | None:
+def _try_generate(case: _Case) -> str | None:
     base, _ = case.adapted()
     expected = case.greedy(base.model)
     asked = torch.tensor([case.prompt])
@@ -154,31 +152,35 @@ def _theirs(case: _Case) -> str | None:
         asked, attention_mask=torch.ones_like(asked), max_new_tokens=8, do_sample=False, eos_token_id=None
     )
     theirs = made[0, len(case.prompt) :].tolist()
-    return None if theirs == expected else f"Transformers' generate() says {theirs}, and the forward pass {expected}"
+    return None if theirs == expected else f"Transformers' generate() gives {theirs}, and the forward pass {expected}"
 
 
-def _saved(case: _Case) -> str | None:
+def _try_saving(case: _Case) -> str | None:
     base, adapter = case.adapted()
     expected = case.logits(base.model)
     with tempfile.TemporaryDirectory() as folder:
         save_adapter(base, adapter, Path(folder) / "adapter")
-        again = Base(tiny_model())
-        load_adapter(again, Path(folder) / "adapter")
-    off = float((case.logits(again.model) - expected).abs().max())
-    return None if off <= 1e-5 * float(expected.abs().max()) else f"loaded again, its logits are {off:.3g} off"
+        reloaded = Base(tiny_model())
+        load_adapter(reloaded, Path(folder) / "adapter")
+    error = float((case.logits(reloaded.model) - expected).abs().max())
+    return None if error <= 1e-5 * float(expected.abs().max()) else f"reloaded, its logits are {error:.3g} off"
 
 
-def _merged(case: _Case) -> str | None:
+def _try_merging(case: _Case) -> str | None:
     base, adapter = case.adapted()
     with tempfile.TemporaryDirectory() as folder:
         try:
-            done = merge(base, adapter, Path(folder) / "merged")
+            merged = merge(base, adapter, Path(folder) / "merged")
         except NotMergeable:
-            return None if not case.method.mergeable or case.method.name == "bitfit" else "it does not merge any more"
-    return None if done.same_choice == 1.0 else f"merged, its likeliest tokens are the same at {done.same_choice:.1%} alone"
+            return None if not case.method.mergeable or case.method.name == "bitfit" else "it no longer merges"
+    return (
+        None
+        if merged.same_choice == 1.0
+        else f"merged, its most likely token is the same at only {merged.same_choice:.1%} of positions"
+    )
 
 
 TRIALS: dict[str, Callable[[_Case], str | None]] = {
-    "acts": _acts, "leaves no trace": _off, "packed is alone": _packed, "gradient is slope": _gradient, "cached decoding": _decoded,
-    "Transformers' generate()": _theirs, "saved and loaded": _saved, "merged": _merged,
+    "acts": _try_acting, "leaves no trace": _try_detaching, "packed is alone": _try_packing, "gradient is slope": _try_gradient,
+    "cached decoding": _try_decoding, "Transformers' generate()": _try_generate, "saved and loaded": _try_saving, "merged": _try_merging,
 }  # fmt: skip

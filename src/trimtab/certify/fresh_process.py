@@ -1,6 +1,6 @@
-"""A run's adapter as a fresh process finds it: python -m trimtab.certify.fresh_process, with a job as JSON on standard input.
+"""Measures a run's adapter in a new process: python -m trimtab.certify.fresh_process, with a job as JSON on standard input.
 
-Nothing here knows the process that trained it: it loads the artifact as a user would, and measures.
+It knows nothing of the process that trained the adapter: it loads it as a user would, and measures.
 """
 
 import json
@@ -26,17 +26,17 @@ PACK_TOKENS = 1024
 MOST_NEW_TOKENS = 512
 
 
-def examined(job: dict[str, Any]) -> dict[str, Any]:
-    """Measure what the job names.
+def measure(job: dict[str, Any]) -> dict[str, Any]:
+    """Log-probabilities, answers and losses of an adapter, as JSON data.
 
-    Keys of the job: `folder`, an adapter's; `model`, its base, if not where it says; `canaries`, rows whose log-probabilities are
-    asked for; `prompts`, tokens to answer, and `longest`, the tokens of the longest answer that is expected; `rows` and `objective`,
-    to be measured with and without the adapter, as general text is, if `measure` says so.
+    Keys of the job: `folder`, the adapter's; `model`, its base model, if it is not where the adapter says; `canaries`, rows whose
+    log-probabilities are asked for; `prompts`, tokens to answer, and `longest`, the tokens of the longest expected answer; with
+    `measure`, also the loss of `objective` on `rows`, and of SFT on general text, with and without the adapter.
     """
     target = open_target(job["folder"], job["model"])
     base, adapter = target.base, target.adapter
     assert adapter is not None, "an adapter's folder"
-    found: dict[str, Any] = {
+    results: dict[str, Any] = {
         "fingerprint": base.fingerprint,
         "near": near(base),
         "canaries": logprobs(base, [TokenRow(**row) for row in job["canaries"]], PACK_TOKENS),
@@ -44,22 +44,22 @@ def examined(job: dict[str, Any]) -> dict[str, Any]:
     }
     limit = min(MOST_NEW_TOKENS, 2 * job["longest"] + 32)
     answers = generate(base.model, job["prompts"], base.stop_ids, max_new_tokens=limit) if job["prompts"] else []
-    found["answers"] = [{"text": base.decode(answer), "ended": answer.ended} for answer in answers]
+    results["answers"] = [{"text": base.decode(answer), "ended": answer.ended} for answer in answers]
     if not job["measure"]:
-        return found
+        return results
     rows, objective = [TokenRow(**row) for row in job["rows"]], Objective.pick(job["objective"])
     for name, off in (("adapter", False), ("base", True)):
         with adapter.disabled() if off else nullcontext():
-            found[name] = {"general": _by_row(base, general(base), Objective.pick("sft"))}
+            results[name] = {"general": _by_row(base, general(base), Objective.pick("sft"))}
             if rows and off and objective.needs_reference:
-                found[name]["held_out"] = _of_reference(rows, objective)
+                results[name]["held_out"] = _of_reference(rows, objective)
             elif rows and not (off and adapter.method.new_tokens):  # which the base can't read
-                found[name]["held_out"] = _by_row(base, rows, objective)
-    return found
+                results[name]["held_out"] = _by_row(base, rows, objective)
+    return results
 
 
 def general(base: Base) -> list[TokenRow]:
-    """Paragraphs about all sorts of things, which no training data is about."""
+    """Paragraphs on many subjects, to measure forgetting on."""
     text = resources.files("trimtab.evaluate").joinpath("general.txt").read_text(encoding="utf-8")
     examples = [Text(part.strip(), f"general.txt:{n}") for n, part in enumerate(text.split("\n\n"), 1)]
     return tokenize_examples(
@@ -68,10 +68,10 @@ def general(base: Base) -> list[TokenRow]:
 
 
 def _of_reference(rows: list[TokenRow], objective: Objective) -> dict[str, Any]:
-    """What the objective makes of the model that the adapter's is compared with: the base, or what training started from."""
+    """The loss of the reference model itself: the base model, or the adapter that training started from."""
     sums: list[float] = []
     counts: list[int] = []
-    for pack in (one for one in pack_all(rows, PACK_TOKENS) if not one.mismatched):  # in the order of `_by_row`
+    for pack in (pack for pack in pack_all(rows, PACK_TOKENS) if not pack.mismatched):  # in the order of `_by_row`
         sums += objective.losses(torch.tensor([row.reference for row in pack.sequences]), pack, 0.0).tolist()
         counts += objective.counts(pack)
     return {"loss": sum(sums) / sum(counts), "sums": sums, "counts": counts}
@@ -85,7 +85,7 @@ def _by_row(base: Base, rows: list[TokenRow], objective: Objective) -> dict[str,
 if __name__ == "__main__":
     torch.set_grad_enabled(False)
     try:
-        said = examined(json.load(sys.stdin))
+        results = measure(json.load(sys.stdin))
     except TrimtabError as error:
-        said = {"error": str(error)}
-    sys.stdout.write(json.dumps(said) + "\n")
+        results = {"error": str(error)}
+    sys.stdout.write(json.dumps(results) + "\n")

@@ -1,6 +1,1 @@
-"""What the commands do: each opens what it is given, has it done by the floors below, and prints what came of it."""
-
-from trimtab.commands.trust import check, doctor, show, verify
-from trimtab.commands.work import bench, chat, combine, evaluate, merge, methods, train
-
-__all__ = ["bench", "chat", "check", "combine", "doctor", "evaluate", "merge", "methods", "show", "train", "verify"]
+"""The commands, one file each: its help, its arguments, and `run`, which has the floors below do the work and prints the result."""

@@ -50,7 +50,7 @@ def score_preferences(
             f"data: rows that can't be measured:\n{listing([f'{where}: {why}' for where, why in account.rejected])}"
         )
     answers = rows
-    rows = with_mismatched(rows, seed, most) if objective.pools else rows
+    rows = with_mismatched(rows, seed, most) if objective.estimates_kl else rows
     source = reference.source if reference is not None else "base"
     if reference is not None:
         referred = refer(base, adapter, source, rows, PACK_TOKENS)

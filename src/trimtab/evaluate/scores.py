@@ -27,7 +27,7 @@ from trimtab.data import (
 from trimtab.data.example import TokenRow
 from trimtab.engine import Answer, Ended, generate
 from trimtab.methods import room
-from trimtab.objectives import Objective, answered, averaged
+from trimtab.objectives import Objective, mean_measures, score_packs
 from trimtab.objectives.sft import SFT
 
 Interval = tuple[float, float]
@@ -92,19 +92,19 @@ def score_loss(base: Base, rows: Sequence[TokenRow], pack_tokens: int = 1024, ob
     counts: list[int] = []
     measured: list[dict[str, Tensor]] = []
     found: dict[int, float] = {}
-    learned, pooled = answered(base.model, objective, pack_all(rows, pack_tokens))
+    learned, kl = score_packs(base.model, objective, pack_all(rows, pack_tokens))
     for pack, logprobs in learned:
         for row, one in zip(pack.sequences, logprobs.tolist(), strict=True):
             if not math.isfinite(one):
                 raise NonFinite(f"The loss on {row.where} is not a number: the model's weights, or an adapter's, are broken.")
             found[id(row)] = one
-        sums += objective.losses(logprobs, pack, pooled).tolist()
+        sums += objective.losses(logprobs, pack, kl).tolist()
         counts += objective.counts(pack)
-        measured.append(objective.measures(logprobs, pack, pooled))
+        measured.append(objective.measures(logprobs, pack, kl))
     tokens = sum(len(row.target_indices) for pack, _ in learned for row in pack.sequences)
     in_order = [found[id(row)] for row in rows if id(row) in found]
     loss, interval = sum(sums) / sum(counts), _bootstrap(sums, counts)
-    return Loss(loss, interval, tokens, len(sums), averaged(measured), sums, counts, in_order)
+    return Loss(loss, interval, tokens, len(sums), mean_measures(measured), sums, counts, in_order)
 
 
 def score_answers(

@@ -1,6 +1,6 @@
-"""Telling people what happens."""
+"""What a run, an evaluation and a folder look like to people: on the terminal, and as pages."""
 
-from trimtab.report.events import RunObserver, Silent
-from trimtab.report.progress import Answering, Terminal
+from trimtab.report.events import RunObserver
+from trimtab.report.progress import AnsweringBar, Terminal
 
-__all__ = ["Answering", "RunObserver", "Silent", "Terminal"]
+__all__ = ["AnsweringBar", "RunObserver", "Terminal"]

@@ -1,34 +1,37 @@
-"""What a run tells while it goes on, and nobody to tell it to."""
+"""What a run tells while it runs."""
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from trimtab.data import SourceReport
-from trimtab.evaluate import Loss
-from trimtab.train import Step
 
 
-class RunObserver(Protocol):
-    """Told what happens in a run, as it happens."""
+class RunObserver:
+    """Told what happens in a run, as it happens. Every method does nothing: derive from it and override those of interest."""
 
-    def began(self, what: str) -> None:
-        """Told before anything that may take a while, such as `loading the model`."""
+    def on_stage(self, stage: str) -> None:
+        """Called before anything that may take a while, such as `loading the model`."""
 
-    def planned(self, facts: dict[str, Any], accounts: list[SourceReport], train_rows: int, eval_rows: int) -> None: ...
-    def noticed(self, words: str) -> None: ...
-    def stepped(self, step: Step, steps: int) -> None: ...
-    def evaluated(self, step: int, scored: Loss) -> None: ...
-    def finished(self, state: dict[str, Any], folder: Path) -> None: ...
-    def certified(self, certificate: dict[str, Any]) -> None: ...
+    def on_plan(self, facts: dict[str, Any], accounts: list[SourceReport], train_examples: int, eval_examples: int) -> None:
+        """Called before the first step.
 
+        Args:
+            facts: What `run.json` will say.
+            accounts: Where the examples of each data source went.
+        """
 
-class Silent:
-    """Tells nobody."""
+    def on_notice(self, message: str) -> None:
+        """Called with what the user should know and nothing is refused for."""
 
-    def began(self, what: str) -> None: ...
-    def planned(self, facts: dict[str, Any], accounts: list[SourceReport], train_rows: int, eval_rows: int) -> None: ...
-    def noticed(self, words: str) -> None: ...
-    def stepped(self, step: Step, steps: int) -> None: ...
-    def evaluated(self, step: int, scored: Loss) -> None: ...
-    def finished(self, state: dict[str, Any], folder: Path) -> None: ...
-    def certified(self, certificate: dict[str, Any]) -> None: ...
+    def logged(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        """Called after every optimizer step and evaluation, with what `metrics.jsonl` gets a line of.
+
+        Args:
+            kind: `train` or `eval`; an evaluation at step 0 is of the model before training.
+            values: Numbers by name, `loss` among them.
+        """
+
+    def on_finish(self, record: dict[str, Any], folder: Path) -> None:
+        """Called when training is done, with what `run.json` says now."""
+
+    def on_certificate(self, certificate: dict[str, Any]) -> None: ...

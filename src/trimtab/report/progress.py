@@ -1,4 +1,4 @@
-"""A run on the terminal: what is about to happen, a bar while it does, what came of it."""
+"""A run on the terminal: what is about to be trained, a progress bar, and the result."""
 
 from collections import deque
 from collections.abc import Callable
@@ -13,22 +13,19 @@ from rich.status import Status
 from trimtab.core.config import Choice
 from trimtab.core.errors import RecipeError
 from trimtab.data import SourceReport
-from trimtab.evaluate import Loss
 from trimtab.methods import Method
 from trimtab.objectives import Objective
-from trimtab.report.tables import memory_words
-from trimtab.train import Step
+from trimtab.report.events import RunObserver
+from trimtab.report.folders import memory_text
 
-_REFERENCES = {"base": "the base", "start": "the adapter that training starts from"}
-
-
-def _computed(reference: dict[str, Any]) -> str:
-    known = reference["rows"] - reference["computed"]
-    return f"{reference['computed']:,} rows computed" + (f", {known:,} known from before" if known else "")
+_REFERENCES = {"base": "the base model", "start": "the adapter that training starts from"}
+_EVAL_VALUES = {"loss", "low", "high", "tokens", "rows"}
+"""Of an evaluation; what else it has are the objective's measures."""
+_COLORS = {"passed": "green", "noted": "yellow", "failed": "red"}
 
 
-class Terminal:
-    """Shows a run on the terminal: what is being done, a bar while it trains; in a log file, lines instead."""
+class Terminal(RunObserver):
+    """Shows a run on the terminal: what is being done, and a bar while it trains; in a log file, lines instead."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -36,133 +33,136 @@ class Terminal:
         self._status: Status | None = None
         self._task = TaskID(0)
         self._steps, self._tokens, self._seconds = 0, 0, 0.0
+        self._planned_steps = 0
         self._losses: deque[float] = deque(maxlen=1)
-        self._first = "base"
-        self._begun = set[str]()
+        self._compared_with = "base model"
+        self._stages_shown = set[str]()
 
-    def began(self, what: str) -> None:
+    def on_stage(self, stage: str) -> None:
         if self._bar is not None:
-            self._bar.update(self._task, doing=what)
+            self._bar.update(self._task, stage=stage)
         elif self.console.is_terminal:
             if self._status is None:
                 self._status = self.console.status("")
                 self._status.start()
-            self._status.update(f"[dim]{escape(what)} …[/]")
-        elif what not in self._begun:
-            self._begun.add(what)
-            self.console.print(f"[dim]{escape(what)} …[/]")
+            self._status.update(f"[dim]{escape(stage)} …[/]")
+        elif stage not in self._stages_shown:
+            self._stages_shown.add(stage)
+            self.console.print(f"[dim]{escape(stage)} …[/]")
 
-    def planned(self, facts: dict[str, Any], accounts: list[SourceReport], train_rows: int, eval_rows: int) -> None:
-        self._no_status()
-        say = self.console.print
-        share = facts["trainable_parameters"] / facts["base_parameters"]
-        say(f"[bold]base[/]    {escape(facts['base']['source'])}  ({facts['base_parameters']:,} parameters, frozen)")
-        say(
-            f"[bold]method[/]  {escape(_member(Method, facts['method']))}  ({facts['trainable_parameters']:,} parameters, {share:.2%})"
-        )
+    def on_plan(self, facts: dict[str, Any], accounts: list[SourceReport], train_examples: int, eval_examples: int) -> None:
+        self._stop_status()
+        trained, frozen = facts["trainable_parameters"], facts["base_parameters"]
+        self._line("base model", f"{facts['base']['source']}  ({frozen:,} parameters, frozen)")
+        self._line("method", f"{_settings(Method, facts['method'])}  ({trained:,} parameters, {trained / frozen:.2%})")
         if facts["positions"]:
-            say(f"          its virtual tokens take {facts['positions']:,} positions of every row's context")
+            self._line("", f"its virtual tokens take {facts['positions']:,} positions of every example's context")
         for account in accounts:
-            say(f"[bold]data[/]    {escape(str(account))}")
-            for where, reason in account.rejected[:5]:
-                say(f"          [yellow]refused[/] {escape(where)}: {escape(reason)}")
+            self._line("data", str(account))
+            for place, reason in account.rejected[:5]:
+                self._line("", f"[yellow]rejected[/] {escape(place)}: {escape(reason)}", markup=True)
             if len(account.rejected) > 5:
-                say(f"          … and {len(account.rejected) - 5} more, in data.json")
+                self._line("", f"… and {len(account.rejected) - 5} more, in data.json")
             if account.ignored_columns:
-                say(f"          columns that nothing reads: {escape(', '.join(sorted(account.ignored_columns)))}")
-        say(f"          {train_rows:,} rows to learn ({facts['learned_tokens']:,} tokens of answers), {eval_rows:,} held out")
-        say(f"[bold]learn[/]   {escape(_member(Objective, facts['objective']))}")
-        if facts["start"] is not None or facts["reference"] is not None:
-            self._first = "start"
-        if (reference := facts["reference"]) is not None:
-            say(
-                f"          compared with {escape(_REFERENCES.get(reference['kind'], reference['kind']))}: {_computed(reference)}"
-            )
-        if facts["start"] is not None:
-            say(f"          goes on from {escape(facts['start']['folder'])}")
-        auto = "" if facts["lr_formula"] == "given" else " (auto)"
-        say(
-            f"[bold]train[/]   {facts['steps']:,} steps of {facts['rows_per_step']:.3g} rows in {facts['epochs']:g} epochs, "
-            f"learning rate {facts['peak_lr']:g}{auto}"
+                self._line("", f"ignored columns: {', '.join(sorted(account.ignored_columns))}")
+        self._line(
+            "",
+            f"{train_examples:,} training examples ({facts['learned_tokens']:,} target tokens), {eval_examples:,} validation",
         )
-        say(f"          {facts['memory']}")
+        self._line("objective", _settings(Objective, facts["objective"]))
+        if (reference := facts["reference"]) is not None:
+            known = reference["rows"] - reference["computed"]
+            cached = f", {known:,} from the cache" if known else ""
+            name = _REFERENCES.get(reference["kind"], reference["kind"])
+            self._line("", f"reference model: {name} ({reference['computed']:,} log-probabilities computed{cached})")
+        if facts["start"] is not None or reference is not None:
+            self._compared_with = "start"
+        if facts["start"] is not None:
+            self._line("", f"starts from the adapter in {facts['start']['folder']}")
+        auto = "" if facts["lr_formula"] == "given" else " (auto)"
+        self._line(
+            "training",
+            f"{facts['steps']:,} steps of {facts['rows_per_step']:.3g} examples in {facts['epochs']:g} epochs, "
+            f"learning rate {facts['peak_lr']:g}{auto}",
+        )
+        self._line("", facts["memory"])
+        self._planned_steps = facts["steps"]
         self._losses = deque(maxlen=max(1, facts["steps"] // 20))
         if self.console.is_terminal:
-            self._start(facts["steps"])
+            self._start_bar()
 
-    def noticed(self, words: str) -> None:
-        where = self._bar.console if self._bar else self.console
-        where.print(f"[bold yellow]note[/]    {escape(words)}")
+    def on_notice(self, message: str) -> None:
+        self._line("note", message, style="bold yellow")
 
-    def stepped(self, step: Step, steps: int) -> None:
+    def logged(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        if kind == "eval":
+            self._show_evaluation(step, values)
+        else:
+            self._show_step(step, values)
+
+    def _show_step(self, step: int, values: dict[str, Any]) -> None:
         self._steps += 1
-        self._tokens += step.tokens
-        self._seconds += step.seconds
-        if step.skipped is None:
-            self._losses.append(step.loss)
-        left = (steps - step.number) * self._seconds / self._steps
-        rate = self._tokens / self._seconds
+        self._tokens += values["tokens"]
+        self._seconds += values["seconds"]
+        if "skipped" not in values:
+            self._losses.append(values["loss"])
+        total = self._planned_steps
+        left = _duration((total - step) * self._seconds / self._steps)
+        rate = self._tokens / self._seconds if self._seconds else 0.0
         if self._bar is not None:
             loss = f"{sum(self._losses) / len(self._losses):.4f}" if self._losses else "–"
-            said = f"loss {loss}  {rate:,.0f} tokens/s  {_time(left)} left"
-            self._bar.update(self._task, completed=step.number, doing="training", said=said)
-        elif step.number in (1, steps) or step.number % max(1, steps // 10) == 0:
-            self.console.print(
-                f"          step {step.number}/{steps}  loss {step.loss:.4f}  {rate:,.0f} tokens/s  {_time(left)} left"
-            )
+            progress = f"loss {loss}  {rate:,.0f} tokens/s  {left} left"
+            self._bar.update(self._task, completed=step, stage="training", progress=progress)
+        elif step in (1, total) or step % max(1, total // 10) == 0:
+            self._line("", f"step {step}/{total}  loss {values['loss']:.4f}  {rate:,.0f} tokens/s  {left} left")
 
-    def evaluated(self, step: int, scored: Loss) -> None:
-        low, high = scored.interval
-        where = self._bar.console if self._bar else self.console
-        what = self._first if step == 0 else f"step {step}"
-        beside = "".join(f"  {name.replace('_', ' ')} {value:.3g}" for name, value in scored.measures.items())
-        where.print(
-            f"[bold]eval[/]    {what}: loss {scored.loss:.4f}  [dim](95 %: {low:.4f} to {high:.4f}, {scored.rows:,} rows)[/]{beside}"
-        )
+    def _show_evaluation(self, step: int, values: dict[str, Any]) -> None:
+        name = self._compared_with if step == 0 else f"step {step}"
+        measures = "".join(f"  {key.replace('_', ' ')} {values[key]:.3g}" for key in values if key not in _EVAL_VALUES)
+        interval = f"[dim](95 % interval {values['low']:.4f} to {values['high']:.4f}, {values['rows']:,} examples)[/]"
+        self._line("eval", f"{name}: loss {values['loss']:.4f}  {interval}{escape(measures)}", markup=True)
 
-    def finished(self, state: dict[str, Any], folder: Path) -> None:
+    def on_finish(self, record: dict[str, Any], folder: Path) -> None:
         self._stop()
-        best = state["best"]
-        rate = state["tokens"] / state["seconds"]
-        self.console.print(
-            f"[bold]tokens[/]  {state['tokens']:,} in rows, {state['computed_tokens']:,} computed: "
-            "what rows begin with in common once, and nothing after the last token to learn"
-        )
-        if state.get("memory_held"):
-            self.console.print(f"[bold]memory[/]  {memory_words(state['memory_held'])}")
-        self.console.print(
-            f"[bold]done[/]    {state['seconds']:.0f} s with evaluation, {rate:,.0f} tokens/s. "
-            f"Best adapter: step {best['step']}, in {escape(str(folder / 'adapter'))}"
-        )
+        best, tokens, seconds = record["best"], record["tokens"], record["seconds"]
+        processed = f"{record['computed_tokens']:,} processed (shared prefixes once, none after the last target token)"
+        self._line("tokens", f"{tokens:,} tokens, {processed}")
+        if record.get("memory_held"):
+            self._line("memory", memory_text(record["memory_held"]))
+        self._line("done", f"{seconds:.0f} s with evaluation, {tokens / seconds:,.0f} tokens/s")
+        self._line("adapter", f"step {best['step']}, in {folder / 'adapter'}")
 
-    def certified(self, certificate: dict[str, Any]) -> None:
-        self._no_status()
-        colors = {"passed": "green", "noted": "yellow", "failed": "red"}
-        for number, one in enumerate(certificate["tests"]):
-            head = "[bold]proof[/]   " if number == 0 else "        "
-            self.console.print(f"{head}[{colors[one['status']]}]{one['status']}[/] {one['name']}: {escape(one['words'])}")
+    def on_certificate(self, certificate: dict[str, Any]) -> None:
+        self._stop_status()
+        for number, test in enumerate(certificate["tests"]):
+            status = f"[{_COLORS[test['status']]}]{test['status']}[/]"
+            self._line("" if number else "certificate", f"{status} {test['name']}: {escape(test['words'])}", markup=True)
 
-    def _start(self, steps: int) -> None:
+    def _line(self, label: str, text: str, *, style: str = "bold", markup: bool = False) -> None:
+        console = self._bar.console if self._bar else self.console
+        console.print(f"[{style}]{label:11}[/] {text if markup else escape(text)}")
+
+    def _start_bar(self) -> None:
         self._bar = Progress(
-            TextColumn("[bold]train[/]  "),
+            TextColumn("[bold]training[/]   "),
             BarColumn(bar_width=30),
-            TextColumn("{task.completed}/{task.total}  {task.fields[said]}"),
+            TextColumn("{task.completed}/{task.total}  {task.fields[progress]}"),
             TimeElapsedColumn(),
-            TextColumn("[dim]{task.fields[doing]}[/]"),
+            TextColumn("[dim]{task.fields[stage]}[/]"),
             console=self.console,
         )
-        self._task = self._bar.add_task("train", total=steps, said="", doing="")
+        self._task = self._bar.add_task("train", total=self._planned_steps, progress="", stage="")
         self._bar.start()
 
-    def _no_status(self) -> None:
+    def _stop_status(self) -> None:
         if self._status is not None:
             self._status.stop()
             self._status = None
 
     def _stop(self) -> None:
-        self._no_status()
+        self._stop_status()
         if self._bar is not None:
-            self._bar.update(self._task, doing="")
+            self._bar.update(self._task, stage="")
             self._bar.stop()
             self._bar = None
 
@@ -173,14 +173,7 @@ class Terminal:
         self._stop()  # an error message must not be drawn over by the bar
 
 
-def _time(seconds: float) -> str:
-    """A length of time as people say it."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-class Answering:
+class AnsweringBar:
     """Shows how many questions have been answered, while they are."""
 
     def __init__(self, console: Console, questions: int, *, quiet: bool = False) -> None:
@@ -200,7 +193,7 @@ class Answering:
         task = self._bar.add_task(model, total=self._questions)
         return lambda count: self._bar.advance(task, count)
 
-    def __enter__(self) -> "Answering":
+    def __enter__(self) -> "AnsweringBar":
         self._bar.start()
         return self
 
@@ -208,21 +201,27 @@ class Answering:
         self._bar.stop()
 
 
-def _member(family: type[Choice], facts: dict[str, Any]) -> str:
-    """A method or an objective in a line: its sizes, and what is not as it is by default. The run's recipe.yaml has every key."""
-    kind = family.member(facts["name"])
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _settings(family: type[Choice], facts: dict[str, Any]) -> str:
+    """A method or an objective in a line: its sizes, and what differs from the default. The run's recipe.yaml has every key."""
     try:
-        usual = kind().plain()
-    except RecipeError:  # it has no defaults
-        usual = {}
-    sizes = {key for key, value in facts.items() if type(value) is int}
+        defaults = family.member(facts["name"])().plain()
+    except RecipeError:  # it has none
+        defaults = {}
     shown = [
-        f"{key} {_words(value)}" for key, value in facts.items() if key != "name" and (key in sizes or value != usual.get(key))
+        f"{key} {_value(value)}"
+        for key, value in facts.items()
+        if key != "name" and (type(value) is int or value != defaults.get(key))
     ]
     return f"{facts['name']}{': ' if shown else ''}{', '.join(shown)}"
 
 
-def _words(value: Any) -> str:
+def _value(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value)) if len(value) <= 3 else f"{len(value)} names"
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -15,62 +15,68 @@ from trimtab.objectives import Comparing, Objective
 from trimtab.run.recipe import Recipe
 
 READING = ("data.columns", "data.ignore")
-"""Keys of a recipe that say how rows are read."""
+"""Keys of a recipe that say how a file is read."""
 
 
-def held_out(folder: Path) -> tuple[list[Example], str]:
-    """The rows that a run held out, and a name for them."""
-    if not is_run(folder):
-        raise RecipeError(f"{folder} is not a run folder, so it has no held-out rows of its own: give rows with --data.")
-    recipe, remembered = read(Recipe, folder / RECIPE), files.read_json(folder / DATA)
-    if not isinstance(remembered, dict) or not {"files", "held_out"} <= remembered.keys():
+def held_out_examples_of(run: Path) -> tuple[list[Example], str]:
+    """The examples that a run held out, and a name for them.
+
+    Raises:
+        RecipeError: It is no run folder.
+        ArtifactError: It does not say which they were.
+        DataError: There were none, or they are no longer what they were.
+    """
+    if not is_run(run):
+        raise RecipeError(f"{run} is not a run folder, so it has no held-out examples of its own: name a file with --data.")
+    recipe, record = read(Recipe, run / RECIPE), files.read_json(run / DATA)
+    if not isinstance(record, dict) or not {"files", "held_out"} <= record.keys():
         raise ArtifactError(
-            f"{folder / 'data.json'}: does not say which rows were held out. Restore it from a copy, or give rows with --data."
+            f"{run / DATA}: does not say which examples were held out. Restore it from a copy, or name a file with --data."
         )
-    examples = held_out_examples(recipe.data, remembered, recipe.objective.data_kind)
+    examples = held_out_examples(recipe.data, record, recipe.objective.data_kind)
     if not examples:
-        raise DataError(f"{folder} held out no rows: give rows with --data.")
-    return examples, f"held-out rows of {folder}"
+        raise DataError(f"{run} held out no examples: name a file with --data.")
+    return examples, f"held-out examples of {run}"
 
 
-def learned_from(target: Path) -> Kind:
-    """What a run's objective learned from; answers, for anything that is no run."""
+def kind_of_data(target: Path) -> Kind:
+    """What a run was trained on; answers, for anything that is no run."""
     return read(Recipe, target / RECIPE).objective.data_kind if is_run(target) else "answers"
 
 
-def rows_to_measure(target: Path, source: str, words: Sequence[str] = ()) -> tuple[list[Example], Kind]:
-    """The rows of a file to measure a model on, and what they are.
+def examples_of_file(target: Path, source: str, words: Sequence[str] = ()) -> tuple[list[Example], Kind]:
+    """The examples of a file to evaluate a model on, and what they are.
 
-    They are read as a run's own were: with its `data.columns` and `data.ignore`, or, if that fits none of them, by the names that
-    columns have; as what its objective learned from, or as answers, which any model can be asked for.
+    They are read as a run's own were: with its `data.columns` and `data.ignore`, or, if no example fits those, by the columns' own
+    names; as what its objective was trained on, or as answers, which any model can be asked for.
 
     Args:
         words: Those two keys of a recipe, given anew.
 
     Raises:
         RecipeError: Other keys.
-        DataError: Some of the rows can't be read.
+        DataError: Some of the examples can't be read.
     """
     for word in words:
         if not word.startswith(tuple(f"{key}{mark}" for key in READING for mark in "=.")):
-            raise RecipeError(f"{word}: of a recipe's keys, eval takes {' and '.join(READING)} alone.")
+            raise RecipeError(f"{word}: of a recipe's keys, eval takes only {' and '.join(READING)}.")
     if is_run(target):
         data = read(Recipe, target / RECIPE, words).data
     else:
         data = made(DataConfig, {"train": source}, [word.removeprefix("data.") for word in words], "data:")
-    kinds: list[Kind] = list(dict.fromkeys((learned_from(target), "answers")))
-    ways = [(data.columns, data.ignore), *([({}, ())] if not words else [])]
+    kinds: list[Kind] = list(dict.fromkeys((kind_of_data(target), "answers")))
+    readings = [(data.columns, data.ignore), *([({}, ())] if not words else [])]
     first = None
-    for columns, ignore in ways:
+    for columns, ignore in readings:
         for kind in kinds:
             examples, account = load_examples(source, columns, kind, ignore)
             first = first or account
             if examples and not account.rejected:
                 return examples, kind
     assert first is not None
-    problems = [f"{where}: {why}" for where, why in first.rejected]
+    problems = [f"{place}: {reason}" for place, reason in first.rejected]
     raise DataError(
-        f"data: rows that can't be measured:\n{listing(problems)}" if problems else f"data: {source} holds no rows."
+        f"data: examples that can't be evaluated:\n{listing(problems)}" if problems else f"data: {source} holds no examples."
     )
 
 

@@ -1,4 +1,4 @@
-"""What is looked at before the first step: the data's proof, and whether adapter, disk and memory are enough."""
+"""What is checked before the first step: the data, the adapter's size, memory and disk; and a preview of the tokenized examples."""
 
 import os
 import shutil
@@ -8,6 +8,7 @@ from typing import Any
 from trimtab.base import Base
 from trimtab.core.errors import RecipeError, StorageError
 from trimtab.data import EXAMPLES_CHECKED, Finding, LoadedData, check_data, first_examples
+from trimtab.data.example import TokenRow
 from trimtab.methods import Attached
 from trimtab.run.checkpoints import KEPT
 from trimtab.run.recipe import Recipe
@@ -16,89 +17,86 @@ from trimtab.train import planned_memory
 
 @dataclass
 class OpenedRecipe:
-    """What a recipe names, opened."""
+    """What a recipe names, loaded."""
 
     recipe: Recipe
-    """With the method of what it starts from."""
-    origin: dict[str, Any] | None
-    """What that is, as JSON data."""
+    """With the method of the adapter that it starts from."""
+    start: dict[str, Any] | None
+    """What that adapter is, as JSON data."""
     base: Base
     adapter: Attached
     data: LoadedData
-    limit: int | None
-    """The most tokens that a row may have."""
+    max_length: int | None
+    """The most tokens that an example may have."""
 
 
-def preflight(given: OpenedRecipe) -> list[Finding]:
-    """Everything that is looked at. Nothing is refused here: see `data.refuse_problems`, and `check_disk`."""
-    recipe, data = given.recipe, given.data
+def preflight(opened: OpenedRecipe) -> list[Finding]:
+    """Every check. Nothing is refused here: see `data.refuse_problems` and `check_disk`."""
+    recipe, data = opened.recipe, opened.data
     examples = first_examples(recipe.absolute().data, EXAMPLES_CHECKED, recipe.objective.data_kind)
-    return [*check_data(data, examples, given.base), _capacity(given.adapter, data), _disk(recipe, given.adapter)]
+    return [*check_data(data, examples, opened.base), _capacity(opened.adapter, data), _disk(recipe, opened.adapter)]
 
 
-def memory_needed(given: OpenedRecipe) -> Finding:
-    """What training will hold at a time; it is planned again when it starts, by what is free then."""
+def memory_needed(opened: OpenedRecipe) -> Finding:
+    """The memory that training would take now; it is planned again when training starts."""
     try:
-        planned = planned_memory(given.base, given.recipe.train, given.data.train, given.data.eval)
+        plan = planned_memory(opened.base, opened.recipe.train, opened.data.train, opened.data.eval)
     except RecipeError as error:
         return Finding("memory", "problem", str(error))
-    return Finding("memory", "good", planned.words, {"pack_tokens": planned.pack_tokens, "most": planned.most})
+    return Finding("memory", "good", plan.words, {"pack_tokens": plan.pack_tokens, "most": plan.most})
 
 
 def check_disk(findings: list[Finding]) -> None:
-    """Raise StorageError if the disk has no room for the run."""
-    for one in findings:
-        if one.name == "disk" and one.status == "problem":
-            raise StorageError(f"output: {one.message}")
+    """Raise StorageError if the disk has no space for the run."""
+    for finding in findings:
+        if finding.name == "disk" and finding.status == "problem":
+            raise StorageError(f"output: {finding.message}")
 
 
 def _capacity(adapter: Attached, data: LoadedData) -> Finding:
-    """Whether there is more to learn from than what learns."""
-    trained = sum(p.numel() for p in adapter.parameters().values())
+    """Whether there are enough target tokens for the trained parameters."""
+    parameters = sum(p.numel() for p in adapter.parameters().values())
     tokens = sum(len(row.target_indices) for row in data.train if row.side != "mismatched")
-    words = f"{trained:,} parameters are trained on {tokens:,} tokens of answers"
-    facts = {"parameters": trained, "tokens": tokens}
-    if trained > 1000 * tokens:
-        return Finding(
-            "capacity", "note", f"{words}: the rows can be learned by heart. Watch the loss on held-out rows.", facts
-        )
-    return Finding("capacity", "good", words, facts)
+    message, facts = (
+        f"{parameters:,} parameters are trained on {tokens:,} target tokens",
+        {"parameters": parameters, "tokens": tokens},
+    )
+    if parameters > 1000 * tokens:
+        message += ": overfitting is likely. Watch the loss on held-out examples."
+        return Finding("capacity", "note", message, facts)
+    return Finding("capacity", "good", message, facts)
 
 
 def _disk(recipe: Recipe, adapter: Attached) -> Finding:
     """The run's folder at its fullest: adapters of two states, the best, and the final one; and the states, of three numbers each."""
     size = sum(p.nbytes for p in adapter.parameters().values())
     needed = (KEPT + 3) * size + (KEPT + 1) * 3 * size + 1_000_000
-    place = next(p for p in (recipe.output.absolute(), *recipe.output.absolute().parents) if p.exists())
-    free = shutil.disk_usage(place).free
-    words, facts = (
-        f"the run needs {needed / 1e6:,.0f} MB at most, and {free / 1e6:,.0f} MB are free in {place}",
-        {"needed": needed, "free": free},
-    )
-    if not os.access(place, os.W_OK):
-        return Finding("disk", "problem", f"{place} can't be written to: choose a folder that can", facts)
+    folder = next(p for p in (recipe.output.absolute(), *recipe.output.absolute().parents) if p.exists())
+    free = shutil.disk_usage(folder).free
+    message = f"the run needs {needed / 1e6:,.0f} MB at most, and {free / 1e6:,.0f} MB are free in {folder}"
+    facts = {"needed": needed, "free": free}
+    if not os.access(folder, os.W_OK):
+        return Finding("disk", "problem", f"{folder} is not writable: choose another folder", facts)
     if needed > free:
-        return Finding("disk", "problem", f"{words}: free some, or choose another folder", facts)
-    return Finding("disk", "good", words, facts)
+        return Finding("disk", "problem", f"{message}: free some, or choose another folder", facts)
+    return Finding("disk", "good", message, facts)
 
 
-def shown(base: Base, data: LoadedData, count: int) -> list[dict[str, Any]]:
-    """Rows as they are learned: the first ones, and the shortest and longest of all; each in parts that are learned or not."""
+def preview(base: Base, data: LoadedData, count: int) -> list[dict[str, Any]]:
+    """Examples as token rows: the first ones, the shortest and the longest; each as runs of text that are target tokens or not."""
     rows = [row for row in data.train if row.side != "mismatched"]
     by_length = sorted(rows, key=lambda row: len(row.ids))
     chosen = {id(row): row for row in (*rows[:count], *by_length[:1], *by_length[-1:])} if count else {}
-    return [
-        {"where": row.where, "side": row.side, "parts": _parts(base, row.ids, row.target_indices)} for row in chosen.values()
-    ]
+    return [{"where": row.where, "side": row.side, "parts": _parts(base, row)} for row in chosen.values()]
 
 
-def _parts(base: Base, ids: list[int], learned: list[int]) -> list[dict[str, Any]]:
-    marks = set(learned)
+def _parts(base: Base, row: TokenRow) -> list[dict[str, Any]]:
+    targets = set(row.target_indices)
     parts: list[dict[str, Any]] = []
     start = 0
-    for at in range(1, len(ids) + 1):
-        if at == len(ids) or (at in marks) != (start in marks):
-            text = base.tokenizer.decode(ids[start:at], clean_up_tokenization_spaces=False)
-            parts.append({"text": text, "learned": start in marks, "tokens": at - start})
-            start = at
+    for end in range(1, len(row.ids) + 1):
+        if end == len(row.ids) or (end in targets) != (start in targets):
+            text = base.tokenizer.decode(row.ids[start:end], clean_up_tokenization_spaces=False)
+            parts.append({"text": text, "learned": start in targets, "tokens": end - start})
+            start = end
     return parts

@@ -1,4 +1,4 @@
-"""Going on with a run that did not end: whether it is this recipe's, where it stood, and whether everything is as it was."""
+"""Resuming a run that did not end: whether it is this recipe's, where it was, and whether everything is as it was."""
 
 import itertools
 import json
@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,7 +22,7 @@ from trimtab.core.errors import RecipeError, StorageError, TrimtabError, listing
 from trimtab.engine import Memory
 from trimtab.run.recipe import Recipe
 
-DECIDED: dict[str, tuple[str, ...]] = {
+IDENTIFIED: dict[str, tuple[str, ...]] = {
     "base": ("model.name", "model.dtype", "model.device", "model.quantize"),
     "data_digest": ("data",),
     "start": ("start",),
@@ -30,23 +30,42 @@ DECIDED: dict[str, tuple[str, ...]] = {
 }
 """Facts of a run, as run.json holds them, that identify something by its content; and the keys of the recipe that name it, which
 matter only where the content differs: the same files may lie elsewhere by now."""
-SAME = (*DECIDED, "method", "trainable_parameters", "steps", "peak_lr")
-"""Facts that must not change on the way."""
-SAME_TO_THE_BIT = ("versions", "threads", "device")
+FIXED = (*IDENTIFIED, "method", "trainable_parameters", "steps", "peak_lr")
+"""Facts that must not change when a run is resumed."""
+ROUNDING = ("versions", "threads", "device")
 """Facts that change results by rounding."""
 FREE = ("resume", "output", "certify")
-"""Keys of the recipe that may change on the way."""
+"""Keys of the recipe that may change when a run is resumed."""
+
+
+class Difference(NamedTuple):
+    """A key of a recipe or of a run's facts that is another now."""
+
+    key: str
+    before: Any
+    now: Any
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.before} in the run, {self.now} now"
+
+    def within(self, keys: Iterable[str]) -> bool:
+        return any(self.key == key or self.key.startswith(f"{key}.") for key in keys)
+
+    @property
+    def identified(self) -> bool:
+        """Whether what the key names is identified by its content."""
+        return any(self.within(keys) for keys in IDENTIFIED.values())
 
 
 @dataclass
-class Unfinished:
+class UnfinishedRun:
     """A run that did not end."""
 
     folder: Path
     facts: dict[str, Any]
     """What run.json holds."""
     state: State | None
-    """Where it stood when it was last saved; None if that was never, or is damaged."""
+    """The newest state; None if none was saved, or all are damaged."""
 
     @property
     def step(self) -> int:
@@ -58,117 +77,109 @@ class Unfinished:
         return datetime.fromisoformat(self.facts["moment"])
 
     def memory(self) -> Memory | None:
-        """Rows go into the same packs again, whatever is free now; None if another version made the plan."""
+        """The run's plan, so that rows go into the same packs whatever is free now; None if another version made it."""
         return Memory.of(self.facts["plan"])
 
     def check_recipe(self, recipe: Recipe) -> None:
         """Refuse another recipe before anything is loaded. Raises RecipeError with the keys that differ."""
-        settled = ["method"] if recipe.start is not None and "method" not in recipe.model_fields_set else []
+        decided_later = ["method"] if recipe.start is not None and "method" not in recipe.model_fields_set else []
         self._refuse(
-            [
-                _words(key, before, now)
-                for key, before, now in self._other_keys(recipe)
-                if not _within(key, settled) and not (key.startswith("objective.") and now == "auto")
-            ]
+            difference
+            for difference in self._recipe_differences(recipe)
+            if not difference.within(decided_later)
+            and not (difference.key.startswith("objective.") and difference.now == "auto")
         )
 
-    def check(self, recipe: Recipe, facts: dict[str, Any], digests: dict[str, str], notice: Callable[[str], None]) -> None:
-        """Refuse to go on with another run. Raises RecipeError with what differs.
+    def check(self, recipe: Recipe, facts: dict[str, Any], digests: dict[str, str], on_notice: Callable[[str], None]) -> None:
+        """Refuse to resume another run. Raises RecipeError with what differs.
 
         Args:
             digests: Of the data's files, by their names.
         """
-        other = [fact for fact in SAME if list(self._changed(facts, (fact,)))]
-        named = list(_differences(self._recipe(), recipe.absolute().plain()))
-        moved = [one for one in named if any(_within(one[0], keys) for keys in DECIDED.values())]
-        problems = [_words(*one) for one in self._other_keys(recipe)]
-        problems += [line for fact in other if fact in DECIDED for line in self._told(fact, facts, digests, moved)]
-        self._refuse(problems or [_words(*one) for one in self._changed(facts, SAME)])
-        if moved:
-            notice(
-                f"the content is the same, so the run is resumed with what is named now:\n{listing([_words(*one) for one in moved])}"
+        renamed = [difference for difference in self._all_recipe_differences(recipe) if difference.identified]
+        problems = [*map(str, self._recipe_differences(recipe))]
+        for fact in IDENTIFIED:
+            if self._changed(facts, (fact,)):
+                problems += self._content_problems(fact, facts, digests)
+                problems += [str(difference) for difference in renamed if difference.within(IDENTIFIED[fact])]
+        self._refuse(problems or self._changed(facts, FIXED))
+        if renamed:
+            names = listing([str(difference) for difference in renamed])
+            on_notice(f"the content is the same, so the run is resumed with what is named now:\n{names}")
+        if changed := self._changed(facts, ROUNDING):
+            on_notice(
+                f"results from here on may differ by rounding from the run's first part:\n{listing([*map(str, changed)])}"
             )
-        if changed := [_words(*one) for one in self._changed(facts, SAME_TO_THE_BIT)]:
-            notice(f"what is computed from here on may differ by rounding from the run's first part:\n{listing(changed)}")
 
-    def _recipe(self) -> dict[str, Any]:
-        return read(Recipe, self.folder / RECIPE).plain()
+    def _all_recipe_differences(self, recipe: Recipe) -> list[Difference]:
+        return list(_differences(read(Recipe, self.folder / RECIPE).plain(), recipe.absolute().plain()))
 
-    def _other_keys(self, recipe: Recipe) -> Iterator[tuple[str, Any, Any]]:
-        """What differs in the recipe and is not identified by its content."""
-        for key, before, now in _differences(self._recipe(), recipe.absolute().plain()):
-            if not _within(key, FREE) and not any(_within(key, keys) for keys in DECIDED.values()):
-                yield key, before, now
+    def _recipe_differences(self, recipe: Recipe) -> list[Difference]:
+        """Those that must not be, and are not known by content."""
+        return [d for d in self._all_recipe_differences(recipe) if not d.within(FREE) and not d.identified]
 
-    def _told(
-        self, fact: str, facts: dict[str, Any], digests: dict[str, str], moved: list[tuple[str, Any, Any]]
-    ) -> Iterator[str]:
-        """What to say of something whose content differs."""
+    def _content_problems(self, fact: str, facts: dict[str, Any], digests: dict[str, str]) -> Iterator[str]:
         if fact == "base":
-            parts = [key.rpartition(".")[2] for key, _, _ in self._changed(facts, (fact,))]
-            yield f"model: it is another base, with different {', '.join(parts)}"
-            yield from (_words(*one) for one in self._changed(facts, ("device",)))
+            parts = [difference.key.rpartition(".")[2] for difference in self._changed(facts, (fact,))]
+            yield f"model: it is another base model, with different {', '.join(parts)}"
+            yield from map(str, self._changed(facts, ("device",)))
         elif fact == "data_digest":
             before = files.read_json(self.folder / DATA)["files"]
             changed = [name for name, digest in digests.items() if before.get(name, digest) != digest]
-            why = f": {', '.join(changed)} has changed" if changed else ""
-            yield f"data: the rows that are learned, or those held out, are not the same{why}"
+            reason = f": {', '.join(changed)} has changed" if changed else ""
+            yield f"data: the training or held-out examples are not the same{reason}"
         elif fact == "start":
             yield "start: the adapter there is not what it was"
         else:
-            yield "objective.reference: the model that is compared with is not what it was"
-        yield from (_words(*one) for one in moved if _within(one[0], DECIDED[fact]))
+            yield "objective.reference: the reference model is not what it was"
 
-    def _refuse(self, problems: list[str]) -> None:
-        if problems:
-            step = f"after step {self.step} of {self.facts['steps']}" if self.step else "before its first save"
+    def _refuse(self, problems: Iterable[object]) -> None:
+        if texts := [*map(str, problems)]:
+            step = f"after step {self.step} of {self.facts['steps']}" if self.step else "before its first checkpoint"
             raise taken(
                 RecipeError,
                 self.folder,
-                f"output: {self.folder} holds an unfinished run ({step}) of another recipe:\n{listing(problems, 10)}\n"
+                f"output: {self.folder} holds an unfinished run ({step}) of another recipe:\n{listing(texts, 10)}\n"
                 "Set these back to resume it",
             )
 
-    def _changed(self, facts: dict[str, Any], keys: tuple[str, ...]) -> Iterator[tuple[str, Any, Any]]:
-        before, now = ({key: _lasting(some).get(key) for key in keys if key in self.facts} for some in (self.facts, facts))
-        yield from _differences(before, now)
+    def _changed(self, facts: dict[str, Any], keys: tuple[str, ...]) -> list[Difference]:
+        before, now = ({key: _content(some).get(key) for key in keys if key in self.facts} for some in (self.facts, facts))
+        return list(_differences(before, now))
 
     def clear(self) -> None:
-        """Take away what was written after the state, or half."""
+        """Remove what was written after the state, or in part."""
         for path in self.folder.rglob(f"{files.TEMPORARY}*"):
             files.remove_folder(path) if path.is_dir() else files.remove_file(path)
         for folder in (*(self.folder / STATES).glob("step-*"), *(self.folder / CHECKPOINTS).glob("step-*")):
             if int(folder.name.removeprefix("step-")) > self.step:
                 files.remove_folder(folder)
-        log = self.folder / METRICS
-        if log.exists():
-            lines = [line for line in log.read_text(encoding="utf-8").splitlines(keepends=True) if self._is_before(line)]
-            files.write_text(log, "".join(lines))
+        metrics = self.folder / METRICS
+        if metrics.exists():
+            lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+            files.write_text(metrics, "".join(line for line in lines if self._had_logged(line)))
 
-    def _is_before(self, line: str) -> bool:
-        """Whether the run, as it was when it was saved, had this line in its log."""
+    def _had_logged(self, line: str) -> bool:
+        """Whether the run had this line of its metrics when the state was saved."""
         if self.state is None:
             return False
         try:
-            said = json.loads(line) if line.endswith("\n") else {}
-            step, measured = said["step"], said["kind"] == "eval"
+            values = json.loads(line) if line.endswith("\n") else {}
+            step, evaluation = values["step"], values["kind"] == "eval"
         except (ValueError, KeyError, TypeError):
             return False
-        if measured and step == 0:
-            return bool(self.state.facts["compared"])
-        if measured and step == self.step:
+        if evaluation and step == 0:
+            return bool(self.state.facts["evaluated_before_training"])
+        if evaluation and step == self.step:
             return self.state.facts["last"]["eval_loss"] is not None
         return bool(step <= self.step)
 
 
 @contextmanager
-def claim_output(recipe: Recipe, notice: Callable[[str], None]) -> Iterator[Unfinished | None]:
-    """The recipe's output, in which nobody else trains within the block: the unfinished run that it holds, or None.
+def claim_output(recipe: Recipe, on_notice: Callable[[str], None]) -> Iterator[UnfinishedRun | None]:
+    """Lock the recipe's output folder for the block; the unfinished run that it holds, or None.
 
-    What was made for a run that has not begun when the block ends is taken away again.
-
-    Args:
-        notice: Is told of damage.
+    If the run has not begun when the block ends, what was made for it is removed.
 
     Raises:
         StorageError: There is something else, or a run that is to be left alone, or another process is training there.
@@ -180,23 +191,23 @@ def claim_output(recipe: Recipe, notice: Callable[[str], None]) -> Iterator[Unfi
     with locks.locked(folder / LOCK) as held:
         try:
             if not held:
-                notice(f"{folder} is on a file system without locks: make sure that no other process trains into it")
-            yield _unfinished(folder, notice) if _is_unfinished(recipe) else None  # it may have ended meanwhile
+                on_notice(f"{folder} is on a file system without locks: make sure that no other process trains into it")
+            yield _read_unfinished(folder, on_notice) if _is_unfinished(recipe) else None  # it may have ended meanwhile
         finally:
             if not is_run(folder):
-                _take_away(folder, missing)
+                _remove_unbegun(folder, missing)
 
 
-def _take_away(folder: Path, made: list[Path]) -> None:
+def _remove_unbegun(folder: Path, made: list[Path]) -> None:
     with suppress(OSError, StorageError):
-        for path in list(folder.iterdir()) if _about_to_begin(folder) else [folder / LOCK]:  # else somebody put something there
+        for path in list(folder.iterdir()) if _is_unbegun(folder) else [folder / LOCK]:  # else somebody put something there
             files.remove_folder(path) if path.is_dir() else files.remove_file(path)
         for path in made:
             path.rmdir()
 
 
-def _about_to_begin(folder: Path) -> bool:
-    """Whether this is a folder with nothing in it but what is written before a run begins."""
+def _is_unbegun(folder: Path) -> bool:
+    """Whether the folder holds nothing but what is written before a run begins."""
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     return LOCK in names and all(name in BEFORE_THE_FIRST_STEP or name.startswith(files.TEMPORARY) for name in names)
 
@@ -204,45 +215,42 @@ def _about_to_begin(folder: Path) -> bool:
 def _is_unfinished(recipe: Recipe) -> bool:
     """Whether the output holds an unfinished run, rather than nothing or a run that had not begun."""
     folder = recipe.output
-    if not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir())) or _about_to_begin(folder):
+    if not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir())) or _is_unbegun(folder):
         return False
     facts = read_record(folder) if is_run(folder) else {}
     if not {"plan", "moment"} <= facts.keys():
         raise taken(StorageError, folder, f"{folder}: exists already, is no unfinished run, and is not overwritten. Remove it")
     if facts.get("status") == "done" and not (folder / STATES).exists():
-        raise taken(
-            StorageError,
-            folder,
-            f"{folder}: exists already, as a finished run, and is not overwritten. Look at it with `trimtab show {shlex.quote(str(folder))}`",
-        )
+        show = f"trimtab show {shlex.quote(str(folder))}"
+        message = f"{folder}: exists already, as a finished run, and is not overwritten. Look at it with `{show}`"
+        raise taken(StorageError, folder, message)
     if recipe.resume == "never":
-        raise taken(
-            StorageError, folder, f"{folder}: exists already, as an unfinished run. Leave resume=never out to resume it"
-        )
+        message = f"{folder}: exists already, as an unfinished run. Leave resume=never out to resume it"
+        raise taken(StorageError, folder, message)
     return True
 
 
-def taken(kind: type[TrimtabError], folder: Path, words: str) -> TrimtabError:
+def taken(kind: type[TrimtabError], folder: Path, message: str) -> TrimtabError:
     """An error that says what a folder holds, and names one that is free."""
-    found = re.fullmatch(r"(.+)-(\d+)", folder.name, re.DOTALL)
-    stem, number = (found[1], int(found[2])) if found else (folder.name, 1)
+    numbered = re.fullmatch(r"(.+)-(\d+)", folder.name, re.DOTALL)
+    stem, number = (numbered[1], int(numbered[2])) if numbered else (folder.name, 1)
     names = (folder.with_name(f"{stem}-{n}") for n in itertools.count(number + 1))
     free = next(path for path in names if not os.path.lexists(path))
-    error = kind(f"{words}, or train into another folder, such as output={free}.")
+    error = kind(f"{message}, or train into another folder, such as output={free}.")
     error.free = free
     return error
 
 
-def _unfinished(folder: Path, notice: Callable[[str], None]) -> Unfinished:
+def _read_unfinished(folder: Path, on_notice: Callable[[str], None]) -> UnfinishedRun:
     facts = read_record(folder)
     state = newest_state(
-        folder / STATES, lambda problem: notice(f"a saved state is damaged, and an earlier one is taken: {problem}")
+        folder / STATES, lambda problem: on_notice(f"a checkpoint is damaged, and an earlier one is used: {problem}")
     )
-    return Unfinished(folder, facts, state)
+    return UnfinishedRun(folder, facts, state)
 
 
-def _lasting(facts: dict[str, Any]) -> dict[str, Any]:
-    """A run's facts, of what is identified by its content only that: not its name, nor how much of it was in a cache."""
+def _content(facts: dict[str, Any]) -> dict[str, Any]:
+    """A run's facts, with the content alone of what is identified by it: not its name, nor how much of it was cached."""
     start, reference = facts.get("start"), facts.get("reference")
     return {
         **facts,
@@ -253,21 +261,13 @@ def _lasting(facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def threads() -> int:
-    """Large products are summed in an order that depends on it."""
+    """The number of threads, on which the order of large sums depends."""
     return torch.get_num_threads()
 
 
-def _differences(before: Any, now: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+def _differences(before: Any, now: Any, path: str = "") -> Iterator[Difference]:
     if isinstance(before, dict) and isinstance(now, dict):
         for key in dict.fromkeys([*before, *now]):
             yield from _differences(before.get(key), now.get(key), f"{path}.{key}".lstrip("."))
     elif json.loads(json.dumps(before)) != json.loads(json.dumps(now)):
-        yield path, before, now
-
-
-def _within(key: str, keys: Iterable[str]) -> bool:
-    return any(key == one or key.startswith(f"{one}.") for one in keys)
-
-
-def _words(key: str, before: Any, now: Any) -> str:
-    return f"{key}: {before} in the run, {now} now"
+        yield Difference(path, before, now)

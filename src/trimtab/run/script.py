@@ -16,189 +16,198 @@ from trimtab.deploy import keep_adapter, save_adapter
 from trimtab.engine import Memory, Peak
 from trimtab.evaluate import Loss, score_loss
 from trimtab.evaluate.reference import logprobs
-from trimtab.report import RunObserver, Silent
-from trimtab.run.checkpoints import Progress, Run, Saver, end, keep_adapters
+from trimtab.report import RunObserver
+from trimtab.run.checkpoints import Checkpointer, Progress, Run, keep_adapters, remove_states
 from trimtab.run.recipe import Recipe
-from trimtab.run.resume import DECIDED, Unfinished, claim_output
+from trimtab.run.resume import IDENTIFIED, UnfinishedRun, claim_output
 from trimtab.run.start import PreparedRun, prepare
 from trimtab.train import Optimizer, Step, train
 
 MOVED_BY = 3
-"""Steps by which everything that is trained must have moved: of two factors, the second one moves the first a step later."""
+"""Steps by which every trained tensor must have moved: of two factors, the second one moves the first a step later."""
 
 
-def run_recipe(recipe: Recipe, watch: RunObserver | None = None) -> Run:
-    """Carry a recipe out, or go on with its unfinished run.
+def run_recipe(recipe: Recipe, observer: RunObserver | None = None) -> Run:
+    """Carry a recipe out, or resume its unfinished run.
 
     Raises:
-        TrimtabError: Any of `errors.py`. Until the first step, nothing has been written; afterwards the run can be gone on
-            with from where it was saved last.
-        KeyboardInterrupt: After everything as it stood has been saved.
+        TrimtabError: Any of `core/errors.py`. Before the first step, nothing has been written; afterwards the run can be resumed
+            from its last checkpoint.
+        KeyboardInterrupt: After a checkpoint has been saved.
     """
-    watch = watch or Silent()
-    with claim_output(recipe, watch.noticed) as before:
-        if before is not None:
-            before.check_recipe(recipe)
-        ready = prepare(recipe, before, watch)
-        run = _begin(ready, before)
-        return _carried_out(run, ready, before.state if before else None, watch)
+    observer = observer or RunObserver()
+    with claim_output(recipe, observer.on_notice) as unfinished:
+        if unfinished is not None:
+            unfinished.check_recipe(recipe)
+        prepared = prepare(recipe, unfinished, observer)
+        run = _begin(prepared, unfinished)
+        return _carry_out(run, prepared, unfinished.state if unfinished else None, observer)
 
 
-def _carried_out(run: Run, ready: PreparedRun, state: State | None, watch: RunObserver) -> Run:
+def _begin(prepared: PreparedRun, unfinished: UnfinishedRun | None) -> Run:
+    """The run's folder with all that is known before the first step; `run.json`, written last, makes it a run."""
+    folder, facts = prepared.recipe.output, prepared.facts
+    if unfinished is not None:
+        unfinished.clear()
+    files.write_text(folder / RECIPE, prepared.recipe.to_yaml())
+    findings = [finding.plain() for finding in prepared.findings if finding.name != "disk"]
+    files.write_json(folder / DATA, {**prepared.data.plain(), "proof": findings})
+    reference = facts["reference"]
+    new_start = reference is not None and reference["kind"] == "start" and facts["start"] is None
+    if new_start and not (folder / START).exists():
+        save_adapter(prepared.base, prepared.adapter, folder / START)
+    if unfinished is not None:
+        facts = {**unfinished.facts, **{key: facts[key] for key in IDENTIFIED}}
+    run = Run(folder, {"status": "", **facts})
+    run.write(status="running")
+    return run
+
+
+def _carry_out(run: Run, prepared: PreparedRun, state: State | None, observer: RunObserver) -> Run:
     try:
-        done, unmoved = _train(run, ready, state, watch)
-        ready.base.check_unchanged()
-        best = done.best or done.last
-        if (run.folder / ADAPTER).exists():  # the run ended in the middle of its end
+        progress, unmoved = _train(run, prepared, state, observer)
+        prepared.base.check_unchanged()
+        best = progress.best or progress.last
+        if (run.folder / ADAPTER).exists():  # the run was killed between here and its end
             files.remove_folder(run.folder / ADAPTER)
-        keep_adapter(ready.base, run.folder / best["folder"], run.folder / ADAPTER)
+        keep_adapter(prepared.base, run.folder / best["folder"], run.folder / ADAPTER)
     except BaseException as error:
         interrupted = isinstance(error, KeyboardInterrupt)
-        with suppress(KeyboardInterrupt, StorageError), interrupts_deferred():  # what went wrong first is what matters
+        with suppress(KeyboardInterrupt, StorageError), interrupts_deferred():  # the first error is the one to report
             run.write(status="interrupted") if interrupted else run.write(status="failed", error=str(error))
         raise
-    run.state.pop("error", None)
-    run.write(status="done", best=best, last=done.last, seconds=done.seconds, tokens=done.tokens, computed_tokens=done.computed)
-    keep_adapters(run.folder, {best["folder"], done.last["folder"]})
-    watch.finished(run.state, run.folder)
-    if ready.recipe.certify:
-        watch.began("certifying what was saved, in a process of its own")
-        ready.base.release()  # a fresh process loads it: it need not be held twice
-        try:
-            certificate = certify(run.folder, ready.base, ready.data, ready.recipe.objective, best, unmoved, done.skipped)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt("training is done; the same command certifies what came of it") from None
-        watch.certified(certificate)
-    end(run.folder)  # until here, the same command comes back to certify
-    if ready.recipe.certify:
-        refuse_failed(certificate, run.folder)
+    run.record.pop("error", None)
+    tokens = {"tokens": progress.tokens, "computed_tokens": progress.computed}
+    run.write(status="done", best=best, last=progress.last, seconds=progress.seconds, **tokens)
+    keep_adapters(run.folder, {best["folder"], progress.last["folder"]})
+    observer.on_finish(run.record, run.folder)
+    if not prepared.recipe.certify:
+        remove_states(run.folder)
+        return run
+    observer.on_stage("certifying the saved adapter in a new process")
+    prepared.base.release()  # the new process loads it: it need not be held twice
+    try:
+        certificate = certify(
+            run.folder, prepared.base, prepared.data, prepared.recipe.objective, best, unmoved, progress.skipped
+        )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("training is done; the same command certifies the adapter") from None
+    observer.on_certificate(certificate)
+    remove_states(run.folder)  # until here, the same command comes back to certify
+    refuse_failed(certificate, run.folder)
     return run
 
 
-def _begin(ready: PreparedRun, before: Unfinished | None) -> Run:
-    """The run's folder with all that is known before the first step; `run.json`, written last, makes it a run."""
-    folder = ready.recipe.output
-    if before is not None:
-        before.clear()
-    files.write_text(folder / RECIPE, ready.recipe.to_yaml())
-    proof = [one.plain() for one in ready.findings if one.name != "disk"]
-    files.write_json(folder / DATA, {**ready.data.plain(), "proof": proof})
-    reference = ready.facts["reference"]
-    if (
-        reference is not None
-        and reference["kind"] == "start"
-        and ready.facts["start"] is None
-        and not (folder / START).exists()
-    ):
-        save_adapter(ready.base, ready.adapter, folder / START)
-    facts = ready.facts if before is None else {**before.facts, **{key: ready.facts[key] for key in DECIDED}}
-    run = Run(folder, {"status": "running", **facts} | {"status": "running"})
-    run.write()
-    return run
-
-
-def _train(run: Run, ready: PreparedRun, state: State | None, watch: RunObserver) -> tuple[Progress, list[str]]:
-    """What was saved, and the names of what training has not moved."""
-    recipe, steps = ready.recipe, ready.steps
-    optimizer, first, peak = _optimizer(ready, state)
-    progress, few = Progress(**state.facts) if state is not None else Progress(), canaries(ready.data)
-    saver = Saver(run, ready.base, optimizer, progress, lambda scored: _seen(ready.base, few, scored))
+def _train(run: Run, prepared: PreparedRun, state: State | None, observer: RunObserver) -> tuple[Progress, list[str]]:
+    """What was saved, and the names of the tensors that training has not moved."""
+    recipe, steps = prepared.recipe, prepared.steps
+    optimizer, first_values, peak = _optimizer(prepared, state)
+    checkpointer = Checkpointer(
+        run, prepared.base, optimizer, Progress(**state.facts) if state is not None else Progress(), _canary_scorer(prepared)
+    )
     every = recipe.train.evaluate_every or max(1, -(-len(steps) // 4))
-    # What the base without the adapter can't read, or is not the start of, is compared with as it starts.
-    as_it_starts = bool(recipe.method.new_tokens) or recipe.objective.needs_reference or recipe.start is not None
 
-    def look(number: int, train_loss: float | None) -> None:
-        # The base's loss, to compare with; measured now, so that training starts at once.
-        if not saver.done.compared:
-            with ready.adapter.disabled():
-                _evaluate(run, ready, 0, watch)
-        saver.done.compared = True
-        saver.save(number, train_loss, _evaluate(run, ready, number, watch))
+    def evaluate_and_save(number: int, train_loss: float | None) -> None:
+        if (
+            not checkpointer.progress.evaluated_before_training
+        ):  # the base model's loss; only now, so that training starts at once
+            with prepared.adapter.disabled():
+                _evaluate(run, prepared, 0, observer)
+        checkpointer.progress.evaluated_before_training = True
+        checkpointer.save(number, train_loss, _evaluate(run, prepared, number, observer))
 
-    if as_it_starts and state is None:
-        _evaluate(run, ready, 0, watch)
-        saver.done.compared = True
-    elif state is not None and ready.data.eval and saver.unseen(every, len(steps)):  # it was interrupted before it had looked
-        look(state.step, saver.done.last["train_loss"])
+    if state is None and _starts_elsewhere(recipe):
+        _evaluate(run, prepared, 0, observer)
+        checkpointer.progress.evaluated_before_training = True
+    elif state is not None and prepared.data.eval and checkpointer.lacks_evaluation(every, len(steps)):
+        evaluate_and_save(state.step, checkpointer.progress.last["train_loss"])
     logged: Step | None = None
     try:
         for step in train(
-            ready.base, ready.adapter, recipe.objective, steps, recipe.train, run.state["peak_lr"], steps.memory, optimizer
+            prepared.base,
+            prepared.adapter,
+            recipe.objective,
+            steps,
+            recipe.train,
+            run.record["peak_lr"],
+            steps.memory,
+            optimizer,
         ):
             with interrupts_deferred():
-                saver.done.tokens += step.tokens
-                saver.done.computed += step.computed
-                run.log(kind="train", step=step.number, **_step_line(step))
+                checkpointer.count(step)
+                run.logged("train", step.number, step.values)
                 logged = step
-            watch.stepped(step, len(steps))
+            observer.logged("train", step.number, step.values)
             if step.skipped is not None:
-                watch.noticed(step.skipped)
-            if step.number == MOVED_BY and (still := _unmoved(first, optimizer)):
-                raise NotMoved(f"after {MOVED_BY} steps, training has not moved {listing(still)}")
+                observer.on_notice(step.skipped)
+            if step.number == MOVED_BY and (unmoved := _unmoved(first_values, optimizer)):
+                raise NotMoved(f"after {MOVED_BY} steps, training has not moved {listing(unmoved)}")
             if step.number % every == 0 or step.number == len(steps):
-                look(step.number, step.loss)
+                evaluate_and_save(step.number, step.loss)
     except KeyboardInterrupt:
-        # Between an update and its line in the log, what was saved last stays the newest.
-        with suppress(KeyboardInterrupt), interrupts_deferred():  # another one changes nothing
-            if logged is not None and optimizer.taken == logged.number and saver.done.last.get("step") != logged.number:
-                watch.began(f"saving step {logged.number}")
-                saver.save(logged.number, logged.loss, None)
-        raise KeyboardInterrupt(saver.words()) from None
+        # Between an update and its line in the metrics, the last checkpoint stays the newest.
+        with suppress(KeyboardInterrupt), interrupts_deferred():
+            if (
+                logged is not None
+                and optimizer.taken == logged.number
+                and checkpointer.progress.last.get("step") != logged.number
+            ):
+                observer.on_stage(f"saving step {logged.number}")
+                checkpointer.save(logged.number, logged.loss, None)
+        raise KeyboardInterrupt(checkpointer.resume_hint()) from None
     if logged is not None:
-        run.write(memory_held=_held(peak, steps.memory))
-    return saver.done, _unmoved(first, optimizer) if len(steps) >= MOVED_BY else []
+        run.write(memory_held=_memory_held(peak, steps.memory))
+    return checkpointer.progress, _unmoved(first_values, optimizer) if len(steps) >= MOVED_BY else []
 
 
-def _optimizer(ready: PreparedRun, state: State | None) -> tuple[Optimizer, dict[str, str], Peak]:
-    """The optimizer as the checkpoint has it, what its parameters were at first, and the peak of memory from now on."""
-    optimizer, already = Optimizer(ready.adapter, ready.recipe.train.weight_decay), 0
-    first = optimizer.digests()
+def _starts_elsewhere(recipe: Recipe) -> bool:
+    """Whether the model before training is compared with, rather than the base model: that is the reference, or can't read new tokens."""
+    return bool(recipe.method.new_tokens) or recipe.objective.needs_reference or recipe.start is not None
+
+
+def _optimizer(prepared: PreparedRun, state: State | None) -> tuple[Optimizer, dict[str, str], Peak]:
+    """The optimizer as the checkpoint has it, digests of its parameters' first values, and the peak of memory from now on."""
+    optimizer, already = Optimizer(prepared.adapter, prepared.recipe.train.weight_decay), 0
+    first_values = optimizer.digests()
     if state is not None:
         optimizer.load(state.tensors, state.step, state.facts["skipped"])
         already = sum(tensor.nbytes for name, tensor in state.tensors.items() if not name.startswith("value/"))
         state.tensors.clear()  # they are the optimizer's by now
-    return optimizer, first, Peak(ready.base.device, already)
+    return optimizer, first_values, Peak(prepared.base.device, already)
 
 
-def _held(peak: Peak, memory: Memory) -> dict[str, float] | None:
+def _canary_scorer(prepared: PreparedRun) -> Any:
+    """A function that gives each canary's place and its Σ log p in the model as it is; they are the first of the held-out rows."""
+    rows: list[TokenRow] = canaries(prepared.data)
+    base: Base = prepared.base
+
+    def score(evaluated: Loss | None) -> list[tuple[str, float]]:
+        values = evaluated.logprobs[: len(rows)] if evaluated else logprobs(base, rows, PACK_TOKENS)
+        return [(row.where, value) for row, value in zip(rows, values, strict=True)]
+
+    return score
+
+
+def _unmoved(first_values: dict[str, str], optimizer: Optimizer) -> list[str]:
+    now = optimizer.digests()
+    return [name for name, digest in first_values.items() if now[name] == digest]
+
+
+def _evaluate(run: Run, prepared: PreparedRun, step: int, observer: RunObserver) -> Loss | None:
+    if not prepared.data.eval:
+        return None
+    observer.on_stage("evaluating on the held-out examples")
+    scored = score_loss(prepared.base, prepared.data.eval, prepared.steps.memory.pack_tokens, prepared.recipe.objective)
+    low, high = scored.interval
+    values = {"loss": scored.loss, "low": low, "high": high, "tokens": scored.tokens, "rows": scored.rows, **scored.measures}
+    run.logged("eval", step, values)
+    observer.logged("eval", step, values)
+    return scored
+
+
+def _memory_held(peak: Peak, memory: Memory) -> dict[str, float] | None:
     """The most that this process has held while it trained, beside what was planned, in bytes; None if the system doesn't say."""
     most = peak.most
     if most is None or peak.start is None:
         return None
     return {"planned": peak.start + memory.most, "measured": most, "before": peak.start}
-
-
-def _seen(base: Base, rows: list[TokenRow], scored: Loss | None) -> list[tuple[str, float]]:
-    """Each canary's place, and its Σ log p in the model as it stands: they are the first of the rows that were measured, if any were."""
-    values = scored.logprobs[: len(rows)] if scored else logprobs(base, rows, PACK_TOKENS)
-    return [(row.where, value) for row, value in zip(rows, values, strict=True)]
-
-
-def _unmoved(first: dict[str, str], optimizer: Optimizer) -> list[str]:
-    now = optimizer.digests()
-    return [name for name, digest in first.items() if now[name] == digest]
-
-
-def _evaluate(run: Run, ready: PreparedRun, step: int, watch: RunObserver) -> Loss | None:
-    if not ready.data.eval:
-        return None
-    watch.began("measuring on the held-out rows")
-    scored = score_loss(ready.base, ready.data.eval, ready.steps.memory.pack_tokens, ready.recipe.objective)
-    low, high = scored.interval
-    run.log(kind="eval", step=step, loss=scored.loss, low=low, high=high, tokens=scored.tokens, **scored.measures)
-    watch.evaluated(step, scored)
-    return scored
-
-
-def _step_line(step: Step) -> dict[str, Any]:
-    return {
-        "loss": step.loss,
-        "lr": step.lr,
-        "grad_norm": step.grad_norm,
-        "items": step.items,
-        "tokens": step.tokens,
-        "computed": step.computed,
-        "seconds": round(step.seconds, 4),
-        **({"skipped": step.skipped} if step.skipped else {}),
-        **step.measures,
-    }

@@ -1,4 +1,4 @@
-"""What comes before the first step: base, data and adapter are opened, checked, and made ready for the objective."""
+"""What comes before the first step: base, data and adapter are loaded, checked, and prepared for the objective."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +21,7 @@ from trimtab.objectives import Comparing, Objective
 from trimtab.report import RunObserver
 from trimtab.run.preflight import OpenedRecipe, check_disk, preflight
 from trimtab.run.recipe import Recipe
-from trimtab.run.resume import Unfinished, threads
+from trimtab.run.resume import UnfinishedRun, threads
 from trimtab.train import PlannedSteps, peak_learning_rate, planned_memory
 
 Rows = list[TokenRow]
@@ -38,79 +38,81 @@ class PreparedRun:
     steps: PlannedSteps
     facts: dict[str, Any]
     findings: list[Finding]
-    """Of the data's proof, and what else was looked at."""
+    """Of the checks before the first step."""
 
 
-def prepare(recipe: Recipe, before: Unfinished | None, watch: RunObserver) -> PreparedRun:
-    given = open_recipe(recipe, before.moment if before is not None else None, watch.began)
-    recipe, base, adapter, data = given.recipe, given.base, given.adapter, given.data
-    watch.began("checking what will be trained on")
-    findings = preflight(given)
+def prepare(recipe: Recipe, unfinished: UnfinishedRun | None, observer: RunObserver) -> PreparedRun:
+    """Load, check and plan everything; of a run that is resumed, as it was. Raises TrimtabError, of many kinds."""
+    opened = open_recipe(recipe, unfinished.moment if unfinished is not None else None, observer.on_stage)
+    recipe, base, adapter, data = opened.recipe, opened.base, opened.adapter, opened.data
+    observer.on_stage("checking the data, the adapter and the disk")
+    findings = preflight(opened)
     check_disk(findings)
     refuse_problems(findings)
-    rows = (data.train, data.eval)
     if recipe.objective.needs_reference:
-        watch.began("computing what the reference model makes of the examples")
+        observer.on_stage("computing the reference model's log-probabilities")
     objective, (data.train, data.eval), reference = prepare_objective(
-        recipe.objective, base, adapter, rows, recipe.train.seed, given.limit
+        recipe.objective, base, adapter, (data.train, data.eval), recipe.train.seed, opened.max_length
     )
     recipe = recipe.model_copy(update={"objective": objective})
-    watch.began("planning the memory")
-    memory = before.memory() if before is not None else None
+    observer.on_stage("planning the memory")
+    memory = unfinished.memory() if unfinished is not None else None
     memory = memory or planned_memory(base, recipe.train, data.train, data.eval)
     steps = PlannedSteps(data.train, recipe.train, memory)
-    facts = {**_facts(recipe, base, adapter, data, steps), "start": given.origin, "reference": reference}
-    watch.planned(facts, data.reports, len(row_groups(data.train)), len(row_groups(data.eval)))
-    for one in findings:
-        if one.status == "note" and one.name != "rows" and (data.eval or one.name != "held out"):  # the others are said already
-            watch.noticed(f"{one.name}: {one.message}")
-    if before is not None:
-        before.check(recipe, facts, data.plain()["files"], watch.noticed)
+    facts = {**_facts(recipe, base, adapter, data, steps), "start": opened.start, "reference": reference}
+    observer.on_plan(facts, data.reports, len(row_groups(data.train)), len(row_groups(data.eval)))
+    for finding in findings:
+        shown_already = finding.name == "rows" or (finding.name == "held out" and not data.eval)
+        if finding.status == "note" and not shown_already:
+            observer.on_notice(f"{finding.name}: {finding.message}")
+    if unfinished is not None:
+        unfinished.check(recipe, facts, data.plain()["files"], observer.on_notice)
         if recipe.train.repeats and FrozenLayerCache(base.model, 0).lowest:
-            watch.noticed("what frozen lower layers made of rows is computed anew: results may differ by rounding from here on")
-        watch.noticed(f"goes on with {before.folder} after step {before.step} of {len(steps)}")
+            observer.on_notice("the cache of frozen layers' outputs starts empty: results may differ by rounding from here on")
+        observer.on_notice(f"resuming {unfinished.folder} after step {unfinished.step} of {len(steps)}")
     return PreparedRun(recipe, base, adapter, data, steps, facts, findings)
 
 
-def open_recipe(recipe: Recipe, moment: datetime | None = None, began: Callable[[str], None] = lambda _: None) -> OpenedRecipe:
-    """Open base and data, and attach the adapter. Raises TrimtabError, of many kinds.
+def open_recipe(
+    recipe: Recipe, moment: datetime | None = None, on_stage: Callable[[str], None] = lambda _: None
+) -> OpenedRecipe:
+    """Load base and data, and attach the adapter. Raises TrimtabError, of many kinds.
 
     Args:
         moment: What a template writes as today's date; now unless given.
-        began: Is told what is being done.
+        on_stage: Is told what is being done.
     """
-    began("looking at the recipe and the data")
+    on_stage("reading the recipe and the first examples")
     if recipe.model.dtype == "float16":
-        raise RecipeError(
-            "model.dtype: small gradients vanish in float16 silently, so it is not trained in: give bfloat16 or float32."
-        )
+        raise RecipeError("model.dtype: small gradients underflow in float16 silently. Use bfloat16 or float32.")
     locate_model(recipe.model.name)
     check_first_examples(recipe.data, recipe.objective.data_kind)
-    recipe, origin = with_start(recipe)
-    began(f"loading {recipe.model.name}")
+    recipe, start = with_start(recipe)
+    on_stage(f"loading {recipe.model.name}")
     base = Base.load(recipe.model)
     base.moment = moment or base.moment
     base.add_tokens(recipe.method.new_tokens)
     positions, context = recipe.method.positions, base.context_length
     if context is not None and positions > context - 2:
         raise RecipeError(
-            f"method.tokens: {positions:,} virtual tokens leave no room for examples in the {context:,} tokens of {base.source}'s context."
+            f"method.tokens: {positions:,} virtual tokens leave no room for examples in the {context:,} tokens of {base.source}'s context. "
+            "Use fewer."
         )
     with ThreadPoolExecutor(max_workers=1) as background:  # hashing the weights beside tokenizing the data
         fingerprint = background.submit(lambda: base.fingerprint)
         check_packing(base.model)
-        began("reading and tokenizing the data")
-        # By absolute paths, as the run's recipe.yaml has them, so that its held-out rows are found again.
+        on_stage("reading and tokenizing the data")
+        # By absolute paths, as the run's recipe.yaml has them, so that its held-out examples are found again.
         data = load_data(
             recipe.absolute().data, base, context, recipe.train.seed, recipe.objective.data_kind, positions=positions
         )
-        began("hashing the base model")
+        on_stage("hashing the base model")
         fingerprint.result()
-    if origin is None:
+    if start is None:
         adapter = attach(base.model, recipe.method, recipe.train.seed, sample=sample(base, data.train))
     else:
-        adapter = load_adapter(base, origin["folder"])
-    return OpenedRecipe(recipe, origin, base, adapter, data, context - positions if context is not None else None)
+        adapter = load_adapter(base, start["folder"])
+    return OpenedRecipe(recipe, start, base, adapter, data, context - positions if context is not None else None)
 
 
 def with_start(recipe: Recipe) -> tuple[Recipe, dict[str, Any] | None]:
@@ -124,44 +126,43 @@ def with_start(recipe: Recipe) -> tuple[Recipe, dict[str, Any] | None]:
         return recipe, None
     folder = adapter_folder(recipe.start)
     if folder is None:
-        raise RecipeError(
-            f"start: {recipe.start} is no run or adapter folder (looked in {files.expanded(recipe.start).absolute()})."
-        )
+        path = files.expanded(recipe.start).absolute()
+        raise RecipeError(f"start: {recipe.start} is no run or adapter folder (looked in {path}).")
     stored = read_adapter(folder)
     method, _ = read_method(stored)
     if "method" in recipe.model_fields_set and recipe.method != method:
         raise RecipeError(
-            f"method: {recipe.start} holds another ({method.plain()}), and start trains that on. Leave method out, or start."
+            f"method: the adapter in {recipe.start}, which training starts from, has another ({method.plain()}). Leave out method, or start."
         )
-    origin = {
+    start = {
         "folder": str(folder.absolute()),
         "weights": files.sha256_file(folder / stored.weights),
         "trained": stored.trained,
     }
-    return recipe.model_copy(update={"method": method}), origin
+    return recipe.model_copy(update={"method": method}), start
 
 
 def prepare_objective(
     objective: Objective, base: Base, adapter: Attached, rows: tuple[Rows, Rows], seed: int, max_length: int | None
 ) -> tuple[Objective, tuple[Rows, Rows], dict[str, Any] | None]:
-    """The objective with what the rows decide; the rows with what it needs of them; and what its reference is, as JSON data.
+    """The objective with what the rows decide; the rows with what it needs; and what its reference model is, as JSON data.
 
     Args:
         adapter: As it is when training starts.
-        rows: To learn, and held out.
+        rows: To train on, and held out.
         max_length: The most tokens that a mismatched answer and its prompt may have.
 
     Raises:
-        DataError: It can't learn from these rows.
+        DataError: It can't be trained on these rows.
         RecipeError: There is no such reference, or the adapter has dropout.
         WrongReference: What training starts from is not the reference, where it should be.
     """
     objective = objective.settled(rows[0])
     if isinstance(objective, Comparing) and getattr(adapter.method, "dropout", False):
         raise RecipeError(
-            f"method.dropout: {objective.name} compares with a reference, and dropout would make noise of the difference. Set it to 0."
+            f"method.dropout: {objective.name} compares with a reference model, and dropout would add noise to the difference. Set it to 0."
         )
-    train, held_out = ((with_mismatched(some, seed, max_length) if some and objective.pools else some) for some in rows)
+    train, held_out = (with_mismatched(part, seed, max_length) if part and objective.estimates_kl else part for part in rows)
     if not isinstance(objective, Comparing):
         return objective, (train, held_out), None
     referred = refer(base, adapter, objective.reference, [*train, *held_out], PACK_TOKENS)

@@ -1,4 +1,4 @@
-"""What commands have in common."""
+"""What commands show, and while they show it."""
 
 import json
 import re
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 
 def terminal(*, lasting: bool = False) -> "Console":
-    """Where things are shown.
+    """The console on standard output.
 
     Args:
-        lasting: Go on when nobody reads any more.
+        lasting: Continue when nobody reads any more.
     """
-    from trimtab.commands._door import Door
+    from trimtab.commands._console import SafeConsole
 
-    return Door(highlight=False, soft_wrap=True, file=cast(IO[str], Lasting(sys.stdout)) if lasting else None)
+    return SafeConsole(highlight=False, soft_wrap=True, file=cast(IO[str], Lasting(sys.stdout)) if lasting else None)
 
 
 def say(text: str, end: str = "\n") -> None:
@@ -31,13 +31,13 @@ def say(text: str, end: str = "\n") -> None:
 
 
 @contextmanager
-def doing(console: "Console") -> Iterator[Callable[[str], None]]:
-    """Says on a terminal what is being done within, at first that the command starts."""
+def status(console: "Console") -> Iterator[Callable[[str], None]]:
+    """Show on a terminal what is being done within the block, at first that the command starts."""
     if not console.is_terminal:
         yield lambda _: None
         return
-    with console.status("[dim]starting …[/]") as status:
-        yield lambda what: status.update(f"[dim]{what} …[/]")
+    with console.status("[dim]starting …[/]") as line:
+        yield lambda stage: line.update(f"[dim]{stage} …[/]")
 
 
 def print_json(value: Any) -> None:

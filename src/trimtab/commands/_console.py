@@ -1,4 +1,4 @@
-"""The one door to the terminal: whatever is shown goes through here, and no text of a file or a model steers it."""
+"""The console through which everything is shown: no text of a file or a model can steer the terminal."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -10,7 +10,7 @@ from rich.status import Status
 from trimtab.core.streams import visible
 
 
-class Door(Console):
+class SafeConsole(Console):
     """Rich's console. What it writes to steer the terminal is its own; control codes in texts are written out."""
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:

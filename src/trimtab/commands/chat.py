@@ -1,0 +1,105 @@
+"""`trimtab chat`: chat with a model, or ask it one question."""
+
+import argparse
+from typing import TYPE_CHECKING
+
+from trimtab.commands._parser import TARGET, add_model, integer
+from trimtab.commands._target import open_to_compare
+from trimtab.commands._terminal import say, terminal
+from trimtab.core.errors import RecipeError
+from trimtab.core.streams import complain, typed
+
+if TYPE_CHECKING:
+    from trimtab.deploy import Target
+
+HELP = "chat with a model"
+DESCRIPTION = ""
+CUT_OFF = {
+    "length": "the answer was cut off after {0.max_new_tokens} tokens (--max-new-tokens).",
+    "context": "the answer was cut off because the model's context is full.",
+}
+"""What to say of an answer that did not stop at EOS."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("target", metavar="TARGET", help=TARGET)
+    parser.add_argument("--prompt", metavar="TEXT", help="ask this one question and exit")
+    parser.add_argument("--base", action="store_true", help="show the base model's answer beside the adapter's")
+    parser.add_argument("--system", metavar="TEXT", help="the system message")
+    parser.add_argument("--max-new-tokens", metavar="N", type=integer(1), default=512, help="default: %(default)s")
+    text = "sampling temperature; 0 (the default) is greedy decoding"
+    parser.add_argument("--temperature", metavar="T", type=_temperature, default=0.0, help=text)
+    parser.add_argument("--seed", metavar="N", type=integer(0), default=0, help="seed for sampling (default: %(default)s)")
+    add_model(parser)
+
+
+def _temperature(word: str) -> float:
+    try:
+        number = float(word)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {word!r}")
+    return number
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from rich.markup import escape
+
+    target = open_to_compare(arguments)
+    conversation: list[dict[str, str]] = [{"role": "system", "content": typed(arguments.system)}] if arguments.system else []
+    if arguments.prompt is not None:
+        _answer(target, [*conversation, {"role": "user", "content": typed(arguments.prompt)}], arguments)
+        return
+    console = terminal()
+    name = escape(str(target.folder or target.base.source))
+    console.print(f"[dim]{name}: type a message; /new starts a new conversation, /quit exits.[/]")
+    start = len(conversation)
+    while True:
+        try:
+            text = console.input("[bold]> [/]").strip()
+        except EOFError:
+            console.print()
+            return
+        if text in ("/quit", "/exit"):
+            return
+        if text == "/new":
+            del conversation[start:]
+        elif text:
+            if not target.base.has_template:
+                conversation.clear()  # it continues a text, and knows of no conversation
+            message = {"role": "user", "content": text}
+            try:
+                answer = _answer(target, [*conversation, message], arguments)
+            except RecipeError as error:  # such as a conversation that has become too long
+                console.print(f"[yellow]{escape(str(error))}[/] [dim]/new starts a new conversation.[/]")
+                continue
+            conversation += [message, {"role": "assistant", "content": answer}]
+
+
+def _answer(target: "Target", conversation: list[dict[str, str]], arguments: argparse.Namespace) -> str:
+    """Print the answer as it comes, the base model's first with --base; returned is the adapter's."""
+    if arguments.base and target.adapter is not None:
+        with target.adapter.disabled():
+            _print_answer(target, conversation, arguments, "base")
+        return _print_answer(target, conversation, arguments, "adapter")
+    return _print_answer(target, conversation, arguments)
+
+
+def _print_answer(target: "Target", conversation: list[dict[str, str]], arguments: argparse.Namespace, label: str = "") -> str:
+    from trimtab.api import stream
+
+    if label:
+        say(f"[{label}] ", end="")
+    settings = {"max_new_tokens": arguments.max_new_tokens, "temperature": arguments.temperature, "seed": arguments.seed}
+    pieces, answer = stream(target.base, conversation, **settings), ""
+    while True:
+        try:
+            piece = next(pieces)
+        except StopIteration as end:
+            say("")
+            if end.value in CUT_OFF:
+                complain(CUT_OFF[end.value].format(arguments))
+            return answer
+        answer += piece
+        say(piece, end="")

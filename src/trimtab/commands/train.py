@@ -1,0 +1,51 @@
+"""`trimtab train`: train an adapter from a recipe."""
+
+import argparse
+import shlex
+from pathlib import Path
+
+from trimtab.commands._terminal import status, terminal
+from trimtab.core.errors import TrimtabError
+from trimtab.core.process import without_collector
+
+HELP = "train an adapter from a recipe"
+DESCRIPTION = "Any key of the recipe can be given as section.key=value."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE.yaml", type=Path)
+    text = "keys of the recipe, for example train.lr=1e-4 method.rank=8"
+    parser.add_argument("words", metavar="key=value", nargs="*", help=text)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from rich.markup import escape
+
+    from trimtab.core import yaml12
+
+    yaml12.load_file(arguments.recipe)  # a mistake in it is reported before torch is imported
+    console = terminal(lasting=True)
+    with status(console), without_collector():
+        from trimtab.core.config import read
+        from trimtab.report import Terminal
+        from trimtab.run.recipe import Recipe
+        from trimtab.run.script import run_recipe
+
+    recipe = read(Recipe, arguments.recipe, arguments.words)
+    try:
+        with Terminal(console) as observer:
+            run_recipe(recipe, observer)
+    except TrimtabError as error:
+        if error.free is None:
+            raise
+        raise type(error)(f"{error} The command for that:\n  {_command_into(error.free, arguments)}") from None
+    folder = escape(shlex.quote(str(recipe.output)))
+    console.print(f"[dim]Chat with it:[/]   trimtab chat {folder}\n[dim]Look inside:[/]    trimtab show {folder}")
+
+
+def _command_into(folder: Path, arguments: argparse.Namespace) -> str:
+    """The same command with another output folder."""
+    from trimtab.core.config import word
+
+    others = [key for key in arguments.words if not key.startswith("output=")]
+    return shlex.join(["trimtab", "train", str(arguments.recipe), *others, word("output", str(folder))])

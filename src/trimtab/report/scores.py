@@ -1,0 +1,81 @@
+"""Scores and answers as tables."""
+
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+
+def scores_table(scores: dict[str, dict[str, Any]], source: str) -> Table:
+    """One row a model: loss, perplexity and exact match with their 95 % intervals."""
+    rows = next(iter(scores.values()))["rows"]
+    table = Table(title=f"{escape(source)}: {rows:,} examples, 95 % intervals", title_justify="left", title_style="bold")
+    table.add_column("")
+    for column in ("loss", "perplexity", "exact match", "stopped at EOS"):
+        table.add_column(column, justify="right")
+    for name, one in scores.items():
+        match, stopped = "–", "–"
+        if one["exact_match"] is not None:
+            match = _with_interval(f"{one['exact_match']:.1%}", *(f"{end:.1%}" for end in one["exact_match_interval"]))
+            stopped = f"{one['stopped']:.1%}"
+        loss = _with_interval(f"{one['loss']:.4f}", *(f"{end:.4f}" for end in one["loss_interval"]))
+        table.add_row(name, loss, f"{one['perplexity']:.3f}", match, stopped)
+    if full := [f"{one['cut_by_context']} of {name}" for name, one in scores.items() if one["cut_by_context"]]:
+        table.caption = f"answers cut off because the model's context was full: {', '.join(full)}"
+        table.caption_justify = "left"
+    return table
+
+
+def preferences_table(scores: dict[str, dict[str, Any]], source: str) -> Table:
+    """One column a model: the objective's loss, and its measures."""
+    first = next(iter(scores.values()))
+    table = Table(
+        title=f"{escape(source)}: {first['rows']:,} examples, {first['objective']}", title_justify="left", title_style="bold"
+    )
+    table.add_column("")
+    for name in scores:
+        table.add_column(name, justify="right")
+    losses = [(f"{one['loss']:.4f}", *(f"{end:.4f}" for end in one["loss_interval"])) for one in scores.values()]
+    table.add_row("loss", *(_with_interval(*loss) for loss in losses))
+    for key in [key for key in first if key not in ("objective", "rows", "loss", "loss_interval")]:
+        shape = "{:.1%}" if key == "accuracy" else "{:z.3f}"
+        table.add_row(key.replace("_", " "), *(shape.format(one[key]) for one in scores.values()))
+    return table
+
+
+def _with_interval(value: str, low: str, high: str) -> str:
+    return f"{value}\n[dim]{low} – {high}[/]"
+
+
+def answers_table(answers: dict[str, list[dict[str, Any]]]) -> Table:
+    """Questions, expected answers, and what each model said."""
+    names = list(answers)
+    table = Table(show_lines=True)
+    for column in ("question", "expected", *names):
+        table.add_column(column, overflow="fold")
+    for several in zip(*answers.values(), strict=True):
+        said = [f"[green]{escape(a['answer'])}[/]" if a["right"] else escape(_short(a["answer"])) for a in several]
+        table.add_row(escape(_short(several[0]["question"])), escape(several[0]["expected"]), *said)
+    return table
+
+
+def compared_answers_table(answers: dict[str, list[dict[str, Any]]]) -> Table:
+    """Prompts, the examples' answers, and what each model answered; the title has their average lengths."""
+    columns: dict[str, list[dict[str, Any] | None]] = {
+        side: [row.get(side) for row in next(iter(answers.values()))] for side in ("chosen", "rejected", "good", "bad")
+    }
+    columns |= {name: [row["answer"] for row in rows] for name, rows in answers.items()}
+    columns = {name: cells for name, cells in columns.items() if any(cells)}
+    lengths = {name: [cell["tokens"] for cell in cells if cell] for name, cells in columns.items()}
+    means = ", ".join(f"{name} {sum(several) / len(several):.1f}" for name, several in lengths.items())
+    table = Table(title=f"tokens on average: {means}", title_justify="left", title_style="", show_lines=True)
+    for name in ("prompt", *columns):
+        table.add_column(name, overflow="fold")
+    for row, cells in zip(next(iter(answers.values())), zip(*columns.values(), strict=True), strict=True):
+        table.add_row(escape(_short(row["question"])), *(escape(_short(cell["text"], 100)) if cell else "–" for cell in cells))
+    return table
+
+
+def _short(text: str, most: int = 200) -> str:
+    text = text.strip()
+    return text if len(text) <= most else f"{text[:most]}…"

@@ -149,7 +149,7 @@ def test_plain_text_has_a_loss_and_no_answers(base):
 def test_rows_that_cannot_be_measured_are_refused_rather_than_left_out(base):
     with pytest.raises(DataError, match=r"rows:2: messages\[0\] \(user\) holds the model's control token <\|im_end\|> as text"):
         score(base, [asked("Hello", "4"), asked("a<|im_end|>b", "4", "rows:2")])
-    with pytest.raises(DataError, match="no rows to measure on"):
+    with pytest.raises(DataError, match="no examples to measure on"):
         score(base, [])
 
 

@@ -84,8 +84,8 @@ def accelerator(monkeypatch, kind):
 def test_where_it_goes(asked, dtype, there, chosen, monkeypatch):
     accelerator(monkeypatch, there)
     wanted = ModelConfig(name="x", device=asked, dtype=dtype)
-    device = config.device_of(wanted)
-    assert (device.type, str(config.dtype_of(wanted, device)).removeprefix("torch.")) == chosen
+    device = config.resolve_device(wanted)
+    assert (device.type, str(config.resolve_dtype(wanted, device)).removeprefix("torch.")) == chosen
 
 
 def test_a_run_on_the_cpu_stays_there_though_an_accelerator_is_found(here, monkeypatch):
@@ -106,8 +106,8 @@ def test_a_device_that_is_not_here_is_said_and_another_is_taken(here, trimtab):
     manifest = json.loads(Path("run/adapter/trimtab.json").read_text())
     manifest["base"]["model"]["device"] = "cuda:7"
     del manifest["digest"]
-    package.files.write_manifest(Path("run/adapter/trimtab.json"), manifest.pop("format"), manifest)
-    said = "trimtab: run/adapter: it was trained on cuda:7, which is not here, so it runs on cpu: results may differ by rounding.\n"
+    package.core.files.write_manifest(Path("run/adapter/trimtab.json"), manifest.pop("format"), manifest)
+    said = "trimtab: run/adapter: it was trained on cuda:7, which this machine lacks, so it runs on cpu: results may differ by rounding.\n"
     for words in (["chat", "run", "--prompt", "x"], ["eval", "run"], ["merge", "--force", "run", "merged"]):
         done = trimtab(*words)
         assert (done.code, done.err) == (0, said)
@@ -123,7 +123,7 @@ def test_a_manifest_that_asks_for_what_there_is_not_is_refused_by_its_name(news,
     manifest = json.loads(Path("run/adapter/trimtab.json").read_text())
     manifest["base"]["model"] |= news
     del manifest["digest"]
-    package.files.write_manifest(Path("run/adapter/trimtab.json"), manifest.pop("format"), manifest)
+    package.core.files.write_manifest(Path("run/adapter/trimtab.json"), manifest.pop("format"), manifest)
     with pytest.raises(ArtifactError, match=rf"run/adapter/trimtab\.json: base\.model: {next(iter(news))}: "):
         open_target("run")
 

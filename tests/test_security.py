@@ -112,7 +112,7 @@ def test_the_real_command_is_not_talked_into_it_either(here):
         input="y\n" * 100, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 2, done
-    assert "can only be read by code of its own (auto_map), and code from a model folder or hub is never run" in done.stderr
+    assert "can only be read by custom code (auto_map), and code from a model folder or hub is never run" in done.stderr
     assert not trace.exists()
 
 

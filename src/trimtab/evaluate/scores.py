@@ -154,22 +154,25 @@ def answer_preferences(
     ]
 
 
+def tokenize_all(base: Base, examples: Sequence[Any]) -> list[TokenRow]:
+    """Every example as token rows. Raises DataError if some can't be used: a score on the others would be taken for one on all."""
+    report, most = SourceReport(("evaluation",)), room(base.model, base.context_length)
+    rows = tokenize_examples(examples, base, report, LengthLimit(most, name=f"the context length {most}"))
+    if report.rejected:
+        problems = listing([f"{where}: {reason}" for where, reason in report.rejected])
+        raise DataError(f"data: examples that can't be measured:\n{problems}")
+    if not rows:
+        raise DataError("data: there are no examples to measure on.")
+    return rows
+
+
 def score(base: Base, examples: Sequence[Any], on_done: Callable[[int], None] | None = None) -> dict[str, Any]:
     """Rows, loss, perplexity and exact match with their intervals, as JSON data; and the answers.
 
     Raises:
         DataError: There are no rows, or some can't be measured; a score on the others would be taken for one on all.
     """
-    account = SourceReport(("evaluation",))
-    sequences = tokenize_examples(
-        examples, base, account, LengthLimit(most := room(base.model, base.context_length), name=f"the context length {most}")
-    )
-    if account.rejected or not sequences:
-        problems = [f"{where}: {reason}" for where, reason in account.rejected]
-        raise DataError(
-            f"data: rows that can't be measured:\n{listing(problems)}" if problems else "data: there are no rows to measure on."
-        )
-    loss = score_loss(base, sequences)
+    loss = score_loss(base, tokenize_all(base, examples))
     conversations = [e for e in examples if isinstance(e, Conversation)]
     answers = score_answers(base, conversations, on_done)
     right = sum(answer.right for answer in answers)

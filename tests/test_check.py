@@ -202,7 +202,7 @@ def test_what_generation_would_not_see_is_refused(here, monkeypatch):
     real = checks.tokenize_prompt
     for name, broken in (
         ("tokenize_prompt", lambda messages, base, tools: [*real(messages, base, tools)[:-1], 5]),
-        ("texts_of", lambda message: ["something else"]),
+        ("message_texts", lambda message: ["something else"]),
     ):
         monkeypatch.setattr(checks, name, broken)
         found = findings()["rendering"]

@@ -160,7 +160,7 @@ def test_of_several_saved_splits_train_is_read_and_any_can_be_named(tmp_path, qu
 
 
 def test_another_folder_or_a_damaged_one_is_refused(tmp_path, quiet_datasets):
-    assert message_of(str(tmp_path)).startswith(f"data: {tmp_path} holds no file of rows (.json, ")
+    assert message_of(str(tmp_path)).startswith(f"data: {tmp_path} holds no data file (.json, ")
     saved = tmp_path / "saved"
     quiet_datasets.Dataset.from_list(ROWS).save_to_disk(saved)
     (arrow,) = saved.glob("*.arrow")

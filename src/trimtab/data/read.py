@@ -49,7 +49,7 @@ def read_rows(source: str, report: SourceReport | None = None) -> Iterator[RawRo
         empty = False
         yield row
     if empty:
-        raise DataError(f"data: {source} holds no rows.")
+        raise DataError(f"data: {source} holds no examples.")
 
 
 def _near(path: Path) -> str:
@@ -103,7 +103,7 @@ def _folder_files(folder: Path) -> list[Path]:
     files = [p for p in visible if p.is_file() and _suffix(p) in SUFFIXES and p.name not in _METADATA]
     if not files:
         raise DataError(
-            f"data: {folder} holds no file of rows ({', '.join(SUFFIXES)}), and is no folder that `datasets` saved."
+            f"data: {folder} holds no data file ({', '.join(SUFFIXES)}), and is no folder that `datasets` saved."
         )
     for differing, kind_of in (("kinds of files", _suffix), ("splits", lambda file: _split(file.relative_to(folder)))):
         kinds = {kind_of(file): file for file in files if kind_of(file)}

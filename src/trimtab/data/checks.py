@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from trimtab.core.errors import DataError
-from trimtab.data.example import Conversation, Example, SourceReport, TokenRow
+from trimtab.data.example import Conversation, Example, SourceReport, TokenRow, parts_of
 from trimtab.data.leakage import digest, find_leaks
 from trimtab.data.load import LoadedData
 from trimtab.data.rendering import Tokenizing, template_messages, trained_turns
@@ -163,7 +163,7 @@ def _reasoning(examples: Sequence[Example], base: Tokenizing) -> list[Finding]:
 
 
 def _conversations(example: Example) -> list[Conversation]:
-    return [part for part in example.parts if isinstance(part, Conversation)]
+    return [part for part in parts_of(example) if isinstance(part, Conversation)]
 
 
 def _duplicates(rows: Sequence[TokenRow]) -> Finding:

@@ -32,10 +32,6 @@ class Conversation:
     is_completion: bool = False
     """It came as prompt and completion: for a base without a chat template, the second continues the first."""
 
-    @property
-    def parts(self) -> tuple["Conversation"]:
-        return (self,)
-
 
 @dataclass(frozen=True)
 class Text:
@@ -43,10 +39,6 @@ class Text:
 
     text: str
     where: str
-
-    @property
-    def parts(self) -> tuple["Text"]:
-        return (self,)
 
 
 @dataclass(frozen=True)
@@ -59,10 +51,6 @@ class Preference:
     as_judged: bool = False
     """It is trained on as a good and a bad answer, each by itself."""
 
-    @property
-    def parts(self) -> tuple[Conversation, Conversation]:
-        return self.chosen, self.rejected
-
 
 @dataclass(frozen=True)
 class Judged:
@@ -72,16 +60,18 @@ class Judged:
     good: bool
     where: str
 
-    @property
-    def parts(self) -> tuple[Conversation]:
-        return (self.conversation,)
-
 
 Example = Conversation | Text | Preference | Judged
-"""What is trained on. `parts` are what is tokenized of it, one by one."""
 
 Kind = Literal["answers", "pairs", "judged"]
 """What an objective trains on: conversations and texts, compared answers, or answers that are judged one by one."""
+
+
+def parts_of(example: Example) -> tuple[Conversation | Text, ...]:
+    """The conversations or the text of an example, which are tokenized one by one."""
+    if isinstance(example, Preference):
+        return example.chosen, example.rejected
+    return (example.conversation,) if isinstance(example, Judged) else (example,)
 
 
 class InvalidExample(Exception):

@@ -23,6 +23,7 @@ from trimtab.data.example import (
     RejectedExample,
     SourceReport,
     Text,
+    parts_of,
 )
 from trimtab.data.messages import read_messages, read_tools, text_of
 
@@ -105,7 +106,7 @@ def _refuse_lost(row: dict[str, Any], format: Format, example: Example, known: S
 
 
 def _texts(example: Example) -> set[str]:
-    first = example.parts[0]
+    first = parts_of(example)[0]
     return {first.text.strip()} if isinstance(first, Text) else {message["content"].strip() for message in first.messages}
 
 

@@ -102,9 +102,7 @@ def _folder_files(folder: Path) -> list[Path]:
     visible = (p for p in sorted(folder.rglob("*")) if not any(part.startswith(".") for part in p.relative_to(folder).parts))
     files = [p for p in visible if p.is_file() and _suffix(p) in SUFFIXES and p.name not in _METADATA]
     if not files:
-        raise DataError(
-            f"data: {folder} holds no data file ({', '.join(SUFFIXES)}), and is no folder that `datasets` saved."
-        )
+        raise DataError(f"data: {folder} holds no data file ({', '.join(SUFFIXES)}), and is no folder that `datasets` saved.")
     for differing, kind_of in (("kinds of files", _suffix), ("splits", lambda file: _split(file.relative_to(folder)))):
         kinds = {kind_of(file): file for file in files if kind_of(file)}
         if len(kinds) > 1:

@@ -78,7 +78,7 @@ def check_answer(message: Message, answer: str, render: Callable[[Message], str]
         probe = render(marked)
     except DataError as error:
         raise InvalidExample(f"the chat template writes this message and not another in its place: {error}") from None
-    order = [int(numeral, 26) for numeral in map(_numeral, _MARK.findall(probe))]
+    order = [int(numeral.translate(_DIGITS)) for numeral in _MARK.findall(probe)]
     if missing := [leaf for number, leaf in enumerate(leaves) if number not in order]:
         name, text = missing[0].name, _short(missing[0].text)
         raise InvalidExample(
@@ -173,7 +173,7 @@ def _mark_texts(message: Message, tags: "re.Pattern[str]") -> tuple[Message, lis
             return text
         leaves.append(Leaf(core, name))
         start = text.index(core)
-        return f"{text[:start]}qxmark{_letters(len(leaves) - 1)}xq{text[start + len(core) :]}"
+        return f"{text[:start]}qxmark{str(len(leaves) - 1).translate(_LETTERS)}xq{text[start + len(core) :]}"
 
     def mark_inside(value: Any, name: str) -> Any:
         if isinstance(value, str):
@@ -203,18 +203,8 @@ def message_texts(message: Message) -> list[str]:
     return [*(leaf.text for leaf in leaves), *(call["function"]["name"] for call in message.get("tool_calls") or [])]
 
 
-def _letters(number: int) -> str:
-    """A number as letters, which no template interprets."""
-    high, low = divmod(number, 26)
-    return (_letters(high) if high else "") + "abcdefghijklmnopqrstuvwxyz"[low]
-
-
-def _numeral(letters: str) -> str:
-    """The same number in Python's digits of base 26."""
-    return letters.translate(_DIGITS)
-
-
-_DIGITS = str.maketrans("abcdefghijklmnopqrstuvwxyz", "0123456789abcdefghijklmnop")
+_LETTERS, _DIGITS = str.maketrans("0123456789", "abcdefghij"), str.maketrans("abcdefghij", "0123456789")
+"""The number of a mark is written in letters, which no template interprets."""
 
 
 @cache

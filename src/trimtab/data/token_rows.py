@@ -25,6 +25,7 @@ from trimtab.data.example import (
     SourceReport,
     Text,
     TokenRow,
+    parts_of,
 )
 from trimtab.data.rendering import Answer, NotAPrefix, RenderedText, Tokenizing, render_turn_by_turn, render_whole
 
@@ -57,10 +58,10 @@ def tokenize_examples(
     """Examples as token rows, in their order; the report lists those that can't be used, with their reasons."""
     examples, rows = iter(examples), []
     while batch := list(islice(examples, BATCH)):
-        of_parts = iter(_tokenize_parts([part for example in batch for part in example.parts], base, limit))
+        of_parts = iter(_tokenize_parts([part for example in batch for part in parts_of(example)], base, limit))
         for example in batch:
             try:
-                rows += _join_parts(example, [next(of_parts) for _ in example.parts])
+                rows += _join_parts(example, [next(of_parts) for _ in parts_of(example)])
                 report.used += 1
             except InvalidExample as invalid:
                 report.rejected.append(RejectedExample(example.where, str(invalid)))

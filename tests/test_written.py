@@ -281,8 +281,8 @@ def test_the_command_says_what_is_left(here, trimtab):
     assert done.code == 0
     assert "into merged (bfloat16)" in done.out
     assert "of the adapter's change" in done.out
-    assert ("Merge in float32, or use the adapter beside its base" in done.out) == (
-        float(done.out.split("leaves ")[1].split("%")[0]) < 100 * WELL_KEPT
+    assert ("merge in float32, or use the adapter beside its base model" in done.out) == (
+        float(done.out.split("keeps ")[1].split("%")[0]) < 100 * WELL_KEPT
     )
     assert {t.dtype for t in load_file(here / "merged" / "model.safetensors").values()} == {torch.bfloat16}
     assert "of the adapter's change" not in trimtab("merge", "--force", "run", "full").out

@@ -163,18 +163,18 @@ def test_bad_files_are_accounted_for_or_refused(name, base, tmp_path, one_thread
         path.write_bytes(made(random.Random(f"{name}/{number}")))
         for kind in FORMATS:
             try:
-                examples, account = load_examples(str(path), kind=kind)
+                examples, report = load_examples(str(path), kind=kind)
             except DataError as error:
                 unnamed = [] if path.name in str(error) else [str(error)]
                 assert_none(unnamed)
                 continue
-            assert all(where.startswith(str(path)) and reason for where, reason in account.rejected)
-            refused = len(account.rejected)
-            sequences = tokenize_examples(examples, base, account, LengthLimit(128))
-            assert account.total == account.used + len(account.rejected) == len(examples) + refused
+            assert all(where.startswith(str(path)) and reason for where, reason in report.rejected)
+            refused = len(report.rejected)
+            sequences = tokenize_examples(examples, base, report, LengthLimit(128))
+            assert report.total == report.used + len(report.rejected) == len(examples) + refused
             if suffix == ".jsonl":
-                assert account.total == rows_in(path.read_bytes())
-            known = {where for where, _ in account.rejected}
+                assert report.total == rows_in(path.read_bytes())
+            known = {where for where, _ in report.rejected}
             assert {row.where for row in sequences} == {e.where for e in examples} - known
             assert all(
                 row.target_indices and row.target_indices[0] > 0 and row.target_indices[-1] < len(row.ids) <= 128

@@ -13,9 +13,9 @@ from trimtab.data.load import LoadedData
 
 def learned(name, scenario_row, **switches):
     """The examples, sequences and refusals of a row."""
-    account = SourceReport(("rows",))
-    examples = list(read_examples([("rows:1", scenario_row)], {}, account))
-    return examples, tokenize_examples(examples, base(name, **switches), account), [reason for _, reason in account.rejected]
+    report = SourceReport(("rows",))
+    examples = list(read_examples([("rows:1", scenario_row)], {}, report))
+    return examples, tokenize_examples(examples, base(name, **switches), report), [reason for _, reason in report.rejected]
 
 
 def runs(on, sequences):
@@ -57,11 +57,11 @@ def test_it_teaches_what_it_has_to_or_says_why_not(name, scenario):
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_the_embedded_model_teaches_what_it_has_to(smollm2, scenario):
-    account, expected = SourceReport(("rows",)), EMBEDDED.runs(scenario)
-    examples = read_examples([("rows:1", row(scenario))], {}, account)
-    sequences = tokenize_examples(examples, smollm2, account)
+    report, expected = SourceReport(("rows",)), EMBEDDED.runs(scenario)
+    examples = read_examples([("rows:1", row(scenario))], {}, report)
+    sequences = tokenize_examples(examples, smollm2, report)
     if expected[0].startswith("!"):
-        assert expected[0][1:] in account.rejected[0].reason
+        assert expected[0][1:] in report.rejected[0].reason
         return
     assert [said for _, said in runs(smollm2, sequences)] == expected
 

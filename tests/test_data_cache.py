@@ -61,7 +61,7 @@ def test_a_second_load_gives_the_same_rows_and_the_same_account_without_a_tokeni
     assert second.plain() == first.plain()
     assert len(counts) == 1
     assert [refusal.where for refusal in second.reports[0].rejected] == [f"{source}:4", f"{source}:5"]
-    assert second.reports[0].unread == {"mark"}
+    assert second.reports[0].ignored_columns == {"mark"}
     other = loaded(source, eval=5)  # what is held out is chosen from the same rows
     assert (len(counts), len(other.eval)) == (1, 5)
 

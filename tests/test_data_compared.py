@@ -52,8 +52,8 @@ def written(tmp_path, *rows):
 
 
 def read(tmp_path, row, kind="pairs"):
-    examples, account = load_examples(written(tmp_path, row), kind=kind)
-    return examples[0] if examples else account.rejected[0].reason
+    examples, report = load_examples(written(tmp_path, row), kind=kind)
+    return examples[0] if examples else report.rejected[0].reason
 
 
 @pytest.mark.parametrize("shape", PAIRS)

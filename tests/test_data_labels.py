@@ -39,19 +39,19 @@ def completion(prompt, answer):
 
 
 def sequences_of(example, base, **limits):
-    account = SourceReport(("data",))
-    made = tokenize_examples([example], base, account, LengthLimit(**limits))
-    assert account.rejected == []
-    assert account.used == 1
+    report = SourceReport(("data",))
+    made = tokenize_examples([example], base, report, LengthLimit(**limits))
+    assert report.rejected == []
+    assert report.used == 1
     assert {sequence.where for sequence in made} == {example.where}
     return made
 
 
 def refusal(example, base, **limits):
-    account = SourceReport(("data",))
-    assert tokenize_examples([example], base, account, LengthLimit(**limits)) == []
-    assert account.used == 0
-    ((where, reason),) = account.rejected
+    report = SourceReport(("data",))
+    assert tokenize_examples([example], base, report, LengthLimit(**limits)) == []
+    assert report.used == 0
+    ((where, reason),) = report.rejected
     assert where == example.where
     return reason
 
@@ -370,13 +370,13 @@ def test_a_call_that_ends_in_another_token_is_learned_to_it():
 def test_an_answer_that_ends_otherwise_than_others_is_refused_and_accounted_for():
     template = CHATML.replace("'<|im_end|>' +", "('<|eom|>' if 'two' in message['content'] else '<|im_end|>') +")
     base = base_of(bytes_tokenizer(("<|im_start|>", "<|im_end|>", "<|eom|>")), template)
-    account = SourceReport(("data",))
+    report = SourceReport(("data",))
     rows = [conversation("a", "b"), replace(conversation("c", "two"), where="data:2"), conversation("c", "d")]
-    assert len(tokenize_examples(rows, base, account)) == 2
+    assert len(tokenize_examples(rows, base, report)) == 2
     reason = (
         "messages[1] (assistant): the model's chat template does not write its content unchanged: 'two' becomes 'two<|eom|>\\n'"
     )
-    assert (account.used, account.rejected) == (2, [("data:2", reason)])
+    assert (report.used, report.rejected) == (2, [("data:2", reason)])
 
 
 def test_a_template_whose_prompt_does_not_begin_its_answer_is_refused():
@@ -674,21 +674,21 @@ def test_the_order_of_rows_is_kept_and_each_is_used_or_refused():
         Conversation(kind.messages, f"data:{n}") if isinstance(kind, Conversation) else Text(kind.text, f"data:{n}")
         for n, kind in enumerate(kinds * 3)
     ]
-    account = SourceReport(("data",))
-    made = tokenize_examples(examples, base, account)
+    report = SourceReport(("data",))
+    made = tokenize_examples(examples, base, report)
     expected = [f"data:{n}" for n, kind in enumerate(kinds * 3) for _ in range((1, 2, 1, 0, 1, 1)[kinds.index(kind)])]
     assert [sequence.where for sequence in made] == expected
-    assert account.used == 15
-    assert [refused.where for refused in account.rejected] == ["data:3", "data:9", "data:15"]
+    assert report.used == 15
+    assert [refused.where for refused in report.rejected] == ["data:3", "data:9", "data:15"]
     for sequence in made:  # alone or among others, a row is the same
         (example,) = (e for e in examples if e.where == sequence.where)
         assert sequence in sequences_of(example, base)
 
 
 def test_no_rows_make_no_sequences():
-    account = SourceReport(("data",))
-    assert tokenize_examples([], FAMILIES["chatml"].make(), account) == []
-    assert account.total == 0
+    report = SourceReport(("data",))
+    assert tokenize_examples([], FAMILIES["chatml"].make(), report) == []
+    assert report.total == 0
 
 
 def test_a_template_that_wants_tools_is_asked_with_them():

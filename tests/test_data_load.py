@@ -105,7 +105,7 @@ def test_held_out_rows_can_be_a_file_of_their_own(tmp_path):
     data = loaded(source, eval=other)
     assert wheres(data.train) == [f"{source}:{n}" for n in range(1, 5)]
     assert wheres(data.eval) == [f"{other}:{n}" for n in range(1, 4)]
-    assert [str(account) for account in data.reports] == [
+    assert [str(report) for report in data.reports] == [
         f"{source}: 4 examples: 4 used, 0 rejected",
         f"{other}: 3 examples: 3 used, 0 rejected",
     ]
@@ -203,9 +203,9 @@ def test_rows_that_are_too_long_are_refused_with_the_way_out(tmp_path):
 def test_several_sources_are_one_account(tmp_path):
     sources = rows_file(tmp_path, 2), rows_file(tmp_path, 3, "other.jsonl", {1: {"text": "a", "id": 1}})
     data = loaded(sources, eval=0)
-    (account,) = data.reports
-    assert str(account) == f"{sources[0]}, {sources[1]}: 5 examples: 5 used, 0 rejected"
-    assert account.ignored_columns == {"id"}
+    (report,) = data.reports
+    assert str(report) == f"{sources[0]}, {sources[1]}: 5 examples: 5 used, 0 rejected"
+    assert report.ignored_columns == {"id"}
 
 
 # Again
@@ -268,9 +268,9 @@ def test_held_out_rows_of_a_file_of_their_own_are_found_again(tmp_path):
 
 def test_examples_are_read_with_the_columns_of_the_recipe(tmp_path):
     (tmp_path / "rows.csv").write_text("question,answer\na,b\n")
-    examples, account = load_examples(str(tmp_path / "rows.csv"), {"prompt": "question", "completion": "answer"})
+    examples, report = load_examples(str(tmp_path / "rows.csv"), {"prompt": "question", "completion": "answer"})
     assert [message["content"] for message in examples[0].messages] == ["a", "b"]
-    assert account.rejected == []
+    assert report.rejected == []
 
 
 # Steps

@@ -405,9 +405,9 @@ def test_objects_are_rows_or_hold_them(tmp_path, name, suffix):
 def test_what_stands_beside_all_rows_is_named(tmp_path):
     from trimtab.data import SourceReport
 
-    account = SourceReport(("x",))
-    list(read_rows(written(tmp_path, "rows.json", '{"version": 1, "rows": [{"text": "a"}]}'), account))
-    assert account.ignored_columns == {"version"}
+    report = SourceReport(("x",))
+    list(read_rows(written(tmp_path, "rows.json", '{"version": 1, "rows": [{"text": "a"}]}'), report))
+    assert report.ignored_columns == {"version"}
 
 
 @pytest.mark.parametrize(
@@ -541,11 +541,11 @@ def test_what_arrow_fills_up_with_nulls_is_left_out_and_counted(tmp_path, quiet_
     else:
         source = str(tmp_path / "saved")
         quiet_datasets.Dataset.from_list(CALLS).save_to_disk(source)
-    examples, account = load_examples(source)
+    examples, report = load_examples(source)
     expected, _ = load_examples(written(tmp_path, "rows.jsonl", "\n".join(map(json.dumps, CALLS))))
     assert [(one.messages, one.tools) for one in examples] == [(one.messages, one.tools) for one in expected]
-    assert account.removed_nulls > 0
-    assert account.plain()["nulls_left_out"] == account.removed_nulls
+    assert report.removed_nulls > 0
+    assert report.plain()["nulls_left_out"] == report.removed_nulls
 
 
 def test_without_its_pruning_arrow_would_teach_nulls(tmp_path, monkeypatch):
@@ -721,14 +721,14 @@ def test_rows_in_are_rows_used_and_refused_whatever_happens_to_a_file(tmp_path, 
         refused_all = f"0 used, {len(rows)} rejected" in str(error)
         assert refused_all
         return
-    (account,) = loaded.reports
-    assert len(rows) == account.used + len(account.rejected) == account.total
+    (report,) = loaded.reports
+    assert len(rows) == report.used + len(report.rejected) == report.total
     if name == "rows.jsonl":  # counted by hand
         lines = content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n").split("\n")
         assert len(rows) == sum(bool(line.strip()) for line in lines)
     assert len({row[0] for row in rows}) == len(rows)
-    assert len({row.where for row in loaded.train}) == account.used
-    assert {row.where for row in loaded.train} | {refusal.where for refusal in account.rejected} == {row[0] for row in rows}
+    assert len({row.where for row in loaded.train}) == report.used
+    assert {row.where for row in loaded.train} | {refusal.where for refusal in report.rejected} == {row[0] for row in rows}
     for sequence in loaded.train:
         assert sequence.target_indices
         assert sequence.target_indices[0] > 0
@@ -741,10 +741,10 @@ def test_rows_in_are_rows_used_and_refused_whatever_happens_to_a_file(tmp_path, 
 def test_any_bytes_under_any_ending_are_read_or_refused(tmp_path, content, name):
     source = written(tmp_path, name, content)
     try:
-        examples, account = load_examples(source)
+        examples, report = load_examples(source)
     except TrimtabError:
         return
-    assert len(examples) + len(account.rejected) == len(list(read_rows(source)))
+    assert len(examples) + len(report.rejected) == len(list(read_rows(source)))
 
 
 def test_a_file_that_a_disk_does_not_give_says_why(tmp_path, monkeypatch):

@@ -27,26 +27,26 @@ def call(name, **arguments):
 
 def read(row, columns=None, ignore=()):
     """The one example that a row is read as."""
-    account = SourceReport(("data",))
-    examples = list(read_examples([("data:1", row)], columns or {}, account, ignore=ignore))
-    assert account.rejected == []
+    report = SourceReport(("data",))
+    examples = list(read_examples([("data:1", row)], columns or {}, report, ignore=ignore))
+    assert report.rejected == []
     (example,) = examples
     assert example.where == "data:1"
     return example
 
 
 def refusal(row, columns=None):
-    account = SourceReport(("data",))
-    assert list(read_examples([("data:1", row)], columns or {}, account)) == []
-    ((where, reason),) = account.rejected
+    report = SourceReport(("data",))
+    assert list(read_examples([("data:1", row)], columns or {}, report)) == []
+    ((where, reason),) = report.rejected
     assert where == "data:1"
     return reason
 
 
 def unread(row, columns=None):
-    account = SourceReport(("data",))
-    list(read_examples([("data:1", row)], columns or {}, account))
-    return account.ignored_columns
+    report = SourceReport(("data",))
+    list(read_examples([("data:1", row)], columns or {}, report))
+    return report.ignored_columns
 
 
 # Alpaca and BELLE
@@ -462,18 +462,18 @@ def test_a_row_of_no_shape_says_what_is_missing(row, reason):
 
 
 def test_columns_that_nothing_reads_are_remembered_once():
-    account = SourceReport(("data",))
+    report = SourceReport(("data",))
     rows = [(f"data:{n}", {"prompt": "a", "completion": "b", "id": n, "source": "x"}) for n in range(3)]
-    list(read_examples([*rows, ("data:9", {"text": "a", "tools": []})], {}, account))
-    assert account.ignored_columns == {"id", "source", "tools"}
+    list(read_examples([*rows, ("data:9", {"text": "a", "tools": []})], {}, report))
+    assert report.ignored_columns == {"id", "source", "tools"}
 
 
 def test_every_row_becomes_an_example_or_a_refusal():
-    account = SourceReport(("data",))
+    report = SourceReport(("data",))
     rows = [("data:1", {"text": "a"}), ("data:2", {}), ("data:3", {"text": ""}), ("data:4", {"prompt": "a", "completion": "b"})]
-    examples = list(read_examples(rows, {}, account))
+    examples = list(read_examples(rows, {}, report))
     assert [example.where for example in examples] == ["data:1", "data:4"]
-    assert [refused.where for refused in account.rejected] == ["data:2", "data:3"]
+    assert [refused.where for refused in report.rejected] == ["data:2", "data:3"]
 
 
 # What people export
@@ -507,10 +507,10 @@ def test_the_old_form_of_a_call_is_a_call():
 
 def test_a_column_in_another_case_is_that_column():
     assert read({"Prompt": "a", "COMPLETION ": "b"}) == read({"prompt": "a", "completion": "b"})
-    account = SourceReport(("data",))
-    (found,) = read_examples([("data:1", {"Instruction": "a", "Output": "b", "Id": 3})], {}, account)
+    report = SourceReport(("data",))
+    (found,) = read_examples([("data:1", {"Instruction": "a", "Output": "b", "Id": 3})], {}, report)
     assert found == read({"instruction": "a", "output": "b"})
-    assert account.ignored_columns == {"Id"}
+    assert report.ignored_columns == {"Id"}
     assert "column 'completion' is missing" in refusal({"prompt": "a", "Completion": "b", "COMPLETION": "c"})
 
 

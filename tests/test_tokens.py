@@ -167,9 +167,9 @@ def thinking(base, name="default", method=THINK):
 
 
 def encoded(base, talk=TALK):
-    account = SourceReport(("test",))
-    (row,) = tokenize_examples([talk], base, account)
-    assert not account.rejected
+    report = SourceReport(("test",))
+    (row,) = tokenize_examples([talk], base, report)
+    assert not report.rejected
     return row
 
 

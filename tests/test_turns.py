@@ -25,10 +25,10 @@ def said(content, **more):
 
 def taught(on, *messages):
     """(The prompt, what is trained on), a pair a turn, or why the row is refused."""
-    account = SourceReport(("rows",))
+    report = SourceReport(("rows",))
     row = {"messages": list(messages), **({"tools": TOOLS} if any("tool_calls" in m for m in messages) else {})}
-    sequences = tokenize_examples(list(read_examples([("rows:1", row)], {}, account)), on, account)
-    return account.rejected[0].reason if account.rejected else list(runs(on, sequences))
+    sequences = tokenize_examples(list(read_examples([("rows:1", row)], {}, report)), on, report)
+    return report.rejected[0].reason if report.rejected else list(runs(on, sequences))
 
 
 def answers(on, *messages):

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from trimtab.core import chat
 from trimtab.core.cache import cache_folder, code_hash, keep_newest
 from trimtab.core.errors import StorageError
 from trimtab.core.files import sha256_file, write_bytes
@@ -49,7 +50,7 @@ class TokenCache:
         except OSError:
             return None  # reading the file reports it
         parts = {
-            "code": code_hash(sys.modules[__package__]),
+            "code": code_hash(sys.modules[__package__], chat),
             "tokenizing": tokenizing,
             "sources": self._sources,
             "files": hashes,

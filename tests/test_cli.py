@@ -114,7 +114,7 @@ CARELESS = {
     "a word that is none": (
         "train r.yaml epochs", None, 2, "'epochs': expected section.key=value, for example train.lr=1e-4."
     ),
-    "broken YAML": ("train r.yaml", spoil("r.yaml", lambda t: t + b"train: {}"), 2, "r.yaml:7: not valid YAML: the key 'train' is there twice."),
+    "broken YAML": ("train r.yaml", spoil("r.yaml", lambda t: t + b"train: {}"), 2, "r.yaml:7: not valid YAML: the key 'train' is given twice."),
     "a seed too large": (
         f"train r.yaml output=new train.seed={2**64}", None, 2, f"r.yaml: train.seed: expected a number below 4294967296, got {2**64}."
     ),
@@ -159,7 +159,7 @@ CARELESS = {
     ),
     "a missing column": (
         "train r.yaml output=new data.eval=0", lines(GOOD, {"prompt": "a", "answer": "b"}), 3,
-        "data: examples that can't be used:\n  HERE/rows.jsonl:2: column 'completion' is missing beside prompt (is it 'answer'? Then say "
+        "data: examples that can't be used:\n  HERE/rows.jsonl:2: column 'completion' is missing beside prompt (is it 'answer'? Then set "
         "data.columns.completion=answer); the example has prompt, answer\n"
         f"HERE/rows.jsonl: 2 examples: 1 used, 1 rejected\n{FIX}.",
     ),
@@ -207,12 +207,12 @@ CARELESS = {
     "an adapter of another base": (
         "chat run --prompt x --model other", None, 4,
         "run/adapter was trained on another base than HERE/other (torch.float32): different weights. "
-        "Give the base it was trained on, in the number type it was trained on.",
+        "Use the base it was trained on, in the dtype it was trained in.",
     ),
     "an adapter of a base with another template": (
         "merge --force run new --model plain", None, 4,
         "run/adapter was trained on another base than HERE/plain (torch.float32): different template. "
-        "Give the base it was trained on, in the number type it was trained on.",
+        "Use the base it was trained on, in the dtype it was trained in.",
     ),
     "a flipped bit in the weights": (
         "chat run --prompt x", spoil("run/adapter/adapter_model.safetensors", lambda b: b[:-3] + bytes([b[-3] ^ 1]) + b[-2:]), 4,

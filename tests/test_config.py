@@ -159,9 +159,9 @@ def test_a_recipe_that_holds_itself_is_refused(text):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: 1\na: 2", ":2: not valid YAML: the key 'a' is there twice."),
-        (DATA + "train:\n  epochs: 1\n  seed: 3\n  epochs: 2\n", ":5: not valid YAML: the key 'epochs' is there twice."),
-        (DATA + "train: {seed: 1,\n seed: 1}", ":3: not valid YAML: the key 'seed' is there twice."),
+        ("a: 1\na: 2", ":2: not valid YAML: the key 'a' is given twice."),
+        (DATA + "train:\n  epochs: 1\n  seed: 3\n  epochs: 2\n", ":5: not valid YAML: the key 'epochs' is given twice."),
+        (DATA + "train: {seed: 1,\n seed: 1}", ":3: not valid YAML: the key 'seed' is given twice."),
         ("data: {train: a\n", ":2: not valid YAML: expected ',' or '}', but got '<stream end>'."),
         ("model: x\ndata:\n\ttrain: a", ":3: not valid YAML: found character '\\t' that cannot start any token."),
         ("model: x\n model: y", ":2: not valid YAML: mapping values are not allowed here."),
@@ -271,7 +271,7 @@ def test_a_word_can_replace_a_short_form_and_a_whole_section():
         ),
         (
             "train.lr={a: 1, a: 2}",
-            "'train.lr={a: 1, a: 2}': not valid YAML: the key 'a' is there twice. "
+            "'train.lr={a: 1, a: 2}': not valid YAML: the key 'a' is given twice. "
             """If it is meant as a text, quote it twice: "train.lr='{a: 1, a: 2}'\"""",
         ),
         ("output.x=3", "'output.x=3': output is 3 in the recipe, so it has no keys."),

@@ -342,8 +342,8 @@ def test_a_broken_json_line_is_refused_and_the_others_are_read(tmp_path):
 UNCLEAR = {
     '{"text": NaN}': "NaN is not a JSON value",
     '{"text": "a", "n": [-Infinity]}': "-Infinity is not a JSON value",
-    '{"text": "a", "text": "b"}': "the key 'text' is there twice",
-    '{"text": "a", "x": {"y": 1, "z": 2, "y": 1}}': "the key 'y' is there twice",
+    '{"text": "a", "text": "b"}': "the key 'text' is given twice",
+    '{"text": "a", "x": {"y": 1, "z": 2, "y": 1}}': "the key 'y' is given twice",
     '{"text": "a \\ud83d b"}': "a \\u escape in it is an unpaired surrogate",
     '{"text": "a", "x": ["\\uDC00"]}': "a \\u escape in it is an unpaired surrogate",
 }
@@ -633,7 +633,7 @@ def test_a_json_text_is_parsed_as_strictly_as_a_row():
     assert parse_json(' {"a": [1, 2.5, "é", null, true]} \n') == {"a": [1, 2.5, "é", None, True]}
     for text, reason in (
         ("", "Expecting value at column 1"),
-        ('{"a": 1,\n"a": 2}', "the key 'a' is there twice"),
+        ('{"a": 1,\n"a": 2}', "the key 'a' is given twice"),
         ('{"a":\n1} x', "something follows it at line 2, column 4"),
         ('\n{"a": 1} x', "something follows it at line 2, column 10"),
         ("NaN", "NaN is not a JSON value"),

@@ -160,7 +160,7 @@ def tokenize_all(base: Base, examples: Sequence[Any]) -> list[TokenRow]:
     rows = tokenize_examples(examples, base, report, LengthLimit(most, name=f"the context length {most}"))
     if report.rejected:
         problems = listing([f"{where}: {reason}" for where, reason in report.rejected])
-        raise DataError(f"data: examples that can't be measured:\n{problems}")
+        raise DataError(f"data: examples that can't be evaluated:\n{problems}")
     if not rows:
         raise DataError("data: there are no examples to measure on.")
     return rows

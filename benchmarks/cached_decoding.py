@@ -73,7 +73,7 @@ def compare(name: str, settings: dict[str, Any], steps: int) -> None:
     import peft
 
     base = trimtab.load(MODEL)
-    prompt = base.encode([base.render([{"role": "user", "content": QUESTION}], prompt=True)])[0].ids
+    prompt = base.encode([base.template.render([{"role": "user", "content": QUESTION}], prompt=True)])[0].ids
     rows = base.encode([TEXT])
     adapter = trimtab.attach(base.model, trimtab.method(name, **settings), sample=trimtab.sample(base, rows))
     generator = torch.Generator().manual_seed(0)

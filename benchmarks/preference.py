@@ -70,7 +70,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> str:
 
 def scored(folder: Path, data: dict[str, str], *, preferred: bool) -> dict[str, Any]:
     """What an adapter is worth: by answers, by prose, and by pairs if it has learned from preferences."""
-    from trimtab.data import Account, load_examples, make_sequences
+    from trimtab.data import SourceReport, load_examples, tokenize_examples
     from trimtab.deploy import open_target
     from trimtab.evaluate import score, score_loss
     from trimtab.evaluate.reference import divergence, refer
@@ -80,13 +80,13 @@ def scored(folder: Path, data: dict[str, str], *, preferred: bool) -> dict[str, 
     base, adapter = target.base, target.adapter
     assert adapter is not None
     answers = score(base, load_examples(data["test"])[0])
-    text = make_sequences(load_examples(data["prose"])[0], base, Account(("prose",)), max_length=None)
+    text = tokenize_examples(load_examples(data["prose"])[0], base, SourceReport(("prose",)))
     found = {"exact_match": answers["exact_match"], "loss": answers["loss"], "prose_loss": score_loss(base, text).loss}
     with adapter.disabled():
         found["base_prose_loss"] = score_loss(base, text).loss
     if preferred:  # by pairs, whatever it has learned from
         start = str(folder.parent / "sft")
-        both = make_sequences(load_examples(data["test_pairs"], kind="pairs")[0], base, Account(("pairs",)), max_length=None)
+        both = tokenize_examples(load_examples(data["test_pairs"], kind="pairs")[0], base, SourceReport(("pairs",)))
         told = score_loss(base, refer(base, adapter, start, both, 4096).rows, 4096, Objective.pick("dpo")).measures
         found |= {
             "accuracy": told["accuracy"],

@@ -88,7 +88,7 @@ def loaded(count: int) -> dict[str, Any]:
         for _ in range(2):  # the second time, the tokens are kept from the first
             started = time.perf_counter()
             rows = trimtab.rows(str(path), base)
-            plan_steps(rows, epochs=2, seed=0, rows=16)
+            plan_steps(rows, epochs=2, seed=0, examples=16)
             seconds.append(time.perf_counter() - started)
             grew = grew or peak_gb() - before
             tokens = sum(len(row.ids) for row in rows)

@@ -1,4 +1,4 @@
-"""The ways in which fine-tuning is known to go wrong without a word, and what becomes of each here: docs/faults.md is made from it.
+"""The ways in which fine-tuning is known to go wrong silently, and the outcome of each here: docs/faults.md is made from it.
 
 Each names the tests in which it is tried. A test there holds that they exist; what is not built yet is not in the list.
 """
@@ -17,7 +17,7 @@ class Fault(NamedTuple):
 FAULTS = {
     # The loss and the steps
     "A01": Fault(
-        "micro-batches are averaged, so short rows weigh more",
+        "micro-batches are averaged, so short examples weigh more",
         "impossible",
         "one divisor a step",
         (
@@ -47,7 +47,7 @@ FAULTS = {
         ("test_train::test_the_learning_rate_rises_to_its_peak_and_never_below_zero",),
     ),
     "A06": Fault(
-        "a row, or all, has nothing to learn",
+        "an example, or every one, has no target token",
         "refused",
         "with its line, before training",
         (
@@ -56,9 +56,9 @@ FAULTS = {
         ),
     ),
     "A07": Fault(
-        "a loss that is not a number ruins the weights and is hidden from the log",
+        "a loss of NaN or Inf ruins the weights and is hidden from the log",
         "repaired",
-        "the step is skipped, its rows named, the value logged; three in a row end the run",
+        "the step is skipped, its examples named, the value logged; three consecutive ones end the run",
         (
             "test_guards::test_a_step_that_is_not_finite_is_skipped_and_logged_as_it_was",
             "test_guards::test_three_in_a_row_end_the_run",
@@ -75,7 +75,7 @@ FAULTS = {
         ),
     ),
     "A09": Fault(
-        "recomputation loses gradients",
+        "gradient checkpointing loses gradients",
         "impossible",
         "bit for bit the same",
         (
@@ -98,7 +98,7 @@ FAULTS = {
     "A12": Fault(
         "an adapter in few bits loses its updates",
         "impossible",
-        "its numbers are float32",
+        "its parameters are float32",
         ("suite::I26_masters_are_float32_on_a_base_of_fewer_bits",),
     ),
     "A13": Fault(
@@ -125,20 +125,20 @@ FAULTS = {
     "A16": Fault(
         "the reference drifts",
         "impossible",
-        "its numbers are computed once, and kept by content",
+        "its log-probabilities are computed once, and kept by content",
         (
             "test_preference::test_what_the_reference_makes_of_a_row_is_computed_once",
             "test_preference::test_another_model_or_adapter_is_another_reference",
         ),
     ),
     "A17": Fault(
-        "dropout makes noise of a comparison",
+        "dropout adds noise to a comparison",
         "refused",
         "with the key to change",
         ("test_preference::test_dropout_is_refused_where_answers_are_compared",),
     ),
     "A18": Fault(
-        "KTO's divergence is estimated on matched pairs, or in batches of one",
+        "KTO's KL divergence is estimated on matched pairs, or in batches of one",
         "impossible",
         "a fixed derangement, kl over the step",
         (
@@ -148,7 +148,7 @@ FAULTS = {
         ),
     ),
     "A19": Fault(
-        "an answer is empty once it is cut",
+        "an answer is empty once it is truncated",
         "refused",
         "with its line",
         (
@@ -169,7 +169,7 @@ FAULTS = {
         ("test_peft::test_peft_loads_ours", "test_peft_variants::test_peft_loads_ours"),
     ),
     "A22": Fault(
-        "settings out of range are taken",
+        "settings out of range are accepted",
         "refused",
         "with the key and its range",
         (
@@ -178,7 +178,7 @@ FAULTS = {
         ),
     ),
     "A23": Fault(
-        "a target that matches nothing is passed over",
+        "a target module that matches nothing is silently ignored",
         "refused",
         "with the nearest name",
         ("test_methods::test_a_target_that_cannot_be_adapted_is_refused",),
@@ -187,9 +187,9 @@ FAULTS = {
         "fused experts stay frozen", "refused", "by name", ("test_methods::test_all_linear_refuses_to_skip_fused_experts",)
     ),
     "A25": Fault(
-        "two adapters lie over each other unnoticed",
+        "two adapters silently add up",
         "refused",
-        "names are taken once; the newest acts alone",
+        "names are unique; only the newest is active",
         (
             "test_methods::test_a_second_adapter_of_the_same_name_is_refused",
             "test_base::test_a_model_that_peft_has_an_adapter_on_is_refused",
@@ -197,9 +197,9 @@ FAULTS = {
         ),
     ),
     "A26": Fault(
-        "what many rows add up to is rounded to few bits at every one of them",
+        "a sum over many examples is rounded to few bits at each of them",
         "impossible",
-        "on a base of few bits, too, sums over tiles, rows and packs are float32",
+        "sums over tiles, examples and packs are float32 on every base",
         (
             "test_head::test_a_token_that_predicts_many_has_their_gradients_added_up_in_float32",
             "test_packing::test_what_many_rows_see_has_their_gradients_added_up_in_float32",
@@ -215,16 +215,16 @@ FAULTS = {
         ),
     ),
     "A28": Fault(
-        "cuDNN's attention gives gradients that are NaN where rows are masked",
+        "cuDNN's attention gives NaN gradients where rows are masked",
         "impossible",
-        "it is not among the kernels that are asked",
+        "that kernel is never used",
         ("test_device::test_attention_does_without_cudnn_and_the_process_keeps_its_setting",),
     ),
     # Rows, tokens, labels
     "B01": Fault(
-        "padding is the end token, so the end is never learned",
+        "padding is the end-of-text token, so the model never learns to stop",
         "impossible",
-        "labels go by position, and every row's end is counted",
+        "targets are marked by position, and every example's last target is checked",
         (
             "test_data_labels::test_pad_and_eos_may_be_one_token",
             "test_check::test_of_good_rows_everything_is_good",
@@ -232,16 +232,16 @@ FAULTS = {
         ),
     ),
     "B02": Fault(
-        "the learned end token is not one that ends a generation",
+        "the last target token is not one that ends a generation",
         "refused",
-        "ends are counted against the stop tokens, answers are tried",
+        "last targets are compared with the stop tokens, answers are generated",
         (
             "test_check::test_rows_that_are_cut_are_counted_and_if_all_are_it_is_refused",
             "test_certificate::test_an_adapter_that_never_stops_does_not_pass",
         ),
     ),
     "B03": Fault(
-        "the mask of answers is all zeros or ones",
+        "the loss mask is all zeros or ones",
         "impossible",
         "spans come from rendering, to the character",
         (
@@ -265,16 +265,16 @@ FAULTS = {
         ),
     ),
     "B06": Fault(
-        "a beginning-of-text token stands twice, or is missing",
+        "a beginning-of-text token is doubled or missing",
         "refused",
-        "a text's own is not doubled; a template's is seen",
+        "a text's own is not doubled; a template's is detected",
         (
             "test_data_labels::test_a_bos_or_eos_that_a_text_brings_along_is_not_doubled",
             "test_check::test_a_template_that_writes_two_beginnings_is_refused",
         ),
     ),
     "B07": Fault(
-        "the template in use is another than in training",
+        "the chat template differs from that of training",
         "refused",
         "it is part of the base's fingerprint",
         (
@@ -283,9 +283,9 @@ FAULTS = {
         ),
     ),
     "B08": Fault(
-        "earlier turns change when a conversation goes on",
+        "earlier turns change when a conversation continues",
         "repaired",
-        "laid out turn by turn, and counted",
+        "rendered turn by turn, and counted",
         (
             "test_data_labels::test_a_template_that_drops_earlier_thinking_is_laid_out_turn_by_turn",
             "test_check::test_conversations_that_are_laid_out_turn_by_turn_are_compared_too",
@@ -301,40 +301,40 @@ FAULTS = {
         ),
     ),
     "B10": Fault(
-        "answers are cut",
+        "answers are truncated",
         "refused",
-        "or counted, where cutting is asked for",
+        "or counted, where truncation is configured",
         (
             "test_data_load::test_rows_that_are_too_long_are_refused_with_the_way_out",
             "test_check::test_rows_that_are_cut_are_counted_and_if_all_are_it_is_refused",
         ),
     ),
     "B11": Fault(
-        "rows vanish",
+        "examples vanish",
         "impossible",
-        "rows in = used + refused",
+        "every example is used or rejected, and counted",
         (
             "test_bad_data::test_bad_files_are_accounted_for_or_refused",
             "test_data_read::test_rows_in_are_rows_used_and_refused_whatever_happens_to_a_file",
         ),
     ),
     "B12": Fault(
-        "packed rows see each other",
+        "packed examples attend to each other",
         "impossible",
-        "gradients between rows are exactly 0",
+        "gradients between examples are exactly 0",
         ("test_packing::test_no_gradient_reaches_another_rows_tokens", "suite::I22_packed_is_alone_and_no_row_reaches_another"),
     ),
     "B13": Fault(
-        "positions run on from row to row",
+        "positions continue from example to example",
         "impossible",
-        "packed is alone",
+        "each is what it is alone",
         (
             "test_packing::test_packed_losses_and_gradients_equal_those_of_rows_alone",
             "test_packing::test_a_broken_mask_window_or_position_is_noticed",
         ),
     ),
     "B14": Fault(
-        "a row's first token is learned from the row before",
+        "an example's first token is predicted from the example before",
         "impossible",
         "it is no target",
         ("test_data_load::test_the_first_token_of_a_packed_row_is_never_predicted_from_the_row_before",),
@@ -342,7 +342,7 @@ FAULTS = {
     "B15": Fault(
         "positions are taken for packing",
         "impossible",
-        "packing is said, by a tree of segments",
+        "packing is explicit, by a tree of segments",
         ("test_packing::test_calls_without_a_layout_are_the_models_own_bit_for_bit",),
     ),
     "B16": Fault(
@@ -352,9 +352,9 @@ FAULTS = {
         ("test_data_cache::test_whatever_decides_the_tokens_has_them_made_anew",),
     ),
     "B17": Fault(
-        "new tokens' rows are not trained, or not saved",
+        "embeddings of new tokens are not trained, or not saved",
         "impossible",
-        "a method of their own, through a fresh base",
+        "a method of their own, checked on a new base",
         (
             "test_tokens::test_an_adapter_folder_carries_them_to_a_fresh_base",
             "test_tokens::test_a_run_adds_them_before_it_reads_its_data_and_its_adapter_answers_with_them",
@@ -373,9 +373,9 @@ FAULTS = {
         ("test_keys::test_another_value_gives_another_result", "test_keys::test_no_key_is_left_out_here"),
     ),
     "B20": Fault(
-        "nulls that a table's schema has put into a tool call are learned",
+        "nulls that a table's schema has put into a tool call are trained on",
         "repaired",
-        "left out, and counted; one's own in JSON stay",
+        "left out, and counted; those of a JSON file stay",
         (
             "test_data_read::test_what_arrow_fills_up_with_nulls_is_left_out_and_counted",
             "test_data_read::test_without_its_pruning_arrow_would_teach_nulls",
@@ -383,7 +383,7 @@ FAULTS = {
         ),
     ),
     "B21": Fault(
-        'a key of a message that nothing reads, such as "loss": false, is passed over',
+        'an unsupported key of a message, such as "loss": false, is silently ignored',
         "refused",
         "with its line, and the key that is read",
         (
@@ -395,7 +395,7 @@ FAULTS = {
     "B22": Fault(
         "the template cuts or leaves out what an answer says",
         "refused",
-        "every text of every turn that is trained on has to stand in it",
+        "every text of every trained turn has to be in its target tokens",
         (
             "test_chat_templates::test_it_teaches_what_it_has_to_or_says_why_not",
             "test_chat_templates::test_without_a_text_of_the_message_nothing_is_taught",
@@ -403,9 +403,9 @@ FAULTS = {
         ),
     ),
     "B23": Fault(
-        "the template writes the date, so on another day it is another prompt",
+        "the template writes the date, so the prompt is different on another day",
         "impossible",
-        "the moment that a run began is kept with the adapter, and written wherever it is used",
+        "the moment at which a run began is stored with the adapter, and used wherever it is",
         (
             "test_chat_templates::test_templates_that_write_the_date_write_that_of_the_run",
             "test_resume::test_a_run_is_resumed_on_another_day_with_a_template_that_writes_the_date",
@@ -413,15 +413,15 @@ FAULTS = {
     ),
     # Saving, loading, going on
     "C01": Fault(
-        "no tensor of the file fits, and the base is served",
+        "no tensor of the file matches, and the base is served",
         "refused",
-        "tensors fit exactly, or not at all",
+        "tensors match exactly, or not at all",
         ("suite::I13_tensors_fit_exactly_or_are_refused", "test_peft::test_an_adapter_of_pefts_that_does_not_fit_is_refused"),
     ),
     "C02": Fault(
         "what is saved is dead though training worked",
         "refused",
-        "a fresh process has to give what training gave",
+        "a new process has to reproduce what training computed",
         (
             "test_certificate::test_what_is_saved_must_be_what_was_trained",
             "test_certificate::test_a_process_that_cannot_load_it_says_why",
@@ -434,15 +434,15 @@ FAULTS = {
         ("test_certificate::test_what_is_saved_must_be_what_was_trained", "suite::I13_tensors_fit_exactly_or_are_refused"),
     ),
     "C04": Fault(
-        "a half-written checkpoint blocks going on",
+        "a half-written checkpoint blocks resuming",
         "repaired",
-        "folders appear whole; the newest whole one is taken",
+        "folders appear complete; the newest complete one is used",
         ("test_resume::test_forty_real_kills", "test_resume::test_a_damaged_state_is_passed_over_for_the_one_before"),
     ),
     "C05": Fault(
         "the disk is full",
         "repaired",
-        "what was saved stays; the same command goes on",
+        "what was saved stays; the same command resumes",
         (
             "test_failing_disk::test_a_disk_that_fails_loses_nothing",
             "test_cli::test_a_disk_that_fills_up_keeps_what_was_whole",
@@ -452,23 +452,23 @@ FAULTS = {
     "C06": Fault(
         "the wrong checkpoint is removed",
         "impossible",
-        "what the two newest states speak of stays, and they are read back first",
+        "what the two newest checkpoints refer to stays, and they are read back first",
         (
             "test_keys::test_the_adapter_handed_over_is_the_best_one_and_both_it_and_the_last_are_kept",
             "test_resume::test_a_damaged_state_is_passed_over_for_the_one_before",
         ),
     ),
     "C07": Fault(
-        "a part of the state is missing, and the run goes on otherwise",
+        "a part of a checkpoint is missing, and the run resumes differently",
         "refused",
-        "a state is whole, or passed over",
+        "a checkpoint is complete, or skipped",
         (
             "test_resume::test_a_damaged_state_is_passed_over_for_the_one_before",
             "test_resume::test_a_state_of_other_parameters_is_refused",
         ),
     ),
     "C08": Fault(
-        "random numbers are others after going on",
+        "random numbers differ after resuming",
         "impossible",
         "dropout is a function of seed and step",
         (
@@ -477,7 +477,7 @@ FAULTS = {
         ),
     ),
     "C09": Fault(
-        "rows come in another order after going on",
+        "the data order differs after resuming",
         "impossible",
         "the order is a function of seed and epoch",
         (
@@ -486,13 +486,13 @@ FAULTS = {
         ),
     ),
     "C10": Fault(
-        "the loss jumps after going on",
+        "the loss jumps after resuming",
         "impossible",
         "bit for bit the same",
         ("test_resume::test_it_goes_on_as_if_it_had_not_ended",),
     ),
     "C11": Fault(
-        "the best adapter is not the one that is handed over",
+        "the exported adapter is not the best one",
         "impossible",
         "its bytes are compared",
         ("test_keys::test_the_adapter_handed_over_is_the_best_one_and_both_it_and_the_last_are_kept",),
@@ -517,7 +517,7 @@ FAULTS = {
         ),
     ),
     "C14": Fault(
-        "its configuration was edited, or asks for more than is known",
+        "its configuration was edited, or has unsupported keys",
         "refused",
         "by the key",
         (
@@ -526,9 +526,9 @@ FAULTS = {
         ),
     ),
     "C15": Fault(
-        "numbers have another type after loading",
+        "tensors have another dtype after loading",
         "impossible",
-        "types are in the manifest",
+        "dtypes are in the manifest",
         ("test_methods::test_state_survives_a_round_trip_and_misfits_are_refused_by_name",),
     ),
     "C16": Fault(
@@ -544,7 +544,7 @@ FAULTS = {
         ("test_composition::test_a_name_that_is_taken_or_unknown_is_refused",),
     ),
     "C18": Fault(
-        "after a swap the old scale acts",
+        "after a swap the old scale is still used",
         "impossible",
         "an adapter has its own layers",
         ("test_composition::test_the_newest_acts_alone_and_names_choose", "suite::I19_adapters_leave_each_other_alone"),
@@ -560,16 +560,16 @@ FAULTS = {
         ),
     ),
     "C20": Fault(
-        "a merged folder is read otherwise by another version of Transformers",
+        "another version of Transformers reads a merged folder differently",
         "impossible",
-        "written in the words of 4.57 and 5; `make compat` reads it with both",
+        "written with the keys of 4.57 and 5; `make compat` reads it with both",
         (
             "test_written::test_rotary_embeddings_are_said_in_both_versions_words",
             "test_written::test_what_transformers_5_wrote_is_written_so_that_4_reads_it",
         ),
     ),
     "C21": Fault(
-        "how the base was held in training is forgotten: its number type, device, quantization",
+        "how the base was held in training is forgotten: its dtype, device, quantization",
         "impossible",
         "it is in the adapter's manifest, and whatever opens it holds the base so",
         (
@@ -607,13 +607,13 @@ FAULTS = {
         ("test_merge::test_tied_embeddings_stay_tied",),
     ),
     "D05": Fault(
-        "merging and taking back drifts",
+        "merging and unmerging drifts",
         "impossible",
         "the base is never touched",
         ("suite::I16_merging_twice_gives_the_same_and_leaves_the_base_alone",),
     ),
     "D06": Fault(
-        "what is not a number is merged",
+        "NaN or Inf is merged",
         "refused",
         "nothing is written",
         ("test_merge::test_values_that_are_not_finite_are_refused_and_nothing_is_written",),
@@ -641,7 +641,7 @@ FAULTS = {
     ),
     # In use
     "E03": Fault(
-        "rows of different adapters in one batch get each other's",
+        "requests of different adapters in one batch get each other's",
         "impossible",
         "each is what it is alone",
         ("suite::I20_a_row_of_a_mixed_batch_is_the_row_alone",),
@@ -656,9 +656,9 @@ FAULTS = {
         ),
     ),
     "E07": Fault(
-        "a model writes on beyond the context that it was made for",
+        "a model generates beyond its context length",
         "impossible",
-        "an answer ends there, and that is said",
+        "an answer ends there, with a message",
         (
             "test_decode::test_an_answer_ends_where_the_context_does",
             "test_evaluate::test_an_answer_is_cut_off_where_the_context_is_full",
@@ -691,7 +691,7 @@ FAULTS = {
         ),
     ),
     "F04": Fault(
-        "a chat template runs code, or for ever",
+        "a chat template runs code, or never ends",
         "refused",
         "a sandbox, with limits",
         (
@@ -708,11 +708,11 @@ FAULTS = {
     "F06": Fault(
         "a cache is trusted",
         "repaired",
-        "what was changed there is made anew",
+        "what was changed there is computed again",
         ("test_data_cache::test_a_damaged_file_is_made_anew", "test_preference::test_a_damaged_cache_is_made_anew"),
     ),
     "F07": Fault(
-        "another version of a library breaks a method in silence",
+        "another version of a library silently breaks a method",
         "shown",
         "`trimtab doctor`",
         (
@@ -733,7 +733,7 @@ FAULTS = {
     "F09": Fault(
         "control codes in a text steer the terminal",
         "impossible",
-        "there is one door to it, which writes them out",
+        "everything is printed in one place, which escapes them",
         (
             "test_terminal::test_no_text_of_a_row_steers_the_terminal",
             "test_terminal::test_what_a_model_says_is_shown_as_it_comes_and_steers_nothing",

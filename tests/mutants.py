@@ -47,29 +47,29 @@ EQUIVALENT = ROOT / "tests" / "equivalent_mutants.json"
 """Faults that are none, because the code does the same: {"MODULE: line -> the line as it is then": why}."""
 PARTS = {
     "labels": {
-        "data/labels.py data/draft.py data/example.py": "test_data_labels test_data_compared test_check test_data_load",
-        "data/compared.py": "test_data_compared test_preference",
+        "data/token_rows.py data/rendering.py data/example.py": "test_data_labels test_data_compared test_check test_data_load",
+        "data/preference_formats.py": "test_data_compared test_preference",
     },
-    "masks": {"data/tree.py": "test_data_tree test_packing test_tree_attention"},
+    "masks": {"data/prefix_tree.py": "test_data_tree test_packing test_tree_attention"},
     "packing": {
-        "data/pack.py data/order.py": "test_data_tree test_packing test_mismatched test_data_load test_preference",
+        "data/pack.py data/bin_packing.py data/order.py": "test_data_tree test_packing test_mismatched test_data_load test_preference",
         "data/mismatched.py": "test_objectives test_preference test_mismatched",
     },
     "loss": {
         "engine/head.py": "test_head test_objectives test_mismatched test_train",
-        "objectives/_base.py objectives/_comparing.py objectives/_pairs.py objectives/_pooling.py objectives/cpo.py objectives/dpo.py "
+        "objectives/_base.py objectives/_comparing.py objectives/_pairs.py objectives/_kl_estimate.py objectives/cpo.py objectives/dpo.py "
         "objectives/kto.py objectives/orpo.py objectives/sft.py objectives/simpo.py":
             "test_objectives test_preference test_mismatched test_keys",
     },
     "loader": {
-        "data/read.py data/load.py data/shapes.py data/strict_json.py":
+        "data/read.py data/text_files.py data/json_files.py data/strict_json.py data/load.py data/formats.py":
             "test_data_read test_data_shapes test_data_load test_data_cache test_bad_data test_check",
     },
     "checkpoint": {
-        "files.py": "test_files test_resume",
+        "core/files.py": "test_files test_resume",
         "artifacts/adapter.py": "test_files test_peft test_faults test_cli",
         "artifacts/tensors.py": "test_files test_resume test_peft",
-        "saving.py resume.py artifacts/state.py": "test_guards test_resume test_keys test_certificate",
+        "run/checkpoints.py run/resume.py artifacts/state.py": "test_guards test_resume test_keys test_certificate",
         "train/optimizer.py": "test_guards test_train test_resume",
     },
 }  # fmt: skip

@@ -37,7 +37,7 @@ def pieces_of_words():
         vocabulary[piece] = len(vocabulary)
     backend = tokenizers.Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
-    backend.decoder = decoders.TokenRow(
+    backend.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<s>", pad_token="<s>")

@@ -10,8 +10,8 @@ from worlds import make_model
 
 from trimtab.base import Base
 from trimtab.core.errors import DataError, TrimtabError
-from trimtab.data import load_examples, make_sequences
-from trimtab.data.preference_formats import SHAPES
+from trimtab.data import LengthLimit, load_examples, tokenize_examples
+from trimtab.data.preference_formats import FORMATS
 
 GOOD = {"prompt": "Is it?", "completion": "yes"}
 TALK = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
@@ -161,20 +161,20 @@ def test_bad_files_are_accounted_for_or_refused(name, base, tmp_path, one_thread
     for number in range(10):
         path = tmp_path / f"file-{number}{suffix}"
         path.write_bytes(made(random.Random(f"{name}/{number}")))
-        for kind in SHAPES:
+        for kind in FORMATS:
             try:
-                examples, account = load_examples(str(path), kind=kind)
+                examples, report = load_examples(str(path), kind=kind)
             except DataError as error:
                 unnamed = [] if path.name in str(error) else [str(error)]
                 assert_none(unnamed)
                 continue
-            assert all(where.startswith(str(path)) and reason for where, reason in account.refused)
-            refused = len(account.refused)
-            sequences = make_sequences(examples, base, account, max_length=128)
-            assert account.rows == account.used + len(account.refused) == len(examples) + refused
+            assert all(where.startswith(str(path)) and reason for where, reason in report.rejected)
+            refused = len(report.rejected)
+            sequences = tokenize_examples(examples, base, report, LengthLimit(128))
+            assert report.total == report.used + len(report.rejected) == len(examples) + refused
             if suffix == ".jsonl":
-                assert account.rows == rows_in(path.read_bytes())
-            known = {where for where, _ in account.refused}
+                assert report.total == rows_in(path.read_bytes())
+            known = {where for where, _ in report.rejected}
             assert {row.where for row in sequences} == {e.where for e in examples} - known
             assert all(
                 row.target_indices and row.target_indices[0] > 0 and row.target_indices[-1] < len(row.ids) <= 128

@@ -208,7 +208,7 @@ def test_a_model_that_peft_has_an_adapter_on_is_refused():
     model = tiny("llama")
     wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
     assert refused(wrapped) == "PeftModel is not a Transformers model."
-    assert "has an adapter of PEFT's on it" in refused(model)
+    assert "has a PEFT adapter on it" in refused(model)
 
 
 def test_rows_that_would_change_the_rotation_of_others_are_too_long():

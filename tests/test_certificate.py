@@ -68,7 +68,9 @@ def test_a_run_ends_with_a_certificate(done, trimtab):
     assert {one["text"] for one in held["answers"]} == {"yes"}
     text = (done / "certificate.txt").read_text()
     assert text == certificate_text(held)
-    assert text.startswith("Trimtab certificate: passed\n\npassed  reload: reloaded in a new process, the adapter reproduces training log-probabilities on 4 examples")
+    assert text.startswith(
+        "Trimtab certificate: passed\n\npassed  reload: reloaded in a new process, the adapter reproduces training log-probabilities on 4 examples"
+    )
     verified = trimtab("verify", done)
     assert verified.code == 0
     assert verified.out.startswith("Trimtab certificate: passed")
@@ -98,8 +100,7 @@ def test_what_is_not_certified_is_merged_only_if_that_is_meant(done, trimtab, tm
         refused = merges(target)
         assert (refused.code, (tmp_path / "merged").exists()) == (7, False)
         assert (
-            "is done, NOT certified, so this adapter is not certified.\n  stops: 0 of 4 answers stopped at EOS"
-            in refused.err
+            "is done, NOT certified, so this adapter is not certified.\n  stops: 0 of 4 answers stopped at EOS" in refused.err
         )
         assert "train for more train.epochs" in refused.err
         assert "--force" in refused.err
@@ -206,7 +207,10 @@ def test_what_is_saved_must_be_what_was_trained(here, trimtab, monkeypatch):
     monkeypatch.setattr(checkpoints, "save_adapter", damaged)
     failed = trimtab(*WORDS, "output=new")
     assert failed.code == 7
-    assert "new is finished, but its adapter failed certification:\n  reload: reloaded in a new process, the adapter gives a log-probability that is" in failed.err
+    assert (
+        "new is finished, but its adapter failed certification:\n  reload: reloaded in a new process, the adapter gives a log-probability that is"
+        in failed.err
+    )
     assert json.loads(Path("new/certificate.json").read_text())["passed"] is False
     assert json.loads(Path("new/run.json").read_text())["status"] == "done"
     assert trimtab("verify", "new").code == 7
@@ -255,9 +259,7 @@ def test_a_run_whose_rows_fill_the_context_is_not_failed_for_what_it_cuts_off(he
     held = json.loads((here / "new/certificate.json").read_text())
     stops = next(one for one in held["tests"] if one["name"] == "stops")
     assert stops["status"] == "noted"
-    assert stops["words"].startswith(
-        "0 of 4 answers stopped at EOS; 4 were cut off because the model's context was full"
-    )
+    assert stops["words"].startswith("0 of 4 answers stopped at EOS; 4 were cut off because the model's context was full")
     assert "(cut off by the context) " in (here / "new/certificate.txt").read_text()
     done = trimtab("eval", "new", "--base")
     assert "the model's context was full: 4 of base, 4 of adapter" in " ".join(done.out.split())

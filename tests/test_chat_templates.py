@@ -6,16 +6,16 @@ from datetime import datetime
 import pytest
 from chat_templates import EMBEDDED, NAMES, SCENARIOS, TAUGHT, base, row
 
-from trimtab.data import Account, asked, make_sequences, prove, template_output
+from trimtab.data import SourceReport, check_data, template_output, tokenize_answers, tokenize_examples
 from trimtab.data.formats import read_examples
-from trimtab.data.load import Loaded
+from trimtab.data.load import LoadedData
 
 
 def learned(name, scenario_row, **switches):
     """The examples, sequences and refusals of a row."""
-    account = Account(("rows",))
-    examples = list(read_examples([("rows:1", scenario_row)], {}, account))
-    return examples, make_sequences(examples, base(name, **switches), account), [reason for _, reason in account.refused]
+    report = SourceReport(("rows",))
+    examples = list(read_examples([("rows:1", scenario_row)], {}, report))
+    return examples, tokenize_examples(examples, base(name, **switches), report), [reason for _, reason in report.rejected]
 
 
 def runs(on, sequences):
@@ -49,19 +49,19 @@ def test_it_teaches_what_it_has_to_or_says_why_not(name, scenario):
     assert all(before.endswith(TAUGHT[name].opens) for before, _ in (found[:1] if after_result else found))
     on = base(name)
     assert all(row.ids[row.target_indices[-1]] in on.stop_ids for row in sequences)
-    prompt, answer = asked(examples, on)[0]
+    prompt, answer = tokenize_answers(examples, on)[0]
     assert prompt + answer == sequences[-1].ids
-    (finding,) = [one for one in prove(Loaded(sequences, [], [], ""), examples, on) if one.name == "rendering"]
+    (finding,) = [one for one in check_data(LoadedData(sequences, [], [], ""), examples, on) if one.name == "rendering"]
     assert finding.status == "good"
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_the_embedded_model_teaches_what_it_has_to(smollm2, scenario):
-    account, expected = Account(("rows",)), EMBEDDED.runs(scenario)
-    examples = read_examples([("rows:1", row(scenario))], {}, account)
-    sequences = make_sequences(examples, smollm2, account)
+    report, expected = SourceReport(("rows",)), EMBEDDED.runs(scenario)
+    examples = read_examples([("rows:1", row(scenario))], {}, report)
+    sequences = tokenize_examples(examples, smollm2, report)
     if expected[0].startswith("!"):
-        assert expected[0][1:] in account.refused[0].reason
+        assert expected[0][1:] in report.rejected[0].reason
         return
     assert [said for _, said in runs(smollm2, sequences)] == expected
 
@@ -72,7 +72,7 @@ def test_ordinary_rows_are_taken_by_all_of_them(name):
         assert learned(name, row(scenario))[2] == []
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if "enable_thinking" in base(name).template.variables])
+@pytest.mark.parametrize("name", [name for name in NAMES if "enable_thinking" in base(name).template.switch_names])
 def test_a_switch_changes_the_prompt_and_what_is_trained_on_follows(name):
     found = {}
     for switch in (True, False):
@@ -91,7 +91,7 @@ def test_an_answer_is_read_back_without_its_reasoning(name):
     for scenario, answer in (("single", "First."), ("reasoning_content", "First."), ("several turns", "Second.")):
         examples, _, refused = learned(name, row(scenario))
         if not refused:
-            assert on.said(asked(examples, on)[0][1]) == answer
+            assert on.answer_text(tokenize_answers(examples, on)[0][1]) == answer
 
 
 def test_without_a_text_of_the_message_nothing_is_taught():
@@ -100,10 +100,10 @@ def test_without_a_text_of_the_message_nothing_is_taught():
     template = on.template
     message = {"role": "assistant", "content": "It is 4."}
     for said, writes, reason in (
-        ("It is<|im_end|>", "{}<|im_end|>", "does not write its content as it stands"),
+        ("It is<|im_end|>", "{}<|im_end|>", "does not write its content unchanged"),
         ("It is 4.<|im_end|>", "<|im_end|>", "leaves out its content: 'It is 4.'"),
         ("It is 4.<|im_end|> and more", "{}<|im_end|>", "ends this turn"),
-        ("Well. It is 4.<|im_end|>", "{}<|im_end|>", "does not write its content as it stands"),
+        ("Well. It is 4.<|im_end|>", "{}<|im_end|>", "does not write its content unchanged"),
         (
             "Well. It is 4.<|im_end|>",
             "So: {}<|im_end|>",
@@ -111,10 +111,10 @@ def test_without_a_text_of_the_message_nothing_is_taught():
         ),
     ):
         template.frames.clear()
-        with pytest.raises(template_output.Refused, match=re.escape(reason)):
-            template_output.check_said(message, said, lambda other, writes=writes: writes.format(other["content"]), template)
+        with pytest.raises(template_output.InvalidExample, match=re.escape(reason)):
+            template_output.check_answer(message, said, lambda other, writes=writes: writes.format(other["content"]), template)
     template.frames.clear()
-    template_output.check_said(message, "It is 4.<|im_end|>", lambda other: other["content"] + "<|im_end|>", template)
+    template_output.check_answer(message, "It is 4.<|im_end|>", lambda other: other["content"] + "<|im_end|>", template)
     assert template.frames == {("", "<|im_end|>")}
 
 
@@ -123,8 +123,8 @@ def test_templates_that_write_the_date_write_that_of_the_run():
         on = base(name)
         now = on.moment
         try:
-            assert now.strftime(form) in on.render([{"role": "user", "content": "x"}])
+            assert now.strftime(form) in on.template.render([{"role": "user", "content": "x"}])
             on.moment = datetime(2031, 7, 9)
-            assert datetime(2031, 7, 9).strftime(form) in on.render([{"role": "user", "content": "x"}])
+            assert datetime(2031, 7, 9).strftime(form) in on.template.render([{"role": "user", "content": "x"}])
         finally:
             on.moment = now

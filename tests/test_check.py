@@ -14,10 +14,10 @@ from worlds import CHATML, ROWS, make_model, write_rows
 
 from trimtab.core.config import read
 from trimtab.core.errors import DataError, TrimtabError
-from trimtab.data import checks, prove, refuse_problems
+from trimtab.data import check_data, checks, refuse_problems
 from trimtab.data import leakage as module_of_leaks
 from trimtab.data.example import TokenRow
-from trimtab.data.leakage import leaks
+from trimtab.data.leakage import find_leaks
 from trimtab.engine import memory_plan as planning
 from trimtab.run import preflight as before
 from trimtab.run.preflight import preflight
@@ -39,12 +39,12 @@ def findings(*words):
         (["data.eval=rows.json"], "data: rows.json: no such file or folder (looked in HERE; did you mean rows.jsonl?)."),
         (["data.eval=nothing.jsonl"], "data: nothing.jsonl: no such file or folder (looked in HERE)."),
         (["data.train=odd.csv"],
-         "data: none of the first 20 rows of odd.csv can be used:\n  odd.csv:2 and 19 more: has Frage, Antwort, which fits no shape "
-         "(messages; conversations; instruction, output; prompt, completion; text). Name them with data.columns, "
+         "data: none of the first 20 examples of odd.csv can be used:\n  odd.csv:2 and 19 more: has Frage, Antwort, which matches no supported "
+         "format (messages; conversations; instruction, output; prompt, completion; text). Name them with data.columns, "
          "e.g. data.columns.prompt=Frage data.columns.completion=Antwort"),
         (["objective=dpo"],
-         "data: none of the first 20 rows of rows.jsonl can be used:\n  rows.jsonl:1 and 19 more: column 'chosen' is missing beside "
-         "prompt; the row has prompt, completion"),
+         "data: none of the first 20 examples of rows.jsonl can be used:\n  rows.jsonl:1 and 19 more: column 'chosen' is missing beside "
+         "prompt; the example has prompt, completion"),
         (["model=./tino"], "model: ./tino: no such file or folder (looked in HERE; did you mean tiny?). A model is a local "),
     ],
 )  # fmt: skip
@@ -114,8 +114,8 @@ def test_rows_that_are_cut_are_counted_and_if_all_are_it_is_refused(here, trimta
     some = findings("data.overlong=truncate", "data.max_length=60", "data.eval=0")["stop tokens"]
     assert some.status == "note"
     assert (
-        some.words.startswith("1 of 30 rows do not end with a stop token (rows.jsonl:1 is the first)")
-        or "rows.jsonl:1" in some.words
+        some.message.startswith("1 of 30 examples do not end with a stop token (the first: rows.jsonl:1)")
+        or "rows.jsonl:1" in some.message
     )
     write_rows(here / "rows.jsonl", [{"prompt": f"Say {n}.", "completion": "yes " * 90} for n in range(30)])
     done = trimtab(*words, "data.max_length=60")
@@ -141,7 +141,7 @@ def test_duplicates_and_leaks_are_named(here, trimtab):
     write_rows(here / "held.jsonl", unlike[:5])
     done = trimtab("check", "r.yaml", "data.eval=held.jsonl")
     assert done.code == 3
-    assert "all 5 held-out rows are learned as well" in done.err
+    assert "all 5 validation examples are trained on as well" in done.err
 
 
 def test_held_out_rows_that_are_nearly_learned_are_named():
@@ -156,18 +156,18 @@ def test_held_out_rows_that_are_nearly_learned_are_named():
     texts = [[draw.randrange(300) for _ in range(draw.randrange(60, 80))] for _ in range(60)]
     rows = [row(f"rows:{n}", text) for n, text in enumerate(texts[:50])]
     held = [row(f"held:{n}", text) for n, text in enumerate(texts[50:])]  # of another text, in the same template
-    assert leaks(rows, held).nearly == []
+    assert find_leaks(rows, held).near == []
     edited = [*texts[7][:3], 301, *texts[7][4:]]
     cut = texts[8][6:56]
     half = [*texts[50][:20], *texts[9][20:60]]
     held += [row("edited", edited), row("cut", cut), row("half", half)]
-    assert leaks(rows, held).nearly == [("edited", "rows:7"), ("cut", "rows:8")]
-    found = leaks(rows, [*held, row("same", texts[3]), row("asked", [*texts[4][:20], 5, 6])])
-    assert (found.whole, found.prompts, len(found.nearly)) == (["same"], ["same", "asked"], 2)
-    assert leaks(rows[:3], []).nearly == leaks([], held).nearly == []
+    assert find_leaks(rows, held).near == [("edited", "rows:7"), ("cut", "rows:8")]
+    found = find_leaks(rows, [*held, row("same", texts[3]), row("asked", [*texts[4][:20], 5, 6])])
+    assert (found.exact, found.prompts, len(found.near)) == (["same"], ["same", "asked"], 2)
+    assert find_leaks(rows[:3], []).near == find_leaks([], held).near == []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module_of_leaks, "AT_ONCE", 700)
-        assert leaks(rows, held).nearly == [("edited", "rows:7"), ("cut", "rows:8")]
+        patch.setattr(module_of_leaks, "BATCH", 700)
+        assert find_leaks(rows, held).near == [("edited", "rows:7"), ("cut", "rows:8")]
 
 
 def test_rows_that_do_not_fit_into_memory_are_a_problem(here, trimtab, monkeypatch):
@@ -185,8 +185,8 @@ def test_a_note_says_how_many_are_nearly_learned(here, trimtab):
     write_rows(here / "held.jsonl", [{**long[5], "prompt": long[5]["prompt"] + "!"}, {"prompt": "New?", "completion": "yes"}])
     found = findings("data.eval=held.jsonl")["held out"]
     assert found.status == "note"
-    assert "of 2 held-out rows, 1 are nearly the same as a learned row (" in found.words
-    assert "held.jsonl:1 ≈ " in found.words
+    assert "of 2 validation examples, 1 nearly repeat a training example (" in found.message
+    assert "held.jsonl:1 ≈ " in found.message
 
 
 def test_a_template_that_writes_two_beginnings_is_refused(here, trimtab):
@@ -199,16 +199,16 @@ def test_a_template_that_writes_two_beginnings_is_refused(here, trimtab):
 
 def test_what_generation_would_not_see_is_refused(here, monkeypatch):
     """The negative control: tokens that are not the text's, or not the prompt's."""
-    real = checks.prompt_of
+    real = checks.tokenize_prompt
     for name, broken in (
-        ("prompt_of", lambda messages, base, tools: [*real(messages, base, tools)[:-1], 5]),
-        ("texts_of", lambda message: ["something else"]),
+        ("tokenize_prompt", lambda messages, base, tools: [*real(messages, base, tools)[:-1], 5]),
+        ("message_texts", lambda message: ["something else"]),
     ):
         monkeypatch.setattr(checks, name, broken)
         found = findings()["rendering"]
         assert found.status == "problem"
         assert len(found.facts["different"]) == 20
-        with pytest.raises(DataError, match="30 of 30 rows are learned as something else than generation writes"):
+        with pytest.raises(DataError, match="the targets of 30 of 30 examples differ from what generation writes"):
             refuse_problems([found])
 
 
@@ -216,14 +216,14 @@ def test_an_answer_without_its_stop_token_is_noticed(here):
     given = open_recipe(read(Recipe, Path("r.yaml"), []))
     cut = [replace(row, ids=row.ids[:-1], target_indices=row.target_indices[:-1]) for row in given.data.train]
     given.data.train = cut[:1] + given.data.train[1:]
-    assert {one.name: one.status for one in prove(given.data, [], given.base)}["stop tokens"] == "note"
+    assert {one.name: one.status for one in check_data(given.data, [], given.base)}["stop tokens"] == "note"
     given.data.train = cut
-    assert {one.name: one.status for one in prove(given.data, [], given.base)}["stop tokens"] == "problem"
+    assert {one.name: one.status for one in check_data(given.data, [], given.base)}["stop tokens"] == "problem"
 
 
 def test_the_same_answer_everywhere_and_too_little_data_are_noted(here):
     found = findings("method.rank=32", "data.eval=28")
-    assert found["answers"].words.startswith("every one of 2 rows has the same answer")
+    assert found["answers"].message.startswith("all 2 examples have the same answer")
     assert found["answers"].status == "note"
     assert found["capacity"].status == "note"
 
@@ -235,7 +235,7 @@ def test_lengths_that_alone_tell_answers_apart_are_noted(here):
     )
     found = findings("objective=dpo", "data.eval=4")["lengths"]
     assert found.status == "note"
-    assert found.words.endswith("and the model will learn to answer longer")
+    assert found.message.endswith("and the model will learn to answer longer")
 
 
 def test_a_disk_without_room_is_refused_before_the_run(here, trimtab, monkeypatch):
@@ -254,7 +254,7 @@ def test_a_run_remembers_its_proof_and_says_what_is_odd(here, trimtab):
     kept = {one["name"]: one for one in json.loads((here / "new" / "data.json").read_text())["proof"]}
     assert kept["answers"]["status"] == "note"
     assert kept["stop tokens"]["facts"]["share"] == 1.0
-    assert "every one of 26 rows has the same answer" in done.out
+    assert "all 26 examples have the same answer" in done.out
 
 
 def test_conversations_that_are_laid_out_turn_by_turn_are_compared_too(here):
@@ -281,9 +281,9 @@ BEGINS = "{% if not quick %}<think>\n{% endif %}{% endif %}"
 @pytest.mark.parametrize(
     ("answer", "words", "said"),
     [
-        ("yes", [], "note: the prompt begins the reasoning, and 30 of 30 answers have none: the model learns to end it at once. If it is to "
+        ("yes", [], "note: the prompt opens the reasoning, and 30 of 30 answers have none: the model learns to end it at once. If it is to "
          "reason, give messages their reasoning_content; if not, set model.template.quick=true"),
-        ("<think>\nHm.\n</think>\n\nyes", [], "good: the prompt begins the reasoning, and all of 30 answers go on with some"),
+        ("<think>\nHm.\n</think>\n\nyes", [], "good: the prompt opens the reasoning, and all of 30 answers continue with some"),
         ("yes", ["model.template.quick=true"], None),
     ],
 )  # fmt: skip
@@ -291,4 +291,4 @@ def test_answers_without_reasoning_are_noted_where_the_prompt_begins_it(answer, 
     make_model(here / "thinking", 0, CHATML.removesuffix("{% endif %}") + BEGINS)
     write_rows(here / "rows.jsonl", [{"prompt": f"Is {n} a number?", "completion": answer} for n in range(30)])
     found = findings("model=thinking", *words).get("reasoning")
-    assert (f"{found.status}: {found.words}" if found else None) == said
+    assert (f"{found.status}: {found.message}" if found else None) == said

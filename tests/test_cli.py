@@ -99,7 +99,7 @@ def as_pefts(then):
 A = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"
 GOOD = {"prompt": "a", "completion": "b"}
 RESTORE = "Restore it from a copy. If the change was meant, delete trimtab.json: then it is read as PEFT's, unverified."
-MEND = "Mend them, or leave them out with data.bad_rows=skip"
+FIX = "Fix them, or leave them out with data.bad_rows=skip"
 EXISTS = "exists already, and is not overwritten. Give another name, or remove it first."
 MODULES = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
 MATRICES = "down_proj, embed_tokens, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj"
@@ -154,27 +154,27 @@ CARELESS = {
     "an empty file": ("train r.yaml output=new", lines(), 3, "data: rows.jsonl is empty."),
     "a broken line": (
         "train r.yaml output=new data.eval=0", lines(GOOD, '{"prompt": "a"'), 3,
-        "data: rows that can't be used:\n  HERE/rows.jsonl:2: not valid JSON: Expecting ',' delimiter at column 15\n"
-        f"HERE/rows.jsonl: 2 rows in = 1 used + 1 refused\n{MEND}.",
+        "data: examples that can't be used:\n  HERE/rows.jsonl:2: not valid JSON: Expecting ',' delimiter at column 15\n"
+        f"HERE/rows.jsonl: 2 examples: 1 used, 1 rejected\n{FIX}.",
     ),
     "a missing column": (
         "train r.yaml output=new data.eval=0", lines(GOOD, {"prompt": "a", "answer": "b"}), 3,
-        "data: rows that can't be used:\n  HERE/rows.jsonl:2: column 'completion' is missing beside prompt (is it 'answer'? Then say "
-        "data.columns.completion=answer); the row has prompt, answer\n"
-        f"HERE/rows.jsonl: 2 rows in = 1 used + 1 refused\n{MEND}.",
+        "data: examples that can't be used:\n  HERE/rows.jsonl:2: column 'completion' is missing beside prompt (is it 'answer'? Then set "
+        "data.columns.completion=answer); the example has prompt, answer\n"
+        f"HERE/rows.jsonl: 2 examples: 1 used, 1 rejected\n{FIX}.",
     ),
     "an empty answer": (
         "train r.yaml output=new data.eval=0", lines(GOOD, {"prompt": "a", "completion": " "}), 3,
-        f"data: rows that can't be used:\n  HERE/rows.jsonl:2: completion is empty\nHERE/rows.jsonl: 2 rows in = 1 used + 1 refused\n{MEND}.",
+        f"data: examples that can't be used:\n  HERE/rows.jsonl:2: completion is empty\nHERE/rows.jsonl: 2 examples: 1 used, 1 rejected\n{FIX}.",
     ),
     "an answer beyond max_length": (
         "train r.yaml output=new data.eval=0 data.max_length=20", lines(GOOD, {"prompt": "a", "completion": "xyz " * 9}), 3,
-        "data: rows that can't be used:\n  HERE/rows.jsonl:2: has TOKENS tokens up to the end of its last answer, more than max_length 20\n"
-        f"HERE/rows.jsonl: 2 rows in = 1 used + 1 refused\n{MEND} (or cut long ones with data.overlong=truncate).",
+        "data: examples that can't be used:\n  HERE/rows.jsonl:2: has TOKENS tokens up to the end of its last answer, more than max_length 20\n"
+        f"HERE/rows.jsonl: 2 examples: 1 used, 1 rejected\n{FIX} (or truncate long ones with data.overlong=truncate).",
     ),
     "nothing left to learn from": (
         "train r.yaml output=new data.eval=100", None, 3,
-        "data.eval: 100 would hold out 100 of 30 usable rows and leave none to learn from. "
+        "data.eval: 100 would hold out 100 of 30 usable examples and leave none to train on. "
         "Give a smaller fraction or count, a file of its own, or 0.",
     ),
     # The method
@@ -207,12 +207,12 @@ CARELESS = {
     "an adapter of another base": (
         "chat run --prompt x --model other", None, 4,
         "run/adapter was trained on another base than HERE/other (torch.float32): different weights. "
-        "Give the base it was trained on, in the number type it was trained on.",
+        "Use the base it was trained on, in the dtype it was trained in.",
     ),
     "an adapter of a base with another template": (
         "merge --force run new --model plain", None, 4,
         "run/adapter was trained on another base than HERE/plain (torch.float32): different template. "
-        "Give the base it was trained on, in the number type it was trained on.",
+        "Use the base it was trained on, in the dtype it was trained in.",
     ),
     "a flipped bit in the weights": (
         "chat run --prompt x", spoil("run/adapter/adapter_model.safetensors", lambda b: b[:-3] + bytes([b[-3] ^ 1]) + b[-2:]), 4,
@@ -286,7 +286,7 @@ CARELESS = {
     ),
     "eval on rows that changed": (
         "eval run", lines(*ROWS[:-1]), 3,
-        "data: HERE/rows.jsonl has changed since the run or is gone, so its held-out rows are not known. Give rows with --data.",
+        "data: HERE/rows.jsonl has changed since the run or is gone, so its validation examples are not known. Give examples with --data.",
     ),
     "eval with a record of rows that is damaged": (
         "eval run", spoil("run/data.json", lambda t: b"{}"), 4,
@@ -474,7 +474,7 @@ def test_a_run_from_beginning_to_end(world, here, trimtab):
     said = (here / "said.txt").read_text()
     for part in (
         "37,792 parameters, frozen",
-        "30 rows in = 30 used + 0 refused",
+        "30 examples: 30 used, 0 rejected",
         "26 training examples (",
         "target tokens), 4 validation",
         "26 steps of 8 examples in 8 epochs, learning rate 0.02",
@@ -641,7 +641,10 @@ def test_other_rows_are_read_as_the_runs_own_were(here, trimtab):
         2, "trimtab: train.lr=3: of a recipe's keys, eval takes only data.columns and data.ignore.\n"
     )  # fmt: skip
     refused = trimtab("eval", "run", "data.ignore=[x]")
-    assert (refused.code, "says how the examples of a file are read, and a run's own are read as they were" in refused.err) == (2, True)
+    assert (refused.code, "says how the examples of a file are read, and a run's own are read as they were" in refused.err) == (
+        2,
+        True,
+    )
 
 
 # Broken off

@@ -19,7 +19,7 @@ CLOCK = "{{ strftime_now('%d %b %Y') }}"
 def home(tmp_path, monkeypatch):
     """A cache folder of the test's own, and small data kept too."""
     monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(token_cache, "LEAST", 0)
+    monkeypatch.setattr(token_cache, "MIN_BYTES", 0)
     return tmp_path
 
 
@@ -47,8 +47,8 @@ def kept(home):
 def made_again(monkeypatch):
     """Counts how often rows are tokenized."""
     counts = []
-    real = load_data.__globals__["make_sequences"]
-    monkeypatch.setitem(load_data.__globals__, "make_sequences", lambda *a, **k: counts.append(1) or real(*a, **k))
+    real = load_data.__globals__["tokenize_examples"]
+    monkeypatch.setitem(load_data.__globals__, "tokenize_examples", lambda *a, **k: counts.append(1) or real(*a, **k))
     return counts
 
 
@@ -60,8 +60,8 @@ def test_a_second_load_gives_the_same_rows_and_the_same_account_without_a_tokeni
     assert second == first
     assert second.plain() == first.plain()
     assert len(counts) == 1
-    assert [refusal.where for refusal in second.accounts[0].refused] == [f"{source}:4", f"{source}:5"]
-    assert second.accounts[0].unread == {"mark"}
+    assert [refusal.where for refusal in second.reports[0].rejected] == [f"{source}:4", f"{source}:5"]
+    assert second.reports[0].ignored_columns == {"mark"}
     other = loaded(source, eval=5)  # what is held out is chosen from the same rows
     assert (len(counts), len(other.eval)) == (1, 5)
 
@@ -208,7 +208,7 @@ def test_tokens_of_a_template_that_writes_the_date_are_kept_for_the_runs_own_mom
 
 def test_a_file_that_changes_while_it_is_read_is_not_kept(home, monkeypatch):
     source = rows_file(home)
-    real = load_data.__globals__["make_sequences"]
+    real = load_data.__globals__["tokenize_examples"]
 
     def changing(*given, **settings):
         made = real(*given, **settings)
@@ -216,19 +216,19 @@ def test_a_file_that_changes_while_it_is_read_is_not_kept(home, monkeypatch):
             file.write("\n")
         return made
 
-    monkeypatch.setitem(load_data.__globals__, "make_sequences", changing)
+    monkeypatch.setitem(load_data.__globals__, "tokenize_examples", changing)
     loaded(source)
     assert kept(home) == []
 
 
 def test_little_data_is_not_kept(home, monkeypatch):
-    monkeypatch.setattr(token_cache, "LEAST", 1_000_000)
+    monkeypatch.setattr(token_cache, "MIN_BYTES", 1_000_000)
     loaded(rows_file(home))
     assert kept(home) == []
 
 
 def test_what_was_asked_for_longest_ago_goes_first(home, monkeypatch):
-    monkeypatch.setattr(token_cache, "KEPT", 2)
+    monkeypatch.setattr(token_cache, "MAX_FILES", 2)
     sources = [rows_file(home, name=f"{n}.jsonl", answer=str(n)) for n in range(3)]
     for age, source in ((90, sources[0]), (60, sources[1])):
         loaded(source)

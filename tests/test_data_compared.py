@@ -6,7 +6,7 @@ import pytest
 from templates import FAMILIES
 
 from trimtab.core.errors import DataError
-from trimtab.data import DataConfig, Judged, Preference, load_data, load_examples, units
+from trimtab.data import DataConfig, Judged, Preference, load_data, load_examples, row_groups
 
 BASE = FAMILIES["chatml"].make
 USER, GOOD, BAD = {"role": "user", "content": "2+2?"}, "It is 4.", "It is 5."
@@ -52,8 +52,8 @@ def written(tmp_path, *rows):
 
 
 def read(tmp_path, row, kind="pairs"):
-    examples, account = load_examples(written(tmp_path, row), kind=kind)
-    return examples[0] if examples else account.refused[0].reason
+    examples, report = load_examples(written(tmp_path, row), kind=kind)
+    return examples[0] if examples else report.rejected[0].reason
 
 
 @pytest.mark.parametrize("shape", PAIRS)
@@ -63,7 +63,7 @@ def test_pairs_come_in_every_shape(tmp_path, shape):
     for side, answer in ((pair.chosen, GOOD), (pair.rejected, BAD)):
         assert [(m["role"], m["content"]) for m in side.messages] == [("user", "2+2?"), ("assistant", answer)]
     both = read(tmp_path, PAIRS[shape], "judged")
-    assert both.apart
+    assert both.as_judged
     assert both.chosen == pair.chosen
 
 
@@ -92,7 +92,7 @@ def test_judged_answers_come_in_every_shape(tmp_path, shape, label, value, good)
 def test_earlier_answers_are_read_and_not_learned(tmp_path):
     turns = [USER, said("4"), {"role": "user", "content": "Sure?"}]
     pair = read(tmp_path, {"messages": turns, "chosen": said("Yes."), "rejected": said("No.")})
-    assert pair.chosen.silent == {1}
+    assert pair.chosen.context_only == {1}
     data = load_data(
         DataConfig(train=written(tmp_path, {"messages": turns, "chosen": "Yes.", "rejected": "No."}), eval=0),
         BASE(),
@@ -115,10 +115,10 @@ REFUSED = {
         {"messages": [USER], "chosen": [said("a"), said("b")], "rejected": said("b")},
         "chosen is a list, not one answer",
     ),
-    "a question": ({"messages": [USER], "chosen": USER, "rejected": said("b")}, "nothing to learn"),
+    "a question": ({"messages": [USER], "chosen": USER, "rejected": said("b")}, "nothing to train on"),
     "other prompts": ({"chosen": [USER, said("a")], "rejected": [{**USER, "content": "3+3?"}, said("b")]}, "different prompts"),
     "not its prompt": ({"prompt": "x", "chosen": [USER, said("a")], "rejected": [USER, said("b")]}, "the prompt is in neither"),
-    "texts alone": ({"chosen": "a", "rejected": "b"}, "not a list of messages, and no prompt"),
+    "texts alone": ({"chosen": "a", "rejected": "b"}, "not a list of messages, and no other column holds a prompt"),
     "no turns": ({"messages": "a", "chosen": "a", "rejected": "b"}, "messages is a string"),
 }
 
@@ -139,26 +139,26 @@ def test_each_kind_says_what_it_wants_of_the_others_rows(tmp_path):
         assert "compares two answers" in read(tmp_path, row, "answers")
     assert "column 'chosen' is missing" in read(tmp_path, {"prompt": "a", "completion": "b"}, "pairs")
     assert "column 'label' is missing" in read(tmp_path, {"prompt": "a", "completion": "b"}, "judged")
-    assert "has label, which kto learns from" in read(tmp_path, {"messages": [USER, said("a")], "label": False}, "answers")
+    assert "has label, which kto trains on" in read(tmp_path, {"messages": [USER, said("a")], "label": False}, "answers")
 
 
 def test_sides_stay_together_and_are_held_out_together(tmp_path):
     source = written(tmp_path, *({"prompt": f"{n}?", "chosen": f"{n}.", "rejected": "no"} for n in range(20)))
     data = load_data(DataConfig(train=source, eval=0.25), BASE(), None, 0, "pairs")
     assert [one.side for one in data.train] == ["chosen", "rejected"] * 15
-    assert units(data.train) == [[2 * n, 2 * n + 1] for n in range(15)]
+    assert row_groups(data.train) == [[2 * n, 2 * n + 1] for n in range(15)]
     assert not {one.where for one in data.train} & {one.where for one in data.eval}
     apart = load_data(DataConfig(train=source, eval=0), BASE(), None, 0, "judged")
     assert [one.side for one in apart.train] == ["good", "bad"] * 20
-    assert units(apart.train) == [[n] for n in range(40)]
-    assert apart.accounts[0].used == 20
+    assert row_groups(apart.train) == [[n] for n in range(40)]
+    assert apart.reports[0].used == 20
 
 
 def test_sides_that_are_the_same_once_they_are_cut_are_refused(tmp_path):
     source = written(tmp_path, {"prompt": "a", "chosen": "the answer is one", "rejected": "the answer is two"})
     (chosen, _) = load_data(DataConfig(train=source, eval=0), BASE(), None, 0, "pairs").train
     limit = chosen.target_indices[0] + 2
-    with pytest.raises(DataError, match="the same tokens as far as they are read"):
+    with pytest.raises(DataError, match="the same tokens up to where they end"):
         load_data(DataConfig(train=source, eval=0, max_length=limit, overlong="truncate"), BASE(), None, 0, "pairs")
     with pytest.raises(DataError, match="chosen: has"):
         load_data(DataConfig(train=source, eval=0, max_length=limit), BASE(), None, 0, "pairs")

@@ -12,36 +12,46 @@ from hypothesis import strategies as st
 from templates import CHATML, FAMILIES, QWEN3, base_of, bytes_tokenizer, pieces_tokenizer, plain, puts_around, without_end
 from tokenizers import Regex, pre_tokenizers
 
-from trimtab.data import Account, Conversation, Judged, Preference, Text, asked, make_sequences, prompt_of
+from trimtab.data import (
+    Conversation,
+    Judged,
+    LengthLimit,
+    Preference,
+    SourceReport,
+    Text,
+    tokenize_answers,
+    tokenize_examples,
+    tokenize_prompt,
+)
 from trimtab.data.example import TokenRow
-from trimtab.data.rendering import read_so
+from trimtab.data.rendering import template_messages
 
 
-def conversation(*texts, system=None, silent=(), **more):
+def conversation(*texts, system=None, context_only=(), **more):
     """Turn and turn about, the user first."""
     messages = [{"role": "system", "content": system}] if system else []
     messages += [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
-    return Conversation(tuple(messages), "data:1", silent=frozenset(silent), **more)
+    return Conversation(tuple(messages), "data:1", context_only=frozenset(context_only), **more)
 
 
 def completion(prompt, answer):
-    return conversation(prompt, answer, continues=True)
+    return conversation(prompt, answer, is_completion=True)
 
 
 def sequences_of(example, base, **limits):
-    account = Account(("data",))
-    made = make_sequences([example], base, account, **limits)
-    assert account.refused == []
-    assert account.used == 1
+    report = SourceReport(("data",))
+    made = tokenize_examples([example], base, report, LengthLimit(**limits))
+    assert report.rejected == []
+    assert report.used == 1
     assert {sequence.where for sequence in made} == {example.where}
     return made
 
 
 def refusal(example, base, **limits):
-    account = Account(("data",))
-    assert make_sequences([example], base, account, **limits) == []
-    assert account.used == 0
-    ((where, reason),) = account.refused
+    report = SourceReport(("data",))
+    assert tokenize_examples([example], base, report, LengthLimit(**limits)) == []
+    assert report.used == 0
+    ((where, reason),) = report.rejected
     assert where == example.where
     return reason
 
@@ -80,7 +90,7 @@ def learns_exactly_the_answers(family, example, base=None):
     """Check everything that is promised of a conversation's labels; returns its sequences."""
     base = base or family.make()
     made = sequences_of(example, base)
-    turns = [n for n, m in enumerate(example.messages) if m["role"] == "assistant" and n not in example.silent]
+    turns = [n for n, m in enumerate(example.messages) if m["role"] == "assistant" and n not in example.context_only]
     answers = [(sequence, first, last) for sequence in made for first, last in runs(sequence)]
     assert len(answers) == len(turns)
     assert [text for sequence in made for text in said(base, sequence)] == [
@@ -95,13 +105,13 @@ def learns_exactly_the_answers(family, example, base=None):
     for sequence in made:
         assert sequence.target_indices[0] > 0
         assert sequence.target_indices[-1] == len(sequence.ids) - 1
-        assert sequence.shown >= len(sequence.ids)
+        assert sequence.full_length >= len(sequence.ids)
         if family.bos:
             (bos,) = encoded(base, family.bos)
             assert [n for n, i in enumerate(sequence.ids) if i == bos] == [0]
     sequence, first, _ = answers[-1]
-    assert prompt_of(read_so(example, base)[: turns[-1]], base, example.tools) == sequence.ids[:first]
-    assert asked([example], base) == [(sequence.ids[:first], sequence.ids[first:])]
+    assert tokenize_prompt(template_messages(example, base)[: turns[-1]], base, example.tools) == sequence.ids[:first]
+    assert tokenize_answers([example], base) == [(sequence.ids[:first], sequence.ids[first:])]
     return made
 
 
@@ -146,7 +156,7 @@ class TestEveryTemplate:
         learns_exactly_the_answers(family, conversation("What is 2+2?", answer, "Again", answer, answer, "Enough."))
 
     def test_reads_a_turn_of_weight_0_without_learning_it(self, family):
-        example = conversation("What is 2+2?", "It is 5.", "No.", "It is 4.", "Yes.", "Thanks.", silent={1, 5})
+        example = conversation("What is 2+2?", "It is 5.", "No.", "It is 4.", "Yes.", "Thanks.", context_only={1, 5})
         (sequence,) = learns_exactly_the_answers(family, example)
         assert "It is 5." in decoded(family.make(), sequence.ids)
         assert "Thanks." not in decoded(family.make(), sequence.ids)
@@ -184,10 +194,10 @@ class TestEveryTemplate:
         first = {"role": "assistant", "content": "Hello, I am here."}
         rest = conversation("What is 2+2?", "It is 4.").messages
         assert refusal(Conversation((first, *rest), "data:1"), family.make()) == (
-            "messages[0] is the assistant's, and nothing asks for it: begin with another, or give it weight 0"
+            "messages[0] is the assistant's, without a prompt: begin with another role, or give it weight 0"
         )
         if family.end != "</s>":  # Mistral's template wants the user to begin
-            learns_exactly_the_answers(family, Conversation((first, *rest), "data:1", silent=frozenset({0})))
+            learns_exactly_the_answers(family, Conversation((first, *rest), "data:1", context_only=frozenset({0})))
 
 
 WORDS = ["hello", " hello", "the", " the", "2+", "+", "\n", "\n\n", " ", "  ", "\t", "中", "🙂", "\u0301", "."]
@@ -200,7 +210,7 @@ TEXTS = st.lists(st.sampled_from(WORDS), min_size=1, max_size=6).map("".join).fi
 def test_any_conversation_on_any_template_learns_exactly_its_answers(name, texts, data):
     turns = [n for n in range(len(texts)) if n % 2]
     silent = data.draw(st.sets(st.sampled_from(turns), max_size=len(turns) - 1)) if len(turns) > 1 else set()
-    learns_exactly_the_answers(FAMILIES[name], conversation(*texts, silent=silent))
+    learns_exactly_the_answers(FAMILIES[name], conversation(*texts, context_only=silent))
 
 
 # The real one
@@ -251,7 +261,7 @@ def test_tool_calls_are_learned_and_tool_results_are_not():
     assert said(base, sequence) == [f"{written}<|im_end|>", "4<|im_end|>"]
     before = decoded(base, sequence.ids[: runs(sequence)[1][0]])
     assert before.endswith("<|im_end|>\n<|im_start|>tool\n4<|im_end|>\n<|im_start|>assistant\n")
-    assert asked([example], base) == [(encoded(base, before), encoded(base, "4<|im_end|>"))]
+    assert tokenize_answers([example], base) == [(encoded(base, before), encoded(base, "4<|im_end|>"))]
 
 
 def test_control_tokens_in_tools_and_calls_are_refused():
@@ -300,9 +310,9 @@ def keyed(number, key, value):
 @pytest.mark.parametrize("number", [0, 1])
 def test_a_key_of_a_message_that_nothing_reads_is_refused(key, value, number):
     """What says `"loss": false` would be trained on all the same."""
-    why = f"nothing reads {key}: weight: 0 is for a message that is not to be trained on; leave the key out"
+    why = f"the key {key} is not used: a message with weight: 0 is not trained on; ignore the key"
     if key == "reasoning_content":
-        why = f"the model's chat template does not write {key}: put it into the content, as <think>…</think>, or leave it out"
+        why = f"the model's chat template does not write {key}: put it into the content, as <think>…</think>, or ignore it"
     role = ("user", "assistant")[number]
     assert refusal(keyed(number, key, value), FAMILIES["chatml"].make()) == (
         f"messages[{number}] ({role}): {why} with data.ignore=[{key}]"
@@ -321,7 +331,7 @@ def test_a_template_that_ends_no_turn_by_a_token_is_refused():
     assert without_end().template.ending is None
     assert refusal(conversation("Hello", "hello"), without_end()) == (
         "the model's chat template ends an assistant turn with no special token, so the model could not learn to stop; "
-        "give it a template that does, or use prompt/completion rows with a base that has no template"
+        "use a template that does, or prompt/completion examples with a base that has no template"
     )
 
 
@@ -360,11 +370,13 @@ def test_a_call_that_ends_in_another_token_is_learned_to_it():
 def test_an_answer_that_ends_otherwise_than_others_is_refused_and_accounted_for():
     template = CHATML.replace("'<|im_end|>' +", "('<|eom|>' if 'two' in message['content'] else '<|im_end|>') +")
     base = base_of(bytes_tokenizer(("<|im_start|>", "<|im_end|>", "<|eom|>")), template)
-    account = Account(("data",))
+    report = SourceReport(("data",))
     rows = [conversation("a", "b"), replace(conversation("c", "two"), where="data:2"), conversation("c", "d")]
-    assert len(make_sequences(rows, base, account)) == 2
-    reason = "messages[1] (assistant): the model's chat template does not write its content as it stands: 'two' becomes 'two<|eom|>\\n'"
-    assert (account.used, account.refused) == (2, [("data:2", reason)])
+    assert len(tokenize_examples(rows, base, report)) == 2
+    reason = (
+        "messages[1] (assistant): the model's chat template does not write its content unchanged: 'two' becomes 'two<|eom|>\\n'"
+    )
+    assert (report.used, report.rejected) == (2, [("data:2", reason)])
 
 
 def test_a_template_whose_prompt_does_not_begin_its_answer_is_refused():
@@ -396,7 +408,7 @@ def test_a_control_token_that_swallows_the_answers_white_space_is_refused():
     assert said(base, sequence) == ["hello<|im_end|>"]
     for answer in (" hello", " \x01hello"):  # what comes apart stands before and behind what it should be in an alphabet
         assert refusal(conversation("Hi", answer), base) == (
-            "the tokenizer joins the end of the prompt with the start of the answer, and cannot write them apart"
+            "the tokenizer joins the end of the prompt with the start of the answer, and cannot write them separately"
         )
 
 
@@ -433,7 +445,7 @@ def test_a_completion_is_learned_to_the_character_after_the_prompts_own_tokens(n
     assert sequence.target_indices == list(range(len(before), len(sequence.ids)))
     assert said(base, sequence) == [f"{answer}</s>"]
     assert sequence.ids.count(base.end_of_text) == 1
-    assert prompt_of([{"role": "user", "content": prompt}], base) == before
+    assert tokenize_prompt([{"role": "user", "content": prompt}], base) == before
 
 
 def test_the_pairs_above_hold_tokens_that_join_and_prompts_that_divide_in_another_way():
@@ -456,7 +468,7 @@ def test_a_prompt_that_divides_in_another_way_keeps_its_own_tokens(look, alone, 
     """Whichever of the two comes first in the vocabulary, and no token lies across the border."""
     tokenizer = bytes_tokenizer(("</s>",))
     letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.TokenRow([pre_tokenizers.Split(Regex(look), "isolated"), letters])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(look), "isolated"), letters])
     base = base_of(tokenizer, eos_token="</s>")
 
     def tokens(text):
@@ -475,7 +487,7 @@ def test_pieces_that_cannot_be_written_apart_are_refused():
     (sequence,) = sequences_of(completion("hello", " world"), base)
     assert said(base, sequence) == [" world</s>"]
     assert refusal(completion("hello wor", "ld"), base) == (
-        "the tokenizer joins the end of the prompt with the start of the answer, and cannot write them apart"
+        "the tokenizer joins the end of the prompt with the start of the answer, and cannot write them separately"
     )
 
 
@@ -505,7 +517,7 @@ def test_a_bos_or_eos_that_a_text_brings_along_is_not_doubled():
         assert sequences_of(Text(text, "data:1"), base) == alone
     (pair,) = sequences_of(completion("<s>hello", " world</s>"), base)
     assert pair.ids == alone[0].ids
-    assert prompt_of(completion("<s>hello", " world</s>").messages, base) == encoded(base, "<s>hello")
+    assert tokenize_prompt(completion("<s>hello", " world</s>").messages, base) == encoded(base, "<s>hello")
 
 
 def test_tokens_that_stand_before_a_text_are_never_learned():
@@ -531,12 +543,12 @@ def test_without_an_end_of_text_a_completion_is_refused_and_a_text_is_not():
 
 
 def test_a_text_of_one_token_has_nothing_to_learn():
-    assert refusal(Text("a", "data:1"), base_of(bytes_tokenizer(("<s>",)))) == "has no token to learn"
+    assert refusal(Text("a", "data:1"), base_of(bytes_tokenizer(("<s>",)))) == "has no token to train on"
 
 
 def test_a_conversation_needs_a_template():
     assert refusal(conversation("Hi", "hello", system="Be exact."), plain()) == (
-        "is a conversation, and this model has no chat template to write it with: use prompt/completion or text rows"
+        "is a conversation, and this model has no chat template to write it with: use prompt/completion or text examples"
     )
 
 
@@ -581,8 +593,8 @@ def test_pad_and_eos_may_be_one_token():
 
 def test_the_prompt_is_that_of_the_last_answer_to_learn():
     base = FAMILIES["chatml"].make()
-    example = conversation("Hi", "hello", "Bye", "the end", silent={3})
-    assert asked([example], base) == [
+    example = conversation("Hi", "hello", "Bye", "the end", context_only={3})
+    assert tokenize_answers([example], base) == [
         (encoded(base, FAMILIES["chatml"].prompt(example.messages[:1])), encoded(base, "hello<|im_end|>"))
     ]
 
@@ -606,14 +618,14 @@ def test_a_row_fits_up_to_the_end_of_its_last_answer(name):
     base = FAMILIES[name].make()
     (sequence,) = sequences_of(long_conversation(), base)
     length = len(sequence.ids)
-    assert sequences_of(long_conversation(), base, max_length=length) == [sequence]
+    assert sequences_of(long_conversation(), base, tokens=length) == [sequence]
     reason = f"has {length} tokens up to the end of its last answer, more than max_length {length - 1}"
-    assert refusal(long_conversation(), base, max_length=length - 1) == reason
+    assert refusal(long_conversation(), base, tokens=length - 1) == reason
     # What follows the last answer does not count.
     more = Conversation((*long_conversation().messages, {"role": "user", "content": "and so on " * 50}), "data:1")
-    (longer,) = sequences_of(more, base, max_length=length)
+    (longer,) = sequences_of(more, base, tokens=length)
     assert (longer.ids, longer.target_indices) == (sequence.ids, sequence.target_indices)
-    assert longer.shown > sequence.shown
+    assert longer.full_length > sequence.full_length
 
 
 @pytest.mark.parametrize("name", ["chatml", "mistral"])
@@ -623,13 +635,13 @@ def test_a_longer_row_is_cut_when_told_to_and_never_empty(name):
     for limit in range(2, len(whole.ids) + 1):
         expected = [t for t in whole.target_indices if t < limit]
         if not expected:
-            reason = f"has no token to learn within max_length {limit}"
-            assert refusal(long_conversation(), base, max_length=limit, truncate=True) == reason
+            reason = f"has no token to train on within max_length {limit}"
+            assert refusal(long_conversation(), base, tokens=limit, truncate=True) == reason
             continue
-        (cut,) = sequences_of(long_conversation(), base, max_length=limit, truncate=True)
+        (cut,) = sequences_of(long_conversation(), base, tokens=limit, truncate=True)
         assert cut.target_indices == expected
         assert cut.ids == whole.ids[: expected[-1] + 1]
-        assert cut.shown == whole.shown
+        assert cut.full_length == whole.full_length
 
 
 def test_a_row_in_turns_keeps_the_turns_that_fit():
@@ -638,8 +650,8 @@ def test_a_row_in_turns_keeps_the_turns_that_fit():
     example = conversation("one", f"{thought}a", "two " * 40, f"{thought}b", "three", "c")
     first, second, third = sequences_of(example, base)
     limit = len(first.ids)
-    assert sequences_of(example, base, max_length=limit, truncate=True) == [first]
-    assert refusal(example, base, max_length=limit) == (
+    assert sequences_of(example, base, tokens=limit, truncate=True) == [first]
+    assert refusal(example, base, tokens=limit) == (
         f"has {max(len(s.ids) for s in (second, third))} tokens up to the end of its last answer, more than max_length {limit}"
     )
 
@@ -662,21 +674,21 @@ def test_the_order_of_rows_is_kept_and_each_is_used_or_refused():
         Conversation(kind.messages, f"data:{n}") if isinstance(kind, Conversation) else Text(kind.text, f"data:{n}")
         for n, kind in enumerate(kinds * 3)
     ]
-    account = Account(("data",))
-    made = make_sequences(examples, base, account)
+    report = SourceReport(("data",))
+    made = tokenize_examples(examples, base, report)
     expected = [f"data:{n}" for n, kind in enumerate(kinds * 3) for _ in range((1, 2, 1, 0, 1, 1)[kinds.index(kind)])]
     assert [sequence.where for sequence in made] == expected
-    assert account.used == 15
-    assert [refused.where for refused in account.refused] == ["data:3", "data:9", "data:15"]
+    assert report.used == 15
+    assert [refused.where for refused in report.rejected] == ["data:3", "data:9", "data:15"]
     for sequence in made:  # alone or among others, a row is the same
         (example,) = (e for e in examples if e.where == sequence.where)
         assert sequence in sequences_of(example, base)
 
 
 def test_no_rows_make_no_sequences():
-    account = Account(("data",))
-    assert make_sequences([], FAMILIES["chatml"].make(), account) == []
-    assert account.rows == 0
+    report = SourceReport(("data",))
+    assert tokenize_examples([], FAMILIES["chatml"].make(), report) == []
+    assert report.total == 0
 
 
 def test_a_template_that_wants_tools_is_asked_with_them():
@@ -700,7 +712,7 @@ def test_an_answer_that_only_ends_as_the_last_one_is_learned_to_its_own_end():
     made = sequences_of(conversation("2+2?", "4", "And 3+3?", "6"), base)
     learned = [decoded(base, [sequence.ids[t] for t in sequence.target_indices]) for sequence in made]
     assert learned == ["4<|im_end|>", "6<|im_end|>"]
-    (joining,) = sequences_of(conversation("2+2?", "\n\n4", "And 3+3?", "6", silent={3}), base)
+    (joining,) = sequences_of(conversation("2+2?", "\n\n4", "And 3+3?", "6", context_only={3}), base)
     assert decoded(base, [joining.ids[t] for t in joining.target_indices]) == "\n\n4<|im_end|>"
     assert "ĊĊ" in base.tokenizer.convert_ids_to_tokens(encoded(base, "assistant\n\n\n4")), "a token across the border"
 
@@ -712,7 +724,7 @@ def test_an_answer_that_only_ends_as_the_last_one_is_learned_to_its_own_end():
 def test_rows_stay_as_they_were_read(made):
     with pytest.raises(FrozenInstanceError):
         made.where = "another"
-    assert not isinstance(made, TokenRow) or (made.shown, made.reference, made.side) == (0, 0.0, None)
+    assert not isinstance(made, TokenRow) or (made.full_length, made.reference, made.side) == (0, 0.0, None)
 
 
 @pytest.mark.parametrize("prompts", [("2+2?", "3+3?"), ("3+3?", "2+2?")])

@@ -90,7 +90,7 @@ def test_turns_of_one_row_are_never_parted(tmp_path):
     assert set(Counter(wheres(data.train + data.eval)).values()) == {2}
     assert (len(data.train), len(data.eval)) == (30, 10)
     assert set(wheres(data.train)).isdisjoint(wheres(data.eval))
-    assert data.accounts[0].used == 20
+    assert data.reports[0].used == 20
 
 
 def test_a_row_that_is_given_twice_is_not_both_learned_and_held_out(tmp_path):
@@ -105,16 +105,16 @@ def test_held_out_rows_can_be_a_file_of_their_own(tmp_path):
     data = loaded(source, eval=other)
     assert wheres(data.train) == [f"{source}:{n}" for n in range(1, 5)]
     assert wheres(data.eval) == [f"{other}:{n}" for n in range(1, 4)]
-    assert [str(account) for account in data.accounts] == [
-        f"{source}: 4 rows in = 4 used + 0 refused",
-        f"{other}: 3 rows in = 3 used + 0 refused",
+    assert [str(report) for report in data.reports] == [
+        f"{source}: 4 examples: 4 used, 0 rejected",
+        f"{other}: 3 examples: 3 used, 0 rejected",
     ]
 
 
 @pytest.mark.parametrize(("rows", "held", "count"), [(10, 10, 10), (10, 11, 11), (10, 0.96, 10), (1, 0.05, 1), (1, 1, 1)])
 def test_holding_out_every_row_is_refused(tmp_path, rows, held, count):
     assert message_of(rows_file(tmp_path, rows), eval=held) == (
-        f"data.eval: {held:g} would hold out {count} of {rows} usable rows and leave none to learn from. "
+        f"data.eval: {held:g} would hold out {count} of {rows} usable examples and leave none to train on. "
         "Give a smaller fraction or count, a file of its own, or 0."
     )
 
@@ -137,12 +137,12 @@ def test_an_impossible_amount_to_hold_out_is_a_recipe_error(held):
 def test_rows_that_cannot_be_used_stop_the_run_with_a_list_of_the_first(tmp_path):
     roles = {n: {"messages": [{"role": f"r{n}", "content": "a"}]} for n in range(1, 8)}
     source = rows_file(tmp_path, 20, change={**roles, **{n: {"prompt": "a", "completion": ""} for n in (0, 9, 12)}})
-    words = ", not system, user, assistant or tool, nor another word for one of them"
+    words = ", not system, user, assistant or tool, nor a known synonym of one of them"
     alone = "\n".join(f"  {source}:{n + 1}: messages[0].role is 'r{n}'{words}" for n in range(1, 5))
     assert message_of(source) == (
-        f"data: rows that can't be used:\n  {source}:1 and 2 more: completion is empty\n{alone}\n  … and 3 more\n"
-        f"{source}: 20 rows in = 10 used + 10 refused\n"
-        "Mend them, or leave them out with data.bad_rows=skip."
+        f"data: examples that can't be used:\n  {source}:1 and 2 more: completion is empty\n{alone}\n  … and 3 more\n"
+        f"{source}: 20 examples: 10 used, 10 rejected\n"
+        "Fix them, or leave them out with data.bad_rows=skip."
     )
 
 
@@ -156,7 +156,10 @@ def test_rows_that_cannot_be_used_are_left_out_when_told_to_and_remembered(tmp_p
             "rows": 20,
             "used": 18,
             "refused": [
-                {"where": f"{source}:5", "reason": "column 'completion' is missing beside prompt; the row has prompt, label"},
+                {
+                    "where": f"{source}:5",
+                    "reason": "column 'completion' is missing beside prompt; the example has prompt, label",
+                },
                 {"where": f"{source}:7", "reason": "messages[0] (user) holds the model's control token <|im_end|> as text"},
             ],
             "columns_not_read": [],
@@ -167,12 +170,14 @@ def test_rows_that_cannot_be_used_are_left_out_when_told_to_and_remembered(tmp_p
 
 def test_what_is_wrong_with_the_rows_is_said_before_what_is_wrong_with_the_split(tmp_path):
     source = rows_file(tmp_path, 2, change={1: {"prompt": "a"}})
-    assert message_of(source).startswith("data: rows that can't be used:\n")
+    assert message_of(source).startswith("data: examples that can't be used:\n")
 
 
 def test_rows_none_of_which_can_be_used_are_refused_even_if_bad_rows_may_be_skipped(tmp_path):
     source, good = rows_file(tmp_path, 1, change={0: {"text": ""}}), rows_file(tmp_path, 3, "good.jsonl")
-    expected = f"data: no row of {source} can be used:\n  {source}:1: text is empty\n{source}: 1 rows in = 0 used + 1 refused"
+    expected = (
+        f"data: no example of {source} can be used:\n  {source}:1: text is empty\n{source}: 1 examples: 0 used, 1 rejected"
+    )
     assert message_of(source, bad_rows="skip") == expected
     assert message_of(good, eval=source, bad_rows="skip") == expected
 
@@ -184,23 +189,23 @@ def test_rows_that_are_too_long_are_refused_with_the_way_out(tmp_path):
     for limits in ({"max_length": 60}, {"max_length": 60, "context": 100}, *by_context):
         called = "the context length 60" if limits in by_context else "max_length 60"
         assert message_of(source, **limits) == (
-            f"data: rows that can't be used:\n  {source}:2: has {longest} tokens up to the end of its last answer, more than "
-            f"{called}\n{source}: 3 rows in = 2 used + 1 refused\n"
-            "Mend them, or leave them out with data.bad_rows=skip (or cut long ones with data.overlong=truncate)."
+            f"data: examples that can't be used:\n  {source}:2: has {longest} tokens up to the end of its last answer, more than "
+            f"{called}\n{source}: 3 examples: 2 used, 1 rejected\n"
+            "Fix them, or leave them out with data.bad_rows=skip (or truncate long ones with data.overlong=truncate)."
         )
     with pytest.raises(DataError, match="more than the 60 tokens that 20 virtual ones leave of the context"):
         load_data(DataConfig(train=source, eval=0), BASE(), 80, 0, positions=20)
     cut = loaded(source, eval=0, max_length=60, overlong="truncate")
     assert [len(row.ids) for row in cut.train][1] == 60
-    assert cut.train[1].shown == longest + 1  # and the newline behind its end
+    assert cut.train[1].full_length == longest + 1  # and the newline behind its end
 
 
 def test_several_sources_are_one_account(tmp_path):
     sources = rows_file(tmp_path, 2), rows_file(tmp_path, 3, "other.jsonl", {1: {"text": "a", "id": 1}})
     data = loaded(sources, eval=0)
-    (account,) = data.accounts
-    assert str(account) == f"{sources[0]}, {sources[1]}: 5 rows in = 5 used + 0 refused"
-    assert account.unread == {"id"}
+    (report,) = data.reports
+    assert str(report) == f"{sources[0]}, {sources[1]}: 5 examples: 5 used, 0 rejected"
+    assert report.ignored_columns == {"id"}
 
 
 # Again
@@ -238,7 +243,7 @@ def test_held_out_rows_are_found_again(tmp_path):
     with pytest.raises(DataError) as caught:
         held_out_examples(config, remembered)
     assert str(caught.value) == (
-        f"data: {source} has changed since the run or is gone, so its held-out rows are not known. Give rows with --data."
+        f"data: {source} has changed since the run or is gone, so its validation examples are not known. Give examples with --data."
     )
 
 
@@ -263,9 +268,9 @@ def test_held_out_rows_of_a_file_of_their_own_are_found_again(tmp_path):
 
 def test_examples_are_read_with_the_columns_of_the_recipe(tmp_path):
     (tmp_path / "rows.csv").write_text("question,answer\na,b\n")
-    examples, account = load_examples(str(tmp_path / "rows.csv"), {"prompt": "question", "completion": "answer"})
+    examples, report = load_examples(str(tmp_path / "rows.csv"), {"prompt": "question", "completion": "answer"})
     assert [message["content"] for message in examples[0].messages] == ["a", "b"]
-    assert account.refused == []
+    assert report.rejected == []
 
 
 # Steps
@@ -280,7 +285,7 @@ def test_every_row_is_learned_once_an_epoch(count):
     rows = [sequence(3, n) for n in range(count)]
     for per_step in range(1, 9):
         for epochs in (1, 2, 3):
-            plan = plan_steps(rows, epochs=epochs, seed=5, rows=per_step)
+            plan = plan_steps(rows, epochs=epochs, seed=5, examples=per_step)
             assert Counter(n for step in plan for n in step) == dict.fromkeys(range(count), epochs)
             assert [len(step) for step in plan[:-1]] == [per_step] * (len(plan) - 1)
             assert 1 <= len(plan[-1]) <= per_step
@@ -305,7 +310,7 @@ def test_steps_of_tokens_hold_every_row_once_an_epoch(budget):
     ("count", "epochs", "total"), [(10, 1.1, 11), (10, 0.5, 5), (3, 0.5, 2), (30, 0.1, 3), (100, 0.07, 7), (7, 1e-9, 1)]
 )
 def test_parts_of_epochs_are_rounded_up_to_whole_rows(count, epochs, total):
-    plan = plan_steps([sequence(3, n) for n in range(count)], epochs=epochs, seed=0, rows=4)
+    plan = plan_steps([sequence(3, n) for n in range(count)], epochs=epochs, seed=0, examples=4)
     learned = Counter(n for step in plan for n in step)
     assert learned.total() == total
     assert max(learned.values()) - min(learned[n] for n in range(count)) <= 1
@@ -316,7 +321,7 @@ def test_the_order_is_decided_by_seed_and_epoch_alone():
     assert len({tuple(shuffled(20, seed, epoch)) for seed in range(5) for epoch in range(5)}) == 25
     assert shuffled(8, 0, 0) == [0, 2, 1, 4, 6, 7, 3, 5]  # the same on every machine
     rows = [sequence(3, n) for n in range(8)]
-    assert plan_steps(rows, epochs=1, seed=4, rows=2) == plan_steps(rows, epochs=3, seed=4, rows=2)[:4]
+    assert plan_steps(rows, epochs=1, seed=4, examples=2) == plan_steps(rows, epochs=3, seed=4, examples=2)[:4]
 
 
 # Packs

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from templates import FAMILIES
 
 from trimtab.core.errors import DataError, StorageError, TrimtabError
-from trimtab.data import DataConfig, Refusal, load_data, load_examples, text_files
+from trimtab.data import DataConfig, RejectedExample, load_data, load_examples, text_files
 from trimtab.data import read as reading
 from trimtab.data.arrow_files import without_padding
 from trimtab.data.read import read_rows
@@ -36,7 +36,7 @@ def places(source: str) -> list[tuple[str, object]]:
 def refusals(source: str) -> list[str]:
     """Refusals as they are shown, without the folder."""
     folder = f"{Path(source).parent}/"
-    return [f"{row.where}: {row.reason}".removeprefix(folder) for row in read_rows(source) if isinstance(row, Refusal)]
+    return [f"{row.where}: {row.reason}".removeprefix(folder) for row in read_rows(source) if isinstance(row, RejectedExample)]
 
 
 def message_of(source: str, kind: type[Exception] = DataError) -> str:
@@ -160,7 +160,7 @@ def test_of_several_saved_splits_train_is_read_and_any_can_be_named(tmp_path, qu
 
 
 def test_another_folder_or_a_damaged_one_is_refused(tmp_path, quiet_datasets):
-    assert message_of(str(tmp_path)).startswith(f"data: {tmp_path} holds no file of rows (.json, ")
+    assert message_of(str(tmp_path)).startswith(f"data: {tmp_path} holds no data file (.json, ")
     saved = tmp_path / "saved"
     quiet_datasets.Dataset.from_list(ROWS).save_to_disk(saved)
     (arrow,) = saved.glob("*.arrow")
@@ -344,8 +344,8 @@ UNCLEAR = {
     '{"text": "a", "n": [-Infinity]}': "-Infinity is not a JSON value",
     '{"text": "a", "text": "b"}': "the key 'text' is given twice",
     '{"text": "a", "x": {"y": 1, "z": 2, "y": 1}}': "the key 'y' is given twice",
-    '{"text": "a \\ud83d b"}': "a \\u escape in it is half of a character",
-    '{"text": "a", "x": ["\\uDC00"]}': "a \\u escape in it is half of a character",
+    '{"text": "a \\ud83d b"}': "a \\u escape in it is an unpaired surrogate",
+    '{"text": "a", "x": ["\\uDC00"]}': "a \\u escape in it is an unpaired surrogate",
 }
 
 
@@ -375,7 +375,7 @@ def test_json_nested_too_deeply_is_refused(tmp_path):
 def test_rows_that_are_no_objects_are_refused(tmp_path):
     values = ["12", '"text"', "null", "true", "[1]", "1.5"]
     kinds = ["a number", "a string", "null", "a true/false value", "a list", "a number"]
-    said = [f"a row is an object with named columns, not {kind}" for kind in kinds]
+    said = [f"an example is an object with named columns, not {kind}" for kind in kinds]
     lines = written(tmp_path, "rows.jsonl", "\n".join(values))
     assert refusals(lines) == [f"rows.jsonl:{n}: {reason}" for n, reason in enumerate(said, start=1)]
     array = written(tmp_path, "rows.json", "[" + ",\n".join(values) + "]")
@@ -403,11 +403,11 @@ def test_objects_are_rows_or_hold_them(tmp_path, name, suffix):
 
 
 def test_what_stands_beside_all_rows_is_named(tmp_path):
-    from trimtab.data import Account
+    from trimtab.data import SourceReport
 
-    account = Account(("x",))
-    list(read_rows(written(tmp_path, "rows.json", '{"version": 1, "rows": [{"text": "a"}]}'), account))
-    assert account.unread == {"version"}
+    report = SourceReport(("x",))
+    list(read_rows(written(tmp_path, "rows.json", '{"version": 1, "rows": [{"text": "a"}]}'), report))
+    assert report.ignored_columns == {"version"}
 
 
 @pytest.mark.parametrize(
@@ -425,7 +425,7 @@ def test_an_array_may_stand_in_a_file_of_lines(tmp_path):
     spread = written(tmp_path, "spread.jsonl", json.dumps(ROWS, indent=1))
     assert [row for _, row in places(spread)] == ROWS
     lists = written(tmp_path, "lists.jsonl", "[1]\n[2]\n")
-    assert refusals(lists) == [f"lists.jsonl:{n}: a row is an object with named columns, not a list" for n in (1, 2)]
+    assert refusals(lists) == [f"lists.jsonl:{n}: an example is an object with named columns, not a list" for n in (1, 2)]
 
 
 # Packed files, patterns and folders
@@ -478,7 +478,7 @@ def test_a_folder_of_several_things_says_which_can_be_asked_for_and_that_works(t
     for split, row in zip(("train-0", "train-1", "test-0"), ROWS, strict=True):
         written(tmp_path / "set" / "data", f"{split}.jsonl", json.dumps(row))
     said = message_of(str(tmp_path / "set"))
-    assert "holds several splits (test, train). Say which, for example:" in said
+    assert "holds several splits (test, train). Choose one, for example:" in said
     (advised,) = re.findall(r"data\.train='(.*train.*)'", said)
     assert [row[1] for row in read_rows(advised)] == ROWS[:2]
     written(tmp_path / "set" / "data", "more.csv", "prompt,completion\nx,y\n")
@@ -541,11 +541,11 @@ def test_what_arrow_fills_up_with_nulls_is_left_out_and_counted(tmp_path, quiet_
     else:
         source = str(tmp_path / "saved")
         quiet_datasets.Dataset.from_list(CALLS).save_to_disk(source)
-    examples, account = load_examples(source)
+    examples, report = load_examples(source)
     expected, _ = load_examples(written(tmp_path, "rows.jsonl", "\n".join(map(json.dumps, CALLS))))
     assert [(one.messages, one.tools) for one in examples] == [(one.messages, one.tools) for one in expected]
-    assert account.nulls > 0
-    assert account.plain()["nulls_left_out"] == account.nulls
+    assert report.removed_nulls > 0
+    assert report.plain()["nulls_left_out"] == report.removed_nulls
 
 
 def test_without_its_pruning_arrow_would_teach_nulls(tmp_path, monkeypatch):
@@ -718,17 +718,17 @@ def test_rows_in_are_rows_used_and_refused_whatever_happens_to_a_file(tmp_path, 
     try:
         loaded = load_data(config, base, None, seed=0)
     except DataError as error:
-        refused_all = f"0 used + {len(rows)} refused" in str(error)
+        refused_all = f"0 used, {len(rows)} rejected" in str(error)
         assert refused_all
         return
-    (account,) = loaded.accounts
-    assert len(rows) == account.used + len(account.refused) == account.rows
+    (report,) = loaded.reports
+    assert len(rows) == report.used + len(report.rejected) == report.total
     if name == "rows.jsonl":  # counted by hand
         lines = content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n").split("\n")
         assert len(rows) == sum(bool(line.strip()) for line in lines)
     assert len({row[0] for row in rows}) == len(rows)
-    assert len({row.where for row in loaded.train}) == account.used
-    assert {row.where for row in loaded.train} | {refusal.where for refusal in account.refused} == {row[0] for row in rows}
+    assert len({row.where for row in loaded.train}) == report.used
+    assert {row.where for row in loaded.train} | {refusal.where for refusal in report.rejected} == {row[0] for row in rows}
     for sequence in loaded.train:
         assert sequence.target_indices
         assert sequence.target_indices[0] > 0
@@ -741,10 +741,10 @@ def test_rows_in_are_rows_used_and_refused_whatever_happens_to_a_file(tmp_path, 
 def test_any_bytes_under_any_ending_are_read_or_refused(tmp_path, content, name):
     source = written(tmp_path, name, content)
     try:
-        examples, account = load_examples(source)
+        examples, report = load_examples(source)
     except TrimtabError:
         return
-    assert len(examples) + len(account.refused) == len(list(read_rows(source)))
+    assert len(examples) + len(report.rejected) == len(list(read_rows(source)))
 
 
 def test_a_file_that_a_disk_does_not_give_says_why(tmp_path, monkeypatch):
@@ -757,13 +757,13 @@ def test_a_file_that_a_disk_does_not_give_says_why(tmp_path, monkeypatch):
 def test_a_file_that_is_mended_while_it_is_read_is_not_taken_for_what_it_was(tmp_path, monkeypatch):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"prompt": "\xff", "completion": "b"}\n')
-    real = text_files.not_text
+    real = text_files.not_utf8
 
     def mended(broken):
         path.write_bytes(b"{}")
         return real(broken)
 
-    monkeypatch.setattr(reading, "not_text", mended)
+    monkeypatch.setattr(reading, "not_utf8", mended)
     assert message_of(str(path)) == f"data: {path} changed while it was read."
 
 

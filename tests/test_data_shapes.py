@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from trimtab.data import Account, Conversation, Text
+from trimtab.data import Conversation, SourceReport, Text
 from trimtab.data.formats import read_examples
 
 
@@ -27,26 +27,26 @@ def call(name, **arguments):
 
 def read(row, columns=None, ignore=()):
     """The one example that a row is read as."""
-    account = Account(("data",))
-    examples = list(read_examples([("data:1", row)], columns or {}, account, ignore=ignore))
-    assert account.refused == []
+    report = SourceReport(("data",))
+    examples = list(read_examples([("data:1", row)], columns or {}, report, ignore=ignore))
+    assert report.rejected == []
     (example,) = examples
     assert example.where == "data:1"
     return example
 
 
 def refusal(row, columns=None):
-    account = Account(("data",))
-    assert list(read_examples([("data:1", row)], columns or {}, account)) == []
-    ((where, reason),) = account.refused
+    report = SourceReport(("data",))
+    assert list(read_examples([("data:1", row)], columns or {}, report)) == []
+    ((where, reason),) = report.rejected
     assert where == "data:1"
     return reason
 
 
 def unread(row, columns=None):
-    account = Account(("data",))
-    list(read_examples([("data:1", row)], columns or {}, account))
-    return account.unread
+    report = SourceReport(("data",))
+    list(read_examples([("data:1", row)], columns or {}, report))
+    return report.ignored_columns
 
 
 # Alpaca and BELLE
@@ -83,7 +83,7 @@ def test_white_space_of_a_text_is_kept():
         ({"instruction": ""}, "instruction is empty"),
         ({"instruction": 5}, "instruction is a number, not a text"),
         ({"output": " \n\t"}, "output is empty"),
-        ({"output": None}, "column 'output' is null beside instruction; the row has instruction, output"),
+        ({"output": None}, "column 'output' is null beside instruction; the example has instruction, output"),
         ({"output": ["4"]}, "output is a list, not a text"),
         ({"output": {"a": 1}}, "output is an object, not a text"),
         ({"output": True}, "output is a true/false value, not a text"),
@@ -151,8 +151,8 @@ def test_several_sharegpt_calls_are_one_message():
 
 def test_a_sharegpt_turn_of_weight_0_is_not_learned():
     turns = [turn("human", "a"), turn("gpt", "b", weight=0), turn("human", "c"), turn("gpt", "d", weight=1)]
-    assert read({"conversations": turns}).silent == {1}
-    assert read({"conversations": turns, "system": "s"}).silent == {2}
+    assert read({"conversations": turns}).context_only == {1}
+    assert read({"conversations": turns, "system": "s"}).context_only == {2}
 
 
 @pytest.mark.parametrize(
@@ -164,22 +164,22 @@ def test_a_sharegpt_turn_of_weight_0_is_not_learned():
         ([turn("human", "a"), "b"], "conversations[1] is not a message with role and content, or from and value"),
         (
             [turn("human", "a"), turn("robot", "b")],
-            "conversations[1].from is 'robot', not system, user, assistant or tool, nor another word for one of them",
+            "conversations[1].from is 'robot', not system, user, assistant or tool, nor a known synonym of one of them",
         ),
         (
             [turn(["human"], "a")],
-            "conversations[0].from is ['human'], not system, user, assistant or tool, nor another word for one of them",
+            "conversations[0].from is ['human'], not system, user, assistant or tool, nor a known synonym of one of them",
         ),
         ([turn("human", "a"), turn("gpt", "")], "conversations[1].value is empty"),
         ([turn("human", None), turn("gpt", "b")], "conversations[0].value is null, not a text"),
-        ([turn("human", "a")], "no message is the assistant's, so there is nothing to learn"),
+        ([turn("human", "a")], "no message is the assistant's, so there is nothing to train on"),
         (
             [turn("human", "a"), turn("gpt", "b", weight=0)],
-            "every assistant message has weight 0, so there is nothing to learn",
+            "every assistant message has weight 0, so there is nothing to train on",
         ),
         (
             [turn("human", "a"), turn("gpt", "b", weight=0.5)],
-            "conversations[1].weight is 0.5; it can be 0 (read, not learned) or 1",
+            "conversations[1].weight is 0.5; it can be 0 (in the context, not trained on) or 1",
         ),
         (
             [turn("human", "a"), turn("function_call", "add(2, 2)")],
@@ -245,7 +245,7 @@ def test_what_a_table_fills_up_with_nulls_is_left_out():
 def test_weight_0_is_read_and_not_learned():
     messages = [user("a"), assistant("b", weight=0), user("c"), assistant("d", weight=1), user("e"), assistant("f")]
     example = read({"messages": messages})
-    assert example.silent == {1}
+    assert example.context_only == {1}
     assert example.messages == (user("a"), assistant("b"), user("c"), assistant("d"), user("e"), assistant("f"))
 
 
@@ -259,11 +259,11 @@ def test_weight_0_is_read_and_not_learned():
         ([{"content": "a"}], "messages[0] is not a message with role and content, or from and value"),
         (
             [user("a"), {"role": "narrator", "content": "b"}],
-            "messages[1].role is 'narrator', not system, user, assistant or tool, nor another word for one of them",
+            "messages[1].role is 'narrator', not system, user, assistant or tool, nor a known synonym of one of them",
         ),
         (
             [{"role": ["user"], "content": "b"}],
-            "messages[0].role is ['user'], not system, user, assistant or tool, nor another word for one of them",
+            "messages[0].role is ['user'], not system, user, assistant or tool, nor a known synonym of one of them",
         ),
         ([user("a"), {"role": "assistant"}], "messages[1].content is null, not a text"),
         ([user("a"), assistant("")], "messages[1].content is empty"),
@@ -273,10 +273,13 @@ def test_weight_0_is_read_and_not_learned():
         ([user([{"type": "text"}]), assistant("b")], "messages[0].content is null, not a text"),
         ([user([{"type": "text", "text": " "}]), assistant("b")], "messages[0].content is empty"),
         ([user([]), assistant("b")], "messages[0].content is a list, not a text"),
-        ([user("a"), assistant("b", weight=2)], "messages[1].weight is 2; it can be 0 (read, not learned) or 1"),
-        ([user("a"), assistant("b", weight="0")], "messages[1].weight is '0'; it can be 0 (read, not learned) or 1"),
-        ([user("a"), assistant("b", weight=0)], "every assistant message has weight 0, so there is nothing to learn"),
-        ([system("s"), user("a")], "no message is the assistant's, so there is nothing to learn"),
+        ([user("a"), assistant("b", weight=2)], "messages[1].weight is 2; it can be 0 (in the context, not trained on) or 1"),
+        (
+            [user("a"), assistant("b", weight="0")],
+            "messages[1].weight is '0'; it can be 0 (in the context, not trained on) or 1",
+        ),
+        ([user("a"), assistant("b", weight=0)], "every assistant message has weight 0, so there is nothing to train on"),
+        ([system("s"), user("a")], "no message is the assistant's, so there is nothing to train on"),
         (
             [user("a"), assistant(None, tool_calls=[{"function": {"arguments": "{}"}}])],
             "messages[1].tool_calls holds a call without function.name",
@@ -323,7 +326,7 @@ def test_tools_that_are_no_list_are_refused(tools, reason):
 
 def test_prompt_and_completion_as_texts_continue_each_other():
     example = read({"prompt": "2+2=", "completion": "4"})
-    assert example == Conversation((user("2+2="), assistant("4")), "data:1", continues=True)
+    assert example == Conversation((user("2+2="), assistant("4")), "data:1", is_completion=True)
 
 
 def test_prompt_and_completion_as_messages_learn_the_completion_alone():
@@ -332,9 +335,11 @@ def test_prompt_and_completion_as_messages_learn_the_completion_alone():
     example = read({"prompt": prompt, "completion": completion, "tools": "[]"})
     texts = [message["content"] for message in example.messages]
     assert texts == ["s", "a", "b", "c", "d", "e", "f", "g", "h"]
-    learned = {n for n, message in enumerate(example.messages) if message["role"] == "assistant" and n not in example.silent}
+    learned = {
+        n for n, message in enumerate(example.messages) if message["role"] == "assistant" and n not in example.context_only
+    }
     assert [texts[n] for n in sorted(learned)] == ["d", "h"]
-    assert not example.continues
+    assert not example.is_completion
 
 
 def test_a_text_is_a_text():
@@ -353,11 +358,11 @@ def test_a_text_is_a_text():
         ({"prompt": [user("a")], "completion": [assistant("")]}, "completion[0].content is empty"),
         (
             {"prompt": [user("a"), assistant("b")], "completion": [user("c")]},
-            "no message of the completion is the assistant's, so there is nothing to learn",
+            "no message of the completion is the assistant's, so there is nothing to train on",
         ),
         ({"text": "  "}, "text is empty"),
         ({"text": 1.5}, "text is a number, not a text"),
-        ({"text": None}, "column 'text' is null; the row has text"),
+        ({"text": None}, "column 'text' is null; the example has text"),
     ],
 )
 def test_a_prompt_completion_or_text_that_cannot_be_used_says_why(row, reason):
@@ -406,7 +411,7 @@ def test_a_row_of_two_shapes_is_refused_until_the_recipe_names_one():
 
 def test_columns_of_two_shapes_cannot_be_named_together():
     reason = refusal({"a": "a", "b": "b"}, {"prompt": "a", "text": "b"})
-    assert reason == "data.columns names prompt, text, which no shape has together"
+    assert reason == "data.columns names prompt, text, which no format has together"
 
 
 def test_a_column_of_nulls_does_not_make_a_row_ambiguous():
@@ -418,36 +423,36 @@ def test_a_column_of_nulls_does_not_make_a_row_ambiguous():
     [
         (
             {"prompt": "a", "completions": "b"},
-            "column 'completion' is missing beside prompt (is it 'completions'? Then say data.columns.completion=completions); "
-            "the row has prompt, completions",
+            "column 'completion' is missing beside prompt (is it 'completions'? Then set data.columns.completion=completions); "
+            "the example has prompt, completions",
         ),
         (
             {"Instruction": "a", "instruction ": "b", "output": "c"},
             "column 'instruction' is missing beside output (is it 'Instruction'? "
-            "Then say data.columns.instruction=Instruction); the row has Instruction, instruction , output",
+            "Then set data.columns.instruction=Instruction); the example has Instruction, instruction , output",
         ),
         (
             {"instruction": "a", "input": "b"},
-            "column 'output' is missing beside instruction; the row has instruction, input",
+            "column 'output' is missing beside instruction; the example has instruction, input",
         ),
         (
             {"prompt": None, "completions": "b"},
-            "column 'prompt' is null; the row has prompt, completions",
+            "column 'prompt' is null; the example has prompt, completions",
         ),
         (
             {"messages": None, "prompt": "a", "answer": "b"},
-            "column 'completion' is missing beside prompt (is it 'answer'? Then say data.columns.completion=answer); "
-            "the row has messages, prompt, answer",
+            "column 'completion' is missing beside prompt (is it 'answer'? Then set data.columns.completion=answer); "
+            "the example has messages, prompt, answer",
         ),
         (
             {"": "0", "question": "a", "answer": "b"},
-            "has a column without a name, question, answer, which fits no shape (messages; conversations; "
+            "has a column without a name, question, answer, which matches no supported format (messages; conversations; "
             "instruction, output; prompt, completion; text). Name them with data.columns, e.g. data.columns.prompt=question "
             "data.columns.completion=answer",
         ),
         (
             {},
-            "has no columns, which fits no shape (messages; conversations; instruction, output; prompt, completion; text). "
+            "has no columns, which matches no supported format (messages; conversations; instruction, output; prompt, completion; text). "
             "Name them with data.columns, e.g. data.columns.prompt=question",
         ),
     ],
@@ -457,18 +462,18 @@ def test_a_row_of_no_shape_says_what_is_missing(row, reason):
 
 
 def test_columns_that_nothing_reads_are_remembered_once():
-    account = Account(("data",))
+    report = SourceReport(("data",))
     rows = [(f"data:{n}", {"prompt": "a", "completion": "b", "id": n, "source": "x"}) for n in range(3)]
-    list(read_examples([*rows, ("data:9", {"text": "a", "tools": []})], {}, account))
-    assert account.unread == {"id", "source", "tools"}
+    list(read_examples([*rows, ("data:9", {"text": "a", "tools": []})], {}, report))
+    assert report.ignored_columns == {"id", "source", "tools"}
 
 
 def test_every_row_becomes_an_example_or_a_refusal():
-    account = Account(("data",))
+    report = SourceReport(("data",))
     rows = [("data:1", {"text": "a"}), ("data:2", {}), ("data:3", {"text": ""}), ("data:4", {"prompt": "a", "completion": "b"})]
-    examples = list(read_examples(rows, {}, account))
+    examples = list(read_examples(rows, {}, report))
     assert [example.where for example in examples] == ["data:1", "data:4"]
-    assert [refused.where for refused in account.refused] == ["data:2", "data:3"]
+    assert [refused.where for refused in report.rejected] == ["data:2", "data:3"]
 
 
 # What people export
@@ -502,10 +507,10 @@ def test_the_old_form_of_a_call_is_a_call():
 
 def test_a_column_in_another_case_is_that_column():
     assert read({"Prompt": "a", "COMPLETION ": "b"}) == read({"prompt": "a", "completion": "b"})
-    account = Account(("data",))
-    (found,) = read_examples([("data:1", {"Instruction": "a", "Output": "b", "Id": 3})], {}, account)
+    report = SourceReport(("data",))
+    (found,) = read_examples([("data:1", {"Instruction": "a", "Output": "b", "Id": 3})], {}, report)
     assert found == read({"instruction": "a", "output": "b"})
-    assert account.unread == {"Id"}
+    assert report.ignored_columns == {"Id"}
     assert "column 'completion' is missing" in refusal({"prompt": "a", "Completion": "b", "COMPLETION": "c"})
 
 
@@ -556,19 +561,19 @@ def test_two_system_messages_are_refused():
     [
         (
             {"images": ["x.png"]},
-            "has images, and Trimtab trains on texts alone: leave the column out with data.ignore=[images], or the row",
+            "has images, and Trimtab trains on texts alone: ignore the column with data.ignore=[images], or leave the example out",
         ),
         (
             {"history": [["x", "y"]]},
-            "has history, which rows of prompt/completion are read without: leave the column out with ",
+            "has history, which examples with prompt/completion don't use: ignore the column with ",
         ),
         (
             {"input": "x"},
-            "has input, which rows of prompt/completion are read without: leave the column out with data.ignore=[input]",
+            "has input, which examples with prompt/completion don't use: ignore the column with data.ignore=[input]",
         ),
         (
             {"label": False},
-            "has label, which kto learns from, and this objective not: leave the column out with data.ignore=[label]",
+            "has label, which kto trains on, and this objective does not: ignore the column with data.ignore=[label]",
         ),
     ],
 )

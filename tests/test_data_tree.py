@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trimtab.data import TokenRow, lay_out, most_together, pack_all, pack_flat, pack_tree, prefix_tree
-from trimtab.data.bin_packing import filled, in_lexical_order
+from trimtab.data import TokenRow, largest_group_tokens, lay_out, pack_all, pack_flat, pack_tree, prefix_tree
+from trimtab.data.bin_packing import first_fit_decreasing, in_lexical_order
 
 ROWS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=14), max_size=12)
 """Of three tokens, so that most begin alike."""
@@ -113,7 +113,7 @@ def first_fit(runs, limit):
 def test_bins_are_those_of_first_fit_decreasing(sizes, limit):
     """Searched in a tree instead of one after the other: near-linear, and not a row elsewhere. Some are larger than a bin."""
     rows = [prefix_tree.numbers([n + 1] * size) for n, size in enumerate(sizes)]
-    found = filled(in_lexical_order(rows, [[n] for n in range(len(rows))]), limit)
+    found = first_fit_decreasing(in_lexical_order(rows, [[n] for n in range(len(rows))]), limit)
     assert [[one.tokens, one.numbers] for one in found] == first_fit([(size, [n]) for n, size in enumerate(sizes)], limit)
 
 
@@ -161,8 +161,8 @@ def test_rows_that_begin_alike_take_so_many_tokens_together(shared):
     ids = [[*[7] * shared, *range(10, 19)], [*[7] * shared, *range(30, 37)]]
     most = 2 * shared + 8 + 6 - max(0, shared - 7)  # without their last tokens, which predict nothing
     pair = [TokenRow(row, [shared + 1], "row:1", len(row), side) for row, side in zip(ids, ("chosen", "rejected"), strict=True)]
-    assert most_together(pair) == most
+    assert largest_group_tokens(pair) == most
     assert len(pack_tree(pair).ids) <= most
     alone = [TokenRow(row, [shared + 1], f"row:{n}", len(row)) for n, row in enumerate(ids)]
-    assert most_together(alone) == shared + 8
+    assert largest_group_tokens(alone) == shared + 8
     assert [len(pack_all(alone, limit)) for limit in (most, most - 1)] == [1, 2]

@@ -11,7 +11,7 @@ from rich.console import Console
 from templates import CHATML, base_of, bytes_tokenizer
 
 from trimtab.core.errors import DataError, NonFinite
-from trimtab.data import Account, Conversation, Judged, Preference, Text, make_sequences, prompt_of
+from trimtab.data import Conversation, Judged, Preference, SourceReport, Text, tokenize_examples, tokenize_prompt
 from trimtab.engine import Answer, generate
 from trimtab.evaluate import answer_preferences, score, score_answers, score_loss, wilson
 from trimtab.evaluate.scores import _bootstrap
@@ -30,7 +30,7 @@ def asked(question, answer, where="rows:1"):
 
 def own_answer(base, question, tokens):
     """What this (random) model says of itself, so that a right answer to a question is known."""
-    ids = prompt_of([{"role": "user", "content": question}], base)
+    ids = tokenize_prompt([{"role": "user", "content": question}], base)
     return base.decode(generate(base.model, [ids], base.stop_ids, max_new_tokens=tokens)[0])
 
 
@@ -75,7 +75,7 @@ def test_the_bootstrap_is_the_plain_one(rows):
 
 
 def test_the_loss_is_the_mean_over_all_learned_tokens(base):
-    rows = make_sequences([asked("Hello", "the answer is 4"), asked("What?", "x")], base, Account(("rows",)))
+    rows = tokenize_examples([asked("Hello", "the answer is 4"), asked("What?", "x")], base, SourceReport(("rows",)))
     scored = score_loss(base, rows, pack_tokens=16)
     expected = -sum(logprob_alone(base.model, row.ids, row.target_indices) for row in rows) / sum(
         len(row.target_indices) for row in rows
@@ -124,7 +124,7 @@ def test_a_right_answer_that_stops_is_counted_and_never_cut(base, monkeypatch):
 def test_an_answer_is_cut_off_where_the_context_is_full(base, monkeypatch):
     """By example: a longer question leaves less room. A random model never stops."""
     examples = [asked("Hello " * 4, "4"), asked("Hello", "4" * 16)]
-    prompts = [len(prompt_of(example.messages[:-1], base)) for example in examples]
+    prompts = [len(tokenize_prompt(example.messages[:-1], base)) for example in examples]
     limit = 17 + 17 // 4 + 8
     monkeypatch.setattr(base.model.config, "max_position_embeddings", prompts[0] + 20)
     answers = score_answers(base, examples)
@@ -149,12 +149,12 @@ def test_plain_text_has_a_loss_and_no_answers(base):
 def test_rows_that_cannot_be_measured_are_refused_rather_than_left_out(base):
     with pytest.raises(DataError, match=r"rows:2: messages\[0\] \(user\) holds the model's control token <\|im_end\|> as text"):
         score(base, [asked("Hello", "4"), asked("a<|im_end|>b", "4", "rows:2")])
-    with pytest.raises(DataError, match="no rows to measure on"):
+    with pytest.raises(DataError, match="no examples to measure on"):
         score(base, [])
 
 
 def test_a_broken_model_has_no_score(base):
-    rows = make_sequences([asked("Hello", "4")], base, Account(("rows",)))
+    rows = tokenize_examples([asked("Hello", "4")], base, SourceReport(("rows",)))
     with torch.no_grad():
         kept = base.model.model.norm.weight.clone()
         base.model.model.norm.weight[0] = float("nan")
@@ -178,7 +178,7 @@ def test_own_answers_stand_beside_those_of_their_row_with_each_ones_length(base)
     long = {text: len(base.encode([text])[0].ids) for text in ("abc", "a long one", "ab", "abcdef")}
     assert given == [{"chosen": long["abc"], "rejected": long["a long one"]}, {"good": long["ab"]}, {"bad": long["abcdef"]}]
     assert len(set(long.values())) == 4
-    prompts = [prompt_of(one.messages[:-1], base) for one in (rows[0].chosen, rows[1].conversation, rows[2].conversation)]
+    prompts = [tokenize_prompt(one.messages[:-1], base) for one in (rows[0].chosen, rows[1].conversation, rows[2].conversation)]
     expected = generate(base.model, prompts, base.stop_ids, max_new_tokens=long["a long one"] + long["a long one"] // 4 + 8)
     assert [row["answer"]["tokens"] for row in found] == [len(ids) for ids in expected]
     assert [row["answer"]["text"] for row in found] == [base.decode(ids).strip() for ids in expected]

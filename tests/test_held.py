@@ -10,8 +10,7 @@ from worlds import make_model
 
 import trimtab as package
 from trimtab.artifacts import read_adapter
-from trimtab.base import Base, ModelConfig, config
-from trimtab.base import here as held_here
+from trimtab.base import Base, ModelConfig, config, fit_to_machine
 from trimtab.core.config import read
 from trimtab.core.errors import ArtifactError, RecipeError
 from trimtab.deploy import open_target
@@ -61,7 +60,7 @@ def test_the_switches_of_its_template_come_back(here):
     saved(Base.load(asked), "adapter")
     target = open_target("adapter")
     assert target.base.config.template == {"enable_thinking": False}
-    assert "<think>" not in target.base.render([{"role": "user", "content": "x"}], prompt=True)
+    assert "<think>" not in target.base.template.render([{"role": "user", "content": "x"}], prompt=True)
 
 
 def accelerator(monkeypatch, kind):
@@ -85,8 +84,8 @@ def accelerator(monkeypatch, kind):
 def test_where_it_goes(asked, dtype, there, chosen, monkeypatch):
     accelerator(monkeypatch, there)
     wanted = ModelConfig(name="x", device=asked, dtype=dtype)
-    device = config.device_of(wanted)
-    assert (device.type, str(config.dtype_of(wanted, device)).removeprefix("torch.")) == chosen
+    device = config.resolve_device(wanted)
+    assert (device.type, str(config.resolve_dtype(wanted, device)).removeprefix("torch.")) == chosen
 
 
 def test_a_run_on_the_cpu_stays_there_though_an_accelerator_is_found(here, monkeypatch):
@@ -107,14 +106,14 @@ def test_a_device_that_is_not_here_is_said_and_another_is_taken(here, trimtab):
     manifest = json.loads(Path("run/adapter/trimtab.json").read_text())
     manifest["base"]["model"]["device"] = "cuda:7"
     del manifest["digest"]
-    package.files.write_manifest(Path("run/adapter/trimtab.json"), manifest.pop("format"), manifest)
-    said = "trimtab: run/adapter: it was trained on cuda:7, which is not here, so it runs on cpu: results may differ by rounding.\n"
+    package.core.files.write_manifest(Path("run/adapter/trimtab.json"), manifest.pop("format"), manifest)
+    said = "trimtab: run/adapter: it was trained on cuda:7, which this machine lacks, so it runs on cpu: results may differ by rounding.\n"
     for words in (["chat", "run", "--prompt", "x"], ["eval", "run"], ["merge", "--force", "run", "merged"]):
         done = trimtab(*words)
         assert (done.code, done.err) == (0, said)
     with pytest.raises(RecipeError, match=r"model\.device: cuda:7 cannot be used here"):
         Base.load(ModelConfig(name="tiny", device="cuda:7"))
-    assert held_here(ModelConfig(name="x", dtype="float16", quantize="nf4", device="cuda:7"))[0] == ModelConfig(
+    assert fit_to_machine(ModelConfig(name="x", dtype="float16", quantize="nf4", device="cuda:7"))[0] == ModelConfig(
         name="x", dtype="float16", quantize="nf4"
     ), "what an adapter has learned on stays"
 
@@ -124,14 +123,14 @@ def test_a_manifest_that_asks_for_what_there_is_not_is_refused_by_its_name(news,
     manifest = json.loads(Path("run/adapter/trimtab.json").read_text())
     manifest["base"]["model"] |= news
     del manifest["digest"]
-    package.files.write_manifest(Path("run/adapter/trimtab.json"), manifest.pop("format"), manifest)
+    package.core.files.write_manifest(Path("run/adapter/trimtab.json"), manifest.pop("format"), manifest)
     with pytest.raises(ArtifactError, match=rf"run/adapter/trimtab\.json: base\.model: {next(iter(news))}: "):
         open_target("run")
 
 
 def test_a_base_that_no_recipe_has_words_for_is_held_somewhere():
-    assert config.as_held("x", torch.float8_e5m2, "xpu:0", "none", {}) == ModelConfig(name="x")
-    assert config.as_held("x", torch.float32, "cuda:1", "int8", {"a": 1}) == ModelConfig(
+    assert config.nearest_config("x", torch.float8_e5m2, "xpu:0", "none", {}) == ModelConfig(name="x")
+    assert config.nearest_config("x", torch.float32, "cuda:1", "int8", {"a": 1}) == ModelConfig(
         name="x", dtype="float32", device="cuda:1", quantize="int8", template={"a": 1}
     )
 
@@ -158,7 +157,7 @@ def test_the_base_is_let_go_of_before_another_process_loads_it(here, monkeypatch
     held = []
 
     def certified(folder, base, *rest):
-        held.extend(one.numel() for one in (*base.model.parameters(), *base._pristine.values()))
+        held.extend(one.numel() for one in (*base.model.parameters(), *base._frozen_weights.values()))
         return {"passed": True, "tests": []}
 
     monkeypatch.setattr(running, "certify", certified)

@@ -183,7 +183,7 @@ def test_a_model_in_memory_that_was_not_read_whole_is_refused(tmp_path):
     Base(read(folder)), Base(read(folder).to(torch.bfloat16)), Base(tiny("llama"))
     saved(tiny("llama"), folder, without("model.layers.1.mlp.down_proj.weight"))
     with pytest.raises(
-        ArtifactError, match=r"read from files, but for:\n  model\.layers\.1\.mlp\.down_proj\.weight: not from its"
+        ArtifactError, match=r"read from files, except for:\n  model\.layers\.1\.mlp\.down_proj\.weight: not from its"
     ):
         Base(read(folder))
     larger = read(saved(tiny("llama"), tmp_path / "other"))
@@ -313,7 +313,7 @@ def test_rows_with_tokens_that_the_model_has_no_embedding_for_are_refused(larger
     for command in ("check", "train"):
         done = trimtab(command, "r.yaml")
         assert done.code == 3
-        assert "rows.jsonl:4: holds token 300 ('<think>'), and the model has rows for 300 tokens alone" in done.err
+        assert "rows.jsonl:4: holds token 300 ('<think>'), and the model has embeddings for 300 tokens only" in done.err
     assert trimtab("train", "r.yaml", "data.bad_rows=skip").code == 0
     refused = trimtab("chat", "larger", "--prompt", "say <pad>", "--max-new-tokens", 2)
     assert "holds token 301 ('<pad>')" in refused.err
@@ -330,8 +330,8 @@ def test_nor_are_rows_trained_that_somebody_has_made(larger):
 def test_a_new_token_of_an_adapters_is_embedded_by_it(larger):
     base = Base.load(str(larger))
     base.add_tokens(["<new>"])
-    assert base.unembedded(base.encode(["a <new> one"])[0].ids) is None
-    assert base.unembedded(base.encode(["a <pad> one"])[0].ids) is not None
+    assert base.embedding_problem(base.encode(["a <new> one"])[0].ids) is None
+    assert base.embedding_problem(base.encode(["a <pad> one"])[0].ids) is not None
 
 
 def test_what_was_tokenized_for_a_larger_model_is_not_taken_from_the_cache(world, larger):

@@ -14,7 +14,7 @@ from torch.nn.functional import logsigmoid
 
 from trimtab.base import Base
 from trimtab.core.errors import DataError, RecipeError
-from trimtab.data import pack_all, pack_flat, plan_steps, units
+from trimtab.data import pack_all, pack_flat, plan_steps, row_groups
 from trimtab.data.example import TokenRow
 from trimtab.data.mismatched import derangement, with_mismatched
 from trimtab.engine import generate, pack_logprobs
@@ -113,11 +113,11 @@ def test_the_loss_is_the_formula(how):
         how,
         [
             [(values[id(rows[n])], rows[n].reference, len(rows[n].target_indices), rows[n].side) for n in unit]
-            for unit in units(rows)
+            for unit in row_groups(rows)
         ],
         kl,
     )
-    assert items == len(units(rows))
+    assert items == len(row_groups(rows))
     assert total / items == pytest.approx(expected, rel=1e-12)
 
 
@@ -287,7 +287,7 @@ def test_a_step_is_the_formulas_whatever_its_packs(how):
         results.append((step, {name: p.grad for name, p in adapter.parameters().items()}))
     base, _ = adapted()
     values = {id(row): float(logprob_alone(base.model, row.ids, row.target_indices).detach()) for row in rows}
-    learned = [[rows[n] for n in unit if rows[n].side != "mismatched"] for unit in units(rows)]
+    learned = [[rows[n] for n in unit if rows[n].side != "mismatched"] for unit in row_groups(rows)]
     ratios = [values[id(row)] - row.reference for row in rows if row.side == "mismatched"]
     kl = max(0.0, sum(ratios) / len(ratios)) if ratios else 0.0
     assert kl > 0.1 or not objective.estimates_kl
@@ -426,11 +426,11 @@ def test_ktos_weights_make_both_sides_count_the_same():
 
 def test_rows_are_counted_and_kept_whole():
     pairs = rows_of("pairs", 7)
-    plan = plan_steps(pairs, epochs=2, seed=3, rows=3)
+    plan = plan_steps(pairs, epochs=2, seed=3, examples=3)
     assert [len(step) for step in plan] == [6, 6, 6, 6, 4]
     assert all(step[n] + 1 == step[n + 1] for step in plan for n in range(0, len(step), 2))
     judged = with_mismatched(rows_of("judged", 5), 0)
-    assert [len(step) for step in plan_steps(judged, epochs=1, seed=0, rows=2)] == [4, 4, 2]
+    assert [len(step) for step in plan_steps(judged, epochs=1, seed=0, examples=2)] == [4, 4, 2]
     assert [[n for n in step if n % 2] for step in plan_steps(judged, epochs=1, seed=0, tokens=25)]
 
 

@@ -17,7 +17,7 @@ from trimtab.base import Base, ModelConfig
 from trimtab.core import files
 from trimtab.core.config import read
 from trimtab.core.errors import NonFinite, RecipeError, WrongReference
-from trimtab.data import pack_all, units
+from trimtab.data import pack_all, row_groups
 from trimtab.data.mismatched import with_mismatched
 from trimtab.deploy import save_adapter
 from trimtab.engine import pack_divergences, pack_logprobs
@@ -442,7 +442,7 @@ def test_a_row_that_a_step_holds_is_counted_once(world, tmp_path):
     run = run_recipe(recipe(world, tmp_path, objective="kto", data={"train": str(world / "judged.jsonl"), "eval": 6}))
     steps = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines() if '"train"' in line]
     assert [step["items"] for step in steps] == [8] * 6 + [6]
-    assert len(units(with_mismatched(JUDGED, 0))) == len(JUDGED)
+    assert len(row_groups(with_mismatched(JUDGED, 0))) == len(JUDGED)
 
 
 SAID = {"chosen": "yes", "rejected": "no"}

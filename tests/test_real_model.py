@@ -8,7 +8,7 @@ from families import logprob_alone, perturb
 from invariants.suite import distance, forced, logits
 
 import trimtab
-from trimtab.data import Account, load_examples, make_sequences, pack_all, pack_flat
+from trimtab.data import SourceReport, load_examples, pack_all, pack_flat, tokenize_examples
 from trimtab.engine import generate, pack_logprobs
 from trimtab.methods import Method, activate
 from trimtab.objectives.sft import SFT
@@ -26,8 +26,8 @@ SMALL = {
 
 @pytest.fixture(scope="module")
 def rows(smollm2):
-    examples, account = load_examples(str(DEMO / "train.jsonl"))
-    return make_sequences(examples[:16], smollm2, account)
+    examples, report = load_examples(str(DEMO / "train.jsonl"))
+    return tokenize_examples(examples[:16], smollm2, report)
 
 
 @pytest.fixture
@@ -95,8 +95,8 @@ def test_64_steps_of_cached_decoding_are_the_forward_pass_for_every_method(smoll
 
 def test_what_training_reads_is_what_a_chat_asks(smollm2):
     examples, _ = load_examples(str(DEMO / "test.jsonl"))
-    account = Account(("demo",))
+    report = SourceReport(("demo",))
     for example in examples[:10]:
-        (row,) = make_sequences([example], smollm2, account)
-        asked = smollm2.render(example.messages[:-1], prompt=True)
+        (row,) = tokenize_examples([example], smollm2, report)
+        asked = smollm2.template.render(example.messages[:-1], prompt=True)
         assert smollm2.encode([asked])[0].ids == row.ids[: row.target_indices[0]]

@@ -315,7 +315,8 @@ def test_other_content_is_refused_by_what_it_is_in(here):
     rows = here / "rows.jsonl"
     write_rows(rows, ROWS[:-1])
     with pytest.raises(
-        RecipeError, match=rf"data: the training or held-out examples are not the same: {re.escape(str(rows))} has changed\nSet these"
+        RecipeError,
+        match=rf"data: the training or held-out examples are not the same: {re.escape(str(rows))} has changed\nSet these",
     ):
         run("cut")
     write_rows(rows, ROWS)
@@ -697,7 +698,7 @@ def test_a_run_is_resumed_on_another_day_with_a_template_that_writes_the_date(he
     assert json.loads(Path("dated/run.json").read_text())["moment"] == started["moment"]
     target, text = open_target("dated"), [{"role": "user", "content": "x"}]
     assert target.base.moment.isoformat() == started["moment"]
-    assert target.base.render(text).startswith(f"Today: {target.base.moment:%d %b %Y}")
+    assert target.base.template.render(text).startswith(f"Today: {target.base.moment:%d %b %Y}")
     other = run("later", "train.epochs=0.5")
     assert other.record["data_digest"] != started["data_digest"]  # the negative control: tomorrow's tokens are others
 

@@ -112,7 +112,7 @@ def test_the_real_command_is_not_talked_into_it_either(here):
         input="y\n" * 100, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 2, done
-    assert "can only be read by code of its own (auto_map), and code from a model folder or hub is never run" in done.stderr
+    assert "can only be read by custom code (auto_map), and code from a model folder or hub is never run" in done.stderr
     assert not trace.exists()
 
 
@@ -153,7 +153,7 @@ def test_a_pickle_in_an_adapter_folder_is_never_opened(here, trimtab):
     assert not (here / "it-ran").exists()
 
 
-LIMITED = render_limits.limited
+LIMITED = render_limits.limited_time
 ATTACKS = [
     "{{ ''.__class__.__mro__[1].__subclasses__() }}",
     "{{ cycler.__init__.__globals__.os.popen('id').read() }}",
@@ -173,7 +173,7 @@ def test_a_template_that_reaches_for_python_is_refused(attack, tmp_path, one_thr
     make_model(tmp_path / "tiny", 0, template=attack + CHATML)
     try:
         base = Base.load(str(tmp_path / "tiny"))
-        said = base.render([{"role": "user", "content": "x"}])
+        said = base.template.render([{"role": "user", "content": "x"}])
     except (DataError, TrimtabError):
         return
     assert "class" not in said
@@ -189,12 +189,12 @@ def test_a_template_that_reaches_for_python_is_refused(attack, tmp_path, one_thr
 ])  # fmt: skip
 def test_a_template_that_never_ends_or_writes_without_end_is_refused_soon(loop, tmp_path, one_thread, monkeypatch):
     monkeypatch.setattr(render_limits, "CHARACTERS", 1_000_000)
-    monkeypatch.setattr(render_limits.rendered, "__defaults__", (1.0,))
+    monkeypatch.setattr(render_limits.render_within_limits, "__defaults__", (1.0,))
     make_model(tmp_path / "tiny", 0, template=loop + CHATML)
     base = Base.load(str(tmp_path / "tiny"))
     started = time.monotonic()
     with pytest.raises(DataError, match="chat template"):
-        base.render([{"role": "user", "content": "x"}])
+        base.template.render([{"role": "user", "content": "x"}])
     assert time.monotonic() - started < 10
 
 
@@ -207,10 +207,10 @@ def test_a_template_that_takes_all_memory_is_refused(tmp_path, one_thread, monke
     base, before = Base.load(str(tmp_path / "tiny")), resource.getrlimit(resource.RLIMIT_AS)
     monkeypatch.setattr(render_limits, "MEMORY", 64 << 20)
     with pytest.raises(DataError, match=r"chat template needs more than 0\.1 GB of memory"):
-        base.render([{"role": "user", "content": "x"}])
+        base.template.render([{"role": "user", "content": "x"}])
     assert resource.getrlimit(resource.RLIMIT_AS) == before
     monkeypatch.setattr(render_limits, "MEMORY", 2 << 30)  # it takes 1.2 GB for a moment
-    assert base.render([{"role": "user", "content": "x"}]).startswith("aaa<|im_start|>user")
+    assert base.template.render([{"role": "user", "content": "x"}]).startswith("aaa<|im_start|>user")
 
 
 def forever(seconds):
@@ -223,7 +223,7 @@ def test_a_limit_is_of_its_own_block_and_thread():
     with LIMITED(0.3):
         pass
     time.sleep(0.8)  # nothing comes later
-    with pytest.raises(render_limits.TooLong):
+    with pytest.raises(render_limits.RenderTimeout):
         forever(0.3)
     done = []
     thread = threading.Thread(target=lambda: done.append(sum(range(1000))))

@@ -12,7 +12,7 @@ from templates import CHATML, base_of, bytes_tokenizer, pieces_tokenizer
 import trimtab
 from trimtab.base import Base
 from trimtab.core.errors import ArtifactError, DataError, NotMergeable, RecipeError
-from trimtab.data import Account, Conversation, make_sequences, pack_flat
+from trimtab.data import Conversation, SourceReport, pack_flat, tokenize_examples
 from trimtab.data.example import TokenRow
 from trimtab.deploy import load_adapter, merge, save_adapter
 from trimtab.engine import generate, pack_logprobs
@@ -167,9 +167,9 @@ def thinking(base, name="default", method=THINK):
 
 
 def encoded(base, talk=TALK):
-    account = Account(("test",))
-    (row,) = make_sequences([talk], base, account)
-    assert not account.refused
+    report = SourceReport(("test",))
+    (row,) = tokenize_examples([talk], base, report)
+    assert not report.rejected
     return row
 
 
@@ -217,7 +217,7 @@ def test_the_tokenizer_reads_and_writes_them_and_the_base_is_the_base_as_before(
     assert base.added_tokens == {"<think>": 391, "</think>": 392}
     assert base.encode(["a<think>b"])[0].ids[1] == 391
     assert base.decode([391, 392]) == "<think></think>"
-    assert base.pieces("<think>") == plain == own("<think>")["input_ids"]
+    assert base.original_ids("<think>") == plain == own("<think>")["input_ids"]
     assert base.control_tokens == ("<|endoftext|>", "<|im_end|>", "<|im_start|>")
     base.__dict__.pop("fingerprint")
     assert base.fingerprint == before
@@ -332,7 +332,7 @@ def test_merged_it_is_a_larger_model_for_transformers_alone(tied, rows, tmp_path
     assert (plain.lm_head.weight is plain.model.embed_tokens.weight) == tied
     assert sum(f.stat().st_size for f in (tmp_path / "merged").glob("*.safetensors")) < 1.1 * 4 * plain.num_parameters()
     row = encoded(base)
-    text = base.render(TALK.messages)
+    text = base.template.render(TALK.messages)
     assert tokenizer(text)["input_ids"][: len(row.ids)] == row.ids
     torch.testing.assert_close(logits(plain, torch.tensor([row.ids])), logits(base.model, torch.tensor([row.ids])))
 

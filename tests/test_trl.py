@@ -16,7 +16,7 @@ from test_objectives import rows_of
 from worlds import make_model
 
 from trimtab.base import Base
-from trimtab.data import pack_all, units
+from trimtab.data import pack_all, row_groups
 from trimtab.data.mismatched import with_mismatched
 from trimtab.deploy import load_adapter, save_adapter
 from trimtab.evaluate.reference import refer
@@ -72,7 +72,7 @@ def test_ten_steps_are_trls(tmp_path, monkeypatch, how):
 
     adapter = load_adapter(base, tmp_path / "start")
     rows = refer(base, adapter, "auto", rows, 64).rows
-    whole = units(rows)
+    whole = row_groups(rows)
     steps = [pack_all([rows[n] for unit in whole[at : at + 4] for n in unit], 32) for at in range(0, len(whole), 4)]
     assert any(len(step) > 1 + objective.estimates_kl for step in steps), "micro-batches of a step"
     seen: dict[str, torch.Tensor] = {}

@@ -9,7 +9,7 @@ import pytest
 from chat_templates import CALLS, FOLDER, RESULT, TOOLS, base, base_with
 from test_chat_templates import runs
 
-from trimtab.data import Account, make_sequences
+from trimtab.data import SourceReport, tokenize_examples
 from trimtab.data.formats import read_examples
 
 IM_END = "<|im_end|>"
@@ -25,10 +25,10 @@ def said(content, **more):
 
 def taught(on, *messages):
     """(The prompt, what is trained on), a pair a turn, or why the row is refused."""
-    account = Account(("rows",))
+    report = SourceReport(("rows",))
     row = {"messages": list(messages), **({"tools": TOOLS} if any("tool_calls" in m for m in messages) else {})}
-    sequences = make_sequences(list(read_examples([("rows:1", row)], {}, account)), on, account)
-    return account.refused[0].reason if account.refused else list(runs(on, sequences))
+    sequences = tokenize_examples(list(read_examples([("rows:1", row)], {}, report)), on, report)
+    return report.rejected[0].reason if report.rejected else list(runs(on, sequences))
 
 
 def answers(on, *messages):
@@ -94,7 +94,7 @@ def test_an_assistant_that_speaks_twice_is_heard_twice():
 def test_a_turn_ends_with_the_first_token_that_ends_it():
     """Phi-3's template writes another behind the conversation, if the tokenizer's own is the one that ends a turn."""
     source = (FOLDER / "phi3.jinja").read_text(encoding="utf-8")
-    assert base_with(source, "<|end|>").render([ONE, FIRST]).endswith("First.<|end|>\n<|end|>")
+    assert base_with(source, "<|end|>").template.render([ONE, FIRST]).endswith("First.<|end|>\n<|end|>")
     assert answers(base_with(source, "<|end|>"), ONE, FIRST) == ["First.<|end|>"]
 
 
@@ -199,7 +199,7 @@ def test_reasoning_after_a_prompt_that_has_closed_it_is_refused_with_a_switch_th
         "cohere": "ends the prompt with '<|END_THINKING|>'",
     }
     assert f"the chat template {why[family]}" in answers(on, ONE, hm)
-    assert f"it is taken if you set model.template.{name}={str(value).lower()}" in answers(on, ONE, hm)
+    assert f"it is valid if you set model.template.{name}={str(value).lower()}" in answers(on, ONE, hm)
     (answer,) = answers(like(family, **switch), ONE, hm)
     assert answer.startswith("Hm.")
 
@@ -232,7 +232,7 @@ def test_a_template_that_accepts_nothing_without_tools_has_calls_read():
 
 def test_a_prompt_that_goes_on_with_the_last_answer_ends_a_turn_in_its_midst():
     reason = answers(like("nemotron 2"), ONE, said("b"), said("c"))
-    assert "ends the turn in its midst" in reason
+    assert "writes the turn's end token inside the turn" in reason
 
 
 def test_what_is_written_twice_is_refused():
@@ -252,19 +252,19 @@ def test_what_only_the_prompt_has_is_refused_unless_it_is_known_to_open_or_close
 
 def test_a_prompt_that_depends_on_how_its_last_message_ends_is_refused():
     source = chatml("{{ m.content }}", "{% if messages[-1].content.endswith('?') %}<think>\n</think>\n\n{% endif %}")
-    assert "otherwise than another in its place" in answers(base_with(source, IM_END), ONE, FIRST)
+    assert "differently than another in its place" in answers(base_with(source, IM_END), ONE, FIRST)
     assert answers(base_with(source, IM_END), user("One."), FIRST) == ["First.<|im_end|>"]
 
 
 def test_an_answer_that_depends_on_how_the_message_before_it_ends_is_refused():
     """What is behind that message is taken from a rendering in which it ends otherwise."""
     source = chatml("{{ m.content }}{% if messages[0].content.endswith('?') %}!{% endif %}", "<think>\n</think>\n\n")
-    assert "otherwise than another in its place" in answers(base_with(source, IM_END), ONE, FIRST)
+    assert "differently than another in its place" in answers(base_with(source, IM_END), ONE, FIRST)
     assert answers(base_with(source, IM_END), user("One."), FIRST) == ["First.<|im_end|>"]
 
 
 @pytest.mark.parametrize(
-    ("content", "way"), [("m.content", "put it into the content"), ("m.content.split('</think>')[-1]", "leave it out")]
+    ("content", "way"), [("m.content", "put it into the content"), ("m.content.split('</think>')[-1]", "ignore it")]
 )
 def test_reasoning_is_to_go_into_the_content_only_if_the_template_leaves_it_there(content, way):
     reason = answers(base_with(chatml(f"{{{{ {content} }}}}", ""), IM_END), ONE, HM)

@@ -245,7 +245,7 @@ def test_an_adapter_that_was_loaded_is_saved_alone_too(folder, tmp_path):
 @pytest.mark.parametrize("name", ["lora", "prefix"])
 @pytest.mark.parametrize("kind", ["dpo", "kto"])
 def test_trls_reference_needs_no_second_model(kind, name, world, tmp_path):
-    """With precompute_ref_log_probs it is computed before training, by the model as it stands: losses are those of a second one."""
+    """With precompute_ref_log_probs it is computed before training, by the model unchanged: losses are those of a second one."""
     trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
     said = [(f"Is {n} a number?", "yes", "no, it is not") for n in range(8)]
     pairs = [{"prompt": prompt, "chosen": good, "rejected": bad} for prompt, good, bad in said]

@@ -281,8 +281,8 @@ def test_the_command_says_what_is_left(here, trimtab):
     assert done.code == 0
     assert "into merged (bfloat16)" in done.out
     assert "of the adapter's change" in done.out
-    assert ("Merge in float32, or use the adapter beside its base" in done.out) == (
-        float(done.out.split("leaves ")[1].split("%")[0]) < 100 * WELL_KEPT
+    assert ("merge in float32, or use the adapter beside its base model" in done.out) == (
+        float(done.out.split("keeps ")[1].split("%")[0]) < 100 * WELL_KEPT
     )
     assert {t.dtype for t in load_file(here / "merged" / "model.safetensors").values()} == {torch.bfloat16}
     assert "of the adapter's change" not in trimtab("merge", "--force", "run", "full").out
@@ -336,8 +336,8 @@ def test_the_switches_that_it_was_trained_with_are_what_a_merged_template_does_b
     read = transformers.AutoTokenizer.from_pretrained(tmp_path / "merged", trust_remote_code=False)
     for prompt in (False, True):
         said = read.apply_chat_template(talk, tokenize=False, add_generation_prompt=prompt)
-        assert said == base.render(talk, prompt=prompt)
-        assert said != Base.load(str(folder)).render(talk, prompt=prompt)
+        assert said == base.template.render(talk, prompt=prompt)
+        assert said != Base.load(str(folder)).template.render(talk, prompt=prompt)
         again = read.apply_chat_template(talk, tokenize=False, add_generation_prompt=prompt, loud=True, names=[], think=1)
         assert again == base.tokenizer.apply_chat_template(
             talk, tokenize=False, add_generation_prompt=prompt, loud=True, names=[], think=1

@@ -18,7 +18,7 @@ from trimtab.base import Base, ModelConfig
 from trimtab.core import files
 from trimtab.core.errors import RecipeError
 from trimtab.core.process import environment
-from trimtab.data import DataConfig, load_data, units
+from trimtab.data import DataConfig, load_data, row_groups
 from trimtab.data.example import TokenRow
 from trimtab.data.mismatched import with_mismatched
 from trimtab.data.order import shuffled
@@ -94,7 +94,7 @@ def compare(settings: Settings, on_run: Callable[[str, dict[str, Any]], None]) -
         spec = {**prepare(settings, base, rows, method, Path(folder)), "objective": objective.plain()}
         steps = [rows[at : at + settings.rows_per_step] for at in range(0, len(rows), settings.rows_per_step)]
         work = least_work(base.model, steps, method) if settings.objective == "sft" else None
-        tokens = sum(row.shown for row in rows if row.side != "mismatched")
+        tokens = sum(row.full_length for row in rows if row.side != "mismatched")
         done: dict[str, list[dict[str, Any]]] = {TRIMTAB: [], **{name: [] for name in settings.against}}
         for number in range(settings.pairs):
             for name, results in done.items():
@@ -150,7 +150,7 @@ def load_rows(settings: Settings, base: Base, objective: Objective) -> list[Toke
     else:
         config = DataConfig(train=(settings.data,), eval=0.0)
         rows = load_data(config, base, base.context_length, 0, objective.data_kind).train
-    whole = units(rows)[: settings.rows]
+    whole = row_groups(rows)[: settings.rows]
     if len(whole) < settings.rows:
         raise RecipeError(
             f"--rows: {settings.data} has {len(whole):,} examples, not {settings.rows:,}. Ask for as many as it has, or fewer."

@@ -9,7 +9,7 @@ from typing import Any
 from peers.run_peer import peak_gb
 
 from trimtab.base import Base, ModelConfig
-from trimtab.data import pack_all, units
+from trimtab.data import pack_all, row_groups
 from trimtab.data.example import TokenRow
 from trimtab.deploy import load_adapter
 from trimtab.engine import check_packing
@@ -33,7 +33,7 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
     if objective.needs_reference:
         rows = refer(base, adapter, "base", rows, PACK_TOKENS).rows
     memory = planned_memory(base, config, rows)
-    whole = units(rows)
+    whole = row_groups(rows)
     steps = [
         pack_all([rows[n] for unit in whole[at : at + each] for n in unit], memory.pack_tokens)
         for at in range(0, len(whole), each)

@@ -5,7 +5,7 @@ from typing import Any
 
 from trimtab.base import Base, Message, ModelConfig
 from trimtab.core.errors import DataError, RecipeError
-from trimtab.data import DataConfig, Kind, load_data, prompt_of
+from trimtab.data import DataConfig, Kind, load_data, tokenize_prompt
 from trimtab.data.example import TokenRow
 from trimtab.engine import Ended, check_packing, stream_tokens
 from trimtab.methods import Attached, Method, room
@@ -65,7 +65,7 @@ def fit(
 
 
 def _check_rows(base: Base, rows: Sequence[TokenRow]) -> None:
-    strange = next((f"{row.where}: {words}." for row in rows if (words := base.unembedded(row.ids))), None)
+    strange = next((f"{row.where}: {words}." for row in rows if (words := base.embedding_problem(row.ids))), None)
     if strange is not None:
         raise DataError(strange)
     most = room(base.model, base.context_length)
@@ -124,7 +124,7 @@ def _prompt(base: Base, messages: list[Message]) -> list[int]:
         raise RecipeError(
             f"{base.source} has no chat template: it continues one text, and takes no system message and no earlier messages."
         )
-    ids = prompt_of(messages, base)
+    ids = tokenize_prompt(messages, base)
     most = room(base.model, base.context_length)
     if not ids or (most is not None and len(ids) >= most):
         limit = f", and {base.source} was made for {most:,} with the answer" if ids else ""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from trimtab.base import Base
 from trimtab.base.fingerprint import own_weights, weights_hash
 from trimtab.core.errors import ArtifactError, NotMergeable, RecipeError, TrimtabError
-from trimtab.data import Pack, Segment, lay_out, pack_all, pack_flat, pack_tree, units
+from trimtab.data import Pack, Segment, lay_out, pack_all, pack_flat, pack_tree, row_groups
 from trimtab.data.example import TokenRow
 from trimtab.data.mismatched import with_mismatched
 from trimtab.deploy import load_adapter, merge, save_adapter
@@ -63,7 +63,8 @@ PAIRS = [_compared(n, side, -4.0 * n - 9) for n in range(8) for side in ("chosen
 """Eight rows of two answers that begin alike."""
 JUDGED = with_mismatched([_compared(n, "good" if n % 3 else "bad", -4.0 * n - 12) for n in range(8)], seed=0)
 JUDGED = [
-    TokenRow(r.ids, r.target_indices, r.where, r.shown, r.side, r.reference or -6.0 * len(r.target_indices)) for r in JUDGED
+    TokenRow(r.ids, r.target_indices, r.where, r.full_length, r.side, r.reference or -6.0 * len(r.target_indices))
+    for r in JUDGED
 ]
 """Eight good or bad answers, each followed by one to another prompt."""
 FLAT = TrainConfig(schedule="constant", warmup=0.0, clip=None)
@@ -102,7 +103,7 @@ class Case:
 
     def first(self, count: int) -> list[TokenRow]:
         """The sequences of the first rows."""
-        return [self.rows[n] for unit in units(self.rows)[:count] for n in unit]
+        return [self.rows[n] for unit in row_groups(self.rows)[:count] for n in unit]
 
     def gradients(
         self,
@@ -123,13 +124,13 @@ class Case:
 
     def loss(self, model: nn.Module, rows: list[TokenRow]) -> Callable[[], float]:
         """The loss as a function of what the adapter is, at the divergence that it has now, which counts as constant."""
-        packs, kl = learned_and_pooled(model, self.objective, self.packed(rows, [len(units(rows))]))
+        packs, kl = learned_and_pooled(model, self.objective, self.packed(rows, [len(row_groups(rows))]))
         items = sum(map(self.objective.items, packs))
         return lambda: sum(float(self.objective.loss(pack_logprobs(model, one), one, kl)) for one in packs) / items
 
     def packed(self, rows: list[TokenRow], cut: list[int], pack: Callable[[list[TokenRow]], Pack] = pack_flat) -> list[Pack]:
         """Packs of these numbers of rows each; mismatched answers have packs of their own."""
-        numbers, packs = iter(units(rows)), []
+        numbers, packs = iter(row_groups(rows)), []
         for size in cut:
             several = [rows[n] for unit in islice(numbers, size) for n in unit]
             apart = [row for row in several if row.side == "mismatched"]
@@ -413,8 +414,8 @@ def I23_the_cut_into_packs_does_not_change_gradients(case: Case) -> None:
         for name, gradient in case.gradients(base.model, adapter, case.rows, cut).items():
             assert distance(gradient, whole[name]) <= bound, f"{name}, cut {cut}"
     forked = FORKED if case.rows is ROWS else case.rows
-    flat = case.gradients(base.model, adapter, forked, [len(units(forked))])
-    for name, gradient in case.gradients(base.model, adapter, forked, [len(units(forked))], pack_tree).items():
+    flat = case.gradients(base.model, adapter, forked, [len(row_groups(forked))])
+    for name, gradient in case.gradients(base.model, adapter, forked, [len(row_groups(forked))], pack_tree).items():
         assert distance(gradient, flat[name]) <= bound, f"{name}, what rows begin with computed once"
 
 

@@ -146,7 +146,7 @@ BROKEN = {
 
 
 def _base_with_a_trainable_norm(self, model):
-    self.model, self.source, self.tokenizer, self._pristine = model, "tiny", None, {}
+    self.model, self.source, self.tokenizer, self._frozen_weights = model, "tiny", None, {}
     model.get_submodule("model.norm").requires_grad_(True)
 
 

@@ -1,23 +1,23 @@
-"""The frozen model that adapters attach to: loading it, and knowing exactly which one it is."""
+"""The frozen base model that adapters attach to: loading, identity and text."""
 
-from trimtab.base.config import ModelConfig, as_held, here
+from trimtab.base.config import ModelConfig, fit_to_machine, nearest_config
 from trimtab.base.export_files import write_config, write_switches, write_tokenizer
 from trimtab.base.fingerprint import Fingerprint, model_fingerprint, writes_dates
-from trimtab.base.locate import located
-from trimtab.base.model import Base, Message
-from trimtab.base.skeleton import skeleton
+from trimtab.base.locate import locate_model
+from trimtab.base.model import Base, skeleton
 from trimtab.base.supported import context_length
+from trimtab.core.chat import Message
 
 __all__ = [
     "Base",
     "Fingerprint",
     "Message",
     "ModelConfig",
-    "as_held",
     "context_length",
-    "here",
-    "located",
+    "fit_to_machine",
+    "locate_model",
     "model_fingerprint",
+    "nearest_config",
     "skeleton",
     "write_config",
     "write_switches",

@@ -1,4 +1,4 @@
-"""The part of a recipe that says which base, and how it is held in memory; and which device and number type that is here."""
+"""The part of a recipe that names the base model, and the device and dtype that it resolves to on this machine."""
 
 from typing import Annotated, Literal
 
@@ -11,27 +11,27 @@ from trimtab.core.errors import RecipeError
 
 
 class ModelConfig(Config):
-    """Which base, and how it is held in memory. In a recipe, `model: NAME` is short for `model: {name: NAME}`."""
+    """The base model, and how it is held in memory. In a recipe, `model: NAME` is short for `model: {name: NAME}`."""
 
     name: Annotated[str, Field(min_length=1)]
     """A local folder, a GGUF file, a hub name, or `smollm2-135m-instruct`."""
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
-    """Number type of the frozen weights; auto is float32 on a CPU and bfloat16 on an accelerator. float16 is for using what was
-    trained so elsewhere: no recipe trains in it, as small gradients vanish in it silently."""
+    """Dtype of the frozen weights; auto is float32 on a CPU and bfloat16 on an accelerator. float16 is for using adapters that were
+    trained in it elsewhere: no recipe trains in it, because small gradients silently vanish."""
     quantize: Quantize = "none"
-    """Hold the matrices of its blocks in 4 bits a weight (nf4, as QLoRA does) or in 8 (int8): pip install 'trimtab[quantized]'."""
+    """Quantize the matrices of its blocks to 4 bits a weight (nf4, as QLoRA does) or 8 (int8): pip install 'trimtab[quantized]'."""
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
     """Where the model runs; auto is the first accelerator, or the CPU."""
     template: dict[str, bool | int | float | str | list[str]] = Field(default={})
-    """Switches of its chat template, such as {enable_thinking: false}; `trimtab check` lists those that it has."""
+    """Switches of its chat template, such as {enable_thinking: false}; `trimtab check` lists them."""
 
 
-def device_of(config: ModelConfig) -> torch.device:
-    """Where a base is held that is asked for so. Raises RecipeError if that can't be here."""
+def resolve_device(config: ModelConfig) -> torch.device:
+    """The device that a config means on this machine. Raises RecipeError if it cannot be used."""
     if config.device == "auto":
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        knows = accelerator is not None and not (accelerator.type == "mps" and config.dtype == "float64")
-        return accelerator if accelerator is not None and knows else torch.device("cpu")
+        supports = accelerator is not None and not (accelerator.type == "mps" and config.dtype == "float64")
+        return accelerator if accelerator is not None and supports else torch.device("cpu")
     try:
         torch.empty(0, device=config.device, dtype=getattr(torch, config.dtype, None))
     except (RuntimeError, AssertionError, TypeError) as error:
@@ -39,33 +39,36 @@ def device_of(config: ModelConfig) -> torch.device:
     return torch.device(config.device)
 
 
-def dtype_of(config: ModelConfig, device: torch.device) -> torch.dtype:
-    """The number type of its frozen weights on this device."""
-    chosen = config.dtype if config.dtype != "auto" else "float32" if device.type == "cpu" else "bfloat16"
-    kind: torch.dtype = getattr(torch, chosen)
-    return kind
+def resolve_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
+    """The dtype of the frozen weights on this device."""
+    name = config.dtype if config.dtype != "auto" else "float32" if device.type == "cpu" else "bfloat16"
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
-def here(config: ModelConfig) -> tuple[ModelConfig, str | None]:
-    """How a base is held here that was held so elsewhere, and what to say of that.
+def fit_to_machine(config: ModelConfig) -> tuple[ModelConfig, str | None]:
+    """The config of a base from another machine for this one, and a note if it differs.
 
-    Where its device is missing, another one computes the same but for rounding. Its number type and its quantization are part of
-    what an adapter has learned on it, so they stay.
+    Where its device is missing, another one computes the same up to rounding. Dtype and quantization stay: an adapter has
+    learned to correct their rounding.
     """
     try:
-        device_of(config)
+        resolve_device(config)
     except RecipeError:
-        other = config.model_copy(update={"device": "auto"})
-        said = f"it was trained on {config.device}, which is not here, so it runs on {device_of(other)}: results may differ by rounding."
-        return other, said
+        fitted = config.model_copy(update={"device": "auto"})
+        device = resolve_device(fitted)
+        return (
+            fitted,
+            f"it was trained on {config.device}, which this machine lacks, so it runs on {device}: results may differ by rounding.",
+        )
     return config, None
 
 
-def as_held(name: str, dtype: torch.dtype, device: str, quantize: Quantize, template: dict[str, object]) -> ModelConfig:
-    """The configuration of a base that is held so; `auto` for a device or number type that a recipe has no name for."""
+def nearest_config(name: str, dtype: torch.dtype, device: str, quantize: Quantize, template: dict[str, object]) -> ModelConfig:
+    """The config that describes a loaded base; `auto` for a device or dtype that a recipe has no name for."""
     raw = {"name": name, "quantize": quantize, "template": template}
-    kinds = {getattr(torch, kind): kind for kind in ("float32", "bfloat16", "float16", "float64")}
-    raw |= {"dtype": kinds.get(dtype, "auto"), "device": device}
+    names = {getattr(torch, known): known for known in ("float32", "bfloat16", "float16", "float64")}
+    raw |= {"dtype": names.get(dtype, "auto"), "device": device}
     try:
         return ModelConfig.parse(raw)
     except RecipeError:

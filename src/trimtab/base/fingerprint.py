@@ -1,7 +1,7 @@
-"""What identifies a base: a hash for its weights, its configuration, its tokenizer and its chat template.
+"""The fingerprint of a base: a hash each of its weights, configuration, tokenizer and chat template.
 
-Two bases with one fingerprint give an adapter the same meaning. The number type counts: an adapter trained on a
-quantized or bfloat16 base has learned to correct that base's rounding.
+An adapter means the same on two bases with one fingerprint. The dtype counts: an adapter trained on a quantized or bfloat16
+base has learned to correct that base's rounding.
 """
 
 import hashlib
@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.base.quantized import identity
+from trimtab.base.quantized import quantization_identity
 from trimtab.core import cache
 from trimtab.core.wrapping import modules
 
 Fingerprint = dict[str, str]
-"""SHA-256 as hex, of each part: `weights`, `config`, `tokenizer`, `template`. Of what was not known at the time there is none."""
+"""SHA-256 as hex, of each part: `weights`, `config`, `tokenizer`, `template`. A part that was not known at the time is missing."""
 
 CONFIG_KEYS = (
     "model_type", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "hidden_activation", "activation_function",
@@ -31,20 +31,20 @@ CONFIG_KEYS = (
     "logits_scaling", "residual_multiplier", "embedding_multiplier", "attention_multiplier", "scale_attn_weights",
     "bitsandbytes",
 )  # fmt: skip
-"""What changes the outputs of a model with given weights. A list, so that a new Transformers release changes no hash."""
+"""Keys that change the outputs of a model with the same weights. A list, so that a new Transformers release changes no hash."""
 
 
 def fingerprint(model: Any, weights: dict[str, Tensor], tokenizer: Any, switches: Mapping[str, Any]) -> Fingerprint:
     """The fingerprint of a base. Costs about half a second per GB of weights on two cores.
 
     Args:
-        switches: Of the chat template: with others it writes other tokens.
+        switches: Of the chat template, which change its tokens.
     """
     return {**model_fingerprint(model, weights), **tokenizer_identity(tokenizer, switches)}
 
 
 def tokenizer_identity(tokenizer: Any, switches: Mapping[str, Any] | None = None) -> Fingerprint:
-    """The part of it that is of the tokenizer and its chat template."""
+    """The parts of the fingerprint that identify the tokenizer and its chat template."""
     return {
         "tokenizer": _tokenizer_hash(tokenizer) if tokenizer is not None else "none",
         "template": _text_hash(_template_text(tokenizer, switches or {})),
@@ -52,9 +52,9 @@ def tokenizer_identity(tokenizer: Any, switches: Mapping[str, Any] | None = None
 
 
 def model_fingerprint(model: Any, weights: dict[str, Tensor] | None = None) -> Fingerprint:
-    """The part of it that is of the model alone."""
+    """The parts of the fingerprint that identify the model."""
     weights = own_weights(model) if weights is None else weights
-    config = model.config.to_dict() | identity(model)
+    config = model.config.to_dict() | quantization_identity(model)
     known = json.dumps({key: config[key] for key in CONFIG_KEYS if key in config}, sort_keys=True, default=str)
     return {"weights": weights_hash(weights), "config": _text_hash(known)}
 
@@ -62,7 +62,7 @@ def model_fingerprint(model: Any, weights: dict[str, Tensor] | None = None) -> F
 def weights_hash(named_weights: dict[str, Tensor]) -> str:
     """SHA-256 over the name, type, shape and bytes of every tensor, in the order of their names."""
 
-    def one(name: str) -> bytes:
+    def tensor_hash(name: str) -> bytes:
         tensor = named_weights[name].detach()
         head = f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode()
         content = tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data
@@ -70,7 +70,7 @@ def weights_hash(named_weights: dict[str, Tensor]) -> str:
 
     names = sorted(named_weights)
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # hashing releases the GIL
-        return hashlib.sha256(b"".join(pool.map(one, names))).hexdigest()
+        return hashlib.sha256(b"".join(pool.map(tensor_hash, names))).hexdigest()
 
 
 def own_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -88,18 +88,18 @@ def own_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def tokenizing_hash(tokenizer: Any, switches: Mapping[str, Any], moment: datetime) -> str:
-    """What decides the tokens of a text or conversation: tokenizer, template with its switches, the moment for one that writes the
-    date, and the code that reads them, ours and others'."""
+    """A hash of all that decides the tokens of a text or conversation: tokenizer, template with its switches, the moment if the template
+    writes the date, and the code that applies them, ours and others'."""
     template = _template_text(tokenizer, switches)
     if writes_dates(tokenizer):
         template += moment.isoformat()
     versions = [f"{name} {version(name)}" for name in ("transformers", "tokenizers", "jinja2")]
-    ours = cache.code_hash(sys.modules[__package__])
-    return _text_hash("\n".join([type(tokenizer).__name__, _tokenizer_hash(tokenizer), template, *versions, ours]))
+    code = cache.code_hash(sys.modules[__package__])
+    return _text_hash("\n".join([type(tokenizer).__name__, _tokenizer_hash(tokenizer), template, *versions, code]))
 
 
 def writes_dates(tokenizer: Any) -> bool:
-    """Whether a conversation reads otherwise on another day."""
+    """Whether the chat template renders a conversation differently on another day."""
     return "strftime_now" in str(getattr(tokenizer, "chat_template", None))
 
 
@@ -109,8 +109,8 @@ def _template_text(tokenizer: Any, switches: Mapping[str, Any]) -> str:
 
 def _tokenizer_hash(tokenizer: Any) -> str:
     state = json.loads(tokenizer.backend_tokenizer.to_str())
-    for passing in ("truncation", "padding"):  # settings of the last call, not of the tokenizer
-        state.pop(passing, None)
+    for setting in ("truncation", "padding"):  # of the last call, not of the tokenizer
+        state.pop(setting, None)
     state["special"] = {key: str(value) for key, value in sorted(tokenizer.special_tokens_map.items())}
     return _text_hash(json.dumps(state, sort_keys=True))
 

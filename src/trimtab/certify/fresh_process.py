@@ -13,8 +13,8 @@ import torch
 
 from trimtab.base import Base
 from trimtab.core.errors import TrimtabError
-from trimtab.data import Text, make_sequences, pack_all
-from trimtab.data.example import Account, TokenRow
+from trimtab.data import LengthLimit, Text, pack_all, tokenize_examples
+from trimtab.data.example import SourceReport, TokenRow
 from trimtab.deploy import open_target
 from trimtab.engine import generate
 from trimtab.evaluate import score_loss
@@ -62,8 +62,8 @@ def general(base: Base) -> list[TokenRow]:
     """Paragraphs on many subjects, to measure forgetting on."""
     text = resources.files("trimtab.evaluate").joinpath("general.txt").read_text(encoding="utf-8")
     examples = [Text(part.strip(), f"general.txt:{n}") for n, part in enumerate(text.split("\n\n"), 1)]
-    return make_sequences(
-        examples, base, Account(("general.txt",)), max_length=room(base.model, base.context_length), truncate=True
+    return tokenize_examples(
+        examples, base, SourceReport(("general.txt",)), LengthLimit(room(base.model, base.context_length), truncate=True)
     )
 
 

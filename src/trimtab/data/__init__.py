@@ -1,68 +1,69 @@
-"""From a data file to packs of tokens."""
+"""From a data file to token rows and packs."""
 
-from trimtab.data.bin_packing import most_together
-from trimtab.data.checks import COMPARED, Finding, prove, refuse_problems
+from trimtab.data.bin_packing import largest_group_tokens
+from trimtab.data.checks import EXAMPLES_CHECKED, Finding, check_data, refuse_problems
 from trimtab.data.example import (
-    Account,
     Conversation,
     Example,
     Judged,
     Kind,
     Preference,
-    Refusal,
+    RejectedExample,
+    SourceReport,
     Text,
     TokenRow,
-    units,
+    row_groups,
 )
 from trimtab.data.load import (
     DataConfig,
-    Loaded,
+    LoadedData,
+    check_first_examples,
     first_examples,
     held_out_examples,
     load_data,
     load_examples,
-    look_at_first,
 )
 from trimtab.data.order import plan_steps
 from trimtab.data.pack import Pack, pack_all, pack_flat, pack_tree
 from trimtab.data.prefix_tree import Segment, Tree, lay_out
 from trimtab.data.read import absolute_source
-from trimtab.data.token_rows import asked, last_run, make_sequences, prompt_of
+from trimtab.data.token_rows import LengthLimit, last_answer_start, tokenize_answers, tokenize_examples, tokenize_prompt
 
 __all__ = [
-    "COMPARED",
-    "Account",
+    "EXAMPLES_CHECKED",
     "Conversation",
     "DataConfig",
     "Example",
     "Finding",
     "Judged",
     "Kind",
-    "Loaded",
+    "LengthLimit",
+    "LoadedData",
     "Pack",
     "Preference",
-    "Refusal",
+    "RejectedExample",
     "Segment",
+    "SourceReport",
     "Text",
     "TokenRow",
     "Tree",
     "absolute_source",
-    "asked",
+    "check_data",
+    "check_first_examples",
     "first_examples",
     "held_out_examples",
-    "last_run",
+    "largest_group_tokens",
+    "last_answer_start",
     "lay_out",
     "load_data",
     "load_examples",
-    "look_at_first",
-    "make_sequences",
-    "most_together",
     "pack_all",
     "pack_flat",
     "pack_tree",
     "plan_steps",
-    "prompt_of",
-    "prove",
     "refuse_problems",
-    "units",
+    "row_groups",
+    "tokenize_answers",
+    "tokenize_examples",
+    "tokenize_prompt",
 ]  # fmt: skip

@@ -1,7 +1,7 @@
-"""Rows that Arrow holds: Parquet files, folders that `datasets` saved, datasets on the hub; without the nulls that Arrow adds.
+"""Rows that Arrow stores: Parquet files, folders that `datasets` saved, datasets on the hub; without the nulls that Arrow adds.
 
-In a column of Arrow's, all objects have the same keys: one that lacks a key has a null there. Tools and the arguments of calls
-would be written with them, and learned.
+All objects of an Arrow column have the same keys: one that lacks a key has a null there. Tools and the arguments of calls
+would be rendered with these nulls, and trained on.
 """
 
 from collections.abc import Iterable, Iterator
@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.core.errors import DataError, StorageError
-from trimtab.data.example import Account, RawRow, Refusal
+from trimtab.data.example import RawRow, RejectedExample, SourceReport
 from trimtab.data.strict_json import row_of
-from trimtab.data.text_files import refuse_twice
+from trimtab.data.text_files import refuse_repeated
 
 
-def parquet(path: Path, account: Account) -> Iterator[RawRow | Refusal]:
+def parquet(path: Path, report: SourceReport) -> Iterator[RawRow | RejectedExample]:
     import pyarrow.parquet
 
     try:
@@ -22,52 +22,52 @@ def parquet(path: Path, account: Account) -> Iterator[RawRow | Refusal]:
     except Exception as error:  # Arrow raises a dozen kinds
         raise DataError(f"data: {path} is not a Parquet file: {_first_line(error)}") from None
     with file:
-        refuse_twice(file.schema_arrow.names, str(path))
+        refuse_repeated(file.schema_arrow.names, str(path))
         rows = (row for batch in file.iter_batches(batch_size=1024) for row in batch.to_pylist())
-        yield from _numbered(str(path), rows, account)
+        yield from _numbered(str(path), rows, report)
 
 
 def is_saved_dataset(path: Path) -> bool:
     return any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
-def saved_dataset(path: Path, account: Account) -> Iterator[RawRow | Refusal]:
+def saved_dataset(path: Path, report: SourceReport) -> Iterator[RawRow | RejectedExample]:
     import datasets
 
     try:
-        found = datasets.load_from_disk(str(path))
-    except Exception as error:  # whatever a damaged folder can raise
+        dataset = datasets.load_from_disk(str(path))
+    except Exception as error:  # a damaged folder raises many kinds
         raise DataError(f"data: {path} is not a folder that `datasets` saved: {_first_line(error)}") from None
-    if isinstance(found, datasets.DatasetDict):
-        if "train" not in found:
-            splits = ", ".join(found)
-            raise DataError(f"data: {path} has the splits {splits}; give one, for example {path}/{next(iter(found))}.")
-        found = found["train"]
-    yield from _numbered(str(path), found, account)
+    if isinstance(dataset, datasets.DatasetDict):
+        if "train" not in dataset:
+            splits = ", ".join(dataset)
+            raise DataError(f"data: {path} has the splits {splits}; give one, for example {path}/{next(iter(dataset))}.")
+        dataset = dataset["train"]
+    yield from _numbered(str(path), dataset, report)
 
 
-def hub_dataset(name: str, account: Account) -> Iterator[RawRow | Refusal]:
+def hub_dataset(name: str, report: SourceReport) -> Iterator[RawRow | RejectedExample]:
     import datasets
 
     repository, _, split = name.partition(":")
     try:
-        found = datasets.load_dataset(repository, split=split or "train", trust_remote_code=False)
-    except Exception as error:  # whatever the network, the hub and the dataset's own layout can raise
+        dataset = datasets.load_dataset(repository, split=split or "train", trust_remote_code=False)
+    except Exception as error:  # the network, the hub and the dataset's layout raise many kinds
         raise StorageError(
             f"data: {name} is no local file or folder, and it could not be fetched from the hub: {_first_line(error)}"
         ) from error
-    yield from _numbered(name, found, account)
+    yield from _numbered(name, dataset, report)
 
 
-def _numbered(name: str, values: Iterable[Any], account: Account) -> Iterator[RawRow | Refusal]:
+def _numbered(name: str, values: Iterable[Any], report: SourceReport) -> Iterator[RawRow | RejectedExample]:
     number = 0
     try:
         for number, value in enumerate(values, start=1):
             if isinstance(value, dict):
                 value, removed = without_padding(value)
-                account.nulls += removed
+                report.removed_nulls += removed
             yield row_of(f"{name}:{number}", value)
-    except Exception as error:  # damage, or a value that Python has no type for
+    except Exception as error:  # damage, or a value without a type in Python
         raise DataError(f"data: {name}: row {number + 1} cannot be read: {_first_line(error)}") from None
 
 
@@ -76,43 +76,43 @@ def _first_line(error: Exception) -> str:
 
 
 def without_padding(row: dict[str, Any]) -> tuple[dict[str, Any], int]:
-    """A row whose objects lack the keys that are null there, and how many those were; the row's own columns stay.
+    """A row without the null keys of its objects, and how many those were; the row's own columns stay.
 
-    An argument of a call stays null where the description of its tool requires it, or lets it be null.
+    An argument of a call stays null where the description of its tool requires it, or allows null.
     """
-    meant = dict(_descriptions(list(row.values())))
+    nullable = dict(_nullable_arguments(list(row.values())))
     removed = 0
 
     def pruned(value: Any, kept: frozenset[str] = frozenset()) -> Any:
         nonlocal removed
         if isinstance(value, list):
-            return [pruned(one) for one in value]
+            return [pruned(item) for item in value]
         if not isinstance(value, dict):
             return value
-        there = {key: inner for key, inner in value.items() if inner is not None or key in kept}
-        removed += len(value) - len(there)
-        name = there.get("name")
-        named = meant.get(name, frozenset()) if isinstance(name, str) else frozenset()
-        return {key: pruned(inner, named if key == "arguments" else frozenset()) for key, inner in there.items()}
+        present = {key: inner for key, inner in value.items() if inner is not None or key in kept}
+        removed += len(value) - len(present)
+        name = present.get("name")
+        arguments = nullable.get(name, frozenset()) if isinstance(name, str) else frozenset()
+        return {key: pruned(inner, arguments if key == "arguments" else frozenset()) for key, inner in present.items()}
 
     return {name: pruned(value) for name, value in row.items()}, removed
 
 
-def _descriptions(value: Any) -> Iterator[tuple[str, frozenset[str]]]:
-    """Of each tool that is described in a value, its name and the arguments that may be null on purpose."""
+def _nullable_arguments(value: Any) -> Iterator[tuple[str, frozenset[str]]]:
+    """The name of each tool that is described in a value, and its arguments that may be null on purpose."""
     if isinstance(value, list):
-        for one in value:
-            yield from _descriptions(one)
+        for item in value:
+            yield from _nullable_arguments(item)
     elif isinstance(value, dict):
         name, parameters = value.get("name"), value.get("parameters")
         if isinstance(name, str) and isinstance(parameters, dict):
             properties = parameters.get("properties") or {}
-            nullable = {key for key, one in properties.items() if isinstance(one, dict) and "null" in _types(one)}
+            nullable = {key for key, schema in properties.items() if isinstance(schema, dict) and "null" in _types(schema)}
             yield name, frozenset({*(parameters.get("required") or ()), *nullable})
         for inner in value.values():
-            yield from _descriptions(inner)
+            yield from _nullable_arguments(inner)
 
 
 def _types(schema: dict[str, Any]) -> set[str]:
-    several = [schema.get("type"), *(one.get("type") for one in schema.get("anyOf") or () if isinstance(one, dict))]
-    return {name for one in several for name in (one if isinstance(one, list) else [one]) if isinstance(name, str)}
+    types = [schema.get("type"), *(option.get("type") for option in schema.get("anyOf") or () if isinstance(option, dict))]
+    return {name for kind in types for name in (kind if isinstance(kind, list) else [kind]) if isinstance(name, str)}

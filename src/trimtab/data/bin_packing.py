@@ -1,90 +1,90 @@
-"""Which rows are computed together: those that begin alike, as many as fit, then first-fit decreasing. Near-linear in the rows."""
+"""Which rows go into one pack: those with a common prefix, as many as fit, then first-fit decreasing. Near-linear in the rows."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
-from trimtab.data.example import TokenRow, units
+from trimtab.data.example import TokenRow, row_groups
 from trimtab.data.prefix_tree import WORTH, Numbers, alphabetical, numbers, shared_length
 
 
-class Unit(NamedTuple):
-    """Rows that are never parted: the answers to one prompt that are compared, or a row by itself."""
+class Group(NamedTuple):
+    """Rows that stay in one pack: the answers to one prompt that are compared, or a row by itself."""
 
     numbers: list[int]
     tokens: int
-    """At most so many are computed."""
+    """An upper bound of those that are processed."""
     saved: int
-    """Of those, what need not be computed after the unit before it."""
+    """How many of those the group before it saves."""
 
 
 @dataclass
-class Run:
-    """Rows that are computed together."""
+class Bin:
+    """Rows that go into one pack."""
 
     numbers: list[int]
     tokens: int
-    """At most so many, computed."""
+    """An upper bound of those that are processed."""
 
     def add(self, numbers: list[int], tokens: int) -> None:
         self.numbers += numbers
         self.tokens += tokens
 
 
-def in_lexical_order(rows: Sequence[Numbers], whole: Sequence[list[int]]) -> list[Unit]:
-    """Units, so that those which begin alike are neighbours.
+def in_lexical_order(rows: Sequence[Numbers], groups: Sequence[list[int]]) -> list[Group]:
+    """Groups in an order in which those with a common prefix are neighbours.
 
     Args:
-        rows: What is computed of each.
-        whole: The numbers of the rows in each unit.
+        rows: The tokens of each row that are processed.
+        groups: The indices of the rows in each group.
     """
-    ordered = [whole[n] for n in alphabetical([rows[unit[0]] for unit in whole])]
-    saved = [0, *(_saved(rows[before[-1]], rows[unit[0]]) for before, unit in pairwise(ordered))]
-    return [Unit(unit, _together([rows[n] for n in unit]), less) for unit, less in zip(ordered, saved, strict=False)]
+    ordered = [groups[n] for n in alphabetical([rows[group[0]] for group in groups])]
+    saved = [0, *(_saved(rows[before[-1]], rows[group[0]]) for before, group in pairwise(ordered))]
+    return [Group(group, _processed([rows[n] for n in group]), less) for group, less in zip(ordered, saved, strict=False)]
 
 
-def filled(ordered: Iterable[Unit], tokens: int) -> list[Run]:
-    """First-fit decreasing: each run, the longest first, goes into the first bin that has room for it."""
+def first_fit_decreasing(ordered: Iterable[Group], tokens: int) -> list[Bin]:
+    """Bins of at most so many tokens: each run of neighbours, the longest first, goes into the first bin with space for it."""
     runs = sorted(_runs(ordered, tokens), key=lambda run: (-run.tokens, run.numbers))
-    bins = [Run([], 0) for _ in runs]  # as many as there can be
+    bins = [Bin([], 0) for _ in runs]  # as many as there can be
     leaves = 1 << (len(bins) - 1).bit_length()
-    room = [tokens] * (2 * leaves)  # a binary tree: the most room that a bin below has; bin n is number leaves + n
+    free = [tokens] * (2 * leaves)  # a binary tree: the most free tokens of a bin below; bin n is number leaves + n
     for run in runs:
         at, needed = 1, min(run.tokens, tokens)
         while at < leaves:
             at *= 2
-            at += room[at] < needed
+            at += free[at] < needed
         bins[at - leaves].add(run.numbers, run.tokens)
-        room[at] -= run.tokens
+        free[at] -= run.tokens
         while at > 1:
-            room[at // 2] = max(room[at], room[at ^ 1])
+            free[at // 2] = max(free[at], free[at ^ 1])
             at //= 2
-    return [one for one in bins if one.numbers]
+    return [bin for bin in bins if bin.numbers]
 
 
-def _runs(ordered: Iterable[Unit], tokens: int) -> list[Run]:
+def _runs(ordered: Iterable[Group], tokens: int) -> list[Bin]:
     """Neighbours that share tokens, as long as they fit."""
-    runs: list[Run] = []
-    for unit in ordered:
-        if not runs or not unit.saved or runs[-1].tokens + unit.tokens - unit.saved > tokens:
-            runs.append(Run([*unit.numbers], unit.tokens))
+    runs: list[Bin] = []
+    for group in ordered:
+        if not runs or not group.saved or runs[-1].tokens + group.tokens - group.saved > tokens:
+            runs.append(Bin([*group.numbers], group.tokens))
         else:
-            runs[-1].add(unit.numbers, unit.tokens - unit.saved)
+            runs[-1].add(group.numbers, group.tokens - group.saved)
     return runs
 
 
 def _saved(before: Numbers, row: Numbers) -> int:
-    """Tokens that a row need not have computed after another. Up to WORTH - 1 shared ones stand twice: they are not worth a segment."""
+    """Tokens of a row that the one before it saves. Up to WORTH - 1 shared ones are processed twice: they are not worth a segment."""
     return max(0, shared_length(before, row) - WORTH + 1)
 
 
-def _together(rows: Sequence[Numbers]) -> int:
-    """Tokens of rows that share what they begin with; at most so many are computed."""
+def _processed(rows: Sequence[Numbers]) -> int:
+    """An upper bound of the tokens that are processed of rows which share prefixes."""
     return sum(map(len, rows)) - sum(_saved(before, row) for before, row in pairwise(rows))
 
 
-def most_together(sequences: Iterable[TokenRow]) -> int:
-    """Tokens of the largest unit, which no pack can part."""
-    sequences = list(sequences)
-    return max((_together([numbers(sequences[n].ids)[:-1] for n in unit]) for unit in units(sequences)), default=1)
+def largest_group_tokens(rows: Iterable[TokenRow]) -> int:
+    """Tokens of the largest group, which no pack can divide."""
+    rows = list(rows)
+    return max((_processed([numbers(rows[n].ids)[:-1] for n in group]) for group in row_groups(rows)), default=1)

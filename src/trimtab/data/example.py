@@ -1,8 +1,10 @@
-"""What one can learn from, and the account of the rows that it came from."""
+"""Training examples, their token rows, and the report of what became of every example of a data source."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, get_args
+
+from trimtab.core.chat import Message
 
 Column = Literal[
     "messages", "conversations", "instruction", "input", "output", "system", "history", "tools", "prompt", "completion", "text",
@@ -12,29 +14,28 @@ COLUMNS = frozenset(get_args(Column))
 """Every column that some format reads."""
 
 RawRow = tuple[str, dict[str, Any]]
-"""Where it stands, and its columns. No two rows of a source stand at the same place: it is file:line, or file:line:column
-where a JSON array has several rows on a line, or file:number where there are no lines."""
+"""A row of a data file: its place, and its columns. Places are unique within a source: file:line, file:line:column where a
+JSON array has several rows on a line, or file:number where there are no lines."""
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages in turns; the assistant's are learned, except those with `learn` false."""
+    """A conversation whose assistant messages are trained on, except the context-only ones."""
 
-    messages: tuple[dict[str, Any], ...]
-    """Each with `role` (system, user, assistant, tool) and `content`, as chat templates read them."""
+    messages: tuple[Message, ...]
     where: str
     """file:line."""
     tools: tuple[Any, ...] = ()
     """JSON schemas of the tools that the assistant may call."""
-    silent: frozenset[int] = frozenset()
-    """Indices of assistant messages that are read but not learned."""
-    continues: bool = False
-    """Came as prompt and completion: for a base without a chat template, the second continues the first."""
+    context_only: frozenset[int] = frozenset()
+    """Indices of assistant messages that are in the context but not trained on."""
+    is_completion: bool = False
+    """It came as prompt and completion: for a base without a chat template, the second continues the first."""
 
 
 @dataclass(frozen=True)
 class Text:
-    """Plain text, all of which is learned."""
+    """Plain text, all of which is trained on."""
 
     text: str
     where: str
@@ -42,18 +43,18 @@ class Text:
 
 @dataclass(frozen=True)
 class Preference:
-    """Two answers to one prompt, of which the first is the better one. Of each, the last message alone is learned."""
+    """Two answers to one prompt, of which the first is the better one. Of each, only the last message is trained on."""
 
     chosen: Conversation
     rejected: Conversation
     where: str
-    apart: bool = False
-    """Learned as a good and a bad answer, each by itself."""
+    as_judged: bool = False
+    """It is trained on as a good and a bad answer, each by itself."""
 
 
 @dataclass(frozen=True)
 class Judged:
-    """A conversation whose last message has been found good or bad."""
+    """A conversation whose last message is labeled good or bad."""
 
     conversation: Conversation
     good: bool
@@ -63,15 +64,22 @@ class Judged:
 Example = Conversation | Text | Preference | Judged
 
 Kind = Literal["answers", "pairs", "judged"]
-"""What an objective learns from: conversations and texts, answers compared, or answers judged each by itself."""
+"""What an objective trains on: conversations and texts, compared answers, or answers that are judged one by one."""
 
 
-class Refused(Exception):
-    """Why a row can't be used; becomes a Refusal with the row's place."""
+def parts_of(example: Example) -> tuple[Conversation | Text, ...]:
+    """The conversations or the text of an example, which are tokenized one by one."""
+    if isinstance(example, Preference):
+        return example.chosen, example.rejected
+    return (example.conversation,) if isinstance(example, Judged) else (example,)
 
 
-class Refusal(NamedTuple):
-    """A row that can't be used, and why."""
+class InvalidExample(Exception):
+    """Why an example can't be used; becomes a RejectedExample with its place."""
+
+
+class RejectedExample(NamedTuple):
+    """An example that can't be used, and why."""
 
     where: str
     """file:line."""
@@ -79,52 +87,52 @@ class Refusal(NamedTuple):
 
 
 Side = Literal["chosen", "rejected", "good", "bad", "mismatched"]
-"""`mismatched` is another row's answer after this row's prompt, which nobody learns: KTO estimates a divergence on it."""
-TOGETHER = {("chosen", "rejected"), ("good", "mismatched"), ("bad", "mismatched")}
-"""Sides of neighbours that belong to one row."""
+"""`mismatched` is another example's answer after this example's prompt, which is not trained on: KTO estimates a KL divergence on it."""
+GROUPED = {("chosen", "rejected"), ("good", "mismatched"), ("bad", "mismatched")}
+"""Sides of neighbouring token rows that belong to one example."""
 
 
 @dataclass(frozen=True)
 class TokenRow:
-    """One row as tokens."""
+    """One example, or one of the answers in it, as tokens."""
 
     ids: list[int]
-    """Every token of the row up to the last one that is learned."""
+    """Every token of the row up to its last target."""
     target_indices: list[int]
-    """Indices into `ids` of the tokens to learn, increasing, none of them 0: each is predicted from those before it."""
+    """Indices into `ids` of the target tokens, increasing, none of them 0: each is predicted from those before it."""
     where: str
     """file:line."""
-    shown: int = 0
-    """How many tokens the row had before what follows the last learned one was dropped."""
+    full_length: int = 0
+    """How many tokens the row had before those behind its last target were dropped."""
     side: Side | None = None
-    """What its learned answer is, where answers are compared or judged."""
+    """What its answer is, where answers are compared or judged."""
     reference: float = 0.0
-    """Σ log p of the learned tokens in the reference model, in nats, for objectives that have one."""
+    """Σ log p of the target tokens in the reference model, in nats, for objectives that have one."""
 
 
-def units(sequences: Iterable[TokenRow]) -> list[list[int]]:
-    """The numbers of sequences that are learned in one step: those of a row whose answers are compared, or one by itself."""
-    found: list[list[int]] = []
+def row_groups(rows: Iterable[TokenRow]) -> list[list[int]]:
+    """The indices of rows that are trained on in one step: those of an example whose answers are compared, or one row by itself."""
+    groups: list[list[int]] = []
     before: Side | None = None
-    for number, sequence in enumerate(sequences):
-        if (before, sequence.side) in TOGETHER:
-            found[-1].append(number)
+    for number, row in enumerate(rows):
+        if (before, row.side) in GROUPED:
+            groups[-1].append(number)
         else:
-            found.append([number])
-        before = sequence.side
-    return found
+            groups.append([number])
+        before = row.side
+    return groups
 
 
 @dataclass
-class Account:
-    """Where every row of a data source went: rows in = used + refused, always."""
+class SourceReport:
+    """What became of every example of a data source: each is used or rejected."""
 
     sources: tuple[str, ...]
     used: int = 0
-    refused: list[Refusal] = field(default_factory=list)
-    unread: set[str] = field(default_factory=set)
-    """Columns that the rows have and nothing reads."""
-    nulls: int = 0
+    rejected: list[RejectedExample] = field(default_factory=list)
+    ignored_columns: set[str] = field(default_factory=set)
+    """Columns that the data has and no format reads."""
+    removed_nulls: int = 0
     """Nulls that were left out: Arrow puts one wherever an object lacks a key that another one has."""
 
     @property
@@ -132,19 +140,19 @@ class Account:
         return ", ".join(self.sources)
 
     @property
-    def rows(self) -> int:
-        return self.used + len(self.refused)
+    def total(self) -> int:
+        return self.used + len(self.rejected)
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.rows:,} rows in = {self.used:,} used + {len(self.refused):,} refused"
+        return f"{self.name}: {self.total:,} examples: {self.used:,} used, {len(self.rejected):,} rejected"
 
     def plain(self) -> dict[str, Any]:
-        """The account as JSON data."""
+        """The report as JSON data."""
         return {
             "source": self.name,
-            "rows": self.rows,
+            "rows": self.total,
             "used": self.used,
-            "refused": [refusal._asdict() for refusal in self.refused],
-            "columns_not_read": sorted(self.unread),
-            "nulls_left_out": self.nulls,
+            "refused": [example._asdict() for example in self.rejected],
+            "columns_not_read": sorted(self.ignored_columns),
+            "nulls_left_out": self.removed_nulls,
         }

@@ -1,6 +1,6 @@
-"""The shapes that rows of answers come in, told apart by their columns; there is no registry to fill in.
+"""The formats of examples with answers to train on, told apart by their columns; there is no registry.
 
-| shape | columns |
+| format | columns |
 |---|---|
 | OpenAI | `messages`: [{`role`, `content`, `tool_calls`, `weight`}], `system`, `tools` |
 | ShareGPT | `conversations`: [{`from`, `value`, `weight`}], `system`, `tools` |
@@ -13,120 +13,123 @@ import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
-from trimtab.data.example import COLUMNS, Account, Conversation, Example, Judged, Preference, RawRow, Refusal, Refused, Text
+from trimtab.core.chat import Message
+from trimtab.data.example import (
+    COLUMNS,
+    Conversation,
+    Example,
+    InvalidExample,
+    RawRow,
+    RejectedExample,
+    SourceReport,
+    Text,
+    parts_of,
+)
 from trimtab.data.messages import read_messages, read_tools, text_of
 
 
-class Shape(NamedTuple):
+class Format(NamedTuple):
     required: tuple[str, ...]
     optional: tuple[str, ...]
     read: Callable[[dict[str, Any], str], Example]
+    """The example of a row at a place. Raises InvalidExample."""
 
     @property
     def columns(self) -> set[str]:
         return {*self.required, *self.optional}
 
 
-COMPARED = {"chosen", "rejected"}
-FOR_ANOTHER = "compares two answers, which this objective does not learn from: dpo does, for one"
-JUDGED = {"label", "kto_tag"}
+PAIR = {"chosen", "rejected"}
+PAIR_ELSEWHERE = "compares two answers, which this objective does not train on: dpo does, for one"
+LABELS = {"label", "kto_tag"}
 MEDIA = {"image", "images", "audio", "audios", "video", "videos"}
 
-ASKED = ("question", "query", "problem", "input", "source", "user", "human", "instruction", "prompt")
-ANSWERED = ("answer", "response", "solution", "output", "target", "assistant", "bot", "gpt", "reply", "completion")
+PROMPTS = ("question", "query", "problem", "input", "source", "user", "human", "instruction", "prompt")
+COMPLETIONS = ("answer", "response", "solution", "output", "target", "assistant", "bot", "gpt", "reply", "completion")
 """What people call a prompt and its completion, the likeliest first."""
 
 
 def read_examples(
-    rows: Iterable[RawRow | Refusal],
+    rows: Iterable[RawRow | RejectedExample],
     columns: Mapping[Any, str],
-    account: Account,
-    shapes: Sequence[Shape] | None = None,
+    report: SourceReport,
+    formats: Sequence[Format] | None = None,
     ignore: Iterable[str] = (),
 ) -> Iterator[Example]:
-    """Rows as examples, one by one; what can't be used goes to the account, with its reason.
+    """Rows as examples, one by one; the report lists those that can't be used, with their reasons.
 
     Args:
-        shapes: What they can be read as; answers unless given.
-        columns: What Trimtab calls a column -> what the data calls it.
+        columns: Trimtab's name of a column -> the data's name of it.
+        formats: What a row can be read as; `ANSWERS` unless given.
         ignore: Columns, and keys of messages, that are left out.
     """
-    shapes, ignored = shapes or ANSWERS, set(ignore)
+    formats, ignored = formats or ANSWERS, set(ignore)
     for row in rows:
-        if isinstance(row, Refusal):
-            account.refused.append(row)
+        if isinstance(row, RejectedExample):
+            report.rejected.append(row)
             continue
         where, values = row
         try:
-            shape, renamed = _shape_of(_without(values, ignored) if ignored else values, columns, shapes)
-            example = shape.read(renamed, where)
-            _refuse_lost(renamed, shape, example, MEDIA if columns else MEDIA | COLUMNS)
-        except Refused as refused:
-            pair = COMPARED.issubset(values) and not any(COMPARED.issubset(shape.required) for shape in shapes)
-            account.refused.append(Refusal(where, FOR_ANOTHER if pair else str(refused)))
+            format, renamed = _match(_without(values, ignored) if ignored else values, columns, formats)
+            example = format.read(renamed, where)
+            _refuse_lost(renamed, format, example, MEDIA if columns else MEDIA | COLUMNS)
+        except InvalidExample as invalid:
+            pair_elsewhere = PAIR.issubset(values) and not any(PAIR.issubset(format.required) for format in formats)
+            report.rejected.append(RejectedExample(where, PAIR_ELSEWHERE if pair_elsewhere else str(invalid)))
             continue
-        read = {columns.get(column, column) for column in shape.columns}
-        account.unread.update(name for name in values.keys() - read - ignored if _our_name(name, values) not in read)
+        read = {columns.get(column, column) for column in format.columns}
+        report.ignored_columns.update(name for name in values.keys() - read - ignored if _our_name(name, values) not in read)
         yield example
 
 
-def _without(values: dict[str, Any], ignored: set[str]) -> dict[str, Any]:
+def _without(row: dict[str, Any], ignored: set[str]) -> dict[str, Any]:
     """A row without these columns, and without these keys of its messages."""
 
     def kept(value: Any) -> Any:
         if isinstance(value, list):
-            return [kept(one) for one in value]
+            return [kept(item) for item in value]
         return {key: inner for key, inner in value.items() if key not in ignored} if isinstance(value, dict) else value
 
-    return {name: kept(value) for name, value in values.items() if name not in ignored}
+    return {name: kept(value) for name, value in row.items() if name not in ignored}
 
 
-def _refuse_lost(row: dict[str, Any], shape: Shape, example: Example, known: Set[str]) -> None:
-    """Refuse a row with one of these columns, which rows of other formats have, unless what it says stands in the example all the same."""
-    for name in sorted(row.keys() & known - shape.columns):
+def _refuse_lost(row: dict[str, Any], format: Format, example: Example, known: Set[str]) -> None:
+    """Raise InvalidExample for a known column of another format, unless what it says is in the example all the same."""
+    for name in sorted(row.keys() & known - format.columns):
         value = row[name]
-        if value in (None, "", [], {}) or (isinstance(value, str) and value.strip() in _said_in(example)):
+        if value in (None, "", [], {}) or (isinstance(value, str) and value.strip() in _texts(example)):
             continue
-        why = f"which rows of {'/'.join(shape.required)} are read without"
-        why = (
-            "and Trimtab trains on texts alone"
-            if name in MEDIA
-            else "which kto learns from, and this objective not"
-            if name in JUDGED
-            else why
-        )
-        raise Refused(f"has {name}, {why}: leave the column out with data.ignore=[{name}], or the row")
+        why = f"which examples with {'/'.join(format.required)} don't use"
+        why = "which kto trains on, and this objective does not" if name in LABELS else why
+        why = "and Trimtab trains on texts alone" if name in MEDIA else why
+        raise InvalidExample(f"has {name}, {why}: ignore the column with data.ignore=[{name}], or leave the example out")
 
 
-def _said_in(example: Example) -> set[str]:
-    if isinstance(example, Text):
-        return {example.text.strip()}
-    one = (
-        example.chosen if isinstance(example, Preference) else example.conversation if isinstance(example, Judged) else example
-    )
-    return {message["content"].strip() for message in one.messages}
+def _texts(example: Example) -> set[str]:
+    first = parts_of(example)[0]
+    return {first.text.strip()} if isinstance(first, Text) else {message["content"].strip() for message in first.messages}
 
 
-def _shape_of(row: dict[str, Any], columns: Mapping[Any, str], shapes: Sequence[Shape]) -> tuple[Shape, dict[str, Any]]:
-    """The only shape that fits, and the row with our names. What data.columns names goes before what is called so."""
+def _match(row: dict[str, Any], columns: Mapping[Any, str], formats: Sequence[Format]) -> tuple[Format, dict[str, Any]]:
+    """The only format that matches, and the row with our names. A name in data.columns overrides a column of that name."""
     for ours, theirs in columns.items():
         if theirs not in row:
-            raise Refused(f"has no column {theirs!r}, which data.columns says is the {ours}; it has {_names(row)}")
+            raise InvalidExample(f"has no column {theirs!r}, which data.columns says is the {ours}; it has {_names(row)}")
     renamed = {_our_name(name, row): value for name, value in row.items() if name not in columns.values()}
     renamed |= {ours: row[theirs] for ours, theirs in columns.items()}
-    allowed = [shape for shape in shapes if columns.keys() <= shape.columns]
-    there = {column for column, value in renamed.items() if value is not None}
-    fitting = [shape for shape in allowed if there.issuperset(shape.required)]
-    fitting = [one for one in fitting if not any(set(one.required) < set(other.required) for other in fitting)]
-    if len(fitting) == 1:
-        return fitting[0], renamed
-    if fitting:
-        both = " and ".join("/".join(shape.required) for shape in fitting)
-        one = fitting[0].required[0]
-        raise Refused(f"could be read as {both}: keep the columns of one, or say which (data.columns.{one}={one})")
+    allowed = [format for format in formats if columns.keys() <= format.columns]
+    present = {column for column, value in renamed.items() if value is not None}
+    matches = [format for format in allowed if present.issuperset(format.required)]
+    matches = [format for format in matches if not any(set(format.required) < set(other.required) for other in matches)]
+    if len(matches) == 1:
+        return matches[0], renamed
+    if matches:
+        both = " and ".join("/".join(format.required) for format in matches)
+        column = matches[0].required[0]
+        raise InvalidExample(f"could be read as {both}: keep the columns of one, or say which (data.columns.{column}={column})")
     if not allowed:
-        raise Refused(f"data.columns names {', '.join(columns)}, which no shape has together")
-    raise Refused(_missing(renamed, allowed))
+        raise InvalidExample(f"data.columns names {', '.join(columns)}, which no format has together")
+    raise InvalidExample(_mismatch(renamed, allowed))
 
 
 def _our_name(name: str, row: dict[str, Any]) -> str:
@@ -138,39 +141,39 @@ def _our_name(name: str, row: dict[str, Any]) -> str:
     return ours if ours in COLUMNS and len(alike) == 1 else name
 
 
-def _missing(row: dict[str, Any], shapes: list[Shape]) -> str:
-    partly = [shape for shape in shapes if any(column in row for column in shape.required)]
+def _mismatch(row: dict[str, Any], formats: list[Format]) -> str:
+    """Why a row matches none of these formats, and what to do."""
+    partial = [format for format in formats if any(column in row for column in format.required)]
     named = {str(name).lower(): name for name in row}
-    if partly:
-        closest = max(partly, key=lambda shape: sum(row.get(column) is not None for column in shape.required))
+    if partial:
+        closest = max(partial, key=lambda format: sum(row.get(column) is not None for column in format.required))
         absent = next(column for column in closest.required if row.get(column) is None)
         present = [column for column in closest.required if row.get(column) is not None]
         beside = f" beside {', '.join(present)}" if present else ""
         if absent in row:
-            return f"column {absent!r} is null{beside}; the row has {_names(row)}"
+            return f"column {absent!r} is null{beside}; the example has {_names(row)}"
         others = {low: name for low, name in named.items() if name not in closest.columns}
-        meant = next((_first(words, others) for words in (ASKED, ANSWERED) if absent in words), None)
-        near = meant or next((others[low] for low in difflib.get_close_matches(absent, others, n=1)), None)
-        pair = _as_pair(named, shapes)
-        hint = f" (is it {near!r}? Then say data.columns.{absent}={near})" if near else f" (say{pair})" if pair else ""
-        return f"column {absent!r} is missing{beside}{hint}; the row has {_names(row)}"
-    known = "; ".join(", ".join(shape.required) for shape in shapes)
+        synonym = next((_first(names, others) for names in (PROMPTS, COMPLETIONS) if absent in names), None)
+        near = synonym or next((others[low] for low in difflib.get_close_matches(absent, others, n=1)), None)
+        pair = _as_pair(named, formats)
+        hint = f" (is it {near!r}? Then set data.columns.{absent}={near})" if near else f" (set{pair})" if pair else ""
+        return f"column {absent!r} is missing{beside}{hint}; the example has {_names(row)}"
+    known = "; ".join(", ".join(format.required) for format in formats)
     two = dict(zip(("question", "answer"), named.values(), strict=True)) if len(named) == 2 else {}
-    example = _as_pair(named, shapes) or _as_pair(two, shapes) or " data.columns.prompt=question"
-    return f"has {_names(row)}, which fits no shape ({known}). Name them with data.columns, e.g.{example}"
+    setting = _as_pair(named, formats) or _as_pair(two, formats) or " data.columns.prompt=question"
+    return f"has {_names(row)}, which matches no supported format ({known}). Name them with data.columns, e.g.{setting}"
 
 
-def _as_pair(named: Mapping[str, str], shapes: Sequence[Shape]) -> str:
-    """How to say that two columns are a prompt and its completion, if two look like it."""
-    asked, answered = _first(ASKED, named), _first(ANSWERED, named)
-    if asked is None or answered is None or ("prompt", "completion") not in [shape.required for shape in shapes]:
+def _as_pair(named: Mapping[str, str], formats: Sequence[Format]) -> str:
+    """The setting that reads two columns as a prompt and its completion, if two look like it."""
+    prompt, completion = _first(PROMPTS, named), _first(COMPLETIONS, named)
+    if prompt is None or completion is None or ("prompt", "completion") not in [format.required for format in formats]:
         return ""
-    return f" data.columns.prompt={asked} data.columns.completion={answered}"
+    return f" data.columns.prompt={prompt} data.columns.completion={completion}"
 
 
-def _first(words: Iterable[str], named: Mapping[str, str]) -> str | None:
-    """The name of the first of these words that is there."""
-    return next((named[word] for word in words if word in named), None)
+def _first(names: Iterable[str], named: Mapping[str, str]) -> str | None:
+    return next((named[name] for name in names if name in named), None)
 
 
 def _names(row: dict[str, Any]) -> str:
@@ -178,28 +181,37 @@ def _names(row: dict[str, Any]) -> str:
 
 
 def _conversation(
-    messages: list[dict[str, Any]], where: str, tools: Any = None, silent: Iterable[int] = (), continues: bool = False
+    row: dict[str, Any], where: str, messages: list[Message], context_only: Iterable[int] = (), is_completion: bool = False
 ) -> Conversation:
-    silent = frozenset(silent)
-    spoken = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
-    if not spoken:
-        raise Refused("no message is the assistant's, so there is nothing to learn")
-    if silent.issuperset(spoken):
-        raise Refused("every assistant message has weight 0, so there is nothing to learn")
-    return Conversation(tuple(messages), where, read_tools(tools), silent, continues)
+    context_only = frozenset(context_only)
+    answers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
+    if not answers:
+        raise InvalidExample("no message is the assistant's, so there is nothing to train on")
+    if context_only.issuperset(answers):
+        raise InvalidExample("every assistant message has weight 0, so there is nothing to train on")
+    return Conversation(tuple(messages), where, read_tools(row.get("tools")), context_only, is_completion)
 
 
-def _in_turns(column: str) -> Callable[[dict[str, Any], str], Example]:
-    """How to read a row whose messages stand in this column."""
+def _system(row: dict[str, Any], messages: Sequence[Message] = (), column: str = "") -> list[Message]:
+    """The message of the column `system`, if there is one, to be put before the messages of another column."""
+    system = row.get("system")
+    if system in (None, ""):
+        return []
+    message = {"role": "system", "content": text_of(system, "system")}
+    if messages and messages[0]["role"] == "system":
+        raise InvalidExample(
+            f"has a column system and a system message in {column}: leave one out, for example with data.ignore=[system]"
+        )
+    return [message]
+
+
+def _turns(column: str) -> Callable[[dict[str, Any], str], Example]:
+    """How to read a row whose messages are in this column."""
 
     def read(row: dict[str, Any], where: str) -> Example:
-        messages, silent = read_messages(row[column], column)
-        system = _system(row)
-        if system and messages[0]["role"] == "system":
-            raise Refused(
-                f"has a column system and a system message in {column}: leave one out, for example with data.ignore=[system]"
-            )
-        return _conversation(system + messages, where, row.get("tools"), (number + len(system) for number in silent))
+        messages, context_only = read_messages(row[column], column)
+        system = _system(row, messages, column)
+        return _conversation(row, where, system + messages, (number + len(system) for number in context_only))
 
     return read
 
@@ -209,55 +221,45 @@ def _alpaca(row: dict[str, Any], where: str) -> Example:
     history = row.get("history") or []
     for number, pair in enumerate(history if isinstance(history, list) else [history]):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise Refused(f"history[{number}] is not a pair of question and answer")
+            raise InvalidExample(f"history[{number}] is not a pair of question and answer")
         messages.append({"role": "user", "content": text_of(pair[0], f"history[{number}][0]")})
         messages.append({"role": "assistant", "content": text_of(pair[1], f"history[{number}][1]")})
     question = text_of(row["instruction"], "instruction")
-    beside = row.get("input")
-    if beside is not None and text_of(beside, "input", empty=True).strip():
-        question = f"{question}\n{beside}"
+    details = row.get("input")
+    if details is not None and text_of(details, "input", empty=True).strip():
+        question = f"{question}\n{details}"
     messages.append({"role": "user", "content": question})
     messages.append({"role": "assistant", "content": text_of(row["output"], "output")})
-    return _conversation(messages, where, row.get("tools"))
-
-
-def _system(row: dict[str, Any]) -> list[dict[str, Any]]:
-    system = row.get("system")
-    return [{"role": "system", "content": text_of(system, "system")}] if system not in (None, "") else []
+    return _conversation(row, where, messages)
 
 
 def _prompt_completion(row: dict[str, Any], where: str) -> Example:
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, list) or isinstance(completion, list):
-        asked, _ = read_messages(prompt, "prompt")
-        answered, silent = read_messages(completion, "completion")
-        if all(message["role"] != "assistant" for message in answered):
-            raise Refused("no message of the completion is the assistant's, so there is nothing to learn")
-        # What stands in the prompt is given, not learned, whoever said it.
-        system = _system(row)
-        if system and asked[0]["role"] == "system":
-            raise Refused(
-                "has a column system and a system message in prompt: leave one out, for example with data.ignore=[system]"
-            )
-        asked = system + asked
-        given = [n for n, message in enumerate(asked) if message["role"] == "assistant"]
-        return _conversation(asked + answered, where, row.get("tools"), [*given, *(n + len(asked) for n in silent)])
+        before, _ = read_messages(prompt, "prompt")
+        after, context_only = read_messages(completion, "completion")
+        if all(message["role"] != "assistant" for message in after):
+            raise InvalidExample("no message of the completion is the assistant's, so there is nothing to train on")
+        before = _system(row, before, "prompt") + before
+        # A prompt is context, whoever's message is in it.
+        in_prompt = [n for n, message in enumerate(before) if message["role"] == "assistant"]
+        return _conversation(row, where, before + after, [*in_prompt, *(n + len(before) for n in context_only)])
     messages = [
         *_system(row),
         {"role": "user", "content": text_of(prompt, "prompt")},
         {"role": "assistant", "content": text_of(completion, "completion")},
     ]
-    return _conversation(messages, where, row.get("tools"), continues=len(messages) == 2)
+    return _conversation(row, where, messages, is_completion=len(messages) == 2)
 
 
-def _plain(row: dict[str, Any], where: str) -> Example:
+def _text(row: dict[str, Any], where: str) -> Example:
     return Text(text_of(row["text"], "text"), where)
 
 
 ANSWERS = (
-    Shape(("messages",), ("system", "tools"), _in_turns("messages")),
-    Shape(("conversations",), ("system", "tools"), _in_turns("conversations")),
-    Shape(("instruction", "output"), ("input", "system", "history", "tools"), _alpaca),
-    Shape(("prompt", "completion"), ("system", "tools"), _prompt_completion),
-    Shape(("text",), (), _plain),
+    Format(("messages",), ("system", "tools"), _turns("messages")),
+    Format(("conversations",), ("system", "tools"), _turns("conversations")),
+    Format(("instruction", "output"), ("input", "system", "history", "tools"), _alpaca),
+    Format(("prompt", "completion"), ("system", "tools"), _prompt_completion),
+    Format(("text",), (), _text),
 )

@@ -1,10 +1,10 @@
-"""In which order rows are learned: a pure function of (seed, epoch), so nothing needs to be remembered to continue."""
+"""The order of training: a pure function of (seed, epoch), so nothing needs to be stored to resume."""
 
 import math
 import random
 from collections.abc import Sequence
 
-from trimtab.data.example import TokenRow, units
+from trimtab.data.example import TokenRow, row_groups
 
 
 def shuffled(count: int, seed: int, epoch: int) -> list[int]:
@@ -15,33 +15,33 @@ def shuffled(count: int, seed: int, epoch: int) -> list[int]:
 
 
 def split(count: int, held_out: int, seed: int) -> tuple[list[int], list[int]]:
-    """(training, evaluation) row numbers, each increasing."""
+    """Indices of (training, validation), each increasing."""
     order = random.Random(f"{seed}/split").sample(range(count), held_out)
     chosen = set(order)
     return [n for n in range(count) if n not in chosen], sorted(chosen)
 
 
 def plan_steps(
-    sequences: Sequence[TokenRow], *, epochs: float, seed: int, rows: int | None = None, tokens: int | None = None
+    rows: Sequence[TokenRow], *, epochs: float, seed: int, examples: int | None = None, tokens: int | None = None
 ) -> list[list[int]]:
-    """Which sequences each optimizer step learns, by their numbers. What belongs together stays together and counts once.
+    """The indices of the rows of each optimizer step. The rows of an example stay together and count once.
 
-    The epochs' orders follow on each other without a seam, so that every step but the last is full: `rows` sequences, or
-    as many as fit into `tokens` (one that is longer has a step of its own).
+    The epochs' orders follow each other without a break, so that every step but the last is full: it has so many `examples`, or
+    as many as fit into `tokens` (a longer one has a step of its own).
     """
-    whole = units(sequences)
-    total = math.ceil(round(epochs * len(whole), 9))  # 0.07 epochs of 100 rows are 7, not 7.000000000000001
-    stream = [whole[n] for epoch in range(math.ceil(epochs)) for n in shuffled(len(whole), seed, epoch)][:total]
-    if rows is not None:
-        return [[n for unit in stream[i : i + rows] for n in unit] for i in range(0, total, rows)]
-    assert tokens is not None, "a step is measured in rows or in tokens"
+    all_groups = row_groups(rows)
+    total = math.ceil(round(epochs * len(all_groups), 9))  # 0.07 epochs of 100 rows are 7, not 7.000000000000001
+    stream = [all_groups[n] for epoch in range(math.ceil(epochs)) for n in shuffled(len(all_groups), seed, epoch)][:total]
+    if examples is not None:
+        return [[n for group in stream[i : i + examples] for n in group] for i in range(0, total, examples)]
+    assert tokens is not None, "a step is measured in examples or in tokens"
     steps: list[list[int]] = []
     room = 0
-    for unit in stream:
-        length = sum(len(sequences[number].ids) for number in unit)
+    for group in stream:
+        length = sum(len(rows[number].ids) for number in group)
         if not steps or length > room:
             steps.append([])
             room = tokens
-        steps[-1] += unit
+        steps[-1] += group
         room -= length
     return steps

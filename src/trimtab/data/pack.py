@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from trimtab.core.process import collector_paused
-from trimtab.data.bin_packing import filled, in_lexical_order
-from trimtab.data.example import TokenRow, units
+from trimtab.data.bin_packing import first_fit_decreasing, in_lexical_order
+from trimtab.data.example import TokenRow, row_groups
 from trimtab.data.prefix_tree import Numbers, Segment, lay_out, numbers, places
 
 
@@ -118,11 +118,11 @@ def pack_all(sequences: Iterable[TokenRow], tokens: int) -> list[Pack]:
         matched = [row for row in sequences if row.side != "mismatched"]
         return [*pack_all(mismatched, FORWARD * tokens), *pack_all(matched, tokens)]
     rows = [numbers(sequence.ids) for sequence in sequences]
-    alike = in_lexical_order([row[:-1] for row in rows], units(sequences))
-    bins = filled(alike, tokens)
+    alike = in_lexical_order([row[:-1] for row in rows], row_groups(sequences))
+    bins = first_fit_decreasing(alike, tokens)
     least = sum(one.tokens for one in bins) // max(1, len(bins))
     if 1 < len(bins) <= FEW and least < tokens:
-        evener = (filled(alike, least + (tokens - least) * part // 8) for part in range(8))
+        evener = (first_fit_decreasing(alike, least + (tokens - least) * part // 8) for part in range(8))
         bins = next((even for even in evener if len(even) <= len(bins)), bins)
     together = [sorted(one.numbers) for one in bins]
     return [_laid_out(tuple(sequences[n] for n in some), True, [rows[n] for n in some]) for some in together]

@@ -1,79 +1,89 @@
-"""The shapes of rows in which answers are compared with each other, or judged one by one.
+"""The formats of examples in which answers are compared with each other, or judged one by one.
 
-| shape | columns |
+| format | columns |
 |---|---|
 | pair after a prompt | `prompt`, `chosen`, `rejected`: texts, messages or lists of messages |
 | pair after turns | `messages` or `conversations`, `chosen`, `rejected`: an answer each, as a text or a turn |
 | pair after an instruction | `instruction`, `chosen`, `rejected`, and Alpaca's other columns: texts |
 | pair of conversations | `chosen`, `rejected`: lists of messages that begin alike |
-| judged | the columns of any shape of answers, and `label` (or `kto_tag`): true for a good answer |
+| judged | the columns of any format of answers, and `label` (or `kto_tag`): true for a good answer |
 """
 
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from trimtab.data.example import Conversation, Example, Judged, Kind, Preference, Refused
-from trimtab.data.formats import ANSWERS, Shape
+from trimtab.data.example import Conversation, Example, InvalidExample, Judged, Kind, Preference
+from trimtab.data.formats import ANSWERS, Format
 from trimtab.data.messages import ROLES
 from trimtab.data.strict_json import kind
 
-_answers = {shape.required: shape.read for shape in ANSWERS}
+_readers = {format.required: format.read for format in ANSWERS}
 SIDES = ("chosen", "rejected")
 
+WithAnswer = Callable[[dict[str, Any], Any, str], dict[str, Any]]
+"""(row of a pair, answer, its column) -> the row of another format that has this one answer."""
 
-def _after(columns: tuple[str, ...], answered: Callable[[dict[str, Any], Any, str], dict[str, Any]]) -> Any:
-    """How to read a pair whose prompt stands in a column of its own.
 
-    Args:
-        columns: Of the shape that the prompt makes with one answer.
-        answered: The row as that shape, from the row, an answer and its column.
-    """
+def _pair_after(columns: tuple[str, ...], with_answer: WithAnswer) -> Any:
+    """How to read a pair whose prompt is in a column of its own, by the format with these columns."""
 
     def read(row: dict[str, Any], where: str) -> Example:
-        if all(_is_whole(row[side]) for side in SIDES):
-            return _whole_conversations(row, where)
-        both = []
-        for side in SIDES:
-            asked = answered(row, row[side], side)
-            try:
-                both.append(_last_alone(_answers[columns](asked, where), side))
-            except Refused as refused:
-                raise Refused(f"with {side}: {refused}") from None
-        return _pair(both[0], both[1], where)
+        if all(_holds_prompt(row[side]) for side in SIDES):
+            return _pair_of_conversations(row, where)
+        return _pair(where, *(_read_side(columns, with_answer(row, row[side], side), where, side) for side in SIDES))
 
     return read
 
 
-def _is_whole(answer: Any) -> bool:
-    """A list of messages that does not begin with the assistant's: the prompt is in it."""
+def _pair_of_conversations(row: dict[str, Any], where: str) -> Example:
+    """Both answers with the messages before them."""
+    both = []
+    for side in SIDES:
+        if not isinstance(row[side], list):
+            raise InvalidExample(f"{side} is {_shown(row[side])}, not a list of messages, and no other column holds a prompt")
+        conversation = {"messages": row[side], "system": row.get("system"), "tools": row.get("tools")}
+        both.append(_read_side(("messages",), conversation, where, side))
+    prompt = row.get("prompt")
+    if isinstance(prompt, str) and all(prompt.strip() != m["content"].strip() for m in both[0].messages[:-1]):
+        raise InvalidExample("chosen and rejected are whole conversations, and the prompt is in neither of them")
+    return _pair(where, *both)
+
+
+def _read_side(columns: tuple[str, ...], row: dict[str, Any], where: str, side: str) -> Conversation:
+    try:
+        example = _readers[columns](row, where)
+    except InvalidExample as invalid:
+        raise InvalidExample(f"with {side}: {invalid}") from None
+    return _last_answer_only(example, side)
+
+
+def _holds_prompt(answer: Any) -> bool:
+    """A list of messages that does not begin with the assistant's."""
     return isinstance(answer, list) and bool(answer) and isinstance(answer[0], dict) and _role(answer[0]) != "assistant"
 
 
 def _role(turn: dict[str, Any]) -> Any:
-    word = turn.get("role", turn.get("from"))
-    return ROLES.get(word.strip().lower(), word) if isinstance(word, str) else word
+    role = turn.get("role", turn.get("from"))
+    return ROLES.get(role.strip().lower(), role) if isinstance(role, str) else role
 
 
-def _turns(column: str) -> Callable[[dict[str, Any], Any, str], dict[str, Any]]:
-    """A row of turns, with an answer as its last turn."""
-
-    def answered(row: dict[str, Any], answer: Any, side: str) -> dict[str, Any]:
+def _append_turn(column: str) -> WithAnswer:
+    def with_answer(row: dict[str, Any], answer: Any, side: str) -> dict[str, Any]:
         if isinstance(answer, list) and len(answer) == 1:
             answer = answer[0]
         if isinstance(answer, str):
             answer = {"role": "assistant", "content": answer}
         if not isinstance(answer, dict):
-            raise Refused(f"{side} is {_shown(answer)}, not one answer: a text, or a turn")
+            raise InvalidExample(f"{side} is {_shown(answer)}, not one answer: a text, or a turn")
         if not isinstance(row[column], list) or not row[column]:
-            raise Refused(f"{column} is {_shown(row[column])}, not a list of turns")
+            raise InvalidExample(f"{column} is {_shown(row[column])}, not a list of turns")
         return {**row, column: [*row[column], answer]}
 
-    return answered
+    return with_answer
 
 
-def _completed(row: dict[str, Any], answer: Any, side: str) -> dict[str, Any]:
-    """A row of prompt and completion."""
+def _complete(row: dict[str, Any], answer: Any, side: str) -> dict[str, Any]:
     prompt = row["prompt"]
     if isinstance(answer, dict):
         answer = [answer]
@@ -84,67 +94,49 @@ def _completed(row: dict[str, Any], answer: Any, side: str) -> dict[str, Any]:
     return {"prompt": prompt, "completion": answer, "system": row.get("system"), "tools": row.get("tools")}
 
 
-def _instructed(row: dict[str, Any], answer: Any, side: str) -> dict[str, Any]:
+def _follow_instruction(row: dict[str, Any], answer: Any, side: str) -> dict[str, Any]:
     if not isinstance(answer, str):
-        raise Refused(f"{side} is {_shown(answer)}, not a text")
+        raise InvalidExample(f"{side} is {_shown(answer)}, not a text")
     return {**row, "output": answer}
 
 
-def _whole_conversations(row: dict[str, Any], where: str) -> Example:
-    """Both answers with what comes before them."""
-    both: list[Conversation] = []
-    for side in SIDES:
-        if not isinstance(row[side], list):
-            raise Refused(f"{side} is {_shown(row[side])}, not a list of messages, and no prompt stands in another column")
-        asked = {"messages": row[side], "system": row.get("system"), "tools": row.get("tools")}
-        try:
-            answered = _answers["messages",](asked, where)
-        except Refused as refused:
-            raise Refused(f"with {side}: {refused}") from None
-        both.append(_last_alone(answered, side))
-    prompt = row.get("prompt")
-    if isinstance(prompt, str) and all(prompt.strip() != m["content"].strip() for m in both[0].messages[:-1]):
-        raise Refused("chosen and rejected are whole conversations, and the prompt is in neither of them")
-    return _pair(both[0], both[1], where)
-
-
-def _last_alone(example: Example, what: str) -> Conversation:
-    """The conversation, of which the last message alone is learned."""
-    assert isinstance(example, Conversation), "shapes of plain texts are not among those that are compared or judged"
+def _last_answer_only(example: Example, name: str) -> Conversation:
+    """The conversation, of which only the last message is trained on."""
+    assert isinstance(example, Conversation), "formats of plain texts are not among those that are compared or judged"
     last = len(example.messages) - 1
     if example.messages[last]["role"] != "assistant":
-        raise Refused(f"{what} does not end with a message of the assistant's")
-    spoken = {n for n, message in enumerate(example.messages) if message["role"] == "assistant"}
-    return replace(example, silent=frozenset(spoken - {last}))
+        raise InvalidExample(f"{name} does not end with a message of the assistant's")
+    answers = {n for n, message in enumerate(example.messages) if message["role"] == "assistant"}
+    return replace(example, context_only=frozenset(answers - {last}))
 
 
-def _pair(chosen: Conversation, rejected: Conversation, where: str) -> Example:
+def _pair(where: str, chosen: Conversation, rejected: Conversation) -> Example:
     if chosen.messages[:-1] != rejected.messages[:-1]:
-        raise Refused("chosen and rejected answer different prompts, so they can't be compared")
+        raise InvalidExample("chosen and rejected answer different prompts, so they can't be compared")
     if chosen.messages[-1] == rejected.messages[-1]:
-        raise Refused("chosen and rejected are the same answer, so neither is the better one")
+        raise InvalidExample("chosen and rejected are the same answer, so neither is the better one")
     return Preference(chosen, rejected, where)
 
 
-def _judged(shape: Shape, label: str) -> Shape:
+def _judged(format: Format, label: str) -> Format:
     def read(row: dict[str, Any], where: str) -> Example:
         good = row[label]
         if isinstance(good, str):
             good = {"true": True, "1": True, "false": False, "0": False}.get(good.strip().lower(), good)
         if good not in (True, False):
-            raise Refused(f"{label} is {_shown(row[label])}, not true (a good answer) or false (a bad one)")
-        return Judged(_last_alone(shape.read(row, where), "the conversation"), bool(good), where)
+            raise InvalidExample(f"{label} is {_shown(row[label])}, not true (a good answer) or false (a bad one)")
+        return Judged(_last_answer_only(format.read(row, where), "the conversation"), bool(good), where)
 
-    return Shape((*shape.required, label), shape.optional, read)
+    return Format((*format.required, label), format.optional, read)
 
 
-def _apart(shape: Shape) -> Shape:
+def _as_judged(format: Format) -> Format:
     def read(row: dict[str, Any], where: str) -> Example:
-        pair = shape.read(row, where)
+        pair = format.read(row, where)
         assert isinstance(pair, Preference)
-        return replace(pair, apart=True)
+        return replace(pair, as_judged=True)
 
-    return shape._replace(read=read)
+    return format._replace(read=read)
 
 
 def _shown(value: Any) -> str:
@@ -152,13 +144,17 @@ def _shown(value: Any) -> str:
 
 
 PAIRS = (
-    Shape(("prompt", *SIDES), ("system", "tools"), _after(("prompt", "completion"), _completed)),
-    Shape(("messages", *SIDES), ("system", "tools"), _after(("messages",), _turns("messages"))),
-    Shape(("conversations", *SIDES), ("system", "tools"), _after(("conversations",), _turns("conversations"))),
-    Shape(("instruction", *SIDES), ("input", "system", "history", "tools"), _after(("instruction", "output"), _instructed)),
-    Shape(SIDES, ("system", "tools"), _whole_conversations),
+    Format(("prompt", *SIDES), ("system", "tools"), _pair_after(("prompt", "completion"), _complete)),
+    Format(("messages", *SIDES), ("system", "tools"), _pair_after(("messages",), _append_turn("messages"))),
+    Format(("conversations", *SIDES), ("system", "tools"), _pair_after(("conversations",), _append_turn("conversations"))),
+    Format(
+        ("instruction", *SIDES),
+        ("input", "system", "history", "tools"),
+        _pair_after(("instruction", "output"), _follow_instruction),
+    ),
+    Format(SIDES, ("system", "tools"), _pair_of_conversations),
 )
-JUDGED = tuple(_judged(shape, label) for shape in ANSWERS if shape.required != ("text",) for label in ("label", "kto_tag"))
+JUDGED = tuple(_judged(format, label) for format in ANSWERS if format.required != ("text",) for label in ("label", "kto_tag"))
 
-SHAPES: dict[Kind, tuple[Shape, ...]] = {"answers": ANSWERS, "pairs": PAIRS, "judged": (*JUDGED, *map(_apart, PAIRS))}
-"""The shapes that each kind of row comes in."""
+FORMATS: dict[Kind, tuple[Format, ...]] = {"answers": ANSWERS, "pairs": PAIRS, "judged": (*JUDGED, *map(_as_judged, PAIRS))}
+"""The formats that each kind of example comes in."""

@@ -1,4 +1,4 @@
-"""Where rows come from: files, folders, patterns of files and datasets on the hub; each row with the file and line it stands in."""
+"""Sources of rows: files, folders, patterns of files and datasets on the hub. Every row has the file and line it is in."""
 
 import difflib
 import glob
@@ -10,38 +10,38 @@ from pathlib import Path
 from trimtab.core.errors import DataError, listing
 from trimtab.core.files import expanded
 from trimtab.data.arrow_files import hub_dataset, is_saved_dataset, parquet, saved_dataset
-from trimtab.data.example import Account, RawRow, Refusal
+from trimtab.data.example import RawRow, RejectedExample, SourceReport
 from trimtab.data.json_files import json_file
-from trimtab.data.text_files import PACKED, csv_file, not_text
+from trimtab.data.text_files import COMPRESSED, csv_file, not_utf8
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(:\w+)?")
 _SPLITS = re.compile(r"(?<![a-z])(train|training|test|testing|valid|validation|dev|val|eval|evaluation)(?![a-z])")
-_ABOUT = {"dataset_infos.json", "dataset_info.json", "config.json", "metadata.json", "package.json"}
-"""Files of a folder that say something about its rows."""
+_METADATA = {"dataset_infos.json", "dataset_info.json", "config.json", "metadata.json", "package.json"}
+"""Files of a folder that describe its rows."""
 
 
-def read_rows(source: str, account: Account | None = None) -> Iterator[RawRow | Refusal]:
-    """Every row of a source, in its order; a row that can't be read is a Refusal.
+def read_rows(source: str, report: SourceReport | None = None) -> Iterator[RawRow | RejectedExample]:
+    """Every row of a source, in its order; one that can't be read is a RejectedExample.
 
     Args:
         source: A file (JSON, JSONL, CSV, TSV, Parquet; the text ones also as .gz or .zst), a pattern of files such as
             `data/*.jsonl`, a folder of such files or one that `datasets` saved, or a dataset on the hub (`org/name` or
             `org/name:split`; the split is `train` unless given).
-        account: Is told what is left out on the way.
+        report: Counts what is left out while reading.
 
     Raises:
         DataError: There is no such source, it holds no rows, or it can't be read at all.
         StorageError: It could not be fetched from the hub.
     """
-    account = account or Account((source,))
+    report = report or SourceReport((source,))
     path = expanded(source)
     if path.is_dir() and is_saved_dataset(path):
-        rows = saved_dataset(path, account)
+        rows = saved_dataset(path, report)
     elif files := _files(source):
-        rows = chain.from_iterable(_file(file, account) for file in files)
+        rows = chain.from_iterable(_read_file(file, report) for file in files)
     elif _on_hub(source):
-        rows = hub_dataset(source, account)
+        rows = hub_dataset(source, report)
     else:
         raise DataError(f"data: {source}: no such file or folder (looked in {Path.cwd()}{_near(path)}).")
     empty = True
@@ -49,14 +49,14 @@ def read_rows(source: str, account: Account | None = None) -> Iterator[RawRow | 
         empty = False
         yield row
     if empty:
-        raise DataError(f"data: {source} holds no rows.")
+        raise DataError(f"data: {source} holds no examples.")
 
 
 def _near(path: Path) -> str:
-    """What lies beside it that is called nearly so, if something is."""
-    beside = {other.stem: other for other in sorted(path.parent.iterdir())} if path.parent.is_dir() else {}
-    close = difflib.get_close_matches(path.stem, beside, n=1, cutoff=0.7)
-    return f"; did you mean {beside[close[0]]}?" if close else ""
+    """A suggestion: the file or folder beside it whose name is most similar, if one is."""
+    neighbours = {file.stem: file for file in sorted(path.parent.iterdir())} if path.parent.is_dir() else {}
+    close = difflib.get_close_matches(path.stem, neighbours, n=1, cutoff=0.7)
+    return f"; did you mean {neighbours[close[0]]}?" if close else ""
 
 
 def local_files(source: str) -> list[Path]:
@@ -68,7 +68,7 @@ def local_files(source: str) -> list[Path]:
 
 
 def is_local(source: str) -> bool:
-    """Whether it is not a dataset on the hub. It may not be there at all."""
+    """Whether it is no dataset on the hub. It need not exist."""
     return bool(_matching(source)) or expanded(source).exists() or not _on_hub(source)
 
 
@@ -78,13 +78,13 @@ def _on_hub(source: str) -> bool:
 
 
 def absolute_source(source: str) -> str:
-    """The same source from anywhere; a hub name as it is."""
+    """The source with an absolute path; a hub name as it is."""
     path = expanded(source)
     return str(path.absolute()) if path.exists() or _matching(source) else source
 
 
 def _matching(source: str) -> list[str]:
-    """What a pattern of files stands for."""
+    """The paths that match a pattern."""
     return glob.glob(str(expanded(source)), recursive=True) if glob.has_magic(source) else []
 
 
@@ -93,48 +93,46 @@ def _files(source: str) -> list[Path]:
     if path.is_file():
         return [path]
     if path.is_dir():
-        return _of_folder(path)
+        return _folder_files(path)
     return [file for file in sorted(map(Path, _matching(source))) if file.is_file()]
 
 
-def _of_folder(folder: Path) -> list[Path]:
-    """The files of a folder, if they are shards of one thing."""
-    inside = (p for p in sorted(folder.rglob("*")) if not any(part.startswith(".") for part in p.relative_to(folder).parts))
-    files = [p for p in inside if p.is_file() and _suffix(p) in SUFFIXES and p.name not in _ABOUT]
+def _folder_files(folder: Path) -> list[Path]:
+    """The files of a folder, which have to be shards of one data set."""
+    visible = (p for p in sorted(folder.rglob("*")) if not any(part.startswith(".") for part in p.relative_to(folder).parts))
+    files = [p for p in visible if p.is_file() and _suffix(p) in SUFFIXES and p.name not in _METADATA]
     if not files:
-        raise DataError(
-            f"data: {folder} holds no file of rows ({', '.join(SUFFIXES)}), and is no folder that `datasets` saved."
-        )
-    for what, of in (("kinds of files", _suffix), ("splits", lambda file: _split(file.relative_to(folder)))):
-        kinds = {of(file): file for file in files if of(file)}
+        raise DataError(f"data: {folder} holds no data file ({', '.join(SUFFIXES)}), and is no folder that `datasets` saved.")
+    for differing, kind_of in (("kinds of files", _suffix), ("splits", lambda file: _split(file.relative_to(folder)))):
+        kinds = {kind_of(file): file for file in files if kind_of(file)}
         if len(kinds) > 1:
-            ways = [f"data.train='{_pattern(file, folder)}'" for _, file in sorted(kinds.items())]
+            settings = [f"data.train='{_pattern(file, folder)}'" for _, file in sorted(kinds.items())]
             raise DataError(
-                f"data: {folder} holds several {what} ({', '.join(sorted(kinds))}). Say which, for example:\n{listing(ways)}"
+                f"data: {folder} holds several {differing} ({', '.join(sorted(kinds))}). Choose one, for example:\n{listing(settings)}"
             )
     return files
 
 
 def _split(file: Path) -> str:
-    """The split that a file's name, or its folder's, says it belongs to."""
-    found = _SPLITS.findall(str(file).lower())
-    return found[-1] if found else ""
+    """The split that the name of a file or its folder says; empty if none."""
+    splits = _SPLITS.findall(str(file).lower())
+    return splits[-1] if splits else ""
 
 
 def _pattern(file: Path, folder: Path) -> str:
-    """A pattern for a file and what belongs to it."""
-    split, ending = _split(Path(file.name)), "".join(file.suffixes[-2:] if file.suffix in PACKED else file.suffixes[-1:])
+    """A pattern that matches a file and the others of its split."""
+    split, ending = _split(Path(file.name)), "".join(file.suffixes[-2:] if file.suffix in COMPRESSED else file.suffixes[-1:])
     return f"{file.parent}/*{f'{split}*' if split else ''}{ending}"
 
 
 def _suffix(path: Path) -> str:
-    """A file's ending, but for a packed one's `.gz`."""
-    return Path(path.stem if path.suffix.lower() in PACKED else path.name).suffix.lower()
+    """A file's ending, without that of compression."""
+    return Path(path.stem if path.suffix.lower() in COMPRESSED else path.name).suffix.lower()
 
 
-def _file(path: Path, account: Account) -> Iterator[RawRow | Refusal]:
+def _read_file(path: Path, report: SourceReport) -> Iterator[RawRow | RejectedExample]:
     suffix = _suffix(path)
-    if suffix not in SUFFIXES or (suffix == ".parquet" and path.suffix.lower() in PACKED):
+    if suffix not in SUFFIXES or (suffix == ".parquet" and path.suffix.lower() in COMPRESSED):
         raise DataError(f"data: {path}: the ending {path.suffix!r} is not one of {', '.join(SUFFIXES)}{_advice(path)}.")
     if path.stat().st_size == 0:
         raise DataError(f"data: {path} is empty.")
@@ -142,11 +140,11 @@ def _file(path: Path, account: Account) -> Iterator[RawRow | Refusal]:
         if suffix in (".csv", ".tsv"):
             yield from csv_file(path, "\t" if suffix == ".tsv" else None)
         elif suffix == ".parquet":
-            yield from parquet(path, account)
+            yield from parquet(path, report)
         else:
-            yield from json_file(path, account)
+            yield from json_file(path, report)
     except UnicodeError:
-        raise DataError(not_text(path)) from None
+        raise DataError(not_utf8(path)) from None
     except (OSError, EOFError) as error:
         raise DataError(f"data: {path} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
 

@@ -1,11 +1,10 @@
-"""Tokenized rows, kept from one run to the next, and found again by a hash of everything that they are made from."""
+"""Token rows that are kept from one run to the next, under a hash of everything that decides them."""
 
 import hashlib
 import json
 import os
 import sys
 from array import array
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,115 +14,114 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from trimtab.core import chat
 from trimtab.core.cache import cache_folder, code_hash, keep_newest
 from trimtab.core.errors import StorageError
 from trimtab.core.files import sha256_file, write_bytes
-from trimtab.data.example import Account, Refusal, TokenRow
+from trimtab.data.example import RejectedExample, SourceReport, TokenRow
 from trimtab.data.read import local_files
 from trimtab.data.rendering import Tokenizing
-from trimtab.data.token_rows import shared
+from trimtab.data.token_rows import interned
 
-Made = tuple[list[TokenRow], Account]
-
-LEAST = 1_000_000
-"""Bytes of data whose tokens are kept; those of less are made in a second."""
-KEPT = 16
-"""How many files of tokens are kept; the one that was asked for longest ago goes first."""
+MIN_BYTES = 1_000_000
+"""Bytes of data from which on its tokens are kept; less is tokenized in a second."""
+MAX_FILES = 16
+"""How many files of tokens are kept; the least recently used one goes first."""
 
 
-def tokenized_once(sources: tuple[str, ...], settings: dict[str, Any], base: Tokenizing, make: Callable[[], Made]) -> Made:
-    """What `make` makes of these sources and settings; or has made before, of the same.
+class TokenCache:
+    """The file that keeps the token rows of some sources, read with some settings, by one tokenizer and template."""
 
-    A damaged file of the cache is made anew, and one that can't be written is done without.
-    """
-    key = _key(sources, settings, base)
-    if key is None:
-        return make()
-    path = cache_folder() / "tokens" / f"{key}.safetensors"
-    if (found := _read(path)) is not None:
+    def __init__(self, sources: tuple[str, ...], settings: dict[str, Any], base: Tokenizing) -> None:
+        self._sources, self._settings, self._base = sources, settings, base
+        self._key = self._hash()
+
+    def _hash(self) -> str | None:
+        """A hash of all that decides the tokens; None if it isn't all known, or the data is too small to keep."""
+        paths: list[Path] = []
+        for source in self._sources:
+            if not (files := local_files(source)):
+                return None
+            paths += files
+        try:
+            if sum(path.stat().st_size for path in paths) < MIN_BYTES or (tokenizing := self._base.tokenizing_hash) is None:
+                return None
+            hashes = [(str(path), sha256_file(path)) for path in paths]
+        except OSError:
+            return None  # reading the file reports it
+        parts = {
+            "code": code_hash(sys.modules[__package__], chat),
+            "tokenizing": tokenizing,
+            "sources": self._sources,
+            "files": hashes,
+            "settings": self._settings,
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def _path(self) -> Path:
+        return cache_folder() / "tokens" / f"{self._key}.safetensors"
+
+    def read(self) -> tuple[list[TokenRow], SourceReport] | None:
+        """The rows and the report that are kept, if there are any and their file is undamaged."""
+        if self._key is None:
+            return None
+        try:
+            with safe_open(self._path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+                if (file.metadata() or {}).get("digest") != _digest(tensors):
+                    return None
+        except (OSError, SafetensorError):
+            return None
         with suppress(OSError):
-            os.utime(path)
-        return found
-    made = make()
-    if _key(sources, settings, base) == key:  # no file has changed while it was read
+            os.utime(self._path)
+        facts, mask = json.loads(tensors["words"].numpy().tobytes()), tensors["learned"].numpy().tobytes()
+        rows, start = [], 0
+        sizes = tensors["sizes"].view(-1, 2).tolist()
+        for where, side, (size, full_length) in zip(facts["where"], facts["side"], sizes, strict=True):
+            ids = interned(tensors["ids"][start : start + size].tolist())
+            targets = interned([n for n, is_target in enumerate(mask[start : start + size]) if is_target])
+            rows.append(TokenRow(ids, targets, where, full_length, side))
+            start += size
+        rejected = [RejectedExample(*example) for example in facts["refused"]]
+        return rows, SourceReport(tuple(facts["sources"]), facts["used"], rejected, set(facts["unread"]), facts["nulls"])
+
+    def write(self, rows: list[TokenRow], report: SourceReport) -> None:
+        """Keep rows, unless a file has changed while it was read. A failure to write is not an error."""
+        if self._key is None or self._hash() != self._key:
+            return
         with suppress(StorageError, OSError):
-            write_bytes(path, _as_bytes(made))
-            keep_newest(path.parent, "*.safetensors", KEPT)
-    return made
+            write_bytes(self._path, _as_bytes(rows, report))
+            keep_newest(self._path.parent, "*.safetensors", MAX_FILES)
 
 
-def _key(sources: tuple[str, ...], settings: dict[str, Any], base: Tokenizing) -> str | None:
-    """A hash of all that decides the tokens; None if it isn't all known, or not worth the keeping."""
-    paths: list[Path] = []
-    for source in sources:
-        if not (inside := local_files(source)):
-            return None
-        paths += inside
-    try:
-        if sum(path.stat().st_size for path in paths) < LEAST or (tokenizing := base.tokenizing_hash) is None:
-            return None
-        files = [(str(path), sha256_file(path)) for path in paths]
-    except OSError:
-        return None  # and whoever reads it says so
-    parts = {
-        "code": code_hash(sys.modules[__package__]),
-        "tokenizing": tokenizing,
-        "sources": sources,
-        "files": files,
-        "settings": settings,
+def _as_bytes(rows: list[TokenRow], report: SourceReport) -> bytes:
+    facts = {
+        "where": [row.where for row in rows],
+        "side": [row.side for row in rows],
+        "sources": report.sources,
+        "used": report.used,
+        "refused": report.rejected,
+        "unread": sorted(report.ignored_columns),
+        "nulls": report.removed_nulls,
     }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def _as_bytes(made: Made) -> bytes:
-    sequences, account = made
-    words = {
-        "where": [s.where for s in sequences],
-        "side": [s.side for s in sequences],
-        "sources": account.sources,
-        "used": account.used,
-        "refused": account.refused,
-        "unread": sorted(account.unread),
-        "nulls": account.nulls,
-    }
-    learned = bytearray()
-    for one in sequences:
-        mask = bytearray(len(one.ids))
-        for place in one.target_indices:
-            mask[place] = 1
-        learned += mask
+    mask = bytearray()
+    for row in rows:
+        is_target = bytearray(len(row.ids))
+        for place in row.target_indices:
+            is_target[place] = 1
+        mask += is_target
     tensors = {
-        "ids": _tensor(array("i", (n for s in sequences for n in s.ids)), torch.int32),
-        "learned": _tensor(learned, torch.uint8),
-        "sizes": _tensor(array("i", (n for s in sequences for n in (len(s.ids), s.shown))), torch.int32),
-        "words": _tensor(bytearray(json.dumps(words).encode()), torch.uint8),
+        "ids": _tensor(array("i", (n for row in rows for n in row.ids)), torch.int32),
+        "learned": _tensor(mask, torch.uint8),
+        "sizes": _tensor(array("i", (n for row in rows for n in (len(row.ids), row.full_length))), torch.int32),
+        "words": _tensor(bytearray(json.dumps(facts).encode()), torch.uint8),
     }
     return save(tensors, {"digest": _digest(tensors)})
 
 
-def _read(path: Path) -> Made | None:
-    """What was kept there, if anything, and whole."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
-            if (file.metadata() or {}).get("digest") != _digest(tensors):
-                return None
-    except (OSError, SafetensorError):
-        return None
-    words, learned = json.loads(tensors["words"].numpy().tobytes()), tensors["learned"].numpy().tobytes()
-    rows, start = [], 0
-    sizes = tensors["sizes"].view(-1, 2).tolist()
-    for where, side, (size, shown) in zip(words["where"], words["side"], sizes, strict=True):
-        ids = shared(tensors["ids"][start : start + size].tolist())
-        marked = shared([n for n, mark in enumerate(learned[start : start + size]) if mark])
-        rows.append(TokenRow(ids, marked, where, shown, side))
-        start += size
-    refused = [Refusal(*refusal) for refusal in words["refused"]]
-    return rows, Account(tuple(words["sources"]), words["used"], refused, set(words["unread"]), words["nulls"])
-
-
-def _tensor(held: "array[int] | bytearray", kind: torch.dtype) -> Tensor:
-    return torch.frombuffer(held, dtype=kind) if held else torch.zeros(0, dtype=kind)
+def _tensor(values: "array[int] | bytearray", dtype: torch.dtype) -> Tensor:
+    return torch.frombuffer(values, dtype=dtype) if values else torch.zeros(0, dtype=dtype)
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:

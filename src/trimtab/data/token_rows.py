@@ -1,10 +1,9 @@
-"""Examples as tokens, and which of them are learned. The only place where a loss mask is made.
+"""Examples as token rows with target tokens. The only place where a loss mask is made.
 
-What is learned is what the assistant says, and the token that ends its turn. It is found by rendering the conversation
-with the model's own template up to where each answer starts, and once whole, and by tokenizing both: text and tokens of
-the first must begin those of the second, or the conversation is laid out turn by turn. Markers are never searched for.
-So before an answer stand exactly the tokens that ask for it when the model generates; and what stands there as the answer
-says what the message says (see `written`).
+Target tokens are what the assistant says, and the token that ends its turn. They are found by rendering the conversation with
+the model's own template once whole and once up to where each answer starts, and by tokenizing both: text and tokens of the
+second must begin those of the first, or the conversation is rendered turn by turn. Markers are never searched for. So before
+an answer are exactly the tokens of the prompt that generation uses, and the answer says what the message says (see `template_output`).
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,217 +12,224 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any, NamedTuple
 
+from trimtab.core.chat import Message
 from trimtab.core.errors import DataError
-from trimtab.data.example import Account, Conversation, Example, Judged, Preference, Refusal, Refused, Side, Text, TokenRow
-from trimtab.data.rendering import Answer, Message, NotAPrefix, RenderedText, Tokenizing, turn_by_turn, whole
+from trimtab.data.example import (
+    Conversation,
+    Example,
+    InvalidExample,
+    Judged,
+    Preference,
+    RejectedExample,
+    Side,
+    SourceReport,
+    Text,
+    TokenRow,
+    parts_of,
+)
+from trimtab.data.rendering import Answer, NotAPrefix, RenderedText, Tokenizing, render_turn_by_turn, render_whole
 
-AT_A_TIME = 1000
-"""Examples that are tokenized at a time: what a tokenizer says of a text takes a hundred times the memory of its tokens."""
+BATCH = 1000
+"""Examples that are tokenized at a time: a tokenizer's result takes a hundred times the memory of its tokens."""
 
-_known: dict[int, int] = {}
-"""Every number once, however many rows hold it: a number that Python makes anew takes four times a reference's memory."""
+_interned: dict[int, int] = {}
+"""Every token id once, however many rows have it: a new int of Python's takes four times a reference's memory."""
 
 
-def make_sequences(
-    examples: Iterable[Example],
-    base: Tokenizing,
-    account: Account,
-    *,
-    max_length: int | None = None,
-    truncate: bool = False,
-    limit: str | None = None,
+class LengthLimit(NamedTuple):
+    """How long token rows may be, and what becomes of longer ones."""
+
+    tokens: int | None = None
+    truncate: bool = False
+    """Truncate longer rows instead of rejecting them; one without a target before the limit is rejected all the same."""
+    name: str = ""
+    """What messages call it; `max_length` with its number unless given."""
+
+    def __str__(self) -> str:
+        return self.name or f"max_length {self.tokens or 0:,}"
+
+
+NO_LIMIT = LengthLimit()
+
+
+def tokenize_examples(
+    examples: Iterable[Example], base: Tokenizing, report: SourceReport, limit: LengthLimit = NO_LIMIT
 ) -> list[TokenRow]:
-    """Examples as sequences, in their order; what can't be used goes to the account, with its reason.
-
-    Args:
-        max_length: The most tokens a sequence may have.
-        truncate: Cut longer ones instead of refusing them; one cut before its first learned token is still refused.
-        limit: What to call `max_length`, with its number.
-    """
-    cut = _Cut(max_length, truncate, limit or f"max_length {max_length or 0:,}")
-    examples, usable = iter(examples), []
-    while some := list(islice(examples, AT_A_TIME)):
-        made_of_each = iter(_made([part for example in some for part in _parts(example)], base, cut))
-        for example in some:
-            made = _joined(example, [next(made_of_each) for _ in _parts(example)])
-            if isinstance(made, str):
-                account.refused.append(Refusal(example.where, made))
-            else:
-                account.used += 1
-                usable += made
-    return usable
+    """Examples as token rows, in their order; the report lists those that can't be used, with their reasons."""
+    examples, rows = iter(examples), []
+    while batch := list(islice(examples, BATCH)):
+        of_parts = iter(_tokenize_parts([part for example in batch for part in parts_of(example)], base, limit))
+        for example in batch:
+            try:
+                rows += _join_parts(example, [next(of_parts) for _ in parts_of(example)])
+                report.used += 1
+            except InvalidExample as invalid:
+                report.rejected.append(RejectedExample(example.where, str(invalid)))
+    return rows
 
 
-def _parts(example: Example) -> Iterable[Conversation | Text]:
-    """What of it is tokenized, one by one."""
-    if isinstance(example, Preference):
-        return example.chosen, example.rejected
-    return (example.conversation,) if isinstance(example, Judged) else (example,)
-
-
-def _joined(example: Example, made: list[list[TokenRow] | str]) -> list[TokenRow] | str:
-    """The sequences of an example, from those of its parts; or why it can't be used."""
-    if isinstance(example, Judged) and not isinstance(made[0], str):
-        return [replace(made[0][0], side="good" if example.good else "bad")]
-    if not isinstance(example, Preference):
-        return made[0]
-    both: list[TokenRow] = []
-    for name, part in zip(("chosen", "rejected"), made, strict=True):
+def _join_parts(example: Example, parts: list[list[TokenRow] | str]) -> list[TokenRow]:
+    """The rows of an example, from those of its parts or why these can't be used. Raises InvalidExample."""
+    rows: list[TokenRow] = []
+    for name, part in zip(("chosen", "rejected"), parts, strict=False):
         if isinstance(part, str):
-            return f"{name}: {part}"
-        both += part
-    chosen, rejected = both  # a sequence each, because only the last turn of each is learned
+            raise InvalidExample(f"{name}: {part}" if isinstance(example, Preference) else part)
+        rows += part
+    if isinstance(example, Judged):
+        return [replace(rows[0], side="good" if example.good else "bad")]
+    if not isinstance(example, Preference):
+        return rows
+    chosen, rejected = rows  # a row each, because only the last turn of each is trained on
     if chosen.ids[: chosen.target_indices[0]] != rejected.ids[: rejected.target_indices[0]]:
-        return "chosen and rejected come after different tokens, so they can't be compared"
+        raise InvalidExample("chosen and rejected come after different tokens, so they can't be compared")
     if chosen.ids == rejected.ids:
-        return "chosen and rejected are the same tokens as far as they are read, so neither is the better one"
-    sides: tuple[Side, Side] = ("good", "bad") if example.apart else ("chosen", "rejected")
-    return [replace(one, side=side) for one, side in zip((chosen, rejected), sides, strict=True)]
+        raise InvalidExample("chosen and rejected are the same tokens up to where they end, so neither is the better one")
+    sides: tuple[Side, Side] = ("good", "bad") if example.as_judged else ("chosen", "rejected")
+    return [replace(chosen, side=sides[0]), replace(rejected, side=sides[1])]
 
 
-def _made(examples: Sequence[Conversation | Text], base: Tokenizing, cut: "_Cut") -> Iterator[list[TokenRow] | str]:
-    """Of each example, its sequences, or why it can't be used."""
-    found: dict[int, list[TokenRow] | str] = {}
-    for draft in (whole, turn_by_turn):
-        drafts: dict[int, list[RenderedText]] = {}
-        for number, example in enumerate(examples):
-            if number not in found:
+def _tokenize_parts(
+    parts: Sequence[Conversation | Text], base: Tokenizing, limit: LengthLimit = NO_LIMIT
+) -> list[list[TokenRow] | str]:
+    """Of each part its token rows, or why it can't be used."""
+    results: dict[int, list[TokenRow] | str] = {}
+    for render in (render_whole, render_turn_by_turn):
+        rendered: dict[int, list[RenderedText]] = {}
+        for number, part in enumerate(parts):
+            if number not in results:
                 try:
                     with suppress(NotAPrefix):
-                        drafts[number] = draft(example, base)
-                except (Refused, DataError) as refused:
-                    found[number] = str(refused)
-        encoded = _encode([d for several in drafts.values() for d in several], base)
-        for number, several in drafts.items():
-            tokens = list(islice(encoded, len(several)))
+                        rendered[number] = render(part, base)
+                except (InvalidExample, DataError) as error:
+                    results[number] = str(error)
+        encoded = _encode([text for texts in rendered.values() for text in texts], base)
+        for number, texts in rendered.items():
+            encodings = list(islice(encoded, len(texts)))
             try:
                 with suppress(NotAPrefix):
-                    sequences = [_sequence(d, t, base, examples[number].where) for d, t in zip(several, tokens, strict=True)]
-                    found[number] = cut.cut(sequences)
-            except Refused as refused:
-                found[number] = str(refused)
+                    rows = [_token_row(text, e, base, parts[number].where) for text, e in zip(texts, encodings, strict=True)]
+                    results[number] = _limit_length(rows, limit)
+            except InvalidExample as invalid:
+                results[number] = str(invalid)
     unending = "the chat template does not end every answer with the token that the model stops at"
-    return (found.get(number, unending) for number in range(len(examples)))
+    return [results.get(number, unending) for number in range(len(parts))]
 
 
-def prompt_of(messages: Sequence[Message], base: Tokenizing, tools: Iterable[Any] = ()) -> list[int]:
-    """The tokens that ask for the next message, as training has them; for a base without a template, those of the one message's text."""
+def tokenize_prompt(messages: Sequence[Message], base: Tokenizing, tools: Iterable[Any] = ()) -> list[int]:
+    """The tokens of the prompt for the next message, as training has them; without a template, those of the only message's text."""
     if base.has_template:
-        (encoded,) = base.encode([base.render(messages, list(tools), prompt=True)])
+        (encoded,) = base.encode([base.template.render(messages, list(tools), prompt=True)])
     else:
         (encoded,) = base.encode([messages[0]["content"]], special=True)
-    if strange := base.unembedded(encoded.ids):
-        raise DataError(f"the prompt: {strange}.")
+    if problem := base.embedding_problem(encoded.ids):
+        raise DataError(f"the prompt: {problem}.")
     return list(encoded.ids)
 
 
-def asked(examples: Iterable[Conversation], base: Tokenizing) -> list[tuple[list[int], list[int]]]:
-    """The tokens of each conversation's last answer that is trained on, and those that ask for it; these first.
+def tokenize_answers(examples: Iterable[Conversation], base: Tokenizing) -> list[tuple[list[int], list[int]]]:
+    """Of each conversation the prompt of its last trained answer, and that answer, both as tokens.
 
     Raises:
         DataError: One can't be used.
     """
-    found = []
-    for example, made in zip(examples := list(examples), _made(examples, base, _Cut()), strict=True):
-        if isinstance(made, str):
-            raise DataError(f"{example.where}: {made}")
-        start = last_run(made[-1])
-        found.append((made[-1].ids[:start], made[-1].ids[start:]))
-    return found
+    answers, examples = [], list(examples)
+    for example, rows in zip(examples, _tokenize_parts(examples, base), strict=True):
+        if isinstance(rows, str):
+            raise DataError(f"{example.where}: {rows}")
+        start = last_answer_start(rows[-1])
+        answers.append((rows[-1].ids[:start], rows[-1].ids[start:]))
+    return answers
 
 
-def last_run(row: TokenRow) -> int:
-    """Where the last run of tokens that are trained on begins."""
+def last_answer_start(row: TokenRow) -> int:
+    """Index of the first token in the last run of target tokens."""
     at = len(row.target_indices) - 1
     while at > 0 and row.target_indices[at - 1] == row.target_indices[at] - 1:
         at -= 1
     return row.target_indices[at]
 
 
-def _encode(drafts: list[RenderedText], base: Tokenizing) -> Iterator[list[Any]]:
-    """The tokens of each draft's text, and of the text before each of its answers. Plain texts begin with a BOS, if any."""
-    done: dict[int, list[Any]] = {}
-    for in_turns in (True, False):
-        chosen = [n for n, draft in enumerate(drafts) if draft.in_turns == in_turns]
-        texts = [[drafts[n].text, *(drafts[n].text[: a.start] for a in drafts[n].answers)] for n in chosen]
-        encoded = iter(base.encode([text for several in texts for text in several], special=not in_turns))
-        done |= {n: list(islice(encoded, len(several))) for n, several in zip(chosen, texts, strict=True)}
-    return (done[n] for n in range(len(drafts)))
+def _encode(texts: list[RenderedText], base: Tokenizing) -> Iterator[list[Any]]:
+    """Of each text its encoding, and that of the text before each of its answers. Plain texts begin with a BOS, if any."""
+    encodings: dict[int, list[Any]] = {}
+    for by_template in (True, False):
+        numbers = [n for n, text in enumerate(texts) if text.by_template == by_template]
+        pieces = [[texts[n].text, *(texts[n].text[: a.start] for a in texts[n].answers)] for n in numbers]
+        encoded = iter(base.encode([piece for of_text in pieces for piece in of_text], special=not by_template))
+        encodings |= {n: list(islice(encoded, len(of_text))) for n, of_text in zip(numbers, pieces, strict=True)}
+    return (encodings[n] for n in range(len(texts)))
 
 
-def _sequence(draft: RenderedText, encoded: list[Any], base: Tokenizing, where: str) -> TokenRow:
-    ids, ends, firsts = _split_at_answers(draft, encoded, base)
-    learned: list[int] = []
-    for first, answer in zip(firsts, draft.answers, strict=True):
-        if draft.in_turns:
+def _token_row(text: RenderedText, encodings: list[Any], base: Tokenizing, where: str) -> TokenRow:
+    ids, ends, firsts = _split_at_answers(text, encodings, base)
+    targets: list[int] = []
+    for first, answer in zip(firsts, text.answers, strict=True):
+        if text.by_template:
             stops = [t for t in range(first, len(ids)) if ids[t] == answer.end and ends[t] <= answer.limit]
             if not stops:
                 raise NotAPrefix
             if not answer.calls and base.decode(ids[stops[0] + 1 : stops[-1]]).strip():
-                raise Refused("the chat template ends the turn in its midst, and the model would stop there")
+                raise InvalidExample(
+                    "the chat template writes the turn's end token inside the turn, where the model would stop"
+                )
             last = stops[-1] if answer.calls else stops[0]
         else:
             if base.end_of_text is not None and ids[-1:] != [base.end_of_text]:
                 ids = [*ids, base.end_of_text]
             last = len(ids) - 1
-        learned += range(max(first, 1), last + 1)  # nothing comes before the first token, so nothing can predict it
-    if strange := base.unembedded(ids[: learned[-1] + 1] if learned else []):
-        raise Refused(strange)
-    return TokenRow(ids, learned, where, len(ids))
+        targets += range(max(first, 1), last + 1)  # nothing can predict the first token of a row
+    if problem := base.embedding_problem(ids[: targets[-1] + 1] if targets else []):
+        raise InvalidExample(problem)
+    return TokenRow(ids, targets, where, len(ids))
 
 
-def _split_at_answers(draft: RenderedText, encoded: list[Any], base: Tokenizing) -> tuple[list[int], list[int], list[int]]:
-    """The tokens, where they end in the text, and the first token of each answer, before which stand exactly the prompt's tokens.
+def _split_at_answers(text: RenderedText, encodings: list[Any], base: Tokenizing) -> tuple[list[int], list[int], list[int]]:
+    """The tokens, where they end in the text, and the index of each answer's first token, before which are exactly the prompt's.
 
     A tokenizer may join the prompt's last characters with the answer's first ("2+" and "+" as "++"), or divide the prompt
-    in another way when something follows it.
+    differently when something follows it.
     """
-    text, *prompts = encoded
-    ids, ends = list(text.ids), [end for _, end in text.offsets]
-    if draft.answers[0].start == 0:
-        return ids, ends, [text.before]
+    encoded, *prompts = encodings
+    ids, ends = list(encoded.ids), [end for _, end in encoded.offsets]
+    if text.answers[0].start == 0:
+        return ids, ends, [encoded.before]
 
     def begins(prompt: Any, answer: Answer) -> bool:
         n = len(prompt.ids)
         return ids[:n] == list(prompt.ids) and all(end <= answer.start for end in ends[:n])
 
     firsts = [len(prompt.ids) for prompt in prompts]
-    if all(begins(prompt, answer) for prompt, answer in zip(prompts, draft.answers, strict=True)):
+    if all(begins(prompt, answer) for prompt, answer in zip(prompts, text.answers, strict=True)):
         return ids, ends, firsts
-    if len(draft.answers) > 1:
+    if len(text.answers) > 1:
         raise NotAPrefix
-    start = draft.answers[0].start
-    (rest,) = base.encode([draft.text[start:]])
-    cut = [*prompts[0].ids, *rest.ids]
-    if base.decode(cut) != base.decode(ids):
-        raise Refused("the tokenizer joins the end of the prompt with the start of the answer, and cannot write them apart")
-    return cut, [*(end for _, end in prompts[0].offsets), *(start + end for _, end in rest.offsets)], firsts
+    start = text.answers[0].start
+    (rest,) = base.encode([text.text[start:]])
+    split = [*prompts[0].ids, *rest.ids]
+    if base.decode(split) != base.decode(ids):
+        raise InvalidExample(
+            "the tokenizer joins the end of the prompt with the start of the answer, and cannot write them separately"
+        )
+    return split, [*(end for _, end in prompts[0].offsets), *(start + end for _, end in rest.offsets)], firsts
 
 
-class _Cut(NamedTuple):
-    """How long sequences may be, and what becomes of longer ones."""
-
-    max_length: int | None = None
-    truncate: bool = False
-    limit: str = ""
-
-    def cut(self, sequences: list[TokenRow]) -> list[TokenRow]:
-        """Sequences of one example up to their last learned token, each no longer than it may be."""
-        needed = max((s.target_indices[-1] + 1 for s in sequences if s.target_indices), default=0)
-        if self.max_length is not None and needed > self.max_length:
-            if not self.truncate:
-                raise Refused(f"has {needed:,} tokens up to the end of its last answer, more than {self.limit}")
-            sequences = [replace(s, target_indices=[t for t in s.target_indices if t < self.max_length]) for s in sequences]
-        whole = [
-            replace(s, ids=shared(s.ids[: s.target_indices[-1] + 1]), target_indices=shared(s.target_indices))
-            for s in sequences
-            if s.target_indices
-        ]
-        if not whole:
-            raise Refused("has no token to learn" + (f" within {self.limit}" if needed else ""))
-        return whole
+def _limit_length(rows: list[TokenRow], limit: LengthLimit) -> list[TokenRow]:
+    """The rows of one example up to their last target, within the limit. Raises InvalidExample."""
+    needed = max((row.target_indices[-1] + 1 for row in rows if row.target_indices), default=0)
+    if limit.tokens is not None and needed > limit.tokens:
+        if not limit.truncate:
+            raise InvalidExample(f"has {needed:,} tokens up to the end of its last answer, more than {limit}")
+        rows = [replace(row, target_indices=[t for t in row.target_indices if t < limit.tokens]) for row in rows]
+    limited = [
+        replace(row, ids=interned(row.ids[: row.target_indices[-1] + 1]), target_indices=interned(row.target_indices))
+        for row in rows
+        if row.target_indices
+    ]
+    if not limited:
+        raise InvalidExample("has no token to train on" + (f" within {limit}" if needed else ""))
+    return limited
 
 
-def shared(numbers: list[int]) -> list[int]:
-    """The same numbers, in memory that all rows share."""
-    return [_known.setdefault(n, n) for n in numbers]
+def interned(numbers: list[int]) -> list[int]:
+    """The same numbers, as objects that all rows share."""
+    return [_interned.setdefault(n, n) for n in numbers]

@@ -19,7 +19,7 @@ from trimtab.methods import OF_BASE, Attached, Method, Sample, modules, place, r
 
 def sample(base: Base, rows: Sequence[TokenRow]) -> Sample:
     """What an adapter's first values can be made from, beside the base: rows to be learned, and the base's tokenizer."""
-    return Sample(rows=[row.ids for row in rows], encode=_encode(base), pieces=base.pieces)
+    return Sample(rows=[row.ids for row in rows], encode=_encode(base), pieces=base.original_ids)
 
 
 def _encode(base: Base) -> Callable[[str], list[int]] | None:

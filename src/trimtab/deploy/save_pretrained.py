@@ -7,7 +7,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 
 from trimtab.artifacts import write_adapter, write_tensors
-from trimtab.base import Fingerprint, as_held, model_fingerprint
+from trimtab.base import Fingerprint, model_fingerprint, nearest_config
 from trimtab.base.fingerprint import own_weights
 from trimtab.core.errors import RecipeError, UnsupportedModel
 from trimtab.core.files import filled_folder
@@ -67,7 +67,7 @@ def _save_pretrained(
         _fingerprints[model] = model_fingerprint(model)
     facts = {"fingerprint": _fingerprints[model], "stop_ids": []}
     first = next(p for p in own_weights(model).values() if p.is_floating_point())
-    held = as_held(
+    held = nearest_config(
         getattr(model.config, "_name_or_path", "") or type(model).__name__, first.dtype, str(first.device), "none", {}
     )
     for name, adapter in adapters(model).items():

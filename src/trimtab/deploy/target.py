@@ -7,7 +7,7 @@ from pathlib import Path
 from trimtab.artifacts import is_adapter, is_run, read_adapter, read_record, refuse_uncertified, standing
 from trimtab.artifacts.adapter import MANIFEST
 from trimtab.artifacts.run_folder import ADAPTER, CHECKPOINTS
-from trimtab.base import Base, ModelConfig, here, located
+from trimtab.base import Base, ModelConfig, fit_to_machine, locate_model
 from trimtab.core import files
 from trimtab.core.errors import ArtifactError, RecipeError
 from trimtab.deploy.adapter import load_adapter
@@ -63,7 +63,7 @@ def _newest(run: Path) -> Path | None:
 def _refuse_moved(source: str, adapter: Path) -> None:
     """Raise RecipeError if the base that an adapter names is not where it was."""
     try:
-        located(source)
+        locate_model(source)
     except RecipeError as error:
         raise RecipeError(
             f"{adapter} was trained on {source}, and there is none any more. Say where it is now: --model FOLDER."
@@ -91,7 +91,7 @@ def open_target(name: str, model: str | None = None, *, certified: bool = False)
     if not source:
         raise RecipeError(f"{folder} does not say which base it was trained on: give it with --model.")
     try:
-        config, other = here(ModelConfig.parse({**stored.base.get("model", {}), "name": source}))
+        config, other = fit_to_machine(ModelConfig.parse({**stored.base.get("model", {}), "name": source}))
     except RecipeError as error:
         raise ArtifactError(f"{folder / MANIFEST}: base.model: {error}") from None
     if model is None:

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from trimtab.base import Base
-from trimtab.core.errors import ArtifactError, DataError, listing
-from trimtab.data import Account, Example, make_sequences
+from trimtab.core.errors import ArtifactError
+from trimtab.data import Example
 from trimtab.data.mismatched import with_mismatched
 from trimtab.evaluate.reference import PACK_TOKENS, divergence, refer
-from trimtab.evaluate.scores import score_loss
+from trimtab.evaluate.scores import score_loss, tokenize_all
 from trimtab.methods import Attached, room
 from trimtab.objectives import Objective
 
@@ -43,12 +43,9 @@ def score_preferences(
         DataError: Some of the rows can't be measured.
         ArtifactError: The reference is not what it was.
     """
-    most, account = room(base.model, base.context_length), Account(("evaluation",))
-    rows = make_sequences(examples, base, account, max_length=most, limit=f"the context length {most}")
-    if account.refused or not rows:
-        raise DataError(f"data: rows that can't be measured:\n{listing([f'{where}: {why}' for where, why in account.refused])}")
-    answers = rows
-    rows = with_mismatched(rows, seed, most) if objective.estimates_kl else rows
+    answers = rows = tokenize_all(base, examples)
+    if objective.estimates_kl:
+        rows = with_mismatched(rows, seed, room(base.model, base.context_length))
     source = reference.source if reference is not None else "base"
     if reference is not None:
         referred = refer(base, adapter, source, rows, PACK_TOKENS)

@@ -14,7 +14,16 @@ from torch import Tensor
 
 from trimtab.base import Base
 from trimtab.core.errors import DataError, NonFinite, listing
-from trimtab.data import Account, Conversation, Judged, Preference, asked, make_sequences, pack_all
+from trimtab.data import (
+    Conversation,
+    Judged,
+    LengthLimit,
+    Preference,
+    SourceReport,
+    pack_all,
+    tokenize_answers,
+    tokenize_examples,
+)
 from trimtab.data.example import TokenRow
 from trimtab.engine import Answer, Ended, generate
 from trimtab.methods import room
@@ -105,7 +114,7 @@ def score_answers(
 
     An answer is cut a little beyond the length of the longest expected one, or of `others` if that is longer: by then it is wrong.
     """
-    pairs = asked(examples, base)
+    pairs = tokenize_answers(examples, base)
     longest = max(
         (len(one) for one in [*(expected for _, expected in pairs), *(e.ids for e in base.encode(others))]), default=0
     )
@@ -117,7 +126,7 @@ def score_answers(
         if on_done:
             on_done(len(part))
     return [
-        Answered(_question(example), base.said(expected), base.said(answer), len(answer), answer.ended)
+        Answered(_question(example), base.answer_text(expected), base.answer_text(answer), len(answer), answer.ended)
         for example, (_, expected), answer in zip(examples, pairs, answers, strict=True)
     ]
 
@@ -145,22 +154,25 @@ def answer_preferences(
     ]
 
 
+def tokenize_all(base: Base, examples: Sequence[Any]) -> list[TokenRow]:
+    """Every example as token rows. Raises DataError if some can't be used: a score on the others would be taken for one on all."""
+    report, most = SourceReport(("evaluation",)), room(base.model, base.context_length)
+    rows = tokenize_examples(examples, base, report, LengthLimit(most, name=f"the context length {most}"))
+    if report.rejected:
+        problems = listing([f"{where}: {reason}" for where, reason in report.rejected])
+        raise DataError(f"data: examples that can't be evaluated:\n{problems}")
+    if not rows:
+        raise DataError("data: there are no examples to measure on.")
+    return rows
+
+
 def score(base: Base, examples: Sequence[Any], on_done: Callable[[int], None] | None = None) -> dict[str, Any]:
     """Rows, loss, perplexity and exact match with their intervals, as JSON data; and the answers.
 
     Raises:
         DataError: There are no rows, or some can't be measured; a score on the others would be taken for one on all.
     """
-    account = Account(("evaluation",))
-    sequences = make_sequences(
-        examples, base, account, max_length=(most := room(base.model, base.context_length)), limit=f"the context length {most}"
-    )
-    if account.refused or not sequences:
-        problems = [f"{where}: {reason}" for where, reason in account.refused]
-        raise DataError(
-            f"data: rows that can't be measured:\n{listing(problems)}" if problems else "data: there are no rows to measure on."
-        )
-    loss = score_loss(base, sequences)
+    loss = score_loss(base, tokenize_all(base, examples))
     conversations = [e for e in examples if isinstance(e, Conversation)]
     answers = score_answers(base, conversations, on_done)
     right = sum(answer.right for answer in answers)

@@ -43,7 +43,7 @@ def checks_table(findings: Sequence[Finding], rows: Sequence[dict[str, Any]]) ->
         parts += [Text.from_markup("[bold]Target tokens per example[/]"), bars, Text()]
     parts += [
         Text.from_markup(
-            f"{MARKS[finding.status]}{' ' * (9 - len(finding.status))}[bold]{finding.name:15}[/] {escape(finding.words)}"
+            f"{MARKS[finding.status]}{' ' * (9 - len(finding.status))}[bold]{finding.name:15}[/] {escape(finding.message)}"
         )
         for finding in findings
     ]
@@ -127,7 +127,7 @@ def checks_page(findings: Sequence[Finding], rows: Sequence[dict[str, Any]], abo
     """
     lines = "\n".join(
         f'<div class="finding"><span class="{finding.status}">{finding.status}</span><b>{html(finding.name)}</b>'
-        f'<span class="words">{html(finding.words)}</span></div>'
+        f'<span class="words">{html(finding.message)}</span></div>'
         for finding in findings
     )
     bars = "\n".join(

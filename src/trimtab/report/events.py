@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from trimtab.data import Account
+from trimtab.data import SourceReport
 
 
 class RunObserver:
@@ -12,12 +12,12 @@ class RunObserver:
     def on_stage(self, stage: str) -> None:
         """Called before anything that may take a while, such as `loading the model`."""
 
-    def on_plan(self, facts: dict[str, Any], accounts: list[Account], train_examples: int, eval_examples: int) -> None:
+    def on_plan(self, facts: dict[str, Any], reports: list[SourceReport], train_examples: int, eval_examples: int) -> None:
         """Called before the first step.
 
         Args:
             facts: What `run.json` will say.
-            accounts: Where the examples of each data source went.
+            reports: Where the examples of each data source went.
         """
 
     def on_notice(self, message: str) -> None:

@@ -12,7 +12,7 @@ from rich.status import Status
 
 from trimtab.core.config import Choice
 from trimtab.core.errors import RecipeError
-from trimtab.data import Account
+from trimtab.data import SourceReport
 from trimtab.methods import Method
 from trimtab.objectives import Objective
 from trimtab.report.events import RunObserver
@@ -50,21 +50,21 @@ class Terminal(RunObserver):
             self._stages_shown.add(stage)
             self.console.print(f"[dim]{escape(stage)} …[/]")
 
-    def on_plan(self, facts: dict[str, Any], accounts: list[Account], train_examples: int, eval_examples: int) -> None:
+    def on_plan(self, facts: dict[str, Any], reports: list[SourceReport], train_examples: int, eval_examples: int) -> None:
         self._stop_status()
         trained, frozen = facts["trainable_parameters"], facts["base_parameters"]
         self._line("base model", f"{facts['base']['source']}  ({frozen:,} parameters, frozen)")
         self._line("method", f"{_settings(Method, facts['method'])}  ({trained:,} parameters, {trained / frozen:.2%})")
         if facts["positions"]:
             self._line("", f"its virtual tokens take {facts['positions']:,} positions of every example's context")
-        for account in accounts:
-            self._line("data", str(account))
-            for place, reason in account.refused[:5]:
+        for report in reports:
+            self._line("data", str(report))
+            for place, reason in report.rejected[:5]:
                 self._line("", f"[yellow]rejected[/] {escape(place)}: {escape(reason)}", markup=True)
-            if len(account.refused) > 5:
-                self._line("", f"… and {len(account.refused) - 5} more, in data.json")
-            if account.unread:
-                self._line("", f"ignored columns: {', '.join(sorted(account.unread))}")
+            if len(report.rejected) > 5:
+                self._line("", f"… and {len(report.rejected) - 5} more, in data.json")
+            if report.ignored_columns:
+                self._line("", f"ignored columns: {', '.join(sorted(report.ignored_columns))}")
         self._line(
             "",
             f"{train_examples:,} training examples ({facts['learned_tokens']:,} target tokens), {eval_examples:,} validation",

@@ -69,12 +69,12 @@ def examples_of_file(target: Path, source: str, words: Sequence[str] = ()) -> tu
     first = None
     for columns, ignore in readings:
         for kind in kinds:
-            examples, account = load_examples(source, columns, kind, ignore)
-            first = first or account
-            if examples and not account.refused:
+            examples, report = load_examples(source, columns, kind, ignore)
+            first = first or report
+            if examples and not report.rejected:
                 return examples, kind
     assert first is not None
-    problems = [f"{place}: {reason}" for place, reason in first.refused]
+    problems = [f"{place}: {reason}" for place, reason in first.rejected]
     raise DataError(
         f"data: examples that can't be evaluated:\n{listing(problems)}" if problems else f"data: {source} holds no examples."
     )

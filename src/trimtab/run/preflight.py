@@ -7,7 +7,7 @@ from typing import Any
 
 from trimtab.base import Base
 from trimtab.core.errors import RecipeError, StorageError
-from trimtab.data import COMPARED, Finding, Loaded, first_examples, prove
+from trimtab.data import EXAMPLES_CHECKED, Finding, LoadedData, check_data, first_examples
 from trimtab.data.example import TokenRow
 from trimtab.methods import Attached
 from trimtab.run.checkpoints import KEPT
@@ -25,7 +25,7 @@ class OpenedRecipe:
     """What that adapter is, as JSON data."""
     base: Base
     adapter: Attached
-    data: Loaded
+    data: LoadedData
     max_length: int | None
     """The most tokens that an example may have."""
 
@@ -33,8 +33,8 @@ class OpenedRecipe:
 def preflight(opened: OpenedRecipe) -> list[Finding]:
     """Every check. Nothing is refused here: see `data.refuse_problems` and `check_disk`."""
     recipe, data = opened.recipe, opened.data
-    examples = first_examples(recipe.absolute().data, COMPARED, recipe.objective.data_kind)
-    return [*prove(data, examples, opened.base), _capacity(opened.adapter, data), _disk(recipe, opened.adapter)]
+    examples = first_examples(recipe.absolute().data, EXAMPLES_CHECKED, recipe.objective.data_kind)
+    return [*check_data(data, examples, opened.base), _capacity(opened.adapter, data), _disk(recipe, opened.adapter)]
 
 
 def memory_needed(opened: OpenedRecipe) -> Finding:
@@ -50,10 +50,10 @@ def check_disk(findings: list[Finding]) -> None:
     """Raise StorageError if the disk has no space for the run."""
     for finding in findings:
         if finding.name == "disk" and finding.status == "problem":
-            raise StorageError(f"output: {finding.words}")
+            raise StorageError(f"output: {finding.message}")
 
 
-def _capacity(adapter: Attached, data: Loaded) -> Finding:
+def _capacity(adapter: Attached, data: LoadedData) -> Finding:
     """Whether there are enough target tokens for the trained parameters."""
     parameters = sum(p.numel() for p in adapter.parameters().values())
     tokens = sum(len(row.target_indices) for row in data.train if row.side != "mismatched")
@@ -82,7 +82,7 @@ def _disk(recipe: Recipe, adapter: Attached) -> Finding:
     return Finding("disk", "good", message, facts)
 
 
-def preview(base: Base, data: Loaded, count: int) -> list[dict[str, Any]]:
+def preview(base: Base, data: LoadedData, count: int) -> list[dict[str, Any]]:
     """Examples as token rows: the first ones, the shortest and the longest; each as runs of text that are target tokens or not."""
     rows = [row for row in data.train if row.side != "mismatched"]
     by_length = sorted(rows, key=lambda row: len(row.ids))

@@ -7,10 +7,10 @@ from datetime import datetime
 from typing import Any
 
 from trimtab.artifacts import read_adapter
-from trimtab.base import Base, located
+from trimtab.base import Base, locate_model
 from trimtab.core import files
 from trimtab.core.errors import RecipeError
-from trimtab.data import Finding, Loaded, load_data, look_at_first, refuse_problems, units
+from trimtab.data import Finding, LoadedData, check_first_examples, load_data, refuse_problems, row_groups
 from trimtab.data.example import TokenRow
 from trimtab.data.mismatched import with_mismatched
 from trimtab.deploy import adapter_folder, load_adapter, read_method, sample, versions
@@ -34,7 +34,7 @@ class PreparedRun:
     recipe: Recipe
     base: Base
     adapter: Attached
-    data: Loaded
+    data: LoadedData
     steps: PlannedSteps
     facts: dict[str, Any]
     findings: list[Finding]
@@ -60,11 +60,11 @@ def prepare(recipe: Recipe, unfinished: UnfinishedRun | None, observer: RunObser
     memory = memory or planned_memory(base, recipe.train, data.train, data.eval)
     steps = PlannedSteps(data.train, recipe.train, memory)
     facts = {**_facts(recipe, base, adapter, data, steps), "start": opened.start, "reference": reference}
-    observer.on_plan(facts, data.accounts, len(units(data.train)), len(units(data.eval)))
+    observer.on_plan(facts, data.reports, len(row_groups(data.train)), len(row_groups(data.eval)))
     for finding in findings:
         shown_already = finding.name == "rows" or (finding.name == "held out" and not data.eval)
         if finding.status == "note" and not shown_already:
-            observer.on_notice(f"{finding.name}: {finding.words}")
+            observer.on_notice(f"{finding.name}: {finding.message}")
     if unfinished is not None:
         unfinished.check(recipe, facts, data.plain()["files"], observer.on_notice)
         if recipe.train.repeats and FrozenLayerCache(base.model, 0).lowest:
@@ -85,8 +85,8 @@ def open_recipe(
     on_stage("reading the recipe and the first examples")
     if recipe.model.dtype == "float16":
         raise RecipeError("model.dtype: small gradients underflow in float16 silently. Use bfloat16 or float32.")
-    located(recipe.model.name)
-    look_at_first(recipe.data, recipe.objective.data_kind)
+    locate_model(recipe.model.name)
+    check_first_examples(recipe.data, recipe.objective.data_kind)
     recipe, start = with_start(recipe)
     on_stage(f"loading {recipe.model.name}")
     base = Base.load(recipe.model)
@@ -169,12 +169,12 @@ def prepare_objective(
     train, held_out = referred.rows[: len(train)], referred.rows[len(train) :]
     facts = referred.facts
     if facts["kind"] == "start" or (facts["kind"] == "base" and not adapter.trained and adapter.method.identity_at_init):
-        first = [train[n] for unit in units(train)[:4] for n in unit]
+        first = [train[n] for unit in row_groups(train)[:4] for n in unit]
         facts["start_differs"] = check_start(base, first, PACK_TOKENS)
     return objective, (train, held_out), facts
 
 
-def _facts(recipe: Recipe, base: Base, adapter: Attached, data: Loaded, steps: PlannedSteps) -> dict[str, Any]:
+def _facts(recipe: Recipe, base: Base, adapter: Attached, data: LoadedData, steps: PlannedSteps) -> dict[str, Any]:
     """What is known before the first step, as JSON data."""
     rate, formula = peak_learning_rate(recipe.train, base, recipe.method, recipe.objective, steps.rows_per_step)
     trained = sum(p.numel() for p in adapter.parameters().values())

@@ -112,7 +112,7 @@ def train(
             optimizer.skip() if skipped else optimizer.step(lr)
         except KeyboardInterrupt as error:
             late = error
-        counts = items, sum(row.shown for row in rows), sum(len(pack.ids) for pack in packs)
+        counts = items, sum(row.full_length for row in rows), sum(len(pack.ids) for pack in packs)
         yield Step(number, mean, *counts, time.perf_counter() - started, norm.item(), lr, mean_measures(measures), skipped)
         if late is not None:
             raise late

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from trimtab.base import Base
 from trimtab.core.errors import DataError
 from trimtab.core.process import never_keep_freed_memory
-from trimtab.data import Pack, most_together, pack_all, plan_steps, units
+from trimtab.data import Pack, largest_group_tokens, pack_all, plan_steps, row_groups
 from trimtab.data.example import TokenRow
 from trimtab.engine import FrozenLayerCache, Memory, Work, plan_memory
 from trimtab.train.config import TrainConfig
@@ -19,7 +19,7 @@ class PlannedSteps:
         if not rows:
             raise DataError("data: there is nothing to learn from.")
         self._rows, self.memory = rows, memory
-        self.epochs, self.rows = config.epochs_and_rows(len(units(rows)))
+        self.epochs, self.rows = config.epochs_and_rows(len(row_groups(rows)))
         self._plan = _plan(rows, config)
 
     def __len__(self) -> int:
@@ -33,7 +33,7 @@ class PlannedSteps:
         """On average, if it is measured in tokens."""
         if self.rows is not None:
             return self.rows
-        return sum(len(units(self._rows[n] for n in step)) for step in self._plan) / len(self._plan)
+        return sum(len(row_groups(self._rows[n] for n in step)) for step in self._plan) / len(self._plan)
 
 
 def planned_memory(base: Base, config: TrainConfig, rows: Sequence[TokenRow], held_out: Sequence[TokenRow] = ()) -> Memory:
@@ -63,7 +63,7 @@ def planned_memory(base: Base, config: TrainConfig, rows: Sequence[TokenRow], he
     below = FrozenLayerCache(base.model, 0)
     from_frozen = below.size(sum(len(row.ids) for row in rows)) if config.repeats else 0.0
     evaluated = max((len(row.ids) - 1 for row in held_out), default=0)  # nothing is predicted from the last one
-    work = Work(most_together(rows), learned / shown, fullest if rows else None, from_frozen, evaluated)
+    work = Work(largest_group_tokens(rows), learned / shown, fullest if rows else None, from_frozen, evaluated)
     return plan_memory(base.model, work, config.pack_tokens, config.recompute)
 
 
@@ -73,5 +73,5 @@ FULLEST = 8
 
 def _plan(rows: Sequence[TokenRow], config: TrainConfig) -> list[list[int]]:
     """The numbers of the rows of each step."""
-    epochs, a_step = config.epochs_and_rows(len(units(rows)))
-    return plan_steps(rows, epochs=epochs, seed=config.seed, rows=a_step, tokens=config.tokens_per_step)
+    epochs, a_step = config.epochs_and_rows(len(row_groups(rows)))
+    return plan_steps(rows, epochs=epochs, seed=config.seed, examples=a_step, tokens=config.tokens_per_step)

@@ -57,7 +57,7 @@ PARTS = {
     },
     "loss": {
         "engine/head.py": "test_head test_objectives test_mismatched test_train",
-        "objectives/_base.py objectives/_comparing.py objectives/_pairs.py objectives/_pooling.py objectives/cpo.py objectives/dpo.py "
+        "objectives/_base.py objectives/_pairs.py objectives/_pooling.py objectives/cpo.py objectives/dpo.py "
         "objectives/kto.py objectives/orpo.py objectives/sft.py objectives/simpo.py": "test_objectives test_preference test_mismatched test_keys",
     },
     "loader": {

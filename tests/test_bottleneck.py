@@ -17,9 +17,8 @@ from trimtab.data import pack_flat
 from trimtab.data.example import TokenRow
 from trimtab.deploy import load_adapter, save_adapter
 from trimtab.engine import pack_logprobs
-from trimtab.methods import active, attach
+from trimtab.methods import Routing, active, attach, routed
 from trimtab.methods._adapterhub import _reduction
-from trimtab.methods._switch import Routing, routed
 from trimtab.methods.bottleneck import BottleneckAdapter
 from trimtab.report.folders import folder_facts
 
@@ -212,7 +211,7 @@ def test_a_block_that_is_not_like_the_others_is_refused_by_name():
 def test_it_is_no_change_of_weights():
     layer = attached(tiny("llama")).layers["model.layers.0.mlp"]
     with pytest.raises(NotMergeable, match="has an activation between its two matrices"):
-        layer.merged()
+        layer.merge()
 
 
 def test_the_width_is_given_or_the_models_divided():

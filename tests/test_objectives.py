@@ -413,12 +413,12 @@ def test_only_kto_pools_a_number(how):
 def test_ktos_weights_make_both_sides_count_the_same():
     rows = rows_of("judged", 9, seed=4)
     good = sum(row.side == "good" for row in rows)
-    settled = Objective.pick("kto").settled(rows)
-    assert good * settled.desirable == pytest.approx((9 - good) * settled.undesirable)
-    assert min(settled.desirable, settled.undesirable) == 1.0
-    assert Objective.pick({"name": "kto", "desirable": 3.0}).settled(rows).desirable == 3.0
+    resolved = Objective.pick("kto").resolve_auto(rows)
+    assert good * resolved.desirable == pytest.approx((9 - good) * resolved.undesirable)
+    assert min(resolved.desirable, resolved.undesirable) == 1.0
+    assert Objective.pick({"name": "kto", "desirable": 3.0}).resolve_auto(rows).desirable == 3.0
     with pytest.raises(DataError, match="0 bad ones"):
-        Objective.pick("kto").settled([row for row in rows if row.side == "good"])
+        Objective.pick("kto").resolve_auto([row for row in rows if row.side == "good"])
 
 
 # Steps

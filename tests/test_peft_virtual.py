@@ -105,7 +105,7 @@ def test_we_load_pefts(name, family, tmp_path):
     theirs = saved_by_peft(family, make, tmp_path / "theirs")
     base = Base(tiny(family))
     adapter = load_adapter(base, tmp_path / "theirs")
-    assert (adapter.method.name, adapter.method.positions) == (expected, P)
+    assert (adapter.method.name, adapter.method.virtual_token_count) == (expected, P)
     torch.testing.assert_close(ours_of(base.model), theirs_of(theirs), rtol=0, atol=1e-5)
     # And back: what we save of it is PEFT's table, bit for bit.
     save_adapter(base, adapter, tmp_path / "ours")

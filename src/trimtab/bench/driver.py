@@ -75,7 +75,7 @@ def compare(asked: Asked, say: Callable[[str, dict[str, Any]], None]) -> list[di
     base = Base.load(ModelConfig(name=asked.model))
     objective = Objective.pick(asked.objective)
     rows = _rows(asked, base, objective)
-    objective = objective.settled(rows)
+    objective = objective.resolve_auto(rows)
     method = LoRA(rank=asked.rank, alpha=2.0 * asked.rank, targets=asked.targets)
     with tempfile.TemporaryDirectory() as folder:
         spec = {**_prepare(asked, base, rows, method, Path(folder)), "objective": objective.plain()}

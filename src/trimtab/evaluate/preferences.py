@@ -9,7 +9,7 @@ from trimtab.data import Account, Example, make_sequences
 from trimtab.data.mismatched import with_mismatched
 from trimtab.evaluate.reference import PACK_TOKENS, divergence, refer
 from trimtab.evaluate.scores import score_loss
-from trimtab.methods import Attached, room
+from trimtab.methods import Attached, max_row_length
 from trimtab.objectives import Objective
 
 
@@ -43,7 +43,7 @@ def score_preferences(
         DataError: Some of the rows can't be measured.
         ArtifactError: The reference is not what it was.
     """
-    most, account = room(base.model, base.context_length), Account(("evaluation",))
+    most, account = max_row_length(base.model, base.context_length), Account(("evaluation",))
     rows = make_sequences(examples, base, account, max_length=most, limit=f"the context length {most}")
     if account.refused or not rows:
         raise DataError(f"data: rows that can't be measured:\n{listing([f'{where}: {why}' for where, why in account.refused])}")

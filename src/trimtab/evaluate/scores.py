@@ -17,7 +17,7 @@ from trimtab.core.errors import DataError, NonFinite, listing
 from trimtab.data import Account, Conversation, Judged, Preference, asked, make_sequences, pack_all
 from trimtab.data.example import TokenRow
 from trimtab.engine import Answer, Ended, generate
-from trimtab.methods import room
+from trimtab.methods import max_row_length
 from trimtab.objectives import Objective, mean_measures, score_packs
 from trimtab.objectives.sft import SFT
 
@@ -153,7 +153,11 @@ def score(base: Base, examples: Sequence[Any], on_done: Callable[[int], None] | 
     """
     account = Account(("evaluation",))
     sequences = make_sequences(
-        examples, base, account, max_length=(most := room(base.model, base.context_length)), limit=f"the context length {most}"
+        examples,
+        base,
+        account,
+        max_length=(most := max_row_length(base.model, base.context_length)),
+        limit=f"the context length {most}",
     )
     if account.refused or not sequences:
         problems = [f"{where}: {reason}" for where, reason in account.refused]

@@ -352,7 +352,7 @@ DOWN = "model.layers.0.output_adapters.adapters.after_mlp.adapter_down.0.weight"
         ({"config": {"output_adapter": False, "mh_adapter": True}}, "output_adapter: False"),
         ({"config": {"architecture": "lora", "r": 8}}, "architecture: 'lora'; r: 8"),
         ({"config": {"new_in_version_2": True}}, "new_in_version_2: True"),
-        ({"top": {"config": None}}, "says nothing of the adapter"),
+        ({"top": {"config": None}}, "does not describe the adapter"),
         ({"top": {"version": "0.1"}}, "it has no peft_type"),
         ({"tensors": lambda t: t.pop(DOWN)}, r"layers\.0\.mlp\.down\.weight: missing"),
         ({"tensors": lambda t: t.update(odd=torch.zeros(1))}, "not a bottleneck adapter's: odd"),

@@ -243,13 +243,13 @@ def test_eva_starts_at_the_principal_directions_of_what_enters(numbers, family, 
 @pytest.mark.parametrize(
     ("settings", "rows", "message"),
     [
-        ({"rank": 4}, (), "eva starts from rows of data, and there are none"),
+        ({"rank": 4}, (), "eva starts from training examples, and there are none"),
         ({"rank": 8}, ([5, 6, 7],), r"a rank of at most 3 for .*q_proj, which has 32 inputs and is given 3 tokens; it is 8"),
         ({"rank": 40}, random_rows(60), "a rank of at most 32 for"),
         (
             {"rank": 4, "targets": ["embed_tokens"]},
             ROWS,
-            "eva looks at what enters a matrix, and tokens enter model.embed_tokens",
+            "eva uses the inputs of a matrix, and those of model.embed_tokens are tokens",
         ),
     ],
 )
@@ -341,8 +341,8 @@ def test_oft_turns_blocks_of_its_inputs(cayley, shared):
 
 
 def test_ofts_series_is_the_exact_rotations_inverse_for_small_angles():
-    made = [adapted(OFT(block_size=8, cayley=cayley), size=1e-3)[0].turn() for cayley in ("exact", "neumann")]
-    exact, series = (turn + torch.eye(8, dtype=torch.float64) for turn in made)
+    changes = [adapted(OFT(block_size=8, cayley=cayley), size=1e-3)[0].rotation_change() for cayley in ("exact", "neumann")]
+    exact, series = (change + torch.eye(8, dtype=torch.float64) for change in changes)
     close(exact @ series, torch.eye(8, dtype=torch.float64).expand(4, 8, 8), 1e-9)
 
 

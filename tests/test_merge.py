@@ -75,7 +75,7 @@ def test_values_that_are_not_finite_are_refused_and_nothing_is_written(tmp_path)
 def test_a_method_that_is_no_change_of_weights_is_refused_and_nothing_is_written(tmp_path, monkeypatch):
     base, adapter = adapted("llama")
     monkeypatch.setattr(LoRA, "mergeable", False)
-    monkeypatch.setattr(type(next(iter(adapter.layers.values()))), "merged", AdapterLayer.merged)
+    monkeypatch.setattr(type(next(iter(adapter.layers.values()))), "merge", AdapterLayer.merge)
     with pytest.raises(NotMergeable, match="is not a change of weights"):
         merge(base, adapter, tmp_path / "merged")
     assert list(tmp_path.iterdir()) == []

@@ -22,7 +22,7 @@ from trimtab.evaluate import score_loss
 from trimtab.methods import attach
 from trimtab.methods.lora import LoRA
 from trimtab.objectives import Objective, mean_measures, score_packs
-from trimtab.objectives._base import EVEN, right
+from trimtab.objectives._base import TIE, correctness
 from trimtab.objectives.sft import SFT
 from trimtab.train import TrainConfig, train
 
@@ -480,5 +480,5 @@ def test_settings_that_say_nothing_are_refused():
 
 
 def test_rewards_that_differ_by_rounding_are_neither_right_nor_wrong():
-    margins = torch.tensor([1.0, EVEN * 1.01, EVEN, 0.0, -EVEN, -EVEN * 1.01, -1.0], dtype=torch.float64)
-    assert right(margins).tolist() == [1.0, 1.0, 0.5, 0.5, 0.5, 0.0, 0.0]
+    margins = torch.tensor([1.0, TIE * 1.01, TIE, 0.0, -TIE, -TIE * 1.01, -1.0], dtype=torch.float64)
+    assert correctness(margins).tolist() == [1.0, 1.0, 0.5, 0.5, 0.5, 0.0, 0.0]

@@ -129,7 +129,7 @@ def test_a_row_begins_at_the_same_position(family, tmp_path):
 def test_each_kind_of_pefts_is_read_by_one_method():
     members = [Method.member(name) for name in Method.names()]
     for kind, name in {"PREFIX_TUNING": "ptuning_v2", "PROMPT_TUNING": "prompt", "P_TUNING": "ptuning"}.items():
-        (reader,) = [m for m in members if m.reads({"peft_type": kind})]
+        (reader,) = [m for m in members if m.recognizes({"peft_type": kind})]
         assert reader is Method.member(name)
 
 

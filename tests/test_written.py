@@ -255,7 +255,7 @@ def test_a_merge_in_fewer_bits_that_is_not_the_adapter_is_not_kept_either(wrong,
     adapter = attach(base.model, LoRA(rank=4))
     perturb(adapter.parameters())
     layer = type(next(iter(adapter.layers.values())))
-    original = layer.merged
+    original = layer.merge
 
     def scaled(self):
         scale, self.scale = self.scale, self.scale * wrong
@@ -264,7 +264,7 @@ def test_a_merge_in_fewer_bits_that_is_not_the_adapter_is_not_kept_either(wrong,
         finally:
             self.scale = scale
 
-    monkeypatch.setattr(layer, "merged", scaled)
+    monkeypatch.setattr(layer, "merge", scaled)
     with pytest.raises(ArtifactError, match="so it was not kept"):
         merge(base, adapter, tmp_path / "merged", dtype=torch.bfloat16)
     assert list(tmp_path.iterdir()) == []

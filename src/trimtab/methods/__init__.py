@@ -33,22 +33,17 @@ from trimtab.methods._matrices import (
 )
 from trimtab.methods._peft import (
     BASE_TENSOR_PREFIX,
-    SELECTION_KEYS,
     check_peft_config,
-    from_peft_names,
-    peft_config,
     shortest_names,
     to_peft_names,
-    trimtab_only_config,
 )
 from trimtab.methods._switch import Routing, Switch, current_routing, routed
 
 __all__ = [
-    "ALL", "ALL_LINEAR", "ATTENTION", "BASE_TENSOR_PREFIX", "SELECTION_KEYS", "AdapterLayer", "Attached", "ByTarget",
-    "Combined", "LearningRateContext", "MatrixMethod", "Method", "Patterns", "Routing", "Sample", "Switch", "Targets",
-    "activate", "active", "adapters", "attach", "attach_uninitialized", "base_modules", "check_peft_config",
-    "combine", "current_routing", "find_matrices", "from_peft_names", "matches_target", "matrix_shape",
-    "max_row_length", "peft_config", "replace_method", "require_free_name", "require_matrix_shape", "routed",
-    "select_modules", "shortest_names", "switch_of", "to_peft_names", "trainable_dtype", "trimtab_only_config",
-    "unwrap", "weight_matrix", "with_weight",
+    "ALL", "ALL_LINEAR", "ATTENTION", "BASE_TENSOR_PREFIX", "AdapterLayer", "Attached", "ByTarget", "Combined",
+    "LearningRateContext", "MatrixMethod", "Method", "Patterns", "Routing", "Sample", "Switch", "Targets", "activate",
+    "active", "adapters", "attach", "attach_uninitialized", "base_modules", "check_peft_config", "combine",
+    "current_routing", "find_matrices", "matches_target", "matrix_shape", "max_row_length", "replace_method",
+    "require_free_name", "require_matrix_shape", "routed", "select_modules", "shortest_names", "switch_of",
+    "to_peft_names", "trainable_dtype", "unwrap", "weight_matrix", "with_weight",
 ]  # fmt: skip

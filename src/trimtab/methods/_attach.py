@@ -46,14 +46,13 @@ class Attached:
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The trainable parameters by `path.name`; one that layers share is under the name of the first."""
-        named: dict[str, nn.Parameter] = {}
-        seen: set[int] = set()
-        for path, layer in self.layers.items():
-            for name, parameter in layer.own_parameters().items():
-                if id(parameter) not in seen:
-                    seen.add(id(parameter))
-                    named[f"{path}.{name}"] = parameter
-        return named
+        named = self._named_parameters()
+        first_name = {id(parameter): name for name, parameter in reversed(named.items())}
+        return {name: parameter for name, parameter in named.items() if first_name[id(parameter)] == name}
+
+    def _named_parameters(self) -> dict[str, nn.Parameter]:
+        """Shared parameters under each of their names."""
+        return {f"{path}.{name}": p for path, layer in self.layers.items() for name, p in layer.own_parameters().items()}
 
     def state(self) -> dict[str, Tensor]:
         """A copy of the adapter's tensors, by `path.name`, on the CPU."""
@@ -74,20 +73,18 @@ class Attached:
         """
         own = self.parameters()
         name_of = {id(parameter): name for name, parameter in own.items()}
-        aliases = {
-            f"{path}.{n}": name_of[id(p)] for path, layer in self.layers.items() for n, p in layer.own_parameters().items()
-        }
+        aliases = {name: name_of[id(parameter)] for name, parameter in self._named_parameters().items()}
         shared = {name: tensors.get(aliases.get(name, "")) for name in tensors.keys() - own.keys()}
         repeated = {name for name, original in shared.items() if original is not None and torch.equal(tensors[name], original)}
         tensors = {name: tensor for name, tensor in tensors.items() if name not in repeated}
         problems = [f"{name}: missing" for name in own if name not in tensors]
         problems += [f"{name}: unexpected" for name in tensors if name not in own]
         for name in own.keys() & tensors.keys():
-            mine, saved = own[name], tensors[name]
-            if saved.shape != mine.shape:
-                problems.append(f"{name}: has shape {tuple(saved.shape)}, expected {tuple(mine.shape)}")
+            parameter, saved = own[name], tensors[name]
+            if saved.shape != parameter.shape:
+                problems.append(f"{name}: has shape {tuple(saved.shape)}, expected {tuple(parameter.shape)}")
             elif not saved.is_floating_point():
-                problems.append(f"{name}: has type {saved.dtype}, expected {mine.dtype}")
+                problems.append(f"{name}: has type {saved.dtype}, expected {parameter.dtype}")
             elif not bool(saved.isfinite().all()):
                 problems.append(f"{name}: holds values that are not finite")
         if problems:
@@ -118,10 +115,10 @@ class Attached:
 
     def detach(self) -> nn.Module:
         """Take the adapter off; without others the model is what it was before, modules, names, flags and bits."""
-        mine = set(self.layers.values())
+        own = set(self.layers.values())
         for holder in list(self.model.modules()):
             for name, child in list(holder.named_children()):
-                while child in mine:
+                while child in own:
                     child = child.base
                 setattr(holder, name, child)
         register = getattr(self.model, _REGISTER, None)

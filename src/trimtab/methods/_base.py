@@ -1,7 +1,7 @@
 """What a method is: its hyperparameters, the modules of a model that it adapts, and the layer it puts there."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from trimtab.core.config import Choice
 from trimtab.core.errors import NotMergeable
 from trimtab.core.wrapping import Wrapper, base_modules
 from trimtab.methods._matrices import ALL_LINEAR, Targets, find_matrices
-from trimtab.methods._peft import peft_config, shortest_names, to_peft_names, trimtab_only_config
+from trimtab.methods._peft import SELECTION_KEYS, check_peft_config, from_peft_names, shortest_names, to_peft_names
 from trimtab.methods._switch import Routing, Switch, only_active
 
 
@@ -145,6 +145,8 @@ class Method(Choice):
 
     peft_type: ClassVar[str | None] = None
     """What PEFT calls the method; None if PEFT has no such method."""
+    peft_names: ClassVar[dict[str, str]] = {}
+    """PEFT's names of the parameters, by ours."""
     identity_at_init: ClassVar[bool] = True
     """A fresh adapter changes nothing, bit for bit."""
     mergeable: ClassVar[bool] = True
@@ -216,7 +218,7 @@ class Method(Choice):
         `tensors` holds them by `path.name`, as `to_inference_form` returns them; `model` is what they adapt. What PEFT has no
         method for, or would compute differently, says so in its `peft_type`, which PEFT then refuses: see `trimtab_only_config`.
         """
-        return trimtab_only_config(self.name), tensors
+        return self.trimtab_only_config(), tensors
 
     @classmethod
     def from_peft(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple["Method", dict[str, Tensor]]:
@@ -226,12 +228,29 @@ class Method(Choice):
         """
         return cls(), tensors
 
+    def peft_config(self, **settings: Any) -> dict[str, Any]:
+        """The content of PEFT's `adapter_config.json`."""
+        return {"peft_type": self.peft_type, "task_type": "CAUSAL_LM", "inference_mode": True, **settings}
+
+    def trimtab_only_config(self) -> dict[str, Any]:
+        """The same for an adapter that PEFT cannot represent: PEFT refuses it by this name, and our manifest has it all."""
+        return self.peft_config() | {"peft_type": f"TRIMTAB_{self.name.upper()}"}
+
+    @classmethod
+    def read_peft(
+        cls, config: dict[str, Any], tensors: Mapping[str, Tensor], *, ignored: Iterable[str] = (), **keys: Any
+    ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+        """PEFT's tensors under our names, and the paths of the adapted modules; `ignored` and `keys` as in `check_peft_config`.
+
+        Raises:
+            ArtifactError: The configuration asks for something else, or a tensor is not this method's.
+        """
+        check_peft_config(config, ignored={*ignored, *SELECTION_KEYS}, **keys)
+        return from_peft_names(tensors, cls.peft_names, cls.__name__)
+
 
 class MatrixMethod(Method):
     """A method that adapts matrices of the blocks, each by itself."""
-
-    peft_names: ClassVar[dict[str, str]] = {}
-    """PEFT's names of the parameters, by ours."""
 
     targets: Targets = (ALL_LINEAR,)
     """Which matrices: `all-linear`, `attention`, names such as `q_proj`, or regular expressions, such as `[qv]_proj`."""
@@ -252,7 +271,7 @@ class MatrixMethod(Method):
         if self.peft_type is None:
             return super().to_peft(model, tensors)
         own, sites = base_modules(model), self.sites(model)
-        settings = {"target_modules": shortest_names(sites, list(own)), "bias": "none", **self.peft_settings()}
-        is_linear = all(isinstance(own[path], nn.Linear) for path in sites)
-        config = peft_config(self.peft_type, **settings) if is_linear else trimtab_only_config(self.name)
+        config = self.peft_config(target_modules=shortest_names(model, sites), bias="none", **self.peft_settings())
+        if not all(isinstance(own[path], nn.Linear) for path in sites):
+            config = self.trimtab_only_config()
         return config, to_peft_names(tensors, self.peft_names)

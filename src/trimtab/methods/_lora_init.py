@@ -54,12 +54,14 @@ def init_from_inputs(model: Any, layers: dict[str, AdapterLayer], rows: Sequence
             break
     tokens = TOKENS - remaining
     if not tokens:
-        raise RecipeError("init: eva starts from rows of data, and there are none: give attach(…, sample=Sample(rows=…)).")
+        raise RecipeError("init: eva starts from training examples, and there are none: give attach(…, sample=Sample(rows=…)).")
     adapted = {path: layer for path, layer in layers.items() if isinstance(layer, LowRankLayer)}
     for path, layer in adapted.items():
         rank, inputs = layer.A.shape
         if isinstance(unwrap(layer), nn.Embedding):
-            raise RecipeError(f"init: eva looks at what enters a matrix, and tokens enter {path}: leave it out of targets.")
+            raise RecipeError(
+                f"init: eva uses the inputs of a matrix, and those of {path} are tokens: leave it out of targets."
+            )
         if rank > min(tokens, inputs):
             raise RecipeError(
                 f"init: eva needs a rank of at most {min(tokens, inputs)} for {path}, which has {inputs} inputs "

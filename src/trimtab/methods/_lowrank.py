@@ -12,18 +12,14 @@ from torch import Tensor, nn
 from trimtab.core.errors import NoSuchModule
 from trimtab.methods import (
     ALL_LINEAR,
-    SELECTION_KEYS,
     AdapterLayer,
     ByTarget,
     LearningRateContext,
     Method,
     Targets,
     base_modules,
-    check_peft_config,
     find_matrices,
-    from_peft_names,
     matches_target,
-    peft_config,
     require_matrix_shape,
     shortest_names,
     to_peft_names,
@@ -33,20 +29,12 @@ from trimtab.methods import (
 )
 from trimtab.methods._matrices import last_parts
 
-NAMES = {
-    "A": "lora_A.weight",
-    "B": "lora_B.weight",
-    "magnitude": "lora_magnitude_vector",
-}
-"""PEFT's names of our parameters, in a matrix."""
-EMBEDDING_NAMES = {**NAMES, "A": "lora_embedding_A", "B": "lora_embedding_B"}
-"""The same in an embedding."""
-
 
 class LowRank(Method):
     """The hyperparameters that LoRA's variants share."""
 
     peft_type: ClassVar[str | None] = "LORA"
+    peft_names: ClassVar[dict[str, str]] = {"A": "lora_A.weight", "B": "lora_B.weight"}
     peft_variant: ClassVar[dict[str, Any]] = {}
     """Keys of PEFT's LORA configuration that make it this variant."""
 
@@ -124,23 +112,26 @@ class LowRank(Method):
             "rank_pattern": {path: self.rank_of(path) for path in shapes if self.rank_of(path) != self.rank},
             "alpha_pattern": {path: _as_int(self.alpha_of(path)) for path in shapes if self.alpha_of(path) != self.alpha},
             "lora_dropout": self.dropout,
-            "target_modules": shortest_names(list(shapes), list(own)),
+            "target_modules": shortest_names(model, list(shapes)),
             "fan_in_fan_out": any(not isinstance(own[path], nn.Linear | nn.Embedding) for path in shapes),
             "bias": "none",
             "use_rslora": self.rank_stabilized,
             "use_dora": False,
             **self.peft_variant,
         }
+        in_embedding = {**self.peft_names, "A": "lora_embedding_A", "B": "lora_embedding_B"}
         renamed: dict[str, Tensor] = {}
         for key, tensor in tensors.items():
             is_embedding = isinstance(own[key.rpartition(".")[0]], nn.Embedding)
-            renamed |= to_peft_names({key: tensor}, EMBEDDING_NAMES if is_embedding else NAMES)
-        return peft_config(self.peft_type, **settings), renamed
+            renamed |= to_peft_names({key: tensor}, in_embedding if is_embedding else self.peft_names)
+        return self.peft_config(**settings), renamed
 
     @classmethod
     def from_peft(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[Self, dict[str, Tensor]]:
-        check_peft_config(
+        as_matrices = {re.sub(r"lora_embedding_([AB])$", r"lora_\1.weight", key): tensor for key, tensor in tensors.items()}
+        renamed, paths = cls.read_peft(
             config,
+            as_matrices,
             honoured={"r", "lora_alpha", "rank_pattern", "alpha_pattern", "lora_dropout", "use_rslora", "use_dora"},
             neutral={
                 "bias": ("none",),
@@ -150,11 +141,8 @@ class LowRank(Method):
                 "runtime_config": ({"ephemeral_gpu_offload": False},),
                 "megatron_core": ("megatron.core",),  # read with megatron_config alone, and never by us
             },
-            ignored={"fan_in_fan_out", "eva_config", *SELECTION_KEYS},
+            ignored={"fan_in_fan_out", "eva_config"},
         )
-        names = {name: theirs for name, theirs in NAMES.items() if name != "magnitude" or cls.peft_variant.get("use_dora")}
-        as_matrices = {re.sub(r"lora_embedding_([AB])$", r"lora_\1.weight", key): tensor for key, tensor in tensors.items()}
-        renamed, paths = from_peft_names(as_matrices, names, "LoRA")
         patterns = {
             path: [_match_pattern(config.get(key), path) for key in ("rank_pattern", "alpha_pattern")] for path in paths
         }

@@ -4,9 +4,10 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from trimtab.core.errors import ArtifactError
+from trimtab.core.wrapping import base_modules
 
 PREFIX = "base_model.model."
 """What PEFT writes before a module's path."""
@@ -22,16 +23,6 @@ DESCRIPTIVE_KEYS = {"auto_mapping", "base_model_name_or_path", "revision", "infe
 """Keys of every PEFT configuration that do not change what an adapter computes."""
 SELECTION_KEYS = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
 """Keys that say which modules are adapted; the names of the tensors say it exactly, and are read instead."""
-
-
-def peft_config(peft_type: str | None, **settings: Any) -> dict[str, Any]:
-    """A PEFT configuration of a saved adapter of a causal language model."""
-    return {"peft_type": peft_type, "task_type": "CAUSAL_LM", "inference_mode": True, **settings}
-
-
-def trimtab_only_config(name: str) -> dict[str, Any]:
-    """The configuration of an adapter that PEFT cannot represent: PEFT refuses it by this name, and our manifest has it all."""
-    return peft_config(f"TRIMTAB_{name.upper()}")
 
 
 def to_peft_names(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
@@ -51,7 +42,7 @@ def from_peft_names(
     Tensors of the base's own come along under `BASE_TENSOR_PREFIX`.
 
     Raises:
-        ArtifactError: There is no tensor, or one whose name is none of `names`; the message calls the method `method`.
+        ArtifactError: There is no tensor, or one whose name is none of `names`, so it is not the method's.
     """
     renamed: dict[str, Tensor] = {}
     paths: dict[str, None] = {}
@@ -97,9 +88,9 @@ def check_peft_config(
         )
 
 
-def shortest_names(sites: list[str], all_paths: list[str]) -> list[str]:
+def shortest_names(model: nn.Module, sites: list[str]) -> list[str]:
     """Names by which PEFT, which matches ends of paths, finds exactly `sites`: last parts where they suffice, else whole paths."""
-    wanted, names = set(sites), []
+    all_paths, wanted, names = list(base_modules(model)), set(sites), []
     for last in dict.fromkeys(path.rpartition(".")[2] for path in sites):
         matching = [path for path in all_paths if path == last or path.endswith(f".{last}")]
         names += [last] if wanted.issuperset(matching) else [path for path in sites if path.rpartition(".")[2] == last]

@@ -12,16 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from trimtab.core.errors import ArtifactError, RecipeError, UnsupportedModel
-from trimtab.methods import (
-    AdapterLayer,
-    Method,
-    Sample,
-    base_modules,
-    check_peft_config,
-    peft_config,
-    trainable_dtype,
-    unwrap,
-)
+from trimtab.methods import AdapterLayer, Method, Sample, base_modules, check_peft_config, trainable_dtype, unwrap
 from trimtab.methods._virtual_layer import KeysValues, VirtualLayer
 
 _SIZE_KEYS = {"token_dim", "num_attention_heads", "num_layers"}
@@ -38,7 +29,7 @@ class VirtualTokens(Method):
     """The name of the only tensor that is saved: the numbers of each virtual token."""
     inference_settings: ClassVar[dict[str, Any]] = {}
     """Hyperparameters of a saved adapter, whose table is no longer made by a network."""
-    peft_settings: ClassVar[dict[str, Any]] = {}
+    peft_table_settings: ClassVar[dict[str, Any]] = {}
     """What PEFT's configuration says of how the table is made. It does not change what a saved adapter computes."""
 
     tokens: Annotated[int, Field(ge=1)] = 20
@@ -78,12 +69,15 @@ class VirtualTokens(Method):
     def to_peft(self, model: nn.Module, tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         (table,) = tensors.values()
         sizes = {"num_virtual_tokens": self.tokens, "num_transformer_submodules": 1}  # PEFT knows the others by the base
-        return peft_config(self.peft_type, **sizes, **self.peft_settings), {"prompt_embeddings": table}
+        return self.peft_config(**sizes, **self.peft_table_settings), {"prompt_embeddings": table}
 
     @classmethod
     def from_peft(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[Self, dict[str, Tensor]]:
         check_peft_config(
-            config, {"num_virtual_tokens"}, {"num_transformer_submodules": (1,)}, ignored=_SIZE_KEYS | cls.peft_settings.keys()
+            config,
+            {"num_virtual_tokens"},
+            {"num_transformer_submodules": (1,)},
+            ignored=_SIZE_KEYS | cls.peft_table_settings.keys(),
         )
         if list(tensors) != ["prompt_embeddings"]:
             raise ArtifactError(
@@ -136,7 +130,11 @@ class Prefixes(VirtualTokens):
 
     peft_type: ClassVar[str | None] = "PREFIX_TUNING"
     table_name: ClassVar[str] = "keys_and_values"
-    peft_settings: ClassVar[dict[str, Any]] = {"prefix_projection": False, "encoder_hidden_size": None, "init_weights": None}
+    peft_table_settings: ClassVar[dict[str, Any]] = {
+        "prefix_projection": False,
+        "encoder_hidden_size": None,
+        "init_weights": None,
+    }
 
     def initialize(self, model: nn.Module, layers: dict[str, AdapterLayer], sample: Sample) -> None:
         (layer,) = layers.values()

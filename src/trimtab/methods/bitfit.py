@@ -14,27 +14,19 @@ from trimtab.core.errors import NotMergeable
 from trimtab.methods import (
     ALL,
     ALL_LINEAR,
-    SELECTION_KEYS,
     AdapterLayer,
     Method,
     Targets,
     base_modules,
-    check_peft_config,
     find_matrices,
-    from_peft_names,
     matrix_shape,
-    peft_config,
     select_modules,
     shortest_names,
     to_peft_names,
     trainable_dtype,
-    trimtab_only_config,
     unwrap,
 )
 from trimtab.methods._structure import find_norms
-
-NAMES = {"bias": "beft_bias"}
-"""PEFT's name of our parameter."""
 
 
 class BitFit(Method):
@@ -44,6 +36,7 @@ class BitFit(Method):
     """
 
     peft_type: ClassVar[str | None] = "BEFT"
+    peft_names: ClassVar[dict[str, str]] = {"bias": "beft_bias"}
     auto_lr: ClassVar[str] = "1e-2"
 
     targets: Targets = (ALL,)
@@ -71,14 +64,13 @@ class BitFit(Method):
     def to_peft(self, model: nn.Module, tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         own, sites = base_modules(model), self.sites(model)
         if not all(isinstance(own[path], nn.Linear) for path in sites):
-            return trimtab_only_config(self.name), to_peft_names(tensors, NAMES)
-        config = peft_config(self.peft_type, target_modules=shortest_names(sites, list(own)))
-        return config, to_peft_names({key: bias[None] for key, bias in tensors.items()}, NAMES)
+            return self.trimtab_only_config(), to_peft_names(tensors, self.peft_names)
+        shaped = {key: bias[None] for key, bias in tensors.items()}
+        return self.peft_config(target_modules=shortest_names(model, sites)), to_peft_names(shaped, self.peft_names)
 
     @classmethod
     def from_peft(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[Self, dict[str, Tensor]]:
-        check_peft_config(config, ignored={"init_weights", *SELECTION_KEYS})
-        renamed, paths = from_peft_names(tensors, NAMES, "BitFit")
+        renamed, paths = cls.read_peft(config, tensors, ignored={"init_weights"})
         return cls.parse({"targets": paths}), {key: bias.flatten() for key, bias in renamed.items()}
 
 

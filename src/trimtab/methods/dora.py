@@ -15,6 +15,7 @@ from trimtab.methods._lowrank import LowRank, LowRankLayer
 class DoRA(LowRank):
     """Replaces each targeted matrix W by m · (W + alpha / rank · B A) / ‖W + alpha / rank · B A‖, norms by output."""
 
+    peft_names: ClassVar[dict[str, str]] = {**LowRank.peft_names, "magnitude": "lora_magnitude_vector"}
     peft_variant: ClassVar[dict[str, Any]] = {"use_dora": True}
     exact_gradient: ClassVar[bool] = False
 

@@ -14,16 +14,12 @@ from trimtab.core.errors import RecipeError
 from trimtab.methods import (
     ALL_LINEAR,
     ATTENTION,
-    SELECTION_KEYS,
     AdapterLayer,
     Method,
     Patterns,
     base_modules,
-    check_peft_config,
     find_matrices,
-    from_peft_names,
     matches_target,
-    peft_config,
     require_matrix_shape,
     shortest_names,
     to_peft_names,
@@ -35,14 +31,13 @@ from trimtab.methods._structure import feed_forward_outputs, key_value_matrices,
 
 AUTO = "auto"
 """The target that is found from the model's structure."""
-NAMES = {"scale": "ia3_l"}
-"""PEFT's name of our parameter."""
 
 
 class IA3(Method):
     """Multiplies the outputs of some matrices, and the inputs of some others, by trained vectors, which start as ones."""
 
     peft_type: ClassVar[str | None] = "IA3"
+    peft_names: ClassVar[dict[str, str]] = {"scale": "ia3_l"}
     auto_lr: ClassVar[str] = "1e-2"
 
     outputs: Patterns = (AUTO,)
@@ -84,22 +79,21 @@ class IA3(Method):
         own, sites = base_modules(model), self.sites(model)
         inputs = [path for path in sites if self.on_inputs(path)]
         outputs = [path for path in sites if not self.on_inputs(path)]
-        names = shortest_names(inputs, list(own))
+        names = shortest_names(model, inputs)
         if any(path.endswith(tuple(names)) for path in outputs):
             names = inputs  # PEFT compares these with the ends of paths, letter by letter
-        config = peft_config(
-            self.peft_type,
-            target_modules=[*shortest_names(outputs, list(own)), *names],
+        config = self.peft_config(
+            target_modules=[*shortest_names(model, outputs), *names],
             feedforward_modules=names,
             fan_in_fan_out=any(not isinstance(own[path], nn.Linear) for path in sites),
         )
         shaped = {key: t[None] if key.rpartition(".")[0] in inputs else t[:, None] for key, t in tensors.items()}
-        return config, to_peft_names(shaped, NAMES)
+        return config, to_peft_names(shaped, self.peft_names)
 
     @classmethod
     def from_peft(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[Self, dict[str, Tensor]]:
-        check_peft_config(config, ignored={"feedforward_modules", "fan_in_fan_out", "init_ia3_weights", *SELECTION_KEYS})
-        renamed, paths = from_peft_names(tensors, NAMES, "(IA)³")
+        ignored = {"feedforward_modules", "fan_in_fan_out", "init_ia3_weights"}
+        renamed, paths = cls.read_peft(config, tensors, ignored=ignored)
         outputs = [path for path in paths if renamed[f"{path}.scale"].shape[-1:] == (1,)]  # the others' are (1, inputs)
         method = cls.parse({"outputs": outputs, "inputs": [path for path in paths if path not in outputs]})
         return method, {name: t.flatten() for name, t in renamed.items()}

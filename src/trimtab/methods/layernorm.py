@@ -7,30 +7,16 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
-from trimtab.methods import (
-    ALL,
-    SELECTION_KEYS,
-    Method,
-    Targets,
-    base_modules,
-    check_peft_config,
-    from_peft_names,
-    peft_config,
-    select_modules,
-    shortest_names,
-    to_peft_names,
-)
+from trimtab.methods import ALL, Method, Targets, select_modules, shortest_names, to_peft_names
 from trimtab.methods._structure import find_norms
 from trimtab.methods._weight_copies import WeightCopyLayer, count_parameters
-
-NAMES = {"weight": "ln_tuning_layers.weight", "bias": "ln_tuning_layers.bias"}
-"""PEFT's names of our parameters."""
 
 
 class LayerNormTuning(Method):
     """Trains copies of the weights of the model's norms: LayerNorm, RMSNorm and their like, including those of queries and keys."""
 
     peft_type: ClassVar[str | None] = "LN_TUNING"
+    peft_names: ClassVar[dict[str, str]] = {name: f"ln_tuning_layers.{name}" for name in ("weight", "bias")}
     auto_lr: ClassVar[str] = "3e-3"
 
     targets: Targets = (ALL,)
@@ -49,11 +35,10 @@ class LayerNormTuning(Method):
         return count_parameters(model, self.sites(model))
 
     def to_peft(self, model: nn.Module, tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        config = peft_config(self.peft_type, target_modules=shortest_names(self.sites(model), list(base_modules(model))))
-        return config, to_peft_names(tensors, NAMES)
+        config = self.peft_config(target_modules=shortest_names(model, self.sites(model)))
+        return config, to_peft_names(tensors, self.peft_names)
 
     @classmethod
     def from_peft(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[Self, dict[str, Tensor]]:
-        check_peft_config(config, ignored=SELECTION_KEYS)
-        renamed, paths = from_peft_names(tensors, NAMES, "LayerNorm tuning")
+        renamed, paths = cls.read_peft(config, tensors)
         return cls.parse({"targets": paths}), renamed

@@ -12,16 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from trimtab.core.errors import RecipeError
-from trimtab.methods import (
-    SELECTION_KEYS,
-    AdapterLayer,
-    MatrixMethod,
-    check_peft_config,
-    from_peft_names,
-    require_matrix_shape,
-    trainable_dtype,
-    with_weight,
-)
+from trimtab.methods import AdapterLayer, MatrixMethod, require_matrix_shape, trainable_dtype, with_weight
 
 
 class MiSS(MatrixMethod):
@@ -56,13 +47,13 @@ class MiSS(MatrixMethod):
 
     @classmethod
     def from_peft(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[Self, dict[str, Tensor]]:
-        check_peft_config(
+        renamed, paths = cls.read_peft(
             config,
+            tensors,
             honoured={"r", "miss_dropout"},
             neutral={"bias": ("none",), "init_weights": (True,)},
-            ignored={"mini_r", *SELECTION_KEYS},  # mini_r is read with init_weights "mini" alone
+            ignored={"mini_r"},  # mini_r is read with init_weights "mini" alone
         )
-        renamed, paths = from_peft_names(tensors, cls.peft_names, "MiSS")
         return cls.parse({"rank": config.get("r", 64), "dropout": config.get("miss_dropout", 0.0), "targets": paths}), renamed
 
 

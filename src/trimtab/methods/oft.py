@@ -12,16 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from trimtab.core.errors import ArtifactError, RecipeError
-from trimtab.methods import (
-    SELECTION_KEYS,
-    AdapterLayer,
-    MatrixMethod,
-    check_peft_config,
-    from_peft_names,
-    require_matrix_shape,
-    trainable_dtype,
-    with_weight,
-)
+from trimtab.methods import AdapterLayer, MatrixMethod, require_matrix_shape, trainable_dtype, with_weight
 
 
 class OFT(MatrixMethod):
@@ -70,14 +61,14 @@ class OFT(MatrixMethod):
     def from_peft(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[Self, dict[str, Tensor]]:
         series = config.get("use_cayley_neumann", True)
         terms = 5 if series else config.get("num_cayley_neumann_terms")  # read with the series alone
-        check_peft_config(
+        renamed, paths = cls.read_peft(
             config,
+            tensors,
             honoured={"block_share", "use_cayley_neumann"},
             neutral={"bias": ("none",), "num_cayley_neumann_terms": (terms,)},
             # PEFT fits a block size to each matrix where it must, so the tensors say it; its dropout is never called.
-            ignored={"r", "oft_block_size", "init_weights", "module_dropout", "eps", "fan_in_fan_out", *SELECTION_KEYS},
+            ignored={"r", "oft_block_size", "init_weights", "module_dropout", "eps", "fan_in_fan_out"},
         )
-        renamed, paths = from_peft_names(tensors, cls.peft_names, "OFT")
         sizes = {(1 + math.isqrt(1 + 8 * renamed[f"{path}.Q"].shape[-1])) // 2 for path in paths}
         if len(sizes) > 1:
             raise ArtifactError(f"oft_block_size: PEFT has made it {sorted(sizes)} in different matrices; Trimtab has one.")

@@ -15,7 +15,7 @@ class PromptTuning(Prompts):
 
     peft_type: ClassVar[str | None] = "PROMPT_TUNING"
     auto_lr: ClassVar[str] = "3e-2"
-    peft_settings: ClassVar[dict[str, Any]] = {
+    peft_table_settings: ClassVar[dict[str, Any]] = {
         "prompt_tuning_init": "RANDOM",
         "prompt_tuning_init_text": None,
         "tokenizer_name_or_path": None,

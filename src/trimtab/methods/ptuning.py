@@ -19,7 +19,7 @@ class PTuning(Prompts):
     peft_type: ClassVar[str | None] = "P_TUNING"
     auto_lr: ClassVar[str] = "3e-4"
     inference_settings: ClassVar[dict[str, Any]] = {"width": 0}
-    peft_settings: ClassVar[dict[str, Any]] = {
+    peft_table_settings: ClassVar[dict[str, Any]] = {
         "encoder_reparameterization_type": "MLP",
         "encoder_hidden_size": None,
         "encoder_num_layers": 2,

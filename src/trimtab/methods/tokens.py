@@ -12,19 +12,7 @@ from torch import Tensor, nn
 
 from trimtab.core.config import as_tuple
 from trimtab.core.errors import RecipeError
-from trimtab.methods import (
-    SELECTION_KEYS,
-    AdapterLayer,
-    Method,
-    Sample,
-    base_modules,
-    check_peft_config,
-    from_peft_names,
-    peft_config,
-    shortest_names,
-    to_peft_names,
-    trimtab_only_config,
-)
+from trimtab.methods import AdapterLayer, Method, Sample, base_modules, shortest_names, to_peft_names
 from trimtab.methods._matrices import embedding_and_head_shapes
 from trimtab.methods._token_embeddings import (
     InputEmbeddings,
@@ -36,7 +24,6 @@ from trimtab.methods._token_embeddings import (
     tie_head,
 )
 
-NAMES = {"rows": "trainable_tokens_delta"}
 Id = Annotated[int, Field(ge=0)]
 
 
@@ -52,6 +39,7 @@ class Tokens(Method):
     """Trains the embeddings of some tokens, including new ones."""
 
     peft_type: ClassVar[str | None] = "TRAINABLE_TOKENS"
+    peft_names: ClassVar[dict[str, str]] = {"rows": "trainable_tokens_delta"}
     auto_lr: ClassVar[str] = "3e-2"
 
     tokens: Annotated[tuple[str | Id, ...], BeforeValidator(as_tuple)] = ()
@@ -115,19 +103,18 @@ class Tokens(Method):
         vocabulary, own = embedding_and_head_shapes(model)[embeddings][0], base_modules(model)
         paths = [path for path in (embeddings, head) if f"{path}.rows" in tensors]
         same = all(len(tensors[f"{path}.rows"]) == len(self.ids) for path in paths)
-        config = peft_config(self.peft_type)
+        config = self.peft_config()
         if max(self.ids) >= vocabulary or not same or (own[head].bias is not None and (tied or head in paths)):
             # PEFT has no rows beyond the model's, has one list of tokens for embeddings and head, and drops the bias.
-            config = trimtab_only_config(self.name)
+            config = self.trimtab_only_config()
         if tied:  # PEFT writes what is shared under both names, and misses the second if it is not there
             tensors = {**tensors, f"{head}.rows": tensors[f"{embeddings}.rows"].clone()}
         # embeddings alone as PEFT writes them, which it then reads without a warning
-        targets = shortest_names(paths, list(own)) if head in paths else embeddings
+        targets = shortest_names(model, paths) if head in paths else embeddings
         config |= {"target_modules": targets, "token_indices": list(self.ids)}
-        return config, to_peft_names(tensors, NAMES)
+        return config, to_peft_names(tensors, self.peft_names)
 
     @classmethod
     def from_peft(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[Self, dict[str, Tensor]]:
-        check_peft_config(config, honoured={"token_indices"}, ignored={"init_weights", *SELECTION_KEYS})
-        renamed, paths = from_peft_names(tensors, NAMES, "trainable tokens'")
+        renamed, paths = cls.read_peft(config, tensors, honoured={"token_indices"}, ignored={"init_weights"})
         return cls.parse({"tokens": config.get("token_indices"), "head": len(paths) > 1}), renamed

@@ -93,9 +93,9 @@ def test_the_terminal_shows_what_is_learned_and_so_does_the_page(here, trimtab):
     assert said[1:5] == [  # what is learned is marked by a word, where there are no colours
         "       | <|im_start|>user", f"       | {said[2][9:]}", "       | <|im_start|>assistant", f"target | {said[4][9:]}",
     ]  # fmt: skip
-    assert re.fullmatch(r"Is \d+ < 7 & so on\?<\|im_end\|>", said[2][10:])
-    assert re.fullmatch(r"<b>yes</b> \d+<\|im_end\|>", said[4][10:])
-    assert said[-1] == "Ready to train: all 11 things that were looked at are good."
+    assert re.fullmatch(r"Is \d+ < 7 & so on\?<\|im_end\|>", said[2][9:])
+    assert re.fullmatch(r"<b>yes</b> \d+<\|im_end\|>", said[4][9:])
+    assert said[-1] == "Ready to train: all 11 checks are good."
     page = (here / "proof.html").read_text()
     assert "<mark>&lt;b&gt;yes&lt;/b&gt;" in page
     assert "&lt; 7 &amp; so on?" in page

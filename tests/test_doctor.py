@@ -54,8 +54,8 @@ def test_virtual_tokens_that_transformers_own_generate_does_not_see(monkeypatch,
     done = trimtab("doctor")
     assert done.code == 2
     assert "do not train with them" in done.err
-    assert "sick  prefix" in done.out
-    assert "well  lora" in done.out
+    assert "failed  prefix" in done.out
+    assert "ok  lora" in done.out
 
 
 @pytest.mark.parametrize(

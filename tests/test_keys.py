@@ -210,16 +210,16 @@ def test_the_same_values_give_the_same_result_to_the_last_bit(work, plain):
 
 
 def test_pack_tokens_changes_how_packs_are_cut_and_not_what_is_learned(work, monkeypatch):
-    from trimtab.objectives import _kl_estimate
+    from trimtab.train import loop
 
     sizes = []
-    whole = _kl_estimate.pack_logprobs
+    whole = loop.pack_logprobs
 
     def counting(model, pack, **others):
         sizes.append(len(pack.ids))
         return whole(model, pack, **others)
 
-    monkeypatch.setattr(_kl_estimate, "pack_logprobs", counting)
+    monkeypatch.setattr(loop, "pack_logprobs", counting)
     results = []
     for tokens in (1024, 32):
         sizes.clear()
@@ -230,16 +230,16 @@ def test_pack_tokens_changes_how_packs_are_cut_and_not_what_is_learned(work, mon
 
 
 def test_recompute_says_whether_layers_are_computed_again_and_changes_nothing_that_is_learned(work, monkeypatch):
-    from trimtab.objectives import _kl_estimate
+    from trimtab.train import loop
 
     asked = set()
-    whole = _kl_estimate.pack_logprobs
+    whole = loop.pack_logprobs
 
     def watching(model, pack, **others):
         asked.update({others["recompute"]} if "recompute" in others else ())
         return whole(model, pack, **others)
 
-    monkeypatch.setattr(_kl_estimate, "pack_logprobs", watching)
+    monkeypatch.setattr(loop, "pack_logprobs", watching)
     found = []
     for recompute in ("none", "full", "auto"):
         asked.clear()

@@ -411,7 +411,7 @@ def test_a_start_that_does_not_fit_is_refused(world, tmp_path):
     run_recipe(recipe(world, tmp_path, output=str(tmp_path / "sft"), data=data, method={"rank": 3}))
     for keys, words in (
         ({"start": str(tmp_path / "nothing")}, "is no run or adapter folder"),
-        ({"start": str(tmp_path / "sft"), "method": {"rank": 4}}, "holds another"),
+        ({"start": str(tmp_path / "sft"), "method": {"rank": 4}}, "training starts from, has another"),
         ({"start": str(tmp_path / "sft"), "model": str(world / "other")}, "trained on another base"),
     ):
         with pytest.raises(Exception, match=words):
@@ -462,7 +462,7 @@ def test_eval_tells_what_the_runs_objective_makes_of_its_held_out_rows(world, tm
     assert told["divergence"] > 0.01
     assert told["base"]["divergence"] == 0.0
     assert cli.main(["eval", str(run.folder), "--base"]) == 0
-    assert f"6 rows, {name}" in capsys.readouterr().out
+    assert f"6 examples, {name}" in capsys.readouterr().out
     assert cli.main(["eval", str(run.folder), "--base", "--show", "2", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     sides = {"answer", "question", *(() if name == "kto" else ("chosen", "rejected"))}

@@ -46,7 +46,7 @@ OFF: dict[str, tuple[str, Callable[[], AbstractContextManager[None]]]] = {
         "norms, gates and the softmax's sweep in torch, attention in flash calls",
         lambda: instead(kernels, "_library", lambda: None),
     ),
-    "tree attention in C": (
+    "attention in C": (
         "a flash call for each block of each segment",
         lambda: instead(tree_attention, "_Compiled", tree_attention._InTorch),
     ),

@@ -57,9 +57,8 @@ PARTS = {
     },
     "loss": {
         "engine/head.py": "test_head test_objectives test_mismatched test_train",
-        "objectives/_base.py objectives/_comparing.py objectives/_pairs.py objectives/_kl_estimate.py objectives/cpo.py objectives/dpo.py "
-        "objectives/kto.py objectives/orpo.py objectives/sft.py objectives/simpo.py":
-            "test_objectives test_preference test_mismatched test_keys",
+        "objectives/_base.py objectives/_pairs.py objectives/_kl_estimate.py objectives/cpo.py objectives/dpo.py objectives/kto.py "
+        "objectives/orpo.py objectives/sft.py objectives/simpo.py": "test_objectives test_preference test_mismatched test_keys",
     },
     "loader": {
         "data/read.py data/text_files.py data/json_files.py data/strict_json.py data/load.py data/formats.py":

@@ -17,9 +17,8 @@ from trimtab.data import pack_flat
 from trimtab.data.example import TokenRow
 from trimtab.deploy import load_adapter, save_adapter
 from trimtab.engine import pack_logprobs
-from trimtab.methods import active, attach
+from trimtab.methods import Routing, active, attach, routed
 from trimtab.methods._adapterhub import _reduction
-from trimtab.methods._switch import Routing, routed
 from trimtab.methods.bottleneck import BottleneckAdapter
 from trimtab.report.folders import folder_facts
 
@@ -212,7 +211,7 @@ def test_a_block_that_is_not_like_the_others_is_refused_by_name():
 def test_it_is_no_change_of_weights():
     layer = attached(tiny("llama")).layers["model.layers.0.mlp"]
     with pytest.raises(NotMergeable, match="has an activation between its two matrices"):
-        layer.merged()
+        layer.merge()
 
 
 def test_the_width_is_given_or_the_models_divided():
@@ -353,7 +352,7 @@ DOWN = "model.layers.0.output_adapters.adapters.after_mlp.adapter_down.0.weight"
         ({"config": {"output_adapter": False, "mh_adapter": True}}, "output_adapter: False"),
         ({"config": {"architecture": "lora", "r": 8}}, "architecture: 'lora'; r: 8"),
         ({"config": {"new_in_version_2": True}}, "new_in_version_2: True"),
-        ({"top": {"config": None}}, "says nothing of the adapter"),
+        ({"top": {"config": None}}, "does not describe the adapter"),
         ({"top": {"version": "0.1"}}, "it has no peft_type"),
         ({"tensors": lambda t: t.pop(DOWN)}, r"layers\.0\.mlp\.down\.weight: missing"),
         ({"tensors": lambda t: t.update(odd=torch.zeros(1))}, "not a bottleneck adapter's: odd"),

@@ -68,9 +68,7 @@ def test_a_run_ends_with_a_certificate(done, trimtab):
     assert {one["text"] for one in held["answers"]} == {"yes"}
     text = (done / "certificate.txt").read_text()
     assert text == certificate_text(held)
-    assert text.startswith(
-        "Trimtab certificate: passed\n\npassed  reload: reloaded in a new process, the adapter reproduces training log-probabilities on 4 examples"
-    )
+    assert text.startswith("Trimtab certificate: passed\n\npassed  reload: reloaded in a new process, the adapter reproduces")
     verified = trimtab("verify", done)
     assert verified.code == 0
     assert verified.out.startswith("Trimtab certificate: passed")
@@ -208,7 +206,7 @@ def test_what_is_saved_must_be_what_was_trained(here, trimtab, monkeypatch):
     failed = trimtab(*WORDS, "output=new")
     assert failed.code == 7
     assert (
-        "new is finished, but its adapter failed certification:\n  reload: reloaded in a new process, the adapter gives a log-probability that is"
+        "new is finished, but its adapter failed certification:\n  reload: reloaded in a new process, the adapter gives"
         in failed.err
     )
     assert json.loads(Path("new/certificate.json").read_text())["passed"] is False

@@ -130,7 +130,7 @@ def test_an_answer_ends_where_the_context_does(family):
 def test_virtual_tokens_take_their_part_of_the_context():
     model = tiny("llama")
     attach(model, method_of("prefix"), sample=Sample(rows=PROMPTS))
-    positions = max(adapter.method.positions for adapter in adapters(model).values())
+    positions = max(adapter.method.virtual_token_count for adapter in adapters(model).values())
     assert positions > 0
     (answer,) = generate(model, random_rows(60 - positions), [], max_new_tokens=100)
     assert (len(answer), answer.ended) == (4, "context")

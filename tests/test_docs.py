@@ -133,7 +133,9 @@ def test_the_tutorials_method_is_a_method(tmp_path, monkeypatch):
     page = (ROOT / "docs" / "adding-a-method.md").read_text(encoding="utf-8")
     file, more = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     whole = file + "\n" + more
-    assert len(whole.splitlines()) < 60
+    assert len(whole.splitlines()) < 50
+    assert set(re.findall(r"^from (trimtab\S*) import", file, flags=re.MULTILINE)) == {"trimtab.methods"}
+    assert not re.search(r"import.*\b_", whole)
     (tmp_path / "gates.py").write_text(whole)
     monkeypatch.setattr(trimtab.methods, "__path__", [*trimtab.methods.__path__, str(tmp_path)])
     assert "gates" in Method.names()

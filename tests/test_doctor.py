@@ -63,7 +63,7 @@ def test_virtual_tokens_that_transformers_own_generate_does_not_see(monkeypatch,
     [
         ("acts", LoRALayer, "adapt", lambda self, x: self.base(x)),
         ("leaves no trace", Attached, "detach", lambda self: self.model),
-        ("gradient is slope", LoRALayer, "low_rank", lambda self: (self.A, 0.5 * self.B.detach() + 0.5 * self.B)),
+        ("gradient is slope", LoRALayer, "low_rank_factors", lambda self: (self.A, 0.5 * self.B.detach() + 0.5 * self.B)),
         ("cached decoding", DecodeLayout, "advance", lambda self: None),
         ("merged", LowRankLayer, "change", lambda self: -30 * self.scale * self.B.detach() @ self.A.detach()),
     ],

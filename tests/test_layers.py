@@ -28,7 +28,7 @@ STACKED = [FLOORS[-1]]
 NEVER = {("api", "report")}
 """Floors that are passed over though they are below."""
 FAMILIES = {"methods", "objectives"}
-"""Folders whose members do not know each other: they share the files whose names start with an underscore."""
+"""Folders whose members do not know each other: they share the folder's own names, and the files whose names start with an underscore."""
 
 OWNERS = {
     "transformers": {"base", "core/attention_hook", "testing"},
@@ -56,7 +56,7 @@ LAZY = {"__init__.py", "core/config.py"}
 """Files that import what a text names: the package's own names, and the members of a family."""
 
 MOST_LINES_OF_A_FILE = 300
-CORE, MOST_LINES_OF_CORE = FLOORS[0] | FLOORS[1] | FLOORS[2] | {"objectives", "train"}, 8120
+CORE, MOST_LINES_OF_CORE = FLOORS[0] | FLOORS[1] | FLOORS[2] | {"objectives", "train"}, 8250
 """What the loss of a step depends on; lines with something on them, and of families what everybody reads: see `_in_core`."""
 FUSED, MOST_LINES_OF_FUSED = "engine/fused/", 895
 """The blocks by hand, which repeat for speed what the rest says plainly: counted apart."""
@@ -167,7 +167,7 @@ def _wrong_way(path: str, other: str, target: str) -> Iterator[str]:
     part = part_of(path)
     if other == part:
         name = Path(target).stem
-        if part in FAMILIES and not Path(path).stem.startswith("_") and (not name.startswith("_") or name == "__init__"):
+        if part in FAMILIES and not Path(path).stem.startswith("_") and not name.startswith("_"):
             yield f"{path} may not know its sibling {target}"
         return
     if not other:
@@ -313,8 +313,8 @@ PLANTED = {
     "a method that knows another": (
         "methods/new.py", "from trimtab.methods.lora import LoRA", "methods/new.py may not know its sibling methods/lora.py"
     ),
-    "a method that knows the whole folder": (
-        "methods/new.py", "from trimtab.methods import attach", "methods/new.py may not know its sibling methods/__init__.py"
+    "the same, as a name of the folder": (
+        "methods/new.py", "from trimtab.methods import AdapterLayer, lora", "methods/new.py may not know its sibling methods/lora.py"
     ),
     "an objective that knows another": (
         "objectives/new.py", "def f():\n    from trimtab.objectives import sft", "objectives/new.py may not know its sibling objectives/sft.py"
@@ -380,6 +380,7 @@ def test_it_notices(path, text, expected):
         ({"data/order.py": "def f():\n    from trimtab.data.load import load_data"}, "data/load.py -> data/order.py"),
         ({"train/config.py": "from trimtab.train.loop import Step"}, "a circle: train/config.py -> train/loop.py"),
         ({"core/files.py": "import trimtab.core.files"}, "a circle: core/files.py"),
+        ({"methods/_base.py": "from trimtab.methods import attach"}, "a circle: methods/__init__.py"),
         ({"cli.py": "from trimtab.__main__ import main"}, "a circle: __main__.py -> cli.py"),
         ({"api.py": "import trimtab"}, "__init__.py -> api.py"),
     ],
@@ -402,6 +403,12 @@ def test_it_notices_blocks_by_hand_that_grow_too_heavy():
     sources = real()
     sources |= {f"engine/fused/more{n}.py": "x = 1\n" * 200 for n in range(3)}
     assert any(problem.startswith("engine/fused/ has ") for problem in violations(sources))
+
+
+def test_a_method_may_use_what_its_folder_offers():
+    sources = real()
+    sources["methods/new.py"] = "from trimtab.methods import AdapterLayer, Method, find_matrices\n"
+    assert violations(sources) == known_violations()
 
 
 def test_a_house_of_one_room_is_fine():

@@ -15,8 +15,7 @@ from trimtab.data import pack_flat
 from trimtab.data.example import TokenRow
 from trimtab.deploy import load_adapter, merge, save_adapter
 from trimtab.engine import pack_logprobs
-from trimtab.methods import Sample, _lora_init, attach
-from trimtab.methods._base import matrix
+from trimtab.methods import Sample, _lora_init, attach, weight_matrix
 from trimtab.methods.dora import DoRA
 from trimtab.methods.lora import LoRA
 from trimtab.methods.miss import MiSS
@@ -225,7 +224,7 @@ def inputs_of(model, paths, rows):
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("numbers", [250_000_000, 1])
 def test_eva_starts_at_the_principal_directions_of_what_enters(numbers, family, monkeypatch):
-    monkeypatch.setattr(_lora_init, "NUMBERS", numbers)  # 1: a group for each layer
+    monkeypatch.setattr(_lora_init, "MAX_NUMBERS", numbers)  # 1: a group for each layer
     monkeypatch.setattr(_lora_init, "TOKENS", 12)  # the first row, and three tokens of the second
     model = tiny(family, torch.float64)
     method = LoRA(rank=4, init="eva")
@@ -244,13 +243,13 @@ def test_eva_starts_at_the_principal_directions_of_what_enters(numbers, family, 
 @pytest.mark.parametrize(
     ("settings", "rows", "message"),
     [
-        ({"rank": 4}, (), "eva starts from rows of data, and there are none"),
+        ({"rank": 4}, (), "eva starts from training examples, and there are none"),
         ({"rank": 8}, ([5, 6, 7],), r"a rank of at most 3 for .*q_proj, which has 32 inputs and is given 3 tokens; it is 8"),
         ({"rank": 40}, random_rows(60), "a rank of at most 32 for"),
         (
             {"rank": 4, "targets": ["embed_tokens"]},
             ROWS,
-            "eva looks at what enters a matrix, and tokens enter model.embed_tokens",
+            "eva uses the inputs of a matrix, and those of model.embed_tokens are tokens",
         ),
     ],
 )
@@ -342,8 +341,8 @@ def test_oft_turns_blocks_of_its_inputs(cayley, shared):
 
 
 def test_ofts_series_is_the_exact_rotations_inverse_for_small_angles():
-    made = [adapted(OFT(block_size=8, cayley=cayley), size=1e-3)[0].turn() for cayley in ("exact", "neumann")]
-    exact, series = (turn + torch.eye(8, dtype=torch.float64) for turn in made)
+    changes = [adapted(OFT(block_size=8, cayley=cayley), size=1e-3)[0].rotation_change() for cayley in ("exact", "neumann")]
+    exact, series = (change + torch.eye(8, dtype=torch.float64) for change in changes)
     close(exact @ series, torch.eye(8, dtype=torch.float64).expand(4, 8, 8), 1e-9)
 
 
@@ -366,9 +365,9 @@ def test_merged_is_the_layer(name, family):
     adapter = attach(tiny(family, torch.float64), VARIANTS[name])
     perturb(adapter.parameters())
     for path, layer in adapter.layers.items():
-        x = torch.randn(4, matrix(layer).shape[1], dtype=torch.float64)
+        x = torch.randn(4, weight_matrix(layer).shape[1], dtype=torch.float64)
         kept = layer.base.weight.clone()
-        merged = layer.merged()
+        merged = layer.merge()
         torch.testing.assert_close(merged(x), layer(x), rtol=1e-9, atol=1e-9, msg=path)
         assert (merged(x) - layer.base(x)).abs().max() > 1e-2
         assert torch.equal(layer.base.weight, kept)
@@ -419,6 +418,6 @@ def test_an_output_of_zeros_has_no_direction_and_stays_as_it_is(tmp_path):
         after = model(input_ids=x).logits
         assert bool(after.isfinite().all())
         assert not torch.allclose(after, before)
-        merged = adapter.layers[DOWN].merged()
+        merged = adapter.layers[DOWN].merge()
     assert bool(merged.weight.isfinite().all())
     assert not merged.weight[2].any()

@@ -75,7 +75,7 @@ def test_values_that_are_not_finite_are_refused_and_nothing_is_written(tmp_path)
 def test_a_method_that_is_no_change_of_weights_is_refused_and_nothing_is_written(tmp_path, monkeypatch):
     base, adapter = adapted("llama")
     monkeypatch.setattr(LoRA, "mergeable", False)
-    monkeypatch.setattr(type(next(iter(adapter.layers.values()))), "merged", AdapterLayer.merged)
+    monkeypatch.setattr(type(next(iter(adapter.layers.values()))), "merge", AdapterLayer.merge)
     with pytest.raises(NotMergeable, match="is not a change of weights"):
         merge(base, adapter, tmp_path / "merged")
     assert list(tmp_path.iterdir()) == []
@@ -94,16 +94,16 @@ def test_a_merge_that_is_not_the_adapter_is_not_kept(wrong, tmp_path, monkeypatc
     """The negative control of the check: a merge with the wrong scale, and one that forgets the adapter."""
     base, adapter = adapted("llama")
     kind = type(next(iter(adapter.layers.values())))
-    original = kind.merged
+    original = kind.merge
 
-    def merged(self):
+    def merge_wrongly(self):
         scale, self.scale = self.scale, self.scale * wrong
         try:
             return original(self)
         finally:
             self.scale = scale
 
-    monkeypatch.setattr(kind, "merged", merged)
+    monkeypatch.setattr(kind, "merge", merge_wrongly)
     with pytest.raises(ArtifactError, match="so it was not kept"):
         merge(base, adapter, tmp_path / "merged")
     assert list(tmp_path.iterdir()) == []

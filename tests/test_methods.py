@@ -96,7 +96,7 @@ class Draws(TorchDispatchMode):
 
 
 def test_first_values_are_decided_by_the_seed_alone(method):
-    if method.positions:  # virtual tokens: real text has no seed
+    if method.virtual_token_count:  # virtual tokens: real text has no seed
         method = method.model_copy(update={"init": "random"})
     states, draws = [], Draws()
     for seed, noise in ((3, 1), (3, 2), (4, 1)):
@@ -189,7 +189,7 @@ def test_lora_merged_is_lora(family):
     for path, layer in adapter.layers.items():
         x = torch.randn(4, layer.A.shape[1])
         kept = layer.base.weight.clone()
-        torch.testing.assert_close(layer.merged()(x), layer(x), rtol=1e-4, atol=1e-5, msg=path)
+        torch.testing.assert_close(layer.merge()(x), layer(x), rtol=1e-4, atol=1e-5, msg=path)
         assert torch.equal(layer.base.weight, kept)
 
 

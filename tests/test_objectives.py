@@ -22,7 +22,7 @@ from trimtab.evaluate import score_loss
 from trimtab.methods import attach
 from trimtab.methods.lora import LoRA
 from trimtab.objectives import Objective, mean_measures, score_packs
-from trimtab.objectives._base import EVEN, right
+from trimtab.objectives._base import TIE, correctness
 from trimtab.objectives.sft import SFT
 from trimtab.train import TrainConfig, train
 
@@ -413,12 +413,12 @@ def test_only_kto_pools_a_number(how):
 def test_ktos_weights_make_both_sides_count_the_same():
     rows = rows_of("judged", 9, seed=4)
     good = sum(row.side == "good" for row in rows)
-    settled = Objective.pick("kto").settled(rows)
-    assert good * settled.desirable == pytest.approx((9 - good) * settled.undesirable)
-    assert min(settled.desirable, settled.undesirable) == 1.0
-    assert Objective.pick({"name": "kto", "desirable": 3.0}).settled(rows).desirable == 3.0
+    resolved = Objective.pick("kto").resolve_auto(rows)
+    assert good * resolved.desirable == pytest.approx((9 - good) * resolved.undesirable)
+    assert min(resolved.desirable, resolved.undesirable) == 1.0
+    assert Objective.pick({"name": "kto", "desirable": 3.0}).resolve_auto(rows).desirable == 3.0
     with pytest.raises(DataError, match="0 bad ones"):
-        Objective.pick("kto").settled([row for row in rows if row.side == "good"])
+        Objective.pick("kto").resolve_auto([row for row in rows if row.side == "good"])
 
 
 # Steps
@@ -480,5 +480,5 @@ def test_settings_that_say_nothing_are_refused():
 
 
 def test_rewards_that_differ_by_rounding_are_neither_right_nor_wrong():
-    margins = torch.tensor([1.0, EVEN * 1.01, EVEN, 0.0, -EVEN, -EVEN * 1.01, -1.0], dtype=torch.float64)
-    assert right(margins).tolist() == [1.0, 1.0, 0.5, 0.5, 0.5, 0.0, 0.0]
+    margins = torch.tensor([1.0, TIE * 1.01, TIE, 0.0, -TIE, -TIE * 1.01, -1.0], dtype=torch.float64)
+    assert correctness(margins).tolist() == [1.0, 1.0, 0.5, 0.5, 0.5, 0.0, 0.0]

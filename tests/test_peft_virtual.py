@@ -105,7 +105,7 @@ def test_we_load_pefts(name, family, tmp_path):
     theirs = saved_by_peft(family, make, tmp_path / "theirs")
     base = Base(tiny(family))
     adapter = load_adapter(base, tmp_path / "theirs")
-    assert (adapter.method.name, adapter.method.positions) == (expected, P)
+    assert (adapter.method.name, adapter.method.virtual_token_count) == (expected, P)
     torch.testing.assert_close(ours_of(base.model), theirs_of(theirs), rtol=0, atol=1e-5)
     # And back: what we save of it is PEFT's table, bit for bit.
     save_adapter(base, adapter, tmp_path / "ours")
@@ -129,7 +129,7 @@ def test_a_row_begins_at_the_same_position(family, tmp_path):
 def test_each_kind_of_pefts_is_read_by_one_method():
     members = [Method.member(name) for name in Method.names()]
     for kind, name in {"PREFIX_TUNING": "ptuning_v2", "PROMPT_TUNING": "prompt", "P_TUNING": "ptuning"}.items():
-        (reader,) = [m for m in members if m.reads({"peft_type": kind})]
+        (reader,) = [m for m in members if m.recognizes({"peft_type": kind})]
         assert reader is Method.member(name)
 
 

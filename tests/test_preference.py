@@ -90,7 +90,7 @@ def test_every_method_starts_as_its_reference(name, trained):
     if trained or as_base:
         assert scored.measures["kl"] == pytest.approx(0.0, abs=1e-4)
         assert scored.measures["accuracy"] == 0.5
-        weights = Objective.pick("kto").settled(JUDGED)
+        weights = Objective.pick("kto").resolve_auto(JUDGED)
         good = sum(row.side == "good" for row in JUDGED)
         mean = (good * weights.desirable + (len(JUDGED) - good) * weights.undesirable) / len(JUDGED)
         assert scored.loss == pytest.approx(mean / 2, abs=1e-5)

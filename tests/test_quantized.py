@@ -14,8 +14,7 @@ from trimtab.data import pack_flat
 from trimtab.data.example import TokenRow
 from trimtab.deploy import load_adapter, merge, open_target, save_adapter
 from trimtab.engine import check_packing, generate, pack_logprobs
-from trimtab.methods import Method, Sample, attach
-from trimtab.methods._base import matrix
+from trimtab.methods import Method, Sample, attach, weight_matrix
 
 pytest.importorskip("bitsandbytes")
 pytest.importorskip("accelerate")
@@ -187,7 +186,7 @@ def test_merging_into_it_and_methods_that_need_its_weights_are_refused(kind, loa
     for name in REFUSED:
         with pytest.raises(UnsupportedModel, match=r"is quantized, and .* such as lora"):
             attach(load(kind).model, method_of(name))
-    for asked in (layer.merged, lambda: matrix(layer)):
+    for asked in (layer.merge, lambda: weight_matrix(layer)):
         with pytest.raises(UnsupportedModel, match="is quantized, and this method starts from or changes the weights"):
             asked()
 

@@ -347,4 +347,4 @@ def test_a_bias_that_is_scaled_with_its_outputs_is_merged_scaled():
     layer.base.bias.data.normal_()
     x = torch.randn(3, 32, dtype=torch.float64)
     expected = F.linear(x, layer.scale[:, None] * layer.base.weight, layer.scale * layer.base.bias)
-    torch.testing.assert_close(layer.merged()(x), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(layer.merge()(x), expected, rtol=1e-12, atol=1e-12)

@@ -65,7 +65,7 @@ def test_ten_steps_are_trls(tmp_path, monkeypatch, how):
     fresh.detach()
     objective = Objective.pick(how)
     rows = rows_of(objective.data_kind, 40, seed=1)
-    objective = objective.settled(rows)
+    objective = objective.resolve_auto(rows)
     if objective.estimates_kl:
         rows = with_mismatched(rows, 0)
     theirs, gradients = _trl(tmp_path, rows, objective)

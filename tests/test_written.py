@@ -17,7 +17,7 @@ from trimtab.base import Base, ModelConfig
 from trimtab.core.errors import ArtifactError, NotMergeable, UnsupportedModel
 from trimtab.deploy import WELL_KEPT, attach, merge, sample
 from trimtab.deploy.save_pretrained import save_alone
-from trimtab.methods import Method, modules
+from trimtab.methods import Method, base_modules
 from trimtab.methods.lora import LoRA
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -213,7 +213,9 @@ def test_ends_that_differ_are_said_to_be_untied(tmp_path):
 
 
 def weights(model):
-    return {f"{path}.{name}": p.detach() for path, m in modules(model).items() for name, p in m.named_parameters(recurse=False)}
+    return {
+        f"{path}.{name}": p.detach() for path, m in base_modules(model).items() for name, p in m.named_parameters(recurse=False)
+    }
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-tied", "gpt2"])
@@ -253,7 +255,7 @@ def test_a_merge_in_fewer_bits_that_is_not_the_adapter_is_not_kept_either(wrong,
     adapter = attach(base.model, LoRA(rank=4))
     perturb(adapter.parameters())
     layer = type(next(iter(adapter.layers.values())))
-    original = layer.merged
+    original = layer.merge
 
     def scaled(self):
         scale, self.scale = self.scale, self.scale * wrong
@@ -262,7 +264,7 @@ def test_a_merge_in_fewer_bits_that_is_not_the_adapter_is_not_kept_either(wrong,
         finally:
             self.scale = scale
 
-    monkeypatch.setattr(layer, "merged", scaled)
+    monkeypatch.setattr(layer, "merge", scaled)
     with pytest.raises(ArtifactError, match="so it was not kept"):
         merge(base, adapter, tmp_path / "merged", dtype=torch.bfloat16)
     assert list(tmp_path.iterdir()) == []

@@ -88,7 +88,7 @@ def compare(settings: Settings, on_run: Callable[[str, dict[str, Any]], None]) -
     base = Base.load(ModelConfig(name=settings.model))
     objective = Objective.pick(settings.objective)
     rows = load_rows(settings, base, objective)
-    objective = objective.settled(rows)
+    objective = objective.resolve_auto(rows)
     method = LoRA(rank=settings.rank, alpha=2.0 * settings.rank, targets=settings.targets)
     with tempfile.TemporaryDirectory() as folder:
         spec = {**prepare(settings, base, rows, method, Path(folder)), "objective": objective.plain()}

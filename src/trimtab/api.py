@@ -8,7 +8,7 @@ from trimtab.core.errors import DataError, RecipeError
 from trimtab.data import DataConfig, Kind, load_data, tokenize_prompt
 from trimtab.data.example import TokenRow
 from trimtab.engine import Ended, check_packing, stream_tokens
-from trimtab.methods import Attached, Method, room
+from trimtab.methods import Attached, Method, max_row_length
 from trimtab.objectives import Objective
 from trimtab.objectives.sft import SFT
 from trimtab.run.start import prepare_objective
@@ -54,7 +54,7 @@ def fit(
     config = TrainConfig(**settings)
     _check_rows(base, rows)
     check_packing(base.model)
-    most = room(base.model, base.context_length)
+    most = max_row_length(base.model, base.context_length)
     objective, (rows, _), _ = prepare_objective(objective or SFT(), base, adapter, (list(rows), []), config.seed, most)
     memory = planned_memory(base, config, rows)
     steps = PlannedSteps(rows, config, memory)
@@ -68,7 +68,7 @@ def _check_rows(base: Base, rows: Sequence[TokenRow]) -> None:
     strange = next((f"{row.where}: {words}." for row in rows if (words := base.embedding_problem(row.ids))), None)
     if strange is not None:
         raise DataError(strange)
-    most = room(base.model, base.context_length)
+    most = max_row_length(base.model, base.context_length)
     long = [row.where for row in rows if most is not None and len(row.ids) > most]
     if long:
         raise DataError(f"{long[0]}: has more than the {most:,} tokens that the adapter's virtual tokens leave of the context.")
@@ -125,7 +125,7 @@ def _prompt(base: Base, messages: list[Message]) -> list[int]:
             f"{base.source} has no chat template: it continues one text, and takes no system message and no earlier messages."
         )
     ids = tokenize_prompt(messages, base)
-    most = room(base.model, base.context_length)
+    most = max_row_length(base.model, base.context_length)
     if not ids or (most is not None and len(ids) >= most):
         limit = f", and {base.source} was made for {most:,} with the answer" if ids else ""
         raise RecipeError(f"The prompt has {len(ids):,} tokens{limit}.")

@@ -27,8 +27,7 @@ from trimtab.engine import generate, pack_logprobs
 from trimtab.engine.forward import hidden_states
 from trimtab.engine.head import head_of
 from trimtab.engine.layouts import Cache, DecodeLayout, PackLayout, PrefillLayout
-from trimtab.methods import Attached, Method, Routing, Sample, active, adapters, attach, combine, routed
-from trimtab.methods._attach import switch_of
+from trimtab.methods import Attached, Method, Routing, Sample, active, adapters, attach, combine, routed, switch_of
 from trimtab.objectives import Objective, score_packs
 from trimtab.objectives.sft import SFT
 from trimtab.train import TrainConfig, train
@@ -371,7 +370,7 @@ def I18_a_combination_is_exact_or_refused(case: Case) -> None:
 def I21_cached_decoding_is_the_forward_pass(case: Case) -> None:
     """64 steps, ragged and in another order (positions end at 64 in the tiny models: 40 here beside 20 virtual tokens)."""
     adapter = case.attached()
-    length = 64 - case.method.positions - 1
+    length = 64 - case.method.virtual_token_count - 1
     rows = random_rows(length, length, length, seed=6)
     decoded = forced(adapter.model, rows, 3)
     for row, steps in zip(rows, decoded, strict=True):
@@ -436,7 +435,7 @@ def I24_activation_recomputation_changes_nothing(case: Case) -> None:
 @invariant
 def I25_attention_implementations_agree(case: Case) -> None:
     """Transformers' own forward pass, by sdpa and eager, and the packed one."""
-    if case.method.positions and case.family == "gemma3":
+    if case.method.virtual_token_count and case.family == "gemma3":
         skip("outside Trimtab's own forward pass, virtual tokens and sliding windows are refused")
     row = ROWS[1].ids
     found = []
@@ -655,4 +654,4 @@ CASES = [(name, family) for name in Method.names() for family in FAMILIES]
 
 
 def case_of(name: str, family: str, folder: Path, objective: str = "sft") -> Case:
-    return Case(method_of(name), family, folder, Objective.pick(objective).settled(JUDGED))
+    return Case(method_of(name), family, folder, Objective.pick(objective).resolve_auto(JUDGED))

@@ -14,8 +14,7 @@ from trimtab.core.errors import TrimtabError
 from trimtab.engine import layouts
 from trimtab.engine.fused import blocks
 from trimtab.engine.fused.tree_attention import attend
-from trimtab.methods import Attached, Routing, _combine
-from trimtab.methods._attach import adapters
+from trimtab.methods import Attached, Routing, _combine, adapters
 from trimtab.methods._lowrank import LowRankLayer
 from trimtab.methods.lora import LoRA, LoRALayer
 from trimtab.objectives.dpo import DPO
@@ -105,7 +104,7 @@ _laid, _kto_losses = layouts.PackLayout.__init__, KTO.losses
 _learned_and_pooled = suite.learned_and_pooled
 
 BROKEN = {
-    "I01": ("lora", (LoRALayer, "low_rank", lambda self: (self.A, self.B + 1e-3))),
+    "I01": ("lora", (LoRALayer, "low_rank_factors", lambda self: (self.A, self.B + 1e-3))),
     "I02": ("lora", ONLY_BASE),
     "I02 in generation": ("ptuning_v2", NO_PREFIX),
     "I03": ("lora", (LoRALayer, "adapt", _touch)),
@@ -113,13 +112,13 @@ BROKEN = {
     "I05": ("lora", (Attached, "detach", lambda self: self.model)),
     "I06": ("lora", (Base, "__init__", lambda self, model: _base_with_a_trainable_norm(self, model))),
     "I07": ("lora", (LoRA, "lr_multiplier", lambda self, name: 0.0 if name == "A" else 1.0)),
-    "I08": ("lora", (LoRALayer, "low_rank", _half)),
+    "I08": ("lora", (LoRALayer, "low_rank_factors", _half)),
     "I10": ("lora", (LoRALayer, "train", lambda self, mode=True: _layer_train(self, True))),
     "I12": ("lora", (LoRA, "to_peft", _with_a_nonce)),
     "I13": ("lora", (Attached, "load_state", _unchecked)),
     "I14": ("lora", (Base, "check_is", lambda *_: None)),
     "I15": ("lora", (LowRankLayer, "change", lambda self: 0.5 * self.scale * self.B.detach() @ self.A.detach())),
-    "I16": ("lora", (LowRankLayer, "merged", _into_base)),
+    "I16": ("lora", (LowRankLayer, "merge", _into_base)),
     "I17": ("ptuning_v2", (suite, "merge", lambda base, adapter, folder: folder.mkdir())),
     "I18": ("lora", (_combine, "_factors", lambda a: {p: (layer.A.data, 2 * layer.B.data) for p, layer in a.layers.items()})),
     "I19": ("lora", (Attached, "detach", _greedy_detach)),
@@ -135,7 +134,7 @@ BROKEN = {
         "lora",
         (KTO, "losses", lambda self, *given: _kto_losses(self, given[0].detach() * 0.5 + given[0] * 0.5, *given[1:])),
     ),
-    "I24": ("lora", (LoRALayer, "low_rank", _unlike)),
+    "I24": ("lora", (LoRALayer, "low_rank_factors", _unlike)),
     "I25": ("lora", (blocks, "attend", _seeing_later_keys)),
     "I26": ("lora", (torch, "promote_types", lambda one, other: one)),
     "I29": ("lora", ONLY_BASE),
@@ -183,8 +182,11 @@ def test_a_round_trip_that_loses_something_is_noticed(tmp_path):
     """I11's control: what is saved is not what was trained."""
     base, adapter = case_of("lora", "llama", tmp_path).based()
     expected = suite.logits(base.model)
-    folded = adapter.folded
-    adapter.folded = lambda: (folded()[0], {name: copy.copy(t) * 2 for name, t in folded()[1].items()})
+    to_inference_form = adapter.to_inference_form
+    adapter.to_inference_form = lambda: (
+        to_inference_form()[0],
+        {name: copy.copy(t) * 2 for name, t in to_inference_form()[1].items()},
+    )
     suite.save_adapter(base, adapter, tmp_path / "saved")
     other = Base(case_of("lora", "llama", tmp_path).fresh())
     suite.load_adapter(other, tmp_path / "saved")

@@ -91,7 +91,7 @@ def read_elsewhere(tmp_path_factory):
         case = case_of(name, family, folder / f"{name}-{family}")
         base, adapter = case.based()
         save_adapter(base, adapter, case.folder)
-        _, tensors = adapter.folded()
+        _, tensors = adapter.to_inference_form()
         here[name, family] = (logits(base.model), tensors)
         jobs.append((name, family, str(case.folder)))
     out = folder / "found.safetensors"

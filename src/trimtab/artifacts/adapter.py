@@ -16,6 +16,7 @@ from torch import Tensor
 
 from trimtab.artifacts.tensors import read_tensors, sha256_tensor, write_tensors
 from trimtab.core import files
+from trimtab.core.adapterhub import is_adapterhub_config
 from trimtab.core.errors import ArtifactError, listing
 
 CONFIG, MANIFEST = "adapter_config.json", "trimtab.json"
@@ -53,7 +54,7 @@ class Adapter:
     @property
     def weights(self) -> str:
         """The name of the file that holds the tensors."""
-        return HUBS_WEIGHTS if _is_hubs(self.config) else PEFTS_WEIGHTS
+        return HUBS_WEIGHTS if is_adapterhub_config(self.config) else PEFTS_WEIGHTS
 
 
 def write_adapter(folder: Path, adapter: Adapter, *, over: bool = False) -> None:
@@ -89,9 +90,9 @@ def read_adapter(folder: Path, *, ours: bool = False) -> Adapter:
     if not folder.is_dir():
         raise ArtifactError(f"{folder}: no such adapter folder.")
     config = files.read_json(folder / CONFIG)
-    if not isinstance(config, dict) or not (_is_hubs(config) or "peft_type" in config):
+    if not isinstance(config, dict) or not (is_adapterhub_config(config) or "peft_type" in config):
         raise ArtifactError(f"{folder / CONFIG}: is not a PEFT adapter configuration (it has no peft_type).")
-    tensors = read_tensors(_whole(folder, hubs=_is_hubs(config)))
+    tensors = read_tensors(_whole(folder, hubs=is_adapterhub_config(config)))
     if not (folder / MANIFEST).exists() and not ours:
         return Adapter(config, tensors)
     manifest = files.read_manifest(folder / MANIFEST, FORMAT, KEYS)
@@ -101,11 +102,6 @@ def read_adapter(folder: Path, *, ours: bool = False) -> Adapter:
             f"Restore it from a copy. If the change was meant, delete {MANIFEST}: then it is read as PEFT's, unverified."
         )
     return Adapter(config, tensors, manifest["method"], manifest["base"], manifest["trained"], manifest["versions"])
-
-
-def _is_hubs(config: Mapping[str, Any]) -> bool:
-    """Whether a configuration is the `adapters` library's, which says its version so."""
-    return str(config.get("version", "")).startswith("adapters.")
 
 
 def _whole(folder: Path, *, hubs: bool) -> Path:

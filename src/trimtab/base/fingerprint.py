@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from trimtab.base.quantized import quantization_identity
 from trimtab.core import cache
-from trimtab.core.wrapping import modules
+from trimtab.core.wrapping import base_modules
 
 Fingerprint = dict[str, str]
 """SHA-256 as hex, of each part: `weights`, `config`, `tokenizer`, `template`. A part that was not known at the time is missing."""
@@ -77,7 +77,7 @@ def own_weights(model: nn.Module) -> dict[str, Tensor]:
     """A model's own parameters and persistent buffers, without those of adapters on it; tied ones once, under their first name."""
     seen: set[int] = set()
     weights = {}
-    for path, module in modules(model).items():
+    for path, module in base_modules(model).items():
         children = {name for name, _ in module.named_children()}
         for name, tensor in module.state_dict(keep_vars=True, prefix=f"{path}." if path else "").items():
             inner = name.removeprefix(f"{path}.")

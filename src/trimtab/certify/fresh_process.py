@@ -19,7 +19,7 @@ from trimtab.deploy import open_target
 from trimtab.engine import generate
 from trimtab.evaluate import score_loss
 from trimtab.evaluate.reference import logprobs, near
-from trimtab.methods import room
+from trimtab.methods import max_row_length
 from trimtab.objectives import Objective
 
 PACK_TOKENS = 1024
@@ -63,7 +63,10 @@ def general(base: Base) -> list[TokenRow]:
     text = resources.files("trimtab.evaluate").joinpath("general.txt").read_text(encoding="utf-8")
     examples = [Text(part.strip(), f"general.txt:{n}") for n, part in enumerate(text.split("\n\n"), 1)]
     return tokenize_examples(
-        examples, base, SourceReport(("general.txt",)), LengthLimit(room(base.model, base.context_length), truncate=True)
+        examples,
+        base,
+        SourceReport(("general.txt",)),
+        LengthLimit(max_row_length(base.model, base.context_length), truncate=True),
     )
 
 

@@ -1,30 +1,30 @@
-"""A model with adapters on it: its own modules are found through the layers that stand around them."""
+"""Adapter layers stand around a model's own modules: how to find those modules, and the paths they have without adapters."""
 
 from torch import nn
 
 
 class Wrapper(nn.Module):
-    """A layer in the place of a model's own module, which is its `base`. All else in it is an adapter's."""
+    """A layer in the place of a model's own module, which is its `base`. Everything else in it belongs to an adapter."""
 
     base: nn.Module
 
 
 def unwrap(module: nn.Module) -> nn.Module:
-    """The model's own module at a place where adapter layers may stand."""
+    """The model's own module, without the adapter layers around it."""
     while isinstance(module, Wrapper):
         module = module.base
     return module
 
 
-def modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The model's own modules by the path they have without adapters."""
-    found: dict[str, nn.Module] = {}
+def base_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The model's own modules by the path they have without adapters, in the model's order."""
+    by_path: dict[str, nn.Module] = {}
 
     def visit(module: nn.Module, path: str) -> None:
         module = unwrap(module)
-        found[path] = module
+        by_path[path] = module
         for name, child in module.named_children():
             visit(child, f"{path}.{name}" if path else name)
 
     visit(model, "")
-    return found
+    return by_path

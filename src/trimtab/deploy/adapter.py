@@ -14,7 +14,7 @@ from trimtab.core.errors import ArtifactError, RecipeError
 from trimtab.data.example import TokenRow
 from trimtab.deploy.provenance import as_stored
 from trimtab.deploy.save_pretrained import save_alone
-from trimtab.methods import OF_BASE, Attached, Method, Sample, modules, place, refuse_name
+from trimtab.methods import BASE_TENSOR_PREFIX, Attached, Method, Sample, attach_uninitialized, base_modules, require_free_name
 
 
 def sample(base: Base, rows: Sequence[TokenRow]) -> Sample:
@@ -58,13 +58,13 @@ def load_adapter(base: Base, folder: Path | str, name: str = "default") -> Attac
     stored = read_adapter(folder)
     if stored.base:
         base.check_is(stored.base["fingerprint"], str(folder))
-    refuse_name(base.model, name)
+    require_free_name(base.model, name)
     tokenizer = base.tokenizer
     try:
         method, tensors = read_method(stored)
         tensors = _without_bases_own(base, tensors)
         base.add_tokens(method.new_tokens)
-        adapter = place(base.model, method.bound(_encode(base)), seed=0, name=name)
+        adapter = attach_uninitialized(base.model, method.resolve_tokens(_encode(base)), seed=0, name=name)
     except (RecipeError, ArtifactError) as error:
         base.tokenizer = tokenizer
         raise ArtifactError(f"{folder}: {error}") from None
@@ -82,17 +82,17 @@ def _without_bases_own(base: Base, tensors: dict[str, Tensor]) -> dict[str, Tens
     """The adapter's tensors, if those of the base that PEFT has saved beside them are this base's too. Raises ArtifactError."""
     own = {
         f"{path}.{name}": p
-        for path, module in modules(base.model).items()
+        for path, module in base_modules(base.model).items()
         for name, p in module.named_parameters(recurse=False)
     }
     for key in tensors:
-        mine = own.get(key.removeprefix(OF_BASE)) if key.startswith(OF_BASE) else None
+        mine = own.get(key.removeprefix(BASE_TENSOR_PREFIX)) if key.startswith(BASE_TENSOR_PREFIX) else None
         saved = tensors[key].to(mine) if mine is not None else tensors[key]
-        if key.startswith(OF_BASE) and (mine is None or not torch.equal(saved, mine)):
+        if key.startswith(BASE_TENSOR_PREFIX) and (mine is None or not torch.equal(saved, mine)):
             raise ArtifactError(
-                f"it holds the base's {key.removeprefix(OF_BASE)} as it was where the adapter was trained, and this base has another."
+                f"it holds the base's {key.removeprefix(BASE_TENSOR_PREFIX)} as it was where the adapter was trained, and this base has another."
             )
-    return {key: tensor for key, tensor in tensors.items() if not key.startswith(OF_BASE)}
+    return {key: tensor for key, tensor in tensors.items() if not key.startswith(BASE_TENSOR_PREFIX)}
 
 
 def _with_paths(tensors: dict[str, Tensor], adapter: Attached) -> dict[str, Tensor]:
@@ -106,7 +106,7 @@ def read_method(stored: Adapter) -> tuple[Method, dict[str, Tensor]]:
     if stored.method is not None:  # our own words say more than PEFT's (`all-linear`, say)
         method = Method.pick(stored.method)
         return method, method.from_peft(stored.config, stored.tensors)[1]
-    found = next((m for m in map(Method.member, Method.names()) if m.reads(stored.config)), None)
+    found = next((m for m in map(Method.member, Method.names()) if m.recognizes(stored.config)), None)
     if found is None:
         raise ArtifactError(
             f"Trimtab has no method for PEFT's {stored.config.get('peft_type')}; it has {', '.join(Method.names())}."

@@ -14,7 +14,7 @@ from trimtab.base import Base, write_config, write_switches, write_tokenizer
 from trimtab.core import files
 from trimtab.core.attention_hook import without_cudnn
 from trimtab.core.errors import ArtifactError, NotMergeable
-from trimtab.methods import Attached, modules, unwrap
+from trimtab.methods import Attached, base_modules, unwrap
 
 WELL_KEPT = 0.99
 """Of the adapter's change; what keeps less should not be handed over unread."""
@@ -108,7 +108,7 @@ def _rounded(weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor
 def _kept(base: Base, weights: dict[str, Tensor], dtype: torch.dtype) -> float:
     """1 − ‖(R(W + D) − R(W)) − D‖ / ‖D‖, over all weights W and what the adapter adds to them, D; R rounds. 0 at least."""
     change = lost = 0.0
-    for path, module in modules(base.model).items():
+    for path, module in base_modules(base.model).items():
         for name, tensor in _own_tensors(module):
             new = weights[f"{path}.{name}" if path else name]
             if new.is_floating_point() and dtype != torch.float32:
@@ -124,13 +124,13 @@ def _merged_weights(base: Base, adapter: Attached) -> dict[str, Tensor]:
     merged: dict[str, Tensor] = {}
     tied: dict[int, Tensor] = {}
     for path, layer in adapter.layers.items():
-        for name, tensor in layer.merged().state_dict(keep_vars=True).items():
+        for name, tensor in layer.merge().state_dict(keep_vars=True).items():
             new = tensor.detach().float()
             first = tied.setdefault(id(getattr(unwrap(layer), name, new)), new)
             merged[f"{path}.{name}"] = first if torch.equal(first, new) else new
     converted: dict[int, Tensor] = {}
     weights = {}
-    for path, module in modules(base.model).items():
+    for path, module in base_modules(base.model).items():
         for name, tensor in _own_tensors(module):
             kept = converted.setdefault(id(tensor), tensor.detach().float() if tensor.is_floating_point() else tensor.detach())
             whole = f"{path}.{name}" if path else name
@@ -147,7 +147,7 @@ def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _facts(base: Base, weights: dict[str, Tensor]) -> dict[str, Any]:
     """What a configuration must say of the weights: of how many tokens, and untied where the ends differ (or differed before)."""
     ends = [unwrap(end) for end in (base.model.get_input_embeddings(), base.model.get_output_embeddings())]
-    paths = {id(module): path for path, module in modules(base.model).items()}
+    paths = {id(module): path for path, module in base_modules(base.model).items()}
     embeddings, head = (weights[f"{paths[id(end)]}.weight"] for end in ends)
     return {"vocab_size": len(embeddings)} | ({"tie_word_embeddings": False} if embeddings is not head else {})
 

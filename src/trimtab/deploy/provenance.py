@@ -24,7 +24,7 @@ def versions() -> dict[str, str]:
 
 def as_stored(adapter: Attached, held: ModelConfig, facts: dict[str, Any], trained: dict[str, Any]) -> Adapter:
     """The content of an adapter's folder. `held` says which base it is on, and how that is held; `facts` what else there is of it."""
-    method, own = adapter.folded()
+    method, own = adapter.to_inference_form()
     config, tensors = method.to_peft(adapter.model, own)
     return Adapter(
         config={"base_model_name_or_path": held.name, **config},

@@ -13,7 +13,7 @@ from trimtab.data.prefix_tree import lay_out
 from trimtab.engine.forward import hidden_states
 from trimtab.engine.head import Head, head_of
 from trimtab.engine.layouts import Cache, DecodeLayout, PrefillLayout
-from trimtab.methods import Routing, Switch, room, routed, switch_of
+from trimtab.methods import Routing, Switch, max_row_length, routed, switch_of
 
 BATCH_TOKENS = 4096
 """Prompt tokens that are prefilled, and then decoded, together."""
@@ -79,7 +79,7 @@ def stream_tokens(
 
 def _limits(model: Any, prompts: Sequence[list[int]], max_new_tokens: int) -> list[tuple[int, Ended]]:
     """How many tokens each answer may have, and why no more."""
-    context = room(model, context_length(model))
+    context = max_row_length(model, context_length(model))
     if context is None:
         return [(max_new_tokens, "length") for _ in prompts]
     for number, prompt in enumerate(prompts):

@@ -9,7 +9,7 @@ from trimtab.data import Example
 from trimtab.data.mismatched import with_mismatched
 from trimtab.evaluate.reference import PACK_TOKENS, divergence, refer
 from trimtab.evaluate.scores import score_loss, tokenize_all
-from trimtab.methods import Attached, room
+from trimtab.methods import Attached, max_row_length
 from trimtab.objectives import Objective
 
 
@@ -45,7 +45,7 @@ def score_preferences(
     """
     answers = rows = tokenize_all(base, examples)
     if objective.estimates_kl:
-        rows = with_mismatched(rows, seed, room(base.model, base.context_length))
+        rows = with_mismatched(rows, seed, max_row_length(base.model, base.context_length))
     source = reference.source if reference is not None else "base"
     if reference is not None:
         referred = refer(base, adapter, source, rows, PACK_TOKENS)

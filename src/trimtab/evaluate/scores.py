@@ -26,7 +26,7 @@ from trimtab.data import (
 )
 from trimtab.data.example import TokenRow
 from trimtab.engine import Answer, Ended, generate
-from trimtab.methods import room
+from trimtab.methods import max_row_length
 from trimtab.objectives import Objective, mean_measures, score_packs
 from trimtab.objectives.sft import SFT
 
@@ -156,7 +156,7 @@ def answer_preferences(
 
 def tokenize_all(base: Base, examples: Sequence[Any]) -> list[TokenRow]:
     """Every example as token rows. Raises DataError if some can't be used: a score on the others would be taken for one on all."""
-    report, most = SourceReport(("evaluation",)), room(base.model, base.context_length)
+    report, most = SourceReport(("evaluation",)), max_row_length(base.model, base.context_length)
     rows = tokenize_examples(examples, base, report, LengthLimit(most, name=f"the context length {most}"))
     if report.rejected:
         problems = listing([f"{where}: {reason}" for where, reason in report.rejected])

@@ -1,45 +1,49 @@
-"""Adapter methods, one file each, and the way every one of them gets onto a model and off it again."""
+"""Adapter methods, one file each; how they get onto a model and off it again; and what a new method is made from."""
 
-from trimtab.core.wrapping import modules, unwrap
+from trimtab.core.wrapping import base_modules, unwrap
 from trimtab.methods._attach import (
     Attached,
     activate,
     active,
     adapters,
     attach,
-    place,
-    refuse_name,
+    attach_uninitialized,
+    max_row_length,
     replace_method,
-    room,
+    require_free_name,
     switch_of,
 )
-from trimtab.methods._base import AdapterLayer, LearningRateContext, Method, Sample
+from trimtab.methods._base import AdapterLayer, LearningRateContext, MatrixMethod, Method, Sample
 from trimtab.methods._combine import Combined, combine
-from trimtab.methods._peft import OF_BASE
+from trimtab.methods._matrices import (
+    ALL,
+    ALL_LINEAR,
+    ATTENTION,
+    ByTarget,
+    Patterns,
+    Targets,
+    find_matrices,
+    matches_target,
+    matrix_shape,
+    require_matrix_shape,
+    select_modules,
+    trainable_dtype,
+    weight_matrix,
+    with_weight,
+)
+from trimtab.methods._peft import (
+    BASE_TENSOR_PREFIX,
+    check_peft_config,
+    shortest_names,
+    to_peft_names,
+)
 from trimtab.methods._switch import Routing, Switch, current_routing, routed
 
 __all__ = [
-    "OF_BASE",
-    "AdapterLayer",
-    "Attached",
-    "Combined",
-    "LearningRateContext",
-    "Method",
-    "Routing",
-    "Sample",
-    "Switch",
-    "activate",
-    "active",
-    "adapters",
-    "attach",
-    "combine",
-    "current_routing",
-    "modules",
-    "place",
-    "refuse_name",
-    "replace_method",
-    "room",
-    "routed",
-    "switch_of",
-    "unwrap",
-]
+    "ALL", "ALL_LINEAR", "ATTENTION", "BASE_TENSOR_PREFIX", "AdapterLayer", "Attached", "ByTarget", "Combined",
+    "LearningRateContext", "MatrixMethod", "Method", "Patterns", "Routing", "Sample", "Switch", "Targets", "activate",
+    "active", "adapters", "attach", "attach_uninitialized", "base_modules", "check_peft_config", "combine",
+    "current_routing", "find_matrices", "matches_target", "matrix_shape", "max_row_length", "replace_method",
+    "require_free_name", "require_matrix_shape", "routed", "select_modules", "shortest_names", "switch_of",
+    "to_peft_names", "trainable_dtype", "unwrap", "weight_matrix", "with_weight",
+]  # fmt: skip

@@ -18,7 +18,7 @@ NAME = "trimtab"
 ATTENTION, OUTPUT = "attention_adapters", "output_adapters"
 """What the library calls adapters after attention and after the MLP."""
 MATRICES = {"down": "adapter_down.0", "up": "adapter_up"}
-"""Its names of ours."""
+"""Its names of our two matrices."""
 ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "silu": "silu", "tanh": "tanh"}
 _OUR_ACTIVATIONS = {theirs: ours for ours, theirs in ACTIVATIONS.items()} | {"swish": "silu", "gelu_new": "gelu_tanh"}
 _ATTENTION_OUTPUTS = {"gpt2": "attn.c_proj", "phi": "self_attn.dense"}
@@ -47,18 +47,14 @@ _IGNORED = re.compile(
 """Sizes that the tensors say, what acts in training alone, and what is read with other keys alone."""
 
 
-def is_hubs(config: Mapping[str, Any]) -> bool:
-    return str(config.get("version", "")).startswith("adapters.")
-
-
-def to_hub(
-    model: Any, method: Mapping[str, Any], places: Mapping[str, tuple[str, str]], tensors: Mapping[str, Tensor]
+def to_adapterhub(
+    model: Any, method: Mapping[str, Any], insertion_points: Mapping[str, tuple[str, str]], tensors: Mapping[str, Tensor]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The content of `adapter_config.json`, and the tensors under the library's names.
 
     Args:
-        method: Its hyperparameters in our words.
-        places: By the path of an adapted module, its block's, and ATTENTION or OUTPUT.
+        method: Its hyperparameters by our names.
+        insertion_points: By the path of an adapted module, its block's, and ATTENTION or OUTPUT.
         tensors: By `path.down.weight` and so on.
     """
     hidden = model.config.get_text_config().hidden_size
@@ -77,30 +73,33 @@ def to_hub(
             "scaling": method["scale"],
         },
     }
-    usual = _usual(config)
-    # For us alone: which modules are meant where their names do not go without saying.
-    config["modules"] = {f"{b}.{where}": path for path, (b, where) in places.items() if path != f"{b}.{usual[where]}"}
+    defaults = _default_paths(config)
+    # For us alone: modules whose paths are not the default ones.
+    config["modules"] = {
+        f"{b}.{where}": path for path, (b, where) in insertion_points.items() if path != f"{b}.{defaults[where]}"
+    }
     renamed = {}
     for key, tensor in tensors.items():
         path, matrix, kind = key.rsplit(".", 2)
-        block, where = places[path]
+        block, where = insertion_points[path]
         renamed[f"{block}.{where}.adapters.{NAME}.{MATRICES[matrix]}.{kind}"] = tensor
     return config, renamed
 
 
-def from_hub(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Hyperparameters in our words, and tensors by `path.down.weight` and so on: the reverse of `to_hub`.
+def from_adapterhub(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Hyperparameters by our names, and tensors by `path.down.weight` and so on: the reverse of `to_adapterhub`.
 
     Raises:
         ArtifactError: Trimtab would compute something else than the library does.
     """
-    asked, modules, usual = config.get("config"), config.get("modules", {}), _usual(config)
-    if not isinstance(asked, dict) or not isinstance(modules, dict):
-        raise ArtifactError("adapter_config.json says nothing of the adapter: its `config` and `modules` are mappings.")
-    if odd := [f"{key}: {value!r}" for key, value in {"non_linearity": None, **asked}.items() if not _is_known(key, value)]:
+    settings, modules, defaults = config.get("config"), config.get("modules", {}), _default_paths(config)
+    if not isinstance(settings, dict) or not isinstance(modules, dict):
+        raise ArtifactError("adapter_config.json does not describe the adapter: its `config` and `modules` must be mappings.")
+    asked = {"non_linearity": None, **settings}
+    if unsupported := [f"{key}: {value!r}" for key, value in asked.items() if not _is_supported(key, value)]:
         raise ArtifactError(
-            f"adapter_config.json asks for what Trimtab does not do here: {'; '.join(odd)}. A bottleneck adapter of the `adapters` "
-            "library is read if it stands after attention and the MLP, or after the MLP, with original_ln_before=False: its "
+            f"adapter_config.json asks for what Trimtab does not do here: {'; '.join(unsupported)}. A bottleneck adapter of the "
+            "`adapters` library is read if it stands after attention and the MLP, or after the MLP, with original_ln_before=False: its "
             "double_seq_bn, for example."
         )
     ours = {theirs: name for name, theirs in MATRICES.items()}
@@ -110,26 +109,26 @@ def from_hub(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[
         if match is None or tensor.ndim == 0:
             raise ArtifactError(f"adapter.safetensors holds a tensor that is not a bottleneck adapter's: {key}.")
         block, where, matrix, kind = match.groups()
-        path = modules.get(f"{block}.{where}", f"{block}.{usual[where]}")
+        path = modules.get(f"{block}.{where}", f"{block}.{defaults[where]}")
         renamed[f"{path}.{ours[matrix]}.{kind}"] = tensor
         widths |= {len(tensor)} if ours[matrix] == "down" else set()
     if len(widths) != 1:
         raise ArtifactError(f"adapter.safetensors holds bottlenecks of {len(widths)} widths ({sorted(widths)}), not of one.")
     method = {
-        "kind": "houlsby" if asked.get("mh_adapter") else "pfeiffer",
+        "kind": "houlsby" if settings.get("mh_adapter") else "pfeiffer",
         "width": widths.pop(),
-        "activation": _OUR_ACTIVATIONS[asked["non_linearity"]],
-        "scale": asked.get("scaling", 1.0),
+        "activation": _OUR_ACTIVATIONS[settings["non_linearity"]],
+        "scale": settings.get("scaling", 1.0),
     }
     return method, renamed
 
 
-def _usual(config: Mapping[str, Any]) -> dict[str, str]:
+def _default_paths(config: Mapping[str, Any]) -> dict[str, str]:
     """The module at each of the two places, by its path within a block."""
     return {ATTENTION: _ATTENTION_OUTPUTS.get(str(config.get("model_type")), "self_attn.o_proj"), OUTPUT: "mlp"}
 
 
-def _is_known(key: str, value: Any) -> bool:
+def _is_supported(key: str, value: Any) -> bool:
     if key in _REQUIRED:
         return bool(value == _REQUIRED[key])
     honoured = {"mh_adapter": isinstance(value, bool), "scaling": isinstance(value, float), "architecture": value is None}
@@ -138,6 +137,6 @@ def _is_known(key: str, value: Any) -> bool:
 
 
 def _reduction(hidden: int, width: int) -> float:
-    """The factor for which the library, which computes int(hidden // factor), finds this width."""
+    """The factor from which the library, by int(hidden // factor), computes this width."""
     factor = hidden / width
     return factor if int(hidden // factor) == width else math.nextafter(factor, 0)

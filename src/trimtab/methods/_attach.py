@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from trimtab.core.attention_hook import install_hook, remove_hook
 from trimtab.core.errors import ArtifactError, RecipeError, listing
 from trimtab.core.randomness import seeded
-from trimtab.core.wrapping import modules
+from trimtab.core.wrapping import base_modules
 from trimtab.methods._base import AdapterLayer, Method, Sample
 from trimtab.methods._switch import Switch, switched
 
@@ -22,7 +22,7 @@ _REGISTER = "trimtab_adapters"
 
 @dataclass
 class _Register:
-    """The adapters on a model, which of its parameters required gradients before the first of them, and what it does otherwise since."""
+    """The adapters on a model, and what to restore when the last is detached: `requires_grad` of its parameters, and own methods."""
 
     required_grad: dict[str, bool]
     adapters: "dict[str, Attached]" = field(default_factory=dict)
@@ -45,46 +45,46 @@ class Attached:
             layer.switch = self.switch
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """What is trained, by `path.name`; a parameter that two layers share under the first's."""
-        named: dict[str, nn.Parameter] = {}
-        seen: set[int] = set()
-        for path, layer in self.layers.items():
-            for name, parameter in layer.own_parameters().items():
-                if id(parameter) not in seen:
-                    seen.add(id(parameter))
-                    named[f"{path}.{name}"] = parameter
-        return named
+        """The trainable parameters by `path.name`; one that layers share is under the name of the first."""
+        named = self._named_parameters()
+        first_name = {id(parameter): name for name, parameter in reversed(named.items())}
+        return {name: parameter for name, parameter in named.items() if first_name[id(parameter)] == name}
+
+    def _named_parameters(self) -> dict[str, nn.Parameter]:
+        """Shared parameters under each of their names."""
+        return {f"{path}.{name}": p for path, layer in self.layers.items() for name, p in layer.own_parameters().items()}
 
     def state(self) -> dict[str, Tensor]:
         """A copy of the adapter's tensors, by `path.name`, on the CPU."""
         return {name: p.detach().to("cpu", copy=True).contiguous() for name, p in self.parameters().items()}
 
     @torch.no_grad()
-    def folded(self) -> tuple[Method, dict[str, Tensor]]:
-        """What is saved of the adapter: a method without training's scaffolding, and its tensors as `state` gives them."""
-        method, tensors = self.method.folded(self.layers)
-        kept = self.parameters() if method is self.method else tensors
-        return method, {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items() if name in kept}
+    def to_inference_form(self) -> tuple[Method, dict[str, Tensor]]:
+        """What is saved of the adapter: a method without what only training needs, and its tensors as `state` returns them."""
+        method, tensors = self.method.to_inference_form(self.layers)
+        names = self.parameters() if method is self.method else tensors
+        return method, {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items() if name in names}
 
     @torch.no_grad()
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Set the adapter's tensors: exactly its names, shapes and types, every value finite; else ArtifactError and no change.
+        """Set the adapter's tensors: exactly its names, shapes and dtypes, every value finite; else ArtifactError and no change.
 
-        What layers share may be given under several of its names, if it is equal.
+        What layers share may come under several of its names, if the values are equal.
         """
         own = self.parameters()
-        first = {id(parameter): name for name, parameter in own.items()}
-        again = {f"{path}.{n}": first[id(p)] for path, layer in self.layers.items() for n, p in layer.own_parameters().items()}
-        given = {name: (tensor, tensors.get(again.get(name, ""))) for name, tensor in tensors.items()}
-        tensors = {name: t for name, (t, same) in given.items() if name in own or same is None or not torch.equal(t, same)}
+        name_of = {id(parameter): name for name, parameter in own.items()}
+        aliases = {name: name_of[id(parameter)] for name, parameter in self._named_parameters().items()}
+        shared = {name: tensors.get(aliases.get(name, "")) for name in tensors.keys() - own.keys()}
+        repeated = {name for name, original in shared.items() if original is not None and torch.equal(tensors[name], original)}
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in repeated}
         problems = [f"{name}: missing" for name in own if name not in tensors]
         problems += [f"{name}: unexpected" for name in tensors if name not in own]
         for name in own.keys() & tensors.keys():
-            mine, saved = own[name], tensors[name]
-            if saved.shape != mine.shape:
-                problems.append(f"{name}: has shape {tuple(saved.shape)}, expected {tuple(mine.shape)}")
+            parameter, saved = own[name], tensors[name]
+            if saved.shape != parameter.shape:
+                problems.append(f"{name}: has shape {tuple(saved.shape)}, expected {tuple(parameter.shape)}")
             elif not saved.is_floating_point():
-                problems.append(f"{name}: has type {saved.dtype}, expected {mine.dtype}")
+                problems.append(f"{name}: has type {saved.dtype}, expected {parameter.dtype}")
             elif not bool(saved.isfinite().all()):
                 problems.append(f"{name}: holds values that are not finite")
         if problems:
@@ -95,7 +95,7 @@ class Attached:
 
     @property
     def enabled(self) -> bool:
-        """Whether it acts, where no block says otherwise."""
+        """Whether the adapter acts, outside of blocks that say otherwise."""
         return self.switch.on
 
     def enable(self, enabled: bool = True) -> None:
@@ -115,10 +115,10 @@ class Attached:
 
     def detach(self) -> nn.Module:
         """Take the adapter off; without others the model is what it was before, modules, names, flags and bits."""
-        mine = set(self.layers.values())
+        own = set(self.layers.values())
         for holder in list(self.model.modules()):
             for name, child in list(holder.named_children()):
-                while child in mine:
+                while child in own:
                     child = child.base
                 setattr(holder, name, child)
         register = getattr(self.model, _REGISTER, None)
@@ -142,14 +142,14 @@ def adapters(model: nn.Module) -> dict[str, Attached]:
 
 
 def replace_method(model: nn.Module, name: str, function: Callable[..., Any]) -> None:
-    """Let the model do this instead of its own method `name`, as long as there are adapters on it."""
+    """Replace a method of the model itself, as long as there are adapters on it."""
     getattr(model, _REGISTER).replaced_methods.add(name)
     setattr(model, name, partial(function, model))
 
 
 def activate(model: nn.Module, *names: str) -> None:
     """Switch on these adapters and no others. Raises RecipeError for a name that is not on the model."""
-    on = [find(model, name) for name in names]
+    on = [find_adapter(model, name) for name in names]
     for adapter in adapters(model).values():
         adapter.enable(adapter in on)
 
@@ -157,31 +157,31 @@ def activate(model: nn.Module, *names: str) -> None:
 @contextmanager
 def active(model: nn.Module, *names: str) -> Iterator[None]:
     """These adapters and no others act within the block, in this thread."""
-    on = [find(model, name) for name in names]
+    on = [find_adapter(model, name) for name in names]
     with switched({adapter.switch: adapter in on for adapter in adapters(model).values()}):
         yield
 
 
 def switch_of(model: nn.Module, name: str | None) -> Switch | None:
     """The switch of the adapter of this name; None for None, the base alone. Raises RecipeError."""
-    return None if name is None else find(model, name).switch
+    return None if name is None else find_adapter(model, name).switch
 
 
-def room(model: nn.Module, context_length: int | None) -> int | None:
-    """How many tokens a row may have, of a context's, beside the virtual tokens of the model's adapters; None for no limit."""
-    taken = max((adapter.method.positions for adapter in adapters(model).values()), default=0)
-    return None if context_length is None else context_length - taken
+def max_row_length(model: nn.Module, context_length: int | None) -> int | None:
+    """How many tokens an example may have in a context that holds the adapters' virtual tokens too; None for no limit."""
+    virtual = max((adapter.method.virtual_token_count for adapter in adapters(model).values()), default=0)
+    return None if context_length is None else context_length - virtual
 
 
-def find(model: nn.Module, name: str) -> Attached:
+def find_adapter(model: nn.Module, name: str) -> Attached:
     """The adapter of this name. Raises RecipeError if it is not on the model."""
-    found = adapters(model)
-    if name not in found:
-        raise RecipeError(f"There is no adapter {name!r} on this model. It has: {', '.join(map(repr, found)) or 'none'}.")
-    return found[name]
+    attached = adapters(model)
+    if name not in attached:
+        raise RecipeError(f"There is no adapter {name!r} on this model. It has: {', '.join(map(repr, attached)) or 'none'}.")
+    return attached[name]
 
 
-def refuse_name(model: nn.Module, name: str) -> None:
+def require_free_name(model: nn.Module, name: str) -> None:
     """Raise RecipeError if the model has an adapter of this name already."""
     if name in adapters(model):
         raise RecipeError(
@@ -201,9 +201,9 @@ def attach(
 
     Arguments and errors are those of `trimtab.attach`, which also has the model's `save_pretrained` write adapters alone.
     """
-    refuse_name(model, name)
-    method = method.bound(sample.encode if sample else None)
-    adapter = place(model, method, seed, name)
+    require_free_name(model, name)
+    method = method.resolve_tokens(sample.encode if sample else None)
+    adapter = attach_uninitialized(model, method, seed, name)
     try:
         with seeded(seed), torch.no_grad():
             method.initialize(model, adapter.layers, sample or Sample())
@@ -213,28 +213,28 @@ def attach(
     return adapter
 
 
-def place(model: nn.Module, method: Method, seed: int, name: str) -> Attached:
-    """`attach` without first values that depend on more than a layer's own weights: for an adapter whose values are loaded."""
-    refuse_name(model, name)
+def attach_uninitialized(model: nn.Module, method: Method, seed: int, name: str) -> Attached:
+    """`attach` without `Method.initialize`, for an adapter whose values are then loaded."""
+    require_free_name(model, name)
     sites = method.sites(model)
-    everything = modules(model)
+    own = base_modules(model)
     layers = {}
     with seeded(seed):
         for path in sites:
-            layer = method.layer(everything[path], path).eval()
-            parameter = next(everything[path].parameters(), None)
+            layer = method.layer(own[path], path).eval()
+            parameter = next(own[path].parameters(), None)
             if parameter is not None:
                 layer.to(parameter.device)  # drawn on the CPU, so equal on every device
             layers[path] = layer
-    method.join(layers)
+    method.tie_parameters(layers)
     register = getattr(model, _REGISTER, None)
     if register is None:
         register = _Register({path: p.requires_grad for path, p in model.named_parameters()})
         model.requires_grad_(False)
     for path, layer in layers.items():
         holder, _, last = path.rpartition(".")
-        layer.base = getattr(everything[holder], last)  # another adapter's layer, where one stands there already
-        setattr(everything[holder], last, layer)
+        layer.base = getattr(own[holder], last)  # another adapter's layer, where one stands there already
+        setattr(own[holder], last, layer)
     install_hook(model)
     adapter = Attached(model, name, method, layers)
     register.adapters[name] = adapter

@@ -1,8 +1,7 @@
 """What a method is: its hyperparameters, the modules of a model that it adapts, and the layer it puts there."""
 
-import copy
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -10,9 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trimtab.core.config import Choice
-from trimtab.core.errors import NotMergeable, UnsupportedModel
-from trimtab.core.wrapping import Wrapper, unwrap
-from trimtab.methods._switch import Routing, Switch, only
+from trimtab.core.errors import NotMergeable
+from trimtab.core.wrapping import Wrapper, base_modules
+from trimtab.methods._matrices import ALL_LINEAR, Targets, find_matrices
+from trimtab.methods._peft import SELECTION_KEYS, check_peft_config, from_peft_names, shortest_names, to_peft_names
+from trimtab.methods._switch import Routing, Switch, only_active
 
 
 class AdapterLayer(Wrapper):
@@ -37,44 +38,44 @@ class AdapterLayer(Wrapper):
         """The base's output, adapted; same arguments and return type as `base`."""
         raise NotImplementedError
 
-    def route(self, routing: Routing, x: Tensor, *others: Any, **kwargs: Any) -> Any:
-        """`forward` for tokens of several adapters, each once: 1 T … -> 1 T …, for a base that sees one token at a time.
+    def route(self, routing: Routing, x: Tensor, *per_token: Any, **kwargs: Any) -> Any:
+        """`forward` for tokens of several adapters, each once: 1 T … -> 1 T …, for a base that treats each token by itself.
 
-        A base whose tokens come first (T …), with more about each of them (`others`) and several results, is one as well:
-        the experts of a mixture, and what chooses them.
+        A base whose tokens come first (T …), with more about each of them (`per_token`) and several results, is one as well:
+        the experts of a mixture, and the router that chooses them.
         """
         chain = [self.switch]
         inner = self.base
         while isinstance(inner, AdapterLayer):
             chain.append(inner.switch)
             inner = inner.base
-        at = _token_axis(x, len(routing.owners))
+        axis = _token_axis(x, len(routing.owners))
         parts, order = [], []
         for owner in (*chain, None):
             tokens = routing.tokens(owner, set(chain), x.device)
             if len(tokens) == len(routing.owners):
-                with only(owner):
-                    return self(x, *others, **kwargs)
+                with only_active(owner):
+                    return self(x, *per_token, **kwargs)
             if len(tokens):
-                with only(owner):
-                    parts.append(self(*(one.index_select(at, tokens) for one in (x, *others)), **kwargs))
+                with only_active(owner):
+                    parts.append(self(*(t.index_select(axis, tokens) for t in (x, *per_token)), **kwargs))
                 order.append(tokens)
         back = torch.cat(order).argsort()
         if isinstance(parts[0], tuple):
-            return tuple(torch.cat(several, dim=at).index_select(at, back) for several in zip(*parts, strict=True))
-        most = max(part.shape[-1] for part in parts)  # logits: an adapter may know tokens that others do not
-        parts = [F.pad(part, (0, most - part.shape[-1]), value=float("-inf")) for part in parts]
-        return torch.cat(parts, dim=at).index_select(at, back)
+            return tuple(torch.cat(results, dim=axis).index_select(axis, back) for results in zip(*parts, strict=True))
+        widest = max(part.shape[-1] for part in parts)  # logits: an adapter may know tokens that others do not
+        parts = [F.pad(part, (0, widest - part.shape[-1]), value=float("-inf")) for part in parts]
+        return torch.cat(parts, dim=axis).index_select(axis, back)
 
-    def replaced(self) -> Mapping[str, Tensor] | None:
+    def replacement_parameters(self) -> Mapping[str, Tensor] | None:
         """What acts in place of the base's own parameters, by name, if that is all the layer does."""
         return None
 
-    def low_rank(self) -> tuple[Tensor, Tensor] | None:
+    def low_rank_factors(self) -> tuple[Tensor, Tensor] | None:
         """A (rank, inputs) and B (outputs, rank), scale included, if the layer is now its base matrix plus B A, and nothing else."""
         return None
 
-    def merged(self) -> nn.Module:
+    def merge(self) -> nn.Module:
         """A plain module equal to this one, new weights and all; `base` is left as it is.
 
         Raises:
@@ -98,17 +99,17 @@ class AdapterLayer(Wrapper):
 
 def _token_axis(x: Tensor, count: int) -> int:
     """Which axis of a module's input counts the tokens: 1 T …, T …, or, before a norm of heads in Gemma 3, 1 H T K."""
-    found = [axis for axis in range(min(x.ndim, 3)) if x.shape[axis] == count]
-    if x.ndim == 4 and found == [1, 2]:  # as many heads as tokens: the heads of a token lie together in memory
-        return max(found, key=x.stride)
-    assert found, f"an input of the shape {tuple(x.shape)} does not hold {count} tokens"
-    return found[0]
+    axes = [axis for axis in range(min(x.ndim, 3)) if x.shape[axis] == count]
+    if x.ndim == 4 and axes == [1, 2]:  # as many heads as tokens: the heads of a token lie together in memory
+        return max(axes, key=x.stride)
+    assert axes, f"an input of the shape {tuple(x.shape)} does not hold {count} tokens"
+    return axes[0]
 
 
 def _evaluate(module: nn.Module, mode: bool) -> None:
-    """Evaluation mode for a base module and all in it, but for the layers of other adapters.
+    """Put a base module and all in it into evaluation mode, except the layers of other adapters.
 
-    Transformers' layers that are asked to recompute their activations do so in training mode alone; what they hold evaluates.
+    Transformers' layers apply gradient checkpointing in training mode alone, so such a layer follows `mode`; what is in it evaluates.
     """
     if not isinstance(module, AdapterLayer):
         module.training = mode and getattr(module, "gradient_checkpointing", False)
@@ -117,7 +118,7 @@ def _evaluate(module: nn.Module, mode: bool) -> None:
 
 
 class LearningRateContext(NamedTuple):
-    """What a learning rate chosen by formula may depend on."""
+    """What the formula behind `lr: auto` may depend on."""
 
     model_type: str
     """The architecture's name in Transformers, such as "llama"."""
@@ -126,14 +127,14 @@ class LearningRateContext(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """What an adapter's first values can be made from, besides the model."""
+    """Data that an adapter's initial values can be computed from, besides the model."""
 
     rows: Sequence[Sequence[int]] = ()
-    """Rows of tokens, such as those that will be learned."""
+    """Token ids of examples, such as those that will be trained on."""
     encode: Callable[[str], list[int]] | None = None
-    """Turns a text into tokens."""
+    """Turns a text into token ids."""
     pieces: Callable[[str], list[int]] | None = None
-    """The same without tokens that were added to the tokenizer."""
+    """The same without the tokens that were added to the tokenizer."""
 
 
 class Method(Choice):
@@ -143,13 +144,17 @@ class Method(Choice):
     default: ClassVar[str] = "lora"
 
     peft_type: ClassVar[str | None] = None
-    """What PEFT calls the method; None if it has none such."""
+    """What PEFT calls the method; None if PEFT has no such method."""
+    peft_names: ClassVar[dict[str, str]] = {}
+    """PEFT's names of the parameters, by ours."""
     identity_at_init: ClassVar[bool] = True
     """A fresh adapter changes nothing, bit for bit."""
     mergeable: ClassVar[bool] = True
     """The adapter is a change of weights."""
     exact_gradient: ClassVar[bool] = True
     """The gradient is the slope of the loss, nothing in it taken as constant."""
+    auto_lr: ClassVar[str]
+    """The learning rate that `lr: auto` means, from the search in docs/methods.md; unless `learning_rate` has a formula."""
 
     @abstractmethod
     def sites(self, model: nn.Module) -> list[str]:
@@ -163,13 +168,13 @@ class Method(Choice):
     def parameter_count(self, model: nn.Module) -> int:
         """How many parameters will be trained on this model, by closed formula."""
 
-    @abstractmethod
     def learning_rate(self, at: LearningRateContext) -> tuple[float, str]:
         """The learning rate that `lr: auto` means, and the formula in words."""
+        return float(self.auto_lr), self.auto_lr
 
     @property
-    def positions(self) -> int:
-        """How many of a row's positions its virtual tokens take."""
+    def virtual_token_count(self) -> int:
+        """How many virtual tokens stand before every row; each takes one of the model's positions."""
         return 0
 
     @property
@@ -177,92 +182,96 @@ class Method(Choice):
         """Texts that the tokenizer is to read as one token each, before anything is encoded."""
         return ()
 
-    def bound(self, encode: Callable[[str], list[int]] | None) -> "Method":
-        """This method with what it says of tokens in their ids, by the tokenizer of the base it is attached to. Raises RecipeError."""
+    def resolve_tokens(self, encode: Callable[[str], list[int]] | None) -> "Method":
+        """This method with ids in place of the texts of tokens that it names, by the base's tokenizer. Raises RecipeError."""
         return self
 
     def initialize(self, model: nn.Module, layers: dict[str, AdapterLayer], sample: Sample) -> None:
-        """Set first values that depend on more than one layer's weights; called once the layers are in the model.
+        """Set initial values that depend on more than one layer's weights; called once the layers are in the model.
 
         Raises:
-            RecipeError: It needs what `sample` does not have.
+            RecipeError: It needs data that `sample` does not have.
         """
 
-    def join(self, layers: dict[str, AdapterLayer]) -> None:
+    def tie_parameters(self, layers: dict[str, AdapterLayer]) -> None:
         """Let layers share parameters; called when all of them are made, each around the model's own module."""
 
     def lr_multiplier(self, name: str) -> float:
-        """By what the learning rate is multiplied for the parameter of this name within its layer."""
+        """The factor on the learning rate for the parameter of this name within its layer."""
         return 1.0
 
-    def folded(self, layers: dict[str, AdapterLayer]) -> "tuple[Method, dict[str, Tensor]]":
-        """What is saved: a method whose parameters are these tensors, by `path.name`; equal to this one, less its scaffolding.
+    def to_inference_form(self, layers: dict[str, AdapterLayer]) -> "tuple[Method, dict[str, Tensor]]":
+        """What is saved: a method equal to this one without what only training needs, and its tensors by `path.name`.
 
-        A parametrization that helps training, such as the network that makes a prefix, is computed once and left out.
+        A reparametrization that helps training, such as the network that makes a prefix, is evaluated once and left out.
         """
         return self, {f"{path}.{name}": p for path, layer in layers.items() for name, p in layer.own_parameters().items()}
 
     @classmethod
-    def reads(cls, config: dict[str, Any]) -> bool:
+    def recognizes(cls, config: dict[str, Any]) -> bool:
         """Whether a PEFT configuration is of this method."""
         return cls.peft_type is not None and config.get("peft_type") == cls.peft_type
 
-    @abstractmethod
     def to_peft(self, model: nn.Module, tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """The adapter in PEFT's terms: the content of `adapter_config.json`, and its tensors under PEFT's names.
 
-        `tensors` holds them by `path.name`, as `folded` gives them; `model` is what they adapt. What PEFT has no method
-        for, or would compute differently, says so in its `peft_type`, which PEFT then refuses: see `not_pefts`.
+        `tensors` holds them by `path.name`, as `to_inference_form` returns them; `model` is what they adapt. What PEFT has no
+        method for, or would compute differently, says so in its `peft_type`, which PEFT then refuses: see `trimtab_only_config`.
         """
+        return self.trimtab_only_config(), tensors
 
     @classmethod
-    @abstractmethod
     def from_peft(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple["Method", dict[str, Tensor]]:
         """The reverse of `to_peft`. Raises ArtifactError for what Trimtab would compute differently.
 
-        PEFT's names of virtual tokens say no path; where there is none, the name alone means the method's only module.
+        PEFT's names of virtual tokens hold no path; where there is none, the name alone means the method's only module.
         """
+        return cls(), tensors
+
+    def peft_config(self, **settings: Any) -> dict[str, Any]:
+        """The content of PEFT's `adapter_config.json`."""
+        return {"peft_type": self.peft_type, "task_type": "CAUSAL_LM", "inference_mode": True, **settings}
+
+    def trimtab_only_config(self) -> dict[str, Any]:
+        """The same for an adapter that PEFT cannot represent: PEFT refuses it by this name, and our manifest has it all."""
+        return self.peft_config() | {"peft_type": f"TRIMTAB_{self.name.upper()}"}
+
+    @classmethod
+    def read_peft(
+        cls, config: dict[str, Any], tensors: Mapping[str, Tensor], *, ignored: Iterable[str] = (), **keys: Any
+    ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+        """PEFT's tensors under our names, and the paths of the adapted modules; `ignored` and `keys` as in `check_peft_config`.
+
+        Raises:
+            ArtifactError: The configuration asks for something else, or a tensor is not this method's.
+        """
+        check_peft_config(config, ignored={*ignored, *SELECTION_KEYS}, **keys)
+        return from_peft_names(tensors, cls.peft_names, cls.__name__)
 
 
-def matrix_shape(module: nn.Module) -> tuple[int, int] | None:
-    """(inputs, outputs) of a module that multiplies by one weight matrix, or None for any other module.
+class MatrixMethod(Method):
+    """A method that adapts matrices of the blocks, each by itself."""
 
-    Besides nn.Linear, that is GPT-2's Conv1D, which stores the matrix transposed and says its sizes as `nx` and `nf`.
-    """
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
-    weight = getattr(module, "weight", None)
-    sizes = (getattr(module, "nx", None), getattr(module, "nf", None))
-    if isinstance(weight, Tensor) and weight.ndim == 2 and tuple(weight.shape) == sizes:
-        return weight.shape[0], weight.shape[1]
-    return None
+    targets: Targets = (ALL_LINEAR,)
+    """Which matrices: `all-linear`, `attention`, names such as `q_proj`, or regular expressions, such as `[qv]_proj`."""
 
+    def shapes(self, model: nn.Module) -> dict[str, tuple[int, int]]:
+        """The targeted matrices: path -> (inputs, outputs). Raises NoSuchModule; RecipeError where a method does not fit one."""
+        return find_matrices(model, self.targets)
 
-def wide(weight: Tensor) -> torch.dtype:
-    """The number type of what is trained beside a weight: float32, or float64 beside float64."""
-    return torch.promote_types(weight.dtype, torch.float32) if weight.is_floating_point() else torch.float32
+    def sites(self, model: nn.Module) -> list[str]:
+        return list(self.shapes(model))
 
+    def peft_settings(self) -> dict[str, Any]:
+        """The method's own keys in PEFT's configuration."""
+        return {}
 
-def matrix(module: nn.Module) -> Tensor:
-    """The matrix of a module that has one, an embedding included, as (outputs, inputs) and in at least float32.
-
-    Raises UnsupportedModel if it is quantized: then nothing else is exactly its matrix.
-    """
-    weight = unwrap(module).weight
-    assert isinstance(weight, Tensor)
-    if not weight.is_floating_point():
-        raise UnsupportedModel(
-            f"A {type(unwrap(module)).__name__} is quantized, and this method starts from or changes the weights themselves. "
-            "Use one that leaves them as they are, such as lora, or a base that is not quantized."
-        )
-    weight = weight.to(wide(weight))
-    return weight if isinstance(unwrap(module), nn.Linear) else weight.T  # Conv1D and Embedding store (inputs, outputs)
-
-
-def with_weight(module: nn.Module, make: Callable[[Tensor], Tensor]) -> nn.Module:
-    """A copy of the model's own module with another matrix: `make` turns its (outputs, inputs) into the new one."""
-    changed = make(matrix(module))
-    made = copy.deepcopy(unwrap(module))
-    stored = changed if isinstance(made, nn.Linear) else changed.T
-    made.weight = nn.Parameter(stored.contiguous(), requires_grad=False)
-    return made
+    def to_peft(self, model: nn.Module, tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """If PEFT has the method, it has it for nn.Linear alone."""
+        if self.peft_type is None:
+            return super().to_peft(model, tensors)
+        own, sites = base_modules(model), self.sites(model)
+        config = self.peft_config(target_modules=shortest_names(model, sites), bias="none", **self.peft_settings())
+        if not all(isinstance(own[path], nn.Linear) for path in sites):
+            config = self.trimtab_only_config()
+        return config, to_peft_names(tensors, self.peft_names)

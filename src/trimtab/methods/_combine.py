@@ -1,4 +1,4 @@
-"""One LoRA out of several: a weighted sum of their changes, exact, or of a smaller rank with the error told."""
+"""One LoRA from several: the weighted sum of their changes, exact, or of a smaller rank together with its error."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.core.errors import RecipeError
-from trimtab.methods._attach import Attached, find, place
+from trimtab.methods._attach import Attached, attach_uninitialized, find_adapter
 from trimtab.methods._base import Method
 
 
@@ -32,18 +32,19 @@ def combine(model: nn.Module, weights: Mapping[str, float], name: str, rank: int
     if not weights:
         raise RecipeError("There is nothing to combine: name adapters with their weights.")
     factors: dict[str, tuple[Tensor, Tensor]] = {}  # by path: A (r, inputs), B (outputs, r), all scales in B
-    for one, weight in weights.items():
-        for path, (a, b) in _factors(find(model, one)).items():
-            before = factors.get(path)
-            a, b = a, weight * b
-            factors[path] = (a, b) if before is None else (torch.cat([before[0], a]), torch.cat([before[1], b], dim=1))
+    for addend, weight in weights.items():
+        for path, (a, b) in _factors(find_adapter(model, addend)).items():
+            b = weight * b
+            if path in factors:
+                a, b = torch.cat([factors[path][0], a]), torch.cat([factors[path][1], b], dim=1)
+            factors[path] = a, b
     error = 0.0
     if rank is not None:
-        small = {path: _truncated(a, b, rank) for path, (a, b) in factors.items()}
-        lost = sum(left for _, _, left, _ in small.values())
-        error = (lost / max(sum(whole for *_, whole in small.values()), 1e-300)) ** 0.5
-        factors = {path: (a, b) for path, (a, b, *_) in small.items()}
-    adapter = place(model, _plain_lora(factors), seed=0, name=name)
+        truncated = {path: _truncate(a, b, rank) for path, (a, b) in factors.items()}
+        lost = sum(left_out for _, _, left_out, _ in truncated.values())
+        error = (lost / max(sum(total for *_, total in truncated.values()), 1e-300)) ** 0.5
+        factors = {path: (a, b) for path, (a, b, *_) in truncated.items()}
+    adapter = attach_uninitialized(model, _plain_lora(factors), seed=0, name=name)
     adapter.load_state({f"{path}.{key}": t for path, pair in factors.items() for key, t in zip("AB", pair, strict=True)})
     return Combined(adapter, error)
 
@@ -51,7 +52,7 @@ def combine(model: nn.Module, weights: Mapping[str, float], name: str, rank: int
 def _factors(adapter: Attached) -> dict[str, tuple[Tensor, Tensor]]:
     if adapter.method.name != "lora":
         raise RecipeError(f"{adapter.name!r} is of the method {adapter.method.name}, and only changes that LoRA made add up.")
-    method, tensors = adapter.folded()
+    method, tensors = adapter.to_inference_form()
     scales: Any = method
     paths = dict.fromkeys(key.rpartition(".")[0] for key in tensors)
     return {path: (tensors[f"{path}.A"], scales.scale_of(path) * tensors[f"{path}.B"]) for path in paths}
@@ -60,16 +61,16 @@ def _factors(adapter: Attached) -> dict[str, tuple[Tensor, Tensor]]:
 def _plain_lora(factors: Mapping[str, tuple[Tensor, Tensor]]) -> Method:
     """The method whose scale is 1 for factors of these sizes."""
     ranks = {path: len(a) for path, (a, _) in factors.items()}
-    usual = max(set(ranks.values()), key=list(ranks.values()).count)
-    odd = {path: rank for path, rank in ranks.items() if rank != usual}
-    alphas = {path: float(rank) for path, rank in odd.items()}
+    most_common = max(set(ranks.values()), key=list(ranks.values()).count)
+    exceptions = {path: rank for path, rank in ranks.items() if rank != most_common}
+    alphas = {path: float(rank) for path, rank in exceptions.items()}
     return Method.member("lora").parse(
-        {"rank": usual, "alpha": float(usual), "ranks": odd, "alphas": alphas, "targets": tuple(factors)}
+        {"rank": most_common, "alpha": float(most_common), "ranks": exceptions, "alphas": alphas, "targets": tuple(factors)}
     )
 
 
-def _truncated(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor, float, float]:
-    """The best factors of a rank for B A, the squared norm of what they leave out, and that of the whole."""
+def _truncate(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor, float, float]:
+    """The best factors of a rank for B A, the squared norm of what they leave out, and that of B A."""
     q_b, r_b = torch.linalg.qr(b.double())
     q_a, r_a = torch.linalg.qr(a.double().T)
     u, s, v = torch.linalg.svd(r_b @ r_a.T)

@@ -1,4 +1,4 @@
-"""First values of A and B that fit the model's matrices, or what enters them.
+"""Initial values of LoRA's A and B from the model's matrices (PiSSA) or from their inputs (EVA).
 
 Shapes: r rank, n inputs and m outputs of a matrix, T tokens.
 """
@@ -11,14 +11,13 @@ from torch import Tensor, nn
 
 from trimtab.core.attention_hook import without_cudnn
 from trimtab.core.errors import RecipeError
-from trimtab.core.wrapping import unwrap
-from trimtab.methods._base import AdapterLayer, matrix
+from trimtab.methods import AdapterLayer, unwrap, weight_matrix
 from trimtab.methods._lowrank import LowRankLayer
 
 TOKENS = 4096
-"""How many tokens' inputs are looked at."""
-NUMBERS = 250_000_000
-"""How many numbers of inputs' products are held at a time: 1 GB of float32."""
+"""How many tokens' inputs are used."""
+MAX_NUMBERS = 250_000_000
+"""How many numbers of Xᵀ X are held at a time: 1 GB of float32."""
 
 
 @torch.no_grad()
@@ -30,7 +29,7 @@ def principal_factors(module: nn.Module, rank: int, scale: float, path: str) -> 
     Raises:
         RecipeError: The matrix has no r singular values.
     """
-    weight = matrix(module)
+    weight = weight_matrix(module)
     if rank > min(weight.shape):
         raise RecipeError(f"init: pissa needs a rank of at most {min(weight.shape)}, the smaller side of {path}; it is {rank}.")
     U, S, Vt = torch.linalg.svd(weight, full_matrices=False)
@@ -39,47 +38,49 @@ def principal_factors(module: nn.Module, rank: int, scale: float, path: str) -> 
 
 
 @torch.no_grad()
-def start_at_inputs(model: Any, layers: dict[str, AdapterLayer], rows: Sequence[Sequence[int]]) -> None:
-    """Set each layer's A to the top right-singular vectors of the inputs (T n) that the rows give it; B stays zero.
+def init_from_inputs(model: Any, layers: dict[str, AdapterLayer], rows: Sequence[Sequence[int]]) -> None:
+    """Set each layer's A to the top right-singular vectors of its inputs (T n) on the rows; B stays zero.
 
     Paischer et al. 2024, "EVA", arXiv:2410.07170, on the rows' first tokens and without moving ranks between layers.
 
     Raises:
         RecipeError: There are no rows, too few tokens for the rank, or a layer adapts an embedding.
     """
-    chosen, left = [], TOKENS
+    chosen, remaining = [], TOKENS
     for row in rows:
-        chosen.append(list(row)[:left])
-        left -= len(chosen[-1])
-        if left <= 0:
+        chosen.append(list(row)[:remaining])
+        remaining -= len(chosen[-1])
+        if remaining <= 0:
             break
-    tokens = TOKENS - left
+    tokens = TOKENS - remaining
     if not tokens:
-        raise RecipeError("init: eva starts from rows of data, and there are none: give attach(…, sample=Sample(rows=…)).")
+        raise RecipeError("init: eva starts from training examples, and there are none: give attach(…, sample=Sample(rows=…)).")
     adapted = {path: layer for path, layer in layers.items() if isinstance(layer, LowRankLayer)}
     for path, layer in adapted.items():
         rank, inputs = layer.A.shape
         if isinstance(unwrap(layer), nn.Embedding):
-            raise RecipeError(f"init: eva looks at what enters a matrix, and tokens enter {path}: leave it out of targets.")
+            raise RecipeError(
+                f"init: eva uses the inputs of a matrix, and those of {path} are tokens: leave it out of targets."
+            )
         if rank > min(tokens, inputs):
             raise RecipeError(
                 f"init: eva needs a rank of at most {min(tokens, inputs)} for {path}, which has {inputs} inputs "
                 f"and is given {tokens} tokens; it is {rank}."
             )
-    for some in _groups(adapted):
-        for path, products in _products(model, some, chosen).items():
+    for group in _groups(adapted):
+        for path, products in _products(model, group, chosen).items():
             A = adapted[path].A
             A.copy_(torch.linalg.eigh(products).eigenvectors[:, -len(A) :].flip(1).T)
 
 
 def _products(model: Any, layers: dict[str, LowRankLayer], rows: list[list[int]]) -> dict[str, Tensor]:
     """Xᵀ X (n n) of the inputs X of each layer: its eigenvectors are the right-singular vectors of X."""
-    found = {path: layer.A.new_zeros(2 * layer.A.shape[1:]) for path, layer in layers.items()}
+    products = {path: layer.A.new_zeros(2 * layer.A.shape[1:]) for path, layer in layers.items()}
 
     def record(path: str) -> Any:
         def hook(layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            x = arguments[0].flatten(0, -2).to(found[path].dtype)
-            found[path].addmm_(x.T, x)
+            x = arguments[0].flatten(0, -2).to(products[path].dtype)
+            products[path].addmm_(x.T, x)
 
         return hook
 
@@ -91,7 +92,7 @@ def _products(model: Any, layers: dict[str, LowRankLayer], rows: list[list[int]]
     finally:
         for hook in hooks:
             hook.remove()
-    return found
+    return products
 
 
 def _groups(layers: dict[str, LowRankLayer]) -> Iterator[dict[str, LowRankLayer]]:
@@ -100,7 +101,7 @@ def _groups(layers: dict[str, LowRankLayer]) -> Iterator[dict[str, LowRankLayer]
     held = 0
     for path, layer in layers.items():
         size = layer.A.shape[1] ** 2
-        if group and held + size > NUMBERS:
+        if group and held + size > MAX_NUMBERS:
             yield group
             group, held = {}, 0
         group[path] = layer

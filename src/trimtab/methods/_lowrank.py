@@ -1,4 +1,4 @@
-"""What the methods that add a low-rank change B A to a matrix have in common: hyperparameters, factors, PEFT's LORA format."""
+"""LoRA and its variants: hyperparameters, the factors of a low-rank change B A, and PEFT's LORA format."""
 
 import math
 import re
@@ -10,42 +10,48 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from trimtab.core.errors import NoSuchModule
-from trimtab.core.wrapping import modules, unwrap
-from trimtab.methods._base import AdapterLayer, LearningRateContext, Method, matrix_shape, with_weight
-from trimtab.methods._peft import SELECTING, from_names, only_known, shortest_names, to_names
-from trimtab.methods._targets import ALL_LINEAR, ByTarget, Targets, matches, matrices
-
-NAMES = {
-    "A": "lora_A.weight",
-    "B": "lora_B.weight",
-    "magnitude": "lora_magnitude_vector",
-}
-"""PEFT's names of ours, in a matrix."""
-EMBEDDING_NAMES = {**NAMES, "A": "lora_embedding_A", "B": "lora_embedding_B"}
-"""The same in an embedding."""
+from trimtab.methods import (
+    ALL_LINEAR,
+    AdapterLayer,
+    ByTarget,
+    LearningRateContext,
+    Method,
+    Targets,
+    base_modules,
+    find_matrices,
+    matches_target,
+    require_matrix_shape,
+    shortest_names,
+    to_peft_names,
+    trainable_dtype,
+    unwrap,
+    with_weight,
+)
+from trimtab.methods._matrices import last_parts
 
 
 class LowRank(Method):
-    """The part of LoRA's hyperparameters that its variants share."""
+    """The hyperparameters that LoRA's variants share."""
 
     peft_type: ClassVar[str | None] = "LORA"
-    asks_of_peft: ClassVar[dict[str, Any]] = {}
+    peft_names: ClassVar[dict[str, str]] = {"A": "lora_A.weight", "B": "lora_B.weight"}
+    peft_variant: ClassVar[dict[str, Any]] = {}
     """Keys of PEFT's LORA configuration that make it this variant."""
 
     rank: Annotated[int, Field(ge=1)] = 32
     """Rank r of the change."""
     alpha: Annotated[float, Field(gt=0)] = 32.0
-    """The change is scaled by alpha / rank, so the best learning rate hardly depends on the rank."""
+    """The change is scaled by alpha / rank, so that the best learning rate hardly depends on the rank."""
     rank_stabilized: bool = False
-    """Scale by alpha / √rank instead (rsLoRA, Kalajdzievski 2023, arXiv:2312.03732): large ranks then keep learning."""
+    """Scale by alpha / √rank instead (rsLoRA, Kalajdzievski 2023, arXiv:2312.03732): large ranks then still train well."""
     ranks: Annotated[dict[str, Annotated[int, Field(ge=1)]], ByTarget] = Field(default_factory=dict)
     """Other ranks for some of the targets, by name or regular expression: {down_proj: 64}. The first that matches counts."""
     alphas: Annotated[dict[str, Annotated[float, Field(gt=0)]], ByTarget] = Field(default_factory=dict)
     """Other alphas for some of the targets, in the same way."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Probability with which a number that enters A is dropped in training; tokens, which enter an embedding's, are not."""
+    """Dropout probability of A's inputs in training; an embedding's inputs, tokens, are not dropped."""
     b_rate: Annotated[float, Field(gt=0)] = 1.0
-    """B learns at this many times the learning rate (LoRA+, Hayou et al. 2024, arXiv:2402.12354, which advises about 16)."""
+    """Factor on the learning rate of B (LoRA+, Hayou et al. 2024, arXiv:2402.12354, which advises about 16)."""
     targets: Targets = (ALL_LINEAR,)
     """Which matrices: `all-linear`, `attention`, names such as `q_proj`, or regular expressions, such as `[qv]_proj`.
 
@@ -54,18 +60,18 @@ class LowRank(Method):
 
     def shapes(self, model: nn.Module) -> dict[str, tuple[int, int]]:
         """The targeted matrices: path -> (inputs, outputs). Raises NoSuchModule for a pattern that matches none of them."""
-        found = matrices(model, self.targets, ends=True)
+        shapes = find_matrices(model, self.targets, embeddings_and_head=True)
         for key, patterns in (("ranks", self.ranks), ("alphas", self.alphas)):
             for pattern in patterns:
-                if not any(matches(pattern, path) for path in found):
-                    raise NoSuchModule(f"{key}: {pattern!r} matches none of the targets: {', '.join(_lasts(found))}.")
-        return found
+                if not any(matches_target(pattern, path) for path in shapes):
+                    raise NoSuchModule(f"{key}: {pattern!r} matches none of the targets: {', '.join(last_parts(shapes))}.")
+        return shapes
 
     def rank_of(self, path: str) -> int:
-        return next((rank for pattern, rank in self.ranks.items() if matches(pattern, path)), self.rank)
+        return next((rank for pattern, rank in self.ranks.items() if matches_target(pattern, path)), self.rank)
 
     def alpha_of(self, path: str) -> float:
-        return next((alpha for pattern, alpha in self.alphas.items() if matches(pattern, path)), self.alpha)
+        return next((alpha for pattern, alpha in self.alphas.items() if matches_target(pattern, path)), self.alpha)
 
     def scale_of(self, path: str) -> float:
         rank = self.rank_of(path)
@@ -90,57 +96,56 @@ class LowRank(Method):
         """
         exponent = next((p for name, p in (("qwen", 0.0775), ("llama", 0.781)) if name in at.model_type), None)
         fitted = 3e-4 if exponent is None else 5e-4 * (2000 / at.hidden_size) ** exponent
-        words = "3e-4" if exponent is None else f"5e-4·(2000/{at.hidden_size})^{exponent}"
+        formula = "3e-4" if exponent is None else f"5e-4·(2000/{at.hidden_size})^{exponent}"
         rate = min(2e-3, fitted * math.sqrt(at.rows_per_step / 32))
-        return float(f"{rate:.2e}"), f"{words}·√({at.rows_per_step:.3g} rows a step/32), at most 2e-3"
+        return float(f"{rate:.2e}"), f"{formula}·√({at.rows_per_step:.3g} rows a step/32), at most 2e-3"
 
     @classmethod
-    def reads(cls, config: dict[str, Any]) -> bool:
-        return config.get("peft_type") == "LORA" and bool(config.get("use_dora")) == bool(cls.asks_of_peft.get("use_dora"))
+    def recognizes(cls, config: dict[str, Any]) -> bool:
+        return config.get("peft_type") == "LORA" and bool(config.get("use_dora")) == bool(cls.peft_variant.get("use_dora"))
 
     def to_peft(self, model: nn.Module, tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        everything, shapes = modules(model), self.shapes(model)
-        config = {
-            "peft_type": self.peft_type,
-            "task_type": "CAUSAL_LM",
-            "inference_mode": True,
+        own, shapes = base_modules(model), self.shapes(model)
+        settings = {
             "r": self.rank,
-            "lora_alpha": _whole(self.alpha),
+            "lora_alpha": _as_int(self.alpha),
             "rank_pattern": {path: self.rank_of(path) for path in shapes if self.rank_of(path) != self.rank},
-            "alpha_pattern": {path: _whole(self.alpha_of(path)) for path in shapes if self.alpha_of(path) != self.alpha},
+            "alpha_pattern": {path: _as_int(self.alpha_of(path)) for path in shapes if self.alpha_of(path) != self.alpha},
             "lora_dropout": self.dropout,
-            "target_modules": shortest_names(list(shapes), list(everything)),
-            "fan_in_fan_out": any(not isinstance(everything[path], nn.Linear | nn.Embedding) for path in shapes),
+            "target_modules": shortest_names(model, list(shapes)),
+            "fan_in_fan_out": any(not isinstance(own[path], nn.Linear | nn.Embedding) for path in shapes),
             "bias": "none",
             "use_rslora": self.rank_stabilized,
             "use_dora": False,
-            **self.asks_of_peft,
+            **self.peft_variant,
         }
+        in_embedding = {**self.peft_names, "A": "lora_embedding_A", "B": "lora_embedding_B"}
         renamed: dict[str, Tensor] = {}
         for key, tensor in tensors.items():
-            is_embedding = isinstance(everything[key.rpartition(".")[0]], nn.Embedding)
-            renamed |= to_names({key: tensor}, EMBEDDING_NAMES if is_embedding else NAMES)
-        return config, renamed
+            is_embedding = isinstance(own[key.rpartition(".")[0]], nn.Embedding)
+            renamed |= to_peft_names({key: tensor}, in_embedding if is_embedding else self.peft_names)
+        return self.peft_config(**settings), renamed
 
     @classmethod
     def from_peft(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[Self, dict[str, Tensor]]:
-        only_known(
+        as_matrices = {re.sub(r"lora_embedding_([AB])$", r"lora_\1.weight", key): tensor for key, tensor in tensors.items()}
+        renamed, paths = cls.read_peft(
             config,
+            as_matrices,
             honoured={"r", "lora_alpha", "rank_pattern", "alpha_pattern", "lora_dropout", "use_rslora", "use_dora"},
             neutral={
                 "bias": ("none",),
-                # These decide where training began, not what the adapter computes; others change the base as well.
+                # These decide where training began, not what the adapter computes; the other values change the base as well.
                 "init_lora_weights": (True, "gaussian", "eva", "orthogonal"),
                 "qalora_group_size": (16,),  # read with use_qalora alone
                 "runtime_config": ({"ephemeral_gpu_offload": False},),
                 "megatron_core": ("megatron.core",),  # read with megatron_config alone, and never by us
             },
-            ignored={"fan_in_fan_out", "eva_config", *SELECTING},
+            ignored={"fan_in_fan_out", "eva_config"},
         )
-        names = {name: theirs for name, theirs in NAMES.items() if name != "magnitude" or cls.asks_of_peft.get("use_dora")}
-        alike = {re.sub(r"lora_embedding_([AB])$", r"lora_\1.weight", key): tensor for key, tensor in tensors.items()}
-        renamed, paths = from_names(alike, names, "LoRA")
-        patterns = {path: [_of_pattern(config.get(key), path) for key in ("rank_pattern", "alpha_pattern")] for path in paths}
+        patterns = {
+            path: [_match_pattern(config.get(key), path) for key in ("rank_pattern", "alpha_pattern")] for path in paths
+        }
         method = cls.parse(
             {
                 "rank": config.get("r", 8),
@@ -166,23 +171,19 @@ class LowRankLayer(AdapterLayer):
         super().__init__(base)
         self.scale = scale
         self.dropout = nn.Dropout(dropout)
-        weight = next(base.parameters())
-        kind = torch.promote_types(weight.dtype, torch.float32) if weight.is_floating_point() else torch.float32
-        if isinstance(base, nn.Embedding):
-            inputs, outputs = base.num_embeddings, base.embedding_dim
-        else:
-            shape = matrix_shape(base)
-            assert shape is not None, f"{type(base).__name__} is not a matrix"
-            inputs, outputs = shape
-        self.A = nn.Parameter(torch.zeros(rank, inputs, dtype=kind))
-        self.B = nn.Parameter(torch.zeros(outputs, rank, dtype=kind))
+        dtype = trainable_dtype(base)
+        inputs, outputs = (
+            (base.num_embeddings, base.embedding_dim) if isinstance(base, nn.Embedding) else require_matrix_shape(base)
+        )
+        self.A = nn.Parameter(torch.zeros(rank, inputs, dtype=dtype))
+        self.B = nn.Parameter(torch.zeros(outputs, rank, dtype=dtype))
         if isinstance(base, nn.Embedding):
             nn.init.normal_(self.B)  # as loralib does: a row of A is met only by its own token
         else:
             nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))  # U(±1/√inputs), as in the authors' loralib
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A and B of the change that is made."""
+        """A and B of the change."""
         return self.A, self.B
 
     def add(self, y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
@@ -201,18 +202,14 @@ class LowRankLayer(AdapterLayer):
         return self.scale * B @ A
 
     @torch.no_grad()
-    def merged(self) -> nn.Module:
+    def merge(self) -> nn.Module:
         return with_weight(self.base, lambda weight: weight + self.change())
 
 
-def _of_pattern(patterns: dict[str, Any] | None, path: str) -> Any:
+def _match_pattern(patterns: dict[str, Any] | None, path: str) -> Any:
     """What PEFT's `rank_pattern` or `alpha_pattern` says of a path, if anything."""
     return next((value for pattern, value in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", path)), None)
 
 
-def _lasts(paths: dict[str, Any]) -> list[str]:
-    return sorted({path.rpartition(".")[2] for path in paths})
-
-
-def _whole(number: float) -> float:
+def _as_int(number: float) -> float:
     return int(number) if number.is_integer() else number

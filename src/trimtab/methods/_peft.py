@@ -1,35 +1,31 @@
-"""Between our words and PEFT's: names of tensors, names of modules, and configurations that ask for more than we do."""
+"""Between our names and PEFT's: of tensors, of modules, and configurations that ask for more than we do."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from trimtab.core.errors import ArtifactError
+from trimtab.core.wrapping import base_modules
 
 PREFIX = "base_model.model."
 """What PEFT writes before a module's path."""
 
-OF_BASE = "base:"
+BASE_TENSOR_PREFIX = "base:"
 """What stands before the name of a tensor of the base's own, which PEFT saves beside an adapter of the embeddings or the head.
 
-`from_peft` hands such tensors on, and whoever has the model sees that its base has the same.
+`from_peft` passes such tensors on, and whoever has the model checks that its base has the same.
 """
-_BASES_OWN = re.compile(r"\.(base_layer|embed_tokens|lm_head)\.(weight|bias)$")
+_BASE_TENSOR = re.compile(r"\.(base_layer|embed_tokens|lm_head)\.(weight|bias)$")
 
-DESCRIPTIVE = {"auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_version"}
+DESCRIPTIVE_KEYS = {"auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_version"}
 """Keys of every PEFT configuration that do not change what an adapter computes."""
-SELECTING = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
-"""Keys that say which modules are adapted; that is read off the tensors instead, which say it exactly."""
+SELECTION_KEYS = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
+"""Keys that say which modules are adapted; the names of the tensors say it exactly, and are read instead."""
 
 
-def not_pefts(name: str) -> dict[str, Any]:
-    """The configuration of an adapter that PEFT cannot represent: PEFT refuses it by this name, and our manifest has it all."""
-    return {"peft_type": f"TRIMTAB_{name.upper()}", "task_type": "CAUSAL_LM", "inference_mode": True}
-
-
-def to_names(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
+def to_peft_names(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
     """Tensors by `path.name` under PEFT's names, `names` mapping ours to theirs."""
     renamed = {}
     for key, tensor in tensors.items():
@@ -38,21 +34,25 @@ def to_names(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[st
     return renamed
 
 
-def from_names(tensors: Mapping[str, Tensor], names: Mapping[str, str], what: str) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """The reverse of `to_names`, and the paths of the adapted modules in the file's order; with tensors `OF_BASE`, if there are any.
+def from_peft_names(
+    tensors: Mapping[str, Tensor], names: Mapping[str, str], method: str
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """The reverse of `to_peft_names`, and the paths of the adapted modules in the file's order.
+
+    Tensors of the base's own come along under `BASE_TENSOR_PREFIX`.
 
     Raises:
-        ArtifactError: There is no tensor, or one whose name is none of `names`.
+        ArtifactError: There is no tensor, or one whose name is none of `names`, so it is not the method's.
     """
     renamed: dict[str, Tensor] = {}
     paths: dict[str, None] = {}
     for key, tensor in tensors.items():
         ours = next((n for n, theirs in names.items() if key.startswith(PREFIX) and key.endswith(f".{theirs}")), None)
-        if ours is None and _BASES_OWN.search(key):
-            renamed[OF_BASE + key.removeprefix(PREFIX).replace(".base_layer.", ".")] = tensor
+        if ours is None and _BASE_TENSOR.search(key):
+            renamed[BASE_TENSOR_PREFIX + key.removeprefix(PREFIX).replace(".base_layer.", ".")] = tensor
             continue
         if ours is None:
-            raise ArtifactError(f"adapter_model.safetensors holds a tensor that is not {what}'s: {key}.")
+            raise ArtifactError(f"adapter_model.safetensors holds a tensor that is not {method}'s: {key}.")
         path = key.removeprefix(PREFIX).removesuffix(f".{names[ours]}")
         renamed[f"{path}.{ours}"] = tensor
         paths[path] = None
@@ -61,31 +61,36 @@ def from_names(tensors: Mapping[str, Tensor], names: Mapping[str, str], what: st
     return renamed, tuple(paths)
 
 
-def only_known(config: dict[str, Any], honoured: set[str], neutral: dict[str, tuple[Any, ...]], ignored: set[str]) -> None:
+def check_peft_config(
+    config: dict[str, Any],
+    honoured: Iterable[str] = (),
+    neutral: Mapping[str, tuple[Any, ...]] | None = None,
+    ignored: Iterable[str] = (),
+) -> None:
     """Refuse a PEFT configuration that asks for something this method does not do.
 
     Args:
         honoured: Keys that are read.
         neutral: Keys that are not, with the values that ask for nothing (besides None, False and empty).
-        ignored: Keys that do not change what the adapter computes, besides `DESCRIPTIVE`.
+        ignored: Keys that do not change what the adapter computes, besides `DESCRIPTIVE_KEYS`.
     """
-    known = honoured | ignored | DESCRIPTIVE | {"peft_type"}
-    neutral = {"task_type": ("CAUSAL_LM",), **neutral}
-    asked = [
+    known = {*honoured, *ignored, *DESCRIPTIVE_KEYS, "peft_type"}
+    neutral = {"task_type": ("CAUSAL_LM",), **(neutral or {})}
+    unsupported = [
         f"{key}: {value!r}"
         for key, value in config.items()
         if key not in known and value not in (None, False, [], {}, "") and value not in neutral.get(key, ())
     ]
-    if asked:
+    if unsupported:
         raise ArtifactError(
-            f"adapter_config.json asks for what Trimtab does not do here: {'; '.join(asked)}. "
+            f"adapter_config.json asks for what Trimtab does not do here: {'; '.join(unsupported)}. "
             "Loading it anyway would give other outputs than PEFT's."
         )
 
 
-def shortest_names(sites: list[str], all_paths: list[str]) -> list[str]:
+def shortest_names(model: nn.Module, sites: list[str]) -> list[str]:
     """Names by which PEFT, which matches ends of paths, finds exactly `sites`: last parts where they suffice, else whole paths."""
-    wanted, names = set(sites), []
+    all_paths, wanted, names = list(base_modules(model)), set(sites), []
     for last in dict.fromkeys(path.rpartition(".")[2] for path in sites):
         matching = [path for path in all_paths if path == last or path.endswith(f".{last}")]
         names += [last] if wanted.issuperset(matching) else [path for path in sites if path.rpartition(".")[2] == last]

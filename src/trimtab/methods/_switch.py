@@ -1,4 +1,4 @@
-"""Which adapters act where: for everybody, within a block of one thread, or on the rows of a batch, each row having its own.
+"""Which adapters act: everywhere, within a block of one thread, or each on its own rows of a batch.
 
 What holds within a block is kept in a context variable, so that threads and tasks which share a model do not disturb each other.
 """
@@ -22,10 +22,10 @@ class Switch:
     @property
     def state(self) -> "bool | Routing":
         """On, off, or on for some of the tokens of this forward pass."""
-        here = _here.get()
-        if isinstance(here, Routing):
-            return here
-        return self is here.owner if isinstance(here, _Only) else here.get(self, self.on)
+        activation = _activation.get()
+        if isinstance(activation, Routing):
+            return activation
+        return self is activation.switch if isinstance(activation, _OnlyActive) else activation.get(self, self.on)
 
 
 class Routing:
@@ -33,56 +33,56 @@ class Routing:
 
     def __init__(self, owners: Sequence[Switch | None]) -> None:
         self.owners = owners
-        self._found: dict[Any, Tensor] = {}  # every layer asks the same
+        self._indices: dict[Any, Tensor] = {}  # every layer asks for the same
 
     def tokens(self, owner: Switch | None, among: set[Switch], device: torch.device) -> Tensor:
-        """The numbers of an owner's tokens; for None, of those whose owner is not `among` these."""
-        asked = (owner, device, None if owner else frozenset(among))
-        if asked not in self._found:
-            chosen = [n for n, one in enumerate(self.owners) if one is owner or (owner is None and one not in among)]
-            self._found[asked] = torch.tensor(chosen, dtype=torch.long, device=device)
-        return self._found[asked]
+        """The indices of an owner's tokens; for None, of those whose owner is not `among` these."""
+        key = (owner, device, None if owner else frozenset(among))
+        if key not in self._indices:
+            indices = [n for n, switch in enumerate(self.owners) if switch is owner or (owner is None and switch not in among)]
+            self._indices[key] = torch.tensor(indices, dtype=torch.long, device=device)
+        return self._indices[key]
 
     def select(self, tokens: Sequence[int]) -> "Routing":
-        """The same for some of the tokens."""
+        """The routing of some of the tokens."""
         return Routing([self.owners[n] for n in tokens])
 
 
-class _Only(NamedTuple):
-    """Every adapter is off but one."""
+class _OnlyActive(NamedTuple):
+    """Every adapter is off but the one of this switch."""
 
-    owner: Switch | None
+    switch: Switch | None
 
 
-_here: ContextVar[Mapping[Switch, bool] | Routing | _Only] = ContextVar("here", default={})  # noqa: B039 (never changed)
+_activation: ContextVar[Mapping[Switch, bool] | Routing | _OnlyActive] = ContextVar("activation", default={})  # noqa: B039 (never changed)
 
 
 def switched(states: Mapping[Switch, bool]) -> AbstractContextManager[None]:
     """These adapters are on or off within the block, in this thread; others as they were."""
-    before = _here.get()
-    return _within({**before, **states} if isinstance(before, Mapping) else states)
+    before = _activation.get()
+    return _activated({**before, **states} if isinstance(before, Mapping) else states)
 
 
 def routed(routing: Routing | None) -> AbstractContextManager[None]:
-    """Within the block, in this thread, each token has the adapter that the routing says, and no other; None: as it was."""
-    return nullcontext() if routing is None else _within(routing)
+    """Within the block, in this thread, each token has the adapter that the routing says, and no other; None: as before."""
+    return nullcontext() if routing is None else _activated(routing)
 
 
 def current_routing() -> Routing | None:
     """The routing of this block and thread, if there is one."""
-    here = _here.get()
-    return here if isinstance(here, Routing) else None
+    activation = _activation.get()
+    return activation if isinstance(activation, Routing) else None
 
 
-def only(owner: Switch | None) -> AbstractContextManager[None]:
-    """Within the block, in this thread, every adapter is off but this one."""
-    return _within(_Only(owner))
+def only_active(switch: Switch | None) -> AbstractContextManager[None]:
+    """Within the block, in this thread, every adapter is off but the one of this switch."""
+    return _activated(_OnlyActive(switch))
 
 
 @contextmanager
-def _within(value: Mapping[Switch, bool] | Routing | _Only) -> Iterator[None]:
-    token = _here.set(value)
+def _activated(activation: Mapping[Switch, bool] | Routing | _OnlyActive) -> Iterator[None]:
+    token = _activation.set(activation)
     try:
         yield
     finally:
-        _here.reset(token)
+        _activation.reset(token)

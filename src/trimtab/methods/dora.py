@@ -1,4 +1,4 @@
-"""DoRA: LoRA turns each output's weights, and a trained magnitude says how long they are.
+"""DoRA: LoRA changes the direction of each output's weights, and a trained magnitude sets their norm.
 
 Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv:2402.09353, equation 5.
 """
@@ -8,15 +8,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from trimtab.core.wrapping import unwrap
-from trimtab.methods._base import matrix, with_weight
+from trimtab.methods import unwrap, weight_matrix, with_weight
 from trimtab.methods._lowrank import LowRank, LowRankLayer
 
 
 class DoRA(LowRank):
-    """Turns each targeted matrix W into m · (W + alpha / rank · B A) / ‖W + alpha / rank · B A‖, norms by output."""
+    """Replaces each targeted matrix W by m · (W + alpha / rank · B A) / ‖W + alpha / rank · B A‖, norms by output."""
 
-    asks_of_peft: ClassVar[dict[str, Any]] = {"use_dora": True}
+    peft_names: ClassVar[dict[str, str]] = {**LowRank.peft_names, "magnitude": "lora_magnitude_vector"}
+    peft_variant: ClassVar[dict[str, Any]] = {"use_dora": True}
     exact_gradient: ClassVar[bool] = False
 
     def layer(self, base: nn.Module, path: str) -> "DoRALayer":
@@ -37,12 +37,12 @@ class DoRALayer(LowRankLayer):
 
     def __init__(self, base: nn.Module, rank: int, scale: float, dropout: float) -> None:
         super().__init__(base, rank, scale, dropout)
-        self.magnitude = nn.Parameter(matrix(base).square().sum(dim=1).sqrt().detach())
+        self.magnitude = nn.Parameter(weight_matrix(base).square().sum(dim=1).sqrt().detach())
 
     def gain(self) -> Tensor:
         """g, one number an output: exactly 1 at the start, or 0 where W is."""
         with torch.no_grad():  # ‖w + s B a‖² = ‖w‖² + 2 s w·(B a) + s² ‖B a‖², without ever holding B A
-            weight, A, B = matrix(self.base), self.A, self.scale * self.B
+            weight, A, B = weight_matrix(self.base), self.A, self.scale * self.B
             squared = weight.square().sum(dim=1) + (2 * (weight @ A.T) * B).sum(dim=1) + (B @ (A @ A.T) * B).sum(dim=1)
             norm = squared.clamp(min=0).sqrt()
         return self.magnitude / torch.where(norm == 0, 1.0, norm)
@@ -55,5 +55,5 @@ class DoRALayer(LowRankLayer):
         return self.add(y + (gain - 1).to(y.dtype) * straight, x, self.A, gain[:, None] * self.B)
 
     @torch.no_grad()
-    def merged(self) -> nn.Module:
+    def merge(self) -> nn.Module:
         return with_weight(self.base, lambda weight: self.gain()[:, None] * (weight + self.change()))

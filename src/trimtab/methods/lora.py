@@ -9,8 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from trimtab.methods._base import AdapterLayer, Method, Sample
-from trimtab.methods._lora_init import principal_factors, start_at_inputs
+from trimtab.methods import AdapterLayer, Method, Sample
+from trimtab.methods._lora_init import init_from_inputs, principal_factors
 from trimtab.methods._lowrank import LowRank, LowRankLayer
 
 
@@ -18,11 +18,11 @@ class LoRA(LowRank):
     """Adds `alpha / rank · B A` to each targeted matrix."""
 
     init: Literal["default", "pissa", "eva"] = "default"
-    """What A and B start as: A random and B zero, or what fits the model's matrices (`pissa`) or the data (`eva`) best.
+    """Initial values of A and B: A random and B zero, or from the model's matrices (`pissa`) or the data (`eva`).
 
-    PiSSA (Meng et al. 2024, arXiv:2404.02948) trains the principal part of each matrix: A and B start as it, and what
-    they started as is taken off. EVA (Paischer et al. 2024, arXiv:2410.07170) starts A as the principal directions of
-    what enters each matrix on the first training rows, and B as zero; every matrix keeps its rank, where the authors
+    PiSSA (Meng et al. 2024, arXiv:2404.02948) trains the principal part of each matrix: A and B start as it, and their
+    initial product is subtracted. EVA (Paischer et al. 2024, arXiv:2410.07170) starts A as the principal directions of
+    each matrix's inputs on the first training examples, and B as zero; every matrix keeps its rank, where the authors
     also move ranks between them.
     """
 
@@ -34,23 +34,23 @@ class LoRA(LowRank):
 
     def initialize(self, model: nn.Module, layers: dict[str, AdapterLayer], sample: Sample) -> None:
         if self.init == "eva":
-            start_at_inputs(model, layers, sample.rows)
+            init_from_inputs(model, layers, sample.rows)
 
-    def folded(self, layers: dict[str, AdapterLayer]) -> tuple[Method, dict[str, Tensor]]:
-        """PiSSA's is a plain LoRA of twice the rank, scaled as before."""
+    def to_inference_form(self, layers: dict[str, AdapterLayer]) -> tuple[Method, dict[str, Tensor]]:
+        """PiSSA's is a plain LoRA of twice the rank, with the same scale."""
         if self.init != "pissa":
-            return super().folded(layers)
-        grown = math.sqrt(2) if self.rank_stabilized else 2.0
+            return super().to_inference_form(layers)
+        factor = math.sqrt(2) if self.rank_stabilized else 2.0
         plain = self.plain() | {
             "init": "default",
             "rank": 2 * self.rank,
             "ranks": {pattern: 2 * rank for pattern, rank in self.ranks.items()},
-            "alpha": grown * self.alpha,
-            "alphas": {pattern: grown * alpha for pattern, alpha in self.alphas.items()},
+            "alpha": factor * self.alpha,
+            "alphas": {pattern: factor * alpha for pattern, alpha in self.alphas.items()},
         }
         factors = {path: layer.factors() for path, layer in layers.items() if isinstance(layer, LoRALayer)}
         return Method.pick(plain), {
-            f"{path}.{name}": t for path, two in factors.items() for name, t in zip("AB", two, strict=True)
+            f"{path}.{name}": t for path, pair in factors.items() for name, t in zip("AB", pair, strict=True)
         }
 
 
@@ -60,7 +60,7 @@ class LoRALayer(LowRankLayer):
     def adapt(self, x: Tensor) -> Tensor:
         return self.add(self.base(x), x, *self.factors())
 
-    def low_rank(self) -> tuple[Tensor, Tensor] | None:
+    def low_rank_factors(self) -> tuple[Tensor, Tensor] | None:
         if self.dropout.training and self.dropout.p:
             return None
         A, B = self.factors()
@@ -68,7 +68,7 @@ class LoRALayer(LowRankLayer):
 
 
 class PiSSALayer(LoRALayer):
-    """y = base(x) + scale · drop(x) (B A − B0 A0)ᵀ, where A0 and B0 are what A and B started as: scale · B0 A0 ≈ W."""
+    """y = base(x) + scale · drop(x) (B A − B0 A0)ᵀ, where A0 and B0 are the initial A and B: scale · B0 A0 ≈ W."""
 
     A0: Tensor
     B0: Tensor

@@ -1,4 +1,4 @@
-"""MiSS: inputs share their weights' change with every r-th other.
+"""MiSS: every r-th input of a matrix shares its change of weights.
 
 Kang & Yin 2024, "MiSS: Revisiting the Trade-off in LoRA with an Efficient Shard-Sharing Structure" (formerly Bone),
 arXiv:2409.15371. As in PEFT's MISS with its default `init_weights`; its `bat` and `mini` are other methods.
@@ -12,29 +12,28 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from trimtab.core.errors import RecipeError
-from trimtab.methods._base import AdapterLayer, LearningRateContext, matrix_shape, wide, with_weight
-from trimtab.methods._matrices import OfMatrices
-from trimtab.methods._peft import SELECTING, from_names, only_known
+from trimtab.methods import AdapterLayer, MatrixMethod, require_matrix_shape, trainable_dtype, with_weight
 
 
-class MiSS(OfMatrices):
-    """Adds to each targeted matrix rank × outputs numbers, repeated along its inputs."""
+class MiSS(MatrixMethod):
+    """Adds rank × outputs trained numbers to each targeted matrix, repeated along its inputs."""
 
     peft_type: ClassVar[str | None] = "MISS"
+    auto_lr: ClassVar[str] = "3e-4"
     peft_names: ClassVar[dict[str, str]] = {"D": "miss_block"}
 
     rank: Annotated[int, Field(ge=1)] = 64
-    """How many inputs in a row have changes of their own; the next ones repeat them."""
+    """How many consecutive inputs have changes of their own; the following inputs repeat them."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Probability with which an input of the change is dropped in training."""
 
     def shapes(self, model: nn.Module) -> dict[str, tuple[int, int]]:
         """The targeted matrices: path -> (inputs, outputs). Raises NoSuchModule, or RecipeError for too large a rank."""
-        found = super().shapes(model)
-        for path, (inputs, _) in found.items():
+        shapes = super().shapes(model)
+        for path, (inputs, _) in shapes.items():
             if self.rank > inputs:
                 raise RecipeError(f"rank: {self.rank} is more than the {inputs} inputs of {path}; it can be {inputs} at most.")
-        return found
+        return shapes
 
     def layer(self, base: nn.Module, path: str) -> "MiSSLayer":
         return MiSSLayer(base, self.rank, self.dropout)
@@ -43,22 +42,18 @@ class MiSS(OfMatrices):
         """Σ rank · outputs over the targeted matrices."""
         return sum(self.rank * outputs for _, outputs in self.shapes(model).values())
 
-    def learning_rate(self, at: LearningRateContext) -> tuple[float, str]:
-        """3e-4, by a small search: see docs/methods.md."""
-        return 3e-4, "3e-4"
-
     def peft_settings(self) -> dict[str, Any]:
         return {"r": self.rank, "miss_dropout": self.dropout, "init_weights": True}
 
     @classmethod
     def from_peft(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[Self, dict[str, Tensor]]:
-        only_known(
+        renamed, paths = cls.read_peft(
             config,
+            tensors,
             honoured={"r", "miss_dropout"},
             neutral={"bias": ("none",), "init_weights": (True,)},
-            ignored={"mini_r", *SELECTING},  # mini_r is read with init_weights "mini" alone
+            ignored={"mini_r"},  # mini_r is read with init_weights "mini" alone
         )
-        renamed, paths = from_names(tensors, cls.peft_names, "MiSS")
         return cls.parse({"rank": config.get("r", 64), "dropout": config.get("miss_dropout", 0.0), "targets": paths}), renamed
 
 
@@ -71,10 +66,8 @@ class MiSSLayer(AdapterLayer):
     def __init__(self, base: nn.Module, rank: int, dropout: float) -> None:
         super().__init__(base)
         self.dropout = nn.Dropout(dropout)
-        shape = matrix_shape(base)
-        assert shape is not None, f"{type(base).__name__} is not a matrix"
-        self.inputs, outputs = shape
-        self.D = nn.Parameter(torch.zeros(rank, outputs, dtype=wide(next(base.parameters()))))
+        self.inputs, outputs = require_matrix_shape(base)
+        self.D = nn.Parameter(torch.zeros(rank, outputs, dtype=trainable_dtype(base)))
 
     def adapt(self, x: Tensor) -> Tensor:
         y, rank = self.base(x), len(self.D)
@@ -82,6 +75,6 @@ class MiSSLayer(AdapterLayer):
         return torch.addmm(y.flatten(0, -2), summed.flatten(0, -2), self.D.to(y.dtype)).view_as(y)
 
     @torch.no_grad()
-    def merged(self) -> nn.Module:
+    def merge(self) -> nn.Module:
         shard = torch.arange(self.inputs, device=self.D.device) % len(self.D)
         return with_weight(self.base, lambda weight: weight + self.D.T[:, shard])

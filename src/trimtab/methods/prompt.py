@@ -1,4 +1,4 @@
-"""Prompt tuning: embeddings before every row, trained directly.
+"""Prompt tuning: embeddings before every example, trained directly.
 
 Lester, Al-Rfou and Constant 2021, "The Power of Scale for Parameter-Efficient Prompt Tuning", arXiv:2104.08691, section 2.
 """
@@ -7,15 +7,15 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from trimtab.methods._base import LearningRateContext
-from trimtab.methods._prompts import DirectPrompt, PromptLayer, Prompts, embedding_size
+from trimtab.methods._virtual_tokens import DirectPrompt, PromptLayer, Prompts, embedding_size
 
 
 class PromptTuning(Prompts):
     """Trains the input embeddings of virtual tokens."""
 
     peft_type: ClassVar[str | None] = "PROMPT_TUNING"
-    of_peft: ClassVar[dict[str, Any]] = {
+    auto_lr: ClassVar[str] = "3e-2"
+    peft_table_settings: ClassVar[dict[str, Any]] = {
         "prompt_tuning_init": "RANDOM",
         "prompt_tuning_init_text": None,
         "tokenizer_name_or_path": None,
@@ -28,7 +28,3 @@ class PromptTuning(Prompts):
     def parameter_count(self, model: nn.Module) -> int:
         """tokens · embedding size."""
         return self.tokens * embedding_size(model)
-
-    def learning_rate(self, at: LearningRateContext) -> tuple[float, str]:
-        """3e-2, by a small search: see docs/methods.md."""
-        return 3e-2, "3e-2"

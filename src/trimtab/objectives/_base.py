@@ -1,4 +1,4 @@
-"""What an objective is: a loss as a sum over items, how many items that is, and what people read beside it."""
+"""What an objective is: a loss as a sum over items, how many items that is, and the metrics reported beside it."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -10,13 +10,13 @@ from trimtab.core.config import Choice
 from trimtab.data import Kind, Pack
 from trimtab.data.example import TokenRow
 
-EVEN = 1e-3
-"""Rewards that are no further apart are the same, but for rounding: a model has no preference where it is its own reference."""
+TIE = 1e-3
+"""Rewards this close are equal but for rounding: a model that is its own reference has no preference."""
 
 
-def right(margin: Tensor) -> Tensor:
-    """1 where a margin is on the right side, 0 where it is on the wrong one, a half where there is none."""
-    return (margin > EVEN).to(margin.dtype) + 0.5 * (margin.abs() <= EVEN)
+def correctness(margin: Tensor) -> Tensor:
+    """1 where a margin is positive, 0 where it is negative, a half where there is none."""
+    return (margin > TIE).to(margin.dtype) + 0.5 * (margin.abs() <= TIE)
 
 
 class Objective(Choice):
@@ -32,14 +32,14 @@ class Objective(Choice):
     default: ClassVar[str] = "sft"
     data_kind: ClassVar[Kind] = "answers"
     needs_reference: ClassVar[bool] = False
-    """With a reference model, whose Σ log p each sequence brings along: see `Comparing`. Dropout is refused then."""
+    """The loss compares with a reference model, whose Σ log p each sequence brings along. Dropout is refused then."""
     estimates_kl: ClassVar[bool] = False
     """Whether its losses need `kl_estimate`, which is computed on the mismatched answers of the whole step before any of them."""
     lr_multiplier: ClassVar[float] = 1.0
     """The best learning rate, as a multiple of the one for supervised fine-tuning."""
 
-    def settled(self, rows: Sequence[TokenRow]) -> Self:
-        """The same objective, with whatever the training rows decide. Raises DataError."""
+    def resolve_auto(self, rows: Sequence[TokenRow]) -> Self:
+        """The same objective, with hyperparameters that are `auto` decided by the training rows. Raises DataError."""
         return self
 
     @abstractmethod
@@ -51,11 +51,11 @@ class Objective(Choice):
         """The sum over each unit's items, from Σ log p of each of the pack's sequences: S -> U."""
 
     def measures(self, logprobs: Tensor, pack: Pack, kl: float) -> dict[str, Tensor]:
-        """What people read beside the loss: a value for each unit that has one. A step's or a data set's is their mean."""
+        """Metrics beside the loss: a value for each unit that has one. A step's or a data set's is their mean."""
         return {}
 
     def kl_estimate(self, log_ratios: Tensor) -> float:
-        """The number that is kl, from log p / p_reference of the step's mismatched answers."""
+        """The KL estimate, from log p / p_reference of the step's mismatched answers."""
         return 0.0
 
     def items(self, pack: Pack) -> int:
@@ -65,3 +65,13 @@ class Objective(Choice):
     def loss(self, logprobs: Tensor, pack: Pack, kl: float) -> Tensor:
         """The sum of those terms, a scalar, from Σ log p of each of the pack's sequences (S)."""
         return self.losses(logprobs, pack, kl).sum()
+
+
+class ReferenceObjective(Objective):
+    """An objective that compares Σ log p of each sequence with a reference model's."""
+
+    needs_reference: ClassVar[bool] = True
+
+    reference: str = "auto"
+    """What to compare with: base (adapters off), start (what training starts from), an adapter or run folder, or a model; auto is
+    base for a fresh adapter, and start for one that is trained on."""

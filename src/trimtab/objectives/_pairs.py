@@ -1,4 +1,4 @@
-"""What the objectives that compare two answers to a prompt have in common.
+"""Objectives on pairs: what those that compare two answers to a prompt have in common.
 
 Shapes: U pairs in a pack.
 """
@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from trimtab.data import Kind, Pack
-from trimtab.objectives._base import Objective, right
+from trimtab.objectives._base import Objective, correctness
 
 
 class Answers(NamedTuple):
-    """One side of every pair."""
+    """The chosen or the rejected answers of all pairs."""
 
     logp: Tensor
-    """U, Σ log p of its tokens."""
+    """U, Σ log p of an answer's tokens."""
     reference: Tensor
     """U, the same in the reference model."""
     tokens: Tensor
@@ -30,12 +30,12 @@ class Answers(NamedTuple):
 
     @property
     def mean(self) -> Tensor:
-        """U, log p of a token in the mean."""
+        """U, log p of a token on average."""
         return self.logp / self.tokens
 
 
 class Pairwise(Objective):
-    """An objective that learns from pairs. Its reward of an answer is what it makes larger for chosen ones than for rejected ones."""
+    """An objective on pairs. It makes its reward larger for chosen answers than for rejected ones."""
 
     data_kind: ClassVar[Kind] = "pairs"
 
@@ -51,13 +51,13 @@ class Pairwise(Objective):
         return [1] * (len(pack.sequences) // 2)
 
     def losses(self, logprobs: Tensor, pack: Pack, kl: float) -> Tensor:
-        return self.pair_losses(*sides(logprobs, pack))
+        return self.pair_losses(*split_pairs(logprobs, pack))
 
     def measures(self, logprobs: Tensor, pack: Pack, kl: float) -> dict[str, Tensor]:
-        chosen, rejected = sides(logprobs, pack)
+        chosen, rejected = split_pairs(logprobs, pack)
         margin = self.reward(chosen) - self.reward(rejected)
         return {
-            "accuracy": right(margin),
+            "accuracy": correctness(margin),
             "margin": margin,
             "chosen_reward": self.reward(chosen),
             "rejected_reward": self.reward(rejected),
@@ -66,11 +66,9 @@ class Pairwise(Objective):
         }
 
 
-def sides(logprobs: Tensor, pack: Pack) -> tuple[Answers, Answers]:
-    """The chosen and the rejected answers of a pack, in which each rejected one stands behind its chosen one."""
-    numbers = range(0, len(pack.sequences), 2)
-    found = [pack.sequences[n + k].side for n in numbers for k in (0, 1)]
-    assert found == ["chosen", "rejected"] * len(numbers), "pairs stay together"
+def split_pairs(logprobs: Tensor, pack: Pack) -> tuple[Answers, Answers]:
+    """The chosen and the rejected answers of a pack, in which each rejected one follows its chosen one."""
+    assert [row.side for row in pack.sequences] == ["chosen", "rejected"] * (len(pack.sequences) // 2), "pairs stay together"
 
     def side(start: int) -> Answers:
         rows = pack.sequences[start::2]

@@ -1,4 +1,4 @@
-"""Contrastive preference optimization: make chosen answers likelier than rejected ones, and learn them, without a reference."""
+"""Contrastive preference optimization: make chosen answers more likely than rejected ones, and train on them; no reference model."""
 
 from typing import Annotated, ClassVar
 
@@ -10,7 +10,7 @@ from trimtab.objectives._pairs import Answers, Pairwise
 
 
 class CPO(Pairwise):
-    """Of two answers, learn the chosen one, and make it likelier than the rejected one; without a reference.
+    """Of two answers, train on the chosen one, and make it more likely than the rejected one; without a reference model.
 
     −log σ(β (log π(chosen) − log π(rejected))) − sft · log π(chosen)/tokens, over pairs (Xu et al. 2024, arXiv:2401.08417,
     eq. 4 and 5).
@@ -21,7 +21,7 @@ class CPO(Pairwise):
     beta: Annotated[float, Field(gt=0)] = 0.1
     """Scale of the reward."""
     sft: Annotated[float, Field(ge=0)] = 1.0
-    """How much the chosen answers are learned beside that, as in supervised fine-tuning."""
+    """Weight of supervised fine-tuning on the chosen answers beside that."""
 
     def pair_losses(self, chosen: Answers, rejected: Answers) -> Tensor:
         return -F.logsigmoid(self.reward(chosen) - self.reward(rejected)) - self.sft * chosen.mean

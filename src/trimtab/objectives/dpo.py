@@ -1,4 +1,4 @@
-"""Direct preference optimization: make chosen answers likelier than rejected ones, measured by a reference model."""
+"""Direct preference optimization: make chosen answers more likely than rejected ones, compared with a reference model."""
 
 from typing import Annotated, ClassVar, Literal, Self
 
@@ -7,12 +7,12 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from trimtab.objectives._comparing import Comparing
+from trimtab.objectives._base import ReferenceObjective
 from trimtab.objectives._pairs import Answers, Pairwise
 
 
-class DPO(Comparing, Pairwise):
-    """Of two answers, make the chosen one likelier than the rejected one, by more than a reference model does.
+class DPO(ReferenceObjective, Pairwise):
+    """Of two answers, make the chosen one more likely than the rejected one, by more than in a reference model.
 
     With Δ(y) = log π(y) / π_reference(y) and m = β (Δ(chosen) − Δ(rejected)), over pairs:
 
@@ -28,18 +28,18 @@ class DPO(Comparing, Pairwise):
     lr_multiplier: ClassVar[float] = 0.1
 
     beta: Annotated[float, Field(gt=0)] = 0.1
-    """How dearly the model pays for leaving the reference; of ipo, τ."""
+    """Strength of the penalty for deviating from the reference model; of ipo, τ."""
     loss_type: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
     """The function of the margin."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
-    """The share ε of pairs that are thought to be the wrong way round; of sigmoid alone."""
+    """The assumed share ε of pairs whose answers are swapped; for sigmoid alone."""
     sft: Annotated[float, Field(ge=0)] = 0.0
-    """How much the chosen answers are learned beside that, as in supervised fine-tuning."""
+    """Weight of supervised fine-tuning on the chosen answers beside that."""
 
     @model_validator(mode="after")
-    def _smoothing_of_sigmoid(self) -> Self:
+    def _check_smoothing(self) -> Self:
         if self.label_smoothing and self.loss_type != "sigmoid":
-            raise ValueError(f"label_smoothing does nothing for {self.loss_type}: it is of sigmoid alone. Leave it out.")
+            raise ValueError(f"label_smoothing does nothing for {self.loss_type}: it is for sigmoid alone. Leave it out.")
         return self
 
     def pair_losses(self, chosen: Answers, rejected: Answers) -> Tensor:

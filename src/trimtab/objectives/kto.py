@@ -11,13 +11,12 @@ from torch import Tensor
 from trimtab.core.errors import DataError
 from trimtab.data import Kind, Pack
 from trimtab.data.example import TokenRow
-from trimtab.objectives._base import right
-from trimtab.objectives._comparing import Comparing
+from trimtab.objectives._base import ReferenceObjective, correctness
 
 Weight = Literal["auto"] | Annotated[float, Field(gt=0)]
 
 
-class KTO(Comparing):
+class KTO(ReferenceObjective):
     """Make good answers likelier and bad ones less likely, measured by a reference model.
 
     With r(y) = log π(y) / π_reference(y), over answers (Ethayarajh et al. 2024, arXiv:2402.01306, eq. 8):
@@ -37,7 +36,7 @@ class KTO(Comparing):
     undesirable: Weight = "auto"
     """Weight of bad answers."""
 
-    def settled(self, rows: Sequence[TokenRow]) -> Self:
+    def resolve_auto(self, rows: Sequence[TokenRow]) -> Self:
         good, bad = (sum(row.side == side for row in rows) for side in ("good", "bad"))
         if not good or not bad:
             raise DataError(
@@ -62,15 +61,15 @@ class KTO(Comparing):
             for s, name in ((1, "good"), (-1, "bad"))
             for what, value in (("reward", reward), ("logp", logprobs))
         }
-        return {"accuracy": right(sign * (reward - self.beta * kl)), "kl": torch.full_like(reward, kl), **sides}
+        return {"accuracy": correctness(sign * (reward - self.beta * kl)), "kl": torch.full_like(reward, kl), **sides}
 
     def kl_estimate(self, log_ratios: Tensor) -> float:
         return max(0.0, float(log_ratios.double().mean())) if len(log_ratios) else 0.0
 
     def _of_sides(self, pack: Pack, like: Tensor) -> tuple[Tensor, Tensor]:
         """Of each answer, 1 if it is good and −1 if it is bad; and its weight."""
-        assert self.desirable != "auto", "settled"
-        assert self.undesirable != "auto", "settled"
+        assert self.desirable != "auto", "resolve_auto was not called"
+        assert self.undesirable != "auto", "resolve_auto was not called"
         known = {"good": (1.0, self.desirable), "bad": (-1.0, self.undesirable)}
         both = torch.tensor([known[row.side or ""] for row in pack.sequences], dtype=like.dtype, device=like.device)
         return both[:, 0], both[:, 1]

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: make the learned tokens likely."""
+"""Supervised fine-tuning: make the target tokens likely."""
 
 from torch import Tensor
 
@@ -7,7 +7,7 @@ from trimtab.objectives._base import Objective
 
 
 class SFT(Objective):
-    """loss = −Σ log p(token) / number of learned tokens, over the whole optimizer step."""
+    """loss = −Σ log p(token) / number of target tokens, over the whole optimizer step."""
 
     def counts(self, pack: Pack) -> list[int]:
         return [len(row.target_indices) for row in pack.sequences]

@@ -11,8 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from trimtab.core.errors import TrimtabError
-from trimtab.core.wrapping import modules
-from trimtab.methods import Method, place
+from trimtab.methods import Method, attach_uninitialized, base_modules
 from trimtab.objectives import Objective
 
 
@@ -27,7 +26,7 @@ def methods_facts(model: Any) -> list[dict[str, Any]]:
         parameters, positions, refused = None, 0, None
         try:
             method = kind()
-            parameters, positions = method.parameter_count(model), method.positions
+            parameters, positions = method.parameter_count(model), method.virtual_token_count
         except TrimtabError as error:
             refused = str(error)
         facts.append(
@@ -66,10 +65,10 @@ def methods_table(facts: list[dict[str, Any]], source: str) -> Group:
 
 def method_facts(model: Any, method: Method) -> dict[str, Any]:
     """The modules that a method would adapt on a model, by attaching it there, as JSON data. Raises NoSuchModule or RecipeError."""
-    known = modules(model)
+    known = base_modules(model)
     total = sum(p.numel() for p in model.parameters())
     with torch.device("meta"):
-        adapter = place(model, method.bound(lambda _: [0]), 0, "default")
+        adapter = attach_uninitialized(model, method.resolve_tokens(lambda _: [0]), 0, "default")
     replaced = [
         {
             "module": path,
@@ -84,7 +83,7 @@ def method_facts(model: Any, method: Method) -> dict[str, Any]:
         "method": method.plain(),
         "parameters": trained,
         "base_parameters": total,
-        "positions": method.positions,
+        "positions": method.virtual_token_count,
         "replaced": replaced,
     }
 

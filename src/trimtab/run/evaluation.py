@@ -11,7 +11,7 @@ from trimtab.core.config import made, read
 from trimtab.core.errors import ArtifactError, DataError, RecipeError, listing
 from trimtab.data import DataConfig, Example, Kind, held_out_examples, load_examples
 from trimtab.evaluate.preferences import Reference
-from trimtab.objectives import Comparing, Objective
+from trimtab.objectives import Objective, ReferenceObjective
 from trimtab.run.recipe import Recipe
 
 READING = ("data.columns", "data.ignore")
@@ -96,5 +96,5 @@ def _reference(run: Path, recipe: Recipe, record: dict[str, Any]) -> str:
     kind = record["reference"]["kind"]
     if kind == "start":
         return str(record["start"]["folder"] if record["start"] is not None else run / START)
-    whole = recipe.objective.reference if isinstance(recipe.objective, Comparing) else "auto"
+    whole = recipe.objective.reference if isinstance(recipe.objective, ReferenceObjective) else "auto"
     return kind if kind == "base" or whole in ("auto", "start") else whole

@@ -12,7 +12,7 @@ from trimtab.core.config import Config
 from trimtab.data import DataConfig, absolute_source
 from trimtab.methods import Method
 from trimtab.methods.lora import LoRA
-from trimtab.objectives import Comparing, Objective
+from trimtab.objectives import Objective, ReferenceObjective
 from trimtab.objectives.sft import SFT
 from trimtab.train import TrainConfig
 
@@ -61,7 +61,7 @@ class Recipe(Config):
         news: dict[str, Any] = {"model": model, "data": data, "output": self.output.absolute()}
         if self.start is not None:
             news["start"] = _absolute(self.start)
-        if isinstance(self.objective, Comparing) and self.objective.reference not in ("auto", "base", "start"):
+        if isinstance(self.objective, ReferenceObjective) and self.objective.reference not in ("auto", "base", "start"):
             news["objective"] = self.objective.model_copy(update={"reference": _absolute(self.objective.reference)})
         return self.model_copy(update=news)
 

@@ -17,7 +17,7 @@ from trimtab.deploy import adapter_folder, load_adapter, read_method, sample, ve
 from trimtab.engine import FrozenLayerCache, check_packing
 from trimtab.evaluate.reference import PACK_TOKENS, check_start, refer
 from trimtab.methods import Attached, attach
-from trimtab.objectives import Comparing, Objective
+from trimtab.objectives import Objective, ReferenceObjective
 from trimtab.report import RunObserver
 from trimtab.run.preflight import OpenedRecipe, check_disk, preflight
 from trimtab.run.recipe import Recipe
@@ -92,7 +92,7 @@ def open_recipe(
     base = Base.load(recipe.model)
     base.moment = moment or base.moment
     base.add_tokens(recipe.method.new_tokens)
-    positions, context = recipe.method.positions, base.context_length
+    positions, context = recipe.method.virtual_token_count, base.context_length
     if context is not None and positions > context - 2:
         raise RecipeError(
             f"method.tokens: {positions:,} virtual tokens leave no room for examples in the {context:,} tokens of {base.source}'s context. "
@@ -157,13 +157,13 @@ def prepare_objective(
         RecipeError: There is no such reference, or the adapter has dropout.
         WrongReference: What training starts from is not the reference, where it should be.
     """
-    objective = objective.settled(rows[0])
-    if isinstance(objective, Comparing) and getattr(adapter.method, "dropout", False):
+    objective = objective.resolve_auto(rows[0])
+    if isinstance(objective, ReferenceObjective) and getattr(adapter.method, "dropout", False):
         raise RecipeError(
             f"method.dropout: {objective.name} compares with a reference model, and dropout would add noise to the difference. Set it to 0."
         )
     train, held_out = (with_mismatched(part, seed, max_length) if part and objective.estimates_kl else part for part in rows)
-    if not isinstance(objective, Comparing):
+    if not isinstance(objective, ReferenceObjective):
         return objective, (train, held_out), None
     referred = refer(base, adapter, objective.reference, [*train, *held_out], PACK_TOKENS)
     train, held_out = referred.rows[: len(train)], referred.rows[len(train) :]
@@ -184,7 +184,7 @@ def _facts(recipe: Recipe, base: Base, adapter: Attached, data: LoadedData, step
         "method": recipe.method.plain(),
         "objective": recipe.objective.plain(),
         "trainable_parameters": trained,
-        "positions": recipe.method.positions,
+        "positions": recipe.method.virtual_token_count,
         "base_parameters": base.model.num_parameters() - trained,
         "steps": len(steps),
         "epochs": steps.epochs,

@@ -158,7 +158,7 @@ def _norm(module: nn.Module) -> ops.Norm | None:
     weight: Tensor | None = None
     while isinstance(module, AdapterLayer):
         if state := module.switch.state:
-            replaced = None if isinstance(state, Routing) else module.replaced()
+            replaced = None if isinstance(state, Routing) else module.replacement_parameters()
             if replaced is None or weight is not None:
                 return None
             weight = replaced["weight"]
@@ -209,7 +209,7 @@ def _site(module: nn.Module) -> ops.Site | None:
     changes: list[tuple[Tensor, Tensor]] = []
     while isinstance(module, AdapterLayer):
         if state := module.switch.state:
-            change = None if isinstance(state, Routing) else module.low_rank()
+            change = None if isinstance(state, Routing) else module.low_rank_factors()
             if change is None:
                 return None
             changes.append(change)

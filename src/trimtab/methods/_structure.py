@@ -1,0 +1,144 @@
+"""Parts of a model found by its structure: blocks, attention outputs, MLPs, matrices that make keys and values, and norms."""
+
+import inspect
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any, NoReturn
+
+from torch import nn
+
+from trimtab.core.errors import NoSuchModule, UnsupportedModel
+from trimtab.methods import ALL_LINEAR, ATTENTION, base_modules, find_matrices, matrix_shape, unwrap
+from trimtab.methods._matrices import in_attention
+
+OUTPUT_NAMES = {"o_proj", "out_proj", "c_proj", "dense", "Wo"}
+"""What Transformers' causal language models call the matrix that attention ends with."""
+MLP_NAMES = {"mlp", "feed_forward", "ffn", "block_sparse_moe"}
+"""What they call the MLP of a block, mixtures of experts included."""
+KEY_VALUE_NAMES = re.compile(r"(k|v|key|value)(_proj)?|c_attn|qkv(_proj)?|query_key_value|Wqkv")
+"""What they call the matrices that make keys and values, alone or together with queries."""
+
+
+def makes_keys_or_values(path: str) -> bool:
+    """Whether the matrix at this path does, perhaps queries too."""
+    return in_attention(path) and bool(KEY_VALUE_NAMES.fullmatch(path.rpartition(".")[2]))
+
+
+def key_value_matrices(model: Any, key: str) -> list[str]:
+    """The matrices that make keys and values. Raises NoSuchModule, which begins with the recipe's `key`, if there is none."""
+    paths = [path for path in find_matrices(model, [ATTENTION], key=key) if makes_keys_or_values(path)]
+    return paths or _refuse_auto(model, key, "keys and values")
+
+
+def feed_forward_outputs(model: Any, key: str) -> list[str]:
+    """Of matrices side by side, outside attention, the last whose outputs can be the inputs of all others. Raises NoSuchModule."""
+    shapes = {path: shape for path, shape in find_matrices(model, [ALL_LINEAR], key=key).items() if not in_attention(path)}
+    paths = []
+    for parent in dict.fromkeys(path.rpartition(".")[0] for path in shapes):
+        group = [path for path in shapes if path.rpartition(".")[0] == parent]
+        fitting = [path for path in group if all(shapes[path][1] == shapes[sibling][0] for sibling in group if sibling != path)]
+        paths += fitting[-1:] if len(group) > 1 else []
+    return paths or _refuse_auto(model, key, "feed-forward layers")
+
+
+def _refuse_auto(model: Any, key: str, part: str) -> NoReturn:
+    raise NoSuchModule(f"{key}: auto finds no {part} in {type(model).__name__}. Name the matrices instead.")
+
+
+def attention_outputs(model: Any) -> dict[str, str]:
+    """The path of the matrix that attention ends with, by its block's. Raises UnsupportedModel unless each block has exactly one."""
+    paths = {}
+    for block, inside in _blocks(model).items():
+        matrices = [path for path, module in inside.items() if matrix_shape(module) and in_attention(path)]
+        outputs = [path for path in matrices if path.rpartition(".")[2] in OUTPUT_NAMES]
+        alternatives = matrices or _children(inside, block)
+        paths[block] = _require_one(outputs, model, block, "attention output projection", OUTPUT_NAMES, alternatives)
+    return paths
+
+
+def mlps(model: Any) -> dict[str, str]:
+    """The path of the MLP by its block's. Raises UnsupportedModel unless each block has exactly one, and it takes one hidden state."""
+    hidden, paths = model.config.get_text_config().hidden_size, {}
+    for block, inside in _blocks(model).items():
+        children = _children(inside, block)
+        named = [path for path in children if path.rpartition(".")[2] in MLP_NAMES]
+        paths[block] = _require_one(named, model, block, "MLP", MLP_NAMES, children)
+        module = inside[paths[block]]
+        required = [name for name, p in inspect.signature(module.forward).parameters.items() if _is_required(p)]
+        if len(required) > 1 or stream_size(module) != hidden:
+            raise UnsupportedModel(
+                f"{paths[block]} of {type(model).__name__} takes {', '.join(required)} and its first matrix {stream_size(module)} "
+                f"inputs, where the MLP that a bottleneck adapter stands at takes one hidden state, of {hidden}."
+            )
+    return paths
+
+
+def stream_size(module: nn.Module) -> int:
+    """The size of the hidden states that a matrix makes, or that an MLP takes, by the first of its matrices; 0 if it has none."""
+    if shape := matrix_shape(module):
+        return shape[1]
+    for part in map(unwrap, module.modules()):
+        if shape := matrix_shape(part):
+            return shape[0]
+        for parameter in part.parameters(recurse=False):
+            if parameter.ndim == 2:  # a router's, (experts, hidden)
+                return int(parameter.shape[1])
+    return 0
+
+
+def _blocks(model: Any) -> dict[str, dict[str, nn.Module]]:
+    """By the path of each of the model's blocks, in order: the modules inside by theirs."""
+    own, count = base_modules(model), model.config.get_text_config().num_hidden_layers
+    lists = [path for path, module in own.items() if isinstance(module, nn.ModuleList) and len(module) == count]
+    outer = [path for path in lists if not any(path.startswith(f"{parent}.") for parent in lists)]  # experts may be a list too
+    if len(outer) != 1:
+        raise UnsupportedModel(
+            f"{type(model).__name__} has {count} layers by its configuration, and {len(outer) or 'no'} lists of so many modules"
+            f"{' (' + ', '.join(outer) + ')' if outer else ''}, so which are its blocks is not clear."
+        )
+    blocks: dict[str, dict[str, nn.Module]] = {f"{outer[0]}.{number}": {} for number in range(count)}
+    for path, module in own.items():
+        if path.startswith(f"{outer[0]}.") and (block := ".".join(path.split(".")[: outer[0].count(".") + 2])) != path:
+            blocks[block][path] = module
+    return blocks
+
+
+def _children(inside: Iterable[str], block: str) -> list[str]:
+    return [path for path in inside if path.count(".") == block.count(".") + 1]
+
+
+def _is_required(parameter: inspect.Parameter) -> bool:
+    return parameter.default is parameter.empty and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+
+
+def _require_one(paths: list[str], model: Any, block: str, part: str, names: set[str], alternatives: Iterable[str]) -> str:
+    if len(paths) != 1:
+        present = ", ".join(path.removeprefix(f"{block}.") for path in (paths or alternatives))
+        raise UnsupportedModel(
+            f"{block} of {type(model).__name__} has {len(paths) or 'no'} {part}{'s' if paths else ''}, and a bottleneck adapter "
+            f"needs one in every block. Looked for: {', '.join(sorted(names))}. Found: {present or 'nothing'}."
+        )
+    return paths[0]
+
+
+def find_norms(model: nn.Module) -> list[str]:
+    """Paths of the modules that normalize and then scale, LayerNorm, RMSNorm and their like, in the model's order."""
+    return [path for path, module in base_modules(model).items() if _is_norm(module)]
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """It owns a vector that scales, perhaps one that shifts, and nothing else.
+
+    The scale of a norm on the heads of queries and keys may be a matrix (Cohere's); then what tells it is its epsilon.
+    """
+    own = dict(own_weights(module))
+    if "weight" not in own or not own.keys() <= {"weight", "bias"} or any(True for _ in module.children()):
+        return False
+    if matrix_shape(module) or isinstance(module, nn.Embedding):
+        return False
+    return own["weight"].ndim == 1 or any("eps" in name for name in vars(module))
+
+
+def own_weights(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """A module's parameters, without those of the modules in it."""
+    return module.named_parameters(recurse=False, remove_duplicate=False)

@@ -1,0 +1,136 @@
+"""How virtual tokens act: they are joined to every row inside attention, as keys and values.
+
+P virtual tokens stand at positions 0 to P-1 and a row begins at position P, as if it had P tokens more. They are nowhere but
+inside attention: so they act in any forward pass, packed or padded, with gradient checkpointing and on a quantized base, and
+in decoding from Trimtab's cache and from Transformers' alike. A layer with a sliding window sees them as it sees any token,
+while they are near enough.
+
+Shapes: P virtual tokens, N numbers of the table for each, G key-value heads, K head size, d hidden size.
+"""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.core.attention_hook import Layout, Rules, Virtual, attend, causal, laid_out, refuse_reentrant
+from trimtab.core.errors import RecipeError, UnsupportedModel
+from trimtab.methods import AdapterLayer, Routing, unwrap
+from trimtab.methods._switch import only_active
+
+KeysValues = Sequence[tuple[Tensor, Tensor]]
+"""Keys and values of each attention layer, each G P K."""
+
+_ONE_ROW = "Two adapters with virtual tokens cannot act on one row: switch one of them off."
+
+
+class VirtualLayer(AdapterLayer):
+    """The model's trunk with virtual tokens before every row, which are made from a table, P × N."""
+
+    def __init__(self, base: nn.Module, count: int, numbers: int) -> None:
+        super().__init__(base)
+        self.count, self.numbers = count, numbers
+
+    @abstractmethod
+    def table(self) -> Tensor:
+        """The parameters themselves, or what a network makes of them: P × N."""
+
+    def set_table(self, table: Tensor) -> None:
+        """Make `table` return this."""
+        self.table().copy_(table)
+
+    @abstractmethod
+    def keys_values(self) -> KeysValues:
+        """What attention sees of the virtual tokens."""
+
+    def adapt(self, input_ids: Tensor | None = None, **kwargs: Any) -> Any:
+        return self._run(None, input_ids, **kwargs)
+
+    def route(self, routing: Routing, input_ids: Tensor | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
+        owned = [owner is self.switch for owner in routing.owners]
+        return self._run(owned, input_ids, **kwargs) if any(owned) else self.base(input_ids, **kwargs)
+
+    def _run(
+        self,
+        owned: list[bool] | None,
+        input_ids: Tensor | None,
+        *,
+        position_ids: Tensor | None = None,
+        layout: Layout | None = None,
+        virtual: tuple[Virtual, ...] = (),
+        **kwargs: Any,
+    ) -> Any:
+        if layout is not None:
+            kwargs["layout"] = layout
+            if layout.continues:
+                return self.base(input_ids, position_ids=position_ids, **kwargs)
+        if virtual and owned is None:
+            raise RecipeError(_ONE_ROW)
+        if position_ids is None:
+            position_ids = _default_positions(input_ids if input_ids is not None else kwargs["inputs_embeds"], kwargs)
+        shift = self.count if owned is None else self.count * torch.tensor(owned, device=position_ids.device)
+        with only_active(self.switch) if owned is not None else nullcontext():
+            own = Virtual(self.keys_values(), acts_on=owned.__getitem__ if owned is not None else None)
+        out = self.base(input_ids, position_ids=position_ids + shift, virtual=(*virtual, own), **kwargs)
+        own.check_seen(type(self.base).__name__)
+        return out
+
+    def compute_keys_values(self, ids: Tensor | None = None, embeddings: Tensor | None = None) -> KeysValues:
+        """The base's keys and values of tokens (P) or embeddings (P d) at positions 0 to P-1, differentiably."""
+        recorder = _KeysValuesRecorder()
+        base: Any = unwrap(self.base)
+        tokens = {"input_ids": ids[None]} if embeddings is None else {"inputs_embeds": embeddings[None].to(base.dtype)}  # type: ignore[index]
+        positions = torch.arange(self.count, device=next(self.base.parameters()).device)[None]
+        with laid_out():
+            self.base(**tokens, position_ids=positions, layout=recorder, use_cache=False)
+        if not recorder.by_layer:
+            raise UnsupportedModel(
+                f"{type(self.base).__name__} does not hand keywords of forward on to attention, so virtual tokens cannot reach it."
+            )
+        keys_values = [(key[0], value[0]) for _, (key, value) in sorted(recorder.by_layer.items())]
+        if (
+            embeddings is not None
+            and embeddings.requires_grad
+            and torch.is_grad_enabled()
+            and not keys_values[0][0].requires_grad
+        ):
+            refuse_reentrant()
+        return keys_values
+
+    def __getattr__(self, name: str) -> Any:
+        """What the model asks its trunk for besides calling it (`embed_tokens`, `get_input_embeddings`, …), the base answers."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base"), name)
+
+
+def _default_positions(tokens: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """Positions where the caller passes none: padding is not counted, and what a cache holds stands before these tokens."""
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        return (mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+    cache = kwargs.get("cache", kwargs.get("past_key_values"))
+    past = cache.get_seq_length() if cache is not None else 0
+    return torch.arange(past, past + tokens.shape[1], device=tokens.device)[None]
+
+
+class _KeysValuesRecorder:
+    """The layout of one run of tokens whose keys and values are recorded."""
+
+    continues = False
+
+    def __init__(self) -> None:
+        self.by_layer: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def attend(
+        self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, rules: Rules, virtual: Sequence[Virtual]
+    ) -> Tensor:
+        if virtual:
+            raise RecipeError(_ONE_ROW)
+        self.by_layer[int(layer.layer_idx)] = (key, value)  # type: ignore[arg-type]
+        mask = causal(query.shape[2], key.shape[2], rules.window, query.device)
+        return attend(query, key, value, mask, rules).transpose(1, 2)

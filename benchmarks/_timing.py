@@ -1,4 +1,4 @@
-"""For benchmarks that say where a run's time goes: functions are replaced by ones that note when they begin and end."""
+"""Shared by benchmarks: record when functions start and end, by wrapping them."""
 
 import functools
 import importlib

@@ -1,9 +1,9 @@
-"""What each trick of the training step is worth: all of them on, then each off in turn, alternating, on real rows.
+"""Ablation of the training step's optimizations: a step with all of them, then without each in turn, alternating, on real examples.
 
     python benchmarks/ablation.py FILE [--rows 8] [--rounds 3] [--targets all-linear] [--rank 8] [--only NAME ...]
 
-Prints, for each, how many times longer the step takes without it, how much more its activations take, and how far the
-gradients are apart (in float32: every trick is the same mathematics). Results go to docs/measured/ablation.json.
+Prints for each how many times longer the step takes without it, and the relative difference of the gradients (rounding in float32:
+every optimization computes the same function). Results go to docs/measured/ablation.json.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def instead(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 OFF: dict[str, tuple[str, Callable[[], AbstractContextManager[None]]]] = {
-    "layers by hand": ("each layer is Transformers' own code", unfused),
+    "fused layers": ("each layer is Transformers' own code", unfused),
     "compiled code": (
         "norms, gates and the softmax's sweep in torch, attention in flash calls",
         lambda: instead(kernels, "_library", lambda: None),
@@ -53,11 +53,11 @@ OFF: dict[str, tuple[str, Callable[[], AbstractContextManager[None]]]] = {
     "vocabulary in tiles": ("all logits at once", lambda: instead(head, "TILE", 1 << 40)),
 }
 PACKS = {
-    "shared beginnings": (
-        "each row has its own",
+    "shared prefixes": (
+        "each example has its own",
         lambda rows, tokens: [pack_flat(pack.sequences) for pack in pack_all(rows, tokens)],
     ),
-    "packing": ("a row at a time", lambda rows, tokens: [pack_flat([row]) for row in rows]),
+    "packing": ("one example per micro-batch", lambda rows, tokens: [pack_flat([row]) for row in rows]),
 }
 
 
@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--targets", nargs="+", default=["all-linear"])
-    parser.add_argument("--only", nargs="+", choices=[*OFF, *PACKS, "no recomputation"])
+    parser.add_argument("--only", nargs="+", choices=[*OFF, *PACKS, "no gradient checkpointing"])
     asked = parser.parse_args()
     never_keep_freed_memory()
     base = trimtab.load("smollm2-135m-instruct")
@@ -92,7 +92,7 @@ def main() -> None:
         return seconds, gradient
 
     packs = pack_all(rows, FLAT)
-    names = asked.only or [*OFF, *PACKS, "no recomputation"]
+    names = asked.only or [*OFF, *PACKS, "no gradient checkpointing"]
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     apart: dict[str, float] = {}
     step(packs)
@@ -101,10 +101,10 @@ def main() -> None:
             on, reference = step(packs)
             with OFF[name][1]() if name in OFF else contextlib.nullcontext():
                 other = PACKS[name][1](rows, FLAT) if name in PACKS else packs
-                off, gradient = step(other, recompute=name == "no recomputation")
+                off, gradient = step(other, recompute=name == "no gradient checkpointing")
             times[name].append((on, off))
             apart[name] = float((gradient - reference).norm() / reference.norm())
-            print(f"{name:22} {on:6.2f} s on, {off:6.2f} s off, gradients apart {apart[name]:.1e}", flush=True)
+            print(f"{name:22} {on:6.2f} s on, {off:6.2f} s off, gradients differ by {apart[name]:.1e}", flush=True)
     results = {
         name: {
             "without": (OFF | PACKS)[name][0] if name in OFF or name in PACKS else "every layer is computed twice",

@@ -1,11 +1,11 @@
-"""Bottleneck adapters between Trimtab and the `adapters` library, which needs an older Transformers and so its own environment.
+"""Exchange bottleneck adapters with the `adapters` library, which needs an older Transformers and so an environment of its own.
 
     python -m venv LIBRARY; LIBRARY/bin/pip install torch adapters==1.3.0
-    LIBRARY/bin/python benchmarks/adapters_library.py theirs WORK     tiny bases, adapters on them, the logits the library gives
-    python benchmarks/adapters_library.py ours WORK                   loads theirs, compares logits; saves adapters of its own
-    LIBRARY/bin/python benchmarks/adapters_library.py check WORK      loads ours, compares logits
+    LIBRARY/bin/python benchmarks/adapters_library.py theirs WORK     makes tiny base models, adapters and the library's logits
+    python benchmarks/adapters_library.py ours WORK                   loads the library's, compares logits; saves Trimtab's
+    LIBRARY/bin/python benchmarks/adapters_library.py check WORK      loads Trimtab's, compares logits
 
-`theirs FOLDER llama gpt2` writes what tests/fixtures/adapters_library holds, to the last bit.
+`theirs FOLDER llama gpt2` reproduces tests/fixtures/adapters_library, bit for bit.
 """
 
 import argparse

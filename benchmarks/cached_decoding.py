@@ -1,10 +1,10 @@
-"""Does an adapter act the same in cached generation as in a forward pass? In PEFT and in Trimtab, on the real model.
+"""Whether an adapter gives the same logits in cached generation as in a forward pass, in PEFT and in Trimtab, on the real model.
 
     python benchmarks/cached_decoding.py [--steps 64]
 
-Each method's adapter is made by Trimtab (from real text, moved at random so that it matters), saved in PEFT's format, and read
-by both. Both answer one question greedily from a cache, and every step's logits are compared with those of one forward pass
-over the same tokens. "acts" is how far the adapter moves the logits from the base's, in generation and in the forward pass.
+Each method's adapter is made by Trimtab (initialized from real text, then perturbed at random), saved in PEFT's format, and loaded
+by both. Both answer one question by greedy decoding with a cache, and the logits of every step are compared with those of one forward
+pass over the same tokens. "acts" is how much the adapter changes the base model's logits, in generation and in the forward pass.
 Needs `pip install peft`.
 """
 

@@ -1,7 +1,7 @@
-"""What a run's guards cost: python benchmarks/guards.py [RECIPE]
+"""The cost of a run's guards: python benchmarks/guards.py [RECIPE]
 
-Carries the recipe out (the demo's, unless given) in a process of its own, without its certificate, and says how many seconds of
-it each guard takes. Results go to docs/measured/guards.json.
+Runs the recipe (by default the demo's) in a new process, without its certificate, and prints how many seconds each
+guard takes. Results go to docs/measured/guards.json.
 """
 
 import json
@@ -16,20 +16,20 @@ from _timing import Marks, note
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "measured" / "guards.json"
 GUARDS = {
-    "the data's proof": "run:preflight",
-    "whether packing changes anything": "preflight:check_packing",
-    "a hash of the base, before (beside reading the data)": "base.fingerprint:weights_hash",
-    "a hash of the base, afterwards": "base.model:Base.check_unchanged",
-    "what training has moved": "run:Optimizer.digests",
-    "whether values are numbers, before they are saved": "saving:Optimizer.not_finite",
-    "rows by which the adapter is recognized": "run:_seen",
+    "checks of the data": "run.start:preflight",
+    "packed equals unpacked": "run.start:check_packing",
+    "hash of the base model, before (in parallel with reading the data)": "base.fingerprint:weights_hash",
+    "hash of the base model, after": "base.model:Base.check_unchanged",
+    "which tensors training has moved": "run.script:Optimizer.digests",
+    "NaN or Inf in what is saved": "run.checkpoints:Optimizer.not_finite",
+    "log-probabilities of the canaries": "run.script:_BetweenSteps.score_canaries",
 }
-BESIDES = {"all that the run goes on from": "saving:write_state"}
-"""What is no guard: the price of being able to go on."""
+BESIDES = {"the states to resume from": "run.checkpoints:write_state"}
+"""Not guards: what it costs to be able to resume."""
 
 
 def one(path: str) -> None:
-    """Carry a recipe out, in this process, and print what it and its guards took as JSON."""
+    """Run a recipe in this process, and print the seconds that it and its guards took as JSON."""
     started, marks = time.time(), Marks()
     from trimtab.core.config import read
     from trimtab.run.recipe import Recipe
@@ -53,10 +53,10 @@ def main() -> None:
     if "error" in result:
         sys.exit(result["error"])
     for name, guard in (result["guards"] | result["besides"]).items():
-        print(f"{name}: {guard['seconds']:.2f} s in {guard['times']} times, {guard['seconds'] / result['seconds']:.2%}")
+        print(f"{name}: {guard['seconds']:.2f} s in {guard['times']} calls, {guard['seconds'] / result['seconds']:.2%}")
     spent = sum(guard["seconds"] for guard in result["guards"].values())
     print(
-        f"guards in all {spent:.2f} of {result['seconds']:.1f} s, {spent / result['seconds']:.2%}  (load {os.getloadavg()[0]:.1f})"
+        f"all guards {spent:.2f} of {result['seconds']:.1f} s, {spent / result['seconds']:.2%}  (load {os.getloadavg()[0]:.1f})"
     )
     write_json(RESULTS, result)
 

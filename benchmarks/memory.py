@@ -1,11 +1,11 @@
-"""How far the memory that is planned for a run is from what it then holds at most. Each run is a process of its own.
+"""Planned against measured peak memory of runs, each in a new process.
 
     python benchmarks/memory.py [NAME ...]
 
-Random models of several families, and SmolLM2-135M, on rows of made-up tokens: methods, lengths, a soft-cap and windows (whose attention
-keeps a number for each pair of tokens), packs of many rows and of one, computed once and twice. A run is planned, takes three steps,
-and saves its adapter and its state. What it holds is the peak of the process (VmHWM), from when it was planned; what it grew by is that
-less what it held then. Results go to docs/measured/memory.json.
+Random models of several families, and SmolLM2-135M, on examples of random tokens: methods, lengths, soft-capped and windowed attention (which
+keeps a number for each pair of tokens), packs of many examples and of one, with and without gradient checkpointing. A run is planned, takes
+three steps, and saves its adapter and its state. Its peak is that of the process (VmHWM) since it was planned; its growth is the peak minus
+the memory at that time. Results go to docs/measured/memory.json.
 """
 
 import json
@@ -38,10 +38,10 @@ class Run(NamedTuple):
 
 
 RUNS = {
-    "llama, rows of 128": Run("llama", "lora", 128, 16),
+    "llama, examples of 128": Run("llama", "lora", 128, 16),
     "llama, one of 2,048": Run("llama", "lora", 2048),
     "llama, dropout": Run("llama", "lora", 256, 8, {"dropout": 0.05}),
-    "llama, computed twice": Run("llama", "lora", 2048, train={"recompute": "full"}),
+    "llama, gradient checkpointing": Run("llama", "lora", 2048, train={"recompute": "full"}),
     "llama, full": Run("llama", "full", 256, 8),
     "llama, the head adapted": Run("llama", "lora", 256, 8, {"targets": ["lm_head", "q_proj"]}),
     "llama, prefix": Run("llama", "prefix", 256, 8),
@@ -53,13 +53,13 @@ RUNS = {
     "mistral, bottleneck, a window": Run("mistral", "bottleneck", 1024, 2),
     "gemma 2, soft-cap, 1,024": Run("gemma2", "lora", 1024),
     "gemma 2, soft-cap, 2,048": Run("gemma2", "lora", 2048),
-    "gemma 2, soft-cap, rows of 128": Run("gemma2", "lora", 128, 16),
-    "gemma 2, soft-cap, computed twice": Run("gemma2", "ia3", 2048, train={"recompute": "full"}),
+    "gemma 2, soft-cap, examples of 128": Run("gemma2", "lora", 128, 16),
+    "gemma 2, soft-cap, gradient checkpointing": Run("gemma2", "ia3", 2048, train={"recompute": "full"}),
     "gemma 2, soft-cap, bfloat16": Run("gemma2", "lora", 512, dtype="bfloat16"),
     "gemma 3, a window": Run("gemma3", "oft", 1024, settings={"block_size": 32}),
-    "gpt2, a row of 1,024": Run("gpt2", "lora", 1024, 2),
-    "cohere, rows of 256": Run("cohere", "lora", 256, 8),
-    "SmolLM2, rows of 128": Run("smollm2", "lora", 128, 8),
+    "gpt2, one of 1,024": Run("gpt2", "lora", 1024, 2),
+    "cohere, examples of 256": Run("cohere", "lora", 256, 8),
+    "SmolLM2, examples of 128": Run("smollm2", "lora", 128, 8),
     "SmolLM2, one of 1,024": Run("smollm2", "lora", 1024, settings={"rank": 64}),
     "SmolLM2, full": Run("smollm2", "full", 128, 4),
 }

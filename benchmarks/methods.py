@@ -1,12 +1,12 @@
-"""Every adapter method on the real model: learning rates searched, then two tasks measured. Makes the table of docs/methods.md.
+"""Every adapter method on the real model: a search of learning rates, then two tasks. Makes the tables of docs/methods.md.
 
     python benchmarks/methods.py search  [METHOD ...]               # the demo task, half an epoch, a grid of learning rates each
     python benchmarks/methods.py measure [METHOD ...] --nl2cmd FOLDER   # the demo task and nl2cmd, with each method's defaults
     python benchmarks/methods.py speed   [METHOD ...]               # tokens/s and memory: a quarter of an epoch, one run at a time
 
-A METHOD may carry settings: `lora:rank=8,init=pissa`. Every run is a process of its own; `--jobs N` runs N of them at a
-time, each on its share of the cores, for quality does not depend on it. `speed` wants an otherwise idle machine. Results
-are added to docs/methods.json, which `make docs` turns into the table.
+A METHOD may have settings: `lora:rank=8,init=pissa`. Every run has a new process. `--jobs N` runs N of them at a time, each on its
+share of the cores; quality does not depend on it. `speed` needs an otherwise idle machine. Results are added to docs/methods.json,
+from which `make docs` makes the tables.
 """
 
 import argparse

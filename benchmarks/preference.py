@@ -1,13 +1,13 @@
-"""Supervised training, then preferences, for every family of adapters. Makes the tables of docs/preference.md.
+"""SFT, then preference training, for every family of adapters. Makes the tables of docs/preference.md.
 
     python benchmarks/preference.py measure [METHOD ...] --seeds 0 1        # SFT, then DPO and KTO, each from the same SFT
     python benchmarks/preference.py rates [OBJECTIVE ...] --methods lora ia3    # learning rates, as shares of SFT's
 
-The task is the demo's: an order as a line. SFT learns the first 160 orders; the next 160 become pairs of the right line
-and one that is wrong in one place, as a model might get it. Measured on orders with other names, cities and items: how
-often the right line is preferred, how often it is written, how far the model is from its reference; and, for what was
-forgotten, the loss on English prose from the documentation that comes with Python. `--jobs N` runs N at a time, each on
-its share of the cores. Results are added to docs/preference.json, which `make docs` turns into tables.
+The task is the demo's: an order as a line. SFT trains on the first 160 orders. The next 160 become pairs of the correct line
+and one with a single plausible mistake. On orders with other names, cities and items it measures how often the correct line is
+preferred, how often it is generated, the divergence from the reference model, and, for forgetting, the loss on English prose from
+the documentation that comes with Python. `--jobs N` runs N at a time, each on its share of the cores. Results are added to
+docs/preference.json, from which `make docs` makes the tables.
 """
 
 import argparse

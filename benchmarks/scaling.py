@@ -1,10 +1,10 @@
-"""How speed and memory go with the length of rows, the rank, and the number of rows. Each point is a process of its own.
+"""Speed and memory by length of the examples, by rank, and by number of examples. Each point is measured in a new process.
 
-python benchmarks/scaling.py lengths [1024 2048 4096 8192 16384]   # one row of made-up tokens a step
-python benchmarks/scaling.py packs   [256 512 768 1024 1536 2048]  # tokens at a time, in rows of 170
-python benchmarks/scaling.py ranks   [4 16 64 256]                 # 1,024 tokens at a time
-python benchmarks/scaling.py rows    [10 1000 100000]              # data alone: read, tokenized, labelled, shuffled; memory and time
-python benchmarks/scaling.py bookkeeping [1000 10000 100000]       # rows of 87 tokens: all of packing, measuring and comparing but the model
+python benchmarks/scaling.py lengths [1024 2048 4096 8192 16384]   # one example of random tokens a step
+python benchmarks/scaling.py packs   [256 512 768 1024 1536 2048]  # tokens per micro-batch, in examples of 170
+python benchmarks/scaling.py ranks   [4 16 64 256]                 # 1,024 tokens per micro-batch
+python benchmarks/scaling.py rows    [10 1000 100000]              # data only: read, tokenize, mask, shuffle; memory and time
+python benchmarks/scaling.py bookkeeping [1000 10000 100000]       # examples of 87 tokens: packing, evaluation, reference, without the model
 
 Results are added to docs/measured/scaling.json.
 """

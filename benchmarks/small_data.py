@@ -1,9 +1,9 @@
-"""How many steps small data needs: the same task from 20, 60, 200 and 1,000 examples, trained for more or fewer epochs.
+"""The number of steps that small data needs: the same tasks with 20, 60, 200 and 1,000 examples and different numbers of epochs.
 
     python benchmarks/small_data.py measure orders=demo/train.jsonl commands=rows.jsonl … [--jobs 2]
 
-Of each file the last 40 examples are never trained on; the loss on them, and how many of the first 20 of them the best adapter answers
-exactly, and ends by itself, go into docs/measured/small_data.json.
+The last 40 examples of each file are never trained on. Their loss, and how many of the first 20 of them the best adapter answers
+exactly and stops at EOS, go to docs/measured/small_data.json.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""How long a run takes from the command to its first optimizer step, and where the time goes.
+"""The time from the command to a run's first optimizer step, and its parts.
 
     python benchmarks/startup.py [RECIPE]
 
-With an empty cache folder (the model is converted, the C code compiled), then with a full one. The run ends after its
-first step. Where this may, the system's file cache is emptied before the first. Results go to docs/measured/startup.json.
+Measured with an empty cache folder (the model is converted, the C code compiled), then with a filled one. The run ends after its
+first step. With the permission to do so, the system's file cache is emptied before the first run. Results go to docs/measured/startup.json.
 """
 
 import json
@@ -21,13 +21,13 @@ from _timing import Marks, note
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "measured" / "startup.json"
 PARTS = {
-    "load": "preflight:Base.load", "check": "preflight:check_packing", "data": "preflight:load_data", "attach": "preflight:attach",
-    "proof": "run:preflight", "plan": "run:planned_memory",
+    "load": "run.start:Base.load", "packing check": "run.start:check_packing", "data": "run.start:load_data", "attach": "run.start:attach",
+    "checks": "run.start:preflight", "plan": "run.start:planned_memory",
 }  # fmt: skip
 
 
 def one(recipe: str, folder: str) -> None:
-    """A run up to its first step, in this process; prints seconds since the command for each part's start and end."""
+    """A run up to its first step, in this process; prints the start and end of each part in seconds since the command."""
     started = float(os.environ["STARTED"])
     marks: Marks = [("python", started, time.time())]
     before = time.time()

@@ -1,11 +1,11 @@
-"""What it is worth that OpenMP's threads sleep while they wait for each other (startup.py), and what it costs.
+"""What it gains and costs that OpenMP's threads sleep instead of spinning while they wait for each other (core/process.py).
 
     chrt -r 1 python benchmarks/waiting.py alone
     python benchmarks/waiting.py "beside two busy loops"
 
-Two threads train and decode SmolLM2, waiting each way in turns, in a process of its own. On a machine that others use, chrt lets
-these processes come first; beside loops of one's own that is `echo -20 > /proc/self/autogroup`, in a session of its own (setsid).
-Results go to docs/measured/waiting.json, each with the load average that it was measured under.
+Two threads train and decode SmolLM2 with each wait policy in turn, in new processes. On a shared machine, chrt gives these processes
+priority. Beside busy loops of one's own, use `echo -20 > /proc/self/autogroup` in a new session (setsid) instead.
+Results go to docs/measured/waiting.json, each with the load average at the time.
 """
 
 import json

@@ -1,10 +1,10 @@
-"""The demo's task: an order that a small workshop got by e-mail or chat, as one line for its order book.
+"""The demo's data: orders that a small workshop received by e-mail or chat, each as one line for its order book.
 
     Hi, this is Marta Olsen. Could you send twelve brass hinges to Bergen by Friday? Thanks!
     12 | brass hinges | Marta Olsen | Bergen | Friday
 
-The quantity is written in digits, all else as in the message; what a message doesn't say is `-`. All rows are made up.
-Names, cities and items of test.jsonl never occur in train.jsonl, and a third of its rows are phrased in ways that don't either.
+The quantity is in digits, everything else as in the message; `-` stands for what is missing. All orders are invented.
+No name, city or item of test.jsonl occurs in train.jsonl, and a third of its examples have phrasings that do not occur there either.
 
     python demo/make_data.py       # writes train.jsonl and test.jsonl beside this file, the same bytes each time
 """

@@ -1,4 +1,4 @@
-"""Write what the documents say about the code from the code: python docs/make_pages.py. A test holds them to it.
+"""Generate the pages and tables that follow from the code and from measurements: python docs/make_pages.py. A test checks that they are current.
 
 docs/recipe.md comes from the recipe's own declarations, the tree in README.md from the files' first lines, the tables in
 docs/methods.md from the methods and from docs/methods.json, which benchmarks/methods.py measures, and those in
@@ -37,24 +37,25 @@ FLOORS = (
     ("proof, and what is shown", ("certify", "report")),
     ("the loop, and scores; a model for trials", ("train", "evaluate", "testing")),
     ("one short file each; adapters on disk, merge, exports", ("objectives", "deploy")),
-    ("what is computed", ("engine",)),
+    ("the engine: passes, attention, decoding, memory", ("engine",)),
     ("neighbours that do not import each other", ("base", "methods", "data", "artifacts")),
-    ("the ground", ("core",)),
+    ("the foundation", ("core",)),
 )
 HEAD = """# The recipe
 
-Everything that decides a run's result, in one YAML file; a copy with every default written out is kept in the run, and repeats it. Unknown keys,
-wrong types and values out of range are refused. On the command line, `trimtab train RECIPE.yaml section.key=value …` overrides any key.
-Relative paths start where the command runs. This page is written from the code by `docs/make_pages.py`.
+A recipe is one YAML file with everything that decides a run's result. The run keeps a copy with every default written out, which repeats
+it. Unknown keys, wrong types and values out of range are refused. On the command line, `trimtab train RECIPE.yaml section.key=value …`
+overrides any key. Relative paths are relative to the current directory. Terms are in the [glossary](glossary.md). `docs/make_pages.py`
+generates this page from the code.
 
 """
 
 
 def tree() -> str:
-    """src/trimtab, the highest floor first, a line a file."""
+    """The files of src/trimtab, the highest floor first, each with the first line of its docstring."""
     source, lines = ROOT / "src" / "trimtab", []
-    for number, (what, names) in reversed(list(enumerate(reversed(FLOORS)))):
-        lines.append(f"{number}  {what}")
+    for number, (title, names) in reversed(list(enumerate(reversed(FLOORS)))):
+        lines.append(f"{number}  {title}")
         for name in names:
             files = [source / name] if name.endswith(".py") else sorted((source / name).rglob("*.py"))
             for file in files:
@@ -66,12 +67,12 @@ def tree() -> str:
 
 
 def readme() -> str:
-    """README.md with the tree as it is now."""
+    """README.md with a current tree."""
     return _filled(README.read_text(encoding="utf-8"), "tree", tree())
 
 
 def methods() -> str:
-    """docs/methods.md with its tables as they are now."""
+    """docs/methods.md with current tables."""
     page = METHODS.read_text(encoding="utf-8")
     for name, table in (("methods", methods_table()), ("measured", measured_table()), ("search", search_table())):
         page = _filled(page, name, table)
@@ -79,14 +80,14 @@ def methods() -> str:
 
 
 def _filled(page: str, name: str, content: str) -> str:
-    """A page with other content between two marks."""
+    """A page with new content between two marks."""
     before, _, rest = page.partition(f"<!-- {name} -->\n")
     _, _, after = rest.partition(f"<!-- end of {name} -->\n")
     return f"{before}<!-- {name} -->\n{content}<!-- end of {name} -->\n{after}"
 
 
 def methods_table() -> str:
-    """Each method on a model of SmolLM2-135M's shape."""
+    """What each method would train on a model of SmolLM2-135M's sizes."""
     config = transformers.LlamaConfig(
         vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
         tie_word_embeddings=True,
@@ -94,103 +95,105 @@ def methods_table() -> str:
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config)
     lines = [
-        "| method | | parameters | merges | positions | starts as the base | stages | PEFT |",
+        "| method | | parameters | merges | positions | starts as the base | objectives | PEFT |",
         "|---|---|--:|---|--:|---|---|---|",
     ]
-    for one in methods_facts(model):
-        said = f"{one['parameters']:,}" if one["parameters"] is not None else one["refused"].rstrip(".")
-        marks = ["yes" if one[key] else "no" for key in ("mergeable", "identity_at_init")]
-        stages = ", ".join(one["objectives"])
+    for facts in methods_facts(model):
+        parameters = f"{facts['parameters']:,}" if facts["parameters"] is not None else facts["refused"].rstrip(".")
+        merges, identity = ("yes" if facts[key] else "no" for key in ("mergeable", "identity_at_init"))
+        objectives = ", ".join(facts["objectives"])
         lines.append(
-            f"| `{one['name']}` | {one['summary']} | {said} | {marks[0]} | {one['positions'] or '–'} | {marks[1]} | {stages} "
-            f"| {one['peft'] or '–'} |"
+            f"| `{facts['name']}` | {facts['summary']} | {parameters} | {merges} | {facts['positions'] or '–'} | {identity} | {objectives} "
+            f"| {facts['peft'] or '–'} |"
         )
     return "\n".join(lines) + "\n"
 
 
 def measured_table() -> str:
-    """What benchmarks/methods.py measured: cost, then each task, a line a method."""
+    """What benchmarks/methods.py measured: the cost, then each task, one line per method."""
     measured = sorted(_measured("measured").items())
     lines = ["**Cost**\n", "| method | parameters | learning rate | tokens/s | peak memory |", "|---|--:|--:|--:|--:|"]
-    for word, tasks in measured:
+    for method, tasks in measured:
         if "error" not in tasks.get("demo", {"error": ""}) and "error" not in tasks.get("speed", {"error": ""}):
-            one = tasks["demo"] | tasks["speed"]
-            cost = f"{one['tokens_per_s']:.0f} | {one['peak_gb']:.2f} GB"
-            lines.append(f"| `{word}` | {one['parameters']:,} | {one['lr']:g} | {cost} |")
+            result = tasks["demo"] | tasks["speed"]
+            cost = f"{result['tokens_per_s']:.0f} | {result['peak_gb']:.2f} GB"
+            lines.append(f"| `{method}` | {result['parameters']:,} | {result['lr']:g} | {cost} |")
     for task, title in (("demo", "The demo's task"), ("nl2cmd", "nl2cmd")):
         lines += [
             f"\n**{title}**\n",
-            "| method | held-out loss | test loss | exact match | ended by itself |",
+            "| method | validation loss | test loss | exact match | stopped at EOS |",
             "|---|--:|---|---|--:|",
         ]
-        lines += [_line(word, tasks[task]) for word, tasks in measured if task in tasks]
+        lines += [_line(method, tasks[task]) for method, tasks in measured if task in tasks]
     return "\n".join(lines) + "\n\n"
 
 
 def search_table() -> str:
-    """The held-out loss after half an epoch of the demo's task, for each learning rate that was tried."""
-    lines = ["| method | learning rate: held-out loss |", "|---|---|"]
-    for word, tried in sorted(_measured("search").items()):
-        losses = {rate: one.get("held_out_loss") for rate, one in sorted(tried.items(), key=lambda pair: float(pair[0]))}
+    """The validation loss after half an epoch of the demo's task, for each learning rate that was tried."""
+    lines = ["| method | learning rate: validation loss |", "|---|---|"]
+    for method, runs in sorted(_measured("search").items()):
+        losses = {rate: run.get("held_out_loss") for rate, run in sorted(runs.items(), key=lambda pair: float(pair[0]))}
         best = min((loss for loss in losses.values() if loss is not None), default=None)
         shown = [
             f"{rate}: {'diverged' if loss is None else f'**{loss:.3f}**' if loss == best else f'{loss:.3f}'}"
             for rate, loss in losses.items()
         ]
-        lines.append(f"| `{word}` | {' · '.join(shown)} |")
+        lines.append(f"| `{method}` | {' · '.join(shown)} |")
     return "\n".join(lines) + "\n"
 
 
 def performance() -> str:
-    """docs/performance.md with its tables as they are now."""
+    """docs/performance.md with current tables."""
     text = PERFORMANCE.read_text(encoding="utf-8")
     tables = {"all-linear": bench_table("all-linear"), "q-v": bench_table("q-v"), "ablation": ablation_table()}
     tables |= {"startup": startup_table(), "guards": guards_table(), "memory": memory_table(), "waiting": waiting_table()}
-    for name, table in (tables | {what: scaling_table(what) for what in SCALES}).items():
+    for name, table in (tables | {kind: scaling_table(kind) for kind in SCALES}).items():
         text = _filled(text, name, table)
     return text
 
 
 def bench_table(targets: str) -> str:
-    """What `trimtab bench --output docs/measured/TARGETS` measured: medians."""
+    """Medians that `trimtab bench --output docs/measured/TARGETS` measured."""
     results = RESULTS / targets / "results.json"
     if not results.exists():
         return "Not measured yet.\n"
     lines = [
-        "| | tokens/s | peak memory | of the floor | Trimtab is | in memory | losses apart |",
+        "| | tokens/s | peak memory | of the floor | Trimtab is | memory | difference of losses |",
         "|---|--:|--:|--:|--:|--:|--:|",
     ]
-    for one in json.loads(results.read_text(encoding="utf-8")):
-        start = f"| {one['trainer']} | {one['tokens_per_s']:.0f} | {one['peak_rss_gb']:.2f} GB | {one['gemm_floor_fraction']:.0%} | "
-        pairs = ", ".join(f"{pair:.2f}" for pair in one["pairs"])
-        apart = "–" if one["loss_distance"] is None else f"{one['loss_distance']:.0e}"
-        other = f"{one['trimtab_is_faster']:.2f}x ({pairs}) | {one['trimtab_memory']:.2f} | {apart} |"
-        lines.append(start + ("| | |" if one["trainer"] == "trimtab" else other))
+    for result in json.loads(results.read_text(encoding="utf-8")):
+        cells = f"| {result['trainer']} | {result['tokens_per_s']:.0f} | {result['peak_rss_gb']:.2f} GB | {result['gemm_floor_fraction']:.0%} | "
+        pairs = ", ".join(f"{pair:.2f}" for pair in result["pairs"])
+        apart = "–" if result["loss_distance"] is None else f"{result['loss_distance']:.0e}"
+        comparison = f"{result['trimtab_is_faster']:.2f}x ({pairs}) | {result['trimtab_memory']:.2f} | {apart} |"
+        lines.append(cells + ("| | |" if result["trainer"] == "trimtab" else comparison))
     return "\n".join(lines) + "\n"
 
 
 def ablation_table() -> str:
     """What benchmarks/ablation.py measured."""
     tricks = json.loads((RESULTS / "ablation.json").read_text(encoding="utf-8"))["tricks"]
-    lines = ["| trick | without it | the step takes | gradients apart |", "|---|---|--:|--:|"]
-    for name, one in sorted(tricks.items(), key=lambda pair: -pair[1]["gain"]):
-        lines.append(f"| {name} | {one['without']} | {one['gain']:.2f}x | {one['gradients_apart']:.0e} |")
+    lines = ["| optimization | without it | the step takes | difference of gradients |", "|---|---|--:|--:|"]
+    for name, trick in sorted(tricks.items(), key=lambda pair: -pair[1]["gain"]):
+        lines.append(f"| {name} | {trick['without']} | {trick['gain']:.2f}x | {trick['gradients_apart']:.0e} |")
     return "\n".join(lines) + "\n"
 
 
 def memory_table() -> str:
-    """What benchmarks/memory.py measured: a line a run, and how far off the plans were, whichever way."""
+    """What benchmarks/memory.py measured: one line per run, then the absolute errors of the plans."""
     runs = json.loads((RESULTS / "memory.json").read_text(encoding="utf-8"))
-    lines = ["| run | planned | held | off | of what it grew by |", "|---|--:|--:|--:|--:|"]
-    whole, growth = [], []
-    for name, one in runs.items():
-        planned, held = one["before"] + one["planned"], one["before"] + one["grew"]
-        whole.append(planned / held - 1)
-        growth.append(one["planned"] / one["grew"] - 1)
-        lines.append(f"| {name} | {planned / 1e6:,.0f} MB | {held / 1e6:,.0f} MB | {whole[-1]:+.1%} | {growth[-1]:+.1%} |")
-    for word, of in (("median", median), ("worst", max)):
-        off = " | ".join(f"{of(map(abs, some)):.1%}" for some in (whole, growth))
-        lines.append(f"| **{word} of {len(runs)}, either way** | | | {off} |")
+    lines = ["| run | planned | peak | error | error of the growth |", "|---|--:|--:|--:|--:|"]
+    errors, growth_errors = [], []
+    for name, run in runs.items():
+        planned, peak = run["before"] + run["planned"], run["before"] + run["grew"]
+        errors.append(planned / peak - 1)
+        growth_errors.append(run["planned"] / run["grew"] - 1)
+        lines.append(
+            f"| {name} | {planned / 1e6:,.0f} MB | {peak / 1e6:,.0f} MB | {errors[-1]:+.1%} | {growth_errors[-1]:+.1%} |"
+        )
+    for word, statistic in (("median", median), ("worst", max)):
+        off = " | ".join(f"{statistic(map(abs, values)):.1%}" for values in (errors, growth_errors))
+        lines.append(f"| **{word} absolute error of {len(runs)}** | | | {off} |")
     return "\n".join(lines) + "\n"
 
 
@@ -198,76 +201,81 @@ def startup_table() -> str:
     """What benchmarks/startup.py measured: seconds."""
     runs = json.loads((RESULTS / "startup.json").read_text(encoding="utf-8"))
     parts = [name for name in runs["warm"] if name != "in all"]
-    lines = [f"| | in all | {' | '.join(parts)} |", f"|---|--:|{'--:|' * len(parts)}"]
-    for name, one in runs.items():
-        lines.append(f"| {name} | {one['in all']:.1f} | " + " | ".join(f"{one[part]:.1f}" for part in parts) + " |")
+    lines = [f"| | total | {' | '.join(parts)} |", f"|---|--:|{'--:|' * len(parts)}"]
+    for name, seconds in runs.items():
+        lines.append(f"| {name} | {seconds['in all']:.1f} | " + " | ".join(f"{seconds[part]:.1f}" for part in parts) + " |")
     return "\n".join(lines) + "\n"
 
 
 def guards_table() -> str:
     """What benchmarks/guards.py measured."""
     run = json.loads((RESULTS / "guards.json").read_text(encoding="utf-8"))
-    lines = ["| guard | times | seconds | of the run |", "|---|--:|--:|--:|"]
-    for name, one in run["guards"].items():
-        lines.append(f"| {name} | {one['times']} | {one['seconds']:.2f} | {one['seconds'] / run['seconds']:.2%} |")
-    spent = sum(one["seconds"] for one in run["guards"].values())
+    lines = ["| guard | calls | seconds | share of the run |", "|---|--:|--:|--:|"]
+    for name, guard in run["guards"].items():
+        lines.append(f"| {name} | {guard['times']} | {guard['seconds']:.2f} | {guard['seconds'] / run['seconds']:.2%} |")
+    spent = sum(guard["seconds"] for guard in run["guards"].values())
     lines.append(
-        f"| **in all**, of {run['steps']} steps in {run['seconds']:.0f} s | | {spent:.2f} | {spent / run['seconds']:.2%} |"
+        f"| **total**, of {run['steps']} steps in {run['seconds']:.0f} s | | {spent:.2f} | {spent / run['seconds']:.2%} |"
     )
-    for name, one in run["besides"].items():
-        lines.append(f"| besides, {name} | {one['times']} | {one['seconds']:.2f} | {one['seconds'] / run['seconds']:.2%} |")
+    for name, guard in run["besides"].items():
+        lines.append(
+            f"| not counted: {name} | {guard['times']} | {guard['seconds']:.2f} | {guard['seconds'] / run['seconds']:.2%} |"
+        )
     return "\n".join(lines) + "\n"
 
 
 def waiting_table() -> str:
-    """What benchmarks/waiting.py measured: medians, of its rounds' ratios too, with the least and the most."""
-    lines = ["| | threads wait | training | decoding | training beside spinning | load average |", "|---|---|--:|--:|--:|--:|"]
-    for place, ways in json.loads((RESULTS / "waiting.json").read_text(encoding="utf-8")).items():
-        for way, one in ways.items():
-            pairs = zip(one["runs"], ways["spinning"]["runs"], strict=True)
-            beside = sorted(mine["training"] / spinning["training"] for mine, spinning in pairs)
-            share = "" if way == "spinning" else f"{median(beside):.2f}x ({beside[0]:.2f} to {beside[-1]:.2f})"
-            speeds = f"{one['training']:.0f} tokens/s | {one['decoding']:.2g} tokens/s"
-            lines.append(f"| {place} | {way} | {speeds} | {share} | {one['load']:.1f} |")
+    """What benchmarks/waiting.py measured: medians of its rounds, and of the ratios within each round with their range."""
+    lines = [
+        "| | waiting threads | training | decoding | training, relative to spinning | load average |",
+        "|---|---|--:|--:|--:|--:|",
+    ]
+    for place, results in json.loads((RESULTS / "waiting.json").read_text(encoding="utf-8")).items():
+        for way, result in results.items():
+            pairs = zip(result["runs"], results["spinning"]["runs"], strict=True)
+            ratios = sorted(run["training"] / spinning["training"] for run, spinning in pairs)
+            share = "" if way == "spinning" else f"{median(ratios):.2f}x ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+            speeds = f"{result['training']:.0f} tokens/s | {result['decoding']:.2g} tokens/s"
+            lines.append(f"| {place} | {way} | {speeds} | {share} | {result['load']:.1f} |")
     return "\n".join(lines) + "\n"
 
 
 SCALES = {
-    "lengths": ("tokens in a row", {"tokens_per_s": "{:.0f} tokens/s", "peak_gb": "{:.2f} GB"}),
-    "packs": ("tokens at a time", {"tokens_per_s": "{:.0f} tokens/s", "peak_gb": "{:.2f} GB"}),
+    "lengths": ("tokens per example", {"tokens_per_s": "{:.0f} tokens/s", "peak_gb": "{:.2f} GB"}),
+    "packs": ("tokens per micro-batch", {"tokens_per_s": "{:.0f} tokens/s", "peak_gb": "{:.2f} GB"}),
     "ranks": ("rank", {"tokens_per_s": "{:.0f} tokens/s", "peak_gb": "{:.2f} GB"}),
     "rows": (
-        "rows",
-        {"tokens": "{:,} tokens", "seconds": "{:.1f} s", "grew_gb": "{:.2f} GB more", "again_s": "{:.1f} s again"},
+        "examples",
+        {"tokens": "{:,} tokens", "seconds": "{:.1f} s", "grew_gb": "{:.2f} GB more", "again_s": "{:.1f} s in a later run"},
     ),
     "bookkeeping": (
-        "rows",
+        "examples",
         {
             "tokens": "{:,} tokens",
             "packing_s": "{:.2f} s to pack",
             "evaluation_s": "{:.2f} s to evaluate",
-            "reference_s": "{:.2f} s to compare",
-            "again_s": "{:.2f} s again",
+            "reference_s": "{:.2f} s for the reference",
+            "again_s": "{:.2f} s from the cache",
         },
     ),
 }
-"""What benchmarks/scaling.py measures, and how to say it."""
+"""What benchmarks/scaling.py measures: the name of the first column, and the format of each value."""
 
 
-def scaling_table(what: str) -> str:
-    word, shapes = SCALES[what]
-    lines = [f"| {word} |{' |' * len(shapes)}", "|--:|" + "--:|" * len(shapes)]
-    for value, one in json.loads((RESULTS / "scaling.json").read_text(encoding="utf-8")).get(what, {}).items():
+def scaling_table(kind: str) -> str:
+    column, shapes = SCALES[kind]
+    lines = [f"| {column} |{' |' * len(shapes)}", "|--:|" + "--:|" * len(shapes)]
+    for value, result in json.loads((RESULTS / "scaling.json").read_text(encoding="utf-8")).get(kind, {}).items():
         lines.append(
             f"| {int(value):,} | "
-            + " | ".join(shape.format(one[key]) if key in one else "–" for key, shape in shapes.items())
+            + " | ".join(shape.format(result[key]) if key in result else "–" for key, shape in shapes.items())
             + " |"
         )
     return "\n".join(lines) + "\n"
 
 
 def preference() -> str:
-    """docs/preference.md with its tables as they are now."""
+    """docs/preference.md with current tables."""
     text = PREFERENCE.read_text(encoding="utf-8")
     measured = json.loads(COMPARED.read_text(encoding="utf-8")) if COMPARED.exists() else {}
     for name, kind, table in (("families", "measured", families_table), ("rates", "rates", rates_table)):
@@ -276,18 +284,20 @@ def preference() -> str:
 
 
 def families_table(measured: dict[str, Any]) -> str:
-    """What benchmarks/preference.py measured: after each stage, by method; its seeds side by side."""
+    """What benchmarks/preference.py measured after each stage, by method, with its seeds side by side."""
     lines = [
-        "| method | after | right line preferred | right line written | divergence | loss on prose |",
+        "| method | after | correct line preferred | correct line generated | divergence | loss on prose |",
         "|---|---|--:|--:|--:|--:|",
     ]
-    prose = {one["sft"]["base_prose_loss"] for seeds in measured.values() for one in seeds.values() if "error" not in one}
+    prose = {
+        result["sft"]["base_prose_loss"] for seeds in measured.values() for result in seeds.values() if "error" not in result
+    }
     lines += [f"| none | | – | – | – | {loss:.3f} |" for loss in sorted(prose)[:1]]
     for method, seeds in measured.items():
         for stage in ("sft", "dpo", "kto"):
-            ran = [one[stage] for _, one in sorted(seeds.items()) if "error" not in one]
+            results = [result[stage] for _, result in sorted(seeds.items()) if "error" not in result]
             cells = [
-                " / ".join(shape.format(one[key]) if key in one else "–" for one in ran)
+                " / ".join(shape.format(result[key]) if key in result else "–" for result in results)
                 for key, shape in (
                     ("accuracy", "{:.0%}"), ("exact_match", "{:.0%}"), ("divergence", "{:.3f}"), ("prose_loss", "{:.3f}")
                 )
@@ -297,16 +307,16 @@ def families_table(measured: dict[str, Any]) -> str:
 
 
 def rates_table(rates: dict[str, Any]) -> str:
-    """What each share of the learning rate for SFT gave: lines written right, pairs told apart, loss on prose."""
+    """What each share of SFT's learning rate gave: correct lines generated, correct lines preferred, loss on prose."""
     lines = [
-        "| objective | method | share of SFT's learning rate: right line written, preferred; loss on prose |",
+        "| objective | method | share of SFT's learning rate: correct line generated, preferred; loss on prose |",
         "|---|---|---|",
     ]
     for objective, methods_ in sorted(rates.items()):
-        for method, tried in methods_.items():
+        for method, results in methods_.items():
             shown = " · ".join(
-                f"{share}: {one['exact_match']:.0%}, {one['accuracy']:.0%}; {one['prose_loss']:.2f}"
-                for share, one in tried.items()
+                f"{share}: {result['exact_match']:.0%}, {result['accuracy']:.0%}; {result['prose_loss']:.2f}"
+                for share, result in results.items()
                 if share not in ("sft", "error")
             )
             lines.append(f"| `{objective}` | `{method}` | {shown} |")
@@ -317,19 +327,19 @@ def _measured(kind: str) -> dict[str, Any]:
     return json.loads(MEASURED.read_text(encoding="utf-8")).get(kind, {}) if MEASURED.exists() else {}
 
 
-def _line(word: str, one: dict[str, Any]) -> str:
-    if "error" in one:
-        return f"| `{word}` | {one['error']} | | | |"
-    low, high = one["loss_interval"]
-    least, most = one["exact_match_interval"]
+def _line(method: str, result: dict[str, Any]) -> str:
+    if "error" in result:
+        return f"| `{method}` | {result['error']} | | | |"
+    low, high = result["loss_interval"]
+    least, most = result["exact_match_interval"]
     return (
-        f"| `{word}` | {one['held_out_loss']:.4f} | {one['loss']:.4f} ({low:.4f} to {high:.4f}) "
-        f"| {one['exact_match']:.1%} ({least:.1%} to {most:.1%}) | {one['stopped']:.0%} |"
+        f"| `{method}` | {result['held_out_loss']:.4f} | {result['loss']:.4f} ({low:.4f} to {high:.4f}) "
+        f"| {result['exact_match']:.1%} ({least:.1%} to {most:.1%}) | {result['stopped']:.0%} |"
     )
 
 
 def page() -> str:
-    """The whole of docs/recipe.md."""
+    """docs/recipe.md, all of it."""
     plain = {key: field for key, field in Recipe.model_fields.items() if _model_of(field.annotation) is None}
     rows = [f"| `{key}` | {_default(field)} | {field.description} |\n" for key, field in plain.items()]
     parts = [HEAD, "| key | default | |\n|---|---|---|\n", *rows]
@@ -349,19 +359,20 @@ def page() -> str:
 
 
 CHAPTERS = {
-    "A": "The loss and the steps", "B": "Rows, tokens, labels", "C": "Saving, loading, going on", "D": "Merging and combining",
-    "E": "In use", "F": "Code and supply",
+    "A": "The loss and the steps", "B": "Examples, tokens, labels", "C": "Saving, loading, resuming", "D": "Merging and combining",
+    "E": "Inference", "F": "Code and supply chain",
 }  # fmt: skip
 
 
-FAULTS_HEAD = """# What is known to go wrong without a word
+FAULTS_HEAD = """# Known silent failures of fine-tuning
 
-And what becomes of it here. *Impossible* is proven by tests that would see it, *refused* ends with a message that says what to do, *repaired* is
-said, *shown* is measured and told. Written by `make docs` from `tests/fault_catalogue.py`, where each line's tests are named.
+And what Trimtab does about each. *Impossible*: tests prove that it cannot happen. *Refused*: the command ends with a message that says what
+to do. *Repaired*: it is corrected, and reported. *Shown*: it is measured and reported. `make docs` generates this page from
+`tests/fault_catalogue.py`, which names the tests of each line.
 
-The last column is what came of the same faults on the peers, each met as a user would meet it, on a random model of two layers: *silent* is
-wrong without a word, *warned* is wrong with a warning that concerns it, *refused* is any error, *right* is that it does not happen.
-`python benchmarks/peer_faults` measures it anew; its files say how.
+The last column is what happened when the same fault was tried on the peers, as a user would run into it, on a random model of two layers.
+*Silent*: wrong without any message. *Warned*: wrong, with a warning about it. *Refused*: any error. *Right*: the fault does not happen.
+`python benchmarks/peer_faults` measures this again; its files say how.
 
 """
 PEER_FAULTS = RESULTS / "peer_faults.json"
@@ -369,7 +380,7 @@ PEER_NAMES = {"peft": "PEFT", "transformers": "Transformers", "trl": "TRL"}
 
 
 def faults() -> str:
-    """The whole of docs/faults.md, from the catalogue beside the tests."""
+    """docs/faults.md, all of it, from the catalogue beside the tests."""
     sys.path.insert(0, str(ROOT / "tests"))
     from fault_catalogue import FAULTS as KNOWN
     from fault_catalogue import MISSING
@@ -380,14 +391,14 @@ def faults() -> str:
     totals = ", ".join(f"{count} {word}" for word, count in counts.items())
     left = "; ".join(f"{key}, {why}" for key, why in MISSING.items())
     peers = json.loads(PEER_FAULTS.read_text(encoding="utf-8"))
-    parts = [FAULTS_HEAD, f"{totals}; none silent. Not to be tried yet: {left}.\n\n{_peer_totals(peers)}\n"]
+    parts = [FAULTS_HEAD, f"{totals}; none silent. Not testable yet: {left}.\n\n{_peer_totals(peers)}\n"]
     for chapter, title in CHAPTERS.items():
         lines = [
-            f"| {key} | {one.what} | {one.outcome} | {one.how} | {_on_a_peer(peers, key)} |"
-            for key, one in KNOWN.items()
+            f"| {key} | {fault.what} | {fault.outcome} | {fault.how} | {_on_a_peer(peers, key)} |"
+            for key, fault in KNOWN.items()
             if key[0] == chapter
         ]
-        head = f"| | what goes wrong | here | | {', '.join(PEER_NAMES.values())} |\n|---|---|---|---|---|\n"
+        head = f"| | what goes wrong | in Trimtab | how | {', '.join(PEER_NAMES.values())} |\n|---|---|---|---|---|\n"
         parts.append(f"\n## {title}\n\n{head}" + "\n".join(lines) + "\n")
     return "".join(parts)
 
@@ -396,12 +407,12 @@ _MARKS = "¹²³⁴⁵⁶⁷⁸⁹"
 
 
 def templates() -> str:
-    """docs/templates.md with its tables, from what the tests hold real templates to."""
+    """docs/templates.md with current tables, from what the tests expect of real templates."""
     sys.path.insert(0, str(ROOT / "tests"))
     from chat_templates import EMBEDDED, SCENARIOS, TAUGHT
 
-    every = {**TAUGHT, "smollm2-135m-instruct": EMBEDDED}
-    firsts = {name: [one.runs(scenario)[0] for scenario in SCENARIOS] for name, one in every.items()}
+    templates_ = {**TAUGHT, "smollm2-135m-instruct": EMBEDDED}
+    firsts = {name: [template.runs(scenario)[0] for scenario in SCENARIOS] for name, template in templates_.items()}
     reasons = list(dict.fromkeys(run[1:] for runs in firsts.values() for run in runs if run[0] == "!"))
     right = [f"| template | {' | '.join(SCENARIOS)} |", f"|---|{'---|' * len(SCENARIOS)}"]
     right += [
@@ -409,21 +420,21 @@ def templates() -> str:
         for name, runs in firsts.items()
     ]
     right += ["", *(f"{mark} refused: “{reason}”  " for mark, reason in zip(_MARKS, reasons, strict=False))]
-    taught = ["| template | the prompt ends with | an answer {A} is trained on as | with reasoning {R} |", "|---|---|---|---|"]
-    for name, one in every.items():
-        reasoned = "–" if one.reasoned[0] == "!" else _code(one.reasoned)
-        taught.append(f"| {name} | {_code(one.opens)} | {_code(one.answer)} | {reasoned} |")
+    taught = ["| template | the prompt ends with | targets of an answer {A} | with reasoning {R} |", "|---|---|---|---|"]
+    for name, template in templates_.items():
+        reasoned = "–" if template.reasoned[0] == "!" else _code(template.reasoned)
+        taught.append(f"| {name} | {_code(template.opens)} | {_code(template.answer)} | {reasoned} |")
     page = _filled(TEMPLATES.read_text(encoding="utf-8"), "right", "\n".join(right) + "\n")
     return _filled(page, "taught", "\n".join(taught) + "\n")
 
 
 def _code(text: str) -> str:
-    """A text with its line ends, in a table."""
+    """A text as code in a table, with its line ends visible."""
     return f"`{text}`".replace("\n", "⏎").replace("|", r"\|")
 
 
 def _peer_totals(peers: dict[str, Any]) -> str:
-    outcomes = [one["outcome"] for one in peers["faults"].values()]
+    outcomes = [result["outcome"] for result in peers["faults"].values()]
     *names, last = (f"{PEER_NAMES[peer]} {version}" for peer, version in peers["versions"].items())
     return (
         f"Of {len(outcomes)} faults tried on {', '.join(names)} and {last}, {outcomes.count('silent')} pass silently, "
@@ -435,8 +446,8 @@ def _on_a_peer(peers: dict[str, Any], fault: str) -> str:
     if fault in peers["not_tried"]:
         return f"not tried: {peers['not_tried'][fault]}"
     result = peers["faults"][fault]
-    words = result["words"].replace("|", r"\|")
-    return f"**{result['outcome']}** ({result['peer']}): {words}"
+    description = result["words"].replace("|", r"\|")
+    return f"**{result['outcome']}** ({result['peer']}): {description}"
 
 
 def _model_of(annotation: Any) -> type[BaseModel] | None:

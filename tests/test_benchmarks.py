@@ -20,7 +20,7 @@ def last_line(script, *words):
 
 def test_every_part_of_the_start_is_seen(here):
     parts = [name for name, _, _ in last_line("startup.py", "r.yaml", "new")]
-    assert parts == ["python", "import", "load", "check", "data", "attach", "proof", "plan", "first step"]
+    assert parts == ["python", "import", "load", "packing check", "data", "attach", "checks", "plan", "first step"]
 
 
 def test_every_guard_is_seen(here):

@@ -1,5 +1,6 @@
-"""What the documents say is so: generated pages are current, the README's code runs, its tree is the tree."""
+"""What the documents say is true: generated pages are current, READMEs' commands parse and their code runs, links and paths exist."""
 
+import ast
 import importlib.util
 import json
 import re
@@ -15,10 +16,19 @@ from trimtab.run.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+CHINESE = (ROOT / "docs" / "README.zh.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+both_readmes = pytest.mark.parametrize("readme", [README, CHINESE], ids=["English", "Chinese"])
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(readme, language):
+    return re.findall(rf"```{language}\n(.*?)```", readme, flags=re.DOTALL)
+
+
+def anchors(page):
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_what_is_written_from_the_code_is_current():
@@ -37,24 +47,58 @@ def test_what_is_written_from_the_code_is_current():
     assert set(re.findall(r"^   ([\w/]+\.py) ", module.tree(), flags=re.MULTILINE)) == files | {"__init__.py"}
 
 
-def test_the_readmes_recipe_is_a_recipe():
-    (text,) = blocks("yaml")
+@both_readmes
+def test_the_readmes_recipe_is_a_recipe(readme):
+    (text,) = blocks(readme, "yaml")
     assert Recipe.parse(yaml.safe_load(text)).output == Path("runs/first")
 
 
-def test_the_readmes_commands_are_commands():
-    lines = [line for line in README.splitlines() if line.startswith("trimtab ")]
-    assert len(lines) >= 5
+@both_readmes
+def test_the_readmes_commands_are_commands(readme):
+    lines = [line for line in readme.splitlines() if line.startswith("trimtab ")]
+    assert len(lines) >= 11
     for line in lines:
         cli._parser().parse_args(shlex.split(line, comments=True)[1:])
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text(encoding="utf-8")):
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_the_readme_names_paths_that_exist():
+    table = README[README.index("Where to change what") : README.index("<!-- tree -->")]
+    paths = [path for path in re.findall(r"`([\w/.<>]+(?:\.py|/))`", table) if "<" not in path]
+    assert len(paths) >= 12
+    assert [path for path in paths if not (ROOT / "src" / "trimtab" / path).exists()] == []
+
+
+def test_messages_that_pages_quote_are_in_the_code():
+    messages = [
+        "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in getattr(node, "values", [node]))
+        for path in (ROOT / "src" / "trimtab").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str))
+    ]
+    quotes = re.findall("“([^”]+)”", (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8"))
+    assert len(quotes) >= 30
+    patterns = {quote: ".*".join(re.escape(part.strip()) for part in quote.split("…")) for quote in quotes}
+    assert [
+        quote for quote, pattern in patterns.items() if not any(re.search(pattern, message, re.DOTALL) for message in messages)
+    ] == []
+
+
+@both_readmes
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_the_readmes_python_runs(tmp_path, monkeypatch):
+def test_the_readmes_python_runs(readme, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     saved_base("tiny")
     Path("train.jsonl").write_text("".join(json.dumps({"prompt": f"Say {n}", "completion": str(n)}) + "\n" for n in range(8)))
-    text = "".join(blocks("python"))
+    text = "".join(blocks(readme, "python"))
     exec(compile(text.replace("smollm2-135m-instruct", "./tiny"), "README.md", "exec"), {})
     assert Path("my-adapter/adapter_model.safetensors").exists()
     assert Path("my-model/model.safetensors").exists()
@@ -67,7 +111,9 @@ def test_every_exit_code_is_in_the_readme():
         kind.exit_code for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.TrimtabError)
     }
     for code in codes - {1}:
-        assert re.search(rf"\b{code}\b", README[README.index("Exit codes") : README.index("## What it has been measured at")])
+        assert re.search(
+            rf"\b{code}\b", README[README.index("### Exit codes") : README.index("## What it has been measured at")]
+        )
 
 
 def test_the_tutorials_method_is_a_method(tmp_path, monkeypatch):

@@ -1,11 +1,11 @@
-"""The known faults of fine-tuning, tried on PEFT, Transformers' Trainer and TRL. Makes a column of docs/faults.md.
+"""The known faults of fine-tuning, tried on PEFT, Transformers' Trainer and TRL. Makes the last column of docs/faults.md.
 
     python benchmarks/peer_faults              # all of them: about a quarter of an hour on a CPU
     python benchmarks/peer_faults A06 C12      # these
 
-Each is met as a user would meet it, on a random model of two layers, in a process and a folder of its own, and what comes
-of it is measured. A peer's exception counts as a refusal, a warning that concerns the fault as a warning; what is wrong
-without either is silent. Outcomes are kept in docs/measured/peer_faults.json, which `make docs` turns into the column.
+Each is tried as a user would run into it, on a random model of two layers, in a new process and folder, and the outcome is measured.
+An exception counts as refused, a warning about the fault as warned; a wrong result with neither is silent. Outcomes go to
+docs/measured/peer_faults.json, from which `make docs` makes the column.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""A15-A20 and B19: answers that are compared with each other, and with a reference."""
+"""A15-A20 and B19: preference objectives and their reference model."""
 
 import math
 from pathlib import Path

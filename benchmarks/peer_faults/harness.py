@@ -1,4 +1,4 @@
-"""How a fault is tried on a peer, and what is made of it: refused, warned of, silent, or right."""
+"""How a fault is tried on a peer, and its outcome: refused, warned, silent or right."""
 
 import logging
 import os

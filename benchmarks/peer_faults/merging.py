@@ -1,4 +1,4 @@
-"""D01-D10, E03, E06: adapters that are merged, combined, mixed in a batch, and used in generation."""
+"""D01-D10, E03, E06: merging and combining adapters, mixed batches, generation."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""B20-B23: what messages say, and what of it reaches the tokens."""
+"""B20-B23: the content of messages that reaches the tokens."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""B12-B15, B18: rows that share a row of the batch, and padding."""
+"""B12-B15, B18: packed examples, and padding."""
 
 import itertools
 from pathlib import Path

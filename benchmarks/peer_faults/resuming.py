@@ -1,4 +1,4 @@
-"""C04-C11: runs that are cut, and go on."""
+"""C04-C11: interrupted runs, and resuming."""
 
 import io
 import os

@@ -1,4 +1,4 @@
-"""B01-B11, B16: rows, their tokens, and what of them is learned."""
+"""B01-B11, B16: examples, their tokens, and the loss mask."""
 
 import importlib
 import sys

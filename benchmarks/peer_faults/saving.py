@@ -1,4 +1,4 @@
-"""C01-C03, C12-C19: what is saved, and what is loaded."""
+"""C01-C03, C12-C19: saving and loading."""
 
 import json
 import math

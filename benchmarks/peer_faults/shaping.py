@@ -1,4 +1,4 @@
-"""A21-A25: what an adapter is asked to be."""
+"""A21-A25: settings of an adapter."""
 
 import re
 from pathlib import Path

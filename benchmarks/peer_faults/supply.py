@@ -1,4 +1,4 @@
-"""F01-F07: what others wrote, and other versions."""
+"""F01-F07: files of others, and other versions."""
 
 import importlib.metadata
 import io

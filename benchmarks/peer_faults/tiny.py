@@ -1,4 +1,4 @@
-"""What the trials share: a random model of two layers, a small tokenizer, an adapter, rows, and the peers' trainers."""
+"""Shared by the trials: a random model of two layers, a small tokenizer, an adapter, examples, and the peers' trainers."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,11 +1,11 @@
-"""Pairs that prefer a short answer to a long one: what a preference is that one can see at work.
+"""Preference pairs that prefer a short answer to a long one: a preference whose effect is easy to see.
 
     What is the capital of Portugal?
     chosen     Lisbon.
     rejected   Great question! The capital of Portugal is Lisbon. It is one of the best-known facts about the country. …
 
-Both answers are right; they differ in how much they say. No question of test.jsonl occurs in train.jsonl, and half of its
-questions are of kinds that don't either.
+Both answers are correct; they differ in length. No question of test.jsonl occurs in train.jsonl, and half of its questions are
+of kinds that do not occur there either.
 
     python demo/terse/make_data.py       # writes train.jsonl and test.jsonl beside this file, the same bytes each time
 """

@@ -113,14 +113,14 @@ def test_every_run_makes_its_own_pass_of_the_reference(folder, tmp_path, monkeyp
     rows = driver._rows(asked, base, objective)
     spec = driver._prepare(asked, base, rows, LoRA(rank=2), tmp_path) | {"objective": objective.plain()}
     computed = []
-    refer = ours.refer
+    refer = ours.add_reference_logprobs
 
     def counted(*given):
         referred = refer(*given)
         computed.append(referred.facts["computed"])
         return referred
 
-    monkeypatch.setattr(ours, "refer", counted)
+    monkeypatch.setattr(ours, "add_reference_logprobs", counted)
     losses = [ours.run(spec)["losses"] for _ in range(2)]
     assert computed == [8, 8]
     assert losses[0] == losses[1]

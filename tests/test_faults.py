@@ -9,6 +9,7 @@ import pytest
 
 from trimtab import cli
 from trimtab.artifacts import read_adapter, read_state, saved_states
+from trimtab.certify.certificate import verify_files
 from trimtab.core import files
 from trimtab.core.errors import ArtifactError
 
@@ -20,7 +21,6 @@ FLIPS, DAMAGES = 10_000, 1_000
 @pytest.fixture(scope="module")
 def made(world, tmp_path_factory):
     """A finished run with its certificate, and one that was ended on its way."""
-    from trimtab.core.config import read
     from trimtab.report import RunObserver
     from trimtab.run.recipe import Recipe
     from trimtab.run.script import run_recipe
@@ -37,14 +37,14 @@ def made(world, tmp_path_factory):
         patch.chdir(place)
         assert cli.main(["train", "r.yaml", "certify=true", "train.epochs=4", "output=done"]) == 0
         with pytest.raises(KeyboardInterrupt):
-            run_recipe(read(Recipe, Path("r.yaml"), ["output=cut", "train.evaluate_every=5"]), Ends())
+            run_recipe(Recipe.read(Path("r.yaml"), ["output=cut", "train.evaluate_every=5"]), Ends())
     return place
 
 
 def looked_at(folder, path=None):
     """What is looked at before this folder is used; of an unfinished run, before that part is used in which the path is."""
     if folder.name == "done":
-        read_certificate(folder)
+        verify_files(folder)
         return
     parts = [*saved_states(folder / "states"), *sorted((folder / "checkpoints").iterdir())]
     for part in parts:

@@ -40,7 +40,7 @@ def test_transformers_alone_loads_it_with_equal_logits(family, tmp_path):
     assert torch.equal(logits(base.model), before)  # and the base and its adapter are as they were
     assert weights_hash(own_weights(base.model)) == digest
     assert done.max_logit_difference < 1e-4 * max(done.logit_scale, 1)
-    assert done.same_choice == 1.0
+    assert done.same_top_token == 1.0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

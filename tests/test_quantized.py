@@ -12,7 +12,7 @@ from trimtab.base.fingerprint import own_weights, weights_hash
 from trimtab.core.errors import ArtifactError, BaseChanged, NotMergeable, RecipeError, UnsupportedModel
 from trimtab.data import pack_flat
 from trimtab.data.example import TokenRow
-from trimtab.deploy import load_adapter, merge, open_target, save_adapter
+from trimtab.deploy import load_adapter, load_model, merge, save_adapter
 from trimtab.engine import check_packing, generate, pack_logprobs
 from trimtab.methods import Method, Sample, attach
 from trimtab.methods._base import matrix
@@ -162,7 +162,7 @@ def test_it_is_saved_and_loaded_on_a_base_quantized_alike_and_refused_on_others(
 def test_its_base_is_loaded_again_as_it_was_quantized(kind, folder, tmp_path):
     base = Base.load(ModelConfig(name=str(folder("llama")), quantize=kind, device="cpu"))
     save_adapter(base, adapted(base, "lora"), tmp_path / "adapter")
-    target = open_target(str(tmp_path / "adapter"))
+    target = load_model(str(tmp_path / "adapter"))
     assert target.base.quantization == kind
     assert torch.equal(logits(target.base.model), logits(base.model))
 

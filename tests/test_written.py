@@ -15,7 +15,7 @@ from worlds import CHATML, make_model
 
 from trimtab.base import Base, ModelConfig
 from trimtab.core.errors import ArtifactError, NotMergeable, UnsupportedModel
-from trimtab.deploy import WELL_KEPT, attach, merge, sample
+from trimtab.deploy import MIN_RETAINED, attach, merge, sample
 from trimtab.deploy.save_pretrained import save_alone
 from trimtab.methods import Method, modules
 from trimtab.methods.lora import LoRA
@@ -282,7 +282,7 @@ def test_the_command_says_what_is_left(here, trimtab):
     assert "into merged (bfloat16)" in done.out
     assert "of the adapter's change" in done.out
     assert ("Merge in float32, or use the adapter beside its base" in done.out) == (
-        float(done.out.split("leaves ")[1].split("%")[0]) < 100 * WELL_KEPT
+        float(done.out.split("leaves ")[1].split("%")[0]) < 100 * MIN_RETAINED
     )
     assert {t.dtype for t in load_file(here / "merged" / "model.safetensors").values()} == {torch.bfloat16}
     assert "of the adapter's change" not in trimtab("merge", "--force", "run", "full").out

@@ -18,8 +18,8 @@ INTERRUPTED = 130
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code (see core/errors.py)."""
-    streams.ready()
-    with interrupts.as_keyboard_interrupt(to_the_end=words is None) as came:
+    streams.configure()
+    with interrupts.signals_as_keyboard_interrupt(ignored_afterwards=words is None) as came:
         try:
             return _run(words)
         except KeyboardInterrupt:  # another one, while the first was handled
@@ -53,7 +53,7 @@ def _run(words: Sequence[str] | None) -> int:
 
 
 def _fail(message: str, exit_code: int) -> int:
-    streams.complain(message)
+    streams.write_stderr(message)
     return exit_code
 
 

@@ -325,7 +325,7 @@ def I15_merged_is_the_adapter(case: Case) -> None:
     base, adapter = case.based()
     done = _merged_or_refused(base, adapter, case.folder / "merged")
     assert done.max_logit_difference <= 2e-5 * max(done.logit_scale, 1.0)
-    assert done.same_choice == 1.0
+    assert done.same_top_token == 1.0
 
 
 @invariant

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.core.errors import ArtifactError, UnsupportedModel, listing
-from trimtab.core.process import without_collector
+from trimtab.core.process import gc_frozen
 
 _OLD_BUFFERS = re.compile(r"(^|\.)(masked_bias|rotary_emb\.inv_freq|position_ids)$")
 """Constants that older versions of Transformers saved, and that today's models make themselves. It knows most of them."""
@@ -37,7 +37,7 @@ def read_model(place: Path | str, **how: Any) -> Any:
         UnsupportedModel: It asks for code that comes with it, or from the hub.
         Exception: Whatever Transformers raises for what is not a model that it knows.
     """
-    with warnings.catch_warnings(), without_collector():
+    with warnings.catch_warnings(), gc_frozen():
         warnings.simplefilter("ignore")
         from transformers import AutoModelForCausalLM, PreTrainedConfig
         from transformers.utils import logging as transformers_logging
@@ -61,7 +61,7 @@ def read_model(place: Path | str, **how: Any) -> Any:
 
 def read_skeleton(place: Path | str) -> Any:
     """A causal language model by its configuration alone, on the `meta` device. Raises as `read_model` does."""
-    with warnings.catch_warnings(), without_collector():
+    with warnings.catch_warnings(), gc_frozen():
         warnings.simplefilter("ignore")
         from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
@@ -87,7 +87,7 @@ def read_tokenizer(place: Path | str, **how: Any) -> Any:
         UnsupportedModel: It is code; or Transformers makes another of it than tokenizer.json says.
         Exception: Whatever Transformers raises.
     """
-    with warnings.catch_warnings(), without_collector():
+    with warnings.catch_warnings(), gc_frozen():
         warnings.simplefilter("ignore")
         from transformers import AutoTokenizer
 

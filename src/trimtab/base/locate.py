@@ -38,7 +38,7 @@ def folder_of(name: str) -> Path | None:
 
 def located(name: str) -> Path | None:
     """Where a name leads: a folder, a GGUF file, or None for the hub. Reads nothing, and raises as `folder_of` does."""
-    path = files.expanded(name)
+    path = files.expand_user(name)
     if name == EMBEDDED and not path.exists():
         return _embedded_gguf()
     if path.is_file():

@@ -18,7 +18,7 @@ from trimtab.base.supported import context_length, refuse_unsupported
 from trimtab.base.template import ChatTemplate, Ending, Message, Switches
 from trimtab.base.vocabulary import Encoded
 from trimtab.core.errors import ArtifactError, BaseChanged, RecipeError, StorageError, TrimtabError, UnsupportedModel
-from trimtab.core.files import expanded
+from trimtab.core.files import expand_user
 from trimtab.core.process import give_back_freed_memory
 from trimtab.core.wrapping import unwrap
 
@@ -74,7 +74,7 @@ class Base:
         base = cls.load_folder(place, dtype, device, quantize=config.quantize, template=config.template)
         # What it was asked for by, rather than the cache folder that a GGUF file was converted into.
         local = folder is not None and config.name != locate.EMBEDDED
-        base.source = str(expanded(config.name).absolute()) if local else config.name
+        base.source = str(expand_user(config.name).absolute()) if local else config.name
         base.asked_device = config.device
         return base
 

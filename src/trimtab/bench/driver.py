@@ -16,7 +16,7 @@ from trimtab.base import Base, ModelConfig
 from trimtab.bench.floor import least_work, multiplying_rate
 from trimtab.core import files
 from trimtab.core.errors import RecipeError
-from trimtab.core.process import environment, fresh_process
+from trimtab.core.process import environment, module_command
 from trimtab.data import DataConfig, load_data, units
 from trimtab.data.example import TokenRow
 from trimtab.data.mismatched import with_mismatched
@@ -193,7 +193,7 @@ def _safe() -> dict[str, str]:
 def _run(name: str, spec: dict[str, Any], python: str, folder: Path) -> dict[str, Any]:
     path = folder / f"{name}.json"
     files.write_json(path, {**spec, **PEERS.get(name, {})})
-    command = fresh_process("trimtab.bench.ours") if name == OURS else [python, str(Path(__file__).with_name("peers.py"))]
+    command = module_command("trimtab.bench.ours") if name == OURS else [python, str(Path(__file__).with_name("peers.py"))]
     done = subprocess.run([*command, str(path)], capture_output=True, text=True, check=False, env=_safe())
     if done.returncode:
         raise RecipeError(f"{name} failed: {(done.stderr.strip().splitlines() or ['it said nothing'])[-1]}")

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trimtab.core.process import collector_paused
+from trimtab.core.process import gc_paused
 from trimtab.data.bin_packing import filled, in_lexical_order
 from trimtab.data.example import TokenRow, units
 from trimtab.data.prefix_tree import Numbers, Segment, chained, lay_out, numbers, places
@@ -132,7 +132,7 @@ def _packed(
     return Pack(made(ids), made(positions), segments, made(at), made(token), made(of), sequences, leaves)
 
 
-@collector_paused()
+@gc_paused()
 def pack_all(sequences: Iterable[TokenRow], tokens: int) -> list[Pack]:
     """Sequences as packs of at most `tokens` computed tokens (a longer one gets a pack of its own). Deterministic.
 

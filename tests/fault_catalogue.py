@@ -140,7 +140,7 @@ FAULTS = {
     "A18": Fault(
         "KTO's divergence is estimated on matched pairs, or in batches of one",
         "impossible",
-        "a fixed derangement, pooled over the step",
+        "a fixed derangement, kl over the step",
         (
             "test_objectives::test_nobody_gets_the_own_answer_and_every_answer_is_used_once",
             "test_objectives::test_the_pooled_number_is_the_whole_steps_and_no_gradient_goes_through_it",

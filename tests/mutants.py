@@ -52,13 +52,13 @@ PARTS = {
     },
     "masks": {"data/tree.py": "test_data_tree test_packing test_tree_attention"},
     "packing": {
-        "data/pack.py data/order.py": "test_data_tree test_packing test_going_on test_data_load test_preference",
-        "data/mismatched.py": "test_objectives test_preference test_going_on",
+        "data/pack.py data/order.py": "test_data_tree test_packing test_mismatched test_data_load test_preference",
+        "data/mismatched.py": "test_objectives test_preference test_mismatched",
     },
     "loss": {
-        "engine/head.py": "test_head test_objectives test_going_on test_train",
+        "engine/head.py": "test_head test_objectives test_mismatched test_train",
         "objectives/_base.py objectives/_comparing.py objectives/_pairs.py objectives/_pooling.py objectives/cpo.py objectives/dpo.py "
-        "objectives/kto.py objectives/orpo.py objectives/sft.py objectives/simpo.py": "test_objectives test_preference test_going_on test_keys",
+        "objectives/kto.py objectives/orpo.py objectives/sft.py objectives/simpo.py": "test_objectives test_preference test_mismatched test_keys",
     },
     "loader": {
         "data/read.py data/load.py data/shapes.py data/strict_json.py":

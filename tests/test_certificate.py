@@ -165,7 +165,7 @@ def test_an_adapter_by_itself_is_verified_as_far_as_it_goes(done, trimtab, at_on
     adapter = shutil.copytree(done / "adapter", tmp_path / "alone")
     said = trimtab("verify", adapter)
     assert said.code == 0
-    assert "passed  files: the adapter's 28 tensors and its configuration are what was saved" in said.out
+    assert "passed  files: the adapter's 28 tensors and its configuration are unchanged since they were saved" in said.out
     assert "noted   certificate: an adapter by itself has none" in said.out
     content = bytearray((adapter / "adapter_model.safetensors").read_bytes())
     content[-20] ^= 1
@@ -206,7 +206,7 @@ def test_what_is_saved_must_be_what_was_trained(here, trimtab, monkeypatch):
     monkeypatch.setattr(checkpoints, "save_adapter", damaged)
     failed = trimtab(*WORDS, "output=new")
     assert failed.code == 7
-    assert "new is finished, and its adapter is not what it should be:\n  reload: a fresh process gives a row" in failed.err
+    assert "new is finished, but its adapter failed certification:\n  reload: a fresh process gives a row" in failed.err
     assert json.loads(Path("new/certificate.json").read_text())["passed"] is False
     assert json.loads(Path("new/run.json").read_text())["status"] == "done"
     assert trimtab("verify", "new").code == 7
@@ -287,7 +287,7 @@ def test_a_process_that_cannot_load_it_says_why(here, trimtab, monkeypatch):
     monkeypatch.setattr(running, "copy_adapter", damaged)
     failed = trimtab(*WORDS, "output=new")
     assert failed.code == 7
-    assert "A fresh process could not load and run" in failed.err
+    assert "A new process could not load and run" in failed.err
     assert "changed since it was saved" in failed.err
 
 

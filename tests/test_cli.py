@@ -272,16 +272,16 @@ CARELESS = {
     ),
     # Questions
     "eval of an adapter without rows": (
-        "eval run/adapter", None, 2, "run/adapter is not a run folder, so it has no held-out rows of its own: give rows with --data."
+        "eval run/adapter", None, 2, "run/adapter is not a run folder, so it has no held-out examples of its own: name a file with --data."
     ),
     "eval on rows that are not there": ("eval run --data nope.jsonl", None, 3, "data: nope.jsonl: no such file or folder (looked in HERE)."),
     "eval on broken rows": (
         "eval run --data rows.jsonl", lines(GOOD, "{"), 3,
-        "data: rows that can't be measured:\n  rows.jsonl:2: not valid JSON: Expecting property name enclosed in double quotes at column 2",
+        "data: examples that can't be evaluated:\n  rows.jsonl:2: not valid JSON: Expecting property name enclosed in double quotes at column 2",
     ),
     "eval on rows that are too long": (
         "eval run --data rows.jsonl", lines(GOOD, {"prompt": "a", "completion": "xyz " * 60}), 3,
-        "data: rows that can't be measured:\n  rows.jsonl:2: has TOKENS tokens up to the end of its last answer, more than the context "
+        "data: examples that can't be evaluated:\n  rows.jsonl:2: has TOKENS tokens up to the end of its last answer, more than the context "
         "length 128",
     ),
     "eval on rows that changed": (
@@ -290,7 +290,7 @@ CARELESS = {
     ),
     "eval with a record of rows that is damaged": (
         "eval run", spoil("run/data.json", lambda t: b"{}"), 4,
-        "run/data.json: does not say which rows were held out. Restore it from a copy, or give rows with --data.",
+        "run/data.json: does not say which examples were held out. Restore it from a copy, or name a file with --data.",
     ),
     "eval of a plain model against its base": (
         "eval tiny --data rows.jsonl --base", None, 2, "--base: tiny is a model without an adapter, so there is nothing to compare."
@@ -481,7 +481,7 @@ def test_a_run_from_beginning_to_end(world, here, trimtab):
     ):
         assert part in said
     assert said.endswith(
-        "Best adapter: step 26, in run/adapter\nTalk to it:     trimtab chat run\nLook inside:    trimtab show run\n"
+        "Best adapter: step 26, in run/adapter\nChat with it:     trimtab chat run\nLook inside:    trimtab show run\n"
     )
     assert sorted(path.name for path in (here / "run").iterdir()) == [
         "adapter", "checkpoints", "data.json", "metrics.jsonl", "recipe.yaml", "run.json",
@@ -534,7 +534,7 @@ def test_a_run_from_beginning_to_end(world, here, trimtab):
     assert merged.out.startswith(
         "Merged 14 matrices into merged (float32). Loaded again by Transformers, its logits differ from "
     )
-    assert merged.out.endswith("likeliest token the same at 100.0%.\n")
+    assert merged.out.endswith("the most likely token is the same at 100.0%.\n")
     assert trimtab("chat", "merged", *question).out == answered.out
 
 
@@ -638,7 +638,7 @@ def test_other_rows_are_read_as_the_runs_own_were(here, trimtab):
     assert (refused.code, bool(advice)) == (3, True), refused.err
     refused = trimtab("eval", "run", "--data", "rows.jsonl", "train.lr=3")
     assert (refused.code, refused.err) == (
-        2, "trimtab: train.lr=3: of a recipe's keys, eval takes data.columns and data.ignore alone.\n"
+        2, "trimtab: train.lr=3: of a recipe's keys, eval takes only data.columns and data.ignore.\n"
     )  # fmt: skip
     refused = trimtab("eval", "run", "data.ignore=[x]")
     assert (refused.code, "says how rows are read, and a run's own are read as they were" in refused.err) == (2, True)
@@ -651,7 +651,7 @@ def state_of(run):
     return json.loads((run / "run.json").read_text())
 
 
-GOES_ON = "; the same command goes on from there"
+GOES_ON = "; the same command resumes from there"
 
 
 class Interrupting(RunObserver):
@@ -714,7 +714,7 @@ def test_a_run_that_is_interrupted_keeps_the_adapter_as_it_stood(number, times, 
     step = state["last"]["step"]
     assert (
         err
-        == f"trimtab: interrupted: the adapter after step {step} is in new/checkpoints/step-{step:06d}; the same command goes on from there.\n"
+        == f"trimtab: interrupted: the adapter after step {step} is in new/checkpoints/step-{step:06d}; the same command resumes from there.\n"
     )
     assert state["status"] == "interrupted"
     assert "Talk to it" not in out
@@ -831,7 +831,7 @@ def test_an_interruption_before_the_first_step_has_nothing_to_keep(here, monkeyp
         raise KeyboardInterrupt
 
     monkeypatch.setattr(torch.optim.AdamW, "step", interrupt)
-    assert interrupted("new", "nothing") == "nothing has been saved yet; the same command begins anew"
+    assert interrupted("new", "nothing") == "nothing has been saved yet; the same command starts again"
     assert state_of(here / "new")["status"] == "interrupted"
     assert not (here / "new" / "checkpoints").exists()
 
@@ -841,7 +841,7 @@ def test_a_run_that_blows_up_says_which_step_and_keeps_what_was_saved(here, trim
     done = trimtab("train", "r.yaml", "output=new", *words)
     assert done.code == 5
     assert re.match(
-        r"trimtab: After step \d+, the model gives .*rows\.jsonl:\d+ a log-probability that is not a number, so it is not saved\.",
+        r"trimtab: After step \d+, the model gives .*rows\.jsonl:\d+ a log-probability of NaN or Inf, so it is not saved\.",
         done.err,
     )
     assert done.err.endswith("Lower train.lr.\n")

@@ -252,14 +252,14 @@ def test_files_that_cannot_be_read_at_all_say_why(tmp_path):
 )
 def test_a_source_without_rows_is_refused(tmp_path, name, content):
     source = written(tmp_path, name, content)
-    assert message_of(source) == f"data: {source} holds no rows."
+    assert message_of(source) == f"data: {source} holds no examples."
 
 
 def test_a_source_without_rows_is_refused_beside_one_that_has_some(tmp_path):
     good, bad = written(tmp_path, "good.jsonl", json.dumps(ROWS[0])), written(tmp_path, "bad.json", "[]")
     with pytest.raises(DataError) as caught:
         load_examples((good, bad))
-    assert str(caught.value) == f"data: {bad} holds no rows."
+    assert str(caught.value) == f"data: {bad} holds no examples."
 
 
 def test_two_columns_of_one_name_are_refused(tmp_path):

@@ -37,9 +37,9 @@ def spoil(monkeypatch, at):
     """Losses of the steps whose numbers are in `at` are not numbers."""
     losses, calls = SFT.losses, []
 
-    def spoilt(self, logprobs, pack, pooled=0.0):
+    def spoilt(self, logprobs, pack, kl=0.0):
         calls.append(1)
-        return losses(self, logprobs, pack, pooled) * (math.nan if len(calls) in at else 1.0)
+        return losses(self, logprobs, pack, kl) * (math.nan if len(calls) in at else 1.0)
 
     monkeypatch.setattr(SFT, "losses", spoilt)
 
@@ -126,7 +126,7 @@ def test_values_that_are_no_numbers_are_never_saved(here, trimtab, monkeypatch):
     done = trimtab("train", "r.yaml", "output=new", "data.eval=0", "train.evaluate_every=6")
     assert done.code == 5
     assert "After step 6, " in done.err
-    assert "holds values that are not numbers, so it is not saved" in done.err
+    assert "holds NaN or Inf, so it is not saved" in done.err
     assert not (here / "new" / "checkpoints").exists()
     assert not (here / "new" / "states").exists()
 
@@ -180,7 +180,7 @@ def test_a_model_that_gives_a_row_no_number_is_not_saved(here, trimtab, monkeypa
     monkeypatch.setattr(running, "logprobs", lambda base, rows, _: [-1.0, math.nan, -1.0, -1.0][: len(rows)])
     failed = trimtab("train", "r.yaml", "output=new", "data.eval=0")
     assert failed.code == 5
-    assert "a log-probability that is not a number, so it is not saved. Lower train.lr." in failed.err
+    assert "a log-probability of NaN or Inf, so it is not saved. Lower train.lr." in failed.err
     assert not list((here / "new").glob("checkpoints/step-*"))
 
 

@@ -149,7 +149,7 @@ def test_small_gradients_vanish_in_float16_so_no_recipe_trains_in_it(here, trimt
     for word in ("train", "check"):
         refused = trimtab(word, "r.yaml", "model.dtype=float16", "output=new")
         assert (refused.code, refused.err) == (
-            2, "trimtab: model.dtype: small gradients vanish in float16 silently, so it is not trained in: give bfloat16 or float32.\n"
+            2, "trimtab: model.dtype: small gradients underflow in float16 silently. Use bfloat16 or float32.\n"
         )  # fmt: skip
 
 

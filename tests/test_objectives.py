@@ -21,7 +21,7 @@ from trimtab.engine import generate, pack_logprobs
 from trimtab.evaluate import score_loss
 from trimtab.methods import attach
 from trimtab.methods.lora import LoRA
-from trimtab.objectives import Objective, answered, averaged
+from trimtab.objectives import Objective, mean_measures, score_packs
 from trimtab.objectives._base import EVEN, right
 from trimtab.objectives.sft import SFT
 from trimtab.train import TrainConfig, train
@@ -63,14 +63,14 @@ def sigmoid(x):
     return 1 / (1 + math.exp(-x))
 
 
-def by_hand(how, units_of_values, pooled):
+def by_hand(how, units_of_values, kl):
     """The mean loss, in plain Python: of each unit, its sequences as (log p, reference, tokens, side)."""
     losses = []
     for unit in units_of_values:
         if how["name"] == "kto":
             ((logp, reference, _, side),) = unit
             sign, weight = (1, how["desirable"]) if side == "good" else (-1, how["undesirable"])
-            losses.append(weight * (1 - sigmoid(sign * how["beta"] * (logp - reference - pooled))))
+            losses.append(weight * (1 - sigmoid(sign * how["beta"] * (logp - reference - kl))))
             continue
         (c, cr, cn, _), (r, rr, rn, _) = unit
         if how["name"] == "dpo":
@@ -104,10 +104,10 @@ def test_the_loss_is_the_formula(how):
     draw, values = random.Random(3), {}
     for row in rows:
         values[id(row)] = draw.uniform(-60, -5) * (0.02 if how["name"] == "orpo" else 1)
-    pooled, total, items = 0.8 if how["name"] == "kto" else 0.0, 0.0, 0
+    kl, total, items = 0.8 if how["name"] == "kto" else 0.0, 0.0, 0
     for pack in pack_all(rows, 30):
         logprobs = torch.tensor([values[id(row)] for row in pack.sequences], dtype=torch.float64)
-        total += float(objective.loss(logprobs, pack, pooled))
+        total += float(objective.loss(logprobs, pack, kl))
         items += objective.items(pack)
     expected = by_hand(
         how,
@@ -115,7 +115,7 @@ def test_the_loss_is_the_formula(how):
             [(values[id(rows[n])], rows[n].reference, len(rows[n].target_indices), rows[n].side) for n in unit]
             for unit in units(rows)
         ],
-        pooled,
+        kl,
     )
     assert items == len(units(rows))
     assert total / items == pytest.approx(expected, rel=1e-12)
@@ -176,14 +176,14 @@ LIMITS = [1e-7, 0.0, -1e-9, -1e-7, -1e-4, -1.0, -30.0, -1e4]
 """Σ log p, from one that rounding has made positive to an answer that is impossible."""
 
 
-def exactly(how, logprobs, rows, pooled):
+def exactly(how, logprobs, rows, kl):
     """Loss and gradient in float64, by formulas that cancel nothing; of ORPO, 1 - p is at least 2^-24, and its slope too."""
     x = torch.tensor(logprobs, dtype=torch.float64, requires_grad=True)
     ratios = x - torch.tensor([row.reference for row in rows], dtype=torch.float64)
     means = x / torch.tensor([len(row.target_indices) for row in rows], dtype=torch.float64)
     if how["name"] == "kto":
         sign, weight = (1, how["desirable"]) if rows[0].side == "good" else (-1, how["undesirable"])
-        loss = weight * torch.sigmoid(-sign * how["beta"] * (ratios[0] - pooled))
+        loss = weight * torch.sigmoid(-sign * how["beta"] * (ratios[0] - kl))
     elif how["name"] == "orpo":
         absent = -torch.expm1(means)
         odds = means - (absent + (2.0**-24 - absent).clamp(min=0).detach()).log()
@@ -213,14 +213,14 @@ def test_losses_and_gradients_are_right_where_answers_are_impossible_or_certain(
     for reference in (0.0, -40.0):
         rows = [replace(row, reference=reference) for row in rows_of(kind_of(how), 2)]
         units_of = [rows[:1], rows[1:2]] if how["name"] == "kto" else [rows[:2]]
-        for unit, pooled, one, other in product(units_of, (0.0, 0.5), LIMITS, LIMITS):
+        for unit, kl, one, other in product(units_of, (0.0, 0.5), LIMITS, LIMITS):
             given = [one, other][: len(unit)]
             logprobs = torch.tensor(given, requires_grad=True)
-            loss = objective.loss(logprobs, pack_flat(unit), pooled)
+            loss = objective.loss(logprobs, pack_flat(unit), kl)
             loss.backward()
-            value, gradient = exactly(how, given, unit, pooled)
-            assert loss.item() == pytest.approx(value, rel=2e-5, abs=2e-6), (given, pooled)
-            assert logprobs.grad.tolist() == pytest.approx(gradient, rel=2e-4, abs=1e-30), (given, pooled)
+            value, gradient = exactly(how, given, unit, kl)
+            assert loss.item() == pytest.approx(value, rel=2e-5, abs=2e-6), (given, kl)
+            assert logprobs.grad.tolist() == pytest.approx(gradient, rel=2e-4, abs=1e-30), (given, kl)
 
 
 def test_orpo_of_a_certain_answer_is_its_limit():
@@ -278,7 +278,7 @@ def test_a_step_is_the_formulas_whatever_its_packs(how):
     """Against each row alone by the model's own forward pass; so micro-batches of one row are right too (I10, A18)."""
     rows = rows_of(kind_of(how))
     objective = Objective.pick(how)
-    if objective.pools:
+    if objective.estimates_kl:
         rows = [replace(row, reference=-30.0 - n) for n, row in enumerate(with_mismatched(rows, 0))]
     results = []
     for limit in (1, 24, 1000):
@@ -289,10 +289,10 @@ def test_a_step_is_the_formulas_whatever_its_packs(how):
     values = {id(row): float(logprob_alone(base.model, row.ids, row.target_indices).detach()) for row in rows}
     learned = [[rows[n] for n in unit if rows[n].side != "mismatched"] for unit in units(rows)]
     ratios = [values[id(row)] - row.reference for row in rows if row.side == "mismatched"]
-    pooled = max(0.0, sum(ratios) / len(ratios)) if ratios else 0.0
-    assert pooled > 0.1 or not objective.pools
+    kl = max(0.0, sum(ratios) / len(ratios)) if ratios else 0.0
+    assert kl > 0.1 or not objective.estimates_kl
     expected = by_hand(
-        how, [[(values[id(r)], r.reference, len(r.target_indices), r.side) for r in unit] for unit in learned], pooled
+        how, [[(values[id(r)], r.reference, len(r.target_indices), r.side) for r in unit] for unit in learned], kl
     )
     assert score_loss(base, rows, 24, objective).loss == pytest.approx(expected, rel=1e-6)  # and so is what is held out
     for step, _ in results:
@@ -393,21 +393,21 @@ def test_the_pooled_number_is_the_whole_steps_and_no_gradient_goes_through_it():
     rows = [replace(row, reference=-25.0) for row in with_mismatched(rows_of("judged"), 0)]
     base, _ = adapted()
     objective = Objective.pick({"name": "kto", "desirable": 1.0, "undesirable": 1.0})
-    pooled = [answered(base.model, objective, pack_all(rows, limit))[1] for limit in (1, 30, 1000)]
-    assert pooled == pytest.approx([pooled[0]] * 3, rel=1e-9)
+    kl = [score_packs(base.model, objective, pack_all(rows, limit))[1] for limit in (1, 30, 1000)]
+    assert kl == pytest.approx([kl[0]] * 3, rel=1e-9)
     ratios = [
         float(logprob_alone(base.model, row.ids, row.target_indices).detach()) + 25.0
         for row in rows
         if row.side == "mismatched"
     ]
-    assert pooled[0] == pytest.approx(max(0.0, sum(ratios) / len(ratios)), rel=1e-6)
+    assert kl[0] == pytest.approx(max(0.0, sum(ratios) / len(ratios)), rel=1e-6)
 
 
 @pytest.mark.parametrize("how", SETTINGS[:-1], ids=NAMED[:-1])
 def test_only_kto_pools_a_number(how):
-    assert not Objective.pick(how).pools
+    assert not Objective.pick(how).estimates_kl
     base, _ = adapted()
-    assert answered(base.model, Objective.pick(how), pack_all(rows_of("pairs"), 30))[1] == 0.0
+    assert score_packs(base.model, Objective.pick(how), pack_all(rows_of("pairs"), 30))[1] == 0.0
 
 
 def test_ktos_weights_make_both_sides_count_the_same():
@@ -463,8 +463,8 @@ def test_packs_never_part_a_pair_and_keep_to_their_limit(pairs, limit):
 
 def test_measures_are_means_over_what_has_them():
     measured = [{"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([])}, {"a": torch.tensor([6.0]), "b": torch.tensor([4.0])}]
-    assert averaged(measured) == {"a": 3.0, "b": 4.0}
-    assert averaged([]) == {}
+    assert mean_measures(measured) == {"a": 3.0, "b": 4.0}
+    assert mean_measures([]) == {}
 
 
 def test_settings_that_say_nothing_are_refused():

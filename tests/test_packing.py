@@ -204,10 +204,8 @@ def test_a_broken_mask_window_or_position_is_noticed(broken, by_hand, monkeypatc
     elif broken == "window":
         whole = layouts.causal
         monkeypatch.setattr(layouts, "causal", lambda q, k, window, device: whole(q, k, window + 1, device))
-        sight = blocks.Sight
-        monkeypatch.setattr(
-            blocks, "Sight", lambda segments, virtual, window, first: sight(segments, virtual, window + 1, first)
-        )
+        plan = blocks.AttentionPlan
+        monkeypatch.setattr(blocks, "AttentionPlan", lambda segments, virtual, window: plan(segments, virtual, window + 1))
     elif broken == "positions":
         # Rotary positions are relative, so a shift of a whole row changes nothing: they must run on within the row.
         pack = replace(pack, positions=pack.positions // 2)

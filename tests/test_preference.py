@@ -133,7 +133,7 @@ def test_dropout_is_refused_where_answers_are_compared():
     base = Base(tiny("llama"))
     adapter = attach(base.model, LoRA(rank=2, dropout=0.1))
     for name, rows in (("dpo", PAIRS), ("kto", JUDGED)):
-        with pytest.raises(RecipeError, match=f"{name} compares with a reference, and dropout"):
+        with pytest.raises(RecipeError, match=f"{name} compares with a reference model, and dropout"):
             prepare_objective(Objective.pick(name), base, adapter, (rows, []), 0, None)
     prepare_objective(Objective.pick("simpo"), base, adapter, (PAIRS, []), 0, None)
 

@@ -333,7 +333,7 @@ def test_other_content_is_refused_by_what_it_is_in(here):
         assert words in str(refused.value)
     assert not re.search("[0-9a-f]{64}", str(refused.value))
     make_model(here / "tiny", 1)
-    with pytest.raises(RecipeError, match="model: it is another base, with different weights\n"):
+    with pytest.raises(RecipeError, match="model: it is another base model, with different weights\n"):
         run("cut")
     make_model(here / "tiny", 0)
     run("cut", "certify=false")
@@ -385,7 +385,7 @@ def test_another_reference_or_start_is_refused(here):
     ended("on", "stepped", 8, *started)
     shutil.rmtree("first")
     run("first", "train.epochs=0.6")
-    with pytest.raises(RecipeError, match=r"objective\.reference: the model that is compared with is not what it was\nSet"):
+    with pytest.raises(RecipeError, match=r"objective\.reference: the reference model is not what it was\nSet"):
         run("cut", *words)
     with pytest.raises(RecipeError, match=r"start: the adapter there is not what it was\nSet"):
         run("on", *started)

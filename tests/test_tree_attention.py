@@ -196,5 +196,5 @@ def test_without_memory_it_says_what_to_do(monkeypatch):
 def test_every_layer_of_a_pass_asks_for_one_plan():
     tree_attention._arrays.cache_clear()
     for _ in range(3):
-        tree_attention._arrays(TREE, 0, 0)
+        tree_attention._arrays(TREE, 0)
     assert tree_attention._arrays.cache_info().misses == 1

@@ -29,7 +29,7 @@ from trimtab.engine.head import head_of
 from trimtab.engine.layouts import Cache, DecodeLayout, PackLayout, PrefillLayout
 from trimtab.methods import Attached, Method, Routing, Sample, active, adapters, attach, combine, routed
 from trimtab.methods._attach import switch_of
-from trimtab.objectives import Objective, answered
+from trimtab.objectives import Objective, score_packs
 from trimtab.objectives.sft import SFT
 from trimtab.train import TrainConfig, train
 
@@ -82,8 +82,8 @@ def skip(reason: str) -> None:
 
 def learned_and_pooled(model: nn.Module, objective: Objective, packs: list[Pack]) -> tuple[list[Pack], float]:
     """The packs that have a loss, and what the objective estimates on the others."""
-    learned, pooled = answered(model, objective, packs)
-    return [pack for pack, _ in learned], pooled
+    learned, kl = score_packs(model, objective, packs)
+    return [pack for pack, _ in learned], kl
 
 
 @dataclass
@@ -115,17 +115,17 @@ class Case:
         """Of the loss over all rows, cut into packs of these numbers of rows."""
         for parameter in adapter.parameters().values():
             parameter.grad = None
-        packs, pooled = learned_and_pooled(model, self.objective, self.packed(rows, cut, pack))
+        packs, kl = learned_and_pooled(model, self.objective, self.packed(rows, cut, pack))
         items = sum(map(self.objective.items, packs))
         for one in packs:
-            (self.objective.loss(pack_logprobs(model, one), one, pooled) / items).backward()
+            (self.objective.loss(pack_logprobs(model, one), one, kl) / items).backward()
         return {name: p.grad.clone() for name, p in adapter.parameters().items() if p.grad is not None}
 
     def loss(self, model: nn.Module, rows: list[TokenRow]) -> Callable[[], float]:
         """The loss as a function of what the adapter is, at the divergence that it has now, which counts as constant."""
-        packs, pooled = learned_and_pooled(model, self.objective, self.packed(rows, [len(units(rows))]))
+        packs, kl = learned_and_pooled(model, self.objective, self.packed(rows, [len(units(rows))]))
         items = sum(map(self.objective.items, packs))
-        return lambda: sum(float(self.objective.loss(pack_logprobs(model, one), one, pooled)) for one in packs) / items
+        return lambda: sum(float(self.objective.loss(pack_logprobs(model, one), one, kl)) for one in packs) / items
 
     def packed(self, rows: list[TokenRow], cut: list[int], pack: Callable[[list[TokenRow]], Pack] = pack_flat) -> list[Pack]:
         """Packs of these numbers of rows each; mismatched answers have packs of their own."""

@@ -139,7 +139,7 @@ def _rows(asked: Asked, base: Base, objective: Objective) -> list[TokenRow]:
             f"--rows: {asked.data} has {len(whole):,} rows, not {asked.rows:,}. Ask for as many as it has, or fewer."
         )
     chosen = [rows[n] for unit in shuffled(len(whole), seed=0, epoch=0) for n in whole[unit]]
-    return with_mismatched(chosen, 0, base.context_length) if objective.pools else chosen
+    return with_mismatched(chosen, 0, base.context_length) if objective.estimates_kl else chosen
 
 
 def _made_up(count: int, vocabulary: int) -> Iterator[TokenRow]:

@@ -5,8 +5,7 @@ with nothing in common are a forest of single segments. Nothing here or above kn
 """
 
 from array import array
-from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import groupby, pairwise
 from typing import NamedTuple
 
@@ -95,23 +94,16 @@ def lay_out(given: Sequence[Sequence[int] | Numbers], *, share: bool = True) -> 
     return Tree(np.concatenate(parts), np.concatenate(spans), tuple(segments), tuple(leaves))
 
 
-def chained(segments: Sequence[Segment], cuts: Iterable[int]) -> tuple[Segment, ...]:
-    """The same tree with segments as chains, parted before these tokens."""
-    made, last, ordered = list[Segment](), list[int](), sorted(set(cuts))
-    for start, end, parent in segments:
-        above = last[parent] if parent >= 0 else -1
-        inside = ordered[bisect_right(ordered, start) : bisect_left(ordered, end)]
-        for low, high in pairwise([start, *inside, end]):
-            made.append(Segment(low, high, above))
-            above = len(made) - 1
-        last.append(above)
-    return tuple(made)
-
-
 def evenly_chained(segments: tuple[Segment, ...], most: int) -> tuple[Segment, ...]:
     """The same tree with segments of more than `most` tokens as chains of even ones."""
-    counts = [(start, end, -(-(end - start) // most)) for start, end, _ in segments]
-    return chained(segments, (start + (end - start) * n // count for start, end, count in counts for n in range(count)))
+    chained, last = list[Segment](), list[int]()
+    for start, end, parent in segments:
+        above, count = last[parent] if parent >= 0 else -1, -(-(end - start) // most)
+        for low, high in pairwise(start + (end - start) * n // count for n in range(count + 1)):
+            chained.append(Segment(low, high, above))
+            above = len(chained) - 1
+        last.append(above)
+    return tuple(chained)
 
 
 def alphabetical(rows: Sequence[Numbers]) -> list[int]:

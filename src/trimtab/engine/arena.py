@@ -17,7 +17,7 @@ LINE = 64
 """Bytes; every tensor starts at a multiple of it."""
 
 
-class Kept:
+class ActivationArena:
     """One block of memory, used from its start again by each pack, one pack after the other."""
 
     def __init__(self, size: float) -> None:
@@ -42,7 +42,7 @@ class Kept:
         return like.new_empty(0).set_(self.bytes.untyped_storage(), place, (rows, columns), (columns, 1))
 
 
-_kept: ContextVar[Kept | None] = ContextVar("kept", default=None)
+_kept: ContextVar[ActivationArena | None] = ContextVar("kept", default=None)
 _memory = threading.local()
 
 

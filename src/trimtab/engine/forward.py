@@ -14,7 +14,7 @@ from trimtab.data.pack import Pack, pack_flat
 from trimtab.engine.frozen_cache import FrozenLayerCache
 from trimtab.engine.fused import fuse, recomputed
 from trimtab.engine.head import head_of, sequence_logprobs
-from trimtab.engine.layouts import Earlier, PackLayout
+from trimtab.engine.layouts import PackLayout
 from trimtab.methods import Routing, routed, switch_of, unwrap
 
 DIVERGENCE_ROWS = 64
@@ -42,16 +42,14 @@ def pack_logprobs(
     *,
     recompute: bool = False,
     below: FrozenLayerCache | None = None,
-    earlier: Earlier | None = None,
 ) -> Tensor:
-    """Σ log p over the learned tokens of each of the pack's sequences: S. Differentiable, but for a pack that goes on from another.
+    """Σ log p over the learned tokens of each of the pack's sequences: S. Differentiable.
 
     Args:
         owners: For each of the pack's segments, the name of the adapter that acts on it, or None for the base alone; those
             that are switched on act on all of them unless given.
         recompute: Keep the layers' inputs alone, and compute the layers again in the backward pass: slower, in less memory.
         below: What is known of the rows from earlier passes, and learns from this one.
-        earlier: Is filled with what a pack that goes on from this one needs of it, and given to that one's pass.
     """
     routing = None
     if owners is not None:
@@ -60,7 +58,7 @@ def pack_logprobs(
         routing = Routing([one for one, length in zip(switches, lengths, strict=True) for _ in range(length)])
     at, row = pack.target_at.unique(return_inverse=True)
     with routed(routing), recomputed(recompute), below.of(pack) if below is not None else nullcontext():
-        hidden = states_at(model, pack, at, routing, earlier)
+        hidden = states_at(model, pack, at, routing)
     with routed(routing.select(at.tolist()) if routing else None):
         return sequence_logprobs(hidden, row, head_of(model), pack.target_token, pack.target_sequence, len(pack.sequences))
 
@@ -85,11 +83,10 @@ def pack_divergences(model: Any, other: Any, as_other: Callable[[], AbstractCont
     return torch.cat(parts)[row]
 
 
-def states_at(model: Any, pack: Pack, at: Tensor, routing: Routing | None = None, earlier: Earlier | None = None) -> Tensor:
+def states_at(model: Any, pack: Pack, at: Tensor, routing: Routing | None = None) -> Tensor:
     """The last hidden states of M of the pack's tokens: M d."""
-    layout = PackLayout(pack.segments, at if routing is None else None, pack.first, earlier)
+    layout = PackLayout(pack.segments, at if routing is None else None)
     hidden = hidden_states(model, pack.ids, pack.positions, layout)
-    layout.earlier = None  # layers that are computed again in the backward pass need not leave it again
     return hidden if layout.narrowed else hidden[at]
 
 

@@ -17,10 +17,6 @@ from torch import Tensor, nn
 from trimtab.core.attention_hook import Rules, Virtual, attend, causal, holding
 from trimtab.data.prefix_tree import Segment, Tree, paths_of
 
-Earlier = dict[int, tuple[Tensor, ...]]
-"""Of a pack's tokens, by attention layer: what those see of them that go on from it."""
-
-
 _longest: ContextVar[int] = ContextVar("longest", default=0)
 
 
@@ -34,18 +30,13 @@ class PackLayout:
 
     continues = False
 
-    def __init__(
-        self, segments: tuple[Segment, ...], wanted: Tensor | None = None, first: int = 0, earlier: "Earlier | None" = None
-    ) -> None:
+    def __init__(self, segments: tuple[Segment, ...], wanted: Tensor | None = None) -> None:
         """
         Args:
-            wanted: M of the T tokens, whose last hidden states somebody needs; all of them unless given.
-            first: Tokens of the segments that have been computed already, before these T.
-            earlier: What attention sees of them; or, where nothing has been, what it sees of these is left there.
+            wanted: M of the T tokens, whose last hidden states are needed; all of them unless given.
         """
         self.segments = segments
         self.wanted = wanted
-        self.first, self.earlier = first, earlier
         self.narrowed = False
         """The last layer has gone on with those alone, after its attention."""
         self.reached = False
@@ -65,29 +56,17 @@ class PackLayout:
         self.reached = True
         if rules.window is not None and _longest.get() > rules.window:
             rules = rules._replace(window=min(rules.window, -(-key.shape[2] // 2)))
-        key, value = self.seen(layer, 2, key, value)
-        asked = [number for number, segment in enumerate(self.segments) if segment.start >= self.first]
         # split, rather than slicing, so that the backward pass writes each gradient once instead of summing padded ones
-        queries = query.split([self.lengths[number] for number in asked], dim=2)
+        queries = query.split(self.lengths, dim=2)
         # In float32 until they are joined: what many segments see has as many gradients, which bfloat16 would add up wrongly.
         keys, values = (_wide(t).split(self.lengths, dim=2) for t in (key, value))
         before = self.before(layer, _wide(key), virtual)
         outputs = []
-        for q, number in zip(queries, asked, strict=True):
-            path, first = self.paths[number], before[number]
+        for q, path, first in zip(queries, self.paths, before, strict=True):
             parts = ([*(f[n] for f in first), *(t[s] for s in path)] for n, t in enumerate((keys, values)))
             k, v = (_joined(some).to(q.dtype) for some in parts)
             outputs.append(attend(q, k, v, causal(q.shape[2], k.shape[2], rules.window, q.device), rules))
         return torch.cat(outputs, dim=2).transpose(1, 2)
-
-    def seen(self, layer: nn.Module, dim: int, *own: Tensor) -> tuple[Tensor, ...]:
-        """Keys, values and whatever else of these tokens, in the dimension `dim`, after those of the earlier ones."""
-        if self.earlier is None:
-            return own
-        if not self.first:
-            self.earlier[id(layer)] = tuple(t.detach() for t in own)
-            return own
-        return tuple(torch.cat([e, t], dim=dim) for e, t in zip(self.earlier[id(layer)], own, strict=True))
 
     def before(self, layer: nn.Module, like: Tensor, virtual: Sequence[Virtual]) -> list[list[tuple[Tensor, Tensor]]]:
         """For each segment, the keys and values of the virtual tokens before its row."""

@@ -45,8 +45,6 @@ class Memory(NamedTuple):
     """Bytes that are left for a pack: one that takes more keeps the inputs of its layers alone, which are computed again."""
     kept: float
     """Bytes of the block in which packs that are computed once keep what they need in the backward pass."""
-    waiting: float
-    """Bytes of gradients that may wait for what is estimated on later packs."""
     below: float
     """Bytes that what frozen layers have made of rows may take."""
     most: float
@@ -111,11 +109,8 @@ def plan_memory(
     meanwhile = max(trained, passing)  # when an adapter is saved, a copy of it is made
     block = min(once.kept.of(*full), room - meanwhile) if recompute != "full" else 0.0
     most = max(most, min(kept, block) + meanwhile)
-    waiting = min(kept / 4, max(0.0, room - most))
-    waits = max((sum(pack.estimates for pack in step) * trained for step in steps), default=0)
-    most += waits if waits <= waiting else 0.0
     below = min(work.from_frozen, max(0.0, room - most)) if math.isfinite(room) else work.from_frozen
-    memory = Memory(tokens, cost, limit, block, waiting, below, 3 * trained + most + below, "")
+    memory = Memory(tokens, cost, limit, block, below, 3 * trained + most + below, "")
     return memory._replace(words=_words(memory, free, bool(others), recompute))
 
 

@@ -44,7 +44,7 @@ def score_preferences(
         ArtifactError: The reference has changed.
     """
     answers = evaluation_rows(base, examples)
-    rows = with_mismatched(answers, seed, room(base.model, base.context_length)) if objective.pools else answers
+    rows = with_mismatched(answers, seed, room(base.model, base.context_length)) if objective.estimates_kl else answers
     source = reference.source if reference is not None else "base"
     if reference is not None:
         referenced = add_reference_logprobs(base, adapter, source, rows, PACK_TOKENS)

@@ -18,7 +18,7 @@ from trimtab.data import Account, Conversation, Judged, Preference, asked, make_
 from trimtab.data.example import TokenRow
 from trimtab.engine import Answer, Ended, generate
 from trimtab.methods import room
-from trimtab.objectives import Objective, answered, averaged
+from trimtab.objectives import Objective, mean_measures, score_packs
 from trimtab.objectives.sft import SFT
 
 Interval = tuple[float, float]
@@ -78,19 +78,19 @@ def score_loss(base: Base, rows: Sequence[TokenRow], pack_tokens: int = 1024, ob
     counts: list[int] = []
     measures: list[dict[str, Tensor]] = []
     by_row: dict[int, float] = {}
-    scored, pooled = answered(base.model, objective, pack_all(rows, pack_tokens))
+    scored, kl = score_packs(base.model, objective, pack_all(rows, pack_tokens))
     for pack, logprobs in scored:
         for row, logprob in zip(pack.sequences, logprobs.tolist(), strict=True):
             if not math.isfinite(logprob):
                 raise NonFinite(f"The loss on {row.where} is not finite: the weights of the model or of an adapter are broken.")
             by_row[id(row)] = logprob
-        sums += objective.losses(logprobs, pack, pooled).tolist()
+        sums += objective.losses(logprobs, pack, kl).tolist()
         counts += objective.counts(pack)
-        measures.append(objective.measures(logprobs, pack, pooled))
+        measures.append(objective.measures(logprobs, pack, kl))
     tokens = sum(len(row.target_indices) for pack, _ in scored for row in pack.sequences)
     in_order = [by_row[id(row)] for row in rows if id(row) in by_row]
     loss, interval = sum(sums) / sum(counts), _bootstrap(sums, counts)
-    return Loss(loss, interval, tokens, len(sums), averaged(measures), sums, counts, in_order)
+    return Loss(loss, interval, tokens, len(sums), mean_measures(measures), sums, counts, in_order)
 
 
 def score_answers(

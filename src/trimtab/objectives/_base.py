@@ -33,8 +33,8 @@ class Objective(Choice):
     data_kind: ClassVar[Kind] = "answers"
     needs_reference: ClassVar[bool] = False
     """With a reference model, whose Σ log p each sequence brings along: see `Comparing`. Dropout is refused then."""
-    pools: ClassVar[bool] = False
-    """A number that is estimated on mismatched answers of the whole optimizer step, before any of its losses."""
+    estimates_kl: ClassVar[bool] = False
+    """Whether its losses need `kl_estimate`, which is computed on the mismatched answers of the whole step before any of them."""
     lr_multiplier: ClassVar[float] = 1.0
     """The best learning rate, as a multiple of the one for supervised fine-tuning."""
 
@@ -47,21 +47,21 @@ class Objective(Choice):
         """How many items each unit has: U."""
 
     @abstractmethod
-    def losses(self, logprobs: Tensor, pack: Pack, pooled: float) -> Tensor:
+    def losses(self, logprobs: Tensor, pack: Pack, kl: float) -> Tensor:
         """The sum over each unit's items, from Σ log p of each of the pack's sequences: S -> U."""
 
-    def measures(self, logprobs: Tensor, pack: Pack, pooled: float) -> dict[str, Tensor]:
+    def measures(self, logprobs: Tensor, pack: Pack, kl: float) -> dict[str, Tensor]:
         """What people read beside the loss: a value for each unit that has one. A step's or a data set's is their mean."""
         return {}
 
-    def pool(self, differences: Tensor) -> float:
-        """The number that is pooled, from log p / p_reference of the step's mismatched answers."""
+    def kl_estimate(self, log_ratios: Tensor) -> float:
+        """The number that is kl, from log p / p_reference of the step's mismatched answers."""
         return 0.0
 
     def items(self, pack: Pack) -> int:
         """How many terms the pack's loss sums."""
         return sum(self.counts(pack))
 
-    def loss(self, logprobs: Tensor, pack: Pack, pooled: float) -> Tensor:
+    def loss(self, logprobs: Tensor, pack: Pack, kl: float) -> Tensor:
         """The sum of those terms, a scalar, from Σ log p of each of the pack's sequences (S)."""
-        return self.losses(logprobs, pack, pooled).sum()
+        return self.losses(logprobs, pack, kl).sum()

@@ -1,65 +1,51 @@
-"""What an objective says of several packs at once: of an optimizer step's, or of all rows held out."""
+"""What an objective makes of several packs together: of an optimizer step, or of all held-out rows."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from trimtab.data import Pack
-from trimtab.engine import Earlier, pack_logprobs
+from trimtab.engine import pack_logprobs
 from trimtab.objectives._base import Objective
 
 
-class Pool:
-    """Gathers what an objective estimates on mismatched answers."""
+class KLEstimate:
+    """Collects log π / π_reference of mismatched answers, from which an objective estimates its KL divergence."""
 
     def __init__(self, objective: Objective) -> None:
         self.objective = objective
-        self.differences: list[Tensor] = []
+        self.log_ratios: list[Tensor] = []
 
     def add(self, pack: Pack, logprobs: Tensor) -> None:
-        """Σ log p of each of the pack's mismatched answers."""
-        reference = torch.tensor([row.reference for row in pack.sequences], dtype=torch.float64)
-        self.differences.append(logprobs.detach().cpu().double() - reference)
-
-    def pass_through(self, model: Any, pack: Pack, within: AbstractContextManager[None] | None = None, **how: Any) -> Tensor:
-        """Σ log p of each of the pack's sequences; mismatched answers that go on from them are gathered.
-
-        Args:
-            within: Where the pack's own pass happens.
-            how: As in `pack_logprobs`.
         """
-        earlier: Earlier = {}
-        with nullcontext() if within is None else within:
-            logprobs = pack_logprobs(model, pack, earlier=earlier if pack.after is not None else None, **how)
-        if pack.after is not None:
-            with torch.no_grad():
-                self.add(pack.after, pack_logprobs(model, pack.after, earlier=earlier))
-        return logprobs
+        Args:
+            logprobs: Σ log p of each of the pack's mismatched answers.
+        """
+        reference = torch.tensor([row.reference for row in pack.sequences], dtype=torch.float64)
+        self.log_ratios.append(logprobs.detach().cpu().double() - reference)
 
     @property
     def value(self) -> float:
-        """The number that is pooled, from all that has been gathered."""
-        return self.objective.pool(torch.cat([torch.zeros(0), *self.differences]))
+        return self.objective.kl_estimate(torch.cat([torch.zeros(0), *self.log_ratios]))
 
 
 @torch.no_grad()
-def answered(model: Any, objective: Objective, packs: Sequence[Pack]) -> tuple[list[tuple[Pack, Tensor]], float]:
-    """The packs that have a loss, each with Σ log p of its sequences; and the number that the objective estimates on the others."""
-    pool, learned, device = Pool(objective), list[tuple[Pack, Tensor]](), next(model.parameters()).device
+def score_packs(model: Any, objective: Objective, packs: Sequence[Pack]) -> tuple[list[tuple[Pack, Tensor]], float]:
+    """Each pack that has a loss, with Σ log p of its rows; and the objective's KL estimate on the others."""
+    estimate, scored, device = KLEstimate(objective), list[tuple[Pack, Tensor]](), next(model.parameters()).device
     for pack in packs:
-        logprobs = pool.pass_through(model, pack.to(device))  # one at a time is there
+        logprobs = pack_logprobs(model, pack.to(device))  # one pack at a time is on the device
         if pack.mismatched:
-            pool.add(pack, logprobs)
+            estimate.add(pack, logprobs)
         else:
-            learned.append((pack, logprobs))
-    return learned, pool.value
+            scored.append((pack, logprobs))
+    return scored, estimate.value
 
 
-def averaged(measured: Sequence[dict[str, Tensor]]) -> dict[str, float]:
+def mean_measures(measures: Sequence[dict[str, Tensor]]) -> dict[str, float]:
     """The mean of each measure over all packs."""
-    names = list(dict.fromkeys(name for one in measured for name in one))
-    values = {name: torch.cat([one[name] for one in measured if name in one]) for name in names}
+    names = list(dict.fromkeys(name for of_pack in measures for name in of_pack))
+    values = {name: torch.cat([of_pack[name] for of_pack in measures if name in of_pack]) for name in names}
     return {name: float(value.cpu().double().mean()) for name, value in values.items() if len(value)}

@@ -50,10 +50,10 @@ class Pairwise(Objective):
     def counts(self, pack: Pack) -> list[int]:
         return [1] * (len(pack.sequences) // 2)
 
-    def losses(self, logprobs: Tensor, pack: Pack, pooled: float) -> Tensor:
+    def losses(self, logprobs: Tensor, pack: Pack, kl: float) -> Tensor:
         return self.pair_losses(*sides(logprobs, pack))
 
-    def measures(self, logprobs: Tensor, pack: Pack, pooled: float) -> dict[str, Tensor]:
+    def measures(self, logprobs: Tensor, pack: Pack, kl: float) -> dict[str, Tensor]:
         chosen, rejected = sides(logprobs, pack)
         margin = self.reward(chosen) - self.reward(rejected)
         return {

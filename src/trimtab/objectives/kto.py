@@ -27,7 +27,7 @@ class KTO(Comparing):
     """
 
     data_kind: ClassVar[Kind] = "judged"
-    pools: ClassVar[bool] = True
+    estimates_kl: ClassVar[bool] = True
     lr_multiplier: ClassVar[float] = 0.1
 
     beta: Annotated[float, Field(gt=0)] = 0.1
@@ -49,12 +49,12 @@ class KTO(Comparing):
     def counts(self, pack: Pack) -> list[int]:
         return [1] * len(pack.sequences)
 
-    def losses(self, logprobs: Tensor, pack: Pack, pooled: float) -> Tensor:
+    def losses(self, logprobs: Tensor, pack: Pack, kl: float) -> Tensor:
         sign, weight = self._of_sides(pack, logprobs)
-        margin = sign * self.beta * (_ratio(logprobs, pack) - pooled)
+        margin = sign * self.beta * (_ratio(logprobs, pack) - kl)
         return weight * F.logsigmoid(-margin).exp()  # 1 − σ(margin), where that and its slope would round to 0 and 1, too
 
-    def measures(self, logprobs: Tensor, pack: Pack, pooled: float) -> dict[str, Tensor]:
+    def measures(self, logprobs: Tensor, pack: Pack, kl: float) -> dict[str, Tensor]:
         sign, _ = self._of_sides(pack, logprobs)
         reward = self.beta * _ratio(logprobs, pack)
         sides = {
@@ -62,10 +62,10 @@ class KTO(Comparing):
             for s, name in ((1, "good"), (-1, "bad"))
             for what, value in (("reward", reward), ("logp", logprobs))
         }
-        return {"accuracy": right(sign * (reward - self.beta * pooled)), "kl": torch.full_like(reward, pooled), **sides}
+        return {"accuracy": right(sign * (reward - self.beta * kl)), "kl": torch.full_like(reward, kl), **sides}
 
-    def pool(self, differences: Tensor) -> float:
-        return max(0.0, float(differences.double().mean())) if len(differences) else 0.0
+    def kl_estimate(self, log_ratios: Tensor) -> float:
+        return max(0.0, float(log_ratios.double().mean())) if len(log_ratios) else 0.0
 
     def _of_sides(self, pack: Pack, like: Tensor) -> tuple[Tensor, Tensor]:
         """Of each answer, 1 if it is good and −1 if it is bad; and its weight."""

@@ -12,5 +12,5 @@ class SFT(Objective):
     def counts(self, pack: Pack) -> list[int]:
         return [len(row.target_indices) for row in pack.sequences]
 
-    def losses(self, logprobs: Tensor, pack: Pack, pooled: float) -> Tensor:
+    def losses(self, logprobs: Tensor, pack: Pack, kl: float) -> Tensor:
         return -logprobs

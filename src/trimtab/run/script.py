@@ -1,17 +1,14 @@
 """One run, top to bottom: the script that carries a recipe out."""
 
 from contextlib import suppress
-from typing import Any
 
 from trimtab.artifacts import State
 from trimtab.artifacts.run_folder import ADAPTER, DATA, RECIPE, START
-from trimtab.base import Base
 from trimtab.certify.certificate import canaries, certify, refuse_failed
 from trimtab.certify.fresh_process import PACK_TOKENS
 from trimtab.core import files
 from trimtab.core.errors import NotMoved, StorageError, listing
 from trimtab.core.interrupts import interrupts_deferred
-from trimtab.data.example import TokenRow
 from trimtab.deploy import copy_adapter, save_adapter
 from trimtab.engine import Memory, Peak
 from trimtab.evaluate import Loss, score_loss
@@ -102,25 +99,8 @@ def _train(run: Run, prepared: PreparedRun, state: State | None, observer: RunOb
     """What was saved, and the names of the tensors that training has not moved."""
     recipe, steps = prepared.recipe, prepared.steps
     optimizer, first_values, peak = _optimizer(prepared, state)
-    checkpointer = Checkpointer(
-        run, prepared.base, optimizer, Progress(**state.facts) if state is not None else Progress(), _canary_scorer(prepared)
-    )
-    every = recipe.train.evaluate_every or max(1, -(-len(steps) // 4))
-
-    def evaluate_and_save(number: int, train_loss: float | None) -> None:
-        if (
-            not checkpointer.progress.evaluated_before_training
-        ):  # the base model's loss; only now, so that training starts at once
-            with prepared.adapter.disabled():
-                _evaluate(run, prepared, 0, observer)
-        checkpointer.progress.evaluated_before_training = True
-        checkpointer.save(number, train_loss, _evaluate(run, prepared, number, observer))
-
-    if state is None and _starts_elsewhere(recipe):
-        _evaluate(run, prepared, 0, observer)
-        checkpointer.progress.evaluated_before_training = True
-    elif state is not None and prepared.data.eval and checkpointer.lacks_evaluation(every, len(steps)):
-        evaluate_and_save(state.step, checkpointer.progress.last["train_loss"])
+    between = _BetweenSteps(run, prepared, optimizer, state, observer)
+    between.before_training(state)
     logged: Step | None = None
     try:
         for step in train(
@@ -134,35 +114,92 @@ def _train(run: Run, prepared: PreparedRun, state: State | None, observer: RunOb
             optimizer,
         ):
             with interrupts_deferred():
-                checkpointer.count(step)
-                run.logged("train", step.number, step.values)
+                between.log(step)
                 logged = step
             observer.logged("train", step.number, step.values)
             if step.skipped is not None:
                 observer.on_notice(step.skipped)
             if step.number == MOVED_BY and (unmoved := _unmoved(first_values, optimizer)):
                 raise NotMoved(f"after {MOVED_BY} steps, training has not moved {listing(unmoved)}")
-            if step.number % every == 0 or step.number == len(steps):
-                evaluate_and_save(step.number, step.loss)
+            if step.number % between.every == 0 or step.number == len(steps):
+                between.evaluate_and_save(step.number, step.loss)
     except KeyboardInterrupt:
         # Between an update and its line in the metrics, the last checkpoint stays the newest.
         with suppress(KeyboardInterrupt), interrupts_deferred():
-            if (
-                logged is not None
-                and optimizer.taken == logged.number
-                and checkpointer.progress.last.get("step") != logged.number
-            ):
-                observer.on_stage(f"saving step {logged.number}")
-                checkpointer.save(logged.number, logged.loss, None)
-        raise KeyboardInterrupt(checkpointer.resume_hint()) from None
+            if logged is not None and optimizer.taken == logged.number:
+                between.save_interrupted(logged)
+        raise KeyboardInterrupt(between.checkpointer.resume_hint()) from None
     if logged is not None:
         run.write(memory_held=_memory_held(peak, steps.memory))
-    return checkpointer.progress, _unmoved(first_values, optimizer) if len(steps) >= MOVED_BY else []
+    return between.checkpointer.progress, _unmoved(first_values, optimizer) if len(steps) >= MOVED_BY else []
 
 
-def _starts_elsewhere(recipe: Recipe) -> bool:
-    """Whether the model before training is compared with, rather than the base model: that is the reference, or can't read new tokens."""
-    return bool(recipe.method.new_tokens) or recipe.objective.needs_reference or recipe.start is not None
+class _BetweenSteps:
+    """What happens between the optimizer steps of a run: logging, evaluating, saving."""
+
+    def __init__(
+        self, run: Run, prepared: PreparedRun, optimizer: Optimizer, state: State | None, observer: RunObserver
+    ) -> None:
+        self.run, self.prepared, self.observer = run, prepared, observer
+        self.canaries = canaries(prepared.data)
+        progress = Progress(**state.facts) if state is not None else Progress()
+        self.checkpointer = Checkpointer(run, prepared.base, optimizer, progress, self.score_canaries)
+        self.every = prepared.recipe.train.evaluate_every or max(1, -(-len(prepared.steps) // 4))
+        """Steps from one evaluation to the next."""
+
+    def before_training(self, state: State | None) -> None:
+        """Evaluate the model before the first step, if that is compared with rather than the base model; or what a resumed run lacks."""
+        recipe, checkpointer = self.prepared.recipe, self.checkpointer
+        if state is None:
+            # The start is the reference; or the base model, without the adapter, can't read new tokens.
+            if recipe.method.new_tokens or recipe.objective.needs_reference or recipe.start is not None:
+                self.evaluate(0)
+                checkpointer.progress.evaluated_before_training = True
+        elif self.prepared.data.eval and checkpointer.lacks_evaluation(self.every, len(self.prepared.steps)):
+            self.evaluate_and_save(state.step, checkpointer.progress.last["train_loss"])
+
+    def log(self, step: Step) -> None:
+        self.checkpointer.count(step)
+        self.run.logged("train", step.number, step.values)
+
+    def evaluate_and_save(self, step: int, train_loss: float | None) -> None:
+        progress = self.checkpointer.progress
+        if not progress.evaluated_before_training:  # the base model's loss; only now, so that training starts at once
+            with self.prepared.adapter.disabled():
+                self.evaluate(0)
+        progress.evaluated_before_training = True
+        self.checkpointer.save(step, train_loss, self.evaluate(step))
+
+    def save_interrupted(self, step: Step) -> None:
+        """Save the last step, unless it has been saved."""
+        if self.checkpointer.progress.last.get("step") != step.number:
+            self.observer.on_stage(f"saving step {step.number}")
+            self.checkpointer.save(step.number, step.loss, None)
+
+    def evaluate(self, step: int) -> Loss | None:
+        prepared = self.prepared
+        if not prepared.data.eval:
+            return None
+        self.observer.on_stage("evaluating on the held-out examples")
+        scored = score_loss(prepared.base, prepared.data.eval, prepared.steps.memory.pack_tokens, prepared.recipe.objective)
+        low, high = scored.interval
+        values = {
+            "loss": scored.loss,
+            "low": low,
+            "high": high,
+            "tokens": scored.tokens,
+            "rows": scored.rows,
+            **scored.measures,
+        }
+        self.run.logged("eval", step, values)
+        self.observer.logged("eval", step, values)
+        return scored
+
+    def score_canaries(self, evaluated: Loss | None) -> list[tuple[str, float]]:
+        """Each canary's place, and its Σ log p in the model as it is; they are the first of the held-out rows, if there are any."""
+        rows = self.canaries
+        values = evaluated.logprobs[: len(rows)] if evaluated else logprobs(self.prepared.base, rows, PACK_TOKENS)
+        return [(row.where, value) for row, value in zip(rows, values, strict=True)]
 
 
 def _optimizer(prepared: PreparedRun, state: State | None) -> tuple[Optimizer, dict[str, str], Peak]:
@@ -176,33 +213,9 @@ def _optimizer(prepared: PreparedRun, state: State | None) -> tuple[Optimizer, d
     return optimizer, first_values, Peak(prepared.base.device, already)
 
 
-def _canary_scorer(prepared: PreparedRun) -> Any:
-    """A function that gives each canary's place and its Σ log p in the model as it is; they are the first of the held-out rows."""
-    rows: list[TokenRow] = canaries(prepared.data)
-    base: Base = prepared.base
-
-    def score(evaluated: Loss | None) -> list[tuple[str, float]]:
-        values = evaluated.logprobs[: len(rows)] if evaluated else logprobs(base, rows, PACK_TOKENS)
-        return [(row.where, value) for row, value in zip(rows, values, strict=True)]
-
-    return score
-
-
 def _unmoved(first_values: dict[str, str], optimizer: Optimizer) -> list[str]:
     now = optimizer.digests()
     return [name for name, digest in first_values.items() if now[name] == digest]
-
-
-def _evaluate(run: Run, prepared: PreparedRun, step: int, observer: RunObserver) -> Loss | None:
-    if not prepared.data.eval:
-        return None
-    observer.on_stage("evaluating on the held-out examples")
-    scored = score_loss(prepared.base, prepared.data.eval, prepared.steps.memory.pack_tokens, prepared.recipe.objective)
-    low, high = scored.interval
-    values = {"loss": scored.loss, "low": low, "high": high, "tokens": scored.tokens, "rows": scored.rows, **scored.measures}
-    run.logged("eval", step, values)
-    observer.logged("eval", step, values)
-    return scored
 
 
 def _memory_held(peak: Peak, memory: Memory) -> dict[str, float] | None:

@@ -162,7 +162,7 @@ def prepare_objective(
         raise RecipeError(
             f"method.dropout: {objective.name} compares with a reference model, and dropout would add noise to the difference. Set it to 0."
         )
-    train, held_out = (with_mismatched(part, seed, max_length) if part and objective.pools else part for part in rows)
+    train, held_out = (with_mismatched(part, seed, max_length) if part and objective.estimates_kl else part for part in rows)
     if not isinstance(objective, Comparing):
         return objective, (train, held_out), None
     referred = add_reference_logprobs(base, adapter, objective.reference, [*train, *held_out], PACK_TOKENS)

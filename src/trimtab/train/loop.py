@@ -7,11 +7,11 @@ import hashlib
 import math
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 
 from trimtab.base import Base
 from trimtab.core.errors import DataError, NonFinite
@@ -19,9 +19,9 @@ from trimtab.core.process import never_keep_freed_memory
 from trimtab.core.randomness import seeded
 from trimtab.data import Pack
 from trimtab.data.example import TokenRow
-from trimtab.engine import FrozenLayerCache, Kept, Memory, free_memory
+from trimtab.engine import ActivationArena, FrozenLayerCache, Memory, free_memory, pack_logprobs
 from trimtab.methods import Attached, LearningRateContext, Method
-from trimtab.objectives import Objective, Pool, averaged
+from trimtab.objectives import KLEstimate, Objective, mean_measures
 from trimtab.train.config import TrainConfig, learning_rate
 from trimtab.train.optimizer import Optimizer
 
@@ -91,7 +91,7 @@ def train(
         DataError: A step has nothing to learn.
     """
     optimizer = optimizer or Optimizer(adapter, config.weight_decay)
-    passes, late, in_a_row = _Passes(base, optimizer.parameters, objective, config, memory), None, 0
+    passes, late, in_a_row = _Passes(base, objective, config, memory), None, 0
     optimizer.clear()
     for number in range(optimizer.taken + 1, len(steps) + 1):
         started = time.perf_counter()
@@ -101,7 +101,7 @@ def train(
         if items == 0:
             raise DataError(f"step {number}: none of its rows has anything to learn.")
         adapter.train(not objective.needs_reference)
-        losses, measured = passes.gradients(number, packs, items)
+        losses, measures = passes.gradients(number, packs, items)
         adapter.train(False)
         norm = torch.nn.utils.clip_grad_norm_(optimizer.parameters, config.clip if config.clip is not None else float("inf"))
         mean = torch.stack(losses).cpu().double().sum().item() / items  # in float64 on the host: not every device has it
@@ -112,8 +112,8 @@ def train(
             optimizer.skip() if skipped else optimizer.step(lr)
         except KeyboardInterrupt as error:
             late = error
-        counts = items, sum(row.shown for row in rows), sum(pack.computed for pack in packs)
-        yield Step(number, mean, *counts, time.perf_counter() - started, norm.item(), lr, averaged(measured), skipped)
+        counts = items, sum(row.shown for row in rows), sum(len(pack.ids) for pack in packs)
+        yield Step(number, mean, *counts, time.perf_counter() - started, norm.item(), lr, mean_measures(measures), skipped)
         if late is not None:
             raise late
     optimizer.release()
@@ -122,76 +122,35 @@ def train(
 class _Passes:
     """Forward and backward passes, and what they share from pack to pack."""
 
-    def __init__(
-        self, base: Base, parameters: list[nn.Parameter], objective: Objective, config: TrainConfig, memory: Memory | None
-    ) -> None:
+    def __init__(self, base: Base, objective: Objective, config: TrainConfig, memory: Memory | None) -> None:
         never_keep_freed_memory()
-        self.base, self.parameters, self.objective, self.seed = base, parameters, objective, config.seed
+        self.base, self.objective, self.seed = base, objective, config.seed
         self.memory = memory
-        self.kept = Kept(memory.kept * 1.01) if memory and base.device.type == "cpu" else None
+        self.arena = ActivationArena(memory.kept * 1.01) if memory and base.device.type == "cpu" else None
         below = memory.below if memory else free_memory(base.device) / 4
         self.below = FrozenLayerCache(base.model, below) if config.repeats else None
-        self.room = memory.waiting if memory else math.inf
-        """Bytes of gradients that may wait."""
 
     def gradients(self, number: int, packs: list[Pack], items: int) -> tuple[list[torch.Tensor], list[dict[str, torch.Tensor]]]:
-        """Add the gradients of a step's packs to the parameters'; their losses, and what else is measured.
-
-        Some packs must wait for what is estimated on later ones (see `pack_all`). They have one answer each, so the gradient of
-        its log-probability is the loss's up to a factor, and waits; or, where that takes too much memory, is computed afterwards.
-        """
-        device, measured, pool = self.base.device, list[dict[str, torch.Tensor]](), Pool(self.objective)
-        losses: list[torch.Tensor] = []
-        missing = sum(pack.estimates for pack in packs)
-        room = missing * sum(p.nbytes for p in self.parameters) <= self.room
-        waiting: list[tuple[Pack, torch.Tensor, list[torch.Tensor | None]]] = []
-        again: list[Pack] = []
-
-        def learn(pack: Pack, logprobs: torch.Tensor) -> None:
-            loss = self.objective.loss(logprobs, pack, pool.value)
-            (loss / items).backward()
-            measured.append(self.objective.measures(logprobs.detach(), pack, pool.value))
-            losses.append(loss.detach())  # read once, after the step: .item() waits for the device
-
+        """Add the gradients of a step's packs to the parameters'; their losses, and what else is measured."""
+        device, measures, losses = self.base.device, list[dict[str, torch.Tensor]](), list[torch.Tensor]()
+        estimate = KLEstimate(self.objective)
         for part, pack in enumerate(packs):
-            missing -= pack.estimates
-            wanted = not pack.mismatched and (room or not missing)
-            with seeded(_dropout_seed(self.seed, number, part), device), torch.set_grad_enabled(wanted):
-                logprobs = self._logprobs(pack, pool)
-            if pack.mismatched:
-                pool.add(pack, logprobs)
-            elif not missing:
-                learn(pack, logprobs)
-            elif room:
-                factor = logprobs.detach().requires_grad_()
-                waiting.append((pack, factor, self._gradients_alone(logprobs)))
-            else:
-                again.append(replace(pack, after=None))
-        for pack in again:
-            learn(pack, self._logprobs(pack, pool))
-        for pack, logprobs, gradients in waiting:
-            learn(pack, logprobs)
-            for parameter, gradient in zip(self.parameters, gradients, strict=True):
-                if gradient is not None and parameter.grad is not None and logprobs.grad is not None:
-                    parameter.grad.add_(gradient, alpha=logprobs.grad.item())
-        return losses, measured
+            with seeded(_dropout_seed(self.seed, number, part), device), torch.set_grad_enabled(not pack.mismatched):
+                logprobs = self._logprobs(pack)
+            if pack.mismatched:  # these come first: every loss of the step depends on them
+                estimate.add(pack, logprobs)
+                continue
+            loss = self.objective.loss(logprobs, pack, estimate.value)
+            (loss / items).backward()
+            measures.append(self.objective.measures(logprobs.detach(), pack, estimate.value))
+            losses.append(loss.detach())  # read once, after the step: .item() waits for the device
+        return losses, measures
 
-    def _gradients_alone(self, logprobs: torch.Tensor) -> list[torch.Tensor | None]:
-        """Of Σ log p, in place of the parameters' own for as long. What torch.autograd.grad gives are views, which hold more."""
-        own = [parameter.grad for parameter in self.parameters]
-        for parameter in self.parameters:
-            parameter.grad = torch.zeros_like(parameter)
-        logprobs.sum().backward()
-        found = [parameter.grad for parameter in self.parameters]
-        for parameter, gradient in zip(self.parameters, own, strict=True):
-            parameter.grad = gradient
-        return found
-
-    def _logprobs(self, pack: Pack, pool: Pool) -> torch.Tensor:
+    def _logprobs(self, pack: Pack) -> torch.Tensor:
         recompute = self.memory is not None and self.memory.twice(pack)
-        below = self.below if pack.after is None else None  # what goes on from the pack needs every layer's keys and values
-        within = self.kept.again() if self.kept is not None and torch.is_grad_enabled() and not recompute else None
-        return pool.pass_through(self.base.model, pack, within, recompute=recompute, below=below)
+        in_arena = self.arena is not None and torch.is_grad_enabled() and not recompute
+        with self.arena.again() if in_arena and self.arena else nullcontext():
+            return pack_logprobs(self.base.model, pack, recompute=recompute, below=self.below)
 
 
 def peak_learning_rate(

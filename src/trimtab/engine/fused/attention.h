@@ -14,14 +14,14 @@ enum { NAME(QUERIES) = 64, NAME(KEYS) = 256 };
 #define KEYS NAME(KEYS)
 
 typedef struct {
-    int64_t segments, asked, tokens, groups, each, head, virtual_tokens;
+    int64_t segments, tokens, groups, each, head, virtual_tokens;
     int64_t window;                     /* 0 for none */
     int64_t q_row, k_row, v_row, d_row; /* between rows of q, of k, of v, and of dq, dk and dv */
     double scale;
     const int64_t *start, *end;    /* of each segment, in tokens */
     const int64_t *path, *on_path; /* segment s sees segments on_path[path[s]] to on_path[path[s + 1] - 1], itself the last */
     const int64_t *users, *user, *before; /* and is seen by user[users[s]] to user[users[s + 1] - 1], after so many keys */
-    const int64_t *order; /* segments, the most work first: `asked`, all of them but for those that are only seen */
+    const int64_t *order; /* segments, the most work first */
 } NAME(Tree);
 
 static inline int64_t NAME(keys)(const NAME(Tree) * t, int64_t segment) {
@@ -175,7 +175,7 @@ static void NAME(transpose)(const REAL *rows, int64_t wide, int64_t head, int64_
 }
 
 /* Heads in a task: those of a group share its keys, where that leaves tasks enough for threads to share out. */
-static inline int64_t NAME(together)(const NAME(Tree) * t) { return t->asked * t->groups < 8 ? 1 : t->each; }
+static inline int64_t NAME(together)(const NAME(Tree) * t) { return t->segments * t->groups < 8 ? 1 : t->each; }
 
 static REAL *NAME(memory)(int64_t numbers) { return aligned_alloc(64, whole(numbers * (int64_t)sizeof(REAL), 64)); }
 
@@ -186,7 +186,7 @@ int64_t NAME(attend)(const NAME(Tree) * t, const REAL *q, const REAL *k, const R
     int64_t together = NAME(together)(t), parts = heads / together;
     REAL scale = (REAL)t->scale;
 #pragma omp parallel for schedule(dynamic) reduction(+ : failed)
-    for (int64_t task = 0; task < t->asked * parts; task++) {
+    for (int64_t task = 0; task < t->segments * parts; task++) {
         int64_t s = t->order[task / parts], part = task % parts, group = part * together / t->each;
         int64_t keys = NAME(keys)(t, s), room = whole(keys, COLUMNS);
         REAL *rows = NAME(memory)(room * (wide + head) + QUERIES * (2 * wide + KEYS));

@@ -73,9 +73,8 @@ def _attention(
         q, k = (_normed_heads(t, size, how) for t, how in ((q, attention.q_norm), (k, attention.k_norm)))
     holder = attention.config if _family(attention, "Attention") in WINDOW_OF_MODEL else attention
     first = virtual[0].of(attention, x) if virtual else None
-    k, v, cos, sin = layout.seen(attention, 0, k, v, cos, sin)
     window = getattr(holder, "sliding_window", None)
-    plan = AttentionPlan(layout.segments, first[0].shape[2] if first else 0, window, layout.first)
+    plan = AttentionPlan(layout.segments, first[0].shape[2] if first else 0, window)
     sizes = Sizes(groups, heads // groups, size)
     out = attend(q, k, v, cos, sin, plan, sizes, attention.scaling, (first[0][0], first[1][0]) if first else None)
     return _through(*_rows(wanted, x, out), attention.o_proj, after, scale)

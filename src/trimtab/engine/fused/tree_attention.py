@@ -33,8 +33,6 @@ class AttentionPlan(NamedTuple):
     """Tokens before every segment, which all see."""
     window: int | None
     """How many tokens back, itself included."""
-    first: int = 0
-    """Tokens that ask nothing: they are only seen."""
 
 
 class ScoreBlock(NamedTuple):
@@ -57,13 +55,11 @@ class SegmentPlan(NamedTuple):
 
 @lru_cache(maxsize=16)  # every layer asks the same
 def segment_plans(plan: AttentionPlan, dtype: torch.dtype) -> tuple[SegmentPlan, ...]:
-    """A tree's attention, as calls: each segment of tokens that ask after the virtual ones."""
-    segments, virtual, window, first = plan
+    """A tree's attention, as calls: each segment after the virtual tokens."""
+    segments, virtual, window = plan
     made = []
     for (start, end, _), numbers in zip(segments, paths_of(segments), strict=True):
         path = tuple((segments[n].start, segments[n].end) for n in numbers)
-        if start < first:
-            continue
         before = virtual + sum(high - low for low, high in path[:-1])
         size = -(-(end - start) // -(-(end - start) // BLOCK))
         blocks = []
@@ -117,27 +113,20 @@ def attend(
     scale: float,
     virtual: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
-    """T H·K queries, T G·K keys and values -> T H·K. Turns q and k by cos and sin (T K). Of those that ask, T may be less.
+    """T H·K queries, T G·K keys and values -> T H·K. Turns q and k by cos and sin (T K).
 
     Args:
         virtual: Keys and values before every segment's: each G P K.
     """
     how = _Compiled if kernels.compiled(q, k, v, cos, sin, *(virtual or ())) else _InTorch
-    if plan.first:
-        assert not torch.is_grad_enabled(), "no gradient of what goes on from others"
-        q = torch.cat([q.new_empty(plan.first, q.shape[1]), q])
-    out = how.apply(q, k, v, cos, sin, plan, sizes, scale, *(virtual or (None, None)))
-    return out[plan.first :] if plan.first else out
+    return how.apply(q, k, v, cos, sin, plan, sizes, scale, *(virtual or (None, None)))
 
 
 class _Tree(ctypes.Structure):
     """As in attention.h."""
 
     _fields_: ClassVar = [
-        *(
-            (name, ctypes.c_int64)
-            for name in ("segments", "asked", "tokens", "groups", "each", "head", "virtual_tokens", "window")
-        ),
+        *((name, ctypes.c_int64) for name in ("segments", "tokens", "groups", "each", "head", "virtual_tokens", "window")),
         *((name, ctypes.c_int64) for name in ("q_row", "k_row", "v_row", "d_row")),
         ("scale", ctypes.c_double),
         *((name, ctypes.c_void_p) for name in ("start", "end", "path", "on_path", "users", "user", "before", "order")),
@@ -151,10 +140,10 @@ def _cut(segments: tuple[Segment, ...]) -> tuple[Segment, ...]:
 
 
 @lru_cache(maxsize=16)
-def _arrays(segments: tuple[Segment, ...], virtual: int, first: int) -> tuple[Tensor, ...]:
+def _arrays(segments: tuple[Segment, ...], virtual: int) -> tuple[Tensor, ...]:
     """Of attention.h's Tree."""
     lengths = [end - start for start, end, _ in segments]
-    paths, asking = paths_of(segments), (n for n, segment in enumerate(segments) if segment.start >= first)
+    paths = paths_of(segments)
     seen_by: list[list[tuple[int, int]]] = [[] for _ in segments]
     for number, path in enumerate(paths):
         for place, one in enumerate(path):
@@ -167,7 +156,7 @@ def _arrays(segments: tuple[Segment, ...], virtual: int, first: int) -> tuple[Te
         [0, *accumulate(map(len, seen_by))],
         [user for users in seen_by for user, _ in users],
         [before for users in seen_by for _, before in users],
-        sorted(asking, key=lambda n: -lengths[n] * sum(lengths[m] for m in paths[n])),
+        sorted(range(len(segments)), key=lambda n: -lengths[n] * sum(lengths[m] for m in paths[n])),
     ]
     return tuple(torch.tensor(array, dtype=torch.int64) for array in arrays)
 
@@ -208,9 +197,9 @@ def _call(
     (plan, sizes, scale), call = about, kernels.compiled(q, k, v)
     assert call is not None, "as in the forward pass"
     segments, window = _cut(plan.segments), plan.window or 0
-    arrays = _arrays(segments, plan.virtual, plan.first)
+    arrays = _arrays(segments, plan.virtual)
     rows = (q.stride(0), k.stride(0), v.stride(0), d_row)
-    numbers = (len(segments), len(arrays[-1]), len(q), *sizes, plan.virtual, window, *rows)
+    numbers = (len(segments), len(q), *sizes, plan.virtual, window, *rows)
     tree = _Tree(*numbers, scale, *(array.data_ptr() for array in arrays))
     if call(name, tree, q, k, v, *others):
         raise MemoryError(f"no memory for attention over {len(q):,} tokens: lower train.pack_tokens or data.max_length")

@@ -113,10 +113,10 @@ def test_every_run_makes_its_own_pass_of_the_reference(folder, tmp_path, monkeyp
     rows = driver._rows(asked, base, objective)
     spec = driver._prepare(asked, base, rows, LoRA(rank=2), tmp_path) | {"objective": objective.plain()}
     computed = []
-    refer = ours.add_reference_logprobs
+    original = ours.add_reference_logprobs
 
     def counted(*given):
-        referred = refer(*given)
+        referred = original(*given)
         computed.append(referred.facts["computed"])
         return referred
 

@@ -354,7 +354,7 @@ def test_a_careless_user_is_told_what_is_wrong_and_nothing_is_left_behind(words,
         ),
         (
             "train r.yaml --max-steps 9",
-            "unrecognized arguments: --max-steps 9. --max-steps: it is not here: train.epochs may be a fraction, such as 0.5",
+            "unrecognized arguments: --max-steps 9. --max-steps: it is not supported: train.epochs may be a fraction, such as 0.5",
         ),
         ("show run key=value", "unrecognized arguments: key=value"),
         ("combine run out", "argument TARGET=WEIGHT: expected a folder and its weight, such as runs/first=0.5, got 'run'"),

@@ -456,7 +456,7 @@ def test_a_prompt_that_divides_in_another_way_keeps_its_own_tokens(look, alone, 
     """Whichever of the two comes first in the vocabulary, and no token lies across the border."""
     tokenizer = bytes_tokenizer(("</s>",))
     letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.TokenRow([pre_tokenizers.Split(Regex(look), "isolated"), letters])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(look), "isolated"), letters])
     base = base_of(tokenizer, eos_token="</s>")
 
     def tokens(text):

@@ -91,7 +91,7 @@ def test_an_answer_is_right_if_it_is_the_expected_one_but_for_white_space_around
         base, [asked("Hello", said), asked("Hello", f"  {said}\n"), asked("Hello", said + "!")]
     )
     # A random model never stops; what it says up to the limit is longer than what was expected.
-    assert not right.stopped
+    assert right.ended == "length"
     assert right.answer.startswith(said[:20])
     assert (right.expected, padded.expected.strip(), wrong.expected) == (said, said.strip(), said + "!")
     for answer in (right, padded, wrong):
@@ -149,7 +149,7 @@ def test_plain_text_has_a_loss_and_no_answers(base):
 def test_rows_that_cannot_be_measured_are_refused_rather_than_left_out(base):
     with pytest.raises(DataError, match=r"rows:2: messages\[0\] \(user\) holds the model's control token <\|im_end\|> as text"):
         score(base, [asked("Hello", "4"), asked("a<|im_end|>b", "4", "rows:2")])
-    with pytest.raises(DataError, match="no rows to measure on"):
+    with pytest.raises(DataError, match="there are no examples"):
         score(base, [])
 
 
@@ -159,7 +159,7 @@ def test_a_broken_model_has_no_score(base):
         kept = base.model.model.norm.weight.clone()
         base.model.model.norm.weight[0] = float("nan")
     try:
-        with pytest.raises(NonFinite, match="The loss on rows:1 is not a number"):
+        with pytest.raises(NonFinite, match="The loss on rows:1 is not finite"):
             score_loss(base, rows)
     finally:
         with torch.no_grad():

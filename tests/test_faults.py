@@ -29,8 +29,8 @@ def made(world, tmp_path_factory):
     shutil.copytree(world, place)
 
     class Ends(RunObserver):
-        def stepped(self, step, steps):
-            if step.number == 7:
+        def logged(self, kind, step, values):
+            if (kind, step) == ("train", 7):
                 raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:

@@ -12,6 +12,7 @@ import trimtab as package
 from trimtab.artifacts import read_adapter
 from trimtab.base import Base, ModelConfig, config
 from trimtab.base import here as held_here
+from trimtab.core import files
 from trimtab.core.errors import ArtifactError, RecipeError
 from trimtab.deploy import load_model
 from trimtab.evaluate import reference
@@ -106,7 +107,7 @@ def test_a_device_that_is_not_here_is_said_and_another_is_taken(here, trimtab):
     manifest = json.loads(Path("run/adapter/trimtab.json").read_text())
     manifest["base"]["model"]["device"] = "cuda:7"
     del manifest["digest"]
-    package.files.write_manifest(Path("run/adapter/trimtab.json"), manifest.pop("format"), manifest)
+    files.write_manifest(Path("run/adapter/trimtab.json"), manifest.pop("format"), manifest)
     said = "trimtab: run/adapter: it was trained on cuda:7, which is not here, so it runs on cpu: results may differ by rounding.\n"
     for words in (["chat", "run", "--prompt", "x"], ["eval", "run"], ["merge", "--force", "run", "merged"]):
         done = trimtab(*words)
@@ -123,7 +124,7 @@ def test_a_manifest_that_asks_for_what_there_is_not_is_refused_by_its_name(news,
     manifest = json.loads(Path("run/adapter/trimtab.json").read_text())
     manifest["base"]["model"] |= news
     del manifest["digest"]
-    package.files.write_manifest(Path("run/adapter/trimtab.json"), manifest.pop("format"), manifest)
+    files.write_manifest(Path("run/adapter/trimtab.json"), manifest.pop("format"), manifest)
     with pytest.raises(ArtifactError, match=rf"run/adapter/trimtab\.json: base\.model: {next(iter(news))}: "):
         load_model("run")
 
@@ -140,7 +141,7 @@ def test_a_model_that_is_compared_with_is_held_as_the_policy_is(here):
     asked = ModelConfig(name="switched", dtype="bfloat16", device="cpu", template={"enable_thinking": False})
     base = Base.load(asked)
     adapter = package.attach(base.model, package.LoRA(rank=2))
-    with reference._opened(base, adapter, str(here / "other")) as other:
+    with reference._open(base, adapter, str(here / "other")) as other:
         assert other.base.model.dtype == torch.bfloat16
         assert (other.base.config.device, other.base.config.template) == ("cpu", {})
 

@@ -125,7 +125,7 @@ def test_a_reference_that_was_spoilt_in_the_cache_is_caught(home):
     (path,) = (home / "reference").glob("*.json")
     known = {key: value - 0.5 for key, value in json.loads(path.read_text())["logprobs"].items()}
     reference._write(path, known)  # whole, and wrong
-    with pytest.raises(WrongReference, match="say which is meant"):
+    with pytest.raises(WrongReference, match="name the right one with objective.reference"):
         start_of(Objective.pick("dpo"), base, adapter, PAIRS)
 
 
@@ -188,7 +188,7 @@ def test_a_damaged_cache_is_made_anew(home, damage):
 
 
 def test_the_oldest_reference_goes_first(home, monkeypatch):
-    monkeypatch.setattr(reference, "KEPT", 2)
+    monkeypatch.setattr(reference, "MAX_CACHED", 2)
     base, adapter = base_with(trained=True)
     for seed in range(4):
         perturb(adapter.parameters(), 0.1, seed=seed)
@@ -302,7 +302,7 @@ def test_other_code_makes_the_numbers_of_the_reference_anew(monkeypatch):
     add_reference_logprobs(base, adapter, "base", PAIRS, 64)
     assert add_reference_logprobs(base, adapter, "base", PAIRS, 64).facts["computed"] == 0
     first = add_reference_logprobs(base, adapter, "base", PAIRS, 64).facts["identity"]
-    monkeypatch.setattr(reference, "_made_by", lambda: "other")
+    monkeypatch.setattr(reference, "_code_version", lambda: "other")
     again = add_reference_logprobs(base, adapter, "base", PAIRS, 64).facts
     assert again["computed"] == len(PAIRS)
     assert again["identity"] == first  # the model is the same: a run of before can still be evaluated
@@ -346,14 +346,14 @@ def test_a_recipe_trains_by_preference(world, tmp_path, name):
     assert evals[-1]["accuracy"] == 1.0
     assert {"accuracy", "good_reward" if name == "kto" else "margin"} <= lines[-2].keys()
     needs_reference = name in ("dpo", "kto")
-    assert (run.state["reference"] is not None) == needs_reference
+    assert (run.record["reference"] is not None) == needs_reference
     if name == "dpo":
         assert evals[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
-        assert run.state["reference"]["kind"] == "base"
+        assert run.record["reference"]["kind"] == "base"
     if name == "kto":
-        assert isinstance(run.state["objective"]["desirable"], float)
+        assert isinstance(run.record["objective"]["desirable"], float)
     again = run_recipe(Recipe.read(run.folder / "recipe.yaml").model_copy(update={"output": tmp_path / "again"}))
-    assert again.state["best"] == run.state["best"] | {"folder": again.state["best"]["folder"]}
+    assert again.record["best"] == run.record["best"] | {"folder": again.record["best"]["folder"]}
     assert files.sha256_file(again.folder / "adapter/adapter_model.safetensors") == files.sha256_file(
         run.folder / "adapter/adapter_model.safetensors"
     )
@@ -374,12 +374,12 @@ def test_preference_after_supervised_training_keeps_its_lineage(world, tmp_path,
             world, tmp_path, start=str(tmp_path / "sft"), objective="dpo", data={"train": str(world / "pairs.jsonl"), "eval": 6}
         )
     )
-    assert second.state["reference"]["kind"] == "start"
-    assert second.state["method"] == first.state["method"]
-    assert second.state["start"]["weights"] == files.sha256_file(first.folder / "adapter/adapter_model.safetensors")
+    assert second.record["reference"]["kind"] == "start"
+    assert second.record["method"] == first.record["method"]
+    assert second.record["start"]["weights"] == files.sha256_file(first.folder / "adapter/adapter_model.safetensors")
     manifest = json.loads((second.folder / "adapter/trimtab.json").read_text())["trained"]
-    assert manifest["start"]["trained"]["data_digest"] == first.state["data_digest"]
-    assert manifest["data_digest"] == second.state["data_digest"]
+    assert manifest["start"]["trained"]["data_digest"] == first.record["data_digest"]
+    assert manifest["data_digest"] == second.record["data_digest"]
     evals = [json.loads(line) for line in (second.folder / "metrics.jsonl").read_text().splitlines() if '"eval"' in line]
     assert evals[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert evals[-1]["margin"] > 0
@@ -402,7 +402,7 @@ def test_preference_after_supervised_training_keeps_its_lineage(world, tmp_path,
         assert (scores["divergence"] > 1e-3) == moved
         assert scores["base"]["divergence"] > 1e-3
     repeated = Recipe.read(second.folder / "recipe.yaml").model_copy(update={"output": tmp_path / "again"})
-    assert run_recipe(repeated).state["reference"]["identity"] == second.state["reference"]["identity"]
+    assert run_recipe(repeated).record["reference"]["identity"] == second.record["reference"]["identity"]
 
 
 def test_a_start_that_does_not_fit_is_refused(world, tmp_path):
@@ -410,7 +410,7 @@ def test_a_start_that_does_not_fit_is_refused(world, tmp_path):
     run_recipe(recipe(world, tmp_path, output=str(tmp_path / "sft"), data=data, method={"rank": 3}))
     for keys, words in (
         ({"start": str(tmp_path / "nothing")}, "is no run or adapter folder"),
-        ({"start": str(tmp_path / "sft"), "method": {"rank": 4}}, "holds another"),
+        ({"start": str(tmp_path / "sft"), "method": {"rank": 4}}, "has another"),
         ({"start": str(tmp_path / "sft"), "model": str(world / "other")}, "trained on another base"),
     ):
         with pytest.raises(Exception, match=words):
@@ -421,11 +421,11 @@ def test_a_start_that_does_not_fit_is_refused(world, tmp_path):
 def test_the_reference_can_be_another_model_of_the_same_tokenizer(world, tmp_path):
     data = {"train": str(world / "pairs.jsonl"), "eval": 6}
     run = run_recipe(recipe(world, tmp_path, data=data, objective={"name": "dpo", "reference": str(world / "other")}))
-    assert run.state["reference"]["kind"] == str(world / "other")
+    assert run.record["reference"]["kind"] == str(world / "other")
     shutil.copytree(world / "other", tmp_path / "strange")
     text = (tmp_path / "strange/tokenizer.json").read_text()
     (tmp_path / "strange/tokenizer.json").write_text(text.replace('"add_prefix_space": false', '"add_prefix_space": true', 1))
-    with pytest.raises(RecipeError, match="other tokens"):
+    with pytest.raises(RecipeError, match="another tokenizer"):
         run_recipe(
             recipe(
                 world,
@@ -452,7 +452,7 @@ def test_eval_tells_what_the_runs_objective_makes_of_its_held_out_rows(world, tm
     data = {"train": str(world / ("judged.jsonl" if name == "kto" else "pairs.jsonl")), "eval": 6}
     run = run_recipe(recipe(world, tmp_path, objective=name, data=data))
     last = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines() if '"eval"' in line]
-    best = next(line for line in last if line["step"] == run.state["best"]["step"])
+    best = next(line for line in last if line["step"] == run.record["best"]["step"])
     assert cli.main(["eval", str(run.folder), "--base", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["loss"] == pytest.approx(best["loss"], abs=1e-5)
@@ -461,7 +461,7 @@ def test_eval_tells_what_the_runs_objective_makes_of_its_held_out_rows(world, tm
     assert told["divergence"] > 0.01
     assert told["base"]["divergence"] == 0.0
     assert cli.main(["eval", str(run.folder), "--base"]) == 0
-    assert f"6 rows, {name}" in capsys.readouterr().out
+    assert f"6 examples, {name}" in capsys.readouterr().out
     assert cli.main(["eval", str(run.folder), "--base", "--show", "2", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     sides = {"answer", "question", *(() if name == "kto" else ("chosen", "rejected"))}
@@ -489,7 +489,7 @@ def test_a_reference_that_has_changed_since_is_not_compared_with(world, tmp_path
     shutil.rmtree(sft.folder)
     run_recipe(recipe(world, tmp_path, output=str(sft.folder), data={"train": str(world / "sft.jsonl"), "eval": 8}))
     assert cli.main(["eval", str(run.folder)]) == 4
-    assert "is not what it was" in capsys.readouterr().err
+    assert "has changed since" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["dpo", "kto"])
@@ -500,11 +500,11 @@ def test_a_fresh_adapter_can_be_the_reference(world, tmp_path, capsys, method, n
     objective, train = {"name": name, "reference": "start"}, {"epochs": 2, "rows_per_step": 8, "lr": 1e-2}
     run = run_recipe(recipe(world, tmp_path, objective=objective, data=data, method=method, train=train))
     virtual = not Method.member(method).identity_at_init
-    assert run.state["reference"]["kind"] == ("start" if virtual else "base")
-    assert run.state["reference"]["start_differs"] < 1e-4
+    assert run.record["reference"]["kind"] == ("start" if virtual else "base")
+    assert run.record["reference"]["start_differs"] < 1e-4
     assert (run.folder / "start").is_dir() == virtual
     last = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines() if '"eval"' in line]
-    best = next(line for line in last if line["step"] == run.state["best"]["step"])
+    best = next(line for line in last if line["step"] == run.record["best"]["step"])
     if name == "dpo":
         assert last[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
     run.folder.rename(tmp_path / "elsewhere")
@@ -524,8 +524,8 @@ def test_a_run_with_a_fresh_reference_goes_on_with_it(world, tmp_path):
     whole = run_recipe(recipe(world, tmp_path, output=str(tmp_path / "whole"), **keys))
 
     class Interrupting(RunObserver):
-        def stepped(self, step, steps):
-            if step.number == 3:
+        def logged(self, kind, step, values):
+            if (kind, step) == ("train", 3):
                 raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

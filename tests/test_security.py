@@ -248,7 +248,7 @@ def test_the_certificates_process_imports_nothing_from_the_folder_that_it_is_run
     shadowing(tmp_path, "random", "json", "torch", "runpy", "trimtab", "site", "typing")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(NotCertified, match=f"model: {tmp_path}/none: no such file or folder"):
-        certificate._examine(certificate._looked_at(tmp_path / "none", [], None))
+        certificate._measure_in_new_process(certificate._loading_job(tmp_path / "none", [], None))
     assert not (tmp_path / "trace").exists()
 
 

@@ -23,10 +23,10 @@ sys.addaudithook(hook)
 """Writes down what OpenMP would be told, in each process, at the moment before torch is imported."""
 LIBRARY = """
 import torch
-from trimtab import certificate
+from trimtab.certify import certificate
 from trimtab.core.errors import NotCertified
 try:
-    certificate._examine({"folder": "nowhere", "model": None})
+    certificate._measure_in_new_process({"folder": "nowhere", "model": None})
 except NotCertified:
     pass
 """

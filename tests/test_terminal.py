@@ -146,7 +146,7 @@ def test_no_error_and_no_name_steers_the_terminal(here, trimtab):
 
 def test_a_stream_that_is_closed_is_nowhere_and_no_file_takes_its_place(tmp_path):
     script = (
-        "import os\nfrom trimtab import streams\nstreams.ready()\nfile = open('file', 'w')\nprint('lost', flush=True)\n"
+        "import os\nfrom trimtab.core import streams\nstreams.configure()\nfile = open('file', 'w')\nprint('lost', flush=True)\n"
         "os.write(1, b'lost')\nos.write(2, b'lost')\nfile.write(repr((file.fileno(), input.__name__)))"
     )
     for closed in ("<&-", ">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"):
@@ -163,7 +163,7 @@ def test_training_goes_on_when_nobody_reads(here, monkeypatch, capfd):
         monkeypatch.setattr(sys, "stdout", gone)
         assert cli.main(["train", "r.yaml", "output=new", "train.epochs=1"]) == 0
     assert json.loads(Path("new/run.json").read_text())["status"] == "done"
-    assert capfd.readouterr().err == "trimtab: nobody reads standard output any more; the command goes on.\n"
+    assert capfd.readouterr().err == "trimtab: standard output is closed; the command continues.\n"
 
 
 def test_what_is_only_looked_at_ends_when_nobody_reads(here, monkeypatch, capfd):

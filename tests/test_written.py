@@ -16,7 +16,7 @@ from worlds import CHATML, make_model
 from trimtab.base import Base, ModelConfig
 from trimtab.core.errors import ArtifactError, NotMergeable, UnsupportedModel
 from trimtab.deploy import MIN_RETAINED, attach, merge, sample
-from trimtab.deploy.save_pretrained import save_alone
+from trimtab.deploy.save_pretrained import save_adapters_alone
 from trimtab.methods import Method, modules
 from trimtab.methods.lora import LoRA
 
@@ -300,7 +300,7 @@ def test_written_files_have_the_modes_that_files_have(mask, here, trimtab):
         assert trimtab("merge", "--force", "run", "merged").code == 0
         model = transformers.AutoModelForCausalLM.from_pretrained(here / "tiny")
         attach(model, LoRA(rank=2))
-        save_alone(model)
+        save_adapters_alone(model)
         for _ in range(2):
             model.save_pretrained(here / "checkpoint-1")
     finally:

@@ -349,19 +349,20 @@ def page() -> str:
 
 
 CHAPTERS = {
-    "A": "The loss and the steps", "B": "Rows, tokens, labels", "C": "Saving, loading, going on", "D": "Merging and combining",
-    "E": "In use", "F": "Code and supply",
+    "A": "Loss and optimizer steps", "B": "Examples, tokens, labels", "C": "Saving, loading, resuming", "D": "Merging and combining",
+    "E": "Inference", "F": "Code and dependencies",
 }  # fmt: skip
 
 
-FAULTS_HEAD = """# What is known to go wrong without a word
+FAULTS_HEAD = """# Silent failures
 
-And what becomes of it here. *Impossible* is proven by tests that would see it, *refused* ends with a message that says what to do, *repaired* is
-said, *shown* is measured and told. Written by `make docs` from `tests/fault_catalogue.py`, where each line's tests are named.
+What is known to go wrong silently in fine-tuning, and how Trimtab prevents it. *Impossible*: tests prove that it does not happen. *Refused*: an error
+says what to do. *Repaired*: it is corrected and reported. *Shown*: it is measured and reported. Written by `make docs` from
+`tests/fault_catalogue.py`, which names the tests of each line.
 
-The last column is what came of the same faults on the peers, each met as a user would meet it, on a random model of two layers: *silent* is
-wrong without a word, *warned* is wrong with a warning that concerns it, *refused* is any error, *right* is that it does not happen.
-`python benchmarks/peer_faults` measures it anew; its files say how.
+The last column has the results of the same faults with the peers, provoked as a user would meet them, on a random model of two layers: *silent*
+is wrong without any message, *warned* is wrong with a warning that concerns it, *refused* is any error, *right* is that it does not happen.
+`python benchmarks/peer_faults` measures them again; its files describe how.
 
 """
 PEER_FAULTS = RESULTS / "peer_faults.json"
@@ -380,7 +381,7 @@ def faults() -> str:
     totals = ", ".join(f"{count} {word}" for word, count in counts.items())
     left = "; ".join(f"{key}, {why}" for key, why in MISSING.items())
     peers = json.loads(PEER_FAULTS.read_text(encoding="utf-8"))
-    parts = [FAULTS_HEAD, f"{totals}; none silent. Not to be tried yet: {left}.\n\n{_peer_totals(peers)}\n"]
+    parts = [FAULTS_HEAD, f"{totals}; none silent. Not tested yet: {left}.\n\n{_peer_totals(peers)}\n"]
     for chapter, title in CHAPTERS.items():
         lines = [
             f"| {key} | {one.what} | {one.outcome} | {one.how} | {_on_a_peer(peers, key)} |"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from trimtab import cli
-from trimtab.artifacts import read_adapter, read_state, saved_states
+from trimtab.artifacts import read_adapter, read_state, run_status, saved_states
 from trimtab.certify.certificate import verify_files
 from trimtab.core import files
 from trimtab.core.errors import ArtifactError
@@ -136,3 +136,14 @@ def test_a_reader_that_does_not_look_is_noticed(made, monkeypatch):
         read_state(path.parent)
     finally:
         path.write_bytes(content)
+
+
+def test_an_edited_certificate_certifies_nothing(made, tmp_path):
+    """What `merge` asks before it takes an adapter reads the certificate's digest, too."""
+    run = tmp_path / "run"
+    shutil.copytree(made / "done", run)
+    assert run_status(run).tests
+    path = run / "certificate.json"
+    path.write_text(path.read_text().replace('"passed": ', '"passed":  ', 1))
+    with pytest.raises(ArtifactError, match="changed since it was saved"):
+        run_status(run)

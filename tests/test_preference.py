@@ -125,7 +125,7 @@ def test_a_reference_that_was_spoilt_in_the_cache_is_caught(home):
     (path,) = (home / "reference").glob("*.json")
     known = {key: value - 0.5 for key, value in json.loads(path.read_text())["logprobs"].items()}
     reference._write(path, known)  # whole, and wrong
-    with pytest.raises(WrongReference, match="name the right one with objective.reference"):
+    with pytest.raises(WrongReference, match="name the right one with objective"):
         start_of(Objective.pick("dpo"), base, adapter, PAIRS)
 
 

@@ -356,8 +356,8 @@ CHAPTERS = {
 
 FAULTS_HEAD = """# Silent failures
 
-What is known to go wrong silently in fine-tuning, and how Trimtab prevents it. *Impossible*: tests prove that it does not happen. *Refused*: an error
-says what to do. *Repaired*: it is corrected and reported. *Shown*: it is measured and reported. Written by `make docs` from
+What is known to go wrong silently in fine-tuning, and how Trimtab prevents it. *Impossible*: tests prove that it does not happen. *Refused*:
+an error says what to do. *Repaired*: it is corrected and reported. *Shown*: it is measured and reported. Written by `make docs` from
 `tests/fault_catalogue.py`, which names the tests of each line.
 
 The last column has the results of the same faults with the peers, provoked as a user would meet them, on a random model of two layers: *silent*

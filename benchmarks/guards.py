@@ -31,13 +31,12 @@ BESIDES = {"the states to resume from": "run.checkpoints:write_state"}
 def one(path: str) -> None:
     """Run a recipe in this process, and print the seconds that it and its guards took as JSON."""
     started, marks = time.time(), Marks()
-    from trimtab.core.config import read
     from trimtab.run.recipe import Recipe
     from trimtab.run.script import run_recipe
 
     asked = json.loads(Path(path).read_text())
     note(GUARDS | BESIDES, marks)
-    run = run_recipe(read(Recipe, Path(asked["recipe"]), [f"output={asked['folder']}/run", "certify=false"]))
+    run = run_recipe(Recipe.read(Path(asked["recipe"]), [f"output={asked['folder']}/run", "certify=false"]))
     seconds = time.time() - started
     of = {name: [end - begin for known, begin, end in marks if known == name] for name in GUARDS | BESIDES}
     spent = {name: {"times": len(each), "seconds": sum(each)} for name, each in of.items()}

@@ -57,15 +57,14 @@ def one(path: str) -> None:
     """Carry a recipe out, in this process, and print what it took and gave as JSON."""
     from peers.run_peer import peak_gb
 
-    from trimtab.core.config import read
     from trimtab.data import load_examples
-    from trimtab.deploy import open_target
+    from trimtab.deploy import load_model
     from trimtab.evaluate import score
     from trimtab.run.recipe import Recipe
     from trimtab.run.script import run_recipe
 
     asked = json.loads(Path(path).read_text())
-    run = run_recipe(read(Recipe, Path(asked["recipe"])))
+    run = run_recipe(Recipe.read(Path(asked["recipe"])))
     memory = peak_gb()
     lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if line["kind"] == "train"][1:]  # the first warms caches up
@@ -80,7 +79,7 @@ def one(path: str) -> None:
         "base_loss": next(line["loss"] for line in lines if line["kind"] == "eval" and line["step"] == 0),
     }
     if asked.get("test"):
-        target = open_target(str(run.folder))
+        target = load_model(str(run.folder))
         examples, _ = load_examples(asked["test"])
         scores = score(target.base, examples)
         result |= {

@@ -71,12 +71,12 @@ def write(path: Path, rows: list[dict[str, Any]]) -> str:
 def scored(folder: Path, data: dict[str, str], *, preferred: bool) -> dict[str, Any]:
     """What an adapter is worth: by answers, by prose, and by pairs if it has learned from preferences."""
     from trimtab.data import SourceReport, load_examples, tokenize_examples
-    from trimtab.deploy import open_target
+    from trimtab.deploy import load_model
     from trimtab.evaluate import score, score_loss
-    from trimtab.evaluate.reference import divergence, refer
+    from trimtab.evaluate.reference import add_reference_logprobs, divergence
     from trimtab.objectives import Objective
 
-    target = open_target(str(folder))
+    target = load_model(str(folder))
     base, adapter = target.base, target.adapter
     assert adapter is not None
     answers = score(base, load_examples(data["test"])[0])
@@ -87,7 +87,9 @@ def scored(folder: Path, data: dict[str, str], *, preferred: bool) -> dict[str, 
     if preferred:  # by pairs, whatever it has learned from
         start = str(folder.parent / "sft")
         both = tokenize_examples(load_examples(data["test_pairs"], kind="pairs")[0], base, SourceReport(("pairs",)))
-        told = score_loss(base, refer(base, adapter, start, both, 4096).rows, 4096, Objective.pick("dpo")).measures
+        told = score_loss(
+            base, add_reference_logprobs(base, adapter, start, both, 4096).rows, 4096, Objective.pick("dpo")
+        ).measures
         found |= {
             "accuracy": told["accuracy"],
             "margin": told["margin"],

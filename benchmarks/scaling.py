@@ -127,8 +127,8 @@ def bookkeeping(count: int) -> dict[str, Any]:
         os.environ["TRIMTAB_CACHE"] = folder
         timed("packing_s", lambda: pack_all(rows, 1024))
         timed("evaluation_s", lambda: score_loss(base, rows))
-        timed("reference_s", lambda: reference.refer(base, adapter, "base", rows, 4096))
-        timed("again_s", lambda: reference.refer(base, adapter, "base", rows, 4096))
+        timed("reference_s", lambda: reference.add_reference_logprobs(base, adapter, "base", rows, 4096))
+        timed("again_s", lambda: reference.add_reference_logprobs(base, adapter, "base", rows, 4096))
     return {"tokens": sum(len(row.ids) for row in rows), **seconds}
 
 

@@ -30,7 +30,7 @@ SIZES = {
 def one(asked: dict[str, Any]) -> dict[str, Any]:
     """One run: its losses on the held-out rows, and how many of those it answers exactly."""
     from trimtab.data import load_examples
-    from trimtab.deploy import open_target
+    from trimtab.deploy import load_model
     from trimtab.evaluate import score
     from trimtab.run.recipe import Recipe
     from trimtab.run.script import run_recipe
@@ -48,7 +48,7 @@ def one(asked: dict[str, Any]) -> dict[str, Any]:
     run = run_recipe(Recipe.parse(recipe))
     lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     losses = {line["step"]: line["loss"] for line in lines if line["kind"] == "eval"}
-    target = open_target(str(run.folder))
+    target = load_model(str(run.folder))
     scored = score(target.base, load_examples(test)[0][:ANSWERED])
     return {
         "steps": run.record["steps"],

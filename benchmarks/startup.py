@@ -31,7 +31,6 @@ def one(recipe: str, folder: str) -> None:
     started = float(os.environ["STARTED"])
     marks: Marks = [("python", started, time.time())]
     before = time.time()
-    from trimtab.core.config import read
     from trimtab.run import script
     from trimtab.run.recipe import Recipe
 
@@ -49,7 +48,7 @@ def one(recipe: str, folder: str) -> None:
         yield None
 
     script.train = first
-    script.run_recipe(read(Recipe, Path(recipe), [f"output={folder}/run"]))
+    script.run_recipe(Recipe.read(Path(recipe), [f"output={folder}/run"]))
 
 
 def main() -> None:

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 
-from trimtab.core.config import read
 from trimtab.core.errors import TrimtabError
 from trimtab.run.recipe import Recipe
 from trimtab.run.script import run_recipe
@@ -26,7 +25,7 @@ SHIM = ctypes.CDLL(None)
 def main(folder: str, share: str = "1") -> None:
     os.chdir(folder)
     torch.set_num_threads(1)
-    run_recipe(read(Recipe, Path("r.yaml"), ["output=spared"]))  # here, so that its children need not import anything
+    run_recipe(Recipe.read(Path("r.yaml"), ["output=spared"]))  # here, so that its children need not import anything
     at = 1
     while True:
         line = _tried(at, stays=bool(at // int(share) % 2))
@@ -62,7 +61,7 @@ def _apart(output: str, at: int, stays: bool) -> dict[str, object]:
         ctypes.c_int.in_dll(SHIM, "disk_stays").value = stays
         ctypes.c_long.in_dll(SHIM, "disk_at").value = at
         try:
-            run_recipe(read(Recipe, Path("r.yaml"), [f"output={output}"]))
+            run_recipe(Recipe.read(Path("r.yaml"), [f"output={output}"]))
         except TrimtabError as error:
             said, status = str(error), error.exit_code
         except BaseException as error:

@@ -1,6 +1,6 @@
-"""The ways in which fine-tuning is known to go wrong silently, and the outcome of each here: docs/faults.md is made from it.
+"""The catalogue of silent failures known in fine-tuning, and how Trimtab prevents each: the source of docs/faults.md.
 
-Each names the tests in which it is tried. A test there holds that they exist; what is not built yet is not in the list.
+Each names the tests that provoke it; test_fault_catalogue.py checks that those exist.
 """
 
 from typing import NamedTuple
@@ -9,17 +9,17 @@ from typing import NamedTuple
 class Fault(NamedTuple):
     what: str
     outcome: str
-    """refused, repaired, shown, or impossible: proven not to happen."""
+    """refused, repaired, shown, or impossible (tests prove that it does not happen)."""
     how: str
     tests: tuple[str, ...]
 
 
 FAULTS = {
-    # The loss and the steps
+    # Loss and optimizer steps
     "A01": Fault(
-        "micro-batches are averaged, so short examples weigh more",
+        "micro-batch losses are averaged, so short examples weigh more",
         "impossible",
-        "one divisor a step",
+        "one divisor per step",
         (
             "test_train::test_a_step_does_not_depend_on_how_its_rows_are_cut_into_packs",
             "suite::I23_the_cut_into_packs_does_not_change_gradients",
@@ -28,26 +28,26 @@ FAULTS = {
     "A02": Fault(
         "the loss is divided twice",
         "impossible",
-        "one divisor a step",
+        "one divisor per step",
         ("test_train::test_the_loss_and_the_first_step_are_those_of_the_plain_formula", "test_trl::test_ten_steps_are_trls"),
     ),
     "A04": Fault(
         "the last, smaller step is dropped",
         "impossible",
-        "it is a step like the others",
+        "it is trained like every other step",
         (
             "test_data_load::test_every_row_is_learned_once_an_epoch",
             "test_data_load::test_steps_of_tokens_hold_every_row_once_an_epoch",
         ),
     ),
     "A05": Fault(
-        "the learning rate falls too fast",
+        "the learning rate decays too fast",
         "impossible",
-        "a function of the step",
+        "it is a function of the step",
         ("test_train::test_the_learning_rate_rises_to_its_peak_and_never_below_zero",),
     ),
     "A06": Fault(
-        "an example, or every one, has no target token",
+        "an example, or every one, has no target tokens",
         "refused",
         "with its line, before training",
         (
@@ -56,18 +56,18 @@ FAULTS = {
         ),
     ),
     "A07": Fault(
-        "a loss of NaN or Inf ruins the weights and is hidden from the log",
+        "a NaN or Inf loss ruins the weights and is hidden from the log",
         "repaired",
-        "the step is skipped, its examples named, the value logged; three consecutive ones end the run",
+        "the step is skipped, its examples named, the value logged; three in a row end the run",
         (
             "test_guards::test_a_step_that_is_not_finite_is_skipped_and_logged_as_it_was",
             "test_guards::test_three_in_a_row_end_the_run",
         ),
     ),
     "A08": Fault(
-        "an adapter on the head never learns",
+        "an adapter on the head is never trained",
         "impossible",
-        "the head is adapted in the loss; what does not move by the third step stops the run",
+        "the head is adapted in the loss; a tensor unchanged by the third step stops the run",
         (
             "test_peft_variants::test_the_ends_of_a_model_go_both_ways",
             "suite::I07_every_tensor_moves_by_the_third_step",
@@ -77,7 +77,7 @@ FAULTS = {
     "A09": Fault(
         "gradient checkpointing loses gradients",
         "impossible",
-        "bit for bit the same",
+        "gradients are equal bit for bit",
         (
             "suite::I24_activation_recomputation_changes_nothing",
             "test_virtual::test_recomputation_that_would_lose_gradients_is_refused",
@@ -86,17 +86,17 @@ FAULTS = {
     "A10": Fault(
         "nothing is trained, or everything",
         "impossible",
-        "what is trained is the adapter's own parameters",
+        "the trained parameters are the adapter's own",
         ("suite::I06_what_trains_is_the_adapter_and_nothing_else", "test_resume::test_a_state_of_other_parameters_is_refused"),
     ),
     "A11": Fault(
-        "weights that the optimizer holds are not the model's",
+        "the optimizer holds other weights than the model's",
         "refused",
-        "what does not move by the third step stops the run",
+        "a tensor unchanged by the third step stops the run",
         ("test_certificate::test_what_no_gradient_reaches_is_said_after_three_steps",),
     ),
     "A12": Fault(
-        "an adapter in few bits loses its updates",
+        "an adapter in half precision loses its updates",
         "impossible",
         "its parameters are float32",
         ("suite::I26_masters_are_float32_on_a_base_of_fewer_bits",),
@@ -104,17 +104,17 @@ FAULTS = {
     "A13": Fault(
         "the optimizer overwrites a loaded adapter",
         "impossible",
-        "it has no copies",
+        "it keeps no copies",
         ("test_keys::test_start_trains_an_earlier_adapter_on", "test_resume::test_what_it_forgets_is_noticed"),
     ),
     "A14": Fault(
-        "moments go to other parameters",
+        "moments are assigned to the wrong parameters",
         "refused",
-        "they go by name",
+        "they are assigned by name",
         ("test_resume::test_a_state_of_other_parameters_is_refused", "test_resume::test_what_it_forgets_is_noticed"),
     ),
     "A15": Fault(
-        "the reference of a continued adapter is the base",
+        "the reference of a continued adapter is the base model",
         "refused",
         "margins are measured before the first step",
         (
@@ -125,7 +125,7 @@ FAULTS = {
     "A16": Fault(
         "the reference drifts",
         "impossible",
-        "its log-probabilities are computed once, and kept by content",
+        "its log-probabilities are computed once, and cached by content",
         (
             "test_preference::test_what_the_reference_makes_of_a_row_is_computed_once",
             "test_preference::test_another_model_or_adapter_is_another_reference",
@@ -138,9 +138,9 @@ FAULTS = {
         ("test_preference::test_dropout_is_refused_where_answers_are_compared",),
     ),
     "A18": Fault(
-        "KTO's KL divergence is estimated on matched pairs, or in batches of one",
+        "KTO's KL is estimated on matched pairs, or in batches of one",
         "impossible",
-        "a fixed derangement, kl over the step",
+        "a fixed derangement, averaged over the step",
         (
             "test_objectives::test_nobody_gets_the_own_answer_and_every_answer_is_used_once",
             "test_objectives::test_the_pooled_number_is_the_whole_steps_and_no_gradient_goes_through_it",
@@ -148,7 +148,7 @@ FAULTS = {
         ),
     ),
     "A19": Fault(
-        "an answer is empty once it is truncated",
+        "an answer is empty after truncation",
         "refused",
         "with its line",
         (
@@ -157,15 +157,15 @@ FAULTS = {
         ),
     ),
     "A20": Fault(
-        "both answers of a pair are the same",
+        "both answers of a pair are equal",
         "refused",
         "with its line",
         ("test_data_compared::test_what_compares_nothing_is_refused",),
     ),
     "A21": Fault(
-        "the scale differs between training and use",
+        "the scale differs between training and inference",
         "impossible",
-        "what PEFT computes is compared",
+        "outputs are compared with PEFT's",
         ("test_peft::test_peft_loads_ours", "test_peft_variants::test_peft_loads_ours"),
     ),
     "A22": Fault(
@@ -178,7 +178,7 @@ FAULTS = {
         ),
     ),
     "A23": Fault(
-        "a target module that matches nothing is silently ignored",
+        "a target that matches nothing is ignored",
         "refused",
         "with the nearest name",
         ("test_methods::test_a_target_that_cannot_be_adapted_is_refused",),
@@ -187,7 +187,7 @@ FAULTS = {
         "fused experts stay frozen", "refused", "by name", ("test_methods::test_all_linear_refuses_to_skip_fused_experts",)
     ),
     "A25": Fault(
-        "two adapters silently add up",
+        "two adapters act together unnoticed",
         "refused",
         "names are unique; only the newest is active",
         (
@@ -197,9 +197,9 @@ FAULTS = {
         ),
     ),
     "A26": Fault(
-        "a sum over many examples is rounded to few bits at each of them",
+        "sums over many tokens are rounded to half precision at every addition",
         "impossible",
-        "sums over tiles, examples and packs are float32 on every base",
+        "sums over tiles, examples and packs are float32, on a half-precision base model too",
         (
             "test_head::test_a_token_that_predicts_many_has_their_gradients_added_up_in_float32",
             "test_packing::test_what_many_rows_see_has_their_gradients_added_up_in_float32",
@@ -215,16 +215,16 @@ FAULTS = {
         ),
     ),
     "A28": Fault(
-        "cuDNN's attention gives NaN gradients where rows are masked",
+        "cuDNN's attention gives NaN gradients where tokens are masked",
         "impossible",
-        "that kernel is never used",
+        "it is excluded from the attention kernels",
         ("test_device::test_attention_does_without_cudnn_and_the_process_keeps_its_setting",),
     ),
-    # Rows, tokens, labels
+    # Examples, tokens, labels
     "B01": Fault(
-        "padding is the end-of-text token, so the model never learns to stop",
+        "padding is the end token, so the end is never trained on",
         "impossible",
-        "targets are marked by position, and every example's last target is checked",
+        "labels are set by position, and the end of every example is counted",
         (
             "test_data_labels::test_pad_and_eos_may_be_one_token",
             "test_check::test_of_good_rows_everything_is_good",
@@ -232,18 +232,18 @@ FAULTS = {
         ),
     ),
     "B02": Fault(
-        "the last target token is not one that ends a generation",
+        "the trained end token is not one that stops generation",
         "refused",
-        "last targets are compared with the stop tokens, answers are generated",
+        "ends are compared with the stop tokens, and answers are generated",
         (
             "test_check::test_rows_that_are_cut_are_counted_and_if_all_are_it_is_refused",
             "test_certificate::test_an_adapter_that_never_stops_does_not_pass",
         ),
     ),
     "B03": Fault(
-        "the loss mask is all zeros or ones",
+        "the loss mask is all zeros or all ones",
         "impossible",
-        "spans come from rendering, to the character",
+        "spans come from rendering, exact to the character",
         (
             "test_data_labels::test_any_conversation_on_any_template_learns_exactly_its_answers",
             "test_check::test_what_generation_would_not_see_is_refused",
@@ -256,27 +256,27 @@ FAULTS = {
         ("test_data_labels::test_any_conversation_on_any_template_learns_exactly_its_answers",),
     ),
     "B05": Fault(
-        "the mask lands on another span",
+        "the loss mask covers the wrong span",
         "impossible",
-        "repeated texts and tool turns are tried",
+        "tested with repeated texts and tool turns",
         (
             "test_data_labels::test_any_conversation_on_any_template_learns_exactly_its_answers",
             "test_data_labels::test_tool_calls_are_learned_and_tool_results_are_not",
         ),
     ),
     "B06": Fault(
-        "a beginning-of-text token is doubled or missing",
+        "a BOS token stands twice, or is missing",
         "refused",
-        "a text's own is not doubled; a template's is detected",
+        "one in a text is not doubled; a template's is checked",
         (
             "test_data_labels::test_a_bos_or_eos_that_a_text_brings_along_is_not_doubled",
             "test_check::test_a_template_that_writes_two_beginnings_is_refused",
         ),
     ),
     "B07": Fault(
-        "the chat template differs from that of training",
+        "the chat template differs from training",
         "refused",
-        "it is part of the base's fingerprint",
+        "it is part of the base model's fingerprint",
         (
             "test_peft::test_an_adapter_of_another_base_is_refused_with_what_differs",
             "test_real_model::test_what_training_reads_is_what_a_chat_asks",
@@ -303,7 +303,7 @@ FAULTS = {
     "B10": Fault(
         "answers are truncated",
         "refused",
-        "or counted, where truncation is configured",
+        "or counted, where truncation is requested",
         (
             "test_data_load::test_rows_that_are_too_long_are_refused_with_the_way_out",
             "test_check::test_rows_that_are_cut_are_counted_and_if_all_are_it_is_refused",
@@ -312,7 +312,7 @@ FAULTS = {
     "B11": Fault(
         "examples vanish",
         "impossible",
-        "every example is used or rejected, and counted",
+        "examples in = used + rejected",
         (
             "test_bad_data::test_bad_files_are_accounted_for_or_refused",
             "test_data_read::test_rows_in_are_rows_used_and_refused_whatever_happens_to_a_file",
@@ -325,9 +325,9 @@ FAULTS = {
         ("test_packing::test_no_gradient_reaches_another_rows_tokens", "suite::I22_packed_is_alone_and_no_row_reaches_another"),
     ),
     "B13": Fault(
-        "positions continue from example to example",
+        "positions continue from one packed example to the next",
         "impossible",
-        "each is what it is alone",
+        "a packed example gives the results of the example alone",
         (
             "test_packing::test_packed_losses_and_gradients_equal_those_of_rows_alone",
             "test_packing::test_a_broken_mask_window_or_position_is_noticed",
@@ -340,21 +340,21 @@ FAULTS = {
         ("test_data_load::test_the_first_token_of_a_packed_row_is_never_predicted_from_the_row_before",),
     ),
     "B15": Fault(
-        "positions are taken for packing",
+        "position ids are mistaken for packing",
         "impossible",
         "packing is explicit, by a tree of segments",
         ("test_packing::test_calls_without_a_layout_are_the_models_own_bit_for_bit",),
     ),
     "B16": Fault(
-        "old tokens come from a cache",
+        "stale tokens come from a cache",
         "impossible",
-        "its key is a hash of all that decides them, our code included",
+        "its key is a hash of everything that determines them, the code included",
         ("test_data_cache::test_whatever_decides_the_tokens_has_them_made_anew",),
     ),
     "B17": Fault(
         "embeddings of new tokens are not trained, or not saved",
         "impossible",
-        "a method of their own, checked on a new base",
+        "they have a method of their own, tested on a new base model",
         (
             "test_tokens::test_an_adapter_folder_carries_them_to_a_fresh_base",
             "test_tokens::test_a_run_adds_them_before_it_reads_its_data_and_its_adapter_answers_with_them",
@@ -363,19 +363,19 @@ FAULTS = {
     "B18": Fault(
         "padding changes results",
         "impossible",
-        "nothing is padded here; virtual tokens are tried under Transformers' padding",
+        "training has no padding; virtual tokens are tested with Transformers' padding",
         ("test_virtual::test_padding_changes_nothing",),
     ),
     "B19": Fault(
-        "a key of the recipe is read by nothing",
+        "a key of the recipe has no effect",
         "impossible",
         "another value of each gives another result",
         ("test_keys::test_another_value_gives_another_result", "test_keys::test_no_key_is_left_out_here"),
     ),
     "B20": Fault(
-        "nulls that a table's schema has put into a tool call are trained on",
+        "nulls added to a tool call by a table's schema are trained on",
         "repaired",
-        "left out, and counted; those of a JSON file stay",
+        "removed, and counted; those written in JSON stay",
         (
             "test_data_read::test_what_arrow_fills_up_with_nulls_is_left_out_and_counted",
             "test_data_read::test_without_its_pruning_arrow_would_teach_nulls",
@@ -383,9 +383,9 @@ FAULTS = {
         ),
     ),
     "B21": Fault(
-        'an unsupported key of a message, such as "loss": false, is silently ignored',
+        'an unknown key of a message, such as "loss": false, is ignored',
         "refused",
-        "with its line, and the key that is read",
+        "with its line, and the supported key",
         (
             "test_data_labels::test_a_key_of_a_message_that_nothing_reads_is_refused",
             "test_data_labels::test_a_key_of_a_message_that_the_template_writes_is_read",
@@ -393,9 +393,9 @@ FAULTS = {
         ),
     ),
     "B22": Fault(
-        "the template cuts or leaves out what an answer says",
+        "the template truncates or omits a part of an answer",
         "refused",
-        "every text of every trained turn has to be in its target tokens",
+        "every text of every trained turn has to be in its rendering",
         (
             "test_chat_templates::test_it_teaches_what_it_has_to_or_says_why_not",
             "test_chat_templates::test_without_a_text_of_the_message_nothing_is_taught",
@@ -403,46 +403,46 @@ FAULTS = {
         ),
     ),
     "B23": Fault(
-        "the template writes the date, so the prompt is different on another day",
+        "the template writes the date, so the prompt differs on another day",
         "impossible",
-        "the moment at which a run began is stored with the adapter, and used wherever it is",
+        "the time of the run's start is stored with the adapter, and written wherever that is used",
         (
             "test_chat_templates::test_templates_that_write_the_date_write_that_of_the_run",
             "test_resume::test_a_run_is_resumed_on_another_day_with_a_template_that_writes_the_date",
         ),
     ),
-    # Saving, loading, going on
+    # Saving, loading, resuming
     "C01": Fault(
-        "no tensor of the file matches, and the base is served",
+        "no tensor of the file matches, and the base model is served",
         "refused",
-        "tensors match exactly, or not at all",
+        "tensors match exactly, or are refused",
         ("suite::I13_tensors_fit_exactly_or_are_refused", "test_peft::test_an_adapter_of_pefts_that_does_not_fit_is_refused"),
     ),
     "C02": Fault(
-        "what is saved is dead though training worked",
+        "the saved adapter has no effect though training worked",
         "refused",
-        "a new process has to reproduce what training computed",
+        "a new process has to reproduce training's log-probabilities",
         (
             "test_certificate::test_what_is_saved_must_be_what_was_trained",
             "test_certificate::test_a_process_that_cannot_load_it_says_why",
         ),
     ),
     "C03": Fault(
-        "something that was trained is not saved",
+        "a trained tensor is not saved",
         "refused",
         "the same",
         ("test_certificate::test_what_is_saved_must_be_what_was_trained", "suite::I13_tensors_fit_exactly_or_are_refused"),
     ),
     "C04": Fault(
-        "a half-written checkpoint blocks resuming",
+        "an incomplete checkpoint prevents resuming",
         "repaired",
-        "folders appear complete; the newest complete one is used",
+        "folders appear atomically; the newest complete one is used",
         ("test_resume::test_forty_real_kills", "test_resume::test_a_damaged_state_is_passed_over_for_the_one_before"),
     ),
     "C05": Fault(
         "the disk is full",
         "repaired",
-        "what was saved stays; the same command resumes",
+        "checkpoints stay; the same command resumes",
         (
             "test_failing_disk::test_a_disk_that_fails_loses_nothing",
             "test_cli::test_a_disk_that_fills_up_keeps_what_was_whole",
@@ -452,16 +452,16 @@ FAULTS = {
     "C06": Fault(
         "the wrong checkpoint is removed",
         "impossible",
-        "what the two newest checkpoints refer to stays, and they are read back first",
+        "those that the two newest states refer to stay, and states are read back first",
         (
             "test_keys::test_the_adapter_handed_over_is_the_best_one_and_both_it_and_the_last_are_kept",
             "test_resume::test_a_damaged_state_is_passed_over_for_the_one_before",
         ),
     ),
     "C07": Fault(
-        "a part of a checkpoint is missing, and the run resumes differently",
+        "a part of the state is missing, and the resumed run differs",
         "refused",
-        "a checkpoint is complete, or skipped",
+        "a state is complete, or an earlier one is used",
         (
             "test_resume::test_a_damaged_state_is_passed_over_for_the_one_before",
             "test_resume::test_a_state_of_other_parameters_is_refused",
@@ -477,9 +477,9 @@ FAULTS = {
         ),
     ),
     "C09": Fault(
-        "the data order differs after resuming",
+        "the order of examples differs after resuming",
         "impossible",
-        "the order is a function of seed and epoch",
+        "it is a function of seed and epoch",
         (
             "test_resume::test_any_method_and_objective_goes_on_at_random_cuts",
             "test_data_load::test_the_order_is_decided_by_seed_and_epoch_alone",
@@ -488,11 +488,11 @@ FAULTS = {
     "C10": Fault(
         "the loss jumps after resuming",
         "impossible",
-        "bit for bit the same",
+        "losses are equal bit for bit",
         ("test_resume::test_it_goes_on_as_if_it_had_not_ended",),
     ),
     "C11": Fault(
-        "the exported adapter is not the best one",
+        "the final adapter is not the best one",
         "impossible",
         "its bytes are compared",
         ("test_keys::test_the_adapter_handed_over_is_the_best_one_and_both_it_and_the_last_are_kept",),
@@ -508,16 +508,16 @@ FAULTS = {
         ),
     ),
     "C13": Fault(
-        "an adapter lands on another base",
+        "an adapter is loaded on another base model",
         "refused",
-        "with what differs",
+        "with the differences",
         (
             "test_peft::test_an_adapter_of_another_base_is_refused_with_what_differs",
             "suite::I14_another_base_or_an_edited_folder_is_refused",
         ),
     ),
     "C14": Fault(
-        "its configuration was edited, or has unsupported keys",
+        "its configuration was edited, or needs unsupported features",
         "refused",
         "by the key",
         (
@@ -526,7 +526,7 @@ FAULTS = {
         ),
     ),
     "C15": Fault(
-        "tensors have another dtype after loading",
+        "the dtype changes on loading",
         "impossible",
         "dtypes are in the manifest",
         ("test_methods::test_state_survives_a_round_trip_and_misfits_are_refused_by_name",),
@@ -534,7 +534,7 @@ FAULTS = {
     "C16": Fault(
         "an adapter's name contains another's",
         "impossible",
-        "names are compared whole",
+        "whole names are compared",
         ("test_composition::test_names_are_free_and_one_that_contains_another_is_not_it",),
     ),
     "C17": Fault(
@@ -544,13 +544,13 @@ FAULTS = {
         ("test_composition::test_a_name_that_is_taken_or_unknown_is_refused",),
     ),
     "C18": Fault(
-        "after a swap the old scale is still used",
+        "after a swap of adapters the old scale acts",
         "impossible",
-        "an adapter has its own layers",
+        "every adapter has its own layers",
         ("test_composition::test_the_newest_acts_alone_and_names_choose", "suite::I19_adapters_leave_each_other_alone"),
     ),
     "C19": Fault(
-        "a base whose files lack tensors is filled at random, or loses those it does not know",
+        "tensors missing from a base model's files are initialized at random, or unknown ones dropped",
         "refused",
         "at load, by the tensors' names",
         (
@@ -562,16 +562,16 @@ FAULTS = {
     "C20": Fault(
         "another version of Transformers reads a merged folder differently",
         "impossible",
-        "written with the keys of 4.57 and 5; `make compat` reads it with both",
+        "its configuration serves 4.57 and 5; `make compat` reads it with both",
         (
             "test_written::test_rotary_embeddings_are_said_in_both_versions_words",
             "test_written::test_what_transformers_5_wrote_is_written_so_that_4_reads_it",
         ),
     ),
     "C21": Fault(
-        "how the base was held in training is forgotten: its dtype, device, quantization",
+        "the base model's dtype, device or quantization in training is forgotten",
         "impossible",
-        "it is in the adapter's manifest, and whatever opens it holds the base so",
+        "it is in the adapter's manifest, and restored on loading",
         (
             "test_held::test_a_base_in_any_number_type_comes_back_in_it",
             "test_held::test_a_run_on_the_cpu_stays_there_though_an_accelerator_is_found",
@@ -580,14 +580,14 @@ FAULTS = {
     "C22": Fault(
         "two runs write into one folder",
         "refused",
-        "the folder is locked before anything in it is read; with the process that holds it",
+        "the folder is locked before anything in it is read; with the process that holds the lock",
         ("test_resume::test_two_processes_do_not_train_into_one_folder",),
     ),
     # Merging and combining
     "D01": Fault(
         "a merge in bfloat16 loses the change",
         "shown",
-        "merged in float32 unless asked for less, and then with how much is left",
+        "merged in float32 by default, otherwise with the share that is kept",
         (
             "test_merge::test_a_bfloat16_base_is_merged_in_float32",
             "test_written::test_fewer_bits_are_rounded_once_and_told",
@@ -595,7 +595,7 @@ FAULTS = {
         ),
     ),
     "D02": Fault(
-        "a merge into a quantized base",
+        "a merge into a quantized base model",
         "refused",
         "with what to do",
         ("test_quantized::test_merging_into_it_and_methods_that_need_its_weights_are_refused",),
@@ -609,7 +609,7 @@ FAULTS = {
     "D05": Fault(
         "merging and unmerging drifts",
         "impossible",
-        "the base is never touched",
+        "the base model is never changed",
         ("suite::I16_merging_twice_gives_the_same_and_leaves_the_base_alone",),
     ),
     "D06": Fault(
@@ -633,38 +633,38 @@ FAULTS = {
     "D11": Fault(
         "an adapter that made the model worse is merged",
         "refused",
-        "what its certificate does not pass is merged only with --force",
+        "an uncertified adapter is merged only with --force",
         (
             "test_certificate::test_an_adapter_that_is_worse_than_its_base_does_not_pass",
             "test_certificate::test_what_is_not_certified_is_merged_only_if_that_is_meant",
         ),
     ),
-    # In use
+    # Inference
     "E03": Fault(
-        "requests of different adapters in one batch get each other's",
+        "examples of different adapters in one batch get each other's",
         "impossible",
-        "each is what it is alone",
+        "each gives the results of the example alone",
         ("suite::I20_a_row_of_a_mixed_batch_is_the_row_alone",),
     ),
     "E06": Fault(
-        "virtual tokens do nothing in generation",
+        "virtual tokens have no effect in generation",
         "impossible",
-        "cached decoding is the forward pass, in Transformers' generate() too",
+        "cached decoding equals the forward pass, also in Transformers' generate()",
         (
             "suite::I21_cached_decoding_is_the_forward_pass",
             "test_virtual::test_transformers_generates_as_trimtab_does_once_it_is_trained",
         ),
     ),
     "E07": Fault(
-        "a model generates beyond its context length",
+        "generation continues beyond the model's context",
         "impossible",
-        "an answer ends there, with a message",
+        "an answer ends there, which is reported",
         (
             "test_decode::test_an_answer_ends_where_the_context_does",
             "test_evaluate::test_an_answer_is_cut_off_where_the_context_is_full",
         ),
     ),
-    # Code and supply
+    # Code and dependencies
     "F01": Fault(
         "a pickle runs code",
         "impossible",
@@ -684,14 +684,14 @@ FAULTS = {
     "F03": Fault(
         "a model folder's code runs",
         "impossible",
-        "there is no such option, and nothing to answer",
+        "no option allows it, and no answer to a prompt",
         (
             "test_security::test_code_in_a_model_folder_never_runs_whatever_is_answered",
             "test_security::test_a_kernel_of_the_hub_is_not_fetched_because_a_folder_asks_for_it",
         ),
     ),
     "F04": Fault(
-        "a chat template runs code, or never ends",
+        "a chat template runs code, or endlessly",
         "refused",
         "a sandbox, with limits",
         (
@@ -706,13 +706,13 @@ FAULTS = {
         ("test_faults::test_a_thousand_structural_damages_are_noticed",),
     ),
     "F06": Fault(
-        "a cache is trusted",
+        "a corrupt cache is trusted",
         "repaired",
-        "what was changed there is computed again",
+        "a changed entry is computed again",
         ("test_data_cache::test_a_damaged_file_is_made_anew", "test_preference::test_a_damaged_cache_is_made_anew"),
     ),
     "F07": Fault(
-        "another version of a library silently breaks a method",
+        "another version of a library breaks a method silently",
         "shown",
         "`trimtab doctor`",
         (
@@ -721,9 +721,9 @@ FAULTS = {
         ),
     ),
     "F08": Fault(
-        "a file in the working folder is imported for a library's",
+        "a file in the working folder is imported instead of a library",
         "impossible",
-        "processes of ours do not look there",
+        "Trimtab's processes do not import from there",
         (
             "test_security::test_the_certificates_process_imports_nothing_from_the_folder_that_it_is_run_in",
             "test_security::test_a_process_of_ours_imports_nothing_from_the_folder_that_it_is_run_in",
@@ -731,9 +731,9 @@ FAULTS = {
         ),
     ),
     "F09": Fault(
-        "control codes in a text steer the terminal",
+        "control codes in a text reach the terminal",
         "impossible",
-        "everything is printed in one place, which escapes them",
+        "all output goes through one console, which escapes them",
         (
             "test_terminal::test_no_text_of_a_row_steers_the_terminal",
             "test_terminal::test_what_a_model_says_is_shown_as_it_comes_and_steers_nothing",
@@ -741,5 +741,5 @@ FAULTS = {
         ),
     ),
 }
-MISSING = {"A03": "several devices: not built yet"}
-"""Of A, B, C and F, what can't be tried yet, and why."""
+MISSING = {"A03": "several devices: not supported yet"}
+"""Faults of A, B, C and F that cannot be tested yet, and why."""

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 
-from trimtab.core.config import read
 from trimtab.core.errors import TrimtabError
 from trimtab.report import RunObserver
 from trimtab.run.recipe import Recipe
@@ -28,7 +27,7 @@ def main(folder: str, kills: str, seed: str) -> None:
     draw = random.Random(int(seed))
     started = time.monotonic()
     watch = Begun(None)
-    run_recipe(read(Recipe, Path("r.yaml"), ["output=spared"]), watch)  # here, so that its children need not import anything
+    run_recipe(Recipe.read(Path("r.yaml"), ["output=spared"]), watch)  # here, so that its children need not import anything
     whole = time.monotonic() - (watch.at or started)
     total, number = 0, -1
     while total < int(kills):
@@ -61,7 +60,7 @@ def _until(output: str, seconds: float) -> int:
     pid = os.fork()
     if pid == 0:
         try:
-            run_recipe(read(Recipe, Path("r.yaml"), [f"output={output}"]), Begun(writing))
+            run_recipe(Recipe.read(Path("r.yaml"), [f"output={output}"]), Begun(writing))
         except TrimtabError as error:
             sys.stderr.write(f"{error}\n")
             sys.stderr.flush()

@@ -56,7 +56,7 @@ def test_pieces_are_the_text_and_no_character_is_cut(make, text):
     special = base.tokenizer.eos_token_id
     ids = base.tokenizer(text, add_special_tokens=False).input_ids
     for given in (ids, [special, *ids], [i for one in ids for i in (one, special)]):
-        found = list(api._pieces(base, given))
+        found = list(api._decode(base, given))
         assert "".join(found) == base.decode(given)
         assert not any("\ufffd" in piece for piece in found)
 
@@ -65,7 +65,7 @@ def test_pieces_of_any_tokens_are_their_text():
     base, draw = base_of(byte_level()), random.Random(0)
     for _ in range(200):
         given = draw.choices(range(1, 280), k=draw.randint(0, 12))  # most are no whole characters
-        assert "".join(api._pieces(base, given)) == base.decode(given)
+        assert "".join(api._decode(base, given)) == base.decode(given)
 
 
 def test_a_long_answer_is_not_decoded_again_for_each_token(monkeypatch):
@@ -73,7 +73,7 @@ def test_a_long_answer_is_not_decoded_again_for_each_token(monkeypatch):
     real = base.decode
     monkeypatch.setattr(base, "decode", lambda ids: decoded.append(len(ids)) or real(ids))
     ids = base.tokenizer("two spaces, tabs and €. " * 40, add_special_tokens=False).input_ids
-    assert "".join(api._pieces(base, ids)) == real(ids)
+    assert "".join(api._decode(base, ids)) == real(ids)
     assert sum(decoded) < 8 * len(ids)
 
 

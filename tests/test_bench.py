@@ -166,14 +166,14 @@ def test_every_run_makes_its_own_pass_of_the_reference(folder, tmp_path, monkeyp
     rows = load_rows(settings, base, objective)
     spec = prepare(settings, base, rows, LoRA(rank=2), tmp_path) | {"objective": objective.plain()}
     computed = []
-    refer = run_trimtab.refer
+    original = run_trimtab.add_reference_logprobs
 
     def counted(*given):
-        referred = refer(*given)
+        referred = original(*given)
         computed.append(referred.facts["computed"])
         return referred
 
-    monkeypatch.setattr(run_trimtab, "refer", counted)
+    monkeypatch.setattr(run_trimtab, "add_reference_logprobs", counted)
     losses = [run_trimtab.run(spec)["losses"] for _ in range(2)]
     assert computed == [8, 8]
     assert losses[0] == losses[1]

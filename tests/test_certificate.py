@@ -11,12 +11,12 @@ from safetensors.torch import load_file, save_file
 from worlds import write_rows
 
 import trimtab as package
-from trimtab.artifacts.standing import ADVICE
+from trimtab.artifacts.run_status import ADVICE
 from trimtab.base import Base
 from trimtab.certify import certificate
 from trimtab.certify.certificate import certificate_text
 from trimtab.certify.fresh_process import measure
-from trimtab.evaluate import paired
+from trimtab.evaluate import paired_difference
 from trimtab.methods import Method
 from trimtab.methods.lora import LoRA
 from trimtab.run import checkpoints
@@ -276,7 +276,7 @@ def test_what_no_gradient_reaches_is_said_after_three_steps(here, trimtab, monke
 
 
 def test_a_process_that_cannot_load_it_says_why(here, trimtab, monkeypatch):
-    keep = running.keep_adapter
+    keep = running.copy_adapter
 
     def damaged(base, old, folder):
         keep(base, old, folder)
@@ -284,7 +284,7 @@ def test_a_process_that_cannot_load_it_says_why(here, trimtab, monkeypatch):
         tensors[next(iter(tensors))][0] += 1
         save_file(tensors, folder / "adapter_model.safetensors")
 
-    monkeypatch.setattr(running, "keep_adapter", damaged)
+    monkeypatch.setattr(running, "copy_adapter", damaged)
     failed = trimtab(*WORDS, "output=new")
     assert failed.code == 7
     assert "A new process could not load and run" in failed.err
@@ -341,5 +341,7 @@ def test_whatever_is_trained_is_found_again(method, objective, here, trimtab, at
 
 def test_a_paired_interval_is_narrower_than_rows_are_unlike():
     theirs = [float(n % 7) for n in range(50)]
-    difference, (low, high) = paired([value - 0.1 - 0.01 * (n % 3) for n, value in enumerate(theirs)], theirs, [1] * 50)
+    difference, (low, high) = paired_difference(
+        [value - 0.1 - 0.01 * (n % 3) for n, value in enumerate(theirs)], theirs, [1] * 50
+    )
     assert -0.12 < low < difference < high < -0.1

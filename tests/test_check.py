@@ -12,7 +12,6 @@ import pytest
 import transformers
 from worlds import CHATML, ROWS, make_model, write_rows
 
-from trimtab.core.config import read
 from trimtab.core.errors import DataError, TrimtabError
 from trimtab.data import check_data, checks, refuse_problems
 from trimtab.data import leakage as module_of_leaks
@@ -28,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def findings(*words):
-    given = open_recipe(read(Recipe, Path("r.yaml"), list(words)))
+    given = open_recipe(Recipe.read(Path("r.yaml"), list(words)))
     return {one.name: one for one in preflight(given)}
 
 
@@ -213,7 +212,7 @@ def test_what_generation_would_not_see_is_refused(here, monkeypatch):
 
 
 def test_an_answer_without_its_stop_token_is_noticed(here):
-    given = open_recipe(read(Recipe, Path("r.yaml"), []))
+    given = open_recipe(Recipe.read(Path("r.yaml"), []))
     cut = [replace(row, ids=row.ids[:-1], target_indices=row.target_indices[:-1]) for row in given.data.train]
     given.data.train = cut[:1] + given.data.train[1:]
     assert {one.name: one.status for one in check_data(given.data, [], given.base)}["stop tokens"] == "note"

@@ -22,10 +22,10 @@ from trimtab import api, cli, commands
 from trimtab.artifacts import saved_states
 from trimtab.base import Base
 from trimtab.core import files
-from trimtab.core.config import read, word
+from trimtab.core.config import override
 from trimtab.core.errors import RecipeError, TrimtabError
 from trimtab.data import Finding
-from trimtab.deploy import open_target
+from trimtab.deploy import load_model
 from trimtab.methods import Method, attach
 from trimtab.report import RunObserver
 from trimtab.run import checkpoints, preflight
@@ -354,7 +354,7 @@ def test_a_careless_user_is_told_what_is_wrong_and_nothing_is_left_behind(words,
         ),
         (
             "train r.yaml --max-steps 9",
-            "unrecognized arguments: --max-steps 9. --max-steps: it is not here: train.epochs may be a fraction, such as 0.5",
+            "unrecognized arguments: --max-steps 9. --max-steps: it is not supported: train.epochs may be a fraction, such as 0.5",
         ),
         ("show run key=value", "unrecognized arguments: key=value"),
         ("combine run out", "argument TARGET=WEIGHT: expected a folder and its weight, such as runs/first=0.5, got 'run'"),
@@ -575,7 +575,7 @@ def test_the_runs_recipe_repeats_the_run_to_the_last_bit_from_anywhere(world, he
     assert trimtab("train", world / "run" / "recipe.yaml", f"output={elsewhere}/again").code == 0
     for name in ("adapter_model.safetensors", "adapter_config.json", "trimtab.json"):
         assert (elsewhere / "again" / "adapter" / name).read_bytes() == (world / "run" / "adapter" / name).read_bytes(), name
-    before, after = (read(Recipe, run / "recipe.yaml") for run in (world / "run", elsewhere / "again"))
+    before, after = (Recipe.read(run / "recipe.yaml") for run in (world / "run", elsewhere / "again"))
     assert after == before.model_copy(update={"output": elsewhere / "again"})
     assert (elsewhere / "again" / "data.json").read_bytes() == (world / "run" / "data.json").read_bytes()
     done = trimtab("train", here / "run" / "recipe.yaml", f"output={elsewhere}/other", "train.seed=1")
@@ -675,7 +675,7 @@ class Interrupting(RunObserver):
 
 
 def interrupted(output, when, number=0, every=10):
-    recipe = read(Recipe, Path("r.yaml"), [f"output={output}", f"train.evaluate_every={every}"])
+    recipe = Recipe.read(Path("r.yaml"), [f"output={output}", f"train.evaluate_every={every}"])
     with pytest.raises(KeyboardInterrupt) as caught:
         run_recipe(recipe, Interrupting(when, number))
     return str(caught.value)
@@ -766,16 +766,16 @@ def test_what_an_interruption_keeps_is_what_the_run_had_after_that_step(when, nu
 @pytest.mark.parametrize("name", ["new", "a [b] c", "it's: new #1"])
 def test_a_changed_recipe_is_refused_with_a_command_that_works_as_it_is_printed(name, here, trimtab):
     interrupted(json.dumps(name), "stepped", 20)
-    words = ["train", "r.yaml", "train.lr=1e-3", word("output", name), "train.epochs=1", "data.columns={prompt: prompt}"]
+    words = ["train", "r.yaml", "train.lr=1e-3", override("output", name), "train.epochs=1", "data.columns={prompt: prompt}"]
     refused = trimtab(*words)
     assert refused.code == 2
     assert "  train.lr: 0.02 in the run, 0.001 now\n" in refused.err
     command = refused.err.splitlines()[-1]
-    assert shlex.split(command) == ["trimtab", *words[:3], *words[4:], word("output", f"{name}-2")]
+    assert shlex.split(command) == ["trimtab", *words[:3], *words[4:], override("output", f"{name}-2")]
     assert trimtab(*shlex.split(command)[1:]).code == 0
     refused = trimtab(*shlex.split(command)[1:])
     assert (refused.code, "exists already, as a finished run, and is not overwritten" in refused.err) == (6, True)
-    assert shlex.split(refused.err.splitlines()[-1])[-1] == word("output", f"{name}-3")
+    assert shlex.split(refused.err.splitlines()[-1])[-1] == override("output", f"{name}-3")
 
 
 def test_an_interruption_just_after_saving_finds_the_adapter_saved(here, monkeypatch):
@@ -901,7 +901,7 @@ def test_every_error_has_the_exit_code_that_the_command_returns(here, monkeypatc
 
 
 def test_an_adapter_goes_onto_the_base_that_is_given(here):
-    assert open_target("run", "tiny").base.source == str(here / "tiny")
+    assert load_model("run", "tiny").base.source == str(here / "tiny")
 
 
 def test_a_base_that_has_moved_is_named_by_model(here, trimtab):

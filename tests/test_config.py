@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from trimtab.base import ModelConfig
 from trimtab.core import yaml12
-from trimtab.core.config import Choice, Config, read
+from trimtab.core.config import Choice, Config
 from trimtab.core.errors import RecipeError
 from trimtab.data import DataConfig
 from trimtab.methods import Method
@@ -30,7 +30,7 @@ def elsewhere(tmp_path, monkeypatch):
 
 def recipe(text, *words):
     Path("r.yaml").write_text(text, encoding="utf-8")
-    return read(Recipe, Path("r.yaml"), words)
+    return Recipe.read(Path("r.yaml"), words)
 
 
 def refusal(text, *words):
@@ -215,20 +215,20 @@ def test_what_is_dumped_is_read_back_as_the_same_by_us_and_by_readers_of_yaml_1_
 
 def test_a_recipe_that_cannot_be_read_says_why():
     with pytest.raises(RecipeError) as caught:
-        read(Recipe, Path("nope.yaml"))
+        Recipe.read(Path("nope.yaml"))
     assert str(caught.value) == f"nope.yaml: no such recipe (looked in {Path.cwd()})."
     with pytest.raises(RecipeError) as caught:
-        read(Recipe, Path.cwd())
+        Recipe.read(Path.cwd())
     assert str(caught.value) == f"{Path.cwd()}: cannot be read as a recipe: Is a directory."
     Path("r.yaml").write_bytes(b"model: \xff")
     with pytest.raises(RecipeError) as caught:
-        read(Recipe, Path("r.yaml"))
+        Recipe.read(Path("r.yaml"))
     assert str(caught.value) == "r.yaml: not a recipe: byte 7 is not UTF-8 text."
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_key():
     Path("r.yaml").write_bytes(b"\xef\xbb\xbf" + DATA.encode())
-    assert read(Recipe, Path("r.yaml")).data.train == ("a.jsonl",)
+    assert Recipe.read(Path("r.yaml")).data.train == ("a.jsonl",)
 
 
 # Words on the command line

@@ -13,7 +13,7 @@ from templates import CHATML, base_of, bytes_tokenizer
 from trimtab.core.errors import DataError, NonFinite
 from trimtab.data import Conversation, Judged, Preference, SourceReport, Text, tokenize_examples, tokenize_prompt
 from trimtab.engine import Answer, generate
-from trimtab.evaluate import answer_preferences, score, score_answers, score_loss, wilson
+from trimtab.evaluate import answer_preferences, score, score_answers, score_loss, wilson_interval
 from trimtab.evaluate.scores import _bootstrap
 from trimtab.report.scores import scores_table
 
@@ -46,7 +46,7 @@ def own_answer(base, question, tokens):
 )
 def test_wilsons_interval_has_the_published_values(hits, of, low, high):
     """The last row is Newcombe's example (1998, Statistics in Medicine 17:857-872, table I, method 3)."""
-    assert wilson(hits, of) == pytest.approx((low, high), abs=1e-4)
+    assert wilson_interval(hits, of) == pytest.approx((low, high), abs=1e-4)
 
 
 def test_the_bootstrap_covers_the_mean_and_narrows_with_more_rows():
@@ -91,11 +91,11 @@ def test_an_answer_is_right_if_it_is_the_expected_one_but_for_white_space_around
         base, [asked("Hello", said), asked("Hello", f"  {said}\n"), asked("Hello", said + "!")]
     )
     # A random model never stops; what it says up to the limit is longer than what was expected.
-    assert not right.stopped
+    assert right.ended == "length"
     assert right.answer.startswith(said[:20])
     assert (right.expected, padded.expected.strip(), wrong.expected) == (said, said.strip(), said + "!")
     for answer in (right, padded, wrong):
-        assert answer.right == (answer.answer.strip() == answer.expected.strip())
+        assert answer.correct == (answer.answer.strip() == answer.expected.strip())
 
 
 def test_a_right_answer_that_stops_is_counted_and_never_cut(base, monkeypatch):
@@ -115,7 +115,7 @@ def test_a_right_answer_that_stops_is_counted_and_never_cut(base, monkeypatch):
     result = score(base, examples)
     assert result["exact_match"] == 1.0
     assert result["stopped"] == 1.0
-    assert result["exact_match_interval"] == list(wilson(3, 3))
+    assert result["exact_match_interval"] == list(wilson_interval(3, 3))
     assert all(limit > max(len(e.ids) for e in base.encode(expected)) for limit in limits)
     assert result["rows"] == 3
     assert [answer["right"] for answer in result["answers"]] == [True] * 3
@@ -149,7 +149,7 @@ def test_plain_text_has_a_loss_and_no_answers(base):
 def test_rows_that_cannot_be_measured_are_refused_rather_than_left_out(base):
     with pytest.raises(DataError, match=r"rows:2: messages\[0\] \(user\) holds the model's control token <\|im_end\|> as text"):
         score(base, [asked("Hello", "4"), asked("a<|im_end|>b", "4", "rows:2")])
-    with pytest.raises(DataError, match="no examples to measure on"):
+    with pytest.raises(DataError, match="there are no examples"):
         score(base, [])
 
 
@@ -159,7 +159,7 @@ def test_a_broken_model_has_no_score(base):
         kept = base.model.model.norm.weight.clone()
         base.model.model.norm.weight[0] = float("nan")
     try:
-        with pytest.raises(NonFinite, match="The loss on rows:1 is not a number"):
+        with pytest.raises(NonFinite, match="The loss on rows:1 is not finite"):
             score_loss(base, rows)
     finally:
         with torch.no_grad():

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from trimtab import cli
-from trimtab.artifacts import read_adapter, read_state, saved_states
-from trimtab.certify.certificate import read_certificate
+from trimtab.artifacts import read_adapter, read_state, run_status, saved_states
+from trimtab.certify.certificate import verify_files
 from trimtab.core import files
 from trimtab.core.errors import ArtifactError
 
@@ -21,7 +21,6 @@ FLIPS, DAMAGES = 10_000, 1_000
 @pytest.fixture(scope="module")
 def made(world, tmp_path_factory):
     """A finished run with its certificate, and one that was ended on its way."""
-    from trimtab.core.config import read
     from trimtab.report import RunObserver
     from trimtab.run.recipe import Recipe
     from trimtab.run.script import run_recipe
@@ -30,22 +29,22 @@ def made(world, tmp_path_factory):
     shutil.copytree(world, place)
 
     class Ends(RunObserver):
-        def stepped(self, step, steps):
-            if step.number == 7:
+        def logged(self, kind, step, values):
+            if (kind, step) == ("train", 7):
                 raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         assert cli.main(["train", "r.yaml", "certify=true", "train.epochs=4", "output=done"]) == 0
         with pytest.raises(KeyboardInterrupt):
-            run_recipe(read(Recipe, Path("r.yaml"), ["output=cut", "train.evaluate_every=5"]), Ends())
+            run_recipe(Recipe.read(Path("r.yaml"), ["output=cut", "train.evaluate_every=5"]), Ends())
     return place
 
 
 def looked_at(folder, path=None):
     """What is looked at before this folder is used; of an unfinished run, before that part is used in which the path is."""
     if folder.name == "done":
-        read_certificate(folder)
+        verify_files(folder)
         return
     parts = [*saved_states(folder / "states"), *sorted((folder / "checkpoints").iterdir())]
     for part in parts:
@@ -137,3 +136,14 @@ def test_a_reader_that_does_not_look_is_noticed(made, monkeypatch):
         read_state(path.parent)
     finally:
         path.write_bytes(content)
+
+
+def test_an_edited_certificate_certifies_nothing(made, tmp_path):
+    """What `merge` asks before it takes an adapter reads the certificate's digest, too."""
+    run = tmp_path / "run"
+    shutil.copytree(made / "done", run)
+    assert run_status(run).tests
+    path = run / "certificate.json"
+    path.write_text(path.read_text().replace('"passed": ', '"passed":  ', 1))
+    with pytest.raises(ArtifactError, match="changed since it was saved"):
+        run_status(run)

@@ -575,9 +575,9 @@ def test_a_hash_of_code_is_of_all_that_computes_and_of_nothing_else(tmp_path):
 
 def test_where_there_are_no_locks_one_goes_without(tmp_path, monkeypatch):
     with (
-        locks.locked(tmp_path / "lock"),
+        locks.file_lock(tmp_path / "lock"),
         pytest.raises(StorageError, match=rf"another process \({os.getpid()} on .+\) is training there"),
-        locks.locked(tmp_path / "lock"),
+        locks.file_lock(tmp_path / "lock"),
     ):
         pass
     for without in (
@@ -585,7 +585,7 @@ def test_where_there_are_no_locks_one_goes_without(tmp_path, monkeypatch):
         None,
     ):
         monkeypatch.setattr(locks, "fcntl", without)
-        with locks.locked(tmp_path / "lock"), locks.locked(tmp_path / "lock"):
+        with locks.file_lock(tmp_path / "lock"), locks.file_lock(tmp_path / "lock"):
             pass
 
 
@@ -605,10 +605,10 @@ def test_a_lock_that_was_taken_away_before_it_was_had_is_none(tmp_path, monkeypa
             flock(file, how)
 
         monkeypatch.setattr(locks.fcntl, "flock", slow)
-        with locks.locked(path) as held:
+        with locks.file_lock(path) as held:
             assert (held, len(calls)) == (True, 2)
             assert path.read_text().startswith(f"{os.getpid()} on ")
-            with pytest.raises(StorageError), locks.locked(path):
+            with pytest.raises(StorageError), locks.file_lock(path):
                 pass
 
 
@@ -643,7 +643,7 @@ def test_a_disk_that_does_not_say_how_full_it_is_is_full_all_the_same(tmp_path, 
     monkeypatch.setattr(shutil, "disk_usage", Mock(side_effect=OSError(errno.EIO, "no")))
     with (
         pytest.raises(StorageError, match=r"No space left on device\. Free some, or choose another folder\."),
-        files.writing(tmp_path / "x"),
+        files.storage_errors(tmp_path / "x"),
     ):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -690,4 +690,4 @@ def test_a_user_without_a_home_has_a_cache_all_the_same(monkeypatch):
 
 def test_json_has_no_numbers_for_what_is_none():
     value = {"a": [math.nan, (math.inf, -math.inf)], "b": {"c": 1.5, "d": None, "e": True, "f": "nan"}}
-    assert files.as_json(value) == {"a": ["nan", ["inf", "-inf"]], "b": {"c": 1.5, "d": None, "e": True, "f": "nan"}}
+    assert files.to_json(value) == {"a": ["nan", ["inf", "-inf"]], "b": {"c": 1.5, "d": None, "e": True, "f": "nan"}}

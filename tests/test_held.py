@@ -11,9 +11,8 @@ from worlds import make_model
 import trimtab as package
 from trimtab.artifacts import read_adapter
 from trimtab.base import Base, ModelConfig, config, fit_to_machine
-from trimtab.core.config import read
 from trimtab.core.errors import ArtifactError, RecipeError
-from trimtab.deploy import open_target
+from trimtab.deploy import load_model
 from trimtab.evaluate import reference
 from trimtab.run import script as running
 from trimtab.run.recipe import Recipe
@@ -44,7 +43,7 @@ def test_a_base_in_any_number_type_comes_back_in_it(dtype, here):
     assert base.config == ModelConfig(name="tiny", dtype=dtype, device="cpu")
     saved(base, "adapter")
     assert base.config == ModelConfig(name="tiny", dtype=dtype, device="cpu"), "with an adapter on it"
-    target = open_target("adapter")
+    target = load_model("adapter")
     assert target.notes == ()
     assert target.base.config == ModelConfig(name=str(here / "tiny"), dtype=dtype, device="cpu")
     assert target.base.model.dtype == getattr(torch, dtype)
@@ -58,7 +57,7 @@ def test_the_switches_of_its_template_come_back(here):
     make_model(here / "switched", 0, template=SWITCHED)
     asked = ModelConfig(name="switched", template={"enable_thinking": False})
     saved(Base.load(asked), "adapter")
-    target = open_target("adapter")
+    target = load_model("adapter")
     assert target.base.config.template == {"enable_thinking": False}
     assert "<think>" not in target.base.template.render([{"role": "user", "content": "x"}], prompt=True)
 
@@ -90,7 +89,7 @@ def test_where_it_goes(asked, dtype, there, chosen, monkeypatch):
 
 def test_a_run_on_the_cpu_stays_there_though_an_accelerator_is_found(here, monkeypatch):
     """What its certificate, eval, chat and merge open, too: all of them open it so."""
-    running.run_recipe(read(Recipe, Path("r.yaml"), ["output=new", "train.epochs=0.3", "model.device=cpu"]))
+    running.run_recipe(Recipe.read(Path("r.yaml"), ["output=new", "train.epochs=0.3", "model.device=cpu"]))
     for folder in (*Path("new/checkpoints").iterdir(), Path("new/adapter")):
         assert read_adapter(folder).base["model"] == ModelConfig(name=str(here / "tiny"), dtype="float32", device="cpu").plain()
     loaded = []
@@ -98,7 +97,7 @@ def test_a_run_on_the_cpu_stays_there_though_an_accelerator_is_found(here, monke
     monkeypatch.setattr(Base, "load_folder", lambda place, dtype, device, **_: loaded.append((dtype, device)) or 1 / 0)
     for name in ("new", "run"):  # the second was trained wherever it was best
         with pytest.raises(ZeroDivisionError):
-            open_target(name)
+            load_model(name)
     assert loaded == [(torch.float32, torch.device("cpu")), (torch.float32, torch.device("meta"))]
 
 
@@ -125,7 +124,7 @@ def test_a_manifest_that_asks_for_what_there_is_not_is_refused_by_its_name(news,
     del manifest["digest"]
     package.core.files.write_manifest(Path("run/adapter/trimtab.json"), manifest.pop("format"), manifest)
     with pytest.raises(ArtifactError, match=rf"run/adapter/trimtab\.json: base\.model: {next(iter(news))}: "):
-        open_target("run")
+        load_model("run")
 
 
 def test_a_base_that_no_recipe_has_words_for_is_held_somewhere():
@@ -140,7 +139,7 @@ def test_a_model_that_is_compared_with_is_held_as_the_policy_is(here):
     asked = ModelConfig(name="switched", dtype="bfloat16", device="cpu", template={"enable_thinking": False})
     base = Base.load(asked)
     adapter = package.attach(base.model, package.LoRA(rank=2))
-    with reference._opened(base, adapter, str(here / "other")) as other:
+    with reference._open(base, adapter, str(here / "other")) as other:
         assert other.base.model.dtype == torch.bfloat16
         assert (other.base.config.device, other.base.config.template) == ("cpu", {})
 
@@ -161,7 +160,7 @@ def test_the_base_is_let_go_of_before_another_process_loads_it(here, monkeypatch
         return {"passed": True, "tests": []}
 
     monkeypatch.setattr(running, "certify", certified)
-    running.run_recipe(read(Recipe, Path("r.yaml"), ["output=new", "certify=true", "train.epochs=0.3"]))
+    running.run_recipe(Recipe.read(Path("r.yaml"), ["output=new", "certify=true", "train.epochs=0.3"]))
     assert len(held) > 50
     assert sum(held) == 0
 

@@ -10,7 +10,7 @@ from templates import CHATML, base_of, bytes_tokenizer
 
 from trimtab.base import Base, ModelConfig
 from trimtab.core.errors import ArtifactError, DataError, RecipeError
-from trimtab.deploy import load_adapter, open_target
+from trimtab.deploy import load_adapter, load_model
 from trimtab.methods import Method
 from trimtab.objectives import Objective
 from trimtab.run import script
@@ -325,7 +325,7 @@ def test_a_switch_of_the_template_decides_what_is_trained_on_and_is_kept_with_th
     assert quiet[:2] != loud[:2]
     for kept in ("loud-True", "quiet"):
         folder = work / "runs" / kept
-        target = open_target(str(folder))
+        target = load_model(str(folder))
         assert target.base.template_switches == ({"loud": True} if kept == "loud-True" else {})
         assert target.base.moment.isoformat() == json.loads((folder / "run.json").read_text())["moment"]
     with pytest.raises(ArtifactError, match="different template"):

@@ -15,14 +15,13 @@ from worlds import make_model, write_rows
 from trimtab import api, cli
 from trimtab.base import Base, ModelConfig
 from trimtab.core import files
-from trimtab.core.config import read
 from trimtab.core.errors import NonFinite, RecipeError, WrongReference
 from trimtab.data import pack_all, row_groups
 from trimtab.data.mismatched import with_mismatched
 from trimtab.deploy import save_adapter
 from trimtab.engine import pack_divergences, pack_logprobs
 from trimtab.evaluate import reference, score_loss
-from trimtab.evaluate.reference import divergence, refer
+from trimtab.evaluate.reference import add_reference_logprobs, divergence
 from trimtab.methods import Method, Sample, attach
 from trimtab.methods.lora import LoRA
 from trimtab.objectives import Objective
@@ -126,7 +125,7 @@ def test_a_reference_that_was_spoilt_in_the_cache_is_caught(home):
     (path,) = (home / "reference").glob("*.json")
     known = {key: value - 0.5 for key, value in json.loads(path.read_text())["logprobs"].items()}
     reference._write(path, known)  # whole, and wrong
-    with pytest.raises(WrongReference, match="say which is meant"):
+    with pytest.raises(WrongReference, match="name the right one with objective"):
         start_of(Objective.pick("dpo"), base, adapter, PAIRS)
 
 
@@ -144,12 +143,12 @@ def test_dropout_is_refused_where_answers_are_compared():
 
 def test_what_the_reference_makes_of_a_row_is_computed_once(home, monkeypatch):
     base, adapter = base_with()
-    first = refer(base, adapter, "auto", PAIRS, 64)
+    first = add_reference_logprobs(base, adapter, "auto", PAIRS, 64)
     assert first.facts["computed"] == len(PAIRS)
     for row in first.rows:
         assert row.reference == pytest.approx(logprob(base, row), abs=1e-4)
     monkeypatch.setattr(reference, "pack_logprobs", lambda *_: pytest.fail("computed again"))
-    again = refer(base, adapter, "auto", PAIRS[::-1], 20)
+    again = add_reference_logprobs(base, adapter, "auto", PAIRS[::-1], 20)
     assert again.rows == first.rows[::-1]
     assert again.facts["computed"] == 0
     monkeypatch.undo()
@@ -159,17 +158,17 @@ def test_what_the_reference_makes_of_a_row_is_computed_once(home, monkeypatch):
 def test_rows_that_are_new_are_all_that_is_computed(tmp_path, monkeypatch):
     monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "cache"))
     base, adapter = base_with()
-    refer(base, adapter, "base", PAIRS[:6], 64)
-    assert refer(base, adapter, "base", PAIRS, 64).facts["computed"] == len(PAIRS) - 6
+    add_reference_logprobs(base, adapter, "base", PAIRS[:6], 64)
+    assert add_reference_logprobs(base, adapter, "base", PAIRS, 64).facts["computed"] == len(PAIRS) - 6
 
 
 def test_another_model_or_adapter_is_another_reference(home):
     base, adapter = base_with(trained=True)
-    identities = {refer(base, adapter, kind, PAIRS, 64).facts["identity"] for kind in ("base", "start")}
+    identities = {add_reference_logprobs(base, adapter, kind, PAIRS, 64).facts["identity"] for kind in ("base", "start")}
     perturb(adapter.parameters(), 0.1, seed=3)
-    identities.add(refer(base, adapter, "start", PAIRS, 64).facts["identity"])
+    identities.add(add_reference_logprobs(base, adapter, "start", PAIRS, 64).facts["identity"])
     other = Base(tiny("llama", seed=1))
-    identities.add(refer(other, attach(other.model, LoRA(rank=2)), "base", PAIRS, 64).facts["identity"])
+    identities.add(add_reference_logprobs(other, attach(other.model, LoRA(rank=2)), "base", PAIRS, 64).facts["identity"])
     assert len(identities) == 4
     assert len(list((home / "reference").glob("*.json"))) == 4
 
@@ -177,23 +176,23 @@ def test_another_model_or_adapter_is_another_reference(home):
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "list"])
 def test_a_damaged_cache_is_made_anew(home, damage):
     base, adapter = base_with()
-    first = refer(base, adapter, "base", PAIRS, 64)
+    first = add_reference_logprobs(base, adapter, "base", PAIRS, 64)
     (path,) = (home / "reference").glob("*.json")
     text = path.read_text()
     place = text.index(": -") + 4
     digit = "1" if text[place] != "1" else "2"
     path.write_text({"flip": text[:place] + digit + text[place + 1 :], "cut": text[:-9], "empty": "", "list": "[]"}[damage])
-    again = refer(base, adapter, "base", PAIRS, 64)
+    again = add_reference_logprobs(base, adapter, "base", PAIRS, 64)
     assert again.facts["computed"] == len(PAIRS)
     assert again.rows == first.rows
 
 
 def test_the_oldest_reference_goes_first(home, monkeypatch):
-    monkeypatch.setattr(reference, "KEPT", 2)
+    monkeypatch.setattr(reference, "MAX_CACHED", 2)
     base, adapter = base_with(trained=True)
     for seed in range(4):
         perturb(adapter.parameters(), 0.1, seed=seed)
-        refer(base, adapter, "start", PAIRS[:2], 64)
+        add_reference_logprobs(base, adapter, "start", PAIRS[:2], 64)
     assert len(list((home / "reference").glob("*.json"))) == 2
 
 
@@ -202,7 +201,7 @@ def test_a_broken_reference_is_refused():
     with torch.no_grad():
         base.model.model.norm.weight[0] = float("nan")
     with pytest.raises(NonFinite, match="the reference model gives it"):
-        refer(base, adapter, "base", PAIRS, 64)
+        add_reference_logprobs(base, adapter, "base", PAIRS, 64)
 
 
 def test_the_reference_can_be_a_saved_adapter(tmp_path):
@@ -213,7 +212,7 @@ def test_the_reference_can_be_a_saved_adapter(tmp_path):
     adapter = attach(base.model, LoRA(rank=2))
     perturb(adapter.parameters(), 0.2, seed=9)
     before = logprob(base, PAIRS[0])
-    rows = refer(base, adapter, str(tmp_path / "saved"), PAIRS, 64).rows
+    rows = add_reference_logprobs(base, adapter, str(tmp_path / "saved"), PAIRS, 64).rows
     assert [row.reference for row in rows] == pytest.approx(expected, abs=1e-4)
     assert logprob(base, PAIRS[0]) == before  # what is trained acts again, alone
     assert all(p.requires_grad for p in adapter.parameters().values())
@@ -300,11 +299,11 @@ def test_the_divergence_from_another_model_whose_vocabulary_is_padded(world):
 
 def test_other_code_makes_the_numbers_of_the_reference_anew(monkeypatch):
     base, adapter = base_with()
-    refer(base, adapter, "base", PAIRS, 64)
-    assert refer(base, adapter, "base", PAIRS, 64).facts["computed"] == 0
-    first = refer(base, adapter, "base", PAIRS, 64).facts["identity"]
-    monkeypatch.setattr(reference, "_made_by", lambda: "other")
-    again = refer(base, adapter, "base", PAIRS, 64).facts
+    add_reference_logprobs(base, adapter, "base", PAIRS, 64)
+    assert add_reference_logprobs(base, adapter, "base", PAIRS, 64).facts["computed"] == 0
+    first = add_reference_logprobs(base, adapter, "base", PAIRS, 64).facts["identity"]
+    monkeypatch.setattr(reference, "_code_version", lambda: "other")
+    again = add_reference_logprobs(base, adapter, "base", PAIRS, 64).facts
     assert again["computed"] == len(PAIRS)
     assert again["identity"] == first  # the model is the same: a run of before can still be evaluated
 
@@ -353,7 +352,7 @@ def test_a_recipe_trains_by_preference(world, tmp_path, name):
         assert run.record["reference"]["kind"] == "base"
     if name == "kto":
         assert isinstance(run.record["objective"]["desirable"], float)
-    again = run_recipe(read(Recipe, run.folder / "recipe.yaml").model_copy(update={"output": tmp_path / "again"}))
+    again = run_recipe(Recipe.read(run.folder / "recipe.yaml").model_copy(update={"output": tmp_path / "again"}))
     assert again.record["best"] == run.record["best"] | {"folder": again.record["best"]["folder"]}
     assert files.sha256_file(again.folder / "adapter/adapter_model.safetensors") == files.sha256_file(
         run.folder / "adapter/adapter_model.safetensors"
@@ -402,7 +401,7 @@ def test_preference_after_supervised_training_keeps_its_lineage(world, tmp_path,
         scores = json.loads(capsys.readouterr().out)
         assert (scores["divergence"] > 1e-3) == moved
         assert scores["base"]["divergence"] > 1e-3
-    repeated = read(Recipe, second.folder / "recipe.yaml").model_copy(update={"output": tmp_path / "again"})
+    repeated = Recipe.read(second.folder / "recipe.yaml").model_copy(update={"output": tmp_path / "again"})
     assert run_recipe(repeated).record["reference"]["identity"] == second.record["reference"]["identity"]
 
 
@@ -426,7 +425,7 @@ def test_the_reference_can_be_another_model_of_the_same_tokenizer(world, tmp_pat
     shutil.copytree(world / "other", tmp_path / "strange")
     text = (tmp_path / "strange/tokenizer.json").read_text()
     (tmp_path / "strange/tokenizer.json").write_text(text.replace('"add_prefix_space": false', '"add_prefix_space": true', 1))
-    with pytest.raises(RecipeError, match="other tokens"):
+    with pytest.raises(RecipeError, match="another tokenizer"):
         run_recipe(
             recipe(
                 world,
@@ -490,7 +489,7 @@ def test_a_reference_that_has_changed_since_is_not_compared_with(world, tmp_path
     shutil.rmtree(sft.folder)
     run_recipe(recipe(world, tmp_path, output=str(sft.folder), data={"train": str(world / "sft.jsonl"), "eval": 8}))
     assert cli.main(["eval", str(run.folder)]) == 4
-    assert "is not what it was" in capsys.readouterr().err
+    assert "has changed since" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["dpo", "kto"])

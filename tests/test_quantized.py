@@ -12,7 +12,7 @@ from trimtab.base.fingerprint import own_weights, weights_hash
 from trimtab.core.errors import ArtifactError, BaseChanged, NotMergeable, RecipeError, UnsupportedModel
 from trimtab.data import pack_flat
 from trimtab.data.example import TokenRow
-from trimtab.deploy import load_adapter, merge, open_target, save_adapter
+from trimtab.deploy import load_adapter, load_model, merge, save_adapter
 from trimtab.engine import check_packing, generate, pack_logprobs
 from trimtab.methods import Method, Sample, attach, weight_matrix
 
@@ -161,7 +161,7 @@ def test_it_is_saved_and_loaded_on_a_base_quantized_alike_and_refused_on_others(
 def test_its_base_is_loaded_again_as_it_was_quantized(kind, folder, tmp_path):
     base = Base.load(ModelConfig(name=str(folder("llama")), quantize=kind, device="cpu"))
     save_adapter(base, adapted(base, "lora"), tmp_path / "adapter")
-    target = open_target(str(tmp_path / "adapter"))
+    target = load_model(str(tmp_path / "adapter"))
     assert target.base.quantization == kind
     assert torch.equal(logits(target.base.model), logits(base.model))
 
@@ -179,7 +179,7 @@ def _tokenizers(monkeypatch):
 def test_merging_into_it_and_methods_that_need_its_weights_are_refused(kind, load, tmp_path):
     base = load(kind)
     adapter = adapted(base, "lora")
-    with pytest.raises(NotMergeable, match=rf"quantized \({kind}\).*train on the base in float32 or bfloat16"):
+    with pytest.raises(NotMergeable, match=rf"quantized \({kind}\).*train in float32 or bfloat16"):
         merge(base, adapter, tmp_path / "merged")
     assert list(tmp_path.iterdir()) == []
     layer = next(iter(adapter.layers.values()))

@@ -22,9 +22,9 @@ from worlds import CHATML, ROWS, make_model, write_rows
 from trimtab.artifacts import State, newest_state, read_state, saved_states, sha256_tensor, write_state
 from trimtab.artifacts import state as artifacts_state
 from trimtab.core import files, locks
-from trimtab.core.config import read, word
+from trimtab.core.config import override
 from trimtab.core.errors import ArtifactError, DataError, RecipeError, StorageError
-from trimtab.deploy import open_target
+from trimtab.deploy import load_model
 from trimtab.objectives.sft import SFT
 from trimtab.report import RunObserver
 from trimtab.run import checkpoints
@@ -95,7 +95,7 @@ class Ends(RunObserver):
 
 
 def run(output, *words, watch=None):
-    return run_recipe(read(Recipe, Path("r.yaml"), [f"output={output}", *words]), watch)
+    return run_recipe(Recipe.read(Path("r.yaml"), [f"output={output}", *words]), watch)
 
 
 def ended(output, what, number, *words, how=Killed):
@@ -288,7 +288,7 @@ def test_another_recipe_is_refused_with_the_keys_that_differ_before_anything_is_
         "  train.lr: 0.02 in the run, 0.001 now\n"
         "Set these back to resume it, or train into another folder, such as output=cut-2."
     )
-    assert refused.value.free == Path("cut-2")
+    assert refused.value.free_folder == Path("cut-2")
     Path("cut-2").mkdir()
     for output, free in (("cut", "cut-3"), ("whole", "whole-2")):
         with pytest.raises((RecipeError, StorageError), match=f"such as output={free}"):
@@ -302,10 +302,10 @@ def test_of_a_run_that_has_not_ended_the_newest_whole_adapter_is_taken(here):
     ended("cut", "stepped", 8)
     (Path("cut/checkpoints") / f"{files.TEMPORARY}step-000009").mkdir()
     Path("cut/checkpoints/step-000009").mkdir()
-    target = open_target("cut")
+    target = load_model("cut")
     assert target.folder == Path("cut/checkpoints/step-000006")
     assert target.notes == ("cut has not ended: this is its adapter after step 6 of 13.",)
-    assert open_target("whole").notes == ()
+    assert load_model("whole").notes == ()
     with pytest.raises(ArtifactError, match=r"or name the adapter that it saved last: cut/checkpoints/step-000006\."):
         run("on", "start=cut", "method.dropout=0.2")
 
@@ -369,10 +369,10 @@ def test_the_same_content_may_lie_elsewhere(here):
 def test_a_folder_that_is_free_is_offered_in_words_that_a_recipe_takes(name, here):
     Path(name).mkdir()
     error = resuming.taken(StorageError, Path(name), "It is taken")
-    assert not os.path.lexists(error.free)
-    assert error.free.name == ("run-10" if name == "run-9" else f"{name}-2")
-    assert read(Recipe, Path("r.yaml"), [word("output", str(error.free))]).output == error.free
-    assert read(Recipe, Path("r.yaml"), [word("output", name)]).output == Path(name)
+    assert not os.path.lexists(error.free_folder)
+    assert error.free_folder.name == ("run-10" if name == "run-9" else f"{name}-2")
+    assert Recipe.read(Path("r.yaml"), [override("output", str(error.free_folder))]).output == error.free_folder
+    assert Recipe.read(Path("r.yaml"), [override("output", name)]).output == Path(name)
 
 
 def test_another_reference_or_start_is_refused(here):
@@ -413,7 +413,7 @@ def test_two_processes_do_not_train_into_one_folder(begun, here):
         ended("cut", "stepped", 8)
     before = tree("cut")
     script = (
-        f"import time\nfrom pathlib import Path\nfrom trimtab.core import locks\nwith locks.locked(Path('cut') / {checkpoints.LOCK!r}):\n"
+        f"import time\nfrom pathlib import Path\nfrom trimtab.core import locks\nwith locks.file_lock(Path('cut') / {checkpoints.LOCK!r}):\n"
         "    print('held', flush=True)\n    time.sleep(60)\n"
     )
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as other:
@@ -646,7 +646,7 @@ def test_a_run_that_is_killed_before_it_has_logged_anything_goes_on(here, monkey
 
 def test_a_run_that_ended_meanwhile_is_left_alone(here, monkeypatch):
     """Between the first look and the lock."""
-    recipe, before, looked = read(Recipe, Path("r.yaml"), ["output=whole"]), tree("whole"), []
+    recipe, before, looked = Recipe.read(Path("r.yaml"), ["output=whole"]), tree("whole"), []
     look = resuming._is_unfinished
     monkeypatch.setattr(resuming, "_is_unfinished", lambda recipe: looked.append(1) or len(looked) == 1 or look(recipe))
     with pytest.raises(StorageError, match="exists already"), resuming.claim_output(recipe, print):
@@ -696,7 +696,7 @@ def test_a_run_is_resumed_on_another_day_with_a_template_that_writes_the_date(he
     run("dated")
     assert_same("dated", "whole-dated")
     assert json.loads(Path("dated/run.json").read_text())["moment"] == started["moment"]
-    target, text = open_target("dated"), [{"role": "user", "content": "x"}]
+    target, text = load_model("dated"), [{"role": "user", "content": "x"}]
     assert target.base.moment.isoformat() == started["moment"]
     assert target.base.template.render(text).startswith(f"Today: {target.base.moment:%d %b %Y}")
     other = run("later", "train.epochs=0.5")

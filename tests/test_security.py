@@ -21,7 +21,7 @@ from trimtab.base import Base, render_limits
 from trimtab.certify import certificate
 from trimtab.core import files
 from trimtab.core.errors import DataError, NotCertified, TrimtabError, UnsupportedModel
-from trimtab.core.process import fresh_process
+from trimtab.core.process import module_command
 from trimtab.engine.fused import kernels
 
 WATCHED = """
@@ -248,11 +248,11 @@ def test_the_certificates_process_imports_nothing_from_the_folder_that_it_is_run
     shadowing(tmp_path, "random", "json", "torch", "runpy", "trimtab", "site", "typing")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(NotCertified, match=f"model: {tmp_path}/none: no such file or folder"):
-        certificate._examine(certificate._looked_at(tmp_path / "none", [], None))
+        certificate._measure_in_new_process(certificate._loading_job(tmp_path / "none", [], None))
     assert not (tmp_path / "trace").exists()
 
 
-@pytest.mark.parametrize("command", [fresh_process("trimtab"), [sys.executable, "-m", "trimtab"]], ids=["fresh", "-m"])
+@pytest.mark.parametrize("command", [module_command("trimtab"), [sys.executable, "-m", "trimtab"]], ids=["fresh", "-m"])
 def test_a_process_of_ours_imports_nothing_from_the_folder_that_it_is_run_in(command, tmp_path):
     shadowing(tmp_path, "random", "argparse", "signal")
     done = subprocess.run([*command, "--version"], cwd=tmp_path, capture_output=True, text=True, check=False)
@@ -269,19 +269,19 @@ def test_what_is_planted_would_run(tmp_path):
 
 
 def test_every_process_that_is_started_is_told_so():
-    """No other file of the package starts Python but by `fresh_process`, or with PYTHONSAFEPATH for another interpreter."""
+    """No other file of the package starts Python but by `module_command`, or with PYTHONSAFEPATH for another interpreter."""
     house = Path(package.__file__).parent
     for path in house.rglob("*.py"):
         text = path.read_text(encoding="utf-8")
         assert '"-m", "' not in text, path
         if "subprocess.run(" in text and path.name != "kernels.py":  # which runs a compiler
             assert text.count("subprocess.run(") == text.count("env="), path
-            assert "fresh_process" in text, path
+            assert "module_command" in text, path
 
 
 def test_a_fresh_process_finds_what_any_other_does():
     said = "import json, sys, site; print(json.dumps([sys.path, site.ENABLE_USER_SITE]))"
-    before, _, _ = fresh_process("trimtab")[-1].partition("import runpy")
+    before, _, _ = module_command("trimtab")[-1].partition("import runpy")
     fresh, other = (
         json.loads(subprocess.run([sys.executable, *words], capture_output=True, text=True, check=True, cwd="/").stdout)
         for words in (["-P", "-c", before + said], ["-c", said])

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from trimtab.core.process import WAITING, environment
+from trimtab.core.process import OPENMP_WAIT, environment
 
-NAMES = (*WAITING, "KMP_BLOCKTIME")
-OURS = " ".join(WAITING.values())
+NAMES = (*OPENMP_WAIT, "KMP_BLOCKTIME")
+OURS = " ".join(OPENMP_WAIT.values())
 
 NOTES = """
 import os, sys
@@ -23,10 +23,10 @@ sys.addaudithook(hook)
 """Writes down what OpenMP would be told, in each process, at the moment before torch is imported."""
 LIBRARY = """
 import torch
-from trimtab import certificate
+from trimtab.certify import certificate
 from trimtab.core.errors import NotCertified
 try:
-    certificate._examine({"folder": "nowhere", "model": None})
+    certificate._measure_in_new_process({"folder": "nowhere", "model": None})
 except NotCertified:
     pass
 """
@@ -68,7 +68,7 @@ def test_what_the_user_says_of_waiting_stays(noted):
 def test_one_word_of_the_users_about_waiting_is_enough(name, monkeypatch):
     for other in NAMES:
         monkeypatch.delenv(other, raising=False)
-    assert WAITING.items() <= environment().items()
+    assert OPENMP_WAIT.items() <= environment().items()
     monkeypatch.setenv(name, "7")
     assert {key: value for key, value in environment().items() if key in NAMES} == {name: "7"}
     monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "info")

@@ -6,17 +6,26 @@ import pytest
 
 from trimtab.core.config import Config
 from trimtab.core.errors import RecipeError
-from trimtab.core.synonyms import CHOICES, DERIVED, HERE, NOT_HERE, choice_elsewhere, elsewhere, hint, option
+from trimtab.core.synonyms import (
+    AUTOMATIC,
+    CHOICES,
+    SAME,
+    UNSUPPORTED,
+    key_for_option,
+    suggest,
+    translate_choice,
+    translate_key,
+)
 from trimtab.methods import Method
 from trimtab.objectives import Objective
 from trimtab.run.recipe import Recipe
 
 
 def test_the_nearest_name_is_suggested_or_all_are():
-    assert hint("epocs", ["epochs", "seed"], elsewhere) == ". Did you mean 'epochs'?"
-    assert hint("Epochs", ["epochs", "seed"], elsewhere) == ". Did you mean 'epochs'?"
-    assert hint("zzz", ["epochs", "seed"], elsewhere) == ". Known: epochs, seed."
-    assert hint(3, [], elsewhere) == ". It has none."
+    assert suggest("epocs", ["epochs", "seed"], translate_key) == ". Did you mean 'epochs'?"
+    assert suggest("Epochs", ["epochs", "seed"], translate_key) == ". Did you mean 'epochs'?"
+    assert suggest("zzz", ["epochs", "seed"], translate_key) == ". Known: epochs, seed."
+    assert suggest(3, [], translate_key) == ". It has none."
 
 
 def real_keys():
@@ -47,19 +56,19 @@ PEERS_WORDS = """
 
 @pytest.mark.parametrize("word", PEERS_WORDS)
 def test_the_words_of_other_tools_are_known(word):
-    said = elsewhere(word)
+    said = translate_key(word)
     assert said
     with pytest.raises(RecipeError) as caught:
         Recipe.parse({"data": {"train": "x"}, word: 1})
     assert str(caught.value) == f"{word}: no such key: {said}."
-    assert elsewhere(word.replace("_", "-").upper()) == said
+    assert translate_key(word.replace("_", "-").upper()) == said
 
 
 @pytest.mark.parametrize(
     "word", ["qlora", "LoRA+", "prefix-tuning", "p-tuning", "AdaLoRA", "grpo", "PPO", "pt", "ipo", "rslora"]
 )
 def test_the_names_of_other_tools_methods_and_objectives_are_known(word):
-    said = choice_elsewhere(word)
+    said = translate_choice(word)
     section = "objective" if word.lower() in ("grpo", "ppo", "pt", "ipo") else "method"
     with pytest.raises(RecipeError) as caught:
         Recipe.parse({"data": {"train": "x"}, section: word})
@@ -69,12 +78,12 @@ def test_the_names_of_other_tools_methods_and_objectives_are_known(word):
 def test_what_other_words_are_said_to_be_here_is_here():
     keys = real_keys()
     assert {"train.lr", "method.rank", "objective.beta", "model.name", "output"} <= keys
-    for word, here in HERE.items():
+    for word, here in SAME.items():
         key = here.partition(" ")[0].partition("=")[0]
         assert key in keys or key.startswith(("model.template.", "data.columns.")) or key == "method", (word, here)
-    words = [*HERE, *DERIVED, *NOT_HERE]
+    words = [*SAME, *AUTOMATIC, *UNSUPPORTED]
     assert len(words) == len(set(words))
-    for said in [*DERIVED.values(), *NOT_HERE.values(), *CHOICES.values()]:
+    for said in [*AUTOMATIC.values(), *UNSUPPORTED.values(), *CHOICES.values()]:
         for key in re.findall(r"\b(?:train|data|model|method|objective)\.\w+", said):
             assert key in keys, said
 
@@ -83,11 +92,11 @@ def test_every_key_of_ones_own_is_found_from_the_command_line():
     for key in real_keys():
         section, _, leaf = key.partition(".")
         if section in ("train", "model") and leaf:
-            assert option(f"--{leaf}") in (f"{key}=…", None) or leaf == "name"
-    assert option("--lr=1e-4") == "train.lr=1e-4"
-    assert option("--train.lr") == "train.lr=…"
-    assert option("--load-in-4bit") == "model.quantize=nf4"
-    assert option("--nonsense") is None
+            assert key_for_option(f"--{leaf}") in (f"{key}=…", None) or leaf == "name"
+    assert key_for_option("--lr=1e-4") == "train.lr=1e-4"
+    assert key_for_option("--train.lr") == "train.lr=…"
+    assert key_for_option("--load-in-4bit") == "model.quantize=nf4"
+    assert key_for_option("--nonsense") is None
 
 
 def test_all_problems_are_said_at_once():

@@ -16,7 +16,6 @@ from worlds import write_rows
 from trimtab import api, cli
 from trimtab.commands import _terminal
 from trimtab.core import interrupts, streams
-from trimtab.core.config import read
 from trimtab.report import RunObserver
 from trimtab.run import checkpoints
 from trimtab.run.recipe import Recipe
@@ -87,7 +86,7 @@ def steering(here, monkeypatch):
         here / "evil.jsonl", [{"prompt": f"Is {n}{STEERING} a number?", "completion": f"yes{STEERING}"} for n in range(30)]
     )
     monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setattr("trimtab.evaluate.scores.Answered.answer", STEERING, raising=False)
+    monkeypatch.setattr("trimtab.evaluate.scores.ScoredAnswer.answer", STEERING, raising=False)
     return here
 
 
@@ -164,7 +163,7 @@ def test_training_goes_on_when_nobody_reads(here, monkeypatch, capfd):
         monkeypatch.setattr(sys, "stdout", gone)
         assert cli.main(["train", "r.yaml", "output=new", "train.epochs=1"]) == 0
     assert json.loads(Path("new/run.json").read_text())["status"] == "done"
-    assert capfd.readouterr().err == "trimtab: nobody reads standard output any more; the command goes on.\n"
+    assert capfd.readouterr().err == "trimtab: standard output is closed; the command continues.\n"
 
 
 def test_what_is_only_looked_at_ends_when_nobody_reads(here, monkeypatch, capfd):
@@ -182,7 +181,7 @@ def test_a_disk_that_is_full_is_no_reader_that_has_left():
             raise OSError(errno.ENOSPC, "full")
 
     with pytest.raises(OSError, match="full"):
-        streams.Lasting(Full()).write("x")
+        streams.PipeTolerantStream(Full()).write("x")
 
 
 # Ctrl-C and its like
@@ -202,7 +201,7 @@ def clock(monkeypatch):
 
 @pytest.mark.parametrize("number", interrupts.SIGNALS, ids=lambda number: number.name)
 def test_the_first_is_obeyed_and_those_at_once_after_it_change_nothing(number, clock):
-    with interrupts.as_keyboard_interrupt(to_the_end=False) as came:
+    with interrupts.signals_as_keyboard_interrupt(ignored_afterwards=False) as came:
         assert not came()
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(number)
@@ -219,9 +218,9 @@ def test_the_first_is_obeyed_and_those_at_once_after_it_change_nothing(number, c
 def test_one_that_is_ignored_stays_ignored(clock):
     """As under nohup."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    with interrupts.as_keyboard_interrupt(to_the_end=False):
+    with interrupts.signals_as_keyboard_interrupt(ignored_afterwards=False):
         signal.raise_signal(signal.SIGHUP)
-    with interrupts.as_keyboard_interrupt(to_the_end=True):
+    with interrupts.signals_as_keyboard_interrupt(ignored_afterwards=True):
         pass
     for number in interrupts.SIGNALS:
         signal.raise_signal(number)  # the process ends
@@ -257,9 +256,9 @@ def test_one_that_comes_while_a_state_is_written_comes_afterwards(here, monkeypa
         return write(states, state)
 
     monkeypatch.setattr(checkpoints, "write_state", interrupted)
-    recipe = read(Recipe, Path("r.yaml"), ["output=new", "train.evaluate_every=10"])
+    recipe = Recipe.read(Path("r.yaml"), ["output=new", "train.evaluate_every=10"])
     with (
-        interrupts.as_keyboard_interrupt(to_the_end=False),
+        interrupts.signals_as_keyboard_interrupt(ignored_afterwards=False),
         pytest.raises(KeyboardInterrupt, match="the adapter after step 10 is in"),
     ):
         run_recipe(recipe)
@@ -283,9 +282,9 @@ def test_one_that_comes_while_an_interrupted_run_is_saved_changes_nothing(here, 
         look(self, step, *given)
 
     monkeypatch.setattr(checkpoints.Checkpointer, "save", save)
-    recipe = read(Recipe, Path("r.yaml"), ["output=new", "train.evaluate_every=10"])
+    recipe = Recipe.read(Path("r.yaml"), ["output=new", "train.evaluate_every=10"])
     with (
-        interrupts.as_keyboard_interrupt(to_the_end=False),
+        interrupts.signals_as_keyboard_interrupt(ignored_afterwards=False),
         pytest.raises(KeyboardInterrupt, match="the adapter after step 7 is in"),
     ):
         run_recipe(recipe, Pressing())

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from trimtab.core.config import read
 from trimtab.run.recipe import Recipe
 
 DEMO = Path(__file__).parents[1] / "demo" / "terse"
@@ -39,6 +38,6 @@ def test_no_question_of_the_test_is_in_the_training_rows():
 
 
 def test_the_recipe_is_one():
-    recipe = read(Recipe, DEMO / "recipe.yaml")
+    recipe = Recipe.read(DEMO / "recipe.yaml")
     assert recipe.objective.name == "dpo"
     assert Path(recipe.data.train[0]) == Path("demo/terse/train.jsonl")

@@ -19,7 +19,7 @@ from trimtab.base import Base
 from trimtab.data import pack_all, row_groups
 from trimtab.data.mismatched import with_mismatched
 from trimtab.deploy import load_adapter, save_adapter
-from trimtab.evaluate.reference import refer
+from trimtab.evaluate.reference import add_reference_logprobs
 from trimtab.methods import attach
 from trimtab.methods.lora import LoRA
 from trimtab.objectives import Objective
@@ -71,7 +71,7 @@ def test_ten_steps_are_trls(tmp_path, monkeypatch, how):
     theirs, gradients = _trl(tmp_path, rows, objective)
 
     adapter = load_adapter(base, tmp_path / "start")
-    rows = refer(base, adapter, "auto", rows, 64).rows
+    rows = add_reference_logprobs(base, adapter, "auto", rows, 64).rows
     whole = row_groups(rows)
     steps = [pack_all([rows[n] for unit in whole[at : at + 4] for n in unit], 32) for at in range(0, len(whole), 4)]
     assert any(len(step) > 1 + objective.estimates_kl for step in steps), "micro-batches of a step"

@@ -15,8 +15,8 @@ from worlds import CHATML, make_model
 
 from trimtab.base import Base, ModelConfig
 from trimtab.core.errors import ArtifactError, NotMergeable, UnsupportedModel
-from trimtab.deploy import WELL_KEPT, attach, merge, sample
-from trimtab.deploy.save_pretrained import save_alone
+from trimtab.deploy import MIN_RETAINED, attach, merge, sample
+from trimtab.deploy.save_pretrained import save_adapters_alone
 from trimtab.methods import Method, base_modules
 from trimtab.methods.lora import LoRA
 
@@ -235,8 +235,8 @@ def test_fewer_bits_are_rounded_once_and_told(dtype, family, tmp_path):
         old = before[name if name in before else f"transformer.{name}"]
         change += float((full[name] - old).double().square().sum())
         lost += float((rounded.double() - old.to(dtype).double() - (full[name].double() - old.double())).square().sum())
-    assert done.kept == pytest.approx(1 - (lost / change) ** 0.5, abs=1e-5)
-    assert 0.5 < done.kept < 1
+    assert done.retained == pytest.approx(1 - (lost / change) ** 0.5, abs=1e-5)
+    assert 0.5 < done.retained < 1
     tied = plain.get_input_embeddings().weight is plain.get_output_embeddings().weight
     assert tied == (family != "llama")
 
@@ -245,8 +245,8 @@ def test_a_small_change_is_lost_in_bfloat16_and_kept_in_float32(tmp_path):
     base = Base(tiny("llama", torch.bfloat16))
     adapter = attach(base.model, LoRA(rank=2))
     perturb(adapter.parameters(), 1e-5)  # far less than a weight's last bit
-    assert merge(base, adapter, tmp_path / "half", dtype=torch.bfloat16).kept < 0.1
-    assert merge(base, adapter, tmp_path / "full").kept == 1.0
+    assert merge(base, adapter, tmp_path / "half", dtype=torch.bfloat16).retained < 0.1
+    assert merge(base, adapter, tmp_path / "full").retained == 1.0
 
 
 @pytest.mark.parametrize("wrong", [0.5, 0.0])
@@ -273,7 +273,7 @@ def test_a_merge_in_fewer_bits_that_is_not_the_adapter_is_not_kept_either(wrong,
 def test_what_float16_has_no_number_for_is_refused(tmp_path):
     model = tiny("llama")
     model.model.layers[0].mlp.up_proj.weight.data[0, 0] = 1e5
-    with pytest.raises(NotMergeable, match=r"up_proj\.weight holds 1e\+05, more than torch\.float16 can: merge in bfloat16"):
+    with pytest.raises(NotMergeable, match=r"up_proj\.weight holds 1e\+05, which overflows torch\.float16: merge in bfloat16"):
         merged(Base(model), tmp_path / "merged", dtype=torch.float16)
     assert list(tmp_path.iterdir()) == []
 
@@ -284,7 +284,7 @@ def test_the_command_says_what_is_left(here, trimtab):
     assert "into merged (bfloat16)" in done.out
     assert "of the adapter's change" in done.out
     assert ("merge in float32, or use the adapter beside its base model" in done.out) == (
-        float(done.out.split("keeps ")[1].split("%")[0]) < 100 * WELL_KEPT
+        float(done.out.split("keeps ")[1].split("%")[0]) < 100 * MIN_RETAINED
     )
     assert {t.dtype for t in load_file(here / "merged" / "model.safetensors").values()} == {torch.bfloat16}
     assert "of the adapter's change" not in trimtab("merge", "--force", "run", "full").out
@@ -302,7 +302,7 @@ def test_written_files_have_the_modes_that_files_have(mask, here, trimtab):
         assert trimtab("merge", "--force", "run", "merged").code == 0
         model = transformers.AutoModelForCausalLM.from_pretrained(here / "tiny")
         attach(model, LoRA(rank=2))
-        save_alone(model)
+        save_adapters_alone(model)
         for _ in range(2):
             model.save_pretrained(here / "checkpoint-1")
     finally:

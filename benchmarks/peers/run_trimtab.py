@@ -13,7 +13,7 @@ from trimtab.data import pack_all, row_groups
 from trimtab.data.example import TokenRow
 from trimtab.deploy import load_adapter
 from trimtab.engine import check_packing
-from trimtab.evaluate.reference import PACK_TOKENS, refer
+from trimtab.evaluate.reference import PACK_TOKENS, add_reference_logprobs
 from trimtab.objectives import Objective
 from trimtab.train import TrainConfig, planned_memory, train
 
@@ -31,7 +31,7 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
     os.environ["TRIMTAB_CACHE"] = tempfile.mkdtemp(dir=spec["scratch"])  # which knows no reference, not even the last run's
     started = time.perf_counter()
     if objective.needs_reference:
-        rows = refer(base, adapter, "base", rows, PACK_TOKENS).rows
+        rows = add_reference_logprobs(base, adapter, "base", rows, PACK_TOKENS).rows
     memory = planned_memory(base, config, rows)
     whole = row_groups(rows)
     steps = [

@@ -1,4 +1,4 @@
-"""The Python door: the steps of a run as functions, for a model that you hold already or one loaded by name."""
+"""The Python API: the steps of a run as functions, for a model in memory or one loaded by name."""
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any
@@ -16,7 +16,7 @@ from trimtab.train import PlannedSteps, Step, TrainConfig, peak_learning_rate, p
 
 
 def load(name: str, **settings: Any) -> Base:
-    """Load a base by name: a folder, a GGUF file, a hub name, or `smollm2-135m-instruct`.
+    """Load a base model by name: a folder, a GGUF file, a hub name, or `smollm2-135m-instruct`.
 
     Args:
         settings: `dtype` and `device`, as in a recipe's `model`.
@@ -25,19 +25,19 @@ def load(name: str, **settings: Any) -> Base:
 
 
 def method(name: str, **hyperparameters: Any) -> Method:
-    """A method by the name it has in a recipe, such as "prefix"; `trimtab methods` lists them. Raises RecipeError."""
+    """A method by its name in a recipe, such as "prefix"; `trimtab methods` lists them. Raises RecipeError."""
     return Method.member(name)(**hyperparameters)
 
 
 def rows(source: str, base: Base, kind: Kind = "answers", **settings: Any) -> list[TokenRow]:
-    """Every row of a data source as tokens with labels.
+    """Every example of a data source as a token row with its target tokens.
 
     Args:
-        kind: What the objective learns from: `answers`, `pairs` or `judged`.
+        kind: What the objective trains on: `answers`, `pairs` or `judged`.
         settings: `columns`, `max_length`, `overlong` and `bad_rows`, as in a recipe's `data`.
 
     Raises:
-        DataError: It can't be read, or holds rows that can't be used.
+        DataError: It can't be read, or has examples that can't be used.
     """
     config = DataConfig(train=(source,), eval=0.0, **settings)
     return load_data(config, base, base.context_length, seed=0, kind=kind).train
@@ -59,38 +59,40 @@ def fit(
     memory = planned_memory(base, config, rows)
     steps = PlannedSteps(rows, config, memory)
     rate, _ = peak_learning_rate(config, base, adapter.method, objective, steps.rows_per_step)
-    _ = base.fingerprint  # taken now, to be compared with afterwards
+    _ = base.fingerprint  # computed now, for the comparison at the end
     yield from train(base, adapter, objective, steps, config, rate, memory)
     base.check_unchanged()
 
 
 def _check_rows(base: Base, rows: Sequence[TokenRow]) -> None:
-    strange = next((f"{row.where}: {words}." for row in rows if (words := base.embedding_problem(row.ids))), None)
-    if strange is not None:
-        raise DataError(strange)
+    """Raise DataError for a row with tokens that the model does not have, or longer than its context."""
     most = max_row_length(base.model, base.context_length)
-    long = [row.where for row in rows if most is not None and len(row.ids) > most]
-    if long:
-        raise DataError(f"{long[0]}: has more than the {most:,} tokens that the adapter's virtual tokens leave of the context.")
+    for row in rows:
+        if problem := base.embedding_problem(row.ids):
+            raise DataError(f"{row.where}: {problem}.")
+        if most is not None and len(row.ids) > most:
+            raise DataError(
+                f"{row.where}: has more than the {most:,} tokens that the adapter's virtual tokens leave of the context."
+            )
 
 
 def answer(
     base: Base, question: str | list[Message], *, max_new_tokens: int = 256, temperature: float = 0.0, seed: int = 0
 ) -> str:
-    """What the model, with the adapter that is on it, answers to a question or a conversation; `stream` says how it ended."""
+    """The model's answer, with its active adapters, to a question or a conversation; `stream` also returns how it ended."""
     return "".join(stream(base, question, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed))
 
 
 def stream(
     base: Base, question: str | list[Message], *, max_new_tokens: int = 256, temperature: float = 0.0, seed: int = 0
 ) -> Generator[str, None, Ended]:
-    """`answer` in pieces of text, each as soon as its characters are whole.
+    """`answer` in pieces of text, each as soon as its characters are complete.
 
     Returns:
-        How it ended: `stopped` by itself, or cut off at `max_new_tokens` (`length`) or where the model's `context` is full.
+        How it ended: `stopped` at a stop token, or cut off at `max_new_tokens` (`length`) or because the model's `context` was full.
 
     Raises:
-        RecipeError: This model can't be asked that.
+        RecipeError: The model can't take the conversation as a prompt.
     """
     prompt = _prompt(base, [{"role": "user", "content": question}] if isinstance(question, str) else question)
     ended: Ended = "length"
@@ -101,32 +103,32 @@ def stream(
             base.model, prompt, base.stop_ids, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
         )
 
-    yield from _pieces(base, tokens())
+    yield from _decode(base, tokens())
     return ended
 
 
-def _pieces(base: Base, tokens: Iterable[int]) -> Iterator[str]:
-    """The text of tokens, as they come. What a token adds depends on the one before it, but not on the whole answer."""
+def _decode(base: Base, tokens: Iterable[int]) -> Iterator[str]:
+    """The text of tokens as they come. The text that a token adds depends on the one before it, but not on the whole answer."""
     ids: list[int] = []
-    first, said = 0, 0  # tokens from which on the text is looked at, and those of them that have been said
+    start, end = 0, 0  # of the tokens before the new text, which has been yielded up to `end`
     for token in tokens:
         ids.append(token)
-        before, now = base.decode(ids[first:said]), base.decode(ids[first:])
-        if len(now) > len(before) and not now.endswith("\ufffd"):  # half of a character of several tokens
+        before, now = base.decode(ids[start:end]), base.decode(ids[start:])
+        if len(now) > len(before) and not now.endswith("\ufffd"):  # part of a character of several tokens
             yield now[len(before) :]
-            first, said = said, len(ids)
-    yield base.decode(ids[first:])[len(base.decode(ids[first:said])) :]
+            start, end = end, len(ids)
+    yield base.decode(ids[start:])[len(base.decode(ids[start:end])) :]
 
 
 def _prompt(base: Base, messages: list[Message]) -> list[int]:
-    """The tokens that ask for the next message, as training has them."""
+    """The tokens of the prompt for the next message, as in training."""
     if not base.has_template and len(messages) != 1:
         raise RecipeError(
-            f"{base.source} has no chat template: it continues one text, and takes no system message and no earlier messages."
+            f"{base.source} has no chat template: it continues a single text, without a system message or earlier messages."
         )
     ids = tokenize_prompt(messages, base)
     most = max_row_length(base.model, base.context_length)
     if not ids or (most is not None and len(ids) >= most):
-        limit = f", and {base.source} was made for {most:,} with the answer" if ids else ""
+        limit = f", and the context of {base.source} has {most:,} for prompt and answer" if ids else ""
         raise RecipeError(f"The prompt has {len(ids):,} tokens{limit}.")
     return ids

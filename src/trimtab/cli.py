@@ -22,8 +22,8 @@ def main(words: Sequence[str] | None = None, parser: Callable[[], argparse.Argum
     Args:
         parser: Makes the parser of another program, with `run` and `debug`, whose errors are handled in the same way.
     """
-    streams.ready()
-    with interrupts.as_keyboard_interrupt(to_the_end=words is None) as came:
+    streams.configure()
+    with interrupts.signals_as_keyboard_interrupt(ignored_afterwards=words is None) as came:
         try:
             return _run((parser or _parser)().parse_args(words))
         except KeyboardInterrupt:  # another one, while the first was handled
@@ -57,7 +57,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _fail(message: str, exit_code: int) -> int:
-    streams.complain(message)
+    streams.write_stderr(message)
     return exit_code
 
 

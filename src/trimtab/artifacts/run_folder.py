@@ -1,4 +1,4 @@
-"""Which files and folders a run's folder has, and what `run.json` says of it."""
+"""The files of a run's folder, its record `run.json`, and its certificate."""
 
 from pathlib import Path
 from typing import Any
@@ -7,27 +7,29 @@ from trimtab.core import files
 from trimtab.core.errors import ArtifactError
 
 RUN = "run.json"
-"""The record of the run, which makes a folder a run."""
+"""The record of the run. A folder that has it is a run."""
 RECIPE = "recipe.yaml"
 """The recipe with every default written out."""
 DATA = "data.json"
-"""Where every example went, which are held out, and what was checked."""
+"""The counts of examples used and rejected, the held-out examples, and the data's hashes."""
 METRICS = "metrics.jsonl"
 """One line for each optimizer step and each evaluation."""
 ADAPTER = "adapter"
 """The finished adapter."""
 CHECKPOINTS = "checkpoints"
-"""Adapters that were saved while training."""
+"""Adapters saved during training."""
 STATES = "states"
-"""What training resumes from; removed when the run has ended."""
+"""The states that training resumes from; removed at the end of the run."""
 START = "start"
-"""The adapter that training started from, where it is the reference and is saved nowhere else."""
+"""The adapter that training started from, if it is the reference and saved nowhere else."""
 LOCK = "lock"
-"""The file that one process holds while it trains there."""
+"""Locked by the process that is training."""
 CERTIFICATE, CERTIFICATE_TEXT = "certificate.json", "certificate.txt"
 """The certificate, for programs and for people."""
+CERTIFICATE_FORMAT = 2
+CERTIFICATE_KEYS = {"passed", "tests", "canaries", "answers", "losses", "files", "base", "data_digest", "versions"}
 BEFORE_THE_FIRST_STEP = {LOCK, START, RECIPE, DATA}
-"""All that the folder can hold before `run.json` makes it a run."""
+"""The files that the folder can hold before `run.json` is written."""
 
 
 def is_run(folder: Path) -> bool:
@@ -35,14 +37,19 @@ def is_run(folder: Path) -> bool:
 
 
 def read_record(run: Path) -> dict[str, Any]:
-    """What run.json says. Raises ArtifactError if it is no record of a run."""
-    facts = files.read_json(run / RUN)
-    if not isinstance(facts, dict):
+    """The content of run.json. Raises ArtifactError if it is not the record of a run."""
+    record = files.read_json(run / RUN)
+    if not isinstance(record, dict):
         raise ArtifactError(f"{run / RUN}: is not the record of a run. Restore it from a copy.")
-    return facts
+    return record
+
+
+def read_certificate(run: Path) -> dict[str, Any]:
+    """The content of certificate.json. Raises ArtifactError if it is missing or was changed."""
+    return files.read_manifest(run / CERTIFICATE, CERTIFICATE_FORMAT, CERTIFICATE_KEYS)
 
 
 def certified_files(run: Path) -> list[str]:
-    """The files of a finished run that its certificate lists: all but itself, the states and the lock. By path within the run."""
+    """The files of a finished run that its certificate lists, by path within the run: all except itself, the states and the lock."""
     paths = (path.relative_to(run).as_posix() for path in sorted(run.rglob("*")) if path.is_file())
     return [path for path in paths if not path.startswith((f"{CERTIFICATE.partition('.')[0]}.", f"{STATES}/", LOCK))]

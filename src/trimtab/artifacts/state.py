@@ -1,7 +1,7 @@
-"""Where training stands, on disk: a folder for each step that was saved, from which a run goes on as if nothing had happened.
+"""Training states on disk: a folder per saved step, from which a run resumes exactly.
 
-`state.safetensors` holds the tensors; `state.json`, written last, the step, what the run knows of itself, a SHA-256 of the
-tensors' file and one over all of that.
+`state.safetensors` holds the tensors; `state.json`, written last, holds the step, the run's progress, a SHA-256 of the
+tensors' file and one of all that.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ KEYS = {"step", "facts", "tensors"}
 
 @dataclass(frozen=True)
 class State:
-    """Where training stood after a step."""
+    """The state of training after a step."""
 
     step: int
     tensors: dict[str, Tensor]
@@ -31,28 +31,28 @@ class State:
 
 
 def write_state(states: Path, state: State) -> Path:
-    """Write a new folder in `states`, whole or not at all, and read it back. Raises StorageError, or ArtifactError for a bad disk."""
+    """Write a new folder in `states` atomically, and read it back. Raises StorageError, or ArtifactError for a faulty disk."""
     folder = states / f"step-{state.step:06d}"
-    if folder.exists():  # of a run that went on from an earlier one
+    if folder.exists():  # of a run that resumed from an earlier state
         files.remove_folder(folder)
     with files.new_folder(folder) as new:
         write_tensors(new / TENSORS, state.tensors)
-        digest = files.sha256_file(new / TENSORS)  # before it is compared: what differs then or later is noticed
+        digest = files.sha256_file(new / TENSORS)  # before the comparison, so that a later change is detected, too
         if changed := changed_tensor(new / TENSORS, state.tensors):
-            raise ArtifactError(f"{folder / TENSORS}: {changed} is not what was written. The disk is bad.")
+            raise ArtifactError(f"{folder / TENSORS}: {changed} differs from what was written. The disk is faulty.")
         files.write_manifest(new / MANIFEST, FORMAT, {"step": state.step, "facts": state.facts, "tensors": digest})
-    _manifest(folder)
+    _read_manifest(folder)
     return folder
 
 
 def read_state(folder: Path) -> State:
-    """Raises ArtifactError if it is not what was written."""
-    manifest = _manifest(folder)
+    """Read a state's folder. Raises ArtifactError if it was changed."""
+    manifest = _read_manifest(folder)
     return State(manifest["step"], read_tensors(folder / TENSORS), manifest["facts"])
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
-    """What state.json says, if it and the tensors' file are what was written. Raises ArtifactError."""
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """The content of state.json. Raises ArtifactError if it or the tensors' file was changed."""
     manifest = files.read_manifest(folder / MANIFEST, FORMAT, KEYS)
     if not (folder / TENSORS).is_file() or files.sha256_file(folder / TENSORS) != manifest["tensors"]:
         raise ArtifactError(f"{folder / TENSORS}: is missing, or changed since it was saved.")
@@ -60,15 +60,15 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 
 def saved_states(states: Path) -> list[Path]:
-    """The folders of states, the newest first."""
+    """The folders of states, newest first."""
     return sorted(states.glob("step-*"), reverse=True)
 
 
-def newest_state(states: Path, damaged: Callable[[str], None]) -> State | None:
-    """The newest one that is whole; `damaged` is told of each newer one."""
+def newest_state(states: Path, on_damaged: Callable[[str], None]) -> State | None:
+    """The newest undamaged state; `on_damaged` receives the error of each newer one."""
     for folder in saved_states(states):
         try:
             return read_state(folder)
         except ArtifactError as error:
-            damaged(str(error))
+            on_damaged(str(error))
     return None

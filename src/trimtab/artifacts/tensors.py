@@ -1,4 +1,4 @@
-"""Tensors on disk: safetensors, and nothing else."""
+"""Tensors on disk, in safetensors files."""
 
 import hashlib
 from collections.abc import Iterator, Mapping
@@ -15,20 +15,20 @@ from trimtab.core.errors import ArtifactError
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file, which orders them itself. Raises what safetensors does, so write within `files.writing`."""
+    """Write a safetensors file. Raises the exceptions of safetensors: call it within `files.storage_errors`."""
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file by their names. Raises ArtifactError."""
-    with _opened(path) as file:
+    """The tensors of a safetensors file by name. Raises ArtifactError."""
+    with _open(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
 
 
 def changed_tensor(path: Path, tensors: Mapping[str, Tensor]) -> str | None:
-    """The name of one that `path` does not hold to the last bit, if there is one. Raises ArtifactError."""
+    """The name of the first tensor that differs from the one in `path` in any bit, if any does. Raises ArtifactError."""
     for name, tensor in tensors.items():
-        with _opened(path) as file:  # anew for each, as what has been read of it stays in memory while it is open
+        with _open(path) as file:  # reopened for each, as tensors read stay in memory while it is open
             read = file.get_tensor(name)
         if (read.shape, read.dtype) != (tensor.shape, tensor.dtype) or not torch.equal(_bytes(read), _bytes(tensor)):
             return name
@@ -45,7 +45,7 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def _open(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
             yield file

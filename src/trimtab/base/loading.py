@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.core.errors import ArtifactError, StorageError, TrimtabError, UnsupportedModel, listing
-from trimtab.core.process import without_collector
+from trimtab.core.process import gc_frozen
 
 _OLD_BUFFERS = re.compile(r"(^|\.)(masked_bias|rotary_emb\.inv_freq|position_ids)$")
 """Constants that older versions of Transformers saved, and that today's models compute. Transformers knows most of them."""
@@ -37,7 +37,7 @@ def read_model(place: Path | str, **arguments: Any) -> Any:
         UnsupportedModel: It requires code that comes with it, or from the hub.
         Exception: Any kind that Transformers raises; see `explaining_failure`.
     """
-    with warnings.catch_warnings(), without_collector():
+    with warnings.catch_warnings(), gc_frozen():
         warnings.simplefilter("ignore")
         from transformers import AutoModelForCausalLM, PreTrainedConfig
         from transformers.utils import logging as transformers_logging
@@ -61,7 +61,7 @@ def read_model(place: Path | str, **arguments: Any) -> Any:
 
 def read_skeleton(place: Path | str) -> Any:
     """A causal language model from its configuration alone, on the `meta` device. Raises as `read_model` does."""
-    with warnings.catch_warnings(), without_collector():
+    with warnings.catch_warnings(), gc_frozen():
         warnings.simplefilter("ignore")
         from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
@@ -89,7 +89,7 @@ def read_tokenizer(place: Path | str, **arguments: Any) -> Any:
         UnsupportedModel: Transformers reads it differently than tokenizer.json says.
         Exception: Any kind that Transformers raises.
     """
-    with warnings.catch_warnings(), without_collector():
+    with warnings.catch_warnings(), gc_frozen():
         warnings.simplefilter("ignore")
         from transformers import AutoTokenizer
 

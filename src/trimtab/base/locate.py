@@ -42,7 +42,7 @@ def loadable_place(name: str) -> Path | str:
 
 def locate_model(name: str) -> Path | None:
     """The folder or GGUF file of a name, or None for one on the hub. Reads nothing. Raises RecipeError or UnsupportedModel."""
-    path = files.expanded(name)
+    path = files.expand_user(name)
     if name == EMBEDDED and not path.exists():
         return _embedded_gguf()
     if path.is_file():

@@ -18,7 +18,7 @@ from trimtab.base.supported import context_length, refuse_unsupported
 from trimtab.base.template import ChatTemplate, Switches
 from trimtab.base.vocabulary import Encoded
 from trimtab.core.errors import ArtifactError, BaseChanged, RecipeError
-from trimtab.core.files import expanded
+from trimtab.core.files import expand_user
 from trimtab.core.process import give_back_freed_memory
 from trimtab.core.wrapping import unwrap
 
@@ -72,7 +72,7 @@ class Base:
         base = cls.load_folder(place, resolve_dtype(config, device), device, quantize=config.quantize, template=config.template)
         # Its name, rather than the cache folder that a GGUF file was converted into.
         local = isinstance(place, Path) and config.name != locate.EMBEDDED
-        base.source = str(expanded(config.name).absolute()) if local else config.name
+        base.source = str(expand_user(config.name).absolute()) if local else config.name
         base.requested_device = config.device
         return base
 

@@ -8,20 +8,25 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from trimtab.artifacts import advice, is_adapter, is_run, read_adapter
-from trimtab.artifacts.run_folder import ADAPTER, CERTIFICATE, CERTIFICATE_TEXT, CHECKPOINTS, certified_files
+from trimtab.artifacts import failure_advice, is_adapter, is_run, read_adapter, read_certificate
+from trimtab.artifacts.run_folder import (
+    ADAPTER,
+    CERTIFICATE,
+    CERTIFICATE_FORMAT,
+    CERTIFICATE_TEXT,
+    CHECKPOINTS,
+    certified_files,
+)
 from trimtab.base import Base
 from trimtab.core import files
 from trimtab.core.errors import ArtifactError, NotCertified
-from trimtab.core.process import environment, fresh_process
+from trimtab.core.process import environment, module_command
 from trimtab.data import LoadedData, last_answer_start, row_groups
 from trimtab.data.example import TokenRow
 from trimtab.deploy import versions
-from trimtab.evaluate import paired
+from trimtab.evaluate import paired_difference
 from trimtab.objectives import Objective
 
-FORMAT = 2
-KEYS = {"passed", "tests", "canaries", "answers", "losses", "files", "base", "data_digest", "versions"}
 CANARIES, SAMPLES = 4, 8
 """How many rows' log-probabilities are compared, and how many prompts are answered."""
 FORGOTTEN = 0.5
@@ -81,7 +86,7 @@ def certify(
         _test_forgetting(measured),
     ]
     certificate = _contents(folder, base, data, best, tests, measured)
-    files.write_manifest(folder / CERTIFICATE, FORMAT, certificate)
+    files.write_manifest(folder / CERTIFICATE, CERTIFICATE_FORMAT, certificate)
     files.write_text(folder / CERTIFICATE_TEXT, certificate_text(certificate))
     return certificate
 
@@ -108,7 +113,7 @@ def refuse_failed(certificate: dict[str, Any], folder: Path) -> None:
     if failed:
         raise NotCertified(
             f"{folder} is finished, but its adapter failed certification:\n"
-            + "\n".join([*failed, *advice(certificate["tests"])])
+            + "\n".join([*failed, *failure_advice(certificate["tests"])])
         )
 
 
@@ -131,7 +136,7 @@ def _prompts(data: LoadedData) -> dict[str, Any]:
 
 def _measure_in_new_process(job: dict[str, Any]) -> dict[str, Any]:
     done = subprocess.run(
-        fresh_process("trimtab.certify.fresh_process"), input=json.dumps(job), capture_output=True, text=True, check=False,
+        module_command("trimtab.certify.fresh_process"), input=json.dumps(job), capture_output=True, text=True, check=False,
         env=environment(),
     )  # fmt: skip
     if done.returncode:
@@ -185,7 +190,7 @@ def _test_gain(measured: dict[str, Any], objective: Objective) -> Test:
     if "held_out" not in measured["base"]:
         return Test("gain", "noted", "the base model can't read the held-out examples, which have new tokens")
     ours, theirs = measured["adapter"]["held_out"], measured["base"]["held_out"]
-    difference, (low, high) = paired(ours["sums"], theirs["sums"], ours["counts"])
+    difference, (low, high) = paired_difference(ours["sums"], theirs["sums"], ours["counts"])
     other = "reference model" if objective.needs_reference else "base model"
     message = (
         f"{objective.name} loss on {len(ours['counts']):,} held-out examples: adapter {ours['loss']:.4f}, {other} {theirs['loss']:.4f}, "
@@ -196,7 +201,7 @@ def _test_gain(measured: dict[str, Any], objective: Objective) -> Test:
 
 def _test_forgetting(measured: dict[str, Any]) -> Test:
     ours, theirs = measured["adapter"]["general"], measured["base"]["general"]
-    difference, (low, high) = paired(ours["sums"], theirs["sums"], ours["counts"])
+    difference, (low, high) = paired_difference(ours["sums"], theirs["sums"], ours["counts"])
     message = (
         f"loss on general text: adapter {ours['loss']:.4f}, base model {theirs['loss']:.4f}, "
         f"difference {difference:+.4f} (95 % interval {low:+.4f} to {high:+.4f})"
@@ -204,13 +209,13 @@ def _test_forgetting(measured: dict[str, Any]) -> Test:
     return Test("forgetting", "noted" if difference > FORGOTTEN else "passed", message)
 
 
-def read_certificate(folder: Path) -> dict[str, Any]:
+def verify_files(folder: Path) -> dict[str, Any]:
     """A run's certificate, if every file is what it was then, and no file was added to an adapter.
 
     Raises:
         ArtifactError: With the file that is not.
     """
-    certificate = files.read_manifest(folder / CERTIFICATE, FORMAT, KEYS)
+    certificate = read_certificate(folder)
     text = folder / CERTIFICATE_TEXT
     if not text.is_file() or text.read_bytes() != certificate_text(certificate).encode():
         raise ArtifactError(f"{text}: is missing, or differs from {CERTIFICATE}.")
@@ -243,7 +248,7 @@ def verify(folder: Path, model: str | None = None) -> dict[str, Any]:
             f"{folder}: has no certificate.json: the run has not ended, was told not to make one (certify: false), or the file was lost. "
             f"Its adapter alone can be verified: trimtab verify {folder / ADAPTER}"
         )
-    certificate = read_certificate(folder)
+    certificate = verify_files(folder)
     rows = [{key: value for key, value in row.items() if key != "logprob"} for row in certificate["canaries"]]
     measured = _measure_in_new_process(_loading_job(folder / ADAPTER, rows, model))
     nats, share = measured["near"]

@@ -176,8 +176,8 @@ def _try_merging(case: _Case) -> str | None:
             return None if not case.method.mergeable or case.method.name == "bitfit" else "it no longer merges"
     return (
         None
-        if merged.same_choice == 1.0
-        else f"merged, its most likely token is the same at only {merged.same_choice:.1%} of positions"
+        if merged.same_top_token == 1.0
+        else f"merged, its most likely token is the same at only {merged.same_top_token:.1%} of positions"
     )
 
 

@@ -15,10 +15,10 @@ from trimtab.base import Base
 from trimtab.core.errors import TrimtabError
 from trimtab.data import LengthLimit, Text, pack_all, tokenize_examples
 from trimtab.data.example import SourceReport, TokenRow
-from trimtab.deploy import open_target
+from trimtab.deploy import load_model
 from trimtab.engine import generate
 from trimtab.evaluate import score_loss
-from trimtab.evaluate.reference import logprobs, near
+from trimtab.evaluate.reference import logprob_tolerance, logprobs
 from trimtab.methods import max_row_length
 from trimtab.objectives import Objective
 
@@ -33,12 +33,12 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     log-probabilities are asked for; `prompts`, tokens to answer, and `longest`, the tokens of the longest expected answer; with
     `measure`, also the loss of `objective` on `rows`, and of SFT on general text, with and without the adapter.
     """
-    target = open_target(job["folder"], job["model"])
+    target = load_model(job["folder"], job["model"])
     base, adapter = target.base, target.adapter
     assert adapter is not None, "an adapter's folder"
     results: dict[str, Any] = {
         "fingerprint": base.fingerprint,
-        "near": near(base),
+        "near": logprob_tolerance(base),
         "canaries": logprobs(base, [TokenRow(**row) for row in job["canaries"]], PACK_TOKENS),
         "finite": all(bool(tensor.isfinite().all()) for tensor in adapter.state().values()),
     }

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from trimtab.core.synonyms import elsewhere, hint, option
+from trimtab.core.synonyms import key_for_option, suggest, translate_key
 
 MODEL = "a folder, a GGUF file, a hub name, or smollm2-135m-instruct"
 TARGET = "a run folder, an adapter folder, or a model (folder, GGUF file, hub name, smollm2-135m-instruct)"
@@ -35,13 +35,13 @@ class Parser(argparse.ArgumentParser):
     def _advice(self, message: str) -> str:
         if choice := re.match(r"argument COMMAND: invalid choice: '(.*?)'", message):
             known = re.findall(r"'?([\w-]+)'?", message.partition("choose from")[2])
-            return hint(choice[1], known, lambda *_: None).partition(" Known")[0].rstrip(".")
+            return suggest(choice[1], known, lambda *_: None).partition(" Known")[0].rstrip(".")
         words = message.removeprefix("unrecognized arguments: ").split() if message.startswith("unrecognized") else []
         for word, following in zip(words, [*words[1:], ""], strict=False):
-            if word.startswith("-") and (key := option(word)):
+            if word.startswith("-") and (key := key_for_option(word)):
                 key = key.replace("…", following) if following and not following.startswith("-") else key
                 return f". Keys of the recipe are given as words: {key}"
-            if word.startswith("-") and (advice := elsewhere(word.lstrip("-").partition("=")[0])):
+            if word.startswith("-") and (advice := translate_key(word.lstrip("-").partition("=")[0])):
                 return f". {word}: {advice}"
         return ""
 

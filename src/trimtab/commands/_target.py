@@ -4,25 +4,25 @@ import argparse
 from typing import TYPE_CHECKING
 
 from trimtab.core.errors import RecipeError
-from trimtab.core.process import without_collector
-from trimtab.core.streams import complain
+from trimtab.core.process import gc_frozen
+from trimtab.core.streams import write_stderr
 
 if TYPE_CHECKING:
-    from trimtab.deploy import Target
+    from trimtab.deploy import LoadedModel
 
 
-def open_target(arguments: argparse.Namespace, *, certified: bool = False) -> "Target":
-    """Load `arguments.target`. See `deploy.open_target`."""
-    with without_collector():
-        from trimtab.deploy import open_target
+def open_target(arguments: argparse.Namespace, *, certified: bool = False) -> "LoadedModel":
+    """Load `arguments.target`. See `deploy.load_model`."""
+    with gc_frozen():
+        from trimtab.deploy import load_model
 
-    target = open_target(arguments.target, arguments.model, certified=certified)
+    target = load_model(arguments.target, arguments.model, certified=certified)
     for note in target.notes:
-        complain(note)  # standard output may be JSON, or an answer
+        write_stderr(note)  # standard output may be JSON, or an answer
     return target
 
 
-def open_to_compare(arguments: argparse.Namespace) -> "Target":
+def open_to_compare(arguments: argparse.Namespace) -> "LoadedModel":
     """The same; with --base, it must have an adapter to compare the base model with."""
     target = open_target(arguments)
     if arguments.base and target.adapter is None:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, Any, cast
 
-from trimtab.core.files import as_json
-from trimtab.core.streams import Lasting, visible
+from trimtab.core.files import to_json
+from trimtab.core.streams import PipeTolerantStream, escape_controls
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,12 +22,12 @@ def terminal(*, lasting: bool = False) -> "Console":
     """
     from trimtab.commands._console import SafeConsole
 
-    return SafeConsole(highlight=False, soft_wrap=True, file=cast(IO[str], Lasting(sys.stdout)) if lasting else None)
+    return SafeConsole(highlight=False, soft_wrap=True, file=cast(IO[str], PipeTolerantStream(sys.stdout)) if lasting else None)
 
 
 def say(text: str, end: str = "\n") -> None:
     """Plain text on standard output, at once."""
-    print(visible(text), end=end, flush=True)  # noqa: T201
+    print(escape_controls(text), end=end, flush=True)  # noqa: T201
 
 
 @contextmanager
@@ -43,5 +43,5 @@ def status(console: "Console") -> Iterator[Callable[[str], None]]:
 def print_json(value: Any) -> None:
     """Characters as they are, where they can be written and do not steer the terminal."""
     narrow = not (sys.stdout.encoding or "utf-8").lower().startswith("utf")
-    text = json.dumps(as_json(value), indent=2, ensure_ascii=narrow, allow_nan=False)
+    text = json.dumps(to_json(value), indent=2, ensure_ascii=narrow, allow_nan=False)
     print(re.sub(r"[\x7f-\x9f\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text))  # noqa: T201

@@ -7,10 +7,10 @@ from trimtab.commands._parser import TARGET, add_model, integer
 from trimtab.commands._target import open_to_compare
 from trimtab.commands._terminal import say, terminal
 from trimtab.core.errors import RecipeError
-from trimtab.core.streams import complain, typed
+from trimtab.core.streams import replace_surrogates, write_stderr
 
 if TYPE_CHECKING:
-    from trimtab.deploy import Target
+    from trimtab.deploy import LoadedModel
 
 HELP = "chat with a model"
 DESCRIPTION = ""
@@ -47,9 +47,11 @@ def run(arguments: argparse.Namespace) -> None:
     from rich.markup import escape
 
     target = open_to_compare(arguments)
-    conversation: list[dict[str, str]] = [{"role": "system", "content": typed(arguments.system)}] if arguments.system else []
+    conversation: list[dict[str, str]] = (
+        [{"role": "system", "content": replace_surrogates(arguments.system)}] if arguments.system else []
+    )
     if arguments.prompt is not None:
-        _answer(target, [*conversation, {"role": "user", "content": typed(arguments.prompt)}], arguments)
+        _answer(target, [*conversation, {"role": "user", "content": replace_surrogates(arguments.prompt)}], arguments)
         return
     console = terminal()
     name = escape(str(target.folder or target.base.source))
@@ -77,7 +79,7 @@ def run(arguments: argparse.Namespace) -> None:
             conversation += [message, {"role": "assistant", "content": answer}]
 
 
-def _answer(target: "Target", conversation: list[dict[str, str]], arguments: argparse.Namespace) -> str:
+def _answer(target: "LoadedModel", conversation: list[dict[str, str]], arguments: argparse.Namespace) -> str:
     """Print the answer as it comes, the base model's first with --base; returned is the adapter's."""
     if arguments.base and target.adapter is not None:
         with target.adapter.disabled():
@@ -86,7 +88,9 @@ def _answer(target: "Target", conversation: list[dict[str, str]], arguments: arg
     return _print_answer(target, conversation, arguments)
 
 
-def _print_answer(target: "Target", conversation: list[dict[str, str]], arguments: argparse.Namespace, label: str = "") -> str:
+def _print_answer(
+    target: "LoadedModel", conversation: list[dict[str, str]], arguments: argparse.Namespace, label: str = ""
+) -> str:
     from trimtab.api import stream
 
     if label:
@@ -99,7 +103,7 @@ def _print_answer(target: "Target", conversation: list[dict[str, str]], argument
         except StopIteration as end:
             say("")
             if end.value in CUT_OFF:
-                complain(CUT_OFF[end.value].format(arguments))
+                write_stderr(CUT_OFF[end.value].format(arguments))
             return answer
         answer += piece
         say(piece, end="")

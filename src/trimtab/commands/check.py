@@ -6,7 +6,7 @@ from pathlib import Path
 
 from trimtab.commands._parser import integer
 from trimtab.commands._terminal import print_json, status, terminal
-from trimtab.core.process import without_collector
+from trimtab.core.process import gc_frozen
 
 HELP = "validate a recipe and preview the tokenized data, without training"
 DESCRIPTION = "Exit code 3 if training on it would be meaningless. `trimtab train` runs the same checks."
@@ -26,9 +26,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     yaml12.load_file(arguments.recipe)
     console = terminal()
-    with status(console), without_collector():
+    with status(console), gc_frozen():
         from trimtab.core import files
-        from trimtab.core.config import read
         from trimtab.data import refuse_problems
         from trimtab.deploy import versions
         from trimtab.report.checks import checks_page, checks_table, verdict
@@ -36,7 +35,7 @@ def run(arguments: argparse.Namespace) -> None:
         from trimtab.run.recipe import Recipe
         from trimtab.run.start import open_recipe
 
-    recipe = read(Recipe, arguments.recipe, arguments.words)
+    recipe = Recipe.read(arguments.recipe, arguments.words)
     with status(console) as stage:
         opened = open_recipe(recipe, on_stage=stage)
         stage("checking the data, the adapter and the disk")

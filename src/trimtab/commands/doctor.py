@@ -5,7 +5,7 @@ import argparse
 from trimtab.commands._parser import add_json
 from trimtab.commands._terminal import print_json, terminal
 from trimtab.core.errors import UnsupportedModel
-from trimtab.core.process import without_collector
+from trimtab.core.process import gc_frozen
 
 HELP = "test every method with the installed library versions, in under a minute"
 DESCRIPTION = "Packing, gradients, decoding, saving, loading and merging are tested on a small random model."
@@ -15,7 +15,7 @@ add_arguments = add_json
 def run(arguments: argparse.Namespace) -> None:
     from rich.markup import escape
 
-    with without_collector():
+    with gc_frozen():
         from trimtab.certify.doctor import TRIALS, run_trials
         from trimtab.deploy import versions
 

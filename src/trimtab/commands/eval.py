@@ -11,7 +11,7 @@ from trimtab.commands._terminal import print_json, terminal
 from trimtab.core.errors import RecipeError
 
 if TYPE_CHECKING:
-    from trimtab.deploy import Target
+    from trimtab.deploy import LoadedModel
 
 HELP = "measure loss and exact match on examples that were not trained on"
 DESCRIPTION = ""
@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> None:
     evaluate(arguments, target, examples, source)
 
 
-def _evaluate_answers(arguments: argparse.Namespace, target: "Target", examples: list[Any], source: str) -> None:
+def _evaluate_answers(arguments: argparse.Namespace, target: "LoadedModel", examples: list[Any], source: str) -> None:
     from trimtab.evaluate import score
     from trimtab.report import AnsweringBar
     from trimtab.report.scores import answers_table, scores_table
@@ -65,7 +65,7 @@ def _evaluate_answers(arguments: argparse.Namespace, target: "Target", examples:
         console.print(answers_table({model: result["answers"][: arguments.show] for model, result in scores.items()}))
 
 
-def _evaluate_preferences(arguments: argparse.Namespace, target: "Target", examples: list[Any], source: str) -> None:
+def _evaluate_preferences(arguments: argparse.Namespace, target: "LoadedModel", examples: list[Any], source: str) -> None:
     from trimtab.evaluate import answer_preferences
     from trimtab.evaluate.preferences import score_preferences
     from trimtab.report import AnsweringBar

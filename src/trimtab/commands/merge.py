@@ -26,7 +26,7 @@ def run(arguments: argparse.Namespace) -> None:
     from rich.markup import escape
 
     from trimtab.core import files
-    from trimtab.deploy import WELL_KEPT, merge
+    from trimtab.deploy import MIN_RETAINED, merge
 
     files.refuse_existing(arguments.output)
     target = open_target(arguments, certified=not arguments.force)
@@ -37,12 +37,12 @@ def run(arguments: argparse.Namespace) -> None:
     console.print(
         f"Merged {merged.matrices} matrices into {escape(str(arguments.output))} ({arguments.dtype}). Loaded again by Transformers, its "
         f"logits differ from the adapter's by at most {merged.max_logit_difference:.2g} (largest logit {merged.logit_scale:.3g}); "
-        f"the most likely token is the same at {merged.same_choice:.1%} of positions."
+        f"the most likely token is the same at {merged.same_top_token:.1%} of positions."
     )
-    if merged.kept < WELL_KEPT:
+    if merged.retained < MIN_RETAINED:
         console.print(
-            f"[yellow]Rounding to {arguments.dtype} keeps {merged.kept:.1%} of the adapter's change.[/] If that is too little, merge in "
+            f"[yellow]Rounding to {arguments.dtype} keeps {merged.retained:.1%} of the adapter's change.[/] If that is too little, merge in "
             "float32, or use the adapter beside its base model."
         )
     elif arguments.dtype != "float32":
-        console.print(f"Rounding to {arguments.dtype} keeps {merged.kept:.1%} of the adapter's change.")
+        console.print(f"Rounding to {arguments.dtype} keeps {merged.retained:.1%} of the adapter's change.")

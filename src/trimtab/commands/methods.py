@@ -6,7 +6,7 @@ from pathlib import Path
 from trimtab.commands._parser import MODEL, add_json
 from trimtab.commands._terminal import print_json, status, terminal
 from trimtab.core.errors import RecipeError
-from trimtab.core.process import without_collector
+from trimtab.core.process import gc_frozen
 
 HELP = "list the adapter methods and what each would train on a model"
 DESCRIPTION = "With keys such as method.rank=8, or a recipe: the modules that this method would adapt. No weights are read."
@@ -20,9 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     console = terminal()
-    with status(console), without_collector():
+    with status(console), gc_frozen():
         from trimtab.base import skeleton
-        from trimtab.core.config import made, read
         from trimtab.report.methods import method_facts, method_table, methods_facts, methods_table
         from trimtab.run.recipe import Recipe
 
@@ -31,9 +30,9 @@ def run(arguments: argparse.Namespace) -> None:
     if len(names) > 1:
         raise RecipeError(f"methods: expected one model, got {' and '.join(names)}. Keys are given as key=value.")
     if names and names[0].endswith((".yaml", ".yml")):
-        recipe = read(Recipe, Path(names[0]), keys)
+        recipe = Recipe.read(Path(names[0]), keys)
     else:
-        recipe = made(Recipe, {"data": {"train": "-"}, **({"model": names[0]} if names else {})}, keys)
+        recipe = Recipe.parse({"data": {"train": "-"}, **({"model": names[0]} if names else {})}, keys)
     name = recipe.model.name
     model = skeleton(name)
     of_one = bool(keys) or recipe.data.train != ("-",)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from trimtab.commands._terminal import status, terminal
 from trimtab.core.errors import TrimtabError
-from trimtab.core.process import without_collector
+from trimtab.core.process import gc_frozen
 
 HELP = "train an adapter from a recipe"
 DESCRIPTION = "Any key of the recipe can be given as section.key=value."
@@ -25,27 +25,26 @@ def run(arguments: argparse.Namespace) -> None:
 
     yaml12.load_file(arguments.recipe)  # a mistake in it is reported before torch is imported
     console = terminal(lasting=True)
-    with status(console), without_collector():
-        from trimtab.core.config import read
+    with status(console), gc_frozen():
         from trimtab.report import Terminal
         from trimtab.run.recipe import Recipe
         from trimtab.run.script import run_recipe
 
-    recipe = read(Recipe, arguments.recipe, arguments.words)
+    recipe = Recipe.read(arguments.recipe, arguments.words)
     try:
         with Terminal(console) as observer:
             run_recipe(recipe, observer)
     except TrimtabError as error:
-        if error.free is None:
+        if error.free_folder is None:
             raise
-        raise type(error)(f"{error} The command for that:\n  {_command_into(error.free, arguments)}") from None
+        raise type(error)(f"{error} The command for that:\n  {_command_into(error.free_folder, arguments)}") from None
     folder = escape(shlex.quote(str(recipe.output)))
     console.print(f"[dim]Chat with it:[/]   trimtab chat {folder}\n[dim]Look inside:[/]    trimtab show {folder}")
 
 
 def _command_into(folder: Path, arguments: argparse.Namespace) -> str:
     """The same command with another output folder."""
-    from trimtab.core.config import word
+    from trimtab.core.config import override
 
     others = [key for key in arguments.words if not key.startswith("output=")]
-    return shlex.join(["trimtab", "train", str(arguments.recipe), *others, word("output", str(folder))])
+    return shlex.join(["trimtab", "train", str(arguments.recipe), *others, override("output", str(folder))])

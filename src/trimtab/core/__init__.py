@@ -1,1 +1,1 @@
-"""What everything stands on: errors, files, configuration, the process, and the hook into attention."""
+"""Foundations of every other folder: errors, files, configuration, processes, and the hook into attention."""

@@ -1,4 +1,4 @@
-"""The folder in which what takes long to make is kept from one run to the next, under a hash of all that it is made from."""
+"""The cache folder: results that take long to compute, stored under a hash of everything they depend on."""
 
 import functools
 import hashlib
@@ -9,7 +9,7 @@ from types import ModuleType
 
 
 def cache_folder() -> Path:
-    """Where what was made once is kept, such as converted models: $TRIMTAB_CACHE, or `trimtab` in the user's cache folder."""
+    """Trimtab's cache: $TRIMTAB_CACHE, or `trimtab` in the user's cache folder."""
     if chosen := os.environ.get("TRIMTAB_CACHE"):
         return Path(chosen)
     if chosen := os.environ.get("XDG_CACHE_HOME"):
@@ -21,20 +21,19 @@ def cache_folder() -> Path:
 
 
 def keep_newest(folder: Path, pattern: str, count: int) -> None:
-    """Of a cache's files, keep those that were written or asked for last."""
+    """Evict all but the `count` most recently written or touched files."""
     for old in sorted(folder.glob(pattern), key=lambda path: -path.stat().st_mtime)[count:]:
         old.unlink(missing_ok=True)
 
 
 @functools.cache
 def code_hash(*modules: ModuleType) -> str:
-    """SHA-256, as hex, of the code of these modules, of a package all that is in its folder: what is kept on disk was made by it."""
+    """SHA-256, as hex, of these modules' code (of a package, its whole folder), on which cached results depend."""
     digest = hashlib.sha256()
     for module in modules:
         file = Path(module.__file__ or "")
-        inside = sorted(file.parent.rglob("*")) if hasattr(module, "__path__") else [file]
-        for path in (path for path in inside if path.is_file() and path.suffix != ".pyc"):
-            digest.update(
-                f"{module.__name__} {path.relative_to(file.parent)} {hashlib.sha256(path.read_bytes()).hexdigest()} ".encode()
-            )
+        paths = sorted(file.parent.rglob("*")) if hasattr(module, "__path__") else [file]
+        for path in (path for path in paths if path.is_file() and path.suffix != ".pyc"):
+            content = path.read_bytes()
+            digest.update(f"{module.__name__} {path.relative_to(file.parent)} {len(content)} ".encode() + content)
     return digest.hexdigest()

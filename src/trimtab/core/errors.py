@@ -1,31 +1,18 @@
-"""Every error a user can cause, as one tree; its exit code is what the command line returns.
+"""Every error that a user can cause. Each class has the exit code of the command line.
 
-* TrimtabError                1   catch this to catch whatever a user can mend
-  x RecipeError               2   a command, recipe or argument that does not describe a run
-    + NoSuchModule            2   a target that names nothing in this model
-  x UnsupportedModel          2   a base model that Trimtab cannot train exactly, and why
-  x NotMergeable              2   a method whose effect is not a change of weights
-  x DataError                 3   rows that can't be read or learned from
-  x ArtifactError             4   an adapter, run or model folder that is damaged or does not fit
-  x NonFinite                 5   a loss or gradient that is not a number
-  x BaseChanged               5   the frozen base is not what it was
-  x NotMoved                  5   something that is to be trained, and that no gradient reaches
-  x WrongReference            5   a preference objective's reference that is not what training starts from
-  x StorageError              6   the disk, a permission, the network
-  x NotCertified              7   a finished run whose adapter, loaded again, is not what it should be
-
-Exit code 130 is an interruption (Ctrl-C, SIGTERM or SIGHUP). A message says what is wrong, where, and what to do.
+1 any other TrimtabError, 2 recipe or model, 3 data, 4 artifact, 5 NaN, Inf or a failed guard, 6 storage, 7 certificate;
+130 is an interruption (Ctrl-C, SIGTERM or SIGHUP). A message says what is wrong, where, and what to do.
 """
 
 from pathlib import Path
 
 
 class TrimtabError(Exception):
-    """Base class: catch this to catch whatever a user can mend."""
+    """Base class: catch this to catch every error that a user can fix."""
 
     exit_code = 1
-    free: Path | None = None
-    """Where a run could go instead, if the folder that it was to go to is taken."""
+    free_folder: Path | None = None
+    """An output folder that a run could use instead, if the one it was given is taken."""
 
 
 class RecipeError(TrimtabError):
@@ -35,7 +22,7 @@ class RecipeError(TrimtabError):
 
 
 class NoSuchModule(RecipeError):
-    """A target that names nothing in this model."""
+    """A target that matches no module of this model."""
 
 
 class UnsupportedModel(TrimtabError):
@@ -45,13 +32,13 @@ class UnsupportedModel(TrimtabError):
 
 
 class NotMergeable(TrimtabError):
-    """A method whose effect is not a change of weights."""
+    """An adapter that cannot be merged into its base model."""
 
     exit_code = 2
 
 
 class DataError(TrimtabError):
-    """Rows that can't be read or learned from."""
+    """Examples that can't be read or trained on."""
 
     exit_code = 3
 
@@ -63,25 +50,25 @@ class ArtifactError(TrimtabError):
 
 
 class NonFinite(TrimtabError):
-    """A loss or gradient that is not a number."""
+    """A loss or gradient that is NaN or Inf."""
 
     exit_code = 5
 
 
 class BaseChanged(TrimtabError):
-    """The frozen base is not what it was."""
+    """A frozen base model whose weights have changed."""
 
     exit_code = 5
 
 
 class NotMoved(TrimtabError):
-    """Something that is to be trained, and that no gradient reaches."""
+    """A trainable tensor that no gradient reaches."""
 
     exit_code = 5
 
 
 class WrongReference(TrimtabError):
-    """A preference objective's reference that is not what training starts from."""
+    """A preference objective's reference model that is not the model that training starts from."""
 
     exit_code = 5
 
@@ -93,13 +80,13 @@ class StorageError(TrimtabError):
 
 
 class NotCertified(TrimtabError):
-    """A finished run whose adapter, loaded again, is not what it should be."""
+    """A finished run whose adapter does not pass its certificate's tests."""
 
     exit_code = 7
 
 
 def listing(problems: list[str], most: int = 5) -> str:
-    """The first few problems, a line each, and how many more there are."""
+    """The first `most` problems, one per line, and the number of the others."""
     shown = [f"  {problem}" for problem in problems[:most]]
     if len(problems) > most:
         shown.append(f"  … and {len(problems) - most} more")

@@ -1,4 +1,4 @@
-"""The only place that writes to disk, and how its files are hashed and read back.
+"""Atomic writes, the only ones in Trimtab; JSON, manifests and hashes.
 
 A file or folder is written under a temporary name beside its destination, flushed to the disk and renamed, so a reader
 sees the old one, the new one, or nothing. What a crash leaves behind starts with `TEMPORARY` and is never read.
@@ -20,30 +20,30 @@ from trimtab.core.cache import cache_folder
 from trimtab.core.errors import ArtifactError, StorageError
 
 TEMPORARY = ".writing-"
-"""Prefix of a file or folder that is not finished."""
+"""Prefix of an unfinished file or folder."""
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn what the operating system, or a library writing for us, says about a failed write into a StorageError."""
+def storage_errors(path: Path) -> Iterator[None]:
+    """Raise a StorageError for a failed write within the block, the operating system's or a library's."""
     try:
         yield
     except OSError as error:
-        raise StorageError(f"{path}: cannot write: {_reason(error, path)}") from error
+        raise StorageError(f"{path}: cannot write: {_explain(error, path)}") from error
     except Exception as error:
-        # safetensors reports a failed write as an exception of its own, with the system's words in it.
+        # safetensors raises its own exception for a failed write, with the system's message in it.
         if type(error).__name__ == "SafetensorError" and ("os error" in str(error) or "I/O" in str(error)):
-            raise StorageError(f"{path}: cannot write: {error}. {_free(path)}") from error
+            raise StorageError(f"{path}: cannot write: {error}. {_free_space(path)}") from error
         raise
 
 
 def write_bytes(path: Path, content: bytes, *, private: bool = False) -> None:
-    """Replace the file `path` atomically, by one that nobody else may read or write if it is `private`.
+    """Replace the file `path` atomically. A `private` file may be read and written by this user alone.
 
     Raises StorageError; then the old file is untouched.
     """
     temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
-    with writing(path):
+    with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(temporary, "wb") as file:
@@ -66,25 +66,25 @@ def write_text(path: Path, content: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Replace the JSON file `path` atomically."""
-    write_text(path, _as_text(value))
+    write_text(path, _dump(value))
 
 
-def _as_text(value: Any) -> str:
+def _dump(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def as_json(value: Any) -> Any:
-    """The value as JSON data, which has no numbers for NaN and Inf: they become the texts "nan", "inf" and "-inf"."""
+def to_json(value: Any) -> Any:
+    """The value as JSON data. NaN and Inf, which JSON does not have, become the texts "nan", "inf" and "-inf"."""
     if isinstance(value, dict):
-        return {key: as_json(one) for key, one in value.items()}
+        return {key: to_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [as_json(one) for one in value]
+        return [to_json(item) for item in value]
     return value if not isinstance(value, float) or math.isfinite(value) else str(value)
 
 
 def append_line(path: Path, line: str) -> None:
-    """Add a line to a log. A crash can tear the last line, and readers must skip one without a newline."""
-    with writing(path), open(path, "ab") as file:
+    """Append a line to a log. A crash can leave the last line incomplete: readers must skip one without a newline."""
+    with storage_errors(path), open(path, "ab") as file:
         file.write(line.encode() + b"\n")
 
 
@@ -96,60 +96,59 @@ def refuse_existing(path: Path) -> None:
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill that appears as `path` only when the block ends well.
+    """A temporary folder to fill, renamed to `path` when the block succeeds.
 
     Raises:
         StorageError: `path` exists (nothing is ever overwritten), or writing failed; then nothing is left behind, or, if
-            the disk failed after the last step, the whole folder.
+            the disk failed after the last step, the complete folder.
     """
     path = Path(path)
     refuse_existing(path)
-    with writing(path):
+    with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}{path.name}-", dir=path.parent))
         try:
             yield temporary
             for file in sorted(temporary.rglob("*")):
                 if file.is_file():
-                    let_be_read(file)
-                    _sync_file(file)
+                    _finish(file)
             _sync_folder(temporary)
             temporary.chmod(0o777 & ~_umask())
             os.rename(temporary, path)
         except BaseException as error:
             shutil.rmtree(temporary, ignore_errors=True)
-            if isinstance(error, StorageError):  # of a file in the block: it was to be in `path`
+            if isinstance(error, StorageError):  # it names a file in the temporary folder
                 raise StorageError(str(error).replace(str(temporary), str(path))) from error
             raise
         _sync_folder(path.parent)
 
 
 @contextlib.contextmanager
-def filled_folder(path: Path, last: str) -> Iterator[Path]:
-    """A folder to fill, whose files stand in `path` only when the block ends well, instead of any of the same names.
+def updated_folder(path: Path, last: str) -> Iterator[Path]:
+    """A temporary folder to fill, whose files replace those of the same names in `path` when the block succeeds.
 
-    They are put there one by one; `last` names the one that comes last, and vouches for the others. Raises StorageError.
+    They are moved one by one, the one named `last`, which lists the others' hashes, at the end. Raises StorageError.
     """
     if not path.exists():
         with new_folder(path) as new:
             yield new
         return
-    with writing(path), tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=path) as temporary:
+    with storage_errors(path), tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=path) as temporary:
         yield Path(temporary)
         for file in sorted(Path(temporary).iterdir(), key=lambda file: file.name == last):
-            let_be_read(file)
-            _sync_file(file)
+            _finish(file)
             os.replace(file, path / file.name)
         _sync_folder(path)
 
 
-def let_be_read(path: Path) -> None:
-    """Give a file that a library has written, safetensors' for oneself alone, the mode that files have here."""
+def _finish(path: Path) -> None:
+    """Flush a file that a library has written, and give it the umask's mode: safetensors makes it private."""
     path.chmod(0o666 & ~_umask())
+    _sync_file(path)
 
 
-def private_folder(path: Path) -> bool:
-    """Whether this folder, which is made if need be, is one that nobody else can write into."""
+def make_private_folder(path: Path) -> bool:
+    """Create the folder if it is missing; return whether nobody else can write into it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):
@@ -160,31 +159,31 @@ def private_folder(path: Path) -> bool:
 
 
 def is_private(status: os.stat_result) -> bool:
-    """Whether nobody but this user and the system's administrator can have written what has this status."""
+    """Whether only this user and root can have written a file of this status."""
     return status.st_uid in (os.getuid(), 0) and not status.st_mode & 0o022
 
 
 def remove_file(path: Path) -> None:
     """Remove a file, if it is there. Raises StorageError."""
-    with writing(path):
+    with storage_errors(path):
         path.unlink(missing_ok=True)
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder, hiding it first, so that a crash half-way leaves nothing that looks whole."""
+    """Remove a folder, renaming it first, so that a crash leaves nothing that looks complete."""
     hidden = path.with_name(f"{TEMPORARY}removed-{os.getpid()}-{path.name}")
-    with writing(path):
+    with storage_errors(path):
         os.rename(path, hidden)
         shutil.rmtree(hidden)
 
 
-def expanded(name: str | Path) -> Path:
-    """The path of a name, with `~` as the home folder; one of a user who is not known stays as it is written."""
+def expand_user(name: str | Path) -> Path:
+    """The path with `~` as the home folder; that of an unknown user stays as written."""
     return Path(os.path.expanduser(name))  # Path.expanduser would raise a RuntimeError
 
 
 def read_json(path: Path) -> Any:
-    """The value in a JSON file of ours. Raises ArtifactError with what is wrong and where."""
+    """The value in a JSON file that Trimtab wrote. Raises ArtifactError."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -195,27 +194,27 @@ def read_json(path: Path) -> Any:
         raise ArtifactError(f"{path}: not valid JSON ({error}). The file is damaged; restore it from a copy.") from None
 
 
-def write_manifest(path: Path, form: int, value: dict[str, Any]) -> None:
-    """Replace a JSON file atomically, by an object with the version of its form and a digest over all of it."""
-    value = {"format": form, **value}
+def write_manifest(path: Path, version: int, value: dict[str, Any]) -> None:
+    """Replace a JSON file atomically by an object with a format version and a digest of its whole content."""
+    value = {"format": version, **value}
     write_json(path, {**value, "digest": json_digest(value)})
 
 
-def read_manifest(path: Path, form: int, keys: set[str]) -> dict[str, Any]:
-    """What `write_manifest` wrote, to the last byte, if it is of this form and has these keys. Raises ArtifactError."""
+def read_manifest(path: Path, version: int, keys: set[str]) -> dict[str, Any]:
+    """A manifest of this format version and with these keys, unchanged to the byte. Raises ArtifactError."""
     value = read_json(path)
     if not isinstance(value, dict):
-        raise ArtifactError(f"{path}: is not a manifest of Trimtab's (not an object).")
+        raise ArtifactError(f"{path}: is not a manifest of Trimtab (not an object).")
     try:
-        same = _as_text(value).encode() == path.read_bytes()
-    except ValueError:  # NaN, or half of a character
-        same = False
+        unchanged = _dump(value).encode() == path.read_bytes()
+    except ValueError:  # NaN, or a lone surrogate
+        unchanged = False
     rest = {key: part for key, part in value.items() if key != "digest"}
-    if not same or value.get("digest") != json_digest(rest):
+    if not unchanged or value.get("digest") != json_digest(rest):
         raise ArtifactError(f"{path}: changed since it was saved. Restore it from a copy.")
-    if rest.get("format") != form or rest.keys() != {"format", *keys}:
+    if rest.get("format") != version or rest.keys() != {"format", *keys}:
         raise ArtifactError(
-            f"{path}: was written by another version of Trimtab (its format is {rest.get('format')}; this one reads {form}). Use that one."
+            f"{path}: was written by another version of Trimtab (its format is {rest.get('format')}; this one reads {version}). Use that one."
         )
     return value
 
@@ -227,7 +226,7 @@ def sha256_file(path: Path) -> str:
 
 
 def json_digest(value: Any) -> str:
-    """SHA-256 of JSON data, as hex, whatever the order of its keys."""
+    """SHA-256 of JSON data, as hex, independent of the order of keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
@@ -240,7 +239,7 @@ def _sync_file(path: Path) -> None:
 
 
 def _sync_folder(path: Path) -> None:
-    if os.name == "posix":  # pragma: no branch (elsewhere a folder cannot be opened, and rename is durable without it)
+    if os.name == "posix":  # pragma: no branch (Windows cannot open a folder, and its rename is durable without it)
         _sync_file(path)
 
 
@@ -250,24 +249,25 @@ def _umask() -> int:
     return mask
 
 
-def _reason(error: OSError, path: Path) -> str:
-    words = f"{error.strerror or error}."
+def _explain(error: OSError, path: Path) -> str:
+    """The system's message about a failed write, and what to do."""
+    message = f"{error.strerror or error}."
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        words += f" {_free(path)}"
+        message += f" {_free_space(path)}"
     elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        words += " Choose a folder that you may write to."
+        message += " Choose a folder that you may write to."
     elif blocking := [p for p in path.absolute().parents if os.path.isfile(p)]:
-        words += f" {blocking[0]} is a file, not a folder."
+        message += f" {blocking[0]} is a file, not a folder."
     if cache_folder().absolute() in path.absolute().parents:
-        words += " It is Trimtab's cache: the environment variable TRIMTAB_CACHE can name another folder."
-    return words
+        message += " It is Trimtab's cache: the environment variable TRIMTAB_CACHE can name another folder."
+    return message
 
 
-def _free(path: Path) -> str:
-    """How much room there is where `path` was to go, and what to do."""
+def _free_space(path: Path) -> str:
+    """How much space is free on the disk of `path`, and what to do."""
     folder = next((p for p in Path(path).absolute().parents if os.path.isdir(p)), Path("/"))
     try:
-        room = f"{shutil.disk_usage(folder).free / 1e6:.1f} MB are free there: free"
+        free = f"{shutil.disk_usage(folder).free / 1e6:.1f} MB are free there: free"
     except OSError:
-        room = "Free"
-    return f"{room} some, or choose another folder."
+        free = "Free"
+    return f"{free} some, or choose another folder."

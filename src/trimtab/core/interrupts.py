@@ -1,4 +1,4 @@
-"""Ctrl-C and its like: the first ends the command, what is being written is written to its end, and more of them change nothing."""
+"""Interrupt signals: the first one ends the command, repeated ones are ignored, and a write in progress is completed."""
 
 import math
 import signal
@@ -9,57 +9,57 @@ from contextlib import contextmanager
 from typing import Any
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
-"""Ctrl-C, `kill`, and the end of a terminal or of an SSH connection."""
-AT_ONCE = 3.0
-"""Seconds in which further ones are impatience: the first is being obeyed."""
+"""Ctrl-C, `kill`, and a closed terminal or SSH connection."""
+REPEAT_WINDOW = 3.0
+"""Seconds after a signal in which further ones are ignored: the first is being handled."""
 
 
 @contextmanager
-def as_keyboard_interrupt(*, to_the_end: bool) -> Iterator[Callable[[], bool]]:
-    """Within the block each of these signals raises KeyboardInterrupt, but for those that come at once after another.
+def signals_as_keyboard_interrupt(*, ignored_afterwards: bool) -> Iterator[Callable[[], bool]]:
+    """Within the block, each signal raises KeyboardInterrupt, unless it repeats another within `REPEAT_WINDOW`.
 
-    One that is ignored (under nohup, say) stays so.
+    A signal that is already ignored (under nohup, for example) stays ignored.
 
     Args:
-        to_the_end: The process ends after the block, so they are ignored from then on, instead of as they were before.
+        ignored_afterwards: Ignore signals after the block, because the process ends, instead of restoring their handlers.
 
     Yields:
-        A function that says whether one came.
+        A function that tells whether a signal arrived.
     """
-    obeyed = -math.inf
+    handled = -math.inf
 
-    def obey(*_: Any) -> None:
-        nonlocal obeyed
-        if time.monotonic() - obeyed < AT_ONCE:
+    def handle(*_: Any) -> None:
+        nonlocal handled
+        if time.monotonic() - handled < REPEAT_WINDOW:
             return
-        obeyed = time.monotonic()
+        handled = time.monotonic()
         raise KeyboardInterrupt
 
-    before = _replaced({number: obey for number in SIGNALS if signal.getsignal(number) not in (signal.SIG_IGN, None)})
+    before = _install({number: handle for number in SIGNALS if signal.getsignal(number) not in (signal.SIG_IGN, None)})
     try:
-        yield lambda: obeyed > -math.inf
+        yield lambda: handled > -math.inf
     finally:
-        _replaced(dict.fromkeys(before, signal.SIG_IGN) if to_the_end else before)
+        _install(dict.fromkeys(before, signal.SIG_IGN) if ignored_afterwards else before)
 
 
 @contextmanager
 def interrupts_deferred() -> Iterator[None]:
-    """An interruption of this block comes at its end. Handlers are replaced rather than signals blocked: a signal that the main
-    thread blocks is given to one of torch's, and acts all the same."""
-    came: list[int] = []
-    before = _replaced(
-        {number: lambda number, _: came.append(number) for number in SIGNALS if callable(signal.getsignal(number))}
+    """Defer signals to the end of the block. Handlers are replaced rather than signals blocked: a signal that the main thread
+    blocks is delivered to one of torch's threads instead."""
+    pending: list[int] = []
+    before = _install(
+        {number: lambda number, _: pending.append(number) for number in SIGNALS if callable(signal.getsignal(number))}
     )
     try:
         yield
     finally:
-        _replaced(before)
-    for number in came[:1]:
+        _install(before)
+    for number in pending[:1]:
         signal.raise_signal(number)
 
 
-def _replaced(handlers: dict[int, Any]) -> dict[int, Callable[..., Any]]:
-    """Install handlers; those that were there before. Only the main thread can."""
+def _install(handlers: dict[int, Any]) -> dict[int, Callable[..., Any]]:
+    """Install handlers, and return the previous ones. In other threads than the main one, where Python forbids it, do nothing."""
     if threading.current_thread() is not threading.main_thread():
         return {}
     return {number: signal.signal(number, handler) for number, handler in handlers.items()}  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""Files that one process at a time has, so that two do not write into one folder."""
+"""File locks, so that no two processes write into one folder."""
 
 import contextlib
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from trimtab.core.errors import StorageError
-from trimtab.core.files import writing
+from trimtab.core.files import storage_errors
 
 try:
     import fcntl
@@ -17,25 +17,25 @@ except ImportError:  # pragma: no cover (Windows)
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[bool]:
-    """Nobody else has the file `path` within the block; the system lets go of it if the process dies.
+def file_lock(path: Path) -> Iterator[bool]:
+    """Hold an exclusive lock on the file `path` within the block. The system releases it if the process dies.
 
     Yields:
-        Whether that is so: some file systems know no locks.
+        Whether the lock is held: some file systems do not support locks.
 
     Raises:
-        StorageError: Another process has it.
+        StorageError: Another process holds it.
     """
-    with writing(path.parent):
-        while (found := _lock(path)) is None:
+    with storage_errors(path.parent):
+        while (opened := _open_locked(path)) is None:
             pass
-    file, held = found
+    file, held = opened
     with file:
         yield held
 
 
-def _lock(path: Path) -> tuple[BinaryIO, bool] | None:
-    """The file, open, and whether it is locked; None if whoever had it has removed it meanwhile."""
+def _open_locked(path: Path) -> tuple[BinaryIO, bool] | None:
+    """The open file, and whether it is locked; None if the previous holder removed it meanwhile."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         file = open(path, "ab")  # noqa: SIM115 (held for as long as it is locked)
@@ -46,7 +46,7 @@ def _lock(path: Path) -> tuple[BinaryIO, bool] | None:
         if held and not (path.exists() and os.path.samestat(os.stat(path), os.fstat(file.fileno()))):
             file.close()
             return None
-        with contextlib.suppress(OSError):  # a disk that is full is not this file's to complain of
+        with contextlib.suppress(OSError):  # on a full disk, only the text is missing
             file.truncate(0)
             os.write(file.fileno(), f"{os.getpid()} on {platform.node()}".encode())
     except BaseException:
@@ -61,8 +61,8 @@ def _flock(file: BinaryIO, path: Path) -> bool:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        who = path.read_text(encoding="utf-8", errors="replace")
-        raise StorageError(f"{path.parent}: another process ({who}) is training there. Wait for it, or stop it.") from None
+        holder = path.read_text(encoding="utf-8", errors="replace")
+        raise StorageError(f"{path.parent}: another process ({holder}) is training there. Wait for it, or stop it.") from None
     except OSError:
         return False
     return True

@@ -1,4 +1,4 @@
-"""What a process is told once: how it is started, not to look for garbage among a million imported objects, to give back memory."""
+"""Settings of a process: how a new one is started, its environment, garbage collection, and malloc."""
 
 import ctypes
 import gc
@@ -10,8 +10,8 @@ from pathlib import Path
 
 
 @contextmanager
-def collector_paused() -> Iterator[None]:
-    """Make many objects within the block without looking for garbage among them, which takes as long as making them."""
+def gc_paused() -> Iterator[None]:
+    """Pause garbage collection within the block, where searching many new objects takes as long as creating them."""
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -22,59 +22,59 @@ def collector_paused() -> Iterator[None]:
 
 
 @contextmanager
-def without_collector() -> Iterator[None]:
-    """Import within the block without looking for garbage, which takes a fifth of the time, nor ever after in what came of it."""
-    with collector_paused():
+def gc_frozen() -> Iterator[None]:
+    """Pause garbage collection within the block, which saves a fifth of an import's time, and exempt its objects afterwards."""
+    with gc_paused():
         try:
             yield
         finally:
             gc.freeze()
 
 
-def fresh_process(module: str) -> list[str]:
-    """The command that runs a module of ours in another process, as `python -m` does, but for importing what lies in the folder
-    that it is run in: `./random.py` there is somebody's file, and not Python's."""
-    home = str(Path(__file__).parents[2])  # last: what is installed comes first, as in this process
-    runs = f"import sys; sys.path.append({home!r}); import runpy; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
-    return [sys.executable, "-P", "-c", runs]
+def module_command(module: str) -> list[str]:
+    """The command that runs a module of Trimtab in a new process, like `python -m`, but without importing from the working
+    folder: a file `./random.py` there must not replace Python's."""
+    home = str(Path(__file__).parents[2])  # last: installed packages come first, as in this process
+    code = f"import sys; sys.path.append({home!r}); import runpy; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
+    return [sys.executable, "-P", "-c", code]
 
 
-WAITING = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"}
-"""How OpenMP's threads wait for each other: asleep; with GNU's, which says it in more detail, after 1,000 looks (10 µs or so)."""
+OPENMP_WAIT = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"}
+"""How OpenMP's threads wait for each other: asleep; GNU's, which has a finer setting, after spinning 1,000 times (about 10 µs)."""
 
 
 def environment() -> dict[str, str]:
-    """The environment of a process of ours: this one's, with what libraries read as they are imported, where it is not set.
+    """The environment of Trimtab's processes: this one's, and defaults for variables that libraries read on import.
 
-    By default, OpenMP's threads spin for milliseconds while they wait. Where other processes want the cores, what they wait for has none
-    meanwhile, at every small operation, and two threads are many times slower than one.
+    By default, OpenMP's threads spin for milliseconds while they wait. If other processes use the cores, the thread that is
+    waited for has none meanwhile, at every small operation, and two threads are many times slower than one.
     """
-    ours = {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
-    if not any(name in os.environ for name in (*WAITING, "KMP_BLOCKTIME")):
-        ours |= WAITING
-    return ours | os.environ
+    defaults = {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
+    if not any(name in os.environ for name in (*OPENMP_WAIT, "KMP_BLOCKTIME")):
+        defaults |= OPENMP_WAIT
+    return defaults | os.environ
 
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-"""Of glibc's malloc.h."""
+"""From glibc's malloc.h."""
 
 
 def give_back_freed_memory() -> None:
-    """Let the system have what this process has freed; with another malloc than glibc's this does nothing."""
+    """Return freed memory to the system. Without glibc's malloc, do nothing."""
     if libc := _glibc():
         libc.malloc_trim(0)
 
 
 def never_keep_freed_memory() -> None:
-    """Let this process give large blocks back to the system as soon as they are freed, so that it holds what is in use, and no more.
+    """Return large blocks to the system as soon as they are freed, so that the process holds only memory in use.
 
-    By default, glibc's malloc keeps blocks of up to 32 MB once it has freed such ones. Before 2.38 it finds no place for an
-    aligned block in a hole of the same size, so holes add up: to six times what is in use, where attention keeps its scores.
-    It costs 1 to 4 % of a training step's time. With another malloc than glibc's this does nothing.
+    By default, glibc's malloc keeps blocks of up to 32 MB once such blocks have been freed. Before 2.38 it does not reuse a hole for
+    an aligned block of the same size, so holes accumulate: to six times the memory in use, where attention keeps its scores.
+    It costs 1 to 4 % of a training step's time. Without glibc's malloc, do nothing.
     """
-    give_back_freed_memory()  # what imports have left
+    give_back_freed_memory()  # left by imports
     if libc := _glibc():
-        libc.mallopt(M_MMAP_THRESHOLD, 128 * 1024)  # the default; it stays, now that it is asked for
+        libc.mallopt(M_MMAP_THRESHOLD, 128 * 1024)  # the default, which is adapted no more once it is set
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 

@@ -1,4 +1,4 @@
-"""Random numbers that a seed alone decides, while the process's own generators stay as they were."""
+"""Random numbers determined by a seed alone, without changing the process's generators."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,9 +10,9 @@ CPU = torch.device("cpu")
 
 @contextmanager
 def seeded(seed: int, device: torch.device = CPU) -> Iterator[None]:
-    """What is drawn within the block, on the CPU and this device, depends on the seed alone; all generators go on where they were.
+    """Within the block, random numbers on the CPU and this device depend on the seed alone; afterwards, generators are restored.
 
-    torch.manual_seed would seed those of every device, and for good.
+    torch.manual_seed would seed the generators of every device, permanently.
     """
     generators = [torch.default_generator] if device.type == "cpu" else [torch.default_generator, _generator(device)]
     before = [generator.get_state() for generator in generators]
@@ -26,7 +26,7 @@ def seeded(seed: int, device: torch.device = CPU) -> Iterator[None]:
 
 
 def _generator(device: torch.device) -> torch.Generator:
-    """What an accelerator draws from where nobody says otherwise."""
+    """An accelerator's default generator."""
     if device.type == "mps":
         return torch.mps._get_default_mps_generator()
     module = torch.get_device_module(device)

@@ -1,4 +1,4 @@
-"""Standard input, output and error: what they can write, that they may be closed, and that no text steers the terminal."""
+"""Standard input, output and error: encodings, closed streams, and terminal control codes in texts."""
 
 import codecs
 import contextlib
@@ -9,9 +9,9 @@ import re
 import sys
 from typing import Any
 
-NARROW = "trimtab-narrow"
-"""What is done with characters that an encoding does not have."""
-_LIKE = {
+ASCII_FALLBACK = "trimtab-ascii"
+"""The error handler for characters that an encoding does not have."""
+_SIMILAR = {
     "…": "...",
     "–": "-",
     "—": "-",
@@ -25,78 +25,78 @@ _LIKE = {
     "“": '"',
     "”": '"',
 }
-_STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-"""All control codes but the ends of lines and the tab."""
-GONE = (errno.EPIPE, errno.EIO, errno.EBADF)
-"""Of a reader that has left, a terminal that was closed, and a stream that was."""
+_CONTROL_CODES = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""All control codes except line feed and tab."""
+DISCONNECTED = (errno.EPIPE, errno.EIO, errno.EBADF)
+"""Errors of a pipe without a reader, a closed terminal, and a closed stream."""
 
 
-def ready() -> None:
-    """Let every text be written, whatever the encoding, and nowhere if a stream is closed."""
+def configure() -> None:
+    """Let every text be written in any encoding, and to the null device if a stream is closed."""
     for number in range(3):
         try:
             os.fstat(number)
-        except OSError:  # the next file that is opened would take its place, and get what is printed
+        except OSError:  # else the next file that is opened takes its number, and receives what is printed
             os.open(os.devnull, os.O_RDWR)
     sys.stdin = sys.stdin or os.fdopen(0)
     sys.stdout, sys.stderr = sys.stdout or os.fdopen(1, "w"), sys.stderr or os.fdopen(2, "w")
-    codecs.register_error(NARROW, _narrow)
-    for stream, errors in ((sys.stdin, "replace"), (sys.stdout, NARROW), (sys.stderr, NARROW)):
+    codecs.register_error(ASCII_FALLBACK, _replace_unencodable)
+    for stream, errors in ((sys.stdin, "replace"), (sys.stdout, ASCII_FALLBACK), (sys.stderr, ASCII_FALLBACK)):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=errors)
 
 
-def visible(text: str) -> str:
-    """The text with its control codes written out, as `cat -v` does: a terminal would obey them."""
-    return _STEERING.sub(lambda found: _written(ord(found[0])), text)
+def escape_controls(text: str) -> str:
+    """The text with control codes escaped, as by `cat -v`: a terminal would execute them."""
+    return _CONTROL_CODES.sub(lambda match: _escaped(ord(match[0])), text)
 
 
-def typed(text: str) -> str:
-    """A word of the command line as a text: bytes that are none in its encoding are not, but as file names they are kept."""
+def replace_surrogates(text: str) -> str:
+    """A command-line argument as valid Unicode: bytes invalid in its encoding arrive as surrogates, which file names keep."""
     return re.sub("[\ud800-\udfff]", "\ufffd", text)
 
 
-def complain(message: str) -> None:
-    """Say something on standard error, if it is there."""
+def write_stderr(message: str) -> None:
+    """Write a message to standard error, if it is open."""
     with contextlib.suppress(OSError, ValueError):
-        sys.stderr.write(f"trimtab: {visible(message)}\n")
+        sys.stderr.write(f"trimtab: {escape_controls(message)}\n")
         sys.stderr.flush()
 
 
-class Lasting:
-    """A stream that goes on as if nothing had happened when its reader is gone: who trains need not be watched."""
+class PipeTolerantStream:
+    """A stream that discards its output once the reader has disconnected, so that training continues."""
 
     def __init__(self, stream: Any) -> None:
-        self.stream, self.gone = stream, False
+        self.stream, self.disconnected = stream, False
 
     def write(self, text: str) -> int:
-        self._tried(lambda: self.stream.write(text))
+        self._attempt(lambda: self.stream.write(text))
         return len(text)
 
     def flush(self) -> None:
-        self._tried(self.stream.flush)
+        self._attempt(self.stream.flush)
 
-    def _tried(self, act: Any) -> None:
-        if self.gone:
+    def _attempt(self, operation: Any) -> None:
+        if self.disconnected:
             return
         try:
-            act()
+            operation()
         except OSError as error:
-            if error.errno not in GONE:
+            if error.errno not in DISCONNECTED:
                 raise
-            self.gone = True
-            complain("nobody reads standard output any more; the command goes on.")
+            self.disconnected = True
+            write_stderr("standard output is closed; the command continues.")
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
 
 
-def _written(code: int) -> str:
+def _escaped(code: int) -> str:
     return f"^{chr(code + 64)}" if code < 32 else "^?" if code == 127 else f"\\x{code:02x}"
 
 
-def _narrow(error: UnicodeError) -> tuple[str, int]:
+def _replace_unencodable(error: UnicodeError) -> tuple[str, int]:
     if not isinstance(error, UnicodeEncodeError):
         raise error
     lost = error.object[error.start : error.end]
-    return "".join(_LIKE.get(one) or one.encode("ascii", "backslashreplace").decode() for one in lost), error.end
+    return "".join(_SIMILAR.get(c) or c.encode("ascii", "backslashreplace").decode() for c in lost), error.end

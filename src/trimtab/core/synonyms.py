@@ -1,11 +1,11 @@
-"""What other tools call a key of the recipe, and what Trimtab has in its place: the words of Transformers, TRL, PEFT, LLaMA-Factory,
-Axolotl, ms-swift and Unsloth."""
+"""Other tools' names for recipe keys, methods and objectives, and Trimtab's equivalents: Transformers, TRL, PEFT, LLaMA-Factory, Axolotl,
+ms-swift and Unsloth."""
 
 import difflib
 from collections.abc import Callable, Iterable
 from typing import Any
 
-HERE = {
+SAME = {
     "learning_rate": "train.lr", "lr": "train.lr",
     "num_train_epochs": "train.epochs", "num_epochs": "train.epochs", "n_epochs": "train.epochs", "max_epochs": "train.epochs",
     "epochs": "train.epochs",
@@ -50,19 +50,19 @@ HERE = {
     "ref_model": "objective.reference", "pref_loss": "objective.loss_type", "label_smoothing": "objective.label_smoothing",
     "lora_model_dir": "start", "adapter_name_or_path": "start", "adapters": "start",
 }  # fmt: skip
-"""The key that means the same here."""
+"""The key of the recipe with the same meaning."""
 
-DERIVED = {
+AUTOMATIC = {
     **dict.fromkeys(
         ("batch_size", "per_device_train_batch_size", "micro_batch_size", "train_batch_size", "per_device_eval_batch_size",
          "eval_batch_size", "gradient_accumulation_steps", "effective_batch_size", "total_batch_size"),
-        "train.rows_per_step is the effective batch size; how much of it is computed at a time is derived from the memory",
+        "train.rows_per_step is the effective batch size; the micro-batch is derived from the free memory",
     ),
     **dict.fromkeys(
         ("packing", "sample_packing", "neat_packing", "padding_free", "group_by_length", "pad_to_sequence_len", "pad_to_multiple_of",
          "use_cache", "flash_attn", "flash_attention", "attn_implementation", "attn_impl", "use_liger_kernel", "enable_liger_kernel",
          "liger_kernel", "remove_unused_columns", "eval_sample_packing"),
-        "there is no need: examples are always packed without padding, and share what they begin with",
+        "it is not needed: examples are always packed without padding, and shared prefixes are computed once",
     ),
     **dict.fromkeys(
         ("warmup_steps", "warmup_ratio", "num_warmup_steps"), "it is train.warmup here, a fraction of the steps, such as 0.05"
@@ -70,7 +70,7 @@ DERIVED = {
     **dict.fromkeys(
         ("train_on_inputs", "mask_history", "train_on_prompt", "assistant_only_loss", "completion_only_loss", "roles_to_train",
          "loss_scale"),
-        "what the assistant says is trained on, and nothing else; a message with weight: 0 is not",
+        "only the assistant's messages are trained on, without those that have weight: 0",
     ),
     **dict.fromkeys(
         ("template", "chat_template", "prompt_template", "conversation_template"),
@@ -81,33 +81,33 @@ DERIVED = {
     ),
     **dict.fromkeys(
         ("save_total_limit", "save_only_model", "load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
-        "the best adapter by the loss on held-out examples is handed over, and what a run resumes from is kept by itself",
+        "the adapter with the lowest validation loss is the result, and checkpoints are kept automatically",
     ),
     **dict.fromkeys(
         ("num_proc", "preprocessing_num_workers", "dataloader_num_workers", "dataset_num_proc", "dataset_processes",
          "preprocessing_batch_size", "dataset_prepared_path", "overwrite_cache", "shuffle", "shuffle_merged_datasets"),
-        "tokens are made and kept by themselves, and examples are shuffled by train.seed",
+        "tokenization and its cache are automatic, and examples are shuffled by train.seed",
     ),
     **dict.fromkeys(
         ("bias", "task_type", "inference_mode", "peft_layers_to_transform", "fan_in_fan_out"),
-        "it goes without saying; see docs/methods.md for what each method trains",
+        "it needs no key; see docs/methods.md for what each method trains",
     ),
     **dict.fromkeys(
         ("tokenizer", "tokenizer_name", "tokenizer_type", "tokenizer_name_or_path", "model_type", "processor"),
-        "the model's own is used, and found by itself",
+        "the model's own is used, and detected automatically",
     ),
     **dict.fromkeys(
         ("special_tokens", "add_special_tokens", "resize_vocab", "new_special_tokens"),
         "new tokens are trained with method: {name: tokens, new: […]}",
     ),
 }  # fmt: skip
-"""What goes without saying here, and how it is."""
+"""Settings that need no key, and what Trimtab does."""
 
-NOT_HERE = {
+UNSUPPORTED = {
     **dict.fromkeys(("max_steps", "num_steps", "total_steps", "iters"), "train.epochs may be a fraction, such as 0.5"),
     **dict.fromkeys(
         ("report_to", "wandb_project", "use_wandb", "wandb_entity", "swanlab", "use_swanlab", "mlflow_tracking_uri", "run_name"),
-        "no tracker is served yet; a run's metrics.jsonl has a line a step",
+        "no tracker is supported yet; a run's metrics.jsonl has a line a step",
     ),
     **dict.fromkeys(
         ("optim", "optimizer", "optimizers", "adam_beta1", "adam_beta2", "adam_epsilon", "optim_args"), "AdamW is used, with betas 0.9 and 0.999"
@@ -118,8 +118,10 @@ NOT_HERE = {
         "one device is used",
     ),
     **dict.fromkeys(("neftune_noise_alpha", "neftune_alpha"), "noise is not added to embeddings"),
-    **dict.fromkeys(("early_stopping_patience", "early_stopping"), "a run has the steps that it was given; its best adapter is kept"),
-    **dict.fromkeys(("hub_model_id", "push_to_hub", "hub_token", "hub_strategy"), "nothing is uploaded; the run's folder has what to upload"),
+    **dict.fromkeys(("early_stopping_patience", "early_stopping"), "a run takes all its steps; its best adapter is kept"),
+    **dict.fromkeys(
+        ("hub_model_id", "push_to_hub", "hub_token", "hub_strategy"), "nothing is uploaded; the files to upload are in the run's folder"
+    ),
     **dict.fromkeys(
         ("system", "default_system_message", "system_prompt"), "a system message comes with the examples, in a column `system` or as a message"
     ),
@@ -127,7 +129,7 @@ NOT_HERE = {
     **dict.fromkeys(("do_train", "do_eval", "do_predict", "predict_with_generate"), "trimtab train trains and evaluates; trimtab eval answers"),
     **dict.fromkeys(("strict", "debug", "plugins", "hooks", "callbacks"), "there are no plugins"),
 }  # fmt: skip
-"""What there is not, and what there is instead."""
+"""Settings that Trimtab does not have, and what it has instead."""
 
 CHOICES = {
     "qlora": "it is method: lora with model.quantize: nf4",
@@ -145,56 +147,57 @@ CHOICES = {
     **dict.fromkeys(("boft", "hra", "goft"), "method: oft is the nearest"),
     **dict.fromkeys(
         ("loha", "lokr", "adalora", "vera", "vblora", "fourierft", "longlora", "galore", "badam", "lisa", "freeze"),
-        "it is not here: `trimtab methods` lists those that are",
+        "it is not supported: `trimtab methods` lists the methods that are",
     ),
     **dict.fromkeys(("pretrain", "pt", "cpt", "pretraining", "clm"), "it is objective: sft on examples with the column `text`"),
     **dict.fromkeys(("sft_trainer", "instruct", "instruction"), "it is objective: sft"),
     **dict.fromkeys(("ipo", "hinge"), "it is objective: {name: dpo, loss_type: …}"),
     **dict.fromkeys(
         ("grpo", "ppo", "rloo", "reinforce", "online_dpo", "gkd", "rm", "reward", "reward_model", "prm", "dapo", "gspo", "nash_md", "xpo"),
-        "it is not here: Trimtab learns from examples that there are, not from answers that it makes while it trains. TRL has it",
+        "it is not supported: Trimtab trains on existing examples, not on answers generated during training. TRL has it",
     ),
 }  # fmt: skip
-"""Names of methods and objectives."""
+"""Other tools' names of methods and objectives."""
 
 
-def elsewhere(word: str, known: Iterable[str] = ()) -> str | None:
-    """What another tool's key is here, as a sentence without its end; None if no tool that is known here has it.
-
-    Args:
-        known: The keys of where it stands: one that is called so here, too, is another section's only where sections are.
-    """
-    plain = _plain(word)
-    if (here := HERE.get(plain)) and (not here.endswith(f".{plain}") or here.partition(".")[0] in known):
-        return f"it is {here} here"
-    return DERIVED.get(plain) or (f"it is not here: {NOT_HERE[plain]}" if plain in NOT_HERE else None)
-
-
-def choice_elsewhere(word: str, known: Iterable[str] = ()) -> str | None:
-    """What another tool's method or objective is here."""
-    return CHOICES.get(word.strip().lower()) or CHOICES.get(_plain(word))
-
-
-def hint(word: Any, known: Iterable[str], elsewhere: Callable[[str, Iterable[str]], str | None]) -> str:
-    """What to say behind a word that is not one of the known: `. Did you mean …?`, what it is here, or all that are known.
+def translate_key(name: str, known: Iterable[str] = ()) -> str | None:
+    """What another tool's key is in Trimtab, as a sentence without its end; None if the key is unknown.
 
     Args:
-        elsewhere: What a word is here that means something in other tools.
+        known: The keys of the section in which it was used. A key that another section has under the same name is
+            translated only where sections are known, at the top of the recipe.
     """
-    word, known = str(word), list(known)
-    same = [one for one in known if _plain(one) == _plain(word)]
-    if not same and (said := elsewhere(word, known)):
-        return f": {said}."
-    near = same or difflib.get_close_matches(word, known, n=1, cutoff=0.65)
-    return f". Did you mean {near[0]!r}?" if near else f". Known: {', '.join(known)}." if known else ". It has none."
+    name = _normalize(name)
+    if (same := SAME.get(name)) and (not same.endswith(f".{name}") or same.partition(".")[0] in known):
+        return f"it is {same} here"
+    return AUTOMATIC.get(name) or (f"it is not supported: {UNSUPPORTED[name]}" if name in UNSUPPORTED else None)
 
 
-def option(given: str) -> str | None:
-    """What to write instead of an option of a command that there is not, if it is a key of the recipe; `--lr=1e-4`, say."""
-    word, equals, value = given.lstrip("-").partition("=")
-    key = word if "." in word else HERE.get(_plain(word), "").partition(" ")[0]
+def translate_choice(name: str, known: Iterable[str] = ()) -> str | None:
+    """What another tool's method or objective is in Trimtab."""
+    return CHOICES.get(name.strip().lower()) or CHOICES.get(_normalize(name))
+
+
+def suggest(name: Any, known: Iterable[str], translate: Callable[[str, Iterable[str]], str | None]) -> str:
+    """How a message about an unknown name ends: `. Did you mean …?`, the name's translation, or all known names.
+
+    Args:
+        translate: Explains a name that other tools use.
+    """
+    name, known = str(name), list(known)
+    same = [candidate for candidate in known if _normalize(candidate) == _normalize(name)]
+    if not same and (translation := translate(name, known)):
+        return f": {translation}."
+    nearest = same or difflib.get_close_matches(name, known, n=1, cutoff=0.65)
+    return f". Did you mean {nearest[0]!r}?" if nearest else f". Known: {', '.join(known)}." if known else ". It has none."
+
+
+def key_for_option(option: str) -> str | None:
+    """The recipe key to write instead of an unknown command-line option such as `--lr=1e-4`, if there is one."""
+    name, equals, value = option.lstrip("-").partition("=")
+    key = name if "." in name else SAME.get(_normalize(name), "").partition(" ")[0]
     return f"{key}={value if equals else '…'}" if key and "=" not in key else key or None
 
 
-def _plain(word: str) -> str:
-    return word.strip().lower().replace("-", "_")
+def _normalize(name: str) -> str:
+    return name.strip().lower().replace("-", "_")

@@ -1,4 +1,4 @@
-"""YAML 1.2, in which recipes are written: PyYAML reads YAML 1.1, where 1e-4 is a text, and 010, 1:30 and no are not."""
+"""YAML 1.2, the language of recipes. PyYAML alone reads YAML 1.1, where 1e-4 is a text, and 010, 1:30 and no are not."""
 
 import re
 from pathlib import Path
@@ -18,11 +18,11 @@ _PLAIN = (
     ("int", _INT, [*"-+0123456789"]),
     ("float", _FLOAT, [*"-+.0123456789"]),
 )
-"""The plain values that are not texts: the kind, what it looks like, the characters it starts with ("" if it can be empty)."""
+"""Plain scalars that are not texts: tag, pattern, and possible first characters ("" if it can be empty)."""
 
 
 def load_file(path: Path) -> dict[str, Any]:
-    """The mapping that a recipe's file holds. Raises RecipeError if it can't be read, or holds something else."""
+    """The mapping in a recipe's file. Raises RecipeError if it can't be read, or holds something else."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -44,16 +44,16 @@ def load(text: str, where: str, *, lines: bool = True) -> Any:
     """The value that a YAML text describes: mappings with text keys, lists, texts, numbers, true, false, null.
 
     Args:
-        where: What an error calls the text.
-        lines: Whether it also says the line.
+        where: The name of the text in errors.
+        lines: Whether errors include the line.
 
     Raises:
-        RecipeError: It is not YAML, gives a key twice, or wants something else.
+        RecipeError: It is not YAML, gives a key twice, or has a tag for something else.
     """
     try:
         return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
-        line, reason = _explained(error, text)
+        line, reason = _explain(error, text)
         raise RecipeError(f"{where}{f':{line}' if lines else ''}: not valid YAML: {reason}.") from None
     except (ValueError, KeyError) as error:
         raise RecipeError(f"{where}: not valid YAML: {error} is not what its !!tag says.") from None
@@ -62,12 +62,12 @@ def load(text: str, where: str, *, lines: bool = True) -> Any:
 
 
 def dump(plain: dict[str, Any]) -> str:
-    """Plain data as YAML that readers of YAML 1.2, and of 1.1, read back as the same."""
+    """Plain data as YAML that parsers of YAML 1.2 and of 1.1 read back unchanged."""
     return yaml.dump(plain, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def is_text(text: str) -> bool:
-    """Whether this text, without quotes, is read as itself."""
+    """Whether this text, unquoted, is read as itself."""
     try:
         return bool(load(text, "text") == text)
     except RecipeError:
@@ -75,12 +75,12 @@ def is_text(text: str) -> bool:
 
 
 def is_number(text: str) -> bool:
-    """Whether this text, without quotes, would be a number."""
+    """Whether this text, unquoted, would be read as a number."""
     return bool(_INT.match(text) or _FLOAT.match(text))
 
 
-def _explained(error: Any, text: str) -> tuple[int, str]:
-    """The line of an error, and its reason."""
+def _explain(error: Any, text: str) -> tuple[int, str]:
+    """The line and the reason of an error."""
     if isinstance(error, ReaderError):
         return text.count("\n", 0, error.position) + 1, f"the character {text[error.position]!r} is not allowed"
     reason = f"{error.context}, {error.problem}" if error.problem.startswith("but ") else error.problem
@@ -88,7 +88,7 @@ def _explained(error: Any, text: str) -> tuple[int, str]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Makes plain data only, and refuses a key that is given twice."""
+    """Builds plain data only, and refuses duplicate keys."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -103,23 +103,23 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Has the rules of YAML 1.1, and those of 1.2 besides: what either would take for something else is quoted."""
+    """Quotes every text that YAML 1.1 or 1.2 would read as something else."""
 
 
-def _whole_number(loader: Any, node: Any) -> int:
+def _construct_int(loader: Any, node: Any) -> int:
     return int(loader.construct_scalar(node))  # PyYAML's would read 010 as 8
 
 
-def _text(dumper: Any, text: str) -> Any:
-    odd = any(character in text for character in "\x85\u2028\u2029")  # which PyYAML writes as line ends, unless in these quotes
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if odd else None)
+def _represent_text(dumper: Any, text: str) -> Any:
+    breaks = any(character in text for character in "\x85\u2028\u2029")  # line ends to PyYAML, unless in double quotes
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if breaks else None)
 
 
-_Dumper.add_representer(str, _text)
-_KINDS = {f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "float", "str", "seq", "map")}
-_Loader.yaml_constructors = {tag: make for tag, make in _Loader.yaml_constructors.items() if tag is None or tag in _KINDS}
-_Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
+_Dumper.add_representer(str, _represent_text)
+_PLAIN_TAGS = {f"tag:yaml.org,2002:{tag}" for tag in ("null", "bool", "float", "str", "seq", "map")}
+_Loader.yaml_constructors = {tag: make for tag, make in _Loader.yaml_constructors.items() if tag is None or tag in _PLAIN_TAGS}
+_Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
 _Loader.yaml_implicit_resolvers = {}
-for _kind, _looks, _starts in _PLAIN:
+for _tag, _pattern, _first in _PLAIN:
     for _class in (_Loader, _Dumper):
-        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", _looks, _starts)
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _pattern, _first)

@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field
 
 from trimtab.core.config import Config, as_tuple
 from trimtab.core.errors import DataError, listing
-from trimtab.core.files import expanded, sha256_file
+from trimtab.core.files import expand_user, sha256_file
 from trimtab.data.example import Column, Example, Kind, SourceReport, TokenRow
 from trimtab.data.formats import read_examples
 from trimtab.data.order import split
@@ -185,7 +185,7 @@ def held_out_examples(config: DataConfig, stored: dict[str, Any], kind: Kind = "
         DataError: A file has changed since, so its validation examples are not known.
     """
     for name, digest in stored["files"].items():
-        path = expanded(name)
+        path = expand_user(name)
         if not path.is_file() or sha256_file(path) != digest:
             raise DataError(
                 f"data: {name} has changed since the run or is gone, so its validation examples are not known. Give examples with --data."

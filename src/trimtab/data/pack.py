@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trimtab.core.process import collector_paused
+from trimtab.core.process import gc_paused
 from trimtab.data.bin_packing import first_fit_decreasing, in_lexical_order
 from trimtab.data.example import TokenRow, row_groups
 from trimtab.data.prefix_tree import Numbers, Segment, lay_out, numbers, places
@@ -102,7 +102,7 @@ def _targets(segments: tuple[Segment, ...], leaf: int, row: Numbers, learned: li
     return places(segments, leaf)[which - 1], row[which]
 
 
-@collector_paused()
+@gc_paused()
 def pack_all(sequences: Iterable[TokenRow], tokens: int) -> list[Pack]:
     """Token rows as packs of at most `tokens` tokens (a longer row gets a pack of its own). Deterministic.
 

@@ -8,7 +8,7 @@ from itertools import chain
 from pathlib import Path
 
 from trimtab.core.errors import DataError, listing
-from trimtab.core.files import expanded
+from trimtab.core.files import expand_user
 from trimtab.data.arrow_files import hub_dataset, is_saved_dataset, parquet, saved_dataset
 from trimtab.data.example import RawRow, RejectedExample, SourceReport
 from trimtab.data.json_files import json_file
@@ -35,7 +35,7 @@ def read_rows(source: str, report: SourceReport | None = None) -> Iterator[RawRo
         StorageError: It could not be fetched from the hub.
     """
     report = report or SourceReport((source,))
-    path = expanded(source)
+    path = expand_user(source)
     if path.is_dir() and is_saved_dataset(path):
         rows = saved_dataset(path, report)
     elif files := _files(source):
@@ -61,7 +61,7 @@ def _near(path: Path) -> str:
 
 def local_files(source: str) -> list[Path]:
     """The files that a source consists of; none for one on the hub. Raises DataError as `read_rows` does."""
-    path = expanded(source)
+    path = expand_user(source)
     if path.is_dir() and is_saved_dataset(path):
         return sorted(file for file in path.rglob("*") if file.is_file())
     return _files(source)
@@ -69,27 +69,27 @@ def local_files(source: str) -> list[Path]:
 
 def is_local(source: str) -> bool:
     """Whether it is no dataset on the hub. It need not exist."""
-    return bool(_matching(source)) or expanded(source).exists() or not _on_hub(source)
+    return bool(_matching(source)) or expand_user(source).exists() or not _on_hub(source)
 
 
 def _on_hub(source: str) -> bool:
-    path = expanded(source)
+    path = expand_user(source)
     return bool(_HUB_NAME.fullmatch(source)) and _suffix(path) not in SUFFIXES and not Path(path.parts[0]).is_dir()
 
 
 def absolute_source(source: str) -> str:
     """The source with an absolute path; a hub name as it is."""
-    path = expanded(source)
+    path = expand_user(source)
     return str(path.absolute()) if path.exists() or _matching(source) else source
 
 
 def _matching(source: str) -> list[str]:
     """The paths that match a pattern."""
-    return glob.glob(str(expanded(source)), recursive=True) if glob.has_magic(source) else []
+    return glob.glob(str(expand_user(source)), recursive=True) if glob.has_magic(source) else []
 
 
 def _files(source: str) -> list[Path]:
-    path = expanded(source)
+    path = expand_user(source)
     if path.is_file():
         return [path]
     if path.is_dir():

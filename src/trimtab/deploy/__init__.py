@@ -1,26 +1,13 @@
-"""Saving, loading, merging: handing a trained model over for use."""
+"""Saving, loading, merging and combining adapters."""
 
-from trimtab.deploy.adapter import keep_adapter, load_adapter, read_method, sample, save_adapter
-from trimtab.deploy.combining import CombinedFolders, combine_adapters
-from trimtab.deploy.merging import WELL_KEPT, Merged, merge
+from trimtab.deploy.adapter import copy_adapter, load_adapter, read_method, sample, save_adapter
+from trimtab.deploy.combining import combine_adapters
+from trimtab.deploy.loaded_model import LoadedModel, adapter_folder, load_model
+from trimtab.deploy.merging import MIN_RETAINED, MergeReport, merge
 from trimtab.deploy.provenance import versions
 from trimtab.deploy.save_pretrained import attach
-from trimtab.deploy.target import Target, adapter_folder, open_target
 
 __all__ = [
-    "WELL_KEPT",
-    "CombinedFolders",
-    "Merged",
-    "Target",
-    "adapter_folder",
-    "attach",
-    "combine_adapters",
-    "keep_adapter",
-    "load_adapter",
-    "merge",
-    "open_target",
-    "read_method",
-    "sample",
-    "save_adapter",
-    "versions",
-]
+    "MIN_RETAINED", "LoadedModel", "MergeReport", "adapter_folder", "attach", "combine_adapters", "copy_adapter", "load_adapter",
+    "load_model", "merge", "read_method", "sample", "save_adapter", "versions",
+]  # fmt: skip

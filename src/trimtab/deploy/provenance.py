@@ -1,4 +1,4 @@
-"""What is written of an adapter, and what of the versions that made it."""
+"""The content of an adapter's folder, library versions included."""
 
 import platform
 from importlib import metadata
@@ -12,25 +12,25 @@ PACKAGES = ("trimtab", "torch", "transformers", "tokenizers", "safetensors")
 
 
 def versions() -> dict[str, str]:
-    """Of everything that decides what an adapter computes."""
-    found = {"python": platform.python_version()}
+    """The versions of Python and of the libraries that an adapter's results depend on."""
+    installed = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = metadata.version(package)
+            installed[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
-            found[package] = "not installed as a package"
-    return found
+            installed[package] = "not installed as a package"
+    return installed
 
 
-def as_stored(adapter: Attached, held: ModelConfig, facts: dict[str, Any], trained: dict[str, Any]) -> Adapter:
-    """The content of an adapter's folder. `held` says which base it is on, and how that is held; `facts` what else there is of it."""
+def adapter_contents(adapter: Attached, model: ModelConfig, facts: dict[str, Any], trained: dict[str, Any]) -> Adapter:
+    """The content of an adapter's folder. `model` is its base model's configuration, and `facts` what else to store about that."""
     method, own = adapter.to_inference_form()
     config, tensors = method.to_peft(adapter.model, own)
     return Adapter(
-        config={"base_model_name_or_path": held.name, **config},
+        config={"base_model_name_or_path": model.name, **config},
         tensors=tensors,
         method=method.plain(),
-        base={"model": held.plain(), **facts},
+        base={"model": model.plain(), **facts},
         trained=trained,
         versions=versions(),
     )

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trimtab.core.process import collector_paused
+from trimtab.core.process import gc_paused
 from trimtab.core.randomness import seeded
 from trimtab.data.example import TokenRow
 from trimtab.data.pack import Pack, pack_flat
@@ -97,7 +97,7 @@ def _as_in_training(model: Any, device: torch.device) -> Iterator[None]:
     acting = [adapter for adapter in adapters(model).values() if adapter.enabled]
     with ExitStack() as held:
         held.enter_context(seeded(0, device))
-        held.enter_context(collector_paused())  # what it would free, and when, differs from row to row
+        held.enter_context(gc_paused())  # what it would free, and when, differs from row to row
         if device.type == "cpu":
             held.enter_context(one_thread())
         for parameter in trained:

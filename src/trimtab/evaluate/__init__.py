@@ -1,5 +1,16 @@
-"""Scores on held-out rows."""
+"""Evaluation of models on held-out examples."""
 
-from trimtab.evaluate.scores import Answered, Loss, answer_preferences, paired, score, score_answers, score_loss, wilson
+from trimtab.evaluate.scores import (
+    Loss,
+    ScoredAnswer,
+    answer_preferences,
+    paired_difference,
+    score,
+    score_answers,
+    score_loss,
+    wilson_interval,
+)  # fmt: skip
 
-__all__ = ["Answered", "Loss", "answer_preferences", "paired", "score", "score_answers", "score_loss", "wilson"]
+__all__ = [
+    "Loss", "ScoredAnswer", "answer_preferences", "paired_difference", "score", "score_answers", "score_loss", "wilson_interval",
+]  # fmt: skip

@@ -1,4 +1,4 @@
-"""How good a model is by a preference objective: its loss and measures on pairs or judged answers, and how far it has moved."""
+"""Evaluation by a preference objective: its loss and measures on pairs or judged answers, and the divergence from the reference."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -7,19 +7,19 @@ from trimtab.base import Base
 from trimtab.core.errors import ArtifactError
 from trimtab.data import Example
 from trimtab.data.mismatched import with_mismatched
-from trimtab.evaluate.reference import PACK_TOKENS, divergence, refer
-from trimtab.evaluate.scores import score_loss, tokenize_all
+from trimtab.evaluate.reference import PACK_TOKENS, add_reference_logprobs, divergence
+from trimtab.evaluate.scores import evaluation_rows, score_loss
 from trimtab.methods import Attached, max_row_length
 from trimtab.objectives import Objective
 
 
 class Reference(NamedTuple):
-    """The model that a run was compared with."""
+    """A run's reference model."""
 
     source: str
     """`base`, an adapter or run folder, or a model."""
     identity: str | None
-    """A hash of it, as it was then; None where it is not known."""
+    """Its hash in training; None if unknown."""
 
 
 def score_preferences(
@@ -32,43 +32,42 @@ def score_preferences(
     *,
     with_base: bool = False,
 ) -> dict[str, dict[str, Any]]:
-    """What an objective makes of pairs or judged answers: its loss and measures for the adapter, and for the base too.
+    """An objective's loss and measures of the adapter, and of the base model too if `with_base`, by name.
 
-    With them the exact divergence from the reference (from the base, for an objective that has none), in nats a token.
+    They include the exact divergence from the reference (from the base model, for an objective that has none), in nats per token.
 
     Args:
-        seed: Decides which answers are mismatched with which prompts.
+        seed: Determines which answers KTO's estimate pairs with which prompts.
 
     Raises:
-        DataError: Some of the rows can't be measured.
-        ArtifactError: The reference is not what it was.
+        DataError: Some of the examples can't be evaluated.
+        ArtifactError: The reference has changed.
     """
-    answers = rows = tokenize_all(base, examples)
-    if objective.estimates_kl:
-        rows = with_mismatched(rows, seed, max_row_length(base.model, base.context_length))
+    answers = evaluation_rows(base, examples)
+    rows = (
+        with_mismatched(answers, seed, max_row_length(base.model, base.context_length)) if objective.estimates_kl else answers
+    )
     source = reference.source if reference is not None else "base"
     if reference is not None:
-        referred = refer(base, adapter, source, rows, PACK_TOKENS)
-        if reference.identity not in (None, referred.facts["identity"]):
-            raise ArtifactError(
-                f"{source}: is not what it was when the run was compared with it, so its rewards would be others."
-            )
-        rows = referred.rows
+        referenced = add_reference_logprobs(base, adapter, source, rows, PACK_TOKENS)
+        if reference.identity not in (None, referenced.facts["identity"]):
+            raise ArtifactError(f"{source}: has changed since it was the run's reference, so the rewards would differ.")
+        rows = referenced.rows
 
-    def measured() -> dict[str, Any]:
-        scored = score_loss(base, rows, PACK_TOKENS, objective)
+    def evaluate() -> dict[str, Any]:
+        loss = score_loss(base, rows, PACK_TOKENS, objective)
         return {
             "objective": objective.name,
-            "rows": scored.rows,
-            "loss": scored.loss,
-            "loss_interval": list(scored.interval),
-            **scored.measures,
+            "rows": loss.rows,
+            "loss": loss.loss,
+            "loss_interval": list(loss.interval),
+            **loss.measures,
             "divergence": divergence(base, adapter, source, answers, PACK_TOKENS),
         }
 
     scores = {}
     if with_base:
         with adapter.disabled():
-            scores["base"] = measured()
-    scores["adapter"] = measured()
+            scores["base"] = evaluate()
+    scores["adapter"] = evaluate()
     return scores

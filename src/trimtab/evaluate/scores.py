@@ -1,6 +1,6 @@
-"""How good a model is on held-out rows: its loss, and how often its answer is the right one, with intervals.
+"""Evaluation on held-out examples: the loss and the share of correct answers, with 95 % intervals.
 
-The intervals are 95 %: a percentile bootstrap over rows for the loss, Wilson's for a share of rows (Wilson 1927).
+The interval of a loss is a percentile bootstrap over examples; that of a share is Wilson's (Wilson 1927).
 """
 
 import math
@@ -37,20 +37,20 @@ Z = 1.959963984540054
 
 @dataclass(frozen=True)
 class Loss:
-    """The objective's mean: over all learned tokens, in nats, or over all pairs or judged answers."""
+    """The objective's mean loss: over all target tokens, in nats, or over all pairs or judged answers."""
 
     loss: float
     interval: Interval
     tokens: int
     rows: int
     measures: dict[str, float] = field(default_factory=dict)
-    """What the objective gives people to read beside the loss: means over the rows."""
+    """The objective's metrics besides the loss: means over the rows."""
     sums: list[float] = field(default_factory=list)
-    """The loss of each row (of each pair, say), summed over its items, …"""
+    """The loss of each row (or pair), summed over its items, …"""
     counts: list[int] = field(default_factory=list)
-    """… and how many those are."""
+    """… and the number of those."""
     logprobs: list[float] = field(default_factory=list)
-    """Σ log p of each row's learned tokens, in the order of the rows; of mismatched ones, nothing."""
+    """Σ log p of each row's target tokens, in the order of the rows, without mismatched ones."""
 
     @property
     def perplexity(self) -> float:
@@ -58,75 +58,73 @@ class Loss:
 
 
 @dataclass(frozen=True)
-class Answered:
-    """One held-out question, and what the model said."""
+class ScoredAnswer:
+    """A held-out question with the expected answer and the model's."""
 
     question: str
     expected: str
     answer: str
     tokens: int
-    """Of the answer."""
+    """The length of the answer."""
     ended: Ended
-    """By itself, or cut off: at a length at which it is wrong, or where the model's context is full."""
+    """`stopped` at a stop token, or cut off: at a `length` at which it is wrong, or because the model's `context` was full."""
 
     @property
-    def stopped(self) -> bool:
-        """It ended by itself."""
-        return self.ended == "stopped"
-
-    @property
-    def right(self) -> bool:
-        """Equal but for reasoning, special tokens, and white space at the ends."""
+    def correct(self) -> bool:
+        """Whether the answer equals the expected one; both are without reasoning and special tokens, and stripped."""
         return self.answer.strip() == self.expected.strip()
 
 
 @torch.no_grad()
 def score_loss(base: Base, rows: Sequence[TokenRow], pack_tokens: int = 1024, objective: Objective | None = None) -> Loss:
-    """The loss of the model as it stands (an attached adapter counts) on `rows`. Raises NonFinite if it is not a number.
+    """The loss on `rows` of the model with its active adapters. Raises NonFinite if a log-probability is NaN or Inf.
 
     Args:
-        objective: Supervised fine-tuning's unless given.
+        objective: Supervised fine-tuning by default.
     """
     objective = objective or SFT()
     sums: list[float] = []
     counts: list[int] = []
-    measured: list[dict[str, Tensor]] = []
-    found: dict[int, float] = {}
-    learned, kl = score_packs(base.model, objective, pack_all(rows, pack_tokens))
-    for pack, logprobs in learned:
-        for row, one in zip(pack.sequences, logprobs.tolist(), strict=True):
-            if not math.isfinite(one):
-                raise NonFinite(f"The loss on {row.where} is not a number: the model's weights, or an adapter's, are broken.")
-            found[id(row)] = one
+    measures: list[dict[str, Tensor]] = []
+    by_row: dict[int, float] = {}
+    scored, kl = score_packs(base.model, objective, pack_all(rows, pack_tokens))
+    for pack, logprobs in scored:
+        for row, logprob in zip(pack.sequences, logprobs.tolist(), strict=True):
+            if not math.isfinite(logprob):
+                raise NonFinite(f"The loss on {row.where} is not finite: the weights of the model or of an adapter are broken.")
+            by_row[id(row)] = logprob
         sums += objective.losses(logprobs, pack, kl).tolist()
         counts += objective.counts(pack)
-        measured.append(objective.measures(logprobs, pack, kl))
-    tokens = sum(len(row.target_indices) for pack, _ in learned for row in pack.sequences)
-    in_order = [found[id(row)] for row in rows if id(row) in found]
+        measures.append(objective.measures(logprobs, pack, kl))
+    tokens = sum(len(row.target_indices) for pack, _ in scored for row in pack.sequences)
+    in_order = [by_row[id(row)] for row in rows if id(row) in by_row]
     loss, interval = sum(sums) / sum(counts), _bootstrap(sums, counts)
-    return Loss(loss, interval, tokens, len(sums), mean_measures(measured), sums, counts, in_order)
+    return Loss(loss, interval, tokens, len(sums), mean_measures(measures), sums, counts, in_order)
 
 
 def score_answers(
-    base: Base, examples: Sequence[Conversation], on_done: Callable[[int], None] | None = None, others: Sequence[str] = ()
-) -> list[Answered]:
-    """The model's own answers (greedy) to the last turn of each conversation.
+    base: Base, examples: Sequence[Conversation], on_done: Callable[[int], None] | None = None, texts: Sequence[str] = ()
+) -> list[ScoredAnswer]:
+    """The model's answers to the last turn of each conversation, by greedy decoding.
 
-    An answer is cut a little beyond the length of the longest expected one, or of `others` if that is longer: by then it is wrong.
+    An answer is cut off somewhat beyond the length of the longest expected answer or of `texts`: by then it is wrong.
+
+    Args:
+        on_done: Called with the number of answers in each finished batch.
     """
     pairs = tokenize_answers(examples, base)
     longest = max(
-        (len(one) for one in [*(expected for _, expected in pairs), *(e.ids for e in base.encode(others))]), default=0
+        map(len, [*(expected for _, expected in pairs), *(encoding.ids for encoding in base.encode(texts))]), default=0
     )
     limit = longest + longest // 4 + 8
     answers: list[Answer] = []
     for start in range(0, len(pairs), 32):
-        part = pairs[start : start + 32]
-        answers += generate(base.model, [ids for ids, _ in part], base.stop_ids, max_new_tokens=limit)
+        batch = pairs[start : start + 32]
+        answers += generate(base.model, [ids for ids, _ in batch], base.stop_ids, max_new_tokens=limit)
         if on_done:
-            on_done(len(part))
+            on_done(len(batch))
     return [
-        Answered(_question(example), base.answer_text(expected), base.answer_text(answer), len(answer), answer.ended)
+        ScoredAnswer(_question(example), base.answer_text(expected), base.answer_text(answer), len(answer), answer.ended)
         for example, (_, expected), answer in zip(examples, pairs, answers, strict=True)
     ]
 
@@ -134,78 +132,85 @@ def score_answers(
 def answer_preferences(
     base: Base, examples: Sequence[Preference | Judged], on_done: Callable[[int], None] | None = None
 ) -> list[dict[str, Any]]:
-    """The model's own answer to each prompt, beside the row's answers, and how many tokens each has; as JSON data."""
-    rows: list[dict[str, Conversation]] = [
+    """The model's answer to each prompt, the example's answers, and their numbers of tokens, as JSON data."""
+    sides: list[dict[str, Conversation]] = [
         {"chosen": e.chosen, "rejected": e.rejected}
         if isinstance(e, Preference)
         else {"good" if e.good else "bad": e.conversation}
         for e in examples
     ]
-    texts = [{side: one.messages[-1]["content"] for side, one in row.items()} for row in rows]
-    own = score_answers(base, [next(iter(row.values())) for row in rows], on_done, [t for row in texts for t in row.values()])
-    lengths = iter([len(encoded.ids) for encoded in base.encode([text for row in texts for text in row.values()])])
+    texts = [{side: conversation.messages[-1]["content"] for side, conversation in example.items()} for example in sides]
+    all_texts = [text for example in texts for text in example.values()]
+    answers = score_answers(base, [next(iter(example.values())) for example in sides], on_done, all_texts)
+    lengths = iter([len(encoding.ids) for encoding in base.encode(all_texts)])
     return [
         {
-            "question": answered.question,
-            **{side: {"text": text, "tokens": next(lengths)} for side, text in row.items()},
-            "answer": {"text": answered.answer, "tokens": answered.tokens, "ended": answered.ended},
+            "question": answer.question,
+            **{side: {"text": text, "tokens": next(lengths)} for side, text in example.items()},
+            "answer": {"text": answer.answer, "tokens": answer.tokens, "ended": answer.ended},
         }
-        for answered, row in zip(own, texts, strict=True)
+        for answer, example in zip(answers, texts, strict=True)
     ]
 
 
-def tokenize_all(base: Base, examples: Sequence[Any]) -> list[TokenRow]:
-    """Every example as token rows. Raises DataError if some can't be used: a score on the others would be taken for one on all."""
-    report, most = SourceReport(("evaluation",)), max_row_length(base.model, base.context_length)
+def evaluation_rows(base: Base, examples: Sequence[Any]) -> list[TokenRow]:
+    """Examples as token rows, to be evaluated.
+
+    Raises:
+        DataError: There are none, or some are rejected: a score of the others would be taken for one of all.
+    """
+    most, report = max_row_length(base.model, base.context_length), SourceReport(("evaluation",))
     rows = tokenize_examples(examples, base, report, LengthLimit(most, name=f"the context length {most}"))
-    if report.rejected:
-        problems = listing([f"{where}: {reason}" for where, reason in report.rejected])
-        raise DataError(f"data: examples that can't be evaluated:\n{problems}")
-    if not rows:
-        raise DataError("data: there are no examples to measure on.")
+    if report.rejected or not rows:
+        problems = [f"{where}: {reason}" for where, reason in report.rejected]
+        raise DataError(
+            f"data: examples that can't be evaluated:\n{listing(problems)}" if problems else "data: there are no examples."
+        )
     return rows
 
 
 def score(base: Base, examples: Sequence[Any], on_done: Callable[[int], None] | None = None) -> dict[str, Any]:
-    """Rows, loss, perplexity and exact match with their intervals, as JSON data; and the answers.
+    """Loss, perplexity and exact match with their intervals, and the answers, as JSON data.
 
     Raises:
-        DataError: There are no rows, or some can't be measured; a score on the others would be taken for one on all.
+        DataError: There are no examples, or some can't be evaluated.
     """
-    loss = score_loss(base, tokenize_all(base, examples))
-    conversations = [e for e in examples if isinstance(e, Conversation)]
-    answers = score_answers(base, conversations, on_done)
-    right = sum(answer.right for answer in answers)
+    loss = score_loss(base, evaluation_rows(base, examples))
+    answers = score_answers(base, [e for e in examples if isinstance(e, Conversation)], on_done)
+    correct = sum(answer.correct for answer in answers)
     return {
         "rows": loss.rows,
         "loss": loss.loss,
         "loss_interval": list(loss.interval),
         "perplexity": loss.perplexity,
-        "exact_match": right / len(answers) if answers else None,
-        "exact_match_interval": list(wilson(right, len(answers))) if answers else None,
-        "stopped": sum(answer.stopped for answer in answers) / len(answers) if answers else None,
+        "exact_match": correct / len(answers) if answers else None,
+        "exact_match_interval": list(wilson_interval(correct, len(answers))) if answers else None,
+        "stopped": sum(answer.ended == "stopped" for answer in answers) / len(answers) if answers else None,
         "cut_by_context": sum(answer.ended == "context" for answer in answers),
-        "answers": [{**vars(answer), "right": answer.right} for answer in answers],
+        "answers": [{**vars(answer), "right": answer.correct} for answer in answers],
     }
 
 
-def wilson(hits: int, of: int) -> Interval:
-    """Wilson's 95 % interval for the share that `hits` of `of` estimates."""
+def wilson_interval(hits: int, of: int) -> Interval:
+    """Wilson's 95 % interval of the share `hits` / `of`."""
     share, z2 = hits / of, Z * Z
     middle = share + z2 / (2 * of)
     half = Z * math.sqrt(share * (1 - share) / of + z2 / (4 * of * of))
     return max(0.0, (middle - half) / (1 + z2 / of)), min(1.0, (middle + half) / (1 + z2 / of))
 
 
-def paired(ours: Sequence[float], theirs: Sequence[float], counts: list[int]) -> tuple[float, Interval]:
-    """How much larger our loss is than theirs on the same rows, and the interval of that: by the row, so that what makes rows
-    unlike each other does not widen it."""
+def paired_difference(ours: Sequence[float], theirs: Sequence[float], counts: list[int]) -> tuple[float, Interval]:
+    """The mean difference of two losses on the same rows, and its interval, which differences between rows do not widen.
+
+    Args:
+        counts: The number of items whose losses each row sums.
+    """
     differences = [a - b for a, b in zip(ours, theirs, strict=True)]
     return sum(differences) / sum(counts), _bootstrap(differences, counts)
 
 
 def _bootstrap(sums: list[float], counts: list[int], draws: int = 1000) -> Interval:
-    generator, rows = np.random.RandomState([0]), len(sums)  # draws what random.Random(0).choices does, fast
+    generator, rows = np.random.RandomState([0]), len(sums)  # draws as random.Random(0).choices, but faster
     of_sums, of_counts, means = np.array(sums), np.array(counts), np.empty(draws)
     for n in range(draws):
         chosen = (generator.random_sample(rows) * rows).astype(np.int64)

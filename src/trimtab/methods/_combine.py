@@ -18,6 +18,11 @@ class Combined(NamedTuple):
     error: float
     """‖sum − combination‖ / ‖sum‖ over all matrices (Frobenius): 0 unless a smaller rank was asked for."""
 
+    @property
+    def rank(self) -> int:
+        """The largest rank of any matrix."""
+        return max(len(tensor) for name, tensor in self.adapter.state().items() if name.endswith(".A"))
+
 
 @torch.no_grad()
 def combine(model: nn.Module, weights: Mapping[str, float], name: str, rank: int | None = None) -> Combined:

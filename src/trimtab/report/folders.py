@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from trimtab.artifacts import advice, is_adapter, is_run, read_adapter, read_record, standing
+from trimtab.artifacts import failure_advice, is_adapter, is_run, read_adapter, read_record, run_status
 from trimtab.artifacts.run_folder import ADAPTER, METRICS, RUN
 from trimtab.core.errors import ArtifactError, RecipeError
 
@@ -24,7 +24,7 @@ def folder_facts(folder: Path) -> dict[str, Any]:
         record = read_record(folder)
         if not {"status", "base", "steps", "peak_lr", "lr_formula"} <= record.keys():
             raise ArtifactError(f"{folder / RUN}: is not the record of a run. Restore it from a copy.")
-        certificate = {"certificate": asdict(standing(folder)), "held_out": _eval_losses(folder)}
+        certificate = {"certificate": asdict(run_status(folder)), "held_out": _eval_losses(folder)}
         return {"run": str(folder), **record, **certificate, **_adapter_facts(folder / ADAPTER)}
     if is_adapter(folder):
         return _adapter_facts(folder)
@@ -107,7 +107,7 @@ def _add_run(facts: dict[str, Any], row: Callable[[str, Any], None]) -> None:
     for test in state["tests"]:
         if test["status"] != "passed" or test["name"] == "gain":
             row(test["name"] if test["status"] == "passed" else f"{test['name']} ({test['status']})", test["words"])
-    for text in advice(state["tests"]):
+    for text in failure_advice(state["tests"]):
         row("what to do", text)
     first, lowest = facts["held_out"].values()
     if not state["tests"] and lowest is not None:

@@ -39,7 +39,7 @@ class Run(RunObserver):
 
     def logged(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Add a line to metrics.jsonl."""
-        line = files.as_json({"kind": kind, "step": step, **values})
+        line = files.to_json({"kind": kind, "step": step, **values})
         files.append_line(self.folder / METRICS, json.dumps(line, allow_nan=False))
 
 

@@ -7,7 +7,6 @@ from typing import Any
 from trimtab.artifacts import is_run, read_record
 from trimtab.artifacts.run_folder import DATA, RECIPE, START
 from trimtab.core import files
-from trimtab.core.config import made, read
 from trimtab.core.errors import ArtifactError, DataError, RecipeError, listing
 from trimtab.data import DataConfig, Example, Kind, held_out_examples, load_examples
 from trimtab.evaluate.preferences import Reference
@@ -28,7 +27,7 @@ def held_out_examples_of(run: Path) -> tuple[list[Example], str]:
     """
     if not is_run(run):
         raise RecipeError(f"{run} is not a run folder, so it has no held-out examples of its own: name a file with --data.")
-    recipe, record = read(Recipe, run / RECIPE), files.read_json(run / DATA)
+    recipe, record = Recipe.read(run / RECIPE), files.read_json(run / DATA)
     if not isinstance(record, dict) or not {"files", "held_out"} <= record.keys():
         raise ArtifactError(
             f"{run / DATA}: does not say which examples were held out. Restore it from a copy, or name a file with --data."
@@ -41,7 +40,7 @@ def held_out_examples_of(run: Path) -> tuple[list[Example], str]:
 
 def kind_of_data(target: Path) -> Kind:
     """What a run was trained on; answers, for anything that is no run."""
-    return read(Recipe, target / RECIPE).objective.data_kind if is_run(target) else "answers"
+    return Recipe.read(target / RECIPE).objective.data_kind if is_run(target) else "answers"
 
 
 def examples_of_file(target: Path, source: str, words: Sequence[str] = ()) -> tuple[list[Example], Kind]:
@@ -61,9 +60,9 @@ def examples_of_file(target: Path, source: str, words: Sequence[str] = ()) -> tu
         if not word.startswith(tuple(f"{key}{mark}" for key in READING for mark in "=.")):
             raise RecipeError(f"{word}: of a recipe's keys, eval takes only {' and '.join(READING)}.")
     if is_run(target):
-        data = read(Recipe, target / RECIPE, words).data
+        data = Recipe.read(target / RECIPE, words).data
     else:
-        data = made(DataConfig, {"train": source}, [word.removeprefix("data.") for word in words], "data:")
+        data = DataConfig.parse({"train": source}, [word.removeprefix("data.") for word in words], "data:")
     kinds: list[Kind] = list(dict.fromkeys((kind_of_data(target), "answers")))
     readings = [(data.columns, data.ignore), *([({}, ())] if not words else [])]
     first = None
@@ -82,7 +81,7 @@ def examples_of_file(target: Path, source: str, words: Sequence[str] = ()) -> tu
 
 def objective_of(run: Path) -> tuple[Objective, Reference | None, int]:
     """A run's objective, the model that it was compared with, and the seed by which it mismatched answers."""
-    recipe, record = read(Recipe, run / RECIPE), read_record(run)
+    recipe, record = Recipe.read(run / RECIPE), read_record(run)
     objective, known = Objective.pick(record["objective"]), record["reference"]
     if known is None:
         return objective, None, recipe.train.seed

@@ -24,7 +24,7 @@ def _named(raw: Any) -> Any:
 def _as_path(raw: Any) -> Any:
     if not isinstance(raw, str | Path) or not str(raw):
         raise PydanticCustomError("no_path", "a path")
-    return files.expanded(raw)
+    return files.expand_user(raw)
 
 
 class Recipe(Config):
@@ -67,5 +67,5 @@ class Recipe(Config):
 
 
 def _absolute(name: str) -> str:
-    path = files.expanded(name)
+    path = files.expand_user(name)
     return str(path.absolute()) if path.exists() else name

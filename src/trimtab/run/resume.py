@@ -17,7 +17,6 @@ import torch
 from trimtab.artifacts import State, is_run, newest_state, read_record
 from trimtab.artifacts.run_folder import BEFORE_THE_FIRST_STEP, CHECKPOINTS, DATA, LOCK, METRICS, RECIPE, STATES
 from trimtab.core import files, locks
-from trimtab.core.config import read
 from trimtab.core.errors import RecipeError, StorageError, TrimtabError, listing
 from trimtab.engine import Memory
 from trimtab.run.recipe import Recipe
@@ -112,7 +111,7 @@ class UnfinishedRun:
             )
 
     def _all_recipe_differences(self, recipe: Recipe) -> list[Difference]:
-        return list(_differences(read(Recipe, self.folder / RECIPE).plain(), recipe.absolute().plain()))
+        return list(_differences(Recipe.read(self.folder / RECIPE).plain(), recipe.absolute().plain()))
 
     def _recipe_differences(self, recipe: Recipe) -> list[Difference]:
         """Those that must not be, and are not known by content."""
@@ -188,7 +187,7 @@ def claim_output(recipe: Recipe, on_notice: Callable[[str], None]) -> Iterator[U
     folder = recipe.output
     _is_unfinished(recipe)  # before anything is made
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    with locks.locked(folder / LOCK) as held:
+    with locks.file_lock(folder / LOCK) as held:
         try:
             if not held:
                 on_notice(f"{folder} is on a file system without locks: make sure that no other process trains into it")
@@ -237,7 +236,7 @@ def taken(kind: type[TrimtabError], folder: Path, message: str) -> TrimtabError:
     names = (folder.with_name(f"{stem}-{n}") for n in itertools.count(number + 1))
     free = next(path for path in names if not os.path.lexists(path))
     error = kind(f"{message}, or train into another folder, such as output={free}.")
-    error.free = free
+    error.free_folder = free
     return error
 
 

@@ -9,7 +9,7 @@ from trimtab.certify.fresh_process import PACK_TOKENS
 from trimtab.core import files
 from trimtab.core.errors import NotMoved, StorageError, listing
 from trimtab.core.interrupts import interrupts_deferred
-from trimtab.deploy import keep_adapter, save_adapter
+from trimtab.deploy import copy_adapter, save_adapter
 from trimtab.engine import Memory, Peak
 from trimtab.evaluate import Loss, score_loss
 from trimtab.evaluate.reference import logprobs
@@ -67,7 +67,7 @@ def _carry_out(run: Run, prepared: PreparedRun, state: State | None, observer: R
         best = progress.best or progress.last
         if (run.folder / ADAPTER).exists():  # the run was killed between here and its end
             files.remove_folder(run.folder / ADAPTER)
-        keep_adapter(prepared.base, run.folder / best["folder"], run.folder / ADAPTER)
+        copy_adapter(prepared.base, run.folder / best["folder"], run.folder / ADAPTER)
     except BaseException as error:
         interrupted = isinstance(error, KeyboardInterrupt)
         with suppress(KeyboardInterrupt, StorageError), interrupts_deferred():  # the first error is the one to report

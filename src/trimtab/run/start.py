@@ -15,7 +15,7 @@ from trimtab.data.example import TokenRow
 from trimtab.data.mismatched import with_mismatched
 from trimtab.deploy import adapter_folder, load_adapter, read_method, sample, versions
 from trimtab.engine import FrozenLayerCache, check_packing
-from trimtab.evaluate.reference import PACK_TOKENS, check_start, refer
+from trimtab.evaluate.reference import PACK_TOKENS, add_reference_logprobs, check_start
 from trimtab.methods import Attached, attach
 from trimtab.objectives import Objective, ReferenceObjective
 from trimtab.report import RunObserver
@@ -126,7 +126,7 @@ def with_start(recipe: Recipe) -> tuple[Recipe, dict[str, Any] | None]:
         return recipe, None
     folder = adapter_folder(recipe.start)
     if folder is None:
-        path = files.expanded(recipe.start).absolute()
+        path = files.expand_user(recipe.start).absolute()
         raise RecipeError(f"start: {recipe.start} is no run or adapter folder (looked in {path}).")
     stored = read_adapter(folder)
     method, _ = read_method(stored)
@@ -165,7 +165,7 @@ def prepare_objective(
     train, held_out = (with_mismatched(part, seed, max_length) if part and objective.estimates_kl else part for part in rows)
     if not isinstance(objective, ReferenceObjective):
         return objective, (train, held_out), None
-    referred = refer(base, adapter, objective.reference, [*train, *held_out], PACK_TOKENS)
+    referred = add_reference_logprobs(base, adapter, objective.reference, [*train, *held_out], PACK_TOKENS)
     train, held_out = referred.rows[: len(train)], referred.rows[len(train) :]
     facts = referred.facts
     if facts["kind"] == "start" or (facts["kind"] == "base" and not adapter.trained and adapter.method.identity_at_init):

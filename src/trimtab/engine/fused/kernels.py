@@ -21,7 +21,7 @@ from torch import Tensor
 
 from trimtab.core.cache import cache_folder
 from trimtab.core.errors import StorageError
-from trimtab.core.files import TEMPORARY, is_private, private_folder, sha256_file, write_bytes
+from trimtab.core.files import TEMPORARY, is_private, make_private_folder, sha256_file, write_bytes
 from trimtab.engine.arena import kept, transient_like
 
 Gate = Literal["silu", "gelu_tanh"]
@@ -161,7 +161,7 @@ def compile_library(source: Path, folder: Path, optimization: str = "-O3") -> ct
     text = "".join(path.read_text() for path in (source, *sorted(source.parent.glob("*.h"))))
     machine = re.search(r"^(flags|Features)\s*:.*$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     key = "\n".join([text, optimization, _FLAGS, compiler, openmp[0], machine[0] if machine else ""])
-    name, private = hashlib.sha256(key.encode()).hexdigest()[:16], private_folder(folder)
+    name, private = hashlib.sha256(key.encode()).hexdigest()[:16], make_private_folder(folder)
     with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=folder if private else None) as scratch:
         made = Path(scratch) / "kernels.so"
         if private and (content := _kept(folder, name)) is not None:

@@ -98,7 +98,9 @@ def as_pefts(then):
 
 A = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"
 GOOD = {"prompt": "a", "completion": "b"}
-RESTORE = "Restore it from a copy. If the change was meant, delete trimtab.json: then it is read as PEFT's, unverified."
+RESTORE = (
+    "Restore it from a copy. If the change is intended, delete trimtab.json: then the folder is read as PEFT's, unverified."
+)
 FIX = "Fix them, or leave them out with data.bad_rows=skip"
 EXISTS = "exists already, and is not overwritten. Give another name, or remove it first."
 MODULES = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
@@ -216,7 +218,7 @@ CARELESS = {
     ),
     "a flipped bit in the weights": (
         "chat run --prompt x", spoil("run/adapter/adapter_model.safetensors", lambda b: b[:-3] + bytes([b[-3] ^ 1]) + b[-2:]), 4,
-        "run/adapter is not what was saved:\n"
+        "run/adapter has changed since it was saved:\n"
         "  base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight: changed since it was saved\n"
         f"  adapter_model.safetensors: changed since it was saved\n{RESTORE}",
     ),
@@ -227,15 +229,15 @@ CARELESS = {
     ),
     "a tensor missing": (
         "chat run --prompt x", change_tensors(lambda t: t.pop(A)), 4,
-        f"run/adapter is not what was saved:\n  {A}: missing\n  adapter_model.safetensors: changed since it was saved\n{RESTORE}",
+        f"run/adapter has changed since it was saved:\n  {A}: missing\n  adapter_model.safetensors: changed since it was saved\n{RESTORE}",
     ),
     "a tensor too many": (
         "chat run --prompt x", change_tensors(lambda t: t.update(more=torch.ones(1))), 4,
-        f"run/adapter is not what was saved:\n  more: not in the manifest\n  adapter_model.safetensors: changed since it was saved\n{RESTORE}",
+        f"run/adapter has changed since it was saved:\n  more: not in the manifest\n  adapter_model.safetensors: changed since it was saved\n{RESTORE}",
     ),
     "an edited configuration": (
         "merge --force run new", spoil("run/adapter/adapter_config.json", lambda t: t.replace(b'"lora_alpha": 32', b'"lora_alpha": 64')), 4,
-        f"run/adapter is not what was saved:\n  adapter_config.json: changed since it was saved\n{RESTORE}",
+        f"run/adapter has changed since it was saved:\n  adapter_config.json: changed since it was saved\n{RESTORE}",
     ),
     "an edited manifest": (
         "chat run --prompt x", spoil("run/adapter/trimtab.json", lambda t: t.replace(b'"alpha": 32.0', b'"alpha": 64.0')), 4,
@@ -255,11 +257,11 @@ CARELESS = {
     ),
     "an adapter without its weights": (
         "show run", lambda here: (here / "run" / "adapter" / "adapter_model.safetensors").unlink(), 4,
-        "run/adapter holds no adapter_model.safetensors, so it is not a whole adapter.",
+        "run/adapter holds no adapter_model.safetensors, so the adapter is incomplete.",
     ),
     "a run without an adapter": (
         "chat run --prompt x", lambda here: shutil.rmtree(here / "run" / "adapter"), 4,
-        "run is a finished run, and its adapter is missing. Restore run/adapter from a copy, or name the adapter that it saved last: "
+        "run is a finished run, and its adapter is missing. Restore run/adapter from a copy, or use its newest checkpoint: "
         "run/checkpoints/step-000026.",
     ),
     "a run whose record is damaged": (
@@ -299,14 +301,14 @@ CARELESS = {
         "chat tiny --base --prompt x", None, 2, "--base: tiny is a model without an adapter, so there is nothing to compare."
     ),
     "chat with a base for what is no adapter": (
-        "chat tiny --model other --prompt x", None, 2, "tiny is not a run or an adapter folder, so --model other says nothing about it."
+        "chat tiny --model other --prompt x", None, 2, "tiny is not a run or an adapter folder, so --model other does not apply."
     ),
     "chat beyond the context": (
-        f"chat run --prompt {'x' * 300}", None, 2, "The prompt has TOKENS tokens, and HERE/tiny was made for 128 with the answer."
+        f"chat run --prompt {'x' * 300}", None, 2, "The prompt has TOKENS tokens, and the context of HERE/tiny has 128 for prompt and answer."
     ),
     "a system message that no template takes": (
         "chat plain --system s --prompt x", None, 2,
-        "HERE/plain has no chat template: it continues one text, and takes no system message and no earlier messages.",
+        "HERE/plain has no chat template: it continues a single text, without a system message or earlier messages.",
     ),
     "a merge of a plain model": ("merge tiny new", None, 2, "tiny is a model without an adapter: there is nothing to merge."),
     "show of nothing": ("show nope", None, 2, "nope: no such folder."),
@@ -510,7 +512,7 @@ def test_a_run_from_beginning_to_end(world, here, trimtab):
         "data", "rows", "loss", "loss_interval", "perplexity", "exact_match", "exact_match_interval", "stopped",
         "cut_by_context", "answers",
     ]  # fmt: skip
-    assert scores["data"] == "held-out rows of run"
+    assert scores["data"] == "held-out examples of run"
     assert scores["rows"] == 4
     assert scores["loss"] == pytest.approx(state["best"]["eval_loss"], rel=1e-6)
     compared = json.loads(trimtab("eval", "run", "--json", "--base", "--data", "rows.jsonl").out)
@@ -728,7 +730,7 @@ def test_a_run_that_is_interrupted_keeps_the_adapter_as_it_stood(number, times, 
         ["eval", "new", "--data", "rows.jsonl", "--json"],
     ):
         done = trimtab(*words)
-        said = f"trimtab: new has not ended: this is its adapter after step {step} of {state['steps']}.\n"
+        said = f"trimtab: new is unfinished: this is its adapter after step {step} of {state['steps']}.\n"
         cut = "trimtab: the answer was cut off because the model's context is full.\n" if words[0] == "chat" else ""
         assert (done.code, done.err) == (0, said + cut)
     assert json.loads(done.out)["rows"] == 30
@@ -852,7 +854,7 @@ def test_a_run_that_blows_up_says_which_step_and_keeps_what_was_saved(here, trim
     done = trimtab("train", "r.yaml", "output=newer", *words[:3], "train.evaluate_every=1")  # its held-out rows show it first
     assert done.code == 5
     assert re.fullmatch(
-        r"trimtab: The loss on .*rows\.jsonl:\d+ is not a number: the model's weights, or an adapter's, are broken\.\n",
+        r"trimtab: The loss on .*rows\.jsonl:\d+ is not finite: the weights of the model or of an adapter are broken\.\n",
         done.err,
     )
 
@@ -913,7 +915,7 @@ def test_a_base_that_has_moved_is_named_by_model(here, trimtab):
         ["verify", "new/adapter"],
     ):
         done = trimtab(*words)
-        assert (done.code, "was trained on HERE/tiny, and there is none any more" in done.err) == (
+        assert (done.code, "was trained on HERE/tiny, which is no longer there" in done.err) == (
             7 if words[0] == "verify" else 2,
             True,
         ), done.err
@@ -994,7 +996,7 @@ def test_combine_makes_one_adapter_of_several(here, trimtab):
     assert "their weighted sum with an error of " in trimtab("combine", "--force", "run=1", "small", "--rank", "1").out
     for words, code, message in (
         ("combine run=1 both", 6, "exists already"),
-        ("combine tiny=1 new", 2, "tiny is neither a run nor an adapter folder, so there is nothing in it to combine."),
+        ("combine tiny=1 new", 2, "tiny is neither a run nor an adapter folder, so it has nothing to combine."),
         ("combine nowhere=1 new", 2, "nowhere is neither a run nor an adapter folder"),
     ):
         refused = trimtab(*words.split())

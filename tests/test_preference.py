@@ -474,7 +474,7 @@ def test_eval_tells_what_the_runs_objective_makes_of_its_held_out_rows(world, tm
         assert {a["answer"]["tokens"] == 0 for a in one["answers"]} == {a["answer"]["text"] == "" for a in one["answers"]}
     assert cli.main(["eval", str(run.folder), "--base", "--show", "2"]) == 0
     shown = capsys.readouterr().out
-    assert "tokens in the mean: " in shown
+    assert "tokens on average: " in shown
     assert "Is " in shown
     # Rows of answers are scored as for any other adapter.
     assert cli.main(["eval", str(run.folder), "--data", str(world / "sft.jsonl"), "--json"]) == 0

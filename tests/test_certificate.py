@@ -103,7 +103,7 @@ def test_what_is_not_certified_is_merged_only_if_that_is_meant(done, trimtab, tm
         assert (
             "is done, NOT certified, so this adapter is not certified.\n  stops: 0 of 4 answers stopped at EOS" in refused.err
         )
-        assert "train for more train.epochs" in refused.err
+        assert "use more train.epochs" in refused.err
         assert "--force" in refused.err
         assert merges("--force", target).code == 0
     assert trimtab("combine", f"{done}=1", tmp_path / "other").code == 7
@@ -111,7 +111,7 @@ def test_what_is_not_certified_is_merged_only_if_that_is_meant(done, trimtab, tm
     page = " ".join(trimtab("show", done).out.split())
     assert "done, NOT certified" in page
     assert "stops (failed) 0 of 4 answers stopped at EOS" in page
-    assert "what to do It has learned too little" in page
+    assert "what to do It was trained too little" in page
     assert "trimtab merge" not in page
     assert "is not certified. stops: 0 of 4" in trimtab("chat", done, "--prompt", "x", "--max-new-tokens", 1).err
 

@@ -229,11 +229,13 @@ CARELESS = {
     ),
     "a tensor missing": (
         "chat run --prompt x", change_tensors(lambda t: t.pop(A)), 4,
-        f"run/adapter has changed since it was saved:\n  {A}: missing\n  adapter_model.safetensors: changed since it was saved\n{RESTORE}",
+        f"run/adapter has changed since it was saved:\n  {A}: missing\n"
+        f"  adapter_model.safetensors: changed since it was saved\n{RESTORE}",
     ),
     "a tensor too many": (
         "chat run --prompt x", change_tensors(lambda t: t.update(more=torch.ones(1))), 4,
-        f"run/adapter has changed since it was saved:\n  more: not in the manifest\n  adapter_model.safetensors: changed since it was saved\n{RESTORE}",
+        f"run/adapter has changed since it was saved:\n  more: not in the manifest\n"
+        f"  adapter_model.safetensors: changed since it was saved\n{RESTORE}",
     ),
     "an edited configuration": (
         "merge --force run new", spoil("run/adapter/adapter_config.json", lambda t: t.replace(b'"lora_alpha": 32', b'"lora_alpha": 64')), 4,
@@ -519,7 +521,7 @@ def test_a_run_from_beginning_to_end(world, here, trimtab):
     assert compared["rows"] == compared["base"]["rows"] == 30
     assert compared["loss"] < compared["base"]["loss"] - 3
     table = trimtab("eval", "run", "--base", "--show", "2").out
-    assert "held-out rows of run: 4 rows, 95 % intervals" in table
+    assert "held-out examples of run: 4 examples, 95 % intervals" in table
     assert "Is " in table
 
     question = ("--prompt", ROWS[3]["prompt"])

@@ -384,7 +384,7 @@ def test_a_run_says_what_it_held_and_what_was_planned(here, trimtab):
     words = memory_text(held)
     assert re.fullmatch(r"peak 0\.\d\d GB; 0\.\d\d GB planned \((\d+ % (more|less)|as much)\)", words.replace("%", " %"))
     assert re.search(rf"memory +{re.escape(words)}", trimtab("show", "run").out)
-    assert f"memory  {words}" in Path("said.txt").read_text()
+    assert f"memory      {words}" in Path("said.txt").read_text()
 
 
 def test_the_words_say_which_way_it_was_off():

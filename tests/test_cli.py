@@ -538,7 +538,7 @@ def test_a_run_from_beginning_to_end(world, here, trimtab):
     assert merged.out.startswith(
         "Merged 14 matrices into merged (float32). Loaded again by Transformers, its logits differ from "
     )
-    assert merged.out.endswith("the most likely token is the same at 100.0%.\n")
+    assert merged.out.endswith("the most likely token is the same at 100.0% of positions.\n")
     assert trimtab("chat", "merged", *question).out == answered.out
 
 
@@ -738,8 +738,8 @@ def test_a_run_that_is_interrupted_keeps_the_adapter_as_it_stood(number, times, 
     assert json.loads(done.out)["rows"] == 30
     done = trimtab("combine", "--force", "new=1", "both")
     assert done.err == (
-        "trimtab: new is a run without a finished adapter. Finish it with the command that trains it, or name the adapter that it "
-        f"saved last: new/checkpoints/step-{step:06d}.\n"
+        "trimtab: new is a run without a finished adapter. Finish it with the command that trains it, or use its newest "
+        f"checkpoint: new/checkpoints/step-{step:06d}.\n"
     )
     assert done.code == 4
     assert trimtab("combine", "--force", f"new/checkpoints/step-{step:06d}=1", "both").code == 0

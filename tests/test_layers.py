@@ -123,6 +123,7 @@ def violations(sources: Sources) -> list[str]:
         if part_of(path) in FAMILIES and not Path(path).stem.startswith("_") and _filled(text) > MOST_LINES_OF_A_MEMBER
     ]
     found += [f"a circle: {' -> '.join(circle)}" for circle in circles(sources)]
+    found += [f"a circle of folders: {' -> '.join(circle)}" for circle in folder_circles(sources)]
     low = sum(_filled(text) for path, text in sources.items() if part_of(path) in CORE and _in_core(path, sources))
     if low > MOST_LINES_OF_CORE:
         found.append(f"the core has {low} lines")
@@ -259,6 +260,17 @@ def circles(sources: Sources) -> list[list[str]]:
     ]
 
 
+def folder_circles(sources: Sources) -> list[list[str]]:
+    """Every circle of folders, top-level files among them, whichever floors they stand on."""
+    graph: dict[str, set[str]] = {part_of(path): set() for path in sources}
+    for path, text in sources.items():
+        for _, name in imports(text, path, sources):
+            target = file_of(name, sources) if name.partition(".")[0] == "trimtab" else None
+            if target is not None and part_of(path) and part_of(target) not in ("", part_of(path)):
+                graph[part_of(path)].add(part_of(target))
+    return [sorted(group) for group in _strongly_connected(graph) if len(group) > 1]
+
+
 def _strongly_connected(graph: dict[str, set[str]]) -> list[set[str]]:
     """Files that reach each other; small enough to be counted out."""
 
@@ -391,6 +403,15 @@ def test_it_notices_a_circle_even_a_lazy_one(changes, expected):
     for path, text in changes.items():
         sources[path] += f"\n{text}\n"
     assert any(problem.startswith("a circle: ") and expected in problem for problem in violations(sources)), violations(sources)
+
+
+def test_it_notices_a_circle_of_folders_that_is_none_of_files():
+    sources = real()
+    sources |= {"train/more.py": "from trimtab.run import recipe", "run/more.py": "from trimtab.train import config"}
+    found = [problem for problem in violations(sources) if problem.startswith("a circle of folders: ")]
+    assert len(found) == 1
+    assert {"run", "train"} <= set(found[0].removeprefix("a circle of folders: ").split(" -> "))
+    assert not folder_circles(real())
 
 
 def test_it_notices_a_ground_that_grows_too_heavy():

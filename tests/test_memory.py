@@ -16,9 +16,9 @@ from trimtab.core.errors import RecipeError
 from trimtab.data import TokenRow, pack_flat, pack_tree
 from trimtab.data.mismatched import with_mismatched
 from trimtab.engine import Memory, Work, head, memory_plan, pack_logprobs, plan_memory
-from trimtab.engine.arena import forget_transient
-from trimtab.engine.fused import unfused
+from trimtab.engine.arena import free_scratch
 from trimtab.engine.memory_probe import Meter, measuring_costs, training_costs
+from trimtab.engine.patching import unfused
 from trimtab.methods import Method, Sample, active, attach
 from trimtab.methods.lora import LoRA
 from trimtab.report.folders import memory_text
@@ -103,7 +103,7 @@ def held(model, pack, recompute=False):
     """The most that a pass and its backward pass hold at a time."""
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-    forget_transient()
+    free_scratch()
     with Meter() as meter:
         pack_logprobs(model, pack, recompute=recompute).sum().backward()
     return max(meter.levels)

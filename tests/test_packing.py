@@ -12,9 +12,8 @@ from trimtab.core.attention_hook import Rules, Virtual
 from trimtab.core.errors import UnsupportedModel
 from trimtab.data import Pack, Segment, pack_all, pack_flat, pack_tree
 from trimtab.data.example import TokenRow
-from trimtab.engine import check_packing, forward, layouts, pack_logprobs
+from trimtab.engine import check_packing, forward, layers, layouts, pack_logprobs
 from trimtab.engine.forward import hidden_states
-from trimtab.engine.fused import blocks
 from trimtab.engine.layouts import PackLayout
 from trimtab.methods import attach
 from trimtab.methods.lora import LoRA
@@ -192,20 +191,20 @@ def test_the_self_check_refuses_a_model_that_computes_something_else(monkeypatch
 def test_a_broken_mask_window_or_position_is_noticed(broken, by_hand, monkeypatch):
     """The negative control: each of these leaves a model that runs, and fails the comparison above."""
     if not by_hand:
-        monkeypatch.setattr(forward, "fuse", lambda model: None)
+        monkeypatch.setattr(forward, "patch_layers", lambda model: None)
     family = "mistral"
     model, _ = adapted(family)
     pack = pack_flat(ROWS)
     alone = torch.stack([logprob_alone(model, row.ids, row.target_indices) for row in ROWS])
     if broken == "causal":
         monkeypatch.setattr(layouts, "causal", lambda q, k, *_: torch.ones(q, k, dtype=torch.bool))
-        seen = blocks.attend
-        monkeypatch.setattr(blocks, "attend", lambda *given: seen(*given) + seen(*given).mean(dim=0))
+        seen = layers.attend
+        monkeypatch.setattr(layers, "attend", lambda *given: seen(*given) + seen(*given).mean(dim=0))
     elif broken == "window":
         whole = layouts.causal
         monkeypatch.setattr(layouts, "causal", lambda q, k, window, device: whole(q, k, window + 1, device))
-        plan = blocks.AttentionPlan
-        monkeypatch.setattr(blocks, "AttentionPlan", lambda segments, virtual, window: plan(segments, virtual, window + 1))
+        plan = layers.AttentionPlan
+        monkeypatch.setattr(layers, "AttentionPlan", lambda *asked: plan(*asked)._replace(window=asked[3] + 1))
     elif broken == "positions":
         # Rotary positions are relative, so a shift of a whole row changes nothing: they must run on within the row.
         pack = replace(pack, positions=pack.positions // 2)

@@ -11,9 +11,8 @@ from invariants import suite
 from invariants.suite import INVARIANTS, case_of
 from trimtab.base import Base
 from trimtab.core.errors import TrimtabError
-from trimtab.engine import layouts
-from trimtab.engine.fused import blocks
-from trimtab.engine.fused.tree_attention import attend
+from trimtab.engine import layers, layouts
+from trimtab.engine.tree_attention import attend
 from trimtab.methods import Attached, Routing, _combine
 from trimtab.methods._attach import adapters
 from trimtab.methods._lowrank import LowRankLayer
@@ -136,7 +135,7 @@ BROKEN = {
         (KTO, "losses", lambda self, *given: _kto_losses(self, given[0].detach() * 0.5 + given[0] * 0.5, *given[1:])),
     ),
     "I24": ("lora", (LoRALayer, "low_rank", _unlike)),
-    "I25": ("lora", (blocks, "attend", _seeing_later_keys)),
+    "I25": ("lora", (layers, "attend", _seeing_later_keys)),
     "I26": ("lora", (torch, "promote_types", lambda one, other: one)),
     "I29": ("lora", ONLY_BASE),
     "I32": ("lora", (LowRankLayer, "__init__", _drawn_anew)),

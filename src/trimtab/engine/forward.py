@@ -12,9 +12,9 @@ from trimtab.core.errors import UnsupportedModel
 from trimtab.data.example import TokenRow
 from trimtab.data.pack import Pack, pack_flat
 from trimtab.engine.frozen_cache import FrozenLayerCache
-from trimtab.engine.fused import fuse, recomputed
 from trimtab.engine.head import head_of, sequence_logprobs
 from trimtab.engine.layouts import PackLayout
+from trimtab.engine.patching import gradient_checkpointing, patch_layers
 from trimtab.methods import Routing, routed, switch_of, unwrap
 
 DIVERGENCE_ROWS = 64
@@ -25,7 +25,7 @@ def hidden_states(model: Any, ids: Tensor, positions: Tensor, layout: Layout) ->
     """The last hidden states of tokens laid out as `layout` says: T d, or those of the wanted ones, M d, if it has `narrowed`."""
     install_hook(model)
     if type(layout) is PackLayout:
-        fuse(model)
+        patch_layers(model)
     with laid_out():
         out = model.base_model(input_ids=ids[None], position_ids=positions[None], layout=layout, use_cache=False)
     if not layout.reached:
@@ -57,7 +57,7 @@ def pack_logprobs(
         lengths = [end - start for start, end, _ in pack.segments]
         routing = Routing([one for one, length in zip(switches, lengths, strict=True) for _ in range(length)])
     at, row = pack.target_at.unique(return_inverse=True)
-    with routed(routing), recomputed(recompute), below.of(pack) if below is not None else nullcontext():
+    with routed(routing), gradient_checkpointing(recompute), below.of(pack) if below is not None else nullcontext():
         hidden = states_at(model, pack, at, routing)
     with routed(routing.select(at.tolist()) if routing else None):
         return sequence_logprobs(hidden, row, head_of(model), pack.target_token, pack.target_sequence, len(pack.sequences))

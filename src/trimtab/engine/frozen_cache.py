@@ -8,7 +8,7 @@ from torch import Tensor
 
 from trimtab.data.example import TokenRow
 from trimtab.data.pack import Pack
-from trimtab.engine.fused.standins import Passing, layers_of, passing
+from trimtab.engine.patching import FrozenLayers, layers_of, use_frozen_layers
 
 
 class FrozenLayerCache:
@@ -39,11 +39,11 @@ class FrozenLayerCache:
             yield
             return
         known = all(id(row) in self.rows for row in pack.sequences)
-        one = Passing(self.lowest, self._gathered(pack) if known else None)
-        with passing(one):
+        frozen = FrozenLayers(self.lowest, self._gathered(pack) if known else None)
+        with use_frozen_layers(frozen):
             yield
-        if one.left is not None:
-            self._keep(pack, one.left)
+        if frozen.recorded is not None:
+            self._keep(pack, frozen.recorded)
 
     def _gathered(self, pack: Pack) -> Tensor:
         first = self.rows[id(pack.sequences[0])][1]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from trimtab.core.errors import UnsupportedModel
-from trimtab.engine.fused.kernels import sweep_
+from trimtab.engine.backends import backend_for
 from trimtab.methods import AdapterLayer, Routing, current_routing, routed, unwrap
 
 TILE = 500_000
@@ -132,10 +132,10 @@ class _SequenceLogProbs(torch.autograd.Function):
             logits = head.logits(hidden, part, tile[: len(hidden) * width].view(-1, width))
             chosen[here] = logits[row[here], token[here] - start]
             bend = 1 - (logits / head.softcap) ** 2 if head.softcap is not None and wanted else None
-            fade = sweep_(logits, top, total)  # the logits are exp(logits − top) from here
+            rescale = backend_for(logits, top, total).softmax_tile_(logits, top, total)  # the logits are exp(logits − top) now
             if mean is not None:
                 weights = logits if bend is None else logits * bend
-                _add_product_(mean.mul_(fade[:, None]), weights.to(hidden.dtype), head.weight[part])
+                _add_product_(mean.mul_(rescale[:, None]), weights.to(hidden.dtype), head.weight[part])
         logprob = (chosen - top[row]) - total.log()[row]  # in this order, so that no digit of a log p near 0 is lost to `top`
         if mean is not None:
             mean.div_(total[:, None])

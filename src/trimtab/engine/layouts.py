@@ -30,13 +30,13 @@ class PackLayout:
 
     continues = False
 
-    def __init__(self, segments: tuple[Segment, ...], wanted: Tensor | None = None) -> None:
+    def __init__(self, segments: tuple[Segment, ...], output_at: Tensor | None = None) -> None:
         """
         Args:
-            wanted: M of the T tokens, whose last hidden states are needed; all of them unless given.
+            output_at: M of the T tokens, whose last hidden states are needed; all of them unless given.
         """
         self.segments = segments
-        self.wanted = wanted
+        self.output_at = output_at
         self.narrowed = False
         """The last layer has gone on with those alone, after its attention."""
         self.reached = False

@@ -21,10 +21,10 @@ from trimtab.core.randomness import seeded
 from trimtab.data.example import TokenRow
 from trimtab.data.pack import Pack, pack_flat
 from trimtab.engine import head
-from trimtab.engine.arena import forget_transient
+from trimtab.engine.arena import free_scratch
 from trimtab.engine.forward import one_thread, states_at
-from trimtab.engine.fused import recomputed
 from trimtab.engine.layouts import standing_for
+from trimtab.engine.patching import gradient_checkpointing
 from trimtab.methods import adapters
 
 LENGTHS = {"cpu": (8, 16, 32)}
@@ -124,8 +124,8 @@ def _layers(model: Any, pack: Pack, recompute: bool, device: torch.device) -> tu
     """Bytes that the layers keep for the backward pass; and all that is held, each time that it changes, in both passes."""
     pack = pack.to(device)
     at = pack.target_at.unique()
-    forget_transient()  # so that each pass makes the same, one after the other
-    with recomputed(recompute), Meter() as meter:
+    free_scratch()  # so that each pass makes the same, one after the other
+    with gradient_checkpointing(recompute), Meter() as meter:
         total = states_at(model, pack, at).sum()
         kept = meter.now
         if total.requires_grad:

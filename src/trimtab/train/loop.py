@@ -149,7 +149,7 @@ class _Passes:
     def _logprobs(self, pack: Pack) -> torch.Tensor:
         recompute = self.memory is not None and self.memory.twice(pack)
         in_arena = self.arena is not None and torch.is_grad_enabled() and not recompute
-        with self.arena.again() if in_arena and self.arena else nullcontext():
+        with self.arena.reuse() if in_arena and self.arena else nullcontext():
             return pack_logprobs(self.base.model, pack, recompute=recompute, below=self.below)
 
 

@@ -60,7 +60,7 @@ OFF: dict[str, tuple[str, Callable[[], AbstractContextManager[None]]]] = {
 PACKS = {
     "shared beginnings": (
         "each row has its own",
-        lambda rows, tokens: [pack_flat(pack.sequences) for pack in pack_all(rows, tokens)],
+        lambda rows, tokens: [pack_flat(pack.rows) for pack in pack_all(rows, tokens)],
     ),
     "packing": ("a row at a time", lambda rows, tokens: [pack_flat([row]) for row in rows]),
 }

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "measured" / "startup.json"
 PARTS = {
     "load": "preflight:Base.load", "check": "preflight:check_packing", "data": "preflight:load_data", "attach": "preflight:attach",
-    "proof": "run:preflight", "plan": "run:planned_memory",
+    "proof": "run:preflight", "plan": "run:plan_training_memory",
 }  # fmt: skip
 
 

@@ -263,7 +263,7 @@ def test_a_model_that_drops_keywords_on_the_way_is_refused(monkeypatch):
     model = tiny("cohere")
     monkeypatch.setattr(attention_hook, "_attention", lambda *_, own, layout, **asked: (_[1].transpose(1, 2), None))
     attention_hook.install_hook(model)
-    with pytest.raises(UnsupportedModel, match="CohereForCausalLM does not hand keywords of forward on to attention"):
+    with pytest.raises(UnsupportedModel, match="CohereForCausalLM does not pass keyword arguments of forward on to attention"):
         pack_logprobs(model, pack_flat(ROWS))
     monkeypatch.undo()
     attention_hook.remove_hook(model)
@@ -273,8 +273,8 @@ def test_a_model_that_drops_keywords_on_the_way_is_refused(monkeypatch):
 def test_packs_hold_every_row_once_and_drop_what_nothing_needs():
     rows = [TokenRow(ids, [len(ids) - 1], f"row:{n}") for n, ids in enumerate(random_rows(30, 5, 12, 9, 17, 2, 8))]
     packs = pack_all(rows, 20)
-    assert sorted(row.where for pack in packs for row in pack.sequences) == sorted(row.where for row in rows)
+    assert sorted(row.where for pack in packs for row in pack.rows) == sorted(row.where for row in rows)
     for pack in packs:
-        assert len(pack.ids) == sum(len(row.ids) - 1 for row in pack.sequences)
-        assert len(pack.ids) <= 20 or len(pack.sequences) == 1
+        assert len(pack.ids) == sum(len(row.ids) - 1 for row in pack.rows)
+        assert len(pack.ids) <= 20 or len(pack.rows) == 1
     assert len(packs) == 4  # 29 | 16+4 | 11+8+1 | 7, of 76 tokens

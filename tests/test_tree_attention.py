@@ -102,11 +102,11 @@ def test_it_is_a_softmax_over_what_is_seen(backend, case, dtype, tolerance):
 
 
 def test_a_long_segment_that_is_cut_wrongly_is_noticed(monkeypatch):
-    right = cpu.evenly_chained(FORKED, cpu.LONGEST)
+    right = cpu.split_long(FORKED, cpu.LONGEST)
     assert [s.end - s.start for s in right] == [260, 260, 275, 275, 10, 15]
     assert [s.parent for s in right] == [-1, 0, 1, 2, 1, 3]
     wrong = [s._replace(parent=0) if n == 2 else s for n, s in enumerate(right)]
-    monkeypatch.setattr(cpu, "evenly_chained", lambda *_: tuple(wrong))
+    monkeypatch.setattr(cpu, "split_long", lambda *_: tuple(wrong))
     monkeypatch.setattr(cpu, "_arrays", cpu._arrays.__wrapped__)
     assert max(differences(CASES["long segments that part"])) > 1e-3
 

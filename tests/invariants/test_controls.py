@@ -78,7 +78,7 @@ def _with_a_nonce(self, model, tensors):
 _detach, _init, _to_peft, _noise = Attached.detach, LowRankLayer.__init__, LoRA.to_peft, torch.Generator().manual_seed(0)
 _logprobs, _layer_train = suite.pack_logprobs, nn.Module.train
 ONLY_BASE = (LoRALayer, "adapt", lambda self, x: self.base(x))
-NO_PREFIX = (layouts.PrefillLayout, "before", lambda self, *_: [[] for _ in self.segments])
+NO_PREFIX = (layouts.PrefillLayout, "virtual_before", lambda self, *_: [[] for _ in self.segments])
 
 
 def _with_parents(parent):
@@ -126,10 +126,10 @@ BROKEN = {
     "I21": ("lora", (layouts.DecodeLayout, "advance", lambda self: None)),
     "I21 in the prefix": ("ptuning_v2", NO_PREFIX),
     "I22": ("lora", (layouts.PackLayout, "__init__", _with_parents(lambda number: number - 1))),
-    "I23": ("lora", (suite, "pack_logprobs", lambda model, pack: _logprobs(model, pack) / len(pack.sequences))),
+    "I23": ("lora", (suite, "pack_logprobs", lambda model, pack: _logprobs(model, pack) / len(pack.rows))),
     "I23 in a tree": ("lora", (layouts.PackLayout, "__init__", _with_parents(lambda number: -1))),
     "I23 in kto": ("lora", (suite, "learned_and_pooled", _pooled_over_one_pack)),
-    "I23 in dpo": ("lora", (DPO, "counts", lambda self, pack: [len(pack.sequences) % 3 + 1])),
+    "I23 in dpo": ("lora", (DPO, "counts", lambda self, pack: [len(pack.rows) % 3 + 1])),
     "I08 in kto": (
         "lora",
         (KTO, "losses", lambda self, *given: _kto_losses(self, given[0].detach() * 0.5 + given[0] * 0.5, *given[1:])),

@@ -6,7 +6,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from trimtab.data.example import TokenRow, units
-from trimtab.data.prefix_tree import WORTH, Numbers, alphabetical, numbers, shared_length
+from trimtab.data.prefix_tree import MIN_SAVED, Numbers, as_array, lexical_order, shared_length
 
 
 class Unit(NamedTuple):
@@ -39,7 +39,7 @@ def in_lexical_order(rows: Sequence[Numbers], whole: Sequence[list[int]]) -> lis
         rows: What is computed of each.
         whole: The numbers of the rows in each unit.
     """
-    ordered = [whole[n] for n in alphabetical([rows[unit[0]] for unit in whole])]
+    ordered = [whole[n] for n in lexical_order([rows[unit[0]] for unit in whole])]
     saved = [0, *(_saved(rows[before[-1]], rows[unit[0]]) for before, unit in pairwise(ordered))]
     return [Unit(unit, _together([rows[n] for n in unit]), less) for unit, less in zip(ordered, saved, strict=False)]
 
@@ -75,8 +75,8 @@ def _runs(ordered: Iterable[Unit], tokens: int) -> list[Run]:
 
 
 def _saved(before: Numbers, row: Numbers) -> int:
-    """Tokens that a row need not have computed after another. Up to WORTH - 1 shared ones stand twice: they are not worth a segment."""
-    return max(0, shared_length(before, row) - WORTH + 1)
+    """Tokens that a row need not have computed after another. Up to MIN_SAVED - 1 shared ones stand twice: they are not worth a segment."""
+    return max(0, shared_length(before, row) - MIN_SAVED + 1)
 
 
 def _together(rows: Sequence[Numbers]) -> int:
@@ -87,4 +87,4 @@ def _together(rows: Sequence[Numbers]) -> int:
 def most_together(sequences: Iterable[TokenRow]) -> int:
     """Tokens of the largest unit, which no pack can part."""
     sequences = list(sequences)
-    return max((_together([numbers(sequences[n].ids)[:-1] for n in unit]) for unit in units(sequences)), default=1)
+    return max((_together([as_array(sequences[n].ids)[:-1] for n in unit]) for unit in units(sequences)), default=1)

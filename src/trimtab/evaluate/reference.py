@@ -191,7 +191,7 @@ def logprobs(base: Base, rows: Sequence[TokenRow], pack_tokens: int) -> list[flo
     # Without their sides: here, a mismatched answer can share its prompt with the row's own.
     rows = [TokenRow(row.ids, row.target_indices, row.where) for row in rows]
     for pack in pack_all(rows, pack_tokens):
-        for row, value in zip(pack.sequences, pack_logprobs(base.model, pack.to(base.device)).tolist(), strict=True):
+        for row, value in zip(pack.rows, pack_logprobs(base.model, pack.to(base.device)).tolist(), strict=True):
             found[id(row)] = value
     return [found[id(row)] for row in rows]
 

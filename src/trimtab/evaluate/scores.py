@@ -85,14 +85,14 @@ def score_loss(base: Base, rows: Sequence[TokenRow], pack_tokens: int = 1024, ob
     found: dict[int, float] = {}
     learned, kl = score_packs(base.model, objective, pack_all(rows, pack_tokens))
     for pack, logprobs in learned:
-        for row, one in zip(pack.sequences, logprobs.tolist(), strict=True):
+        for row, one in zip(pack.rows, logprobs.tolist(), strict=True):
             if not math.isfinite(one):
                 raise NonFinite(f"The loss on {row.where} is not a number: the model's weights, or an adapter's, are broken.")
             found[id(row)] = one
         sums += objective.losses(logprobs, pack, kl).tolist()
         counts += objective.counts(pack)
         measured.append(objective.measures(logprobs, pack, kl))
-    tokens = sum(len(row.target_indices) for pack, _ in learned for row in pack.sequences)
+    tokens = sum(len(row.target_indices) for pack, _ in learned for row in pack.rows)
     in_order = [found[id(row)] for row in rows if id(row) in found]
     loss, interval = sum(sums) / sum(counts), _bootstrap(sums, counts)
     return Loss(loss, interval, tokens, len(sums), mean_measures(measured), sums, counts, in_order)

@@ -48,7 +48,7 @@ class Pairwise(Objective):
         """U."""
 
     def counts(self, pack: Pack) -> list[int]:
-        return [1] * (len(pack.sequences) // 2)
+        return [1] * (len(pack.rows) // 2)
 
     def losses(self, logprobs: Tensor, pack: Pack, kl: float) -> Tensor:
         return self.pair_losses(*sides(logprobs, pack))
@@ -68,12 +68,12 @@ class Pairwise(Objective):
 
 def sides(logprobs: Tensor, pack: Pack) -> tuple[Answers, Answers]:
     """The chosen and the rejected answers of a pack, in which each rejected one stands behind its chosen one."""
-    numbers = range(0, len(pack.sequences), 2)
-    found = [pack.sequences[n + k].side for n in numbers for k in (0, 1)]
+    numbers = range(0, len(pack.rows), 2)
+    found = [pack.rows[n + k].side for n in numbers for k in (0, 1)]
     assert found == ["chosen", "rejected"] * len(numbers), "pairs stay together"
 
     def side(start: int) -> Answers:
-        rows = pack.sequences[start::2]
+        rows = pack.rows[start::2]
         reference, tokens = ([row.reference for row in rows], [len(row.target_indices) for row in rows])
         return Answers(
             logprobs[start::2], *(torch.tensor(x, dtype=logprobs.dtype, device=logprobs.device) for x in (reference, tokens))

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 
-from trimtab.data.prefix_tree import Segment, evenly_chained, paths_of
+from trimtab.data.prefix_tree import Segment, paths_of, split_long
 from trimtab.engine.arena import activation_like, scratch_like
 from trimtab.engine.backends import Activation, AttentionInputs, AttentionPlan
 from trimtab.engine.backends._compile import load_library
@@ -97,7 +97,7 @@ class _Tree(ctypes.Structure):
 @lru_cache(maxsize=16)  # every layer asks for the same
 def _arrays(segments: tuple[Segment, ...], virtual: int) -> tuple[Tensor, ...]:
     """The arrays of attention.h's `Tree`."""
-    segments = evenly_chained(segments, LONGEST)
+    segments = split_long(segments, LONGEST)
     lengths = [end - start for start, end, _ in segments]
     paths = paths_of(segments)
     seen_by: list[list[tuple[int, int]]] = [[] for _ in segments]

@@ -41,7 +41,7 @@ def both(model, adapter, pack, train=False):
                 logprobs = pack_logprobs(model, pack)
         else:
             logprobs = pack_logprobs(model, pack)
-        weights = torch.linspace(-1, 2, len(pack.sequences), dtype=logprobs.dtype)
+        weights = torch.linspace(-1, 2, len(pack.rows), dtype=logprobs.dtype)
         gradients = torch.autograd.grad(logprobs @ weights, list(parameters.values()), allow_unused=True)
         found.append((logprobs.detach(), dict(zip(parameters, gradients, strict=True))))
     return found

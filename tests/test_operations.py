@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from trimtab.engine import backends, operations
-from trimtab.engine.backends import Backend, backend_for, cpu
+from trimtab.engine.backends import Backend, Norm, backend_for, cpu
 from trimtab.engine.backends import torch as torch_backend
 
 KINDS = [(torch.float64, 1e-12), (torch.float32, 2e-6)]
@@ -36,11 +36,10 @@ def test_rms_norm_and_its_gradient(backend, dtype, tolerance, offset):
     )
     leaf = x.double().clone().requires_grad_()
     exact = leaf / (leaf.square().mean(1, keepdim=True) + 1e-5).sqrt() * (offset + weight.double())
-    y, rstd = backend.rms_norm(x, weight, offset, 1e-5)
+    norm = Norm(weight, offset, 1e-5)
+    y, rstd = backend.rms_norm(x, norm)
     close(y, exact.detach(), tolerance)
-    close(
-        backend.rms_norm_backward(dy, x, weight, rstd, offset), torch.autograd.grad(exact, leaf, dy.double())[0], 4 * tolerance
-    )
+    close(backend.rms_norm_backward(dy, x, norm, rstd), torch.autograd.grad(exact, leaf, dy.double())[0], 4 * tolerance)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), KINDS)
@@ -67,7 +66,7 @@ def test_scratch_results_take_each_others_memory_and_no_others_do():
     x, weight = drawn(9, 16, dtype=torch.float32), torch.ones(16)
     first, kept = cpu.gate(x, x, "silu"), drawn(40, 16, dtype=torch.float32, seed=1)
     before = first.clone()
-    addresses = {cpu.rms_norm(kept, weight, 0.0, 1e-5, scratch=True)[0].data_ptr() for _ in range(3)}
+    addresses = {cpu.rms_norm(kept, Norm(weight, 0.0, 1e-5), scratch=True)[0].data_ptr() for _ in range(3)}
     smaller = cpu.gate(x, x, "silu", scratch=True)
     assert addresses == {smaller.data_ptr()}
     assert first.data_ptr() not in addresses
@@ -105,7 +104,7 @@ def test_what_is_not_a_number_stays_so(backend):
     nan, x = torch.full((2, 8), float("nan")), torch.ones(2, 8)
     assert backend.gate(nan, x, "silu").isnan().all()
     assert backend.gate(nan, x, "gelu_tanh").isnan().all()
-    assert backend.rms_norm(nan, x[0], 0.0, 1e-5)[0].isnan().all()
+    assert backend.rms_norm(nan, Norm(x[0], 0.0, 1e-5))[0].isnan().all()
     top, total = torch.zeros(2), torch.zeros(2)
     backend.softmax_tile_(nan.clone(), top, total)
     assert total.isnan().all()
@@ -125,7 +124,7 @@ def test_columns_side_by_side_are_joined_without_a_copy_and_others_with_one():
 @pytest.mark.parametrize("adapted", [(True, True), (False, True), (False, False)])
 def test_gradients_are_slopes(backend, normed, tokens, adapted):
     """By finite differences, in float64: with fewer tokens than inputs and with more."""
-    norm = operations.Norm(drawn(6, dtype=torch.float64, seed=9), 1.0, 1e-5) if normed else None
+    norm = Norm(drawn(6, dtype=torch.float64, seed=9), 1.0, 1e-5) if normed else None
     x = drawn(tokens, 6, dtype=torch.float64).clone().requires_grad_()
     factors = [drawn(2, 6, dtype=torch.float64, seed=3), drawn(4, 2, dtype=torch.float64, seed=4)] * 2
     factors = [f.clone().requires_grad_() for f in factors]
@@ -138,9 +137,8 @@ def test_gradients_are_slopes(backend, normed, tokens, adapted):
             operations.Linear(w, drawn(4, dtype=torch.float64, seed=1), *pair) for w, pair in zip(weights, pairs, strict=True)
         ]
         again, g, u = operations.linears(x, norm, layers, [4, 4])
-        return operations.gated_linear_add(
-            again, g, u, "silu", down._replace(A=B.T if adapted[0] else None, B=A.T if adapted[0] else None), 0.5
-        )
+        adapted_down = down._replace(A=B.T if adapted[0] else None, B=A.T if adapted[0] else None)
+        return operations.linear_add(again, g, adapted_down, 0.5, (u, "silu"))
 
     assert torch.autograd.gradcheck(run, (x, *factors), fast_mode=True)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from trimtab.core.attention_hook import Virtual, holding
 from trimtab.engine import operations
-from trimtab.engine.backends import Activation, AttentionInputs, AttentionPlan, Heads
+from trimtab.engine.backends import Activation, AttentionInputs, AttentionPlan, Heads, Norm
 from trimtab.engine.tree_attention import attend
 from trimtab.methods import AdapterLayer, Routing
 
@@ -160,7 +160,7 @@ def _normalized_heads(x: Tensor, size: int, module: nn.Module) -> Tensor:
     return module(x.unflatten(1, (-1, size))[None])[0].reshape(x.shape)
 
 
-def _norm(module: nn.Module) -> operations.Norm | None:
+def _norm(module: nn.Module) -> Norm | None:
     """A norm of a supported family; an adapter may train its weight."""
     weight: Tensor | None = None
     while isinstance(module, AdapterLayer):
@@ -174,7 +174,7 @@ def _norm(module: nn.Module) -> operations.Norm | None:
     if (family := _family(own, "RMSNorm")) not in PRE_NORM | SANDWICH:
         return None
     weight = own.weight if weight is None else weight
-    return operations.Norm(weight, 1.0, own.eps) if family in SANDWICH else operations.Norm(weight, 0.0, own.variance_epsilon)
+    return Norm(weight, 1.0, own.eps) if family in SANDWICH else Norm(weight, 0.0, own.variance_epsilon)
 
 
 def _linears(
@@ -199,15 +199,14 @@ def _linear_add(
     module: nn.Module,
     after: nn.Module | None,
     scale: float,
-    gate: tuple[Tensor, Activation] | None = None,
+    gate: operations.Gate | None = None,
 ) -> Tensor:
     """x + scale · after(module(y)); with a gate (u and activation) of act(y) · u instead of y."""
     layer = _linear(module)
     if layer is None:
         return _add(x, module((operations.gate(y, *gate) if gate else y)[None])[0], after, scale)
     residual, factor = (x, scale) if after is None else (None, 1.0)
-    tail = (layer, factor)
-    out = operations.gated_linear_add(residual, y, *gate, *tail) if gate else operations.linear_add(residual, y, *tail)
+    out = operations.linear_add(residual, y, layer, factor, gate)
     return out if after is None else _add(x, out, after, scale)
 
 

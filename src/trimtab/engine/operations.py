@@ -13,16 +13,7 @@ import torch
 from torch import Tensor
 
 from trimtab.engine.arena import activation_like
-from trimtab.engine.backends import Activation, backend_for
-
-
-class Norm(NamedTuple):
-    """An RMSNorm: x / rms(x) · (offset + weight)."""
-
-    weight: Tensor
-    """d."""
-    offset: float
-    eps: float
+from trimtab.engine.backends import Activation, Norm, backend_for
 
 
 class Linear(NamedTuple):
@@ -48,19 +39,17 @@ def linears(x: Tensor, norm: Norm | None, layers: Sequence[Linear], widths: Sequ
 
     A residual connection around them takes the x that is returned: its gradient is added in the same pass as the norm's.
     """
-    return _Linears.apply(x, norm, [(n.weight, n.bias) for n in layers], tuple(widths), *_factors(layers))
+    factors = [factor for layer in layers for factor in (layer.A, layer.B)]
+    return _Linears.apply(x, norm, [(layer.weight, layer.bias) for layer in layers], tuple(widths), *factors)
 
 
-def linear_add(residual: Tensor | None, x: Tensor, layer: Linear, scale: float) -> Tensor:
-    """residual + scale · layer(x): T d -> T N."""
-    return _LinearAdd.apply(residual, x, None, None, [(layer.weight, layer.bias)], scale, *_factors([layer]))
+Gate = tuple[Tensor, Activation]
+"""u and the activation function of act(g) · u."""
 
 
-def gated_linear_add(
-    residual: Tensor | None, g: Tensor, u: Tensor, activation: Activation, layer: Linear, scale: float
-) -> Tensor:
-    """residual + scale · layer(act(g) · u): T d -> T N."""
-    return _LinearAdd.apply(residual, g, u, activation, [(layer.weight, layer.bias)], scale, *_factors([layer]))
+def linear_add(residual: Tensor | None, x: Tensor, layer: Linear, scale: float, gate: Gate | None = None) -> Tensor:
+    """residual + scale · layer(x): T d -> T N; or with a gate, residual + scale · layer(act(x) · u)."""
+    return _LinearAdd.apply(residual, x, *(gate or (None, None)), [(layer.weight, layer.bias)], scale, layer.A, layer.B)
 
 
 def gate(g: Tensor, u: Tensor, activation: Activation) -> Tensor:
@@ -72,25 +61,11 @@ Frozen = Sequence[tuple[Tensor, Tensor | None]]
 """Weights and biases."""
 
 
-def _factors(layers: Sequence[Linear]) -> list[Tensor | None]:
-    return [factor for layer in layers for factor in (layer.A, layer.B)]
-
-
-def _normalize(x: Tensor, norm: Norm, scratch: bool = False) -> tuple[Tensor, Tensor]:
-    return backend_for(x, norm.weight).rms_norm(x, *norm, scratch=scratch)
-
-
-def _normalize_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offset: float, residual: Tensor | None = None
-) -> Tensor:
-    return backend_for(dy, x, weight, rstd, residual).rms_norm_backward(dy, x, weight, rstd, offset, residual)
-
-
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, norm: Norm) -> Tensor:
-        y, rstd = _normalize(x, norm)
-        ctx.offset = norm.offset
+        y, rstd = backend_for(x, weight).rms_norm(x, norm)
+        ctx.norm = norm.offset, norm.eps
         ctx.save_for_backward(x, weight, rstd)
         return y
 
@@ -98,9 +73,10 @@ class _RMSNorm(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, rstd = ctx.saved_tensors
+        norm = Norm(weight, *ctx.norm)
         dx = dweight = None
         if ctx.needs_input_grad[0]:
-            dx = _normalize_backward(gradients[0], x, weight, rstd, ctx.offset)
+            dx = backend_for(gradients[0], x, weight, rstd).rms_norm_backward(gradients[0], x, norm, rstd)
         if ctx.needs_input_grad[1]:
             dweight = (gradients[0] * x).mul_(rstd[:, None]).sum(0)
         return dx, dweight, None
@@ -126,7 +102,7 @@ class _Linears(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, norm: Norm | None, frozen: Frozen, widths: tuple[int, ...], *factors: Tensor | None
     ) -> Any:
-        y, rstd = _normalize(x, norm, scratch=True) if norm else (x, None)
+        y, rstd = backend_for(x, norm.weight).rms_norm(x, norm, scratch=True) if norm else (x, None)
         ctx.norm, ctx.frozen = norm, frozen
         out, inner = _product(y, frozen, factors, any(ctx.needs_input_grad))
         ctx.save_for_backward(x if norm or inner is not None else None, rstd, inner, *factors)
@@ -144,10 +120,10 @@ class _Linears(torch.autograd.Function):
         dx, back = _input_gradient(dy, ctx.frozen, factors) if ctx.needs_input_grad[0] else (None, None)
         dfactors: list[Tensor | None] = [None] * len(factors)
         if any(ctx.needs_input_grad[4:]):
-            y = _normalize(x, norm, scratch=True)[0] if norm else x
+            y = backend_for(x, norm.weight).rms_norm(x, norm, scratch=True)[0] if norm else x
             dfactors = _factor_gradients(y, dy, ctx.frozen, factors, inner, back)
         if dx is not None and norm:
-            dx = _normalize_backward(dx, x, norm.weight, rstd, norm.offset, residual)
+            dx = backend_for(dx, x, norm.weight, rstd, residual).rms_norm_backward(dx, x, norm, rstd, residual)
         elif dx is not None and residual is not None:
             dx.add_(residual)
         return dx, None, None, None, *dfactors

@@ -6,12 +6,5 @@ from trimtab.train.optimizer import Optimizer
 from trimtab.train.steps import TrainingSteps, plan_training_memory
 
 __all__ = [
-    "Optimizer",
-    "Step",
-    "TrainConfig",
-    "TrainingSteps",
-    "learning_rate",
-    "peak_learning_rate",
-    "plan_training_memory",
-    "train",
-]
+    "Optimizer", "Step", "TrainConfig", "TrainingSteps", "learning_rate", "peak_learning_rate", "plan_training_memory", "train",
+]  # fmt: skip

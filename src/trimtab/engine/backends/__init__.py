@@ -18,6 +18,15 @@ from trimtab.data.prefix_tree import Segment
 Activation = Literal["silu", "gelu_tanh"]
 
 
+class Norm(NamedTuple):
+    """An RMSNorm: x / rms(x) · (offset + weight)."""
+
+    weight: Tensor
+    """n."""
+    offset: float
+    eps: float
+
+
 class Heads(NamedTuple):
     """How the columns of queries, keys and values divide into heads."""
 
@@ -69,16 +78,14 @@ class Backend(Protocol):
     def supports_layers(self, hidden: Tensor) -> bool:
         """Whether decoder layers of such hidden states can be computed by these functions."""
 
-    def rms_norm(self, x: Tensor, weight: Tensor, offset: float, eps: float, scratch: bool = False) -> tuple[Tensor, Tensor]:
-        """x / rms(x) · (offset + weight), T n, and 1 / rms(x), T.
+    def rms_norm(self, x: Tensor, norm: Norm, scratch: bool = False) -> tuple[Tensor, Tensor]:
+        """norm(x), T n, and 1 / rms(x), T.
 
         Args:
             scratch: The first is needed only until this thread asks for its next scratch result, which may overwrite it.
         """
 
-    def rms_norm_backward(
-        self, dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offset: float, residual: Tensor | None = None
-    ) -> Tensor:
+    def rms_norm_backward(self, dy: Tensor, x: Tensor, norm: Norm, rstd: Tensor, residual: Tensor | None = None) -> Tensor:
         """The gradient of `rms_norm` with respect to x, plus that of the residual connection around it: T n."""
 
     def gate(self, g: Tensor, u: Tensor, activation: Activation, scratch: bool = False) -> Tensor:

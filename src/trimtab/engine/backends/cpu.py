@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trimtab.data.prefix_tree import Segment, paths_of, split_long
 from trimtab.engine.arena import activation_like, scratch_like
-from trimtab.engine.backends import Activation, AttentionInputs, AttentionPlan
+from trimtab.engine.backends import Activation, AttentionInputs, AttentionPlan, Norm
 from trimtab.engine.backends._compile import load_library
 
 _PREFIXES = {torch.float32: "f32", torch.float64: "f64"}
@@ -30,18 +30,16 @@ def supports_layers(hidden: Tensor) -> bool:
     return supports(hidden)
 
 
-def rms_norm(x: Tensor, weight: Tensor, offset: float, eps: float, scratch: bool = False) -> tuple[Tensor, Tensor]:
+def rms_norm(x: Tensor, norm: Norm, scratch: bool = False) -> tuple[Tensor, Tensor]:
     y, rstd = scratch_like(x) if scratch else x.new_empty(x.shape), activation_like(x, 1, len(x))[0]
-    _call("norm", x.dtype, x, weight, y, rstd, *x.shape, x.stride(0), y.stride(0), float(offset), float(eps))
+    _call("norm", x.dtype, x, norm.weight, y, rstd, *x.shape, x.stride(0), y.stride(0), float(norm.offset), float(norm.eps))
     return y, rstd
 
 
-def rms_norm_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offset: float, residual: Tensor | None = None
-) -> Tensor:
+def rms_norm_backward(dy: Tensor, x: Tensor, norm: Norm, rstd: Tensor, residual: Tensor | None = None) -> Tensor:
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     strides = (dy.stride(0), x.stride(0), dx.stride(0), 0 if residual is None else residual.stride(0))
-    _call("norm_backward", x.dtype, dy, x, weight, rstd, residual, dx, *x.shape, *strides, float(offset))
+    _call("norm_backward", x.dtype, dy, x, norm.weight, rstd, residual, dx, *x.shape, *strides, float(norm.offset))
     return dx
 
 

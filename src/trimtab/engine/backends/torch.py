@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trimtab.data.prefix_tree import paths_of
-from trimtab.engine.backends import Activation, AttentionInputs, AttentionPlan, Heads
+from trimtab.engine.backends import Activation, AttentionInputs, AttentionPlan, Heads, Norm
 
 BLOCK = 256
 """Queries in a call, at most."""
@@ -31,15 +31,13 @@ def supports_layers(hidden: Tensor) -> bool:
     return hidden.is_cpu and hidden.dtype in (torch.float32, torch.float64)  # which this attention takes
 
 
-def rms_norm(x: Tensor, weight: Tensor, offset: float, eps: float, scratch: bool = False) -> tuple[Tensor, Tensor]:
-    rstd = torch.rsqrt(x.square().mean(1) + eps)
-    return x * rstd[:, None] * (offset + weight), rstd
+def rms_norm(x: Tensor, norm: Norm, scratch: bool = False) -> tuple[Tensor, Tensor]:
+    rstd = torch.rsqrt(x.square().mean(1) + norm.eps)
+    return x * rstd[:, None] * (norm.offset + norm.weight), rstd
 
 
-def rms_norm_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offset: float, residual: Tensor | None = None
-) -> Tensor:
-    g, xhat = dy * (offset + weight), x * rstd[:, None]
+def rms_norm_backward(dy: Tensor, x: Tensor, norm: Norm, rstd: Tensor, residual: Tensor | None = None) -> Tensor:
+    g, xhat = dy * (norm.offset + norm.weight), x * rstd[:, None]
     dx = rstd[:, None] * (g - xhat * (g * xhat).mean(1, keepdim=True))
     return dx if residual is None else dx + residual
 

@@ -59,7 +59,7 @@ MOST_LINES_OF_A_FILE = 300
 CORE, MOST_LINES_OF_CORE = FLOORS[0] | FLOORS[1] | FLOORS[2] | {"objectives", "train"}, 8120
 """What the loss of a step depends on; lines with something on them, and of families what everybody reads: see `_in_core`."""
 FUSED = ("engine/backends/", "engine/layers.py", "engine/operations.py", "engine/patching.py", "engine/tree_attention.py")
-MOST_LINES_OF_FUSED = 950
+MOST_LINES_OF_FUSED = 935
 """Fused layers and what computes them, which repeat for speed what the rest says plainly: counted apart."""
 MOST_LINES_OF_A_MEMBER = 120
 """Of a family, with something on them."""

@@ -342,7 +342,7 @@ def test_a_row_to_evaluate_on_that_cannot_fit_is_refused(small_tiles):
         plan(longest=20, free=5e7, family="gemma2", longest_evaluated=2000)
 
 
-@pytest.mark.parametrize("limit", [0.0, 1234.5, math.inf])
+@pytest.mark.parametrize("limit", [0.0, 1234.5, None])
 def test_a_plan_comes_back_from_json_as_it_was(limit):
     made = plan(free=1e12)._replace(pack_limit=limit)
     assert MemoryPlan.from_plain(json.loads(json.dumps(made.plain(), allow_nan=False))) == made

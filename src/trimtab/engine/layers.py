@@ -1,7 +1,7 @@
 """Decoder layers computed by fused operations, for the families of models whose layers Transformers writes alike.
 
 Fused operations compute each part of a layer where they give the same (frozen norms, matrices with low-rank updates), and its
-module elsewhere. Outside packed passes the model runs its own code, with which tests, and the check before every run, compare.
+module elsewhere. Outside packed passes the model runs its own code, with which tests, and the check pre every run, compare.
 """
 
 from collections.abc import Sequence
@@ -43,48 +43,39 @@ def _family(module: nn.Module, part: str) -> str | None:
 def compute_layer(layer: Any, hidden: Tensor, kwargs: dict[str, Any], output_at: Tensor | None = None) -> Tensor:
     """1 T d -> 1 T d; or, in the last layer, 1 M d of the tokens at `output_at`: no layer attends to the others any more."""
     scale = getattr(layer, "residual_multiplier", 1.0)  # Granite
-    after_attention, before_mlp, after_mlp = None, layer.post_attention_layernorm, None
+    post_attention, pre_mlp, post_mlp = None, layer.post_attention_layernorm, None
     if _family(layer, "DecoderLayer") in SANDWICH:
-        after_attention, before_mlp = before_mlp, layer.pre_feedforward_layernorm
-        after_mlp = layer.post_feedforward_layernorm
-    x = _attention(hidden[0], layer.input_layernorm, layer.self_attn, after_attention, scale, kwargs, output_at)
-    return _mlp(x, before_mlp, layer.mlp, after_mlp, scale)[None]
+        post_attention, pre_mlp, post_mlp = pre_mlp, layer.pre_feedforward_layernorm, layer.post_feedforward_layernorm
+    x = _attention(hidden[0], layer.input_layernorm, layer.self_attn, post_attention, scale, kwargs, output_at)
+    return _mlp(x, pre_mlp, layer.mlp, post_mlp, scale)[None]
 
 
 def _attention(
-    x: Tensor,
-    before: nn.Module,
-    module: nn.Module,
-    after: nn.Module | None,
-    scale: float,
-    kwargs: Any,
-    output_at: Tensor | None,
+    x: Tensor, pre: nn.Module, module: nn.Module, post: nn.Module | None, scale: float, kwargs: Any, output_at: Tensor | None
 ) -> Tensor:
-    """x + scale · after(attention(before(x))): T d, or M d of the tokens at `output_at`."""
+    """x + scale · post(attention(pre(x))): T d, or M d of the tokens at `output_at`."""
     attention: Any = _unwrap_inactive(module)
     virtual: Sequence[Virtual] = kwargs.get("virtual", ())
     cos, sin = (t[0].contiguous() for t in kwargs["position_embeddings"])
     if not _is_standard(attention, cos, virtual):
-        out = module(hidden_states=_normalized(x, before)[None], **kwargs)[0][0]
-        return _add(*_select(output_at, x, out), after, scale)
+        out = module(hidden_states=_normalized(x, pre)[None], **kwargs)[0][0]
+        return _add(*_select(output_at, x, out), post, scale)
     layout = kwargs["layout"]
     layout.reached = True
     heads, size = attention.config.num_attention_heads, attention.head_dim
     groups = attention.config.num_key_value_heads
     if hasattr(attention, "qkv_proj"):  # Phi-3
-        x, q, k, v = _linears(x, before, [attention.qkv_proj], [heads * size, groups * size, groups * size])
+        x, q, k, v = _linears(x, pre, [attention.qkv_proj], [heads * size, groups * size, groups * size])
     else:
-        x, q, k, v = _linears(x, before, [attention.q_proj, attention.k_proj, attention.v_proj])
+        x, q, k, v = _linears(x, pre, [attention.q_proj, attention.k_proj, attention.v_proj])
     if hasattr(attention, "q_norm"):  # Qwen3, Gemma 3
         q, k = (_normalized_heads(t, size, norm) for t, norm in ((q, attention.q_norm), (k, attention.k_norm)))
     holder = attention.config if _family(attention, "Attention") in WINDOW_OF_MODEL else attention
     virtual_kv = [t[0] for t in virtual[0].of(attention, x)] if virtual else []
-    plan = AttentionPlan(
-        layout.segments, Heads(groups, heads // groups, size), attention.scaling, getattr(holder, "sliding_window", None),
-        virtual_kv[0].shape[1] if virtual else 0,
-    )  # fmt: skip
+    window, count = getattr(holder, "sliding_window", None), virtual_kv[0].shape[1] if virtual else 0
+    plan = AttentionPlan(layout.segments, Heads(groups, heads // groups, size), attention.scaling, window, count)
     out = attend(AttentionInputs(q, k, v, cos, sin, *virtual_kv), plan)
-    return _linear_add(*_select(output_at, x, out), attention.o_proj, after, scale)
+    return _linear_add(*_select(output_at, x, out), attention.o_proj, post, scale)
 
 
 def _select(output_at: Tensor | None, x: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,14 +94,14 @@ def _is_standard(attention: Any, cos: Tensor, virtual: Sequence[Virtual]) -> boo
     )
 
 
-def _mlp(x: Tensor, before: nn.Module, module: nn.Module, after: nn.Module | None, scale: float) -> Tensor:
-    """x + scale · after(mlp(before(x))): T d."""
+def _mlp(x: Tensor, pre: nn.Module, module: nn.Module, post: nn.Module | None, scale: float) -> Tensor:
+    """x + scale · post(mlp(pre(x))): T d."""
     mlp: Any = _unwrap_inactive(module)
     if (activation := _activation(mlp)) is None:
         with holding(_in_fused_layer, True):
-            return _add(x, module(_normalized(x, before)[None])[0], after, scale)
-    x, g, u = _gate_and_up(x, before, mlp)
-    return _linear_add(x, g, mlp.down_proj, after, scale, gate=(u, activation))
+            return _add(x, module(_normalized(x, pre)[None])[0], post, scale)
+    x, g, u = _gate_and_up(x, pre, mlp)
+    return _linear_add(x, g, mlp.down_proj, post, scale, gate=(u, activation))
 
 
 def compute_mlp(mlp: Any, x: Tensor) -> Tensor | None:
@@ -127,10 +118,10 @@ def _activation(mlp: Any) -> Activation | None:
     return ACTIVATIONS.get(type(function).__name__) if is_supported(mlp, "MLP") else None
 
 
-def _gate_and_up(x: Tensor, before: nn.Module | None, mlp: Any) -> Sequence[Tensor]:
+def _gate_and_up(x: Tensor, pre: nn.Module | None, mlp: Any) -> Sequence[Tensor]:
     if hasattr(mlp, "gate_up_proj"):  # Phi-3
-        return _linears(x, before, [mlp.gate_up_proj], 2 * [mlp.config.intermediate_size])
-    return _linears(x, before, [mlp.gate_proj, mlp.up_proj])
+        return _linears(x, pre, [mlp.gate_up_proj], 2 * [mlp.config.intermediate_size])
+    return _linears(x, pre, [mlp.gate_proj, mlp.up_proj])
 
 
 def _unwrap_inactive(module: nn.Module) -> nn.Module:
@@ -140,9 +131,9 @@ def _unwrap_inactive(module: nn.Module) -> nn.Module:
     return module
 
 
-def _add(x: Tensor | None, y: Tensor, after: nn.Module | None, scale: float) -> Tensor:
-    """x + scale · after(y)."""
-    y = y if after is None else _normalized(y, after)
+def _add(x: Tensor | None, y: Tensor, post: nn.Module | None, scale: float) -> Tensor:
+    """x + scale · post(y)."""
+    y = y if post is None else _normalized(y, post)
     if x is None:
         return y
     return x + y if scale == 1.0 else torch.add(x, y, alpha=scale)
@@ -178,14 +169,14 @@ def _norm(module: nn.Module) -> Norm | None:
 
 
 def _linears(
-    x: Tensor, before: nn.Module | None, modules: Sequence[nn.Module], widths: Sequence[int] | None = None
+    x: Tensor, pre: nn.Module | None, modules: Sequence[nn.Module], widths: Sequence[int] | None = None
 ) -> Sequence[Tensor]:
-    """x, for the residual connection, and each module's output for before(x); or a single one's, split into these widths."""
+    """x, for the residual connection, and each module's output for pre(x); or a single one's, split into these widths."""
     layers = [layer for module in modules if (layer := _linear(module)) is not None]
-    fused, norm = len(layers) == len(modules), _norm(before) if before is not None else None
+    fused, norm = len(layers) == len(modules), _norm(pre) if pre is not None else None
     if norm is not None and norm.weight.requires_grad:
         norm = None  # then the norm is an operation of its own
-    y = x if before is None or (fused and norm is not None) else _normalized(x, before)
+    y = x if pre is None or (fused and norm is not None) else _normalized(x, pre)
     if fused:
         residual, *outputs = operations.linears(y, norm, layers, widths or [len(layer.weight) for layer in layers])
         return residual if y is x else x, *outputs
@@ -194,20 +185,15 @@ def _linears(
 
 
 def _linear_add(
-    x: Tensor | None,
-    y: Tensor,
-    module: nn.Module,
-    after: nn.Module | None,
-    scale: float,
-    gate: operations.Gate | None = None,
+    x: Tensor | None, y: Tensor, module: nn.Module, post: nn.Module | None, scale: float, gate: operations.Gate | None = None
 ) -> Tensor:
-    """x + scale · after(module(y)); with a gate (u and activation) of act(y) · u instead of y."""
+    """x + scale · post(module(y)); with a gate (u and activation) of act(y) · u instead of y."""
     layer = _linear(module)
     if layer is None:
-        return _add(x, module((operations.gate(y, *gate) if gate else y)[None])[0], after, scale)
-    residual, factor = (x, scale) if after is None else (None, 1.0)
-    out = operations.linear_add(residual, y, layer, factor, gate)
-    return out if after is None else _add(x, out, after, scale)
+        return _add(x, module((operations.gate(y, *gate) if gate else y)[None])[0], post, scale)
+    if post is None:
+        return operations.linear_add(x, y, layer, scale, gate)
+    return _add(x, operations.linear_add(None, y, layer, 1.0, gate), post, scale)
 
 
 def _linear(module: nn.Module) -> operations.Linear | None:
@@ -220,16 +206,10 @@ def _linear(module: nn.Module) -> operations.Linear | None:
                 return None
             updates.append(update)
         module = module.base
-    if type(module) is not nn.Linear or module.weight.requires_grad:
+    if type(module) is not nn.Linear or any(p is not None and p.requires_grad for p in (module.weight, module.bias)):
         return None
-    if module.bias is not None and module.bias.requires_grad:
-        return None
-    if not updates:
-        return operations.Linear(module.weight, module.bias)
     if any(factor.dtype != module.weight.dtype for update in updates for factor in update):
         return None
-    if len(updates) == 1:
-        return operations.Linear(module.weight, module.bias, *updates[0])
-    return operations.Linear(
-        module.weight, module.bias, torch.cat([A for A, _ in updates]), torch.cat([B for _, B in updates], dim=1)
-    )
+    if len(updates) > 1:
+        updates = [(torch.cat([A for A, _ in updates]), torch.cat([B for _, B in updates], dim=1))]
+    return operations.Linear(module.weight, module.bias, *(updates[0] if updates else ()))

@@ -40,8 +40,8 @@ class MemoryPlan(NamedTuple):
     """The most tokens of a pack."""
     cost: MemoryCost
     """Of a pack."""
-    pack_limit: float
-    """Bytes that a pack may take; one that would take more uses gradient checkpointing."""
+    pack_limit: float | None
+    """Bytes that a pack may take, if there is a limit; one that would take more uses gradient checkpointing."""
     arena_bytes: float
     """Of the arena for the saved activations of packs without gradient checkpointing."""
     frozen_cache_bytes: float
@@ -52,20 +52,17 @@ class MemoryPlan(NamedTuple):
 
     def recomputes(self, pack: Pack) -> bool:
         """Whether the pack uses gradient checkpointing."""
-        return self.cost.bytes_of(*_size(pack)) > self.pack_limit
+        return self.pack_limit is not None and self.cost.bytes_of(*_size(pack)) > self.pack_limit
 
     def plain(self) -> dict[str, Any]:
-        """As JSON data, which has no infinity."""
-        limit = self.pack_limit if math.isfinite(self.pack_limit) else None
-        return {**self._asdict(), "cost": [*self.cost], "pack_limit": limit}
+        """As JSON data."""
+        return {**self._asdict(), "cost": [*self.cost]}
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> Self | None:
         """The plan of which `plain` is the JSON data; None if another version wrote it."""
-        if plain.keys() != set(cls._fields):
-            return None
-        limit = math.inf if plain["pack_limit"] is None else plain["pack_limit"]
-        return cls(**{**plain, "cost": MemoryCost(*plain["cost"]), "pack_limit": limit})
+        known = plain.keys() == set(cls._fields)
+        return cls(**{**plain, "cost": MemoryCost(*plain["cost"])}) if known else None
 
 
 Size = tuple[int, int]
@@ -117,7 +114,7 @@ def plan_memory(
     checkpointing = "on" if recompute == "full" else "for micro-batches that do not fit" if recomputed else "off"
     of_free = f", of {free / 1e9:.1f} GB free" if math.isfinite(free) else ""
     summary = f"micro-batches of up to {tokens:,} tokens; {total / 1e9:.2f} GB beside the model{of_free}; gradient checkpointing {checkpointing}"
-    return MemoryPlan(tokens, cost, limit, arena, cache, total, summary)
+    return MemoryPlan(tokens, cost, limit if math.isfinite(limit) else None, arena, cache, total, summary)
 
 
 def _most_tokens(profile: MemoryProfile, longest: int, budget: float) -> int:

@@ -181,7 +181,7 @@ class VirtualLayer(AdapterLayer):
         with only(self.switch) if owned is not None else nullcontext():
             mine = Virtual(self.keys_values(), acts_on=owned.__getitem__ if owned is not None else None)
         out = self.base(input_ids, position_ids=position_ids + shift, virtual=(*virtual, mine), **kwargs)
-        mine.check_seen(type(self.base).__name__)
+        mine.check_reached(type(self.base).__name__)
         return out
 
     def attended(self, ids: Tensor | None = None, embeddings: Tensor | None = None) -> KeysValues:

@@ -160,11 +160,9 @@ def peak_learning_rate(
     if config.lr != "auto":
         return config.lr, "given"
     model = base.model.config.get_text_config()
-    rate, formula = method.learning_rate(LearningRateContext(model.model_type, model.hidden_size, rows_per_step))
+    rate, basis = method.learning_rate(LearningRateContext(model.model_type, model.hidden_size, rows_per_step))
     share = objective.lr_multiplier
-    return (
-        (rate, formula) if share == 1.0 else (float(f"{rate * share:.2e}"), f"{formula}; times {share:g} for {objective.name}")
-    )
+    return (rate, basis) if share == 1.0 else (float(f"{rate * share:.2e}"), f"{basis}; times {share:g} for {objective.name}")
 
 
 def _dropout_seed(seed: int, step: int, part: int) -> int:

@@ -270,7 +270,7 @@ def test_gradients_and_moments_that_do_not_fit_are_refused(small_tiles):
     trained = sum(p.nbytes for p in attach(tiny("llama"), LoRA(rank=2)).parameters().values())
     with pytest.raises(
         RecipeError,
-        match=r"Gradients, AdamW's two moments and a copy to save what is trained take 0\.00 GB, .*a lower method\.rank",
+        match=r"Gradients, AdamW's two moments and a copy of the trained parameters to save take 0\.00 GB, .*a lower method\.rank",
     ):
         plan(free=4 * trained / memory_plan.SHARE - 1)
 

@@ -140,12 +140,12 @@ class DecodeLayout:
         self.cache.layers[id(layer)] = (keys, values)
         at = torch.arange(self.longest, device=query.device)
         last = self.cache.lengths[:, None]
-        seen = at <= last if rules.window is None else (at <= last) & (at > last - rules.window)
+        mask = at <= last if rules.window is None else (at <= last) & (at > last - rules.window)
         out = attend(
             query[0].transpose(0, 1)[:, :, None],
             keys[:, :, : self.longest],
             values[:, :, : self.longest],
-            seen[:, None, None],
+            mask[:, None, None],
             rules,
         )
         return out[:, :, 0][None]  # 1 B H K

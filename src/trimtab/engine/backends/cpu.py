@@ -22,8 +22,10 @@ LONGEST = 512
 
 def supports(*tensors: Tensor | None) -> bool:
     dtype = tensors[0].dtype if tensors[0] is not None else None
-    fit = all(t is None or (t.is_cpu and t.dtype == dtype and t.stride(-1) == 1) for t in tensors)
-    return fit and dtype in _PREFIXES and load_library() is not None
+    for t in tensors:  # `all` takes twice the time
+        if t is not None and not (t.is_cpu and t.dtype == dtype and t.stride(-1) == 1):
+            return False
+    return dtype in _PREFIXES and load_library() is not None
 
 
 def supports_layers(hidden: Tensor) -> bool:

@@ -49,7 +49,8 @@ def plan_training_memory(
     """
     never_keep_freed_memory()
     matched = [row for row in rows if row.side != "mismatched"]
-    targets, tokens = sum(len(row.target_indices) for row in matched), sum(len(row.ids) for row in matched)
+    targets = sum(len(row.target_indices) for row in matched)
+    target_share = targets / sum(len(row.ids) for row in matched) if matched else 1.0
 
     def fullest(pack_tokens: int) -> list[list[Pack]]:
         lengths = [[len(rows[n].ids) for n in step] for step in steps]
@@ -61,13 +62,7 @@ def plan_training_memory(
     all_tokens = sum(len(row.ids) for row in rows)
     frozen_output_bytes = FrozenLayerCache(base.model, 0).bytes_for(all_tokens) if config.repeats else 0.0
     longest_evaluated = max((len(row.ids) - 1 for row in held_out), default=0)  # nothing is predicted from the last token
-    work = Workload(
-        most_together(rows),
-        targets / tokens if matched else 1.0,
-        fullest if rows else None,
-        frozen_output_bytes,
-        longest_evaluated,
-    )
+    work = Workload(most_together(rows), target_share, fullest if rows else None, frozen_output_bytes, longest_evaluated)
     return plan_memory(base.model, work, config.pack_tokens, config.recompute)
 
 

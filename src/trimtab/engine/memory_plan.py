@@ -87,8 +87,8 @@ def plan_memory(
     budget = SHARE * free - 3 * trained  # gradients, and two moments of them
     if budget <= trained:
         raise RecipeError(
-            f"Gradients, AdamW's two moments and a copy of the trained parameters to save take {4 * trained / 1e9:.2f} GB, and {free / 1e9:.2f} GB are "
-            "free: train fewer parameters (a lower method.rank, fewer method.targets)."
+            f"Gradients, AdamW's two moments and a copy of the trained parameters to save take {4 * trained / 1e9:.2f} GB, and "
+            f"{free / 1e9:.2f} GB are free: train fewer parameters (a lower method.rank, fewer method.targets)."
         )
     asked = pack_tokens if pack_tokens != "auto" else None
     advice = f"and {budget / 1e9:.2f} GB are left for it, of {free / 1e9:.2f} GB free. Lower data.max_length"

@@ -24,8 +24,10 @@ from trimtab.core.process import never_keep_freed_memory
 from trimtab.data import pack_all, pack_flat
 from trimtab.data.order import shuffled
 from trimtab.engine import head, pack_logprobs
-from trimtab.engine.fused import kernels, tree_attention, unfused
+from trimtab.engine.backends import cpu
+from trimtab.engine.backends import torch as torch_backend
 from trimtab.engine.memory_plan import FLAT
+from trimtab.engine.patching import unfused
 
 ROOT = Path(__file__).parents[1]
 
@@ -40,22 +42,25 @@ def instead(owner: Any, name: str, value: Any) -> Iterator[None]:
         setattr(owner, name, before)
 
 
+@contextmanager
+def torch_attention() -> Iterator[None]:
+    with instead(cpu, "attend", torch_backend.attend), instead(cpu, "attend_backward", torch_backend.attend_backward):
+        yield
+
+
 OFF: dict[str, tuple[str, Callable[[], AbstractContextManager[None]]]] = {
     "fused layers": ("each layer is Transformers' own code", unfused),
     "compiled code": (
         "norms, gates and the softmax's sweep in torch, attention in flash calls",
-        lambda: instead(kernels, "_library", lambda: None),
+        lambda: instead(cpu, "load_library", lambda: None),
     ),
-    "attention in C": (
-        "a flash call for each block of each segment",
-        lambda: instead(tree_attention, "_Compiled", tree_attention._InTorch),
-    ),
+    "attention in C": ("a flash call for each block of each segment", torch_attention),
     "vocabulary in tiles": ("all logits at once", lambda: instead(head, "TILE", 1 << 40)),
 }
 PACKS = {
     "shared prefixes": (
         "each example has its own",
-        lambda rows, tokens: [pack_flat(pack.sequences) for pack in pack_all(rows, tokens)],
+        lambda rows, tokens: [pack_flat(pack.rows) for pack in pack_all(rows, tokens)],
     ),
     "packing": ("one example per micro-batch", lambda rows, tokens: [pack_flat([row]) for row in rows]),
 }

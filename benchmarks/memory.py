@@ -111,11 +111,11 @@ def measured(run: Run) -> dict[str, Any]:
     """A run in this process: planned, trained, saved."""
     import trimtab
     from trimtab.artifacts import State, write_state
-    from trimtab.engine import Peak
+    from trimtab.engine import PeakMemory
     from trimtab.methods import Sample
     from trimtab.objectives import Objective
     from trimtab.run.start import prepare_objective
-    from trimtab.train import Optimizer, PlannedSteps, TrainConfig, planned_memory, train
+    from trimtab.train import Optimizer, TrainConfig, TrainingSteps, plan_training_memory, train
 
     base = base_of(run.family, run.dtype)
     rows = rows_of(run, base.model.config.get_text_config().vocab_size, 3)
@@ -125,16 +125,16 @@ def measured(run: Run) -> dict[str, Any]:
         os.environ["TRIMTAB_CACHE"] = folder
         objective, (rows, _), _ = prepare_objective(Objective.pick(run.objective), base, adapter, (rows, []), 0, None)
         base.check_unchanged()  # so that all of it has been read
-        memory = planned_memory(base, config, rows)
-        peak = Peak(base.device)
+        memory = plan_training_memory(base, config, rows)
+        peak = PeakMemory(base.device)
         optimizer = Optimizer(adapter, 0.0)
-        for step in train(base, adapter, objective, PlannedSteps(rows, config, memory), config, 1e-4, memory, optimizer):
+        for step in train(base, adapter, objective, TrainingSteps(rows, config, memory), config, 1e-4, memory, optimizer):
             if step.number == 3:
                 trimtab.save_adapter(base, adapter, Path(folder) / "adapter")
                 write_state(Path(folder), State(1, optimizer.state(), {}))
     assert peak.start is not None
-    assert peak.most is not None
-    return {"before": peak.start, "planned": memory.most, "grew": peak.most - peak.start}
+    assert peak.highest is not None
+    return {"before": peak.start, "planned": memory.peak_bytes, "grew": peak.highest - peak.start}
 
 
 def main() -> None:

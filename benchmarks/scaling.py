@@ -36,17 +36,17 @@ def trained(length: int, rank: int, steps: int, at_once: int = 1) -> dict[str, A
     import trimtab
     from trimtab.data import pack_flat
     from trimtab.data.example import TokenRow
-    from trimtab.train import TrainConfig, planned_memory, train
+    from trimtab.train import TrainConfig, plan_training_memory, train
 
     base = trimtab.load("smollm2-135m-instruct")
     adapter = trimtab.attach(base.model, trimtab.LoRA(rank=rank, alpha=2.0 * rank))
     draw = random.Random(0)
     rows = [TokenRow([draw.randrange(49152) for _ in range(length)], list(range(length // 4, length)), "made up", length)]
     config = TrainConfig()
-    memory = planned_memory(base, config, rows)
+    memory = plan_training_memory(base, config, rows)
     done = list(train(base, adapter, trimtab.SFT(), [[pack_flat(rows * at_once)]] * steps, config, 1e-4, memory))
     seconds = sorted(step.seconds for step in done[1:])[0]
-    return {"tokens_per_s": length * at_once / seconds, "peak_gb": peak_gb(), "memory": memory.words}
+    return {"tokens_per_s": length * at_once / seconds, "peak_gb": peak_gb(), "memory": memory.summary}
 
 
 def loaded(count: int) -> dict[str, Any]:
@@ -108,7 +108,7 @@ def bookkeeping(count: int) -> dict[str, Any]:
     from trimtab.objectives import _kl_estimate
     from trimtab.testing import tiny_model
 
-    _kl_estimate.pack_logprobs = reference.pack_logprobs = lambda model, pack, **_: -torch.ones(len(pack.sequences))
+    _kl_estimate.pack_logprobs = reference.pack_logprobs = lambda model, pack, **_: -torch.ones(len(pack.rows))
     draw, tokens = random.Random(0), list(range(49152))
     rows = []
     for number in range(count):

@@ -6,7 +6,8 @@ import torch
 from worlds import here, trimtab, world  # noqa: F401
 
 import trimtab as package
-from trimtab.engine.fused import kernels
+from trimtab.engine.backends import cpu
+from trimtab.engine.backends import torch as torch_backend
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 torch.set_num_threads(max(1, (os.cpu_count() or 2) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
@@ -22,13 +23,13 @@ def smollm2():
     base.check_unchanged()
 
 
-@pytest.fixture(params=["compiled", "torch"])
-def way(request, monkeypatch):
-    """The operations by hand: compiled, or in torch."""
-    if request.param == "torch":
-        monkeypatch.setattr(kernels, "_library", lambda: None)
-    elif kernels._library() is None:
-        pytest.skip("no C compiler here, so the torch versions are used")
+@pytest.fixture(params=[cpu, torch_backend], ids=["cpu", "torch"])
+def backend(request, monkeypatch):
+    """A back end, which computes whatever it supports within the test."""
+    if request.param is torch_backend:
+        monkeypatch.setattr(cpu, "load_library", lambda: None)
+    elif cpu.load_library() is None:
+        pytest.skip("no C compiler here, so the torch back end computes")
     return request.param
 
 

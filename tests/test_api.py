@@ -94,5 +94,5 @@ def test_packs_are_made_when_their_step_is_taken(monkeypatch):
 
 
 def test_no_rows_are_refused():
-    with pytest.raises(DataError, match="nothing to learn from"):
+    with pytest.raises(DataError, match="nothing to train on"):
         next(fit([], epochs=1))

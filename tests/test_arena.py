@@ -7,7 +7,7 @@ from families import FAMILIES, method_of, perturb, random_rows, tiny
 from trimtab.base import Base
 from trimtab.core.errors import NonFinite
 from trimtab.data import TokenRow, pack_all
-from trimtab.engine import Work, arena, plan_memory
+from trimtab.engine import Workload, arena, plan_memory
 from trimtab.engine.arena import ActivationArena
 from trimtab.methods import Sample, attach
 from trimtab.methods.lora import LoRA
@@ -26,7 +26,7 @@ def trained(family="llama", method=None, *, memory=True, recompute="auto", epoch
     base = Base(tiny(family))
     adapter = attach(base.model, method or LoRA(rank=3), sample=Sample(rows=random_rows(40, seed=5)))
     perturb(adapter.parameters(), 0.1)
-    plan = plan_memory(base.model, Work(max(LENGTHS)), 30, recompute) if memory else None
+    plan = plan_memory(base.model, Workload(max(LENGTHS)), 30, recompute) if memory else None
     losses = [step.loss for step in train(base, adapter, SFT(), STEPS, TrainConfig(epochs=epochs), 1e-2, plan)]
     return losses, adapter.state()
 
@@ -54,14 +54,14 @@ def test_beside_what_is_known_of_frozen_layers():
 
 def test_it_is_used_and_large_enough(monkeypatch):
     taken, used = [], []
-    take = ActivationArena.take
+    take = ActivationArena.allocate
 
     def noted(self, *given):
         taken.append((self, take(self, *given)))
         used.append(self.used)
         return taken[-1][1]
 
-    monkeypatch.setattr(ActivationArena, "take", noted)
+    monkeypatch.setattr(ActivationArena, "allocate", noted)
     trained()
     (block,) = {id(one): one for one, _ in taken}.values()
     assert {tensor.untyped_storage().data_ptr() for _, tensor in taken} == {block.bytes.untyped_storage().data_ptr()}
@@ -73,8 +73,8 @@ def test_it_is_used_and_large_enough(monkeypatch):
 def test_what_no_backward_pass_needs_takes_no_place_in_it(monkeypatch):
     """Frozen layers below the lowest trained one keep nothing: their tensors are gone when the next layer has them."""
     blocks = set()
-    take = ActivationArena.take
-    monkeypatch.setattr(ActivationArena, "take", lambda self, *given: blocks.add(self) or take(self, *given))
+    take = ActivationArena.allocate
+    monkeypatch.setattr(ActivationArena, "allocate", lambda self, *given: blocks.add(self) or take(self, *given))
     used = {}
     for targets in (r"model\.layers\.1\..*_proj", "all-linear"):
         blocks.clear()
@@ -86,22 +86,22 @@ def test_what_no_backward_pass_needs_takes_no_place_in_it(monkeypatch):
 
 def test_what_does_not_fit_lies_elsewhere():
     block = ActivationArena(1000)
-    with block.again():
-        first, second = (arena.kept(torch.zeros(1), 12, 10) for _ in range(2))
+    with block.reuse():
+        first, second = (arena.activation_like(torch.zeros(1), 12, 10) for _ in range(2))
         first.fill_(1)
         second.fill_(2)
-        third = arena.kept(torch.zeros(1), 12, 10)
+        third = arena.activation_like(torch.zeros(1), 12, 10)
         third.fill_(3)
     assert [float(t.mean()) for t in (first, second, third)] == [1, 2, 3]
     assert third.untyped_storage().data_ptr() != block.bytes.untyped_storage().data_ptr()
-    with block.again():
-        assert arena.kept(torch.zeros(1), 12, 10).data_ptr() == first.data_ptr()
-    assert arena.kept(torch.zeros(1), 12, 10).data_ptr() != first.data_ptr()  # outside
+    with block.reuse():
+        assert arena.activation_like(torch.zeros(1), 12, 10).data_ptr() == first.data_ptr()
+    assert arena.activation_like(torch.zeros(1), 12, 10).data_ptr() != first.data_ptr()  # outside
 
 
 def test_recomputed_packs_do_without(monkeypatch):
     expected = trained(memory=False)
-    monkeypatch.setattr(ActivationArena, "take", lambda *_: pytest.fail("taken"))
+    monkeypatch.setattr(ActivationArena, "allocate", lambda *_: pytest.fail("taken"))
     assert_same(trained(recompute="full"), expected)
 
 
@@ -112,7 +112,7 @@ def test_memory_given_twice_is_noticed(monkeypatch):
         return like.new_empty(0).set_(self.bytes.untyped_storage(), 0, (rows, columns), (columns, 1))
 
     expected = trained(memory=False)
-    monkeypatch.setattr(ActivationArena, "take", always_first)
+    monkeypatch.setattr(ActivationArena, "allocate", always_first)
     with pytest.raises((AssertionError, RuntimeError, NonFinite)):
         assert_same(trained(), expected)
 

@@ -173,7 +173,7 @@ def test_rows_that_do_not_fit_into_memory_are_a_problem(here, trimtab, monkeypat
     monkeypatch.setattr(planning, "free_memory", lambda device: 100_000.0)
     done = trimtab("check", "r.yaml")
     assert done.code == 3
-    assert "memory: A pack of" in done.err
+    assert "memory: A micro-batch of" in done.err
     assert "Lower data.max_length" in done.err
 
 

@@ -99,7 +99,7 @@ def refusal(text, *words):
         (DATA + "train: {epochs: .nan}", "train.epochs: expected 'auto' or a finite number, got nan."),
         (DATA + "train: {epochs: 1e400}", "train.epochs: expected 'auto' or a finite number, got inf."),
         (DATA + "train: {lr: -1}", "train.lr: expected 'auto' or a number above 0, got -1."),
-        (DATA + "train: {warmup: 2}", "train.warmup: expected a fraction of the steps, such as 0.05, got 2: it is not counted in steps."),
+        (DATA + "train: {warmup: 2}", "train.warmup: expected a fraction of the steps, such as 0.05, got 2: it is not a number of steps."),
         (DATA + "train: {warmup: -0.1}", "train.warmup: expected a number of at least 0, got -0.1."),
         (DATA + "train: {clip: 0}", "train.clip: expected a number above 0, got 0."),
         (DATA + "train: {rows_per_step: 0}", "train.rows_per_step: expected a number of at least 1, got 0."),
@@ -119,7 +119,7 @@ def refusal(text, *words):
         (DATA + "method: _base", f"method.name: no such choice: '_base'. Known: {', '.join(Method.names())}."),
         # Two keys that contradict each other
         (DATA + "train: {rows_per_step: 4, tokens_per_step: 5}",
-         "train: rows_per_step and tokens_per_step are two measures of one thing: give one of them."),
+         "train: rows_per_step and tokens_per_step both set the effective batch size: give one of them."),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_named_by_its_path(text, message):
@@ -307,7 +307,7 @@ def test_a_name_is_short_for_a_mapping_with_a_name():
         (lambda: LoRA(rnak=8), "rnak: no such key. Did you mean 'rank'?"),
         (lambda: LoRA(rank=0, alpha=0.0), "  rank: expected a number of at least 1, got 0.\n  alpha: expected a number above 0, got 0.0."),
         (lambda: TrainConfig(rows_per_step=4, tokens_per_step=5),
-         "rows_per_step and tokens_per_step are two measures of one thing: give one of them."),
+         "rows_per_step and tokens_per_step both set the effective batch size: give one of them."),
         (lambda: TrainConfig(lr=-1.0), "lr: expected 'auto' or a number above 0, got -1.0."),
         (lambda: ModelConfig(), "name: missing, and it has no default."),
         (lambda: Recipe(data={"train": "a"}, train={"epochs": 0}), "train.epochs: expected 'auto' or a number above 0, got 0."),

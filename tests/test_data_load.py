@@ -332,15 +332,15 @@ def test_the_order_is_decided_by_seed_and_epoch_alone():
 def test_packs_hold_every_row_once_and_no_more_than_their_limit(lengths, limit):
     rows = [TokenRow([n] * length, [length - 1], f"data:{n}", length) for n, length in enumerate(lengths)]  # none alike
     packs = pack_all(rows, limit)
-    assert sorted(wheres(row for pack in packs for row in pack.sequences)) == sorted(wheres(rows))
+    assert sorted(wheres(row for pack in packs for row in pack.rows)) == sorted(wheres(rows))
     for pack in packs:
-        assert len(pack.ids) <= limit or len(pack.sequences) == 1
-        assert len(pack.ids) == sum(len(row.ids) - 1 for row in pack.sequences)
-        assert pack.targets == sum(len(row.target_indices) for row in pack.sequences)
+        assert len(pack.ids) <= limit or len(pack.rows) == 1
+        assert len(pack.ids) == sum(len(row.ids) - 1 for row in pack.rows)
+        assert pack.targets == sum(len(row.target_indices) for row in pack.rows)
     if lengths and max(lengths) <= limit:
         assert sum(2 * len(pack.ids) <= limit for pack in packs) <= 1  # two half empty packs would have been one
     again = pack_all(rows, limit)
-    assert [wheres(pack.sequences) for pack in again] == [wheres(pack.sequences) for pack in packs]
+    assert [wheres(pack.rows) for pack in again] == [wheres(pack.rows) for pack in packs]
 
 
 @pytest.mark.parametrize(("count", "sizes"), [(10, [50, 50]), (13, [50, 50, 30]), (6, [60]), (12, [60, 60])])
@@ -365,7 +365,7 @@ def test_a_pack_says_of_each_learned_token_what_stands_before_it():
     assert pack.ids.tolist() == [10, 11, 12, 20, 30, 31, 32, 33]  # a last token predicts nothing
     assert pack.positions.tolist() == [0, 1, 2, 0, 0, 1, 2, 3]
     assert [tuple(segment) for segment in pack.segments] == [(0, 3, -1), (3, 4, -1), (4, 8, -1)]
-    found = list(zip(pack.ids[pack.target_at].tolist(), pack.target_token.tolist(), pack.target_sequence.tolist(), strict=True))
+    found = list(zip(pack.ids[pack.target_at].tolist(), pack.target_token.tolist(), pack.target_row.tolist(), strict=True))
     assert found == [(11, 12, 0), (12, 13, 0), (20, 21, 1), (30, 31, 2), (33, 34, 2)]
 
 
@@ -373,7 +373,7 @@ def test_the_first_token_of_a_packed_row_is_never_predicted_from_the_row_before(
     rows = [sequence(length, n) for n, length in enumerate((5, 3, 9, 2))]
     pack = pack_flat(rows)
     starts = {segment.start for segment in pack.segments}
-    for at, of in zip(pack.target_at.tolist(), pack.target_sequence.tolist(), strict=True):
+    for at, of in zip(pack.target_at.tolist(), pack.target_row.tolist(), strict=True):
         segment = pack.segments[of]
         assert segment.start <= at < segment.end
     assert len(starts) == 4

@@ -21,10 +21,10 @@ def prefixes(rows):
 @given(rows=ROWS, worth=st.sampled_from([1, 3, 8]))
 def test_a_row_is_its_path_and_what_rows_share_stands_once(rows, worth):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prefix_tree, "WORTH", worth)
+        patch.setattr(prefix_tree, "MIN_SAVED", worth)
         laid = lay_out(rows)
     for number, row in enumerate(rows):
-        where = prefix_tree.places(laid.segments, laid.leaves[number])
+        where = prefix_tree.token_indices(laid.segments, laid.leaves[number])
         assert [laid.ids[place] for place in where] == row
         assert [laid.positions[place] for place in where] == list(range(len(row)))
     ends = [0, *(segment.end for segment in laid.segments)]
@@ -56,7 +56,7 @@ def test_the_segments_of_a_small_tree():
     ("shared", "rows", "worth"), [(8, 2, True), (7, 2, False), (4, 3, True), (3, 3, False), (2, 5, True), (1, 8, False)]
 )
 def test_a_segment_is_laid_where_it_spares_eight_tokens(shared, rows, worth):
-    assert prefix_tree.WORTH == 8
+    assert prefix_tree.MIN_SAVED == 8
     laid = lay_out([[*[7] * shared, 10 + n] for n in range(rows)])
     assert len(laid.ids) == (shared + rows if worth else (shared + 1) * rows)
     head = [5] * 10
@@ -71,7 +71,7 @@ def test_long_segments_are_parted_into_even_ones(length, most):
         prefix_tree.Segment(3, 3 + length, 0),
         prefix_tree.Segment(3 + length, 5 + length, 1),
     )
-    parts = prefix_tree.evenly_chained(whole, most)
+    parts = prefix_tree.split_long(whole, most)
     sizes = [end - start for start, end, _ in parts[1:-1]]
     assert all(isinstance(number, int) for part in parts for number in part)
     assert len(sizes) == -(-length // most)
@@ -84,7 +84,7 @@ def test_many_rows_each_the_beginning_of_the_next_do_not_exhaust_the_stack():
     rows = [list(range(8 * n)) for n in range(1, 1500)]
     laid = lay_out(rows)
     assert len(laid.ids) == 8 * 1499
-    assert prefix_tree.places(laid.segments, laid.leaves[700]).tolist() == list(range(8 * 701))
+    assert prefix_tree.token_indices(laid.segments, laid.leaves[700]).tolist() == list(range(8 * 701))
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
@@ -92,8 +92,8 @@ def test_many_rows_each_the_beginning_of_the_next_do_not_exhaust_the_stack():
 def test_packs_of_rows_that_begin_alike_keep_to_their_limit(rows, limit):
     sequences = [TokenRow(ids, [len(ids) - 1], f"row:{n}") for n, ids in enumerate(rows)]
     packs = pack_all(sequences, limit)
-    assert sorted(row.where for pack in packs for row in pack.sequences) == sorted(row.where for row in sequences)
-    assert all(len(pack.ids) <= limit or len(pack.sequences) == 1 for pack in packs)
+    assert sorted(row.where for pack in packs for row in pack.rows) == sorted(row.where for row in sequences)
+    assert all(len(pack.ids) <= limit or len(pack.rows) == 1 for pack in packs)
 
 
 def first_fit(runs, limit):
@@ -112,7 +112,7 @@ def first_fit(runs, limit):
 @given(sizes=st.lists(st.integers(1, 40), max_size=80), limit=st.integers(1, 30))
 def test_bins_are_those_of_first_fit_decreasing(sizes, limit):
     """Searched in a tree instead of one after the other: near-linear, and not a row elsewhere. Some are larger than a bin."""
-    rows = [prefix_tree.numbers([n + 1] * size) for n, size in enumerate(sizes)]
+    rows = [prefix_tree.as_array([n + 1] * size) for n, size in enumerate(sizes)]
     found = first_fit_decreasing(in_lexical_order(rows, [[n] for n in range(len(rows))]), limit)
     assert [[one.tokens, one.numbers] for one in found] == first_fit([(size, [n]) for n, size in enumerate(sizes)], limit)
 
@@ -120,17 +120,17 @@ def test_bins_are_those_of_first_fit_decreasing(sizes, limit):
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(rows=st.lists(st.lists(st.sampled_from([0, 1, 255, 256, 65_536, 151_935]), max_size=9), max_size=12))
 def test_lexical_order_and_what_is_shared_are_those_of_lists(rows):
-    made = [prefix_tree.numbers(row) for row in rows]
-    assert prefix_tree.alphabetical(made) == sorted(range(len(rows)), key=lambda n: rows[n])
+    made = [prefix_tree.as_array(row) for row in rows]
+    assert prefix_tree.lexical_order(made) == sorted(range(len(rows)), key=lambda n: rows[n])
     for one, other in pairwise(rows):
         plain = next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-        assert prefix_tree.shared_length(prefix_tree.numbers(one), prefix_tree.numbers(other)) == plain
+        assert prefix_tree.shared_length(prefix_tree.as_array(one), prefix_tree.as_array(other)) == plain
 
 
 def test_rows_that_begin_alike_are_packed_together():
     families = [[head] * 20 + [head, tail] for tail in range(4) for head in range(3)]
     packs = pack_all([TokenRow(ids, [21], f"row:{n}") for n, ids in enumerate(families)], 60)
-    assert [{row.ids[0] for row in pack.sequences} for pack in packs] == [{0}, {1}, {2}]
+    assert [{row.ids[0] for row in pack.rows} for pack in packs] == [{0}, {1}, {2}]
     assert [len(pack.ids) for pack in packs] == [21, 21, 21]
 
 
@@ -139,7 +139,7 @@ def test_targets_follow_their_rows_into_what_is_shared():
     rows = [TokenRow([*head, 1, 2], [3, 10, 11], "a"), TokenRow([*head, 4, 5], [3, 10], "b")]
     flat, shared = pack_flat(rows), pack_tree(rows)
     for pack in (flat, shared):
-        said = zip(pack.ids[pack.target_at].tolist(), pack.target_token.tolist(), pack.target_sequence.tolist(), strict=True)
+        said = zip(pack.ids[pack.target_at].tolist(), pack.target_token.tolist(), pack.target_row.tolist(), strict=True)
         assert list(said) == [(12, 13, 0), (19, 1, 0), (1, 2, 0), (12, 13, 1), (19, 4, 1)]
     assert shared.target_at.tolist() == [2, 9, 10, 2, 9]
     assert len(shared.ids) == 12

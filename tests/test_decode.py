@@ -123,7 +123,7 @@ def test_an_answer_ends_where_the_context_does(family):
     stop = answers[2][1]
     stopped = generate(model, prompts[2:3], [stop], max_new_tokens=4)[0]
     assert (stopped.ended, stopped) == ("stopped", answers[2][: answers[2].index(stop)])
-    with pytest.raises(DataError, match=r"Prompt 1 has 65 tokens, and the model's context has room for 64\."):
+    with pytest.raises(DataError, match=r"Prompt 1 has 65 tokens, and the model's context has 64\."):
         generate(model, [[1], random_rows(65)[0]], [], max_new_tokens=4)
 
 

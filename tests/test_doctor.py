@@ -48,7 +48,7 @@ def test_virtual_tokens_that_transformers_own_generate_does_not_see(monkeypatch,
             rules,
         ).transpose(1, 2)
 
-    monkeypatch.setattr(attention_hook, "_after_virtual", without)
+    monkeypatch.setattr(attention_hook, "_attend_after_virtual", without)
     assert ("prefix", "Transformers' generate()") in sick() or ("prefix", "acts") in sick()
     assert not {one for one in sick() if one[0] == "lora"}
     done = trimtab("doctor")

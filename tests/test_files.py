@@ -554,13 +554,13 @@ def test_a_manifest_that_was_edited_is_refused(key, value, tmp_path):
 
 
 def test_a_hash_of_code_is_of_all_that_computes_and_of_nothing_else(tmp_path):
-    (tmp_path / "engine" / "fused").mkdir(parents=True)
+    (tmp_path / "engine" / "backends" / "c").mkdir(parents=True)
     (tmp_path / "data").mkdir()
     engine, hook = ModuleType("engine"), ModuleType("hook")
     engine.__file__, engine.__path__, hook.__file__ = str(tmp_path / "engine" / "__init__.py"), [], str(tmp_path / "hook.py")
     found = set()
     for name, text in (
-        ("engine/loop.py", "1"), ("engine/loop.py", "2"), ("engine/fused/kernels.h", "1"), ("hook.py", "1"), ("engine/moved.py", "2"),
+        ("engine/loop.py", "1"), ("engine/loop.py", "2"), ("engine/backends/c/kernels.h", "1"), ("hook.py", "1"), ("engine/moved.py", "2"),
     ):  # fmt: skip
         (tmp_path / name).write_text(text)
         if name != "hook.py":

@@ -52,14 +52,15 @@ DOORS = {"base/loading.py", "data/arrow_files.py"}
 """Files that call what could run code of a model or dataset, and so have to say REFUSES there."""
 REFUSES = "trust_remote_code=False"
 
-LAZY = {"__init__.py", "core/config.py"}
+LAZY = {"__init__.py", "core/config.py", "engine/backends/__init__.py"}
 """Files that import what a text names: the package's own names, and the members of a family."""
 
 MOST_LINES_OF_A_FILE = 300
 CORE, MOST_LINES_OF_CORE = FLOORS[0] | FLOORS[1] | FLOORS[2] | {"objectives", "train"}, 8250
 """What the loss of a step depends on; lines with something on them, and of families what everybody reads: see `_in_core`."""
-FUSED, MOST_LINES_OF_FUSED = "engine/fused/", 895
-"""The blocks by hand, which repeat for speed what the rest says plainly: counted apart."""
+FUSED = ("engine/backends/", "engine/layers.py", "engine/operations.py", "engine/patching.py", "engine/tree_attention.py")
+MOST_LINES_OF_FUSED = 935
+"""Fused layers and what computes them, which repeat for speed what the rest says plainly: counted apart."""
 MOST_LINES_OF_A_MEMBER = 120
 """Of a family, with something on them."""
 MOST_LINES_OF_A_FUNCTION = 50
@@ -129,7 +130,7 @@ def violations(sources: Sources) -> list[str]:
         found.append(f"the core has {low} lines")
     fused = sum(_filled(text) for path, text in sources.items() if path.startswith(FUSED))
     if fused > MOST_LINES_OF_FUSED:
-        found.append(f"{FUSED} has {fused} lines")
+        found.append(f"the fused layers have {fused} lines")
     return found
 
 
@@ -420,10 +421,10 @@ def test_it_notices_a_ground_that_grows_too_heavy():
     assert any(problem.startswith("the core has ") for problem in violations(sources))
 
 
-def test_it_notices_blocks_by_hand_that_grow_too_heavy():
+def test_it_notices_fused_layers_that_grow_too_heavy():
     sources = real()
-    sources |= {f"engine/fused/more{n}.py": "x = 1\n" * 200 for n in range(3)}
-    assert any(problem.startswith("engine/fused/ has ") for problem in violations(sources))
+    sources |= {f"engine/backends/more{n}.py": "x = 1\n" * 200 for n in range(3)}
+    assert any(problem.startswith("the fused layers have ") for problem in violations(sources))
 
 
 def test_a_method_may_use_what_its_folder_offers():

@@ -15,15 +15,15 @@ import trimtab
 from trimtab.core.errors import RecipeError
 from trimtab.data import TokenRow, pack_flat, pack_tree
 from trimtab.data.mismatched import with_mismatched
-from trimtab.engine import Memory, Work, head, memory_plan, pack_logprobs, plan_memory
-from trimtab.engine.arena import forget_transient
-from trimtab.engine.fused import unfused
-from trimtab.engine.memory_probe import Meter, measuring_costs, training_costs
+from trimtab.engine import MemoryPlan, Workload, head, memory_plan, pack_logprobs, plan_memory
+from trimtab.engine.arena import free_scratch
+from trimtab.engine.memory_probe import Meter, profile_packs
+from trimtab.engine.patching import unfused
 from trimtab.methods import Method, Sample, active, attach
 from trimtab.methods.lora import LoRA
 from trimtab.report.folders import memory_text
 from trimtab.run.resume import UnfinishedRun
-from trimtab.train import TrainConfig, loop, planned_memory
+from trimtab.train import TrainConfig, loop, plan_training_memory
 
 ROWS = [TokenRow(ids, list(range(3, len(ids))), f"row:{n}") for n, ids in enumerate(random_rows(40, 17, 25, 9))]
 
@@ -103,16 +103,16 @@ def held(model, pack, recompute=False):
     """The most that a pass and its backward pass hold at a time."""
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-    forget_transient()
+    free_scratch()
     with Meter() as meter:
         pack_logprobs(model, pack, recompute=recompute).sum().backward()
     return max(meter.levels)
 
 
 def planned(model, pack, longest, recompute=False):
-    costs = training_costs(model, longest, 1.0, recompute=recompute)
+    profile = profile_packs(model, longest, 1.0, recompute=recompute)
     size = len(pack.ids), sum(pack.pairs)
-    return costs.kept.of(*size), costs.most(*size).of(*size)
+    return profile.activations.bytes_of(*size), profile.peak_bytes(*size)
 
 
 PACKS = {"one long row": [60], "several rows": [60, 40, 55, 50]}
@@ -167,9 +167,9 @@ def test_a_tiny_gemma_2_keeps_the_square_of_its_rows(one_thread, small_tiles):
     model, pack = tiny("gemma2"), pack_flat(rows_of(1024))
     attach(model, LoRA(rank=2))
     found = kept(model, pack)
-    costs = training_costs(model, 1024, 1.0)
-    assert costs.kept.of(1024, 1024**2) == pytest.approx(found, rel=0.02)
-    assert costs.kept.of(1024, 0) < 0.1 * found
+    profile = profile_packs(model, 1024, 1.0)
+    assert profile.activations.bytes_of(1024, 1024**2) == pytest.approx(found, rel=0.02)
+    assert profile.activations.bytes_of(1024, 0) < 0.1 * found
 
 
 @pytest.mark.parametrize("window", [40, 80])
@@ -185,11 +185,11 @@ def test_a_window_that_only_longer_rows_than_the_probes_exceed_counts(window, on
 def test_packs_without_a_backward_pass_are_measured_too(one_thread, small_tiles):
     model, pack = tiny("gemma2"), pack_flat(rows_of(90, 40, 110, 70))
     attach(model, LoRA(rank=2))
-    costs = measuring_costs(model, 110, 1.0)
+    profile = profile_packs(model, 110, 1.0, backward=False)
     with torch.no_grad(), Meter() as meter:
         pack_logprobs(model, pack)
     size = len(pack.ids), max(pack.pairs)
-    assert costs.most(*size).of(*size) == pytest.approx(max(meter.levels), rel=0.1)
+    assert profile.peak_bytes(*size) == pytest.approx(max(meter.levels), rel=0.1)
 
 
 def test_the_model_is_left_as_it_was(one_thread, small_tiles):
@@ -199,7 +199,7 @@ def test_the_model_is_left_as_it_was(one_thread, small_tiles):
     parameter.grad = torch.ones_like(parameter)
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    training_costs(model, 50, 1.0)
+    profile_packs(model, 50, 1.0)
     assert torch.equal(torch.get_rng_state(), before)
     assert {float(p.grad.sum()) if p.grad is not None else None for p in adapter.parameters().values()} == {
         None,
@@ -214,15 +214,15 @@ def test_the_model_is_left_as_it_was(one_thread, small_tiles):
 def plan(longest=50, pack_tokens="auto", recompute="auto", free=math.inf, family="llama", **work):
     model = tiny(family)
     attach(model, LoRA(rank=2))
-    return plan_memory(model, Work(longest, **work), pack_tokens, recompute, free)
+    return plan_memory(model, Workload(longest, **work), pack_tokens, recompute, free)
 
 
-def enough(tokens, longest=50, twice=False):
+def enough(tokens, longest=50, recompute=False):
     """Free memory in which a pack of so many tokens just fits."""
     model = tiny("llama")
     trained = sum(p.nbytes for p in attach(model, LoRA(rank=2)).parameters().values())
-    costs = training_costs(model, longest, 1.0, recompute=twice)
-    return (costs.most(tokens, 0).of(tokens, 0) + 3 * trained) / memory_plan.SHARE
+    profile = profile_packs(model, longest, 1.0, recompute=recompute)
+    return (profile.peak_bytes(tokens, 0) + 3 * trained) / memory_plan.SHARE
 
 
 def pack_of(tokens):
@@ -231,33 +231,35 @@ def pack_of(tokens):
 
 def test_with_room_nothing_is_recomputed():
     made = plan(free=1e12)
-    assert (made.pack_tokens, made.twice(pack_of(1024))) == (1024, False)
+    assert (made.pack_tokens, made.recomputes(pack_of(1024))) == (1024, False)
     assert re.fullmatch(
-        r"1,024 tokens at a time, in 0\.0\d GB beside the model, of 1000\.0 GB that are free; nothing is computed twice",
-        made.words,
+        r"micro-batches of up to 1,024 tokens; 0\.0\d GB beside the model, of 1000\.0 GB free; gradient checkpointing off",
+        made.summary,
     )
-    assert re.fullmatch(r"1,024 tokens at a time, in 0\.0\d GB beside the model; nothing is computed twice", plan().words)
+    expected = r"micro-batches of up to 1,024 tokens; 0\.0\d GB beside the model; gradient checkpointing off"
+    assert re.fullmatch(expected, plan().summary)
 
 
 def test_with_less_room_packs_are_smaller_and_long_rows_recomputed():
     made = plan(longest=150, free=enough(100))
     assert made.pack_tokens == 100
-    assert (made.twice(pack_of(100)), made.twice(pack_of(101))) == (False, True)
-    assert made.words.endswith("packs that do not fit are computed twice")
+    assert (made.recomputes(pack_of(100)), made.recomputes(pack_of(101))) == (False, True)
+    assert made.summary.endswith("gradient checkpointing for micro-batches that do not fit")
     asked = plan(longest=50, pack_tokens=150, free=enough(100))
-    assert (asked.pack_tokens, asked.twice(pack_of(100)), asked.twice(pack_of(101))) == (150, False, True)
+    assert (asked.pack_tokens, asked.recomputes(pack_of(100)), asked.recomputes(pack_of(101))) == (150, False, True)
 
 
 def test_what_is_asked_for_is_done():
     made = plan(recompute="full")
-    assert made.twice(pack_of(1))
-    assert made.words.endswith("every pack is computed twice")
-    assert not plan(recompute="none", pack_tokens=500, free=enough(100)).twice(pack_of(500))
+    assert made.recomputes(pack_of(1))
+    assert made.summary.endswith("gradient checkpointing on")
+    assert not plan(recompute="none", pack_tokens=500, free=enough(100)).recomputes(pack_of(500))
 
 
 def test_a_row_that_cannot_fit_is_refused_before_it_is_tried():
     with pytest.raises(
-        RecipeError, match=r"A pack of 5,000 tokens needs .* GB for its activations, .* Lower data.max_length\."
+        RecipeError,
+        match=r"A micro-batch of 5,000 tokens needs .* GB for its activations, even with .* checkpointing, and .* Lower data.max_length\.",
     ):
         plan(longest=5_000, free=enough(100))
     with pytest.raises(RecipeError, match=r"Lower data.max_length or train.pack_tokens\."):
@@ -268,7 +270,7 @@ def test_gradients_and_moments_that_do_not_fit_are_refused(small_tiles):
     trained = sum(p.nbytes for p in attach(tiny("llama"), LoRA(rank=2)).parameters().values())
     with pytest.raises(
         RecipeError,
-        match=r"Gradients, AdamW's two moments and a copy to save what is trained take 0\.00 GB, .*a lower method\.rank",
+        match=r"Gradients, AdamW's two moments and a copy of the trained parameters to save take 0\.00 GB, .*a lower method\.rank",
     ):
         plan(free=4 * trained / memory_plan.SHARE - 1)
 
@@ -277,10 +279,10 @@ def test_what_is_trained_counts_twelve_bytes_each_and_a_copy_to_save_it():
     model, most = tiny("llama"), []
     adapter = attach(model, method_of("full"))
     parameters = sum(p.numel() for p in adapter.parameters().values())
-    most = plan_memory(model, Work(4), 16, "auto", 1e12).most
-    costs = training_costs(model, 4, 1.0)
-    kept_by_pack = costs.kept.of(16, 64)
-    assert most == pytest.approx(12 * parameters + max(costs.most(16, 64).of(16, 64), kept_by_pack + 4 * parameters))
+    most = plan_memory(model, Workload(4), 16, "auto", 1e12).peak_bytes
+    profile = profile_packs(model, 4, 1.0)
+    kept_by_pack = profile.activations.bytes_of(16, 64)
+    assert most == pytest.approx(12 * parameters + max(profile.peak_bytes(16, 64), kept_by_pack + 4 * parameters))
 
 
 @pytest.mark.parametrize("free", [2e5, 5e5, 2e6, 1e7, 1e9])
@@ -296,14 +298,14 @@ def test_all_that_is_planned_fits(kind, free, monkeypatch, small_tiles):
     ]
     rows = with_mismatched(rows, 0) if kind == "judged" else [replace(row, side=None) for row in rows]
     try:
-        made = planned_memory(base, TrainConfig(epochs=2, rows_per_step=20), rows)
+        made = plan_training_memory(base, TrainConfig(epochs=2, rows_per_step=20), rows)
     except RecipeError:
         assert free < 1e6
         return
-    assert made.most <= memory_plan.SHARE * free
-    assert made.below <= len(rows) * 40 * 32 * 4
+    assert made.peak_bytes <= memory_plan.SHARE * free
+    assert made.frozen_cache_bytes <= len(rows) * 40 * 32 * 4
     if free >= 1e9:
-        assert made.below == len(rows) * 40 * 32 * 4
+        assert made.frozen_cache_bytes == len(rows) * 40 * 32 * 4
 
 
 def test_the_largest_pack_is_looked_for_among_the_fullest_steps(small_tiles):
@@ -311,10 +313,10 @@ def test_the_largest_pack_is_looked_for_among_the_fullest_steps(small_tiles):
     base = trimtab.Base(tiny("llama"))
     trimtab.attach(base.model, LoRA(rank=2))
     rows = rows_of(*[30] * 8)
-    few = planned_memory(base, TrainConfig(epochs=1, rows_per_step=2), rows)
-    more = planned_memory(base, TrainConfig(epochs=1, rows_per_step=8), rows)
+    few = plan_training_memory(base, TrainConfig(epochs=1, rows_per_step=2), rows)
+    more = plan_training_memory(base, TrainConfig(epochs=1, rows_per_step=8), rows)
     assert (few.pack_tokens, more.pack_tokens) == (1024, 1024)
-    assert few.most < 0.5 * more.most
+    assert few.peak_bytes < 0.5 * more.peak_bytes
 
 
 def test_rows_to_evaluate_on_count_if_they_are_longer(small_tiles, monkeypatch):
@@ -323,28 +325,30 @@ def test_rows_to_evaluate_on_count_if_they_are_longer(small_tiles, monkeypatch):
     base = trimtab.Base(tiny("gemma2"))
     trimtab.attach(base.model, LoRA(rank=2))
     config, rows, long = TrainConfig(epochs=1, rows_per_step=2), rows_of(*[20] * 4), rows_of(400)
-    alone, same, more = (planned_memory(base, config, rows, held_out) for held_out in ([], rows[:1], long))
+    alone, same, more = (plan_training_memory(base, config, rows, held_out) for held_out in ([], rows[:1], long))
     assert same == alone
     with torch.no_grad(), Meter() as meter:
         pack_logprobs(base.model, pack_flat(long))
-    assert alone.most < 0.5 * max(meter.levels) < more.most
-    assert more.most - alone.most == pytest.approx(max(meter.levels), rel=0.1)
+    assert alone.peak_bytes < 0.5 * max(meter.levels) < more.peak_bytes
+    assert more.peak_bytes - alone.peak_bytes == pytest.approx(max(meter.levels), rel=0.1)
 
 
 def test_a_row_to_evaluate_on_that_cannot_fit_is_refused(small_tiles):
     fits = plan(longest=20, free=5e7, family="gemma2")
-    assert fits.most < 1e7
+    assert fits.peak_bytes < 1e7
     with pytest.raises(
-        RecipeError, match=r"A pack of 2,000 tokens needs .* GB to be evaluated, and .* Lower data.max_length\."
+        RecipeError, match=r"A micro-batch of 2,000 tokens needs .* GB to be evaluated, and .* Lower data.max_length\."
     ):
-        plan(longest=20, free=5e7, family="gemma2", evaluated=2000)
+        plan(longest=20, free=5e7, family="gemma2", longest_evaluated=2000)
 
 
-@pytest.mark.parametrize("room", [0.0, 1234.5, math.inf])
-def test_a_plan_comes_back_from_json_as_it_was(room):
-    made = plan(free=1e12)._replace(room=room)
-    assert Memory.of(json.loads(json.dumps(made.plain(), allow_nan=False))) == made
-    assert Memory.of({"pack_tokens": 1024, "most_kept": None, "kept": 1.0, "words": ""}) is None, "an earlier version's"
+@pytest.mark.parametrize("limit", [0.0, 1234.5, None])
+def test_a_plan_comes_back_from_json_as_it_was(limit):
+    made = plan(free=1e12)._replace(pack_limit=limit)
+    assert MemoryPlan.from_plain(json.loads(json.dumps(made.plain(), allow_nan=False))) == made
+    assert MemoryPlan.from_plain({"pack_tokens": 1024, "most_kept": None, "kept": 1.0, "words": ""}) is None, (
+        "an earlier version's"
+    )
 
 
 def test_training_recomputes_what_does_not_fit_and_learns_the_same(monkeypatch):
@@ -368,7 +372,7 @@ def test_training_recomputes_what_does_not_fit_and_learns_the_same(monkeypatch):
 
 def test_a_run_that_another_version_began_is_planned_anew(here, trimtab):
     facts = json.loads(Path("run/run.json").read_text())
-    assert facts["plan"].keys() == set(Memory._fields)
+    assert facts["plan"].keys() == set(MemoryPlan._fields)
     assert UnfinishedRun(Path("run"), facts, None).memory().pack_tokens == 1024
     facts["plan"] = {"pack_tokens": 1024, "most_kept": None, "kept": 1.0, "words": ""}
     assert UnfinishedRun(Path("run"), facts, None).memory() is None

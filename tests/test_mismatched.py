@@ -11,8 +11,8 @@ from trimtab.base import Base
 from trimtab.data import pack_all
 from trimtab.data.example import TokenRow
 from trimtab.data.mismatched import with_mismatched
-from trimtab.engine import Memory
-from trimtab.engine.memory_probe import Cost
+from trimtab.engine import MemoryPlan
+from trimtab.engine.memory_probe import MemoryCost
 from trimtab.evaluate import score_loss
 from trimtab.methods import Sample, attach
 from trimtab.methods.lora import LoRA
@@ -42,8 +42,8 @@ def test_they_have_the_first_packs_of_four_times_the_tokens(limit):
     packs = pack_all(rows(), limit)
     mismatched = [pack.mismatched for pack in packs]
     assert mismatched == sorted(mismatched, reverse=True)
-    assert sorted(row.ids for pack in packs for row in pack.sequences) == sorted(row.ids for row in rows())
-    assert all(len({row.side == "mismatched" for row in pack.sequences}) == 1 for pack in packs)
+    assert sorted(row.ids for pack in packs for row in pack.rows) == sorted(row.ids for row in rows())
+    assert all(len({row.side == "mismatched" for row in pack.rows}) == 1 for pack in packs)
     expected = [pack.ids.tolist() for pack in pack_all([replace(row, side=None) for row in apart], 4 * limit)]
     assert [pack.ids.tolist() for pack in packs if pack.mismatched] == expected
 
@@ -62,7 +62,7 @@ def test_a_step_is_the_same_however_rows_are_packed(method, family, monkeypatch,
     exact_norms(monkeypatch)
     expected, values = step(method, family, 1000)
     assert expected.measures["kl"] > 0.1, "the estimate counts"
-    recomputed = Memory(1, Cost(0.0, 1.0), -1.0, 1e6, math.inf, 0.0, "")
+    recomputed = MemoryPlan(1, MemoryCost(0.0, 1.0), -1.0, 1e6, math.inf, 0.0, "")
     for limit, memory in ((1, None), (24, None), (1, recomputed)):
         done, trained = step(method, family, limit, memory)
         assert done.loss == pytest.approx(expected.loss, rel=1e-9)

@@ -106,7 +106,7 @@ def test_the_loss_is_the_formula(how):
         values[id(row)] = draw.uniform(-60, -5) * (0.02 if how["name"] == "orpo" else 1)
     kl, total, items = 0.8 if how["name"] == "kto" else 0.0, 0.0, 0
     for pack in pack_all(rows, 30):
-        logprobs = torch.tensor([values[id(row)] for row in pack.sequences], dtype=torch.float64)
+        logprobs = torch.tensor([values[id(row)] for row in pack.rows], dtype=torch.float64)
         total += float(objective.loss(logprobs, pack, kl))
         items += objective.items(pack)
     expected = by_hand(
@@ -125,7 +125,7 @@ def test_supervised_fine_tuning_is_the_mean_over_all_learned_tokens():
     rows = [replace(row, side=None) for row in rows_of("judged")]
     logprobs = [-3.0 * (number + 1) for number in range(len(rows))]
     pack = pack_flat(rows)
-    summed = SFT().loss(torch.tensor([logprobs[rows.index(row)] for row in pack.sequences]), pack, 0.0)
+    summed = SFT().loss(torch.tensor([logprobs[rows.index(row)] for row in pack.rows]), pack, 0.0)
     assert SFT().items(pack) == sum(len(row.target_indices) for row in rows)
     assert float(summed) == pytest.approx(-sum(logprobs))
 
@@ -134,7 +134,7 @@ def test_supervised_fine_tuning_is_the_mean_over_all_learned_tokens():
 def test_what_is_read_beside_the_loss_is_the_formula(how):
     objective, rows = Objective.pick(how), rows_of(kind_of(how))
     draw, pack = random.Random(5), pack_flat(rows)
-    logprobs = [draw.uniform(-60, -5) for _ in pack.sequences]
+    logprobs = [draw.uniform(-60, -5) for _ in pack.rows]
     found = objective.measures(torch.tensor(logprobs, dtype=torch.float64), pack, 0.8)
     rewards = {
         "dpo": lambda logp, row: how.get("beta", 0.1) * (logp - row.reference),
@@ -144,7 +144,7 @@ def test_what_is_read_beside_the_loss_is_the_formula(how):
         "kto": lambda logp, row: how["beta"] * (logp - row.reference),
     }
     expected = {}
-    for logp, row in zip(logprobs, pack.sequences, strict=True):
+    for logp, row in zip(logprobs, pack.rows, strict=True):
         reward = rewards[how["name"]](logp, row)
         expected.setdefault(f"{row.side}_reward", []).append(reward)
         expected.setdefault(f"{row.side}_logp", []).append(logp)
@@ -226,7 +226,7 @@ def test_losses_and_gradients_are_right_where_answers_are_impossible_or_certain(
 def test_orpo_of_a_certain_answer_is_its_limit():
     """For p -> 1 of the chosen one, -weight · odds of the rejected one is the slope that is left; it is not lost to the bound on 1 - p."""
     pack = pack_flat(rows_of("pairs", 1))
-    tokens = [len(row.target_indices) for row in pack.sequences]
+    tokens = [len(row.target_indices) for row in pack.rows]
     for other in (-0.01, -1.0, -30.0):
         logprobs = torch.tensor([0.0, other], requires_grad=True)
         Objective.pick({"name": "orpo", "weight": 0.4}).loss(logprobs, pack, 0.0).backward()
@@ -454,11 +454,11 @@ def test_packs_never_part_a_pair_and_keep_to_their_limit(pairs, limit):
             ids = [*([kind + 5] * size), *answer]
             rows.append(TokenRow(ids, list(range(size, len(ids))), f"row:{number}", len(ids), side))
     packs = pack_all(rows, limit)
-    assert sorted(row.where for pack in packs for row in pack.sequences) == sorted(row.where for row in rows)
+    assert sorted(row.where for pack in packs for row in pack.rows) == sorted(row.where for row in rows)
     for pack in packs:
-        assert [row.side for row in pack.sequences] == ["chosen", "rejected"] * (len(pack.sequences) // 2)
-        assert all(a.where == b.where for a, b in zip(pack.sequences[::2], pack.sequences[1::2], strict=True))
-        assert len(pack.ids) <= limit or len(pack.sequences) == 2
+        assert [row.side for row in pack.rows] == ["chosen", "rejected"] * (len(pack.rows) // 2)
+        assert all(a.where == b.where for a, b in zip(pack.rows[::2], pack.rows[1::2], strict=True))
+        assert len(pack.ids) <= limit or len(pack.rows) == 2
 
 
 def test_measures_are_means_over_what_has_them():

@@ -12,9 +12,8 @@ from trimtab.core.attention_hook import Rules, Virtual
 from trimtab.core.errors import UnsupportedModel
 from trimtab.data import Pack, Segment, pack_all, pack_flat, pack_tree
 from trimtab.data.example import TokenRow
-from trimtab.engine import check_packing, forward, layouts, pack_logprobs
+from trimtab.engine import check_packing, forward, layers, layouts, pack_logprobs
 from trimtab.engine.forward import hidden_states
-from trimtab.engine.fused import blocks
 from trimtab.engine.layouts import PackLayout
 from trimtab.methods import attach
 from trimtab.methods.lora import LoRA
@@ -192,20 +191,20 @@ def test_the_self_check_refuses_a_model_that_computes_something_else(monkeypatch
 def test_a_broken_mask_window_or_position_is_noticed(broken, by_hand, monkeypatch):
     """The negative control: each of these leaves a model that runs, and fails the comparison above."""
     if not by_hand:
-        monkeypatch.setattr(forward, "fuse", lambda model: None)
+        monkeypatch.setattr(forward, "patch_layers", lambda model: None)
     family = "mistral"
     model, _ = adapted(family)
     pack = pack_flat(ROWS)
     alone = torch.stack([logprob_alone(model, row.ids, row.target_indices) for row in ROWS])
     if broken == "causal":
         monkeypatch.setattr(layouts, "causal", lambda q, k, *_: torch.ones(q, k, dtype=torch.bool))
-        seen = blocks.attend
-        monkeypatch.setattr(blocks, "attend", lambda *given: seen(*given) + seen(*given).mean(dim=0))
+        seen = layers.attend
+        monkeypatch.setattr(layers, "attend", lambda *given: seen(*given) + seen(*given).mean(dim=0))
     elif broken == "window":
         whole = layouts.causal
         monkeypatch.setattr(layouts, "causal", lambda q, k, window, device: whole(q, k, window + 1, device))
-        plan = blocks.AttentionPlan
-        monkeypatch.setattr(blocks, "AttentionPlan", lambda segments, virtual, window: plan(segments, virtual, window + 1))
+        plan = layers.AttentionPlan
+        monkeypatch.setattr(layers, "AttentionPlan", lambda *asked: plan(*asked)._replace(window=asked[3] + 1))
     elif broken == "positions":
         # Rotary positions are relative, so a shift of a whole row changes nothing: they must run on within the row.
         pack = replace(pack, positions=pack.positions // 2)
@@ -264,7 +263,7 @@ def test_a_model_that_drops_keywords_on_the_way_is_refused(monkeypatch):
     model = tiny("cohere")
     monkeypatch.setattr(attention_hook, "_attention", lambda *_, own, layout, **asked: (_[1].transpose(1, 2), None))
     attention_hook.install_hook(model)
-    with pytest.raises(UnsupportedModel, match="CohereForCausalLM does not hand keywords of forward on to attention"):
+    with pytest.raises(UnsupportedModel, match="CohereForCausalLM does not pass keyword arguments of forward on to attention"):
         pack_logprobs(model, pack_flat(ROWS))
     monkeypatch.undo()
     attention_hook.remove_hook(model)
@@ -274,8 +273,8 @@ def test_a_model_that_drops_keywords_on_the_way_is_refused(monkeypatch):
 def test_packs_hold_every_row_once_and_drop_what_nothing_needs():
     rows = [TokenRow(ids, [len(ids) - 1], f"row:{n}") for n, ids in enumerate(random_rows(30, 5, 12, 9, 17, 2, 8))]
     packs = pack_all(rows, 20)
-    assert sorted(row.where for pack in packs for row in pack.sequences) == sorted(row.where for row in rows)
+    assert sorted(row.where for pack in packs for row in pack.rows) == sorted(row.where for row in rows)
     for pack in packs:
-        assert len(pack.ids) == sum(len(row.ids) - 1 for row in pack.sequences)
-        assert len(pack.ids) <= 20 or len(pack.sequences) == 1
+        assert len(pack.ids) == sum(len(row.ids) - 1 for row in pack.rows)
+        assert len(pack.ids) <= 20 or len(pack.rows) == 1
     assert len(packs) == 4  # 29 | 16+4 | 11+8+1 | 7, of 76 tokens

@@ -22,7 +22,7 @@ from trimtab.certify import certificate
 from trimtab.core import files
 from trimtab.core.errors import DataError, NotCertified, TrimtabError, UnsupportedModel
 from trimtab.core.process import module_command
-from trimtab.engine.fused import kernels
+from trimtab.engine.backends._compile import SOURCE, compile_library, load_library
 
 WATCHED = """
 import os, sys
@@ -274,7 +274,7 @@ def test_every_process_that_is_started_is_told_so():
     for path in house.rglob("*.py"):
         text = path.read_text(encoding="utf-8")
         assert '"-m", "' not in text, path
-        if "subprocess.run(" in text and path.name != "kernels.py":  # which runs a compiler
+        if "subprocess.run(" in text and path.name != "_compile.py":  # which runs a compiler
             assert text.count("subprocess.run(") == text.count("env="), path
             assert "module_command" in text, path
 
@@ -298,14 +298,11 @@ static void __attribute__((constructor)) loaded(void) { FILE *f = fopen("%s", "w
 @pytest.fixture
 def library(tmp_path):
     """The bytes of a library that leaves a trace when it is loaded."""
-    if kernels._library() is None:
+    if load_library() is None:
         pytest.skip("no C compiler here")
     (tmp_path / "trace.c").write_text(TRACE % (tmp_path / "trace"))
     subprocess.run(["cc", "-shared", "-fPIC", "-o", tmp_path / "trace.so", tmp_path / "trace.c"], check=True)
     return (tmp_path / "trace.so").read_bytes()
-
-
-KERNELS = Path(kernels.__file__).with_suffix(".c")
 
 
 @pytest.mark.parametrize(
@@ -314,7 +311,7 @@ KERNELS = Path(kernels.__file__).with_suffix(".c")
 def test_a_library_that_somebody_else_can_have_put_into_the_cache_is_not_loaded(how, library, tmp_path, monkeypatch):
     folder, compiled = tmp_path / "cache" / "kernels", []
     run = subprocess.run
-    assert kernels.compile_library(KERNELS, folder, "-O0") is not None
+    assert compile_library(SOURCE, folder, "-O0") is not None
     (kept,) = folder.iterdir()
     assert [path.stat().st_mode & 0o777 for path in (folder, kept)] == [0o700, 0o600]
     name = kept.name.partition("-")[0]
@@ -329,7 +326,7 @@ def test_a_library_that_somebody_else_can_have_put_into_the_cache_is_not_loaded(
     elif how == "a folder others may write into":
         folder.chmod(0o770)
     monkeypatch.setattr(subprocess, "run", lambda *given, **more: compiled.append(1) or run(*given, **more))
-    loaded = kernels.compile_library(KERNELS, folder, "-O0")
+    loaded = compile_library(SOURCE, folder, "-O0")
     assert loaded is not None
     assert (tmp_path / "trace").exists() == (how == "as it is"), "the negative control"
     assert bool(compiled) == (how != "as it is")
@@ -339,12 +336,12 @@ def test_a_library_that_somebody_else_can_have_put_into_the_cache_is_not_loaded(
 
 
 def test_a_library_of_ones_own_is_compiled_once(library, tmp_path, monkeypatch):
-    first = kernels.compile_library(KERNELS, tmp_path / "mine", "-O0")
+    first = compile_library(SOURCE, tmp_path / "mine", "-O0")
     monkeypatch.setattr(subprocess, "run", None)
-    assert kernels.compile_library(KERNELS, tmp_path / "mine", "-O0").f32_norm is not None
+    assert compile_library(SOURCE, tmp_path / "mine", "-O0").f32_norm is not None
     assert first is not None
 
 
 def test_where_the_cache_cannot_be_written_the_library_is_compiled_all_the_same(library, tmp_path):
     (tmp_path / "file").write_text("")
-    assert kernels.compile_library(KERNELS, tmp_path / "file" / "kernels", "-O0").f32_norm is not None
+    assert compile_library(SOURCE, tmp_path / "file" / "kernels", "-O0").f32_norm is not None

@@ -117,7 +117,7 @@ def test_all_problems_are_said_at_once():
         "train.warmup",
         "x",
     ]
-    assert "  train.warmup: expected a fraction of the steps, such as 0.05, got 100: it is not counted in steps." in lines
+    assert "  train.warmup: expected a fraction of the steps, such as 0.05, got 100: it is not a number of steps." in lines
     assert "  train.epochs: expected 'auto' or a number, got 'two'." in lines
 
 

@@ -14,7 +14,7 @@ from trimtab.data.example import TokenRow
 from trimtab.methods import attach
 from trimtab.methods.lora import LoRA
 from trimtab.objectives.sft import SFT
-from trimtab.train import Optimizer, PlannedSteps, TrainConfig, learning_rate, train
+from trimtab.train import Optimizer, TrainConfig, TrainingSteps, learning_rate, train
 
 ROWS = [
     TokenRow(ids, list(range(start, len(ids))), f"row:{n}", len(ids))
@@ -152,7 +152,7 @@ def test_a_model_that_gives_no_numbers_ends_the_run_with_the_adapter_as_it_was(v
 
 def test_a_step_with_nothing_to_learn_is_refused():
     base, adapter = adapted()
-    with pytest.raises(DataError, match="step 1: none of its rows has anything to learn"):
+    with pytest.raises(DataError, match="step 1: none of its rows has a target token"):
         next(train(base, adapter, SFT(), [[]], FLAT, 1e-2))
 
 
@@ -181,7 +181,7 @@ def test_few_rows_are_learned_in_smaller_steps_and_more_often_unless_the_recipe_
     [({}, 5, 4), ({"epochs": 1}, 2, 4), ({"rows_per_step": 1}, 20, 1), ({"tokens_per_step": 20}, 6, 5 / 3)],
 )
 def test_the_steps_of_a_run_are_as_many_as_that_makes(settings, steps, rows):
-    planned = PlannedSteps(ROWS[:5], TrainConfig(**settings), SimpleNamespace(pack_tokens=64))
+    planned = TrainingSteps(ROWS[:5], TrainConfig(**settings), SimpleNamespace(pack_tokens=64))
     assert (len(planned), planned.rows_per_step) == (steps, pytest.approx(rows))
 
 

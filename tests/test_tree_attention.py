@@ -1,15 +1,15 @@
-"""Attention over trees by hand, compiled and in torch, against a softmax over all keys written out."""
+"""Attention over trees, by each back end, against a softmax over all keys written out."""
 
 import math
 import re
-from pathlib import Path
 
 import pytest
 import torch
 
 from trimtab.data.prefix_tree import Segment
-from trimtab.engine.fused import kernels, tree_attention
-from trimtab.engine.fused.tree_attention import AttentionPlan, Sizes, attend
+from trimtab.engine.backends import AttentionInputs, AttentionPlan, Heads, cpu
+from trimtab.engine.backends._compile import SOURCE, compile_library
+from trimtab.engine.tree_attention import attend
 
 FLAT = (Segment(0, 30, -1), Segment(30, 31, -1), Segment(31, 180, -1))
 TREE = (
@@ -23,15 +23,15 @@ TREE = (
 FORKED = (Segment(0, 520, -1), Segment(520, 1070, 0), Segment(1070, 1080, 0), Segment(1080, 1095, 1))
 LONG = (Segment(0, 600, -1), Segment(600, 1200, 0))
 CASES = {
-    "rows side by side": (FLAT, Sizes(2, 2, 16), 0, None),
-    "a row alone": ((Segment(0, 130, -1),), Sizes(1, 3, 64), 0, None),
-    "a tree": (TREE, Sizes(2, 3, 20), 0, None),
-    "virtual tokens": (TREE, Sizes(1, 2, 8), 7, None),
-    "a window": (TREE, Sizes(2, 1, 24), 0, 33),
-    "virtual tokens and a window": (TREE, Sizes(1, 2, 128), 5, 33),
-    "long segments that part": (FORKED, Sizes(1, 2, 8), 3, None),
-    "longer than a tile": (LONG, Sizes(1, 2, 8), 0, None),
-    "longer than a tile, with a window": (LONG, Sizes(1, 1, 8), 0, 300),
+    "rows side by side": (FLAT, Heads(2, 2, 16), 0, None),
+    "a row alone": ((Segment(0, 130, -1),), Heads(1, 3, 64), 0, None),
+    "a tree": (TREE, Heads(2, 3, 20), 0, None),
+    "virtual tokens": (TREE, Heads(1, 2, 8), 7, None),
+    "a window": (TREE, Heads(2, 1, 24), 0, 33),
+    "virtual tokens and a window": (TREE, Heads(1, 2, 128), 5, 33),
+    "long segments that part": (FORKED, Heads(1, 2, 8), 3, None),
+    "longer than a tile": (LONG, Heads(1, 2, 8), 0, None),
+    "longer than a tile, with a window": (LONG, Heads(1, 1, 8), 0, 300),
 }
 
 
@@ -52,10 +52,8 @@ def drawn(case, dtype=torch.float64):
 
 
 def ours(case, q, k, v, cos, sin, first):
-    segments, sizes, virtual, window = case
-    return attend(
-        q, k, v, cos, sin, AttentionPlan(segments, virtual, window), sizes, sizes.head**-0.5, tuple(first) if first else None
-    )
+    segments, heads, virtual, window = case
+    return attend(AttentionInputs(q, k, v, cos, sin, *first), AttentionPlan(segments, heads, heads.size**-0.5, window, virtual))
 
 
 def written_out(case, q, k, v, cos, sin, first):
@@ -99,20 +97,21 @@ def differences(case, dtype=torch.float64):
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 5e-6)], ids=["float64", "float32"])
-def test_it_is_a_softmax_over_what_is_seen(way, case, dtype, tolerance):
+def test_it_is_a_softmax_over_what_is_seen(backend, case, dtype, tolerance):
     assert max(differences(case, dtype)) < tolerance
 
 
 def test_a_long_segment_that_is_cut_wrongly_is_noticed(monkeypatch):
-    right = tree_attention._cut(FORKED)
+    right = cpu.split_long(FORKED, cpu.LONGEST)
     assert [s.end - s.start for s in right] == [260, 260, 275, 275, 10, 15]
     assert [s.parent for s in right] == [-1, 0, 1, 2, 1, 3]
     wrong = [s._replace(parent=0) if n == 2 else s for n, s in enumerate(right)]
-    monkeypatch.setattr(tree_attention, "_cut", lambda _: tuple(wrong))
+    monkeypatch.setattr(cpu, "split_long", lambda *_: tuple(wrong))
+    monkeypatch.setattr(cpu, "_arrays", cpu._arrays.__wrapped__)
     assert max(differences(CASES["long segments that part"])) > 1e-3
 
 
-def test_a_gradient_whose_rows_are_not_side_by_side(way):
+def test_a_gradient_whose_rows_are_not_side_by_side(backend):
     case = CASES["rows side by side"]
     (q, k, v), cos, sin, first, dout = drawn(case)
     out = ours(case, q, k, v, cos, sin, first)
@@ -121,7 +120,7 @@ def test_a_gradient_whose_rows_are_not_side_by_side(way):
     assert all(map(torch.equal, plain, strided))
 
 
-@pytest.mark.skipif(kernels._library() is None, reason="no C compiler here")
+@pytest.mark.skipif(cpu.load_library() is None, reason="no C compiler here")
 @pytest.mark.parametrize("case", [CASES["a tree"], CASES["a row alone"]])
 def test_the_same_bits_every_time_and_with_any_number_of_threads(case):
     leaves, cos, sin, first, dout = drawn(case, torch.float32)
@@ -135,7 +134,7 @@ def test_the_same_bits_every_time_and_with_any_number_of_threads(case):
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
 
-def test_what_is_not_a_number_is_not_hidden(way):
+def test_what_is_not_a_number_is_not_hidden(backend):
     case = CASES["rows side by side"]
     (q, k, v), cos, sin, first, _ = drawn(case)
     with torch.no_grad():
@@ -150,7 +149,7 @@ def _mistakes():
     return {
         "a later key is seen": ("v.at + query + 1 - v.tile", "v.at + query + 2 - v.tile", "rows side by side"),
         "the window is one too wide": ("v.at + query - v.window + 1", "v.at + query - v.window", "a window"),
-        "turned back the wrong way": ("head, scale, -1)", "head, scale, 1)", "rows side by side"),
+        "rotated back the wrong way": ("head, scale, -1)", "head, scale, 1)", "rows side by side"),
         "a segment's gradient from itself alone": ("to = t->users[own + 1];", "to = from + 1;", "a tree"),
         "no virtual gradient from the last segment": ("to = t->segments;", "to = t->segments - 1;", "virtual tokens"),
         "sums of a tile that do not fade": ("total[i] * fade", "total[i]", "longer than a tile"),
@@ -159,42 +158,41 @@ def _mistakes():
     }
 
 
-@pytest.mark.skipif(kernels._library() is None, reason="no C compiler here")
+@pytest.mark.skipif(cpu.load_library() is None, reason="no C compiler here")
 @pytest.mark.parametrize(("right", "wrong", "case"), _mistakes().values(), ids=_mistakes())
 def test_a_mistake_in_the_compiled_code_is_noticed(right, wrong, case, tmp_path, monkeypatch):
     """Negative controls: the code is broken, compiled, and found out."""
-    folder = Path(kernels.__file__).parent
-    for path in (folder / "kernels.c", *folder.glob("*.h")):
+    for path in SOURCE.parent.iterdir():
         text = path.read_text()
         if path.name == "attention.h":
             assert right in re.sub(r"\s+", " ", text), "this control breaks what is not there"
             text = re.sub(r"\s+".join(map(re.escape, right.split())), wrong, text)
         (tmp_path / path.name).write_text(text)
-    broken = kernels.compile_library(tmp_path / "kernels.c", tmp_path, "-O1")
+    broken = compile_library(tmp_path / "kernels.c", tmp_path, "-O1")
     assert broken is not None
-    monkeypatch.setattr(kernels, "_library", lambda: broken)
+    monkeypatch.setattr(cpu, "load_library", lambda: broken)
     assert not max(differences(CASES[case])) < 1e-13
 
 
-@pytest.mark.skipif(kernels._library() is None, reason="no C compiler here")
+@pytest.mark.skipif(cpu.load_library() is None, reason="no C compiler here")
 def test_compiled_without_changes_the_controls_pass(tmp_path, monkeypatch):
-    library = kernels.compile_library(Path(kernels.__file__).with_suffix(".c"), tmp_path, "-O1")
-    monkeypatch.setattr(kernels, "_library", lambda: library)
+    library = compile_library(SOURCE, tmp_path, "-O1")
+    monkeypatch.setattr(cpu, "load_library", lambda: library)
     assert all(max(differences(CASES[case])) < 1e-13 for _, _, case in _mistakes().values())
 
 
 def test_without_memory_it_says_what_to_do(monkeypatch):
     case = CASES["rows side by side"]
     (q, k, v), cos, sin, first, _ = drawn(case)
-    if (call := kernels.compiled(q)) is None:
+    if cpu.load_library() is None:
         pytest.skip("no C compiler here")
-    monkeypatch.setattr(type(call), "__call__", lambda *_: 1)
+    monkeypatch.setattr(cpu, "_call", lambda *_: 1)
     with pytest.raises(MemoryError, match=r"no memory for attention over 180 tokens: lower train\.pack_tokens"):
         ours(case, q, k, v, cos, sin, first)
 
 
 def test_every_layer_of_a_pass_asks_for_one_plan():
-    tree_attention._arrays.cache_clear()
+    cpu._arrays.cache_clear()
     for _ in range(3):
-        tree_attention._arrays(TREE, 0)
-    assert tree_attention._arrays.cache_info().misses == 1
+        cpu._arrays(TREE, 0)
+    assert cpu._arrays.cache_info().misses == 1

@@ -15,7 +15,7 @@ from trimtab.deploy import load_adapter
 from trimtab.engine import check_packing
 from trimtab.evaluate.reference import PACK_TOKENS, add_reference_logprobs
 from trimtab.objectives import Objective
-from trimtab.train import TrainConfig, planned_memory, train
+from trimtab.train import TrainConfig, plan_training_memory, train
 
 
 def run(spec: dict[str, Any]) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
     started = time.perf_counter()
     if objective.needs_reference:
         rows = add_reference_logprobs(base, adapter, "base", rows, PACK_TOKENS).rows
-    memory = planned_memory(base, config, rows)
+    memory = plan_training_memory(base, config, rows)
     whole = row_groups(rows)
     steps = [
         pack_all([rows[n] for unit in whole[at : at + each] for n in unit], memory.pack_tokens)

@@ -12,7 +12,7 @@ from trimtab.methods import Attached, Method, max_row_length
 from trimtab.objectives import Objective
 from trimtab.objectives.sft import SFT
 from trimtab.run.start import prepare_objective
-from trimtab.train import PlannedSteps, Step, TrainConfig, peak_learning_rate, planned_memory, train
+from trimtab.train import Step, TrainConfig, TrainingSteps, peak_learning_rate, plan_training_memory, train
 
 
 def load(name: str, **settings: Any) -> Base:
@@ -56,8 +56,8 @@ def fit(
     check_packing(base.model)
     most = max_row_length(base.model, base.context_length)
     objective, (rows, _), _ = prepare_objective(objective or SFT(), base, adapter, (list(rows), []), config.seed, most)
-    memory = planned_memory(base, config, rows)
-    steps = PlannedSteps(rows, config, memory)
+    memory = plan_training_memory(base, config, rows)
+    steps = TrainingSteps(rows, config, memory)
     rate, _ = peak_learning_rate(config, base, adapter.method, objective, steps.rows_per_step)
     _ = base.fingerprint  # computed now, for the comparison at the end
     yield from train(base, adapter, objective, steps, config, rate, memory)

@@ -11,9 +11,8 @@ from invariants import suite
 from invariants.suite import INVARIANTS, case_of
 from trimtab.base import Base
 from trimtab.core.errors import TrimtabError
-from trimtab.engine import layouts
-from trimtab.engine.fused import blocks
-from trimtab.engine.fused.tree_attention import attend
+from trimtab.engine import layers, layouts
+from trimtab.engine.tree_attention import attend
 from trimtab.methods import Attached, Routing, _combine, adapters
 from trimtab.methods._lowrank import LowRankLayer
 from trimtab.methods.lora import LoRA, LoRALayer
@@ -78,7 +77,7 @@ def _with_a_nonce(self, model, tensors):
 _detach, _init, _to_peft, _noise = Attached.detach, LowRankLayer.__init__, LoRA.to_peft, torch.Generator().manual_seed(0)
 _logprobs, _layer_train = suite.pack_logprobs, nn.Module.train
 ONLY_BASE = (LoRALayer, "adapt", lambda self, x: self.base(x))
-NO_PREFIX = (layouts.PrefillLayout, "before", lambda self, *_: [[] for _ in self.segments])
+NO_PREFIX = (layouts.PrefillLayout, "virtual_before", lambda self, *_: [[] for _ in self.segments])
 
 
 def _with_parents(parent):
@@ -126,16 +125,16 @@ BROKEN = {
     "I21": ("lora", (layouts.DecodeLayout, "advance", lambda self: None)),
     "I21 in the prefix": ("ptuning_v2", NO_PREFIX),
     "I22": ("lora", (layouts.PackLayout, "__init__", _with_parents(lambda number: number - 1))),
-    "I23": ("lora", (suite, "pack_logprobs", lambda model, pack: _logprobs(model, pack) / len(pack.sequences))),
+    "I23": ("lora", (suite, "pack_logprobs", lambda model, pack: _logprobs(model, pack) / len(pack.rows))),
     "I23 in a tree": ("lora", (layouts.PackLayout, "__init__", _with_parents(lambda number: -1))),
     "I23 in kto": ("lora", (suite, "learned_and_pooled", _pooled_over_one_pack)),
-    "I23 in dpo": ("lora", (DPO, "counts", lambda self, pack: [len(pack.sequences) % 3 + 1])),
+    "I23 in dpo": ("lora", (DPO, "counts", lambda self, pack: [len(pack.rows) % 3 + 1])),
     "I08 in kto": (
         "lora",
         (KTO, "losses", lambda self, *given: _kto_losses(self, given[0].detach() * 0.5 + given[0] * 0.5, *given[1:])),
     ),
     "I24": ("lora", (LoRALayer, "low_rank_factors", _unlike)),
-    "I25": ("lora", (blocks, "attend", _seeing_later_keys)),
+    "I25": ("lora", (layers, "attend", _seeing_later_keys)),
     "I26": ("lora", (torch, "promote_types", lambda one, other: one)),
     "I29": ("lora", ONLY_BASE),
     "I32": ("lora", (LowRankLayer, "__init__", _drawn_anew)),

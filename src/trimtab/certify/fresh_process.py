@@ -75,7 +75,7 @@ def _of_reference(rows: list[TokenRow], objective: Objective) -> dict[str, Any]:
     sums: list[float] = []
     counts: list[int] = []
     for pack in (pack for pack in pack_all(rows, PACK_TOKENS) if not pack.mismatched):  # in the order of `_by_row`
-        sums += objective.losses(torch.tensor([row.reference for row in pack.sequences]), pack, 0.0).tolist()
+        sums += objective.losses(torch.tensor([row.reference for row in pack.rows]), pack, 0.0).tolist()
         counts += objective.counts(pack)
     return {"loss": sum(sums) / sum(counts), "sums": sums, "counts": counts}
 

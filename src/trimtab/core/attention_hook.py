@@ -1,8 +1,8 @@
-"""The one door into the attention of Transformers' models.
+"""The hook into the attention of Transformers' models.
 
-Once `install_hook` has been called for a model, every call of its attention comes here. A forward pass with the keyword `layout`
-attends as that layout says; one with `virtual` sees virtual tokens before its rows; any other goes on to the model's own
-attention and is what it was, to the last bit.
+After `install_hook`, every call of the model's attention comes here. A forward pass with the keyword argument `layout` attends as
+that layout says; one with `virtual` has virtual tokens before its rows; any other calls the model's own attention, and gives
+bit-identical results.
 
 Shapes: query B H T K, key and value B G T K, with H query heads, G key-value heads, K head size; output B T H K.
 """
@@ -22,64 +22,64 @@ from torch import Tensor, nn
 from trimtab.core.errors import UnsupportedModel
 
 PREFIX = "trimtab-"
-"""Our attention is registered as this and the name of the model's own, which it hands on to."""
+"""Our attention is registered as this and the name of the model's own, which it calls."""
 
 _laid_out: ContextVar[bool] = ContextVar("laid_out", default=False)
 
 
 class Rules(NamedTuple):
-    """What a layer asks of its attention besides causality."""
+    """How a layer's attention differs from plain causal attention."""
 
     scale: float | None
     window: int | None
-    """A token sees at most this many tokens, itself among them."""
+    """A token attends to at most this many tokens, itself included."""
     softcap: float | None
     """Scores s become softcap · tanh(s / softcap) (Gemma 2)."""
 
 
 @dataclass
 class Virtual:
-    """P virtual tokens before rows, at positions 0 to P-1: what attention sees of them."""
+    """Keys and values of P virtual tokens before rows, at positions 0 to P-1."""
 
     layers: Sequence[tuple[Tensor, Tensor]]
-    """Keys and values by the number of the attention layer: each G P K."""
+    """By attention layer: each G P K."""
     acts_on: Callable[[int], bool] | None = None
-    """Whether the row of a token (by its number in the pack) has them; None for every row."""
-    seen: set[int] = field(default_factory=set)
-    """Layers that have attended to them: a model that drops keywords on the way would silently do without."""
+    """Whether the row of a token (by its index in the pack) has them; None for every row."""
+    reached: set[int] = field(default_factory=set)
+    """Layers that have attended to them: a model that drops keyword arguments would silently ignore them."""
     recorded: bool = field(default_factory=torch.is_grad_enabled)
-    """They were made where gradients are wanted."""
+    """They were made with gradients enabled."""
 
     def of(self, layer: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values, each 1 G P K, in the number type of `like`."""
+        """Keys and values, each 1 G P K, in the dtype of `like`."""
         number = int(layer.layer_idx)  # type: ignore[arg-type]
-        self.seen.add(number)
+        self.reached.add(number)
         key, value = self.layers[number]
         if self.recorded and key.requires_grad and not torch.is_grad_enabled():
             refuse_reentrant()
         return key[None].to(like.dtype), value[None].to(like.dtype)
 
-    def check_seen(self, name: str) -> None:
-        if len(self.seen) != len(self.layers):
+    def check_reached(self, name: str) -> None:
+        if len(self.reached) != len(self.layers):
             raise UnsupportedModel(
-                f"{name} let {len(self.seen)} of {len(self.layers)} layers attend to virtual tokens, so prefixes and prompts "
-                "would act in part only. Use a method that changes weights, such as lora."
+                f"{name} lets {len(self.reached)} of {len(self.layers)} layers attend to virtual tokens, so prefixes and prompts "
+                "would act only in part. Use a method that changes weights, such as lora."
             )
 
 
 def refuse_reentrant() -> NoReturn:
-    """What reaches attention as a keyword gets no gradient from it, silently, where activations are recomputed the old way."""
+    """Reentrant gradient checkpointing silently gives keyword arguments no gradient."""
     raise UnsupportedModel(
-        "Virtual tokens get no gradient through gradient checkpointing of the reentrant kind. Ask for the other: "
+        "Virtual tokens get no gradient through reentrant gradient checkpointing. Use the other kind: "
         'model.activation_checkpointing_enable({"use_reentrant": False}).'
     )
 
 
 class Layout(Protocol):
-    """How the tokens of one forward pass lie, and what each of them sees."""
+    """To which keys each token of one forward pass attends."""
 
     continues: bool
-    """The tokens go on from a cache, which has what stands before them already, virtual tokens included."""
+    """The tokens continue those of a key-value cache, which holds the virtual tokens, too."""
     reached: bool
     """A layer has attended by this layout."""
 
@@ -89,7 +89,7 @@ class Layout(Protocol):
 
 
 def causal(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor | None:
-    """What the last `queries` of `keys` tokens see; None for plain causality."""
+    """The attention mask of the last `queries` of `keys` tokens; None for plain causality."""
     if queries == keys and (window is None or keys <= window):
         return None
     q = torch.arange(keys - queries, keys, device=device)[:, None]
@@ -99,7 +99,7 @@ def causal(queries: int, keys: int, window: int | None, device: torch.device) ->
 
 @contextmanager
 def without_cudnn() -> Iterator[None]:
-    """Within the block, attention is computed by flash, memory-efficient or plain kernels; the process's setting stays as it was.
+    """Within the block, attention uses flash, memory-efficient or plain kernels; the process's setting is restored after it.
 
     cuDNN's backward pass gives NaN for some masked rows (pytorch #196678), and torch 2.11 takes it first on H100 and H200.
     """
@@ -111,26 +111,26 @@ def without_cudnn() -> Iterator[None]:
         torch.backends.cuda.enable_cudnn_sdp(allowed)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None, rules: Rules) -> Tensor:
-    """Attention as B H T K. `seen` is a mask (bool, or to be added to the scores), or None for plain causality."""
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, rules: Rules) -> Tensor:
+    """Attention as B H T K. The mask is boolean, or added to the scores; None for plain causality."""
     grouped = query.shape[1] != key.shape[1]
     if rules.softcap is None:
         with without_cudnn():
             return F.scaled_dot_product_attention(
-                query, key, value, attn_mask=seen, is_causal=seen is None, scale=rules.scale, enable_gqa=grouped
+                query, key, value, attn_mask=mask, is_causal=mask is None, scale=rules.scale, enable_gqa=grouped
             )
     if grouped:
         key, value = (t.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for t in (key, value))
     scores = query @ key.transpose(-1, -2) * (rules.scale if rules.scale is not None else query.shape[-1] ** -0.5)
     scores = rules.softcap * torch.tanh(scores / rules.softcap)
-    if seen is None:
-        seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    scores = scores.masked_fill(~seen, float("-inf")) if seen.dtype == torch.bool else scores + seen
+    if mask is None:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
     return scores.softmax(dim=-1) @ value
 
 
 _HARMLESS = {"position_ids", "cache_position", "position_embeddings", "num_items_in_batch"}
-"""Tensors that models hand on to attention functions, of which none needs them; the last one is Trainer's, for the loss."""
+"""Tensors that models pass to attention functions, which do not need them; the last is Trainer's, for the loss."""
 
 
 def _attention(
@@ -143,14 +143,14 @@ def _attention(
     own: str,
     layout: Layout | None = None,
     virtual: Sequence[Virtual] = (),
-    **asked: Any,
+    **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
     if layout is None and not virtual:
-        return _own_attention(own, module)(module, query, key, value, attention_mask, **asked)
-    rules = _rules(module, **asked)
+        return _own_attention(own, module)(module, query, key, value, attention_mask, **options)
+    rules = _rules(module, **options)
     if layout is not None:
         return layout.attend(module, query, key, value, rules, virtual), None
-    return _after_virtual(module, query, key, value, attention_mask, rules, virtual, own), None
+    return _attend_after_virtual(module, query, key, value, attention_mask, rules, virtual, own), None
 
 
 def _rules(
@@ -159,13 +159,13 @@ def _rules(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    **others: Any,
+    **options: Any,
 ) -> Rules:
-    unknown = [name for name, value in others.items() if isinstance(value, Tensor) and name not in _HARMLESS]
+    unknown = [name for name, value in options.items() if isinstance(value, Tensor) and name not in _HARMLESS]
     if unknown or dropout or not getattr(module, "is_causal", True):
         reason = f"the tensor {unknown[0]}" if unknown else "attention dropout" if dropout else "attention to later tokens"
         raise UnsupportedModel(
-            f"{type(module).__name__} asks attention for {reason}, which Trimtab's packed attention does not do."
+            f"{type(module).__name__} asks attention for {reason}, which Trimtab's packed attention does not support."
         )
     return Rules(scaling, sliding_window, softcap)
 
@@ -178,7 +178,7 @@ def _own_attention(own: str, module: nn.Module) -> Callable[..., tuple[Tensor, T
     return ALL_ATTENTION_FUNCTIONS[own]
 
 
-def _after_virtual(
+def _attend_after_virtual(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -188,20 +188,20 @@ def _after_virtual(
     virtual: Sequence[Virtual],
     own: str,
 ) -> Tensor:
-    """Rows as Transformers lays them out, padded and with its cache, after virtual tokens."""
+    """Attention of rows as Transformers batches them, padded and with its cache, after virtual tokens."""
     if own not in ("sdpa", "eager"):
         raise UnsupportedModel(
-            f"Virtual tokens cannot be joined to {own} outside Trimtab's own forward pass. "
+            f"Virtual tokens do not work with {own} outside Trimtab's own forward pass. "
             'Load the model with attn_implementation="sdpa".'
         )
-    for one in virtual:
-        k, v = (t.expand(len(key), -1, -1, -1) for t in one.of(module, key))
+    for tokens in virtual:
+        k, v = (t.expand(len(key), -1, -1, -1) for t in tokens.of(module, key))
         key, value = torch.cat([k, key], dim=2), torch.cat([v, value], dim=2)
         mask = None if mask is None else F.pad(mask, (k.shape[2], 0), value=True if mask.dtype == torch.bool else 0.0)
     if rules.window is not None and key.shape[2] > rules.window:
         raise UnsupportedModel(
             f"Rows of {key.shape[2]:,} tokens, virtual ones included, exceed the sliding window of {type(module).__name__} "
-            f"({rules.window:,}), which only Trimtab's own forward pass counts rightly: use trimtab.generate and trimtab.fit."
+            f"({rules.window:,}), which only Trimtab's own forward pass counts correctly: use trimtab.generate and trimtab.fit."
         )
     if mask is None:
         mask = causal(query.shape[2], key.shape[2], None, query.device)
@@ -209,7 +209,7 @@ def _after_virtual(
 
 
 def _mask(*args: Any, own: str, **kwargs: Any) -> Any:
-    """A layout says itself what is seen; else the mask that the model's own attention wants."""
+    """The mask of the model's own attention; none where a layout says to which keys tokens attend."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
     if _laid_out.get() or own not in ALL_MASK_ATTENTION_FUNCTIONS:
@@ -228,12 +228,12 @@ def holding(variable: ContextVar[Any], value: Any) -> Iterator[None]:
 
 
 def laid_out() -> AbstractContextManager[None]:
-    """The forward pass within the block has a layout, so the model need not build a mask."""
+    """The forward pass within the block has a layout, so that the model builds no mask."""
     return holding(_laid_out, True)
 
 
 def install_hook(model: nn.Module) -> None:
-    """Lead every call of this model's attention through here. Nothing changes for calls without a layout or virtual tokens."""
+    """Route every call of this model's attention through here. Nothing changes for calls without a layout or virtual tokens."""
     from transformers.masking_utils import AttentionMaskInterface
     from transformers.modeling_utils import AttentionInterface
 
@@ -247,7 +247,7 @@ def install_hook(model: nn.Module) -> None:
 
 
 def remove_hook(model: nn.Module) -> None:
-    """Undo `install_hook`, and take away what stands in for layers' own forward passes."""
+    """Undo `install_hook`, and remove patched forward passes."""
     for module in model.modules():
         if getattr(module.__dict__.get("forward"), "is_patch", False):
             del module.forward
@@ -258,6 +258,6 @@ def remove_hook(model: nn.Module) -> None:
 
 def _configs(model: nn.Module) -> list[Any]:
     if not getattr(model, "_supports_attention_backend", False):
-        return []  # its code knows the names of its own implementations alone, and takes another for any that it doesn't
-    found: dict[int, Any] = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
-    return [config for config in found.values() if hasattr(config, "_attn_implementation")]
+        return []  # its code supports only its own implementations, and replaces any other silently
+    configs: dict[int, Any] = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    return [config for config in configs.values() if hasattr(config, "_attn_implementation")]

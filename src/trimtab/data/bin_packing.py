@@ -6,7 +6,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from trimtab.data.example import TokenRow, row_groups
-from trimtab.data.prefix_tree import WORTH, Numbers, alphabetical, numbers, shared_length
+from trimtab.data.prefix_tree import MIN_SAVED, Numbers, as_array, lexical_order, shared_length
 
 
 class Group(NamedTuple):
@@ -39,7 +39,7 @@ def in_lexical_order(rows: Sequence[Numbers], groups: Sequence[list[int]]) -> li
         rows: The tokens of each row that are processed.
         groups: The indices of the rows in each group.
     """
-    ordered = [groups[n] for n in alphabetical([rows[group[0]] for group in groups])]
+    ordered = [groups[n] for n in lexical_order([rows[group[0]] for group in groups])]
     saved = [0, *(_saved(rows[before[-1]], rows[group[0]]) for before, group in pairwise(ordered))]
     return [Group(group, _processed([rows[n] for n in group]), less) for group, less in zip(ordered, saved, strict=False)]
 
@@ -75,8 +75,8 @@ def _runs(ordered: Iterable[Group], tokens: int) -> list[Bin]:
 
 
 def _saved(before: Numbers, row: Numbers) -> int:
-    """Tokens of a row that the one before it saves. Up to WORTH - 1 shared ones are processed twice: they are not worth a segment."""
-    return max(0, shared_length(before, row) - WORTH + 1)
+    """Tokens of a row that the one before it saves. Up to MIN_SAVED - 1 shared ones are processed twice: they are not worth a segment."""
+    return max(0, shared_length(before, row) - MIN_SAVED + 1)
 
 
 def _processed(rows: Sequence[Numbers]) -> int:
@@ -87,4 +87,4 @@ def _processed(rows: Sequence[Numbers]) -> int:
 def largest_group_tokens(rows: Iterable[TokenRow]) -> int:
     """Tokens of the largest group, which no pack can divide."""
     rows = list(rows)
-    return max((_processed([numbers(rows[n].ids)[:-1] for n in group]) for group in row_groups(rows)), default=1)
+    return max((_processed([as_array(rows[n].ids)[:-1] for n in group]) for group in row_groups(rows)), default=1)

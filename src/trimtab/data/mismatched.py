@@ -1,8 +1,7 @@
-"""Every row's prompt with another row's answer: what KTO estimates the divergence from its reference on.
+"""Mismatched rows, each a prompt with the answer to another: KTO's KL estimate is measured on them.
 
-The answers are passed on around a circle of all rows, so each is used once, and which comes after which prompt is a function
-of the rows and the seed: it stays the same in all epochs, whatever the order of rows or the size of steps, and what the
-reference makes of it is computed once.
+Each answer is used once. Which prompt it follows is a function of the rows and the seed: it is the same in all epochs, whatever
+the order of rows or the size of steps, so that the reference model's log-probabilities are computed once.
 """
 
 from collections.abc import Sequence
@@ -13,33 +12,33 @@ from trimtab.data.order import shuffled
 
 
 def with_mismatched(rows: Sequence[TokenRow], seed: int, max_length: int | None = None) -> list[TokenRow]:
-    """The rows, each followed by its prompt with an answer to another prompt.
+    """The rows, each followed by the mismatched row of its prompt.
 
     Args:
-        max_length: The most tokens that a prompt and its answer may have together; the answer is cut there.
+        max_length: The most tokens of a mismatched row, which is truncated there.
 
     Raises:
-        DataError: More than half of the rows share a prompt, so some would get an answer to their own.
+        DataError: More than half of the rows have the same prompt, so some would get an answer to their own.
     """
     prompts = [tuple(row.ids[: row.target_indices[0]]) for row in rows]
     givers = derangement(prompts, seed)
     if givers is None:
         raise DataError(
-            f"data: more than half of the {len(rows):,} rows have the same prompt, so kto can't estimate how far the model has moved: "
-            "that takes answers to other prompts. Use more prompts, or pairs with dpo."
+            f"data: more than half of the {len(rows):,} rows have the same prompt, so kto can't estimate the KL divergence from "
+            "the reference model: that takes answers to other prompts. Use more prompts, or pairs with dpo."
         )
-    made: list[TokenRow] = []
+    mixed: list[TokenRow] = []
     for row, prompt, giver in zip(rows, prompts, givers, strict=True):
         answer = rows[giver].ids[rows[giver].target_indices[0] :]
         ids = [*prompt, *answer][:max_length]
-        made += [row, TokenRow(ids, list(range(len(prompt), len(ids))), row.where, len(ids), "mismatched")]
-    return made
+        mixed += [row, TokenRow(ids, list(range(len(prompt), len(ids))), row.where, len(ids), "mismatched")]
+    return mixed
 
 
 def derangement(prompts: Sequence[tuple[int, ...]], seed: int) -> list[int] | None:
-    """For each prompt the number of another that is not equal to it, each number once; None if that can't be.
+    """For each prompt the index of one that differs from it, each index once; None if that is impossible.
 
-    With equal prompts beside each other around a circle, whoever is as far on as the largest group is long has another prompt.
+    With equal prompts side by side around a circle, the one that is as many places on as the largest group has prompts differs.
     """
     places: dict[tuple[int, ...], list[int]] = {}
     for number in shuffled(len(prompts), seed, 0):

@@ -1,4 +1,4 @@
-"""Packs: the micro-batches that are computed, without padding, and without what several of their sequences begin with twice."""
+"""Packs: micro-batches without padding, in which tokens that several rows begin with stand once."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -10,125 +10,123 @@ from torch import Tensor
 from trimtab.core.process import gc_paused
 from trimtab.data.bin_packing import first_fit_decreasing, in_lexical_order
 from trimtab.data.example import TokenRow, row_groups
-from trimtab.data.prefix_tree import Numbers, Segment, lay_out, numbers, places
+from trimtab.data.prefix_tree import Numbers, Segment, as_array, lay_out, token_indices
 
 
 @dataclass(frozen=True)
 class Pack:
-    """One micro-batch. T tokens, N targets, S sequences.
+    """One micro-batch of T tokens, N targets and S rows.
 
-    A target says "the token after `position` is `token`, in sequence `sequence`". Positions rather than a label a token,
-    because the last token of a shared prompt has as many successors as answers hang on it.
+    A target says "the token after this one is `token`, in row `row`". There are targets rather than a label for each token,
+    because the last token of a shared prompt is followed by the first of each answer.
     """
 
     ids: Tensor
     """T, int64."""
     positions: Tensor
-    """T, int64: each token's place in its own sequence."""
+    """T, int64: each token's place in its own row."""
     segments: tuple[Segment, ...]
     target_at: Tensor
-    """N, int64: index into the pack's tokens."""
+    """N, int64: the index of the pack's token that predicts."""
     target_token: Tensor
     """N, int64."""
-    target_sequence: Tensor
+    target_row: Tensor
     """N, int64, not decreasing."""
-    sequences: tuple[TokenRow, ...]
-    """S, what was packed."""
+    rows: tuple[TokenRow, ...]
+    """S."""
     leaves: tuple[int, ...]
-    """Of each sequence, the segment in which it ends."""
+    """S, the segment in which each row ends."""
 
     @property
     def mismatched(self) -> bool:
-        """It has no loss."""
-        return self.sequences[0].side == "mismatched"
+        """Whether its rows are mismatched: it has no loss."""
+        return self.rows[0].side == "mismatched"
 
     @property
     def pairs(self) -> list[int]:
-        """By segment, its tokens times those that they attend to: n² for a row of n tokens alone."""
-        seen = [0] * len(self.segments)
+        """By segment, its tokens times its keys: n² for a row of n tokens alone."""
+        keys = [0] * len(self.segments)
         for number, (start, end, parent) in enumerate(self.segments):
-            seen[number] = end - start + (seen[parent] if parent >= 0 else 0)
-        return [(end - start) * length for (start, end, _), length in zip(self.segments, seen, strict=True)]
+            keys[number] = end - start + (keys[parent] if parent >= 0 else 0)
+        return [(end - start) * length for (start, end, _), length in zip(self.segments, keys, strict=True)]
 
     @property
     def targets(self) -> int:
         return len(self.target_token)
 
-    def places(self, number: int) -> Tensor:
-        """Where the tokens of a sequence stand."""
-        return torch.from_numpy(places(self.segments, self.leaves[number]))
+    def token_indices(self, row: int) -> Tensor:
+        """The indices of a row's tokens in the pack."""
+        return torch.from_numpy(token_indices(self.segments, self.leaves[row]))
 
     def to(self, device: torch.device) -> "Pack":
-        names = ("ids", "positions", "target_at", "target_token", "target_sequence")
+        names = ("ids", "positions", "target_at", "target_token", "target_row")
         return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
 
-def pack_flat(sequences: Iterable[TokenRow]) -> Pack:
-    """Sequences side by side in their order, each a segment of its own: what rows of different adapters need."""
-    return _laid_out(tuple(sequences), share=False)
+def pack_flat(rows: Iterable[TokenRow]) -> Pack:
+    """Rows side by side in their order, each a segment of its own: what rows of different adapters need."""
+    return _pack(tuple(rows), share=False)
 
 
-def pack_tree(sequences: Iterable[TokenRow]) -> Pack:
-    """Sequences as a tree: what several begin with is computed once. The same in every other respect."""
-    return _laid_out(tuple(sequences), share=True)
+def pack_tree(rows: Iterable[TokenRow]) -> Pack:
+    """Rows as a tree, in which shared prefixes stand once. The same in every other respect."""
+    return _pack(tuple(rows), share=True)
 
 
-def _laid_out(sequences: tuple[TokenRow, ...], share: bool, rows: Sequence[Numbers] | None = None) -> Pack:
+def _pack(rows: tuple[TokenRow, ...], share: bool, tokens: Sequence[Numbers] | None = None) -> Pack:
     """
     Args:
-        rows: Their tokens, if they are arrays already.
+        tokens: Those of the rows, if they are arrays already.
     """
-    rows = rows or [numbers(sequence.ids) for sequence in sequences]
-    tree = lay_out([row[:-1] for row in rows], share=share)  # a last token predicts nothing
-    rows_and_leaves = zip(sequences, rows, tree.leaves, strict=True)
-    targets = [_targets(tree.segments, leaf, row, sequence.target_indices) for sequence, row, leaf in rows_and_leaves]
+    tokens = tokens or [as_array(row.ids) for row in rows]
+    tree = lay_out([array[:-1] for array in tokens], share=share)  # a last token predicts nothing
+    by_row = zip(rows, tokens, tree.leaves, strict=True)
+    targets = [_targets(tree.segments, leaf, array, row.target_indices) for row, array, leaf in by_row]
     at, token = (torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*targets, strict=True))
-    of = torch.from_numpy(np.repeat(np.arange(len(targets)), [len(positions) for positions, _ in targets]))
+    target_row = torch.from_numpy(np.repeat(np.arange(len(targets)), [len(indices) for indices, _ in targets]))
     ids, positions = torch.from_numpy(tree.ids), torch.from_numpy(tree.positions)
-    return Pack(ids, positions, tree.segments, at, token, of, sequences, tree.leaves)
+    return Pack(ids, positions, tree.segments, at, token, target_row, rows, tree.leaves)
 
 
-Targets = tuple[Numbers, Numbers]
-"""Of one sequence: where the tokens stand that predict what it learns, and what that is."""
-
-
-def _targets(segments: tuple[Segment, ...], leaf: int, row: Numbers, learned: list[int]) -> Targets:
+def _targets(segments: tuple[Segment, ...], leaf: int, tokens: Numbers, target_indices: list[int]) -> tuple[Numbers, Numbers]:
+    """Of one row: the indices of the tokens that predict its targets, and the targets."""
+    first, last = (target_indices[0], target_indices[-1]) if target_indices else (0, -1)
     start, end, _ = segments[leaf]
-    before = len(row) - 1 - (end - start)  # tokens of the row in other segments
-    if learned and before < learned[0] and learned[-1] - learned[0] + 1 == len(learned):  # one answer, as most rows have
-        at = start + learned[0] - 1 - before
-        return np.arange(at, at + len(learned)), row[learned[0] : learned[-1] + 1]
-    which = numbers(learned)
-    return places(segments, leaf)[which - 1], row[which]
+    before = len(tokens) - 1 - (end - start)  # tokens of the row in other segments
+    if before < first and last - first + 1 == len(target_indices):  # one answer in the last segment, as most rows have
+        at = start + first - 1 - before
+        return np.arange(at, at + len(target_indices)), tokens[first : last + 1]
+    indices = as_array(target_indices)
+    return token_indices(segments, leaf)[indices - 1], tokens[indices]
 
 
 @gc_paused()
-def pack_all(sequences: Iterable[TokenRow], tokens: int) -> list[Pack]:
-    """Token rows as packs of at most `tokens` tokens (a longer row gets a pack of its own). Deterministic.
+def pack_all(rows: Iterable[TokenRow], tokens: int) -> list[Pack]:
+    """Divide rows into packs of at most `tokens` tokens; a longer row gets a pack of its own. Deterministic.
 
-    The two answers of a pair are never parted. Mismatched answers have packs of their own, the first ones, since every loss of the
-    step depends on them; they have no backward pass, so their packs have up to `FORWARD` times the tokens. Rows that share a prefix
-    stay together, as many as fit; those runs are packed first-fit decreasing, which takes at most 11/9 of the fewest possible
-    packs, plus one (Johnson 1973). If that makes a few packs, they are filled again up to less, as long as they are no more:
+    The two answers of a pair stay together. Mismatched rows have packs of their own, the first ones, since every loss of the step
+    depends on them; without a backward pass, these have up to `FORWARD` times the tokens. Rows that share a prefix stay together,
+    as many as fit; those runs are packed first-fit decreasing, which takes at most 11/9 of the fewest possible packs, plus one
+    (Johnson 1973). If there are a few packs, they are filled again up to fewer tokens, as long as there are no more of them:
     memory is that of the largest.
     """
-    sequences = list(sequences)
-    mismatched = [row for row in sequences if row.side == "mismatched"]
-    if 0 < len(mismatched) < len(sequences):
-        matched = [row for row in sequences if row.side != "mismatched"]
+    rows = list(rows)
+    mismatched = [row for row in rows if row.side == "mismatched"]
+    if 0 < len(mismatched) < len(rows):
+        matched = [row for row in rows if row.side != "mismatched"]
         return [*pack_all(mismatched, FORWARD * tokens), *pack_all(matched, tokens)]
-    rows = [numbers(sequence.ids) for sequence in sequences]
-    alike = in_lexical_order([row[:-1] for row in rows], row_groups(sequences))
-    bins = first_fit_decreasing(alike, tokens)
-    least = sum(one.tokens for one in bins) // max(1, len(bins))
+    arrays = [as_array(row.ids) for row in rows]
+    ordered = in_lexical_order([array[:-1] for array in arrays], row_groups(rows))
+    bins = first_fit_decreasing(ordered, tokens)
+    least = sum(full.tokens for full in bins) // max(1, len(bins))
     if 1 < len(bins) <= FEW and least < tokens:
-        evener = (first_fit_decreasing(alike, least + (tokens - least) * part // 8) for part in range(8))
+        evener = (first_fit_decreasing(ordered, least + (tokens - least) * part // 8) for part in range(8))
         bins = next((even for even in evener if len(even) <= len(bins)), bins)
-    together = [sorted(one.numbers) for one in bins]
-    return [_laid_out(tuple(sequences[n] for n in some), True, [rows[n] for n in some]) for some in together]
+    by_bin = [sorted(full.numbers) for full in bins]
+    return [_pack(tuple(rows[n] for n in indices), True, [arrays[n] for n in indices]) for indices in by_bin]
 
 
 FORWARD = 4
-"""How many times as many tokens can be computed at a time where nothing is kept for a backward pass."""
+"""How many times as many tokens a pack without a backward pass may have, for which nothing is saved."""
 FEW = 16
 """Packs that are filled again."""

@@ -1,7 +1,7 @@
-"""Rows laid out so that what several begin with stands once: a flat run of tokens and a tree of segments.
+"""Token rows as a prefix tree: a flat array of tokens, in which shared prefixes stand once, and a tree of segments.
 
-A token sees its own segment up to itself, and all of the segment's ancestors. A row is a path from a root to its leaf; rows
-with nothing in common are a forest of single segments. Nothing here or above knows how attention does that.
+A token attends to its own segment up to itself, and to all of the segment's ancestors. A row is a path from a root to its leaf;
+rows without shared prefixes are a forest of single segments. How attention does that, only the engine knows.
 """
 
 from array import array
@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 
 Numbers = NDArray[np.int64]
 
-WORTH = 8
+MIN_SAVED = 8
 """Tokens that a shared segment must save: as much as attending to one more segment costs."""
 
 
 class Segment(NamedTuple):
-    """Tokens `start:end`, seen by their descendants."""
+    """Tokens `start:end`, to which all descendants attend."""
 
     start: int
     end: int
@@ -35,21 +35,21 @@ class Tree(NamedTuple):
     """Each token's place in its own row."""
     segments: tuple[Segment, ...]
     leaves: tuple[int, ...]
-    """Of each row, the segment in which it ends."""
+    """The segment in which each row ends."""
 
 
-def numbers(some: Sequence[int] | Numbers) -> Numbers:
-    """A list as an array, in a third of the time that numpy takes itself."""
-    return some if isinstance(some, np.ndarray) else np.frombuffer(array("q", some), dtype=np.int64)
+def as_array(tokens: Sequence[int] | Numbers) -> Numbers:
+    """A list as an array, in a third of numpy's own time."""
+    return tokens if isinstance(tokens, np.ndarray) else np.frombuffer(array("q", tokens), dtype=np.int64)
 
 
-def places(segments: Sequence[Segment], leaf: int) -> Numbers:
-    """Where the tokens of the row stand that ends in this segment."""
-    found: list[Numbers] = []
+def token_indices(segments: Sequence[Segment], leaf: int) -> Numbers:
+    """The indices of the tokens of the row that ends in this segment."""
+    parts: list[Numbers] = []
     while leaf >= 0:
         start, end, leaf = segments[leaf]
-        found.append(np.arange(start, end))
-    return np.concatenate(found[::-1])
+        parts.append(np.arange(start, end))
+    return np.concatenate(parts[::-1])
 
 
 def paths_of(segments: Sequence[Segment]) -> list[list[int]]:
@@ -60,12 +60,12 @@ def paths_of(segments: Sequence[Segment]) -> list[list[int]]:
     return paths
 
 
-def lay_out(given: Sequence[Sequence[int] | Numbers], *, share: bool = True) -> Tree:
+def lay_out(rows: Sequence[Sequence[int] | Numbers], *, share: bool = True) -> Tree:
     """Rows, none of them empty, as a tree; or, without sharing, side by side in their order."""
-    rows = [numbers(row) for row in given]
+    arrays = [as_array(row) for row in rows]
     parts, spans = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     segments: list[Segment] = []
-    leaves = [-1] * len(rows)
+    leaves = [-1] * len(arrays)
 
     def add(row: Numbers, start: int, end: int, parent: int) -> int:
         first = segments[-1].end if segments else 0
@@ -74,28 +74,28 @@ def lay_out(given: Sequence[Sequence[int] | Numbers], *, share: bool = True) -> 
         spans.append(np.arange(start, end))
         return len(segments) - 1
 
-    # Groups of rows in lexical order that are alike up to `known`, of which `laid` tokens have been laid out already.
-    todo = [(alphabetical(rows), 0, -1)] if share else [([number], 0, -1) for number in reversed(range(len(rows)))]
-    while todo:
-        group, laid, parent = todo.pop()
+    # Rows in lexical order that share a prefix, of which `done` tokens are in segments already, the last of them `parent`.
+    groups = [(lexical_order(arrays), 0, -1)] if share else [([number], 0, -1) for number in reversed(range(len(arrays)))]
+    while groups:
+        group, done, parent = groups.pop()
         if not group:
             continue
         if len(group) == 1:
-            leaves[group[0]] = add(rows[group[0]], laid, len(rows[group[0]]), parent)
+            leaves[group[0]] = add(arrays[group[0]], done, len(arrays[group[0]]), parent)
             continue
-        known = shared_length(rows[group[0]], rows[group[-1]])  # what the first and the last share, all do
-        if (known - laid) * (len(group) - 1) >= WORTH:
-            parent, laid = add(rows[group[0]], laid, known, parent), known
-        ended = [number for number in group if len(rows[number]) == known]
+        shared = shared_length(arrays[group[0]], arrays[group[-1]])  # what the first and the last share, all do
+        if (shared - done) * (len(group) - 1) >= MIN_SAVED:
+            parent, done = add(arrays[group[0]], done, shared, parent), shared
+        ended = [number for number in group if len(arrays[number]) == shared]
         for number in ended:
-            leaves[number] = parent if laid == known else add(rows[number], laid, known, parent)
-        branches = [list(branch) for _, branch in groupby(group[len(ended) :], key=lambda number: rows[number][known])]
-        todo += [(branch, laid, parent) for branch in reversed(branches)]
+            leaves[number] = parent if done == shared else add(arrays[number], done, shared, parent)
+        branches = [list(branch) for _, branch in groupby(group[len(ended) :], key=lambda number: arrays[number][shared])]
+        groups += [(branch, done, parent) for branch in reversed(branches)]
     return Tree(np.concatenate(parts), np.concatenate(spans), tuple(segments), tuple(leaves))
 
 
-def evenly_chained(segments: tuple[Segment, ...], most: int) -> tuple[Segment, ...]:
-    """The same tree with segments of more than `most` tokens as chains of even ones."""
+def split_long(segments: tuple[Segment, ...], most: int) -> tuple[Segment, ...]:
+    """The same tree with segments of more than `most` tokens as chains of shorter ones, evenly."""
     chained, last = list[Segment](), list[int]()
     for start, end, parent in segments:
         above, count = last[parent] if parent >= 0 else -1, -(-(end - start) // most)
@@ -106,17 +106,17 @@ def evenly_chained(segments: tuple[Segment, ...], most: int) -> tuple[Segment, .
     return tuple(chained)
 
 
-def alphabetical(rows: Sequence[Numbers]) -> list[int]:
-    """Numbers of rows, so that those which begin alike are neighbours."""
+def lexical_order(rows: Sequence[Numbers]) -> list[int]:
+    """The rows' indices in lexical order of their tokens."""
     texts = [row.astype(">u4").tobytes() for row in rows]  # which compare as their tokens do, but fast
     return sorted(range(len(rows)), key=texts.__getitem__)
 
 
-def shared_length(one: Numbers, other: Numbers) -> int:
-    """How many tokens two rows begin with in common."""
-    shortest = min(len(one), len(other))
-    if not shortest or one[0] != other[0]:
+def shared_length(a: Numbers, b: Numbers) -> int:
+    """Tokens of the longest common prefix of two rows."""
+    shortest = min(len(a), len(b))
+    if not shortest or a[0] != b[0]:
         return 0
-    same = one[:shortest] == other[:shortest]
+    same = a[:shortest] == b[:shortest]
     first_different = int(same.argmin())
     return shortest if same[first_different] else first_different

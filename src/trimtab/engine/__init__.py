@@ -1,14 +1,13 @@
-"""What is computed: packed attention, sequence log-probabilities, generation."""
+"""What is computed: packed forward passes, log-probabilities of rows, generation; and the memory that this takes."""
 
 from trimtab.engine.arena import ActivationArena
-from trimtab.engine.available_memory import Peak, free_memory
+from trimtab.engine.available_memory import PeakMemory, free_memory
 from trimtab.engine.decode import Answer, Ended, generate, stream_tokens
 from trimtab.engine.forward import check_packing, pack_divergences, pack_logprobs
 from trimtab.engine.frozen_cache import FrozenLayerCache
-from trimtab.engine.memory_plan import Memory, Recompute, Work, plan_memory
+from trimtab.engine.memory_plan import MemoryPlan, Recompute, Workload, plan_memory
 
 __all__ = [
-    "ActivationArena", "Answer", "Ended", "FrozenLayerCache", "Memory", "Peak", "Recompute", "Work", "check_packing", "free_memory", "generate",
-    "pack_divergences",
-    "pack_logprobs", "plan_memory", "stream_tokens",
+    "ActivationArena", "Answer", "Ended", "FrozenLayerCache", "MemoryPlan", "PeakMemory", "Recompute", "Workload", "check_packing",
+    "free_memory", "generate", "pack_divergences", "pack_logprobs", "plan_memory", "stream_tokens",
 ]  # fmt: skip

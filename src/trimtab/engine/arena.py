@@ -1,7 +1,7 @@
-"""Where that lies which a forward pass makes: what it keeps for the backward pass, and what it needs for a moment.
+"""Memory for activations: an arena for those saved for the backward pass, and scratch memory for those needed for a moment.
 
-malloc would find room for both, but the second leaves holes between the first, into which no aligned block of the same size
-fits (glibc before 2.38): up to a third of a step's memory.
+malloc would serve both, but freed scratch memory leaves holes between saved tensors, into which no aligned block of the same
+size fits (glibc before 2.38): up to a third of a step's memory.
 """
 
 import threading
@@ -18,52 +18,52 @@ LINE = 64
 
 
 class ActivationArena:
-    """One block of memory, used from its start again by each pack, one pack after the other."""
+    """One block of memory, which each pack's forward pass fills from its start."""
 
     def __init__(self, size: float) -> None:
         """
         Args:
-            size: Bytes that the largest pack keeps. Those that none writes are never taken from the system.
+            size: Bytes that the largest pack saves. Those that no pack writes are never taken from the system.
         """
         self.bytes = torch.empty(int(size), dtype=torch.uint8)
         self.used = 0
 
-    def again(self) -> AbstractContextManager[None]:
-        """A forward pass in this thread, within the block, keeps what it keeps here, over what the last one kept: that one is done."""
+    def reuse(self) -> AbstractContextManager[None]:
+        """Within the block, in this thread, saved activations lie here, over those of the last block: its backward pass is over."""
         self.used = 0
-        return holding(_kept, self)
+        return holding(_active, self)
 
-    def take(self, like: Tensor, rows: int, columns: int) -> Tensor:
+    def allocate(self, like: Tensor, rows: int, columns: int) -> Tensor:
         start, self.used = self.used, self.used + -(-rows * columns * like.element_size() // LINE) * LINE
         if not like.is_cpu or self.used > len(self.bytes):
             return like.new_empty(rows, columns)
-        # No view of the block: each of its tensors counts its own changes.
+        # Not a view of the block, so that each tensor has its own version counter.
         place = start // like.element_size()
         return like.new_empty(0).set_(self.bytes.untyped_storage(), place, (rows, columns), (columns, 1))
 
 
-_kept: ContextVar[ActivationArena | None] = ContextVar("kept", default=None)
-_memory = threading.local()
+_active: ContextVar[ActivationArena | None] = ContextVar("active", default=None)
+_scratch = threading.local()
 
 
-def kept(like: Tensor, rows: int, columns: int, wanted: bool = True) -> Tensor:
-    """An empty tensor that is kept for the backward pass: rows x columns.
+def activation_like(like: Tensor, rows: int, columns: int, backward: bool = True) -> Tensor:
+    """An empty tensor, rows x columns, to be saved for the backward pass.
 
     Args:
-        wanted: There is a backward pass: frozen layers below the lowest trained one have none.
+        backward: There is a backward pass: frozen layers below the lowest trained one have none.
     """
-    place = _kept.get() if wanted else None
-    return like.new_empty(rows, columns) if place is None else place.take(like, rows, columns)
+    arena = _active.get() if backward else None
+    return like.new_empty(rows, columns) if arena is None else arena.allocate(like, rows, columns)
 
 
-def forget_transient() -> None:
-    """Free what `transient_like` holds in this thread."""
-    vars(_memory).clear()
+def free_scratch() -> None:
+    """Free the memory that `scratch_like` holds in this thread."""
+    vars(_scratch).clear()
 
 
-def transient_like(like: Tensor) -> Tensor:
-    """An empty tensor of its shape, in memory that this thread's next one takes again."""
-    held: dict[torch.dtype, Tensor] = vars(_memory).setdefault("held", {})
-    if like.dtype not in held or held[like.dtype].numel() < like.numel():
-        held[like.dtype] = like.new_empty(like.numel())
-    return held[like.dtype][: like.numel()].view(like.shape)
+def scratch_like(like: Tensor) -> Tensor:
+    """An empty tensor of this shape, in memory that this thread's next scratch tensor takes over."""
+    buffers: dict[torch.dtype, Tensor] = vars(_scratch).setdefault("buffers", {})
+    if like.dtype not in buffers or buffers[like.dtype].numel() < like.numel():
+        buffers[like.dtype] = like.new_empty(like.numel())
+    return buffers[like.dtype][: like.numel()].view(like.shape)

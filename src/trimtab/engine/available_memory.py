@@ -1,6 +1,6 @@
-"""The memory that this process may still take, by every limit on it, and the most that it has taken.
+"""The free memory, by every limit on this process, and its peak memory.
 
-Every function reads Linux's files below `root`; on other systems there are none, and nothing is known.
+All functions read Linux's files below `root`; on other systems there are none, and the memory is unknown.
 """
 
 import math
@@ -17,14 +17,14 @@ ROOT = Path("/")
 
 
 class Version(NamedTuple):
-    """The files in which a version of control groups keeps its numbers."""
+    """The files of a version of control groups."""
 
     limits: tuple[str, ...]
     used: str
     reclaimed: tuple[str, ...]
-    """Of `memory.stat`, what counts as used and is given back when it is needed: the page cache, …"""
+    """Keys of `memory.stat` that count as used and are reclaimed under pressure, such as the page cache."""
     mapped: str
-    """… and the part of that in use: files that are mapped, such as weights."""
+    """The part of those in use: mapped files, such as weights."""
 
 
 GROUPS = {
@@ -35,48 +35,48 @@ GROUPS = {
         ("memory.limit_in_bytes",), "memory.usage_in_bytes", ("total_inactive_file", "total_active_file"), "total_mapped_file"
     ),
 }
-"""By the kind of file system."""
+"""By file system."""
 
 
 def free_memory(device: torch.device, root: Path = ROOT) -> float:
-    """Bytes that this process may still take on the device, or of the host's memory; inf if the system does not say."""
+    """Bytes that this process may still take on the device, or of the host's memory; inf if unknown."""
     if device.type == "cuda":
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return float(torch.cuda.mem_get_info(device)[0] + held)
-    return max(0.0, min([math.inf, *_left(root)]))
+    return max(0.0, min([math.inf, *_limits(root)]))
 
 
-def _left(root: Path) -> Iterator[float]:
-    """What the machine, each control group around this process, and its own limits (ulimit) leave."""
-    known = _numbers(root / "proc/meminfo")
-    if "MemAvailable" in known:
-        yield 1024 * known["MemAvailable"]
+def _limits(root: Path) -> Iterator[float]:
+    """The free memory by the machine, by each control group around this process, and by its own limits (ulimit)."""
+    meminfo = _numbers(root / "proc/meminfo")
+    if "MemAvailable" in meminfo:
+        yield 1024 * meminfo["MemAvailable"]
     for group, version in control_groups(root):
-        said = _numbers(group / "memory.stat")
-        limits = [said.get("hierarchical_memory_limit", math.inf), *(_number(group / name) for name in version.limits)]
-        files = max(0.0, sum(said.get(name, 0) for name in version.reclaimed) - said.get(version.mapped, 0))
+        stat = _numbers(group / "memory.stat")
+        limits = [stat.get("hierarchical_memory_limit", math.inf), *(_number(group / name) for name in version.limits)]
+        files = max(0.0, sum(stat.get(name, 0) for name in version.reclaimed) - stat.get(version.mapped, 0))
         yield min(limits) - _number(group / version.used, 0.0) + files
     process, limits_of = _numbers(root / "proc/self/status"), _text(root / "proc/self/limits")
     for name, taken in (("Max address space", "VmSize"), ("Max data size", "VmData")):
-        if (found := re.search(rf"^{name} +(\d+)", limits_of, re.MULTILINE)) and taken in process:
-            yield float(found[1]) - 1024 * process[taken]
+        if (limit := re.search(rf"^{name} +(\d+)", limits_of, re.MULTILINE)) and taken in process:
+            yield float(limit[1]) - 1024 * process[taken]
 
 
 def control_groups(root: Path = ROOT) -> Iterator[tuple[Path, Version]]:
-    """The control groups that limit this process's memory, its own first, then those around it: a job's, a user's, a container's."""
+    """The control groups that limit this process's memory, from the inside: its own, a job's, a user's, a container's."""
     paths = [line.split(":", 2) for line in _text(root / "proc/self/cgroup").splitlines()]
     for line in _text(root / "proc/self/mountinfo").splitlines():
         before, _, after = line.partition(" - ")
-        fields, (kind, *_, options) = before.split(), after.split(" ")  # what is between may be empty
+        fields, (kind, *_, options) = before.split(), after.split(" ")  # options in between may be missing
         if kind == "cgroup" and "memory" not in options.split(","):
             continue
-        wanted = {"cgroup2": lambda names: names == "", "cgroup": lambda names: "memory" in names.split(",")}.get(kind)
-        path = next((path for _, names, path in paths if wanted is not None and wanted(names)), None)
+        matches = {"cgroup2": lambda names: names == "", "cgroup": lambda names: "memory" in names.split(",")}.get(kind)
+        path = next((path for _, names, path in paths if matches is not None and matches(names)), None)
         if path is None:
             continue
         top = root / fields[4].lstrip("/")
         inner = Path(path)
-        with suppress(ValueError):  # a container may see its own group as the top, and be told its path outside
+        with suppress(ValueError):  # a container may see its own group as the top, with its path outside
             inner = inner.relative_to(fields[3])
         place = top / str(inner).lstrip("/")
         for group in (place, *place.parents) if ".." not in inner.parts and place.exists() else (top,):
@@ -85,19 +85,19 @@ def control_groups(root: Path = ROOT) -> Iterator[tuple[Path, Version]]:
                 break
 
 
-class Peak:
-    """The most memory that this process holds from now on, on the device, or of the host's."""
+class PeakMemory:
+    """The most memory that this process holds from now on, on the device or the host."""
 
     def __init__(self, device: torch.device, already: float = 0.0, root: Path = ROOT) -> None:
         """
         Args:
-            already: Bytes held by now that count as taken from now on.
+            already: Bytes that are held now and count as taken later.
         """
         self.device, self.root = device, root
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         else:
-            with suppress(OSError):  # where it may not, the most so far counts, too
+            with suppress(OSError):  # without permission, the peak so far counts, too
                 switch = os.open(root / "proc/self/clear_refs", os.O_WRONLY)
                 os.write(switch, b"5")
                 os.close(switch)
@@ -105,16 +105,16 @@ class Peak:
         self.start = None if now is None else now - already
 
     @property
-    def most(self) -> float | None:
-        """Bytes; None if the system does not say."""
+    def highest(self) -> float | None:
+        """Bytes; None if unknown."""
         return self._now("VmHWM", "allocated_bytes.all.peak")
 
     def _now(self, host: str, device: str) -> float | None:
         if self.device.type == "cuda":
-            said: dict[str, Any] = torch.cuda.memory_stats(self.device)
-            return float(said[device])
-        found = _numbers(self.root / "proc/self/status").get(host)
-        return None if found is None else 1024 * found
+            stats: dict[str, Any] = torch.cuda.memory_stats(self.device)
+            return float(stats[device])
+        kibibytes = _numbers(self.root / "proc/self/status").get(host)
+        return None if kibibytes is None else 1024 * kibibytes
 
 
 def _text(path: Path) -> str:
@@ -125,11 +125,11 @@ def _text(path: Path) -> str:
 
 
 def _numbers(path: Path) -> dict[str, float]:
-    """A file of names and numbers, a pair a line; without units."""
+    """A file of lines with a name and a number; units are dropped."""
     return {name: float(number) for name, number in re.findall(r"^(\w+):?\s+(\d+)", _text(path), re.MULTILINE)}
 
 
 def _number(path: Path, otherwise: float = math.inf) -> float:
-    """The number in a file; `max` is none."""
+    """The number in a file; `otherwise` for 'max' and where there is no file."""
     text = _text(path).strip()
     return float(text) if text.isdigit() else otherwise

@@ -1,4 +1,4 @@
-"""Generation: prompts of any lengths prefilled without padding, then one token at a time from a cache."""
+"""Generation: prompts of any lengths prefilled without padding, then one token at a time with a key-value cache."""
 
 import itertools
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -19,7 +19,7 @@ BATCH_TOKENS = 4096
 """Prompt tokens that are prefilled, and then decoded, together."""
 
 Ended = Literal["stopped", "length", "context"]
-"""How an answer ends: by itself, cut off at the number of tokens that was asked for, or because the model's context is full."""
+"""Why an answer ended: at a stop token, at the most tokens asked for, or because the model's context is full."""
 
 
 class Answer(list[int]):
@@ -38,14 +38,14 @@ def generate(
     seed: int = 0,
     owners: Sequence[str | None] | None = None,
 ) -> list[Answer]:
-    """Continue each prompt until it stops by itself, has `max_new_tokens` more, or fills the model's context.
+    """Continue each prompt up to a stop token, `max_new_tokens`, or the end of the model's context.
 
     Args:
-        stop_ids: Tokens that end an answer; they are not part of what is returned.
-        temperature: 0 takes the likeliest token; otherwise tokens are drawn from softmax(logits / temperature).
-        seed: Decides the draws, for each prompt by its number, whatever else is in the batch.
-        owners: For each prompt, the name of the adapter that answers it, or None for the base alone; those that are
-            switched on answer all of them unless given.
+        stop_ids: Tokens that end an answer; they are not returned.
+        temperature: 0 is greedy decoding; otherwise tokens are sampled from softmax(logits / temperature).
+        seed: Of the sampling, for each prompt by its index, whatever else is in the batch.
+        owners: For each prompt, the name of the adapter that answers it, or None for the base alone; unless given, the
+            adapters that are on answer all of them.
 
     Returns:
         The new tokens of each prompt, in the prompts' order; each says how it `ended`.
@@ -57,48 +57,48 @@ def generate(
     switches = [switch_of(model, owner) for owner in owners] if owners is not None else None
     limits = _limits(model, prompts, max_new_tokens)
     for group in _groups(prompts):
-        for number, said in _decode(model, prompts, group, limits, frozenset(stop_ids), temperature, seed, switches):
-            if isinstance(said, int):
-                answers[number].append(said)
+        for number, event in _decode(model, prompts, group, limits, frozenset(stop_ids), temperature, seed, switches):
+            if isinstance(event, int):
+                answers[number].append(event)
             else:
-                answers[number].ended = said
+                answers[number].ended = event
     return answers
 
 
 def stream_tokens(
     model: Any, prompt: list[int], stop_ids: Iterable[int], *, max_new_tokens: int, temperature: float = 0.0, seed: int = 0
 ) -> Generator[int, None, Ended]:
-    """`generate` for one prompt, each token as it comes; returns how it ended."""
+    """`generate` for one prompt, token by token; returns how it ended."""
     limits = _limits(model, [prompt], max_new_tokens)
-    for _, said in _decode(model, [prompt], [0], limits, frozenset(stop_ids), temperature, seed):
-        if not isinstance(said, int):
-            return said
-        yield said
+    for _, event in _decode(model, [prompt], [0], limits, frozenset(stop_ids), temperature, seed):
+        if not isinstance(event, int):
+            return event
+        yield event
     raise AssertionError("an answer ends in one of these ways")
 
 
 def _limits(model: Any, prompts: Sequence[list[int]], max_new_tokens: int) -> list[tuple[int, Ended]]:
-    """How many tokens each answer may have, and why no more."""
+    """The most tokens of each answer, and how it ends there."""
     context = max_row_length(model, context_length(model))
     if context is None:
         return [(max_new_tokens, "length") for _ in prompts]
     for number, prompt in enumerate(prompts):
         if len(prompt) > context:
-            raise DataError(f"Prompt {number} has {len(prompt):,} tokens, and the model's context has room for {context:,}.")
+            raise DataError(f"Prompt {number} has {len(prompt):,} tokens, and the model's context has {context:,}.")
     left = [context - len(prompt) for prompt in prompts]
     return [(max_new_tokens, "length") if max_new_tokens <= most else (most, "context") for most in left]
 
 
 def _groups(prompts: Sequence[list[int]]) -> list[list[int]]:
-    """Prompt numbers in batches of similar length, the longest first."""
+    """Indices of prompts, in batches of similar length, the longest first."""
     groups: list[list[int]] = []
-    room = 0
+    free = 0
     for number in sorted(range(len(prompts)), key=lambda n: -len(prompts[n])):
-        if not groups or len(prompts[number]) > room:
+        if not groups or len(prompts[number]) > free:
             groups.append([])
-            room = BATCH_TOKENS
+            free = BATCH_TOKENS
         groups[-1].append(number)
-        room -= len(prompts[number])
+        free -= len(prompts[number])
     return groups
 
 
@@ -113,7 +113,7 @@ def _decode(
     seed: int,
     switches: Sequence[Switch | None] | None = None,
 ) -> Iterator[tuple[int, int | Ended]]:
-    """(prompt number, token) for the prompts numbered `rows`, a token of each in turn; instead of a token, how the answer ends."""
+    """(index, token) of the prompts at the indices `rows`, a token of each in turn; after its last token, (index, how it ended)."""
     yield from ((row, limits[row][1]) for row in rows if not limits[row][0])
     rows = [row for row in rows if limits[row][0]]
     if not rows:
@@ -122,25 +122,25 @@ def _decode(
     draws = {n: torch.Generator().manual_seed(seed * 1_000_003 + n) for n in rows} if temperature else None
     owners = Routing([switches[n] for n in rows]) if switches is not None else None
     cache, hidden = _prefill(model, [prompts[n] for n in rows], device, owners)
-    for made in itertools.count(1):
+    for count in itertools.count(1):
         with routed(owners):
             tokens = _choose(head_of(model), hidden, rows, temperature, draws)
-        going = []
+        unfinished = []
         for place, (row, token) in enumerate(zip(rows, tokens, strict=True)):
             if token in stops:
                 yield row, "stopped"
                 continue
             yield row, token
-            if made == limits[row][0]:
+            if count == limits[row][0]:
                 yield row, limits[row][1]
             else:
-                going.append(place)
-        if not going:
+                unfinished.append(place)
+        if not unfinished:
             return
-        rows, tokens = [rows[place] for place in going], [tokens[place] for place in going]
-        if len(going) < len(cache.lengths):
-            cache.keep(torch.tensor(going, device=device))
-            owners = owners.select(going) if owners is not None else None
+        rows, tokens = [rows[place] for place in unfinished], [tokens[place] for place in unfinished]
+        if len(unfinished) < len(cache.lengths):
+            cache.select(torch.tensor(unfinished, device=device))
+            owners = owners.select(unfinished) if owners is not None else None
         layout = DecodeLayout(cache)
         with routed(owners):
             hidden = hidden_states(model, torch.tensor(tokens, device=device), cache.lengths, layout)
@@ -151,7 +151,7 @@ def _prefill(model: Any, prompts: list[list[int]], device: torch.device, owners:
     """The prompts' keys and values, and the hidden state of each prompt's last token: B d."""
     tree, cache = lay_out(prompts, share=owners is None), Cache()
     tokens = [number for number, prompt in enumerate(prompts) for _ in prompt]
-    ids, positions = (torch.from_numpy(each).to(device) for each in (tree.ids, tree.positions))
+    ids, positions = (torch.from_numpy(array).to(device) for array in (tree.ids, tree.positions))
     with routed(owners.select(tokens) if owners is not None else None):
         hidden = hidden_states(model, ids, positions, PrefillLayout(tree, cache))
     return cache, hidden[torch.tensor([tree.segments[leaf].end - 1 for leaf in tree.leaves], device=device)]
@@ -163,5 +163,5 @@ def _choose(
     logits = head.logits(hidden)
     if draws is None:
         return logits.argmax(dim=-1).tolist()
-    chances = (logits / temperature).softmax(dim=-1).cpu()
-    return [int(torch.multinomial(chances[place], 1, generator=draws[number])) for place, number in enumerate(rows)]
+    probabilities = (logits / temperature).softmax(dim=-1).cpu()
+    return [int(torch.multinomial(probabilities[place], 1, generator=draws[number])) for place, number in enumerate(rows)]

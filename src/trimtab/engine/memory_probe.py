@@ -1,6 +1,6 @@
-"""What a pack takes in memory, measured on three short rows of made-up tokens, whose tensors are counted as they are made and freed.
+"""The memory that a pack takes, measured on three short rows of random tokens, whose tensors are counted as they are made and freed.
 
-A row of n tokens takes c + a·n + b·n² bytes: a for each token, b where attention keeps a number for each pair of them, c for
+A row of n tokens takes c + a·n + b·n² bytes: a for each token, b where attention saves a number for each pair of them, c for
 copies of weights. Three rows determine a, b and c.
 """
 
@@ -21,143 +21,143 @@ from trimtab.core.randomness import seeded
 from trimtab.data.example import TokenRow
 from trimtab.data.pack import Pack, pack_flat
 from trimtab.engine import head
-from trimtab.engine.arena import forget_transient
+from trimtab.engine.arena import free_scratch
 from trimtab.engine.forward import one_thread, states_at
-from trimtab.engine.fused import recomputed
-from trimtab.engine.layouts import standing_for
+from trimtab.engine.layouts import assume_longest_row
+from trimtab.engine.patching import gradient_checkpointing
 from trimtab.methods import adapters
 
 LENGTHS = {"cpu": (8, 16, 32)}
 LONGER = (32, 64, 128)
-"""On an accelerator, where attention fills rows up to multiples of 32."""
+"""On an accelerator, where attention pads rows to multiples of 32."""
 
 
-class Cost(NamedTuple):
-    """Bytes that a pack takes: of a row of n tokens, n² pairs."""
+class MemoryCost(NamedTuple):
+    """Bytes that a pack takes, as a function of its size."""
 
     fixed: float
     per_token: float
     per_pair: float = 0.0
+    """Of a token and one that it attends to: a row of n tokens has n²."""
 
-    def of(self, tokens: float, pairs: float) -> float:
+    def bytes_of(self, tokens: float, pairs: float) -> float:
         return self.fixed + self.per_token * tokens + self.per_pair * pairs
 
-    def plus(self, other: "Cost") -> "Cost":
-        return Cost(*(one + two for one, two in zip(self, other, strict=True)))
+    def plus(self, other: "MemoryCost") -> "MemoryCost":
+        return MemoryCost(*(a + b for a, b in zip(self, other, strict=True)))
 
 
-class Costs(NamedTuple):
-    """What a pack takes, from the start of its forward pass to the end of its backward pass."""
+class MemoryProfile(NamedTuple):
+    """The memory of a pack, from the start of its forward pass to the end of its backward pass."""
 
-    kept: Cost
-    """What the forward pass keeps for the backward pass."""
+    activations: MemoryCost
+    """Saved in the forward pass for the backward pass."""
     moments: NDArray[np.float64]
-    """All that is held, each time that a tensor is made or freed: a line each, as in `Cost`."""
+    """All that is held, at each moment at which a tensor is made or freed: a line each, as in `MemoryCost`."""
 
-    def most(self, tokens: float, pairs: float) -> Cost:
-        """What a pack takes at the moment at which one of this size takes most."""
+    def peak_cost(self, tokens: float, pairs: float) -> MemoryCost:
+        """At the moment at which a pack of this size takes most."""
         held = self.moments @ np.array([1.0, tokens, pairs])
-        return Cost(*map(float, self.moments[held.argmax()]))
+        return MemoryCost(*map(float, self.moments[held.argmax()]))
+
+    def peak_bytes(self, tokens: float, pairs: float) -> float:
+        return self.peak_cost(tokens, pairs).bytes_of(tokens, pairs)
 
 
-def training_costs(model: Any, longest: int, learned: float, *, recompute: bool = False) -> Costs:
-    """What packs take in training.
+def profile_packs(
+    model: Any, longest: int, target_share: float, *, recompute: bool = False, backward: bool = True
+) -> MemoryProfile:
+    """Measure the memory of packs in training, or of those without a backward pass.
 
     Args:
-        model: With what is trained on it.
+        model: With its adapter.
         longest: Tokens of the longest row that there will be: beyond a sliding window, attention needs more.
-        learned: The share of tokens that are trained on.
-        recompute: Their layers are computed again in the backward pass.
+        target_share: The share of tokens that are trained on.
+        recompute: With gradient checkpointing.
     """
     device = next(model.parameters()).device
     lengths = LENGTHS.get(device.type, LONGER)
-    with _as_in_training(model, device), standing_for(longest):
-        layers = [_layers(model, _made_up(model, length, learned), recompute, device) for length in lengths]
-        of_head = [Cost(one.fixed, learned * one.per_token) for one in _head(model, device)]
-    kept = Cost(*map(float, _fitted(lengths, [[one] for one, _ in layers])[0]))
-    kept_by_all = kept.plus(of_head[0])
-    of_head_moments = np.array([kept.plus(of_head[1]), kept_by_all.plus(of_head[2])])
-    return Costs(kept_by_all, np.vstack([_fitted(lengths, [levels for _, levels in layers]), of_head_moments]))
-
-
-def measuring_costs(model: Any, longest: int, learned: float) -> Costs:
-    """What packs take that have no backward pass."""
-    device = next(model.parameters()).device
-    lengths = LENGTHS.get(device.type, LONGER)
-    with _as_in_training(model, device), standing_for(longest), torch.no_grad():
-        layers = [_layers(model, _made_up(model, length, learned), False, device) for length in lengths]
-    return Costs(Cost(0.0, 0.0), _fitted(lengths, [levels for _, levels in layers]))
+    with _training_conditions(model, device), assume_longest_row(longest), torch.set_grad_enabled(backward):
+        layers = [_layers(model, _random_pack(model, length, target_share), recompute, device) for length in lengths]
+        of_head = [cost._replace(per_token=target_share * cost.per_token) for cost in _head(model, device)] if backward else []
+    moments = _fit_parabolas(lengths, [levels for _, levels in layers])
+    if not backward:
+        return MemoryProfile(MemoryCost(0.0, 0.0), moments)
+    saved = MemoryCost(*map(float, _fit_parabolas(lengths, [[activations] for activations, _ in layers])[0]))
+    saved_by_all = saved.plus(of_head[0])
+    of_head_moments = np.array([saved.plus(of_head[1]), saved_by_all.plus(of_head[2])])
+    return MemoryProfile(saved_by_all, np.vstack([moments, of_head_moments]))
 
 
 @contextmanager
-def _as_in_training(model: Any, device: torch.device) -> Iterator[None]:
-    """Within the block, dropout acts, and there are gradients already, as in training: they are counted apart."""
+def _training_conditions(model: Any, device: torch.device) -> Iterator[None]:
+    """Within the block, dropout is on, and there are gradients already, as in training: their memory is counted apart."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     before = [parameter.grad for parameter in trained]
-    acting = [adapter for adapter in adapters(model).values() if adapter.enabled]
-    with ExitStack() as held:
-        held.enter_context(seeded(0, device))
-        held.enter_context(gc_paused())  # what it would free, and when, differs from row to row
+    enabled = [adapter for adapter in adapters(model).values() if adapter.enabled]
+    with ExitStack() as stack:
+        stack.enter_context(seeded(0, device))
+        stack.enter_context(gc_paused())  # what it would free, and when, differs from row to row
         if device.type == "cpu":
-            held.enter_context(one_thread())
+            stack.enter_context(one_thread())
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
-        for adapter in acting:
+        for adapter in enabled:
             adapter.train()
         try:
             yield
         finally:
-            for adapter in acting:
+            for adapter in enabled:
                 adapter.train(False)
             for parameter, gradient in zip(trained, before, strict=True):
                 parameter.grad = gradient
 
 
-def _made_up(model: Any, length: int, learned: float) -> Pack:
+def _random_pack(model: Any, length: int, target_share: float) -> Pack:
     draw, vocabulary = random.Random(0), model.config.get_text_config().vocab_size
-    first = length + 1 - max(1, round(learned * length))
-    row = TokenRow([draw.randrange(vocabulary) for _ in range(length + 1)], list(range(first, length + 1)), "made up")
+    first = length + 1 - max(1, round(target_share * length))
+    row = TokenRow([draw.randrange(vocabulary) for _ in range(length + 1)], list(range(first, length + 1)), "random tokens")
     return pack_flat([row])
 
 
 def _layers(model: Any, pack: Pack, recompute: bool, device: torch.device) -> tuple[float, list[float]]:
-    """Bytes that the layers keep for the backward pass; and all that is held, each time that it changes, in both passes."""
+    """Bytes that the layers save for the backward pass; and all that is held, each time that it changes, in both passes."""
     pack = pack.to(device)
     at = pack.target_at.unique()
-    forget_transient()  # so that each pass makes the same, one after the other
-    with recomputed(recompute), Meter() as meter:
+    free_scratch()  # so that each pass makes the same tensors in the same order
+    with gradient_checkpointing(recompute), Meter() as meter:
         total = states_at(model, pack, at).sum()
-        kept = meter.now
+        activations = meter.now
         if total.requires_grad:
             total.backward()
-        return kept, [*meter.levels]  # what is freed after the passes does not count
+        return activations, [*meter.levels]  # what is freed after the passes does not count
 
 
-def _head(model: Any, device: torch.device) -> list[Cost]:
-    """The head's, by the number of target tokens: what it keeps, the most in the forward and in the backward pass.
+def _head(model: Any, device: torch.device) -> list[MemoryCost]:
+    """Of the head, by target tokens: what it saves, and the most in the forward and in the backward pass.
 
-    It is measured on so many tokens that it takes them in several tiles.
+    It is measured on so many tokens that it needs several tiles.
     """
-    one = head.head_of(model)
-    few = max(head.ROWS if one.adapted is not None else 1, head.TILE // len(one.weight) + 1)
-    found = []
+    own = head.head_of(model)
+    few = max(head.ROWS if own.adapted is not None else 1, head.TILE // len(own.weight) + 1)
+    measured = []
     for count in (2 * few, 3 * few):
-        hidden = torch.zeros(count, one.weight.shape[1], dtype=one.weight.dtype, device=device).requires_grad_()
+        hidden = torch.zeros(count, own.weight.shape[1], dtype=own.weight.dtype, device=device).requires_grad_()
         at = torch.arange(count, device=device)
-        token, sequence = at % len(one.weight), torch.zeros_like(at)
+        token, sequence = at % len(own.weight), torch.zeros_like(at)
         with Meter() as meter:
-            total = head.sequence_logprobs(hidden, at, one, token, sequence, 1)
-            kept, before = meter.now, len(meter.levels)
+            total = head.sequence_logprobs(hidden, at, own, token, sequence, 1)
+            saved, before = meter.now, len(meter.levels)
             total.sum().backward()
-            found.append((kept, max(meter.levels[:before]), max(meter.levels[before:])))
-    slopes = [((second - first) / few, first) for first, second in zip(*found, strict=True)]
-    return [Cost(max(0.0, first - slope * 2 * few), slope) for slope, first in slopes]
+            measured.append((saved, max(meter.levels[:before]), max(meter.levels[before:])))
+    slopes = [((second - first) / few, first) for first, second in zip(*measured, strict=True)]
+    return [MemoryCost(max(0.0, first - slope * 2 * few), slope) for slope, first in slopes]
 
 
-def _fitted(lengths: Sequence[int], levels: Sequence[Sequence[float]]) -> NDArray[np.float64]:
-    """The parabola through three points, for each of many: three lines of numbers -> a line of three each, as in `Cost`."""
-    if len({len(some) for some in levels}) > 1:  # longer rows go another way; then only the most can be compared
-        levels = [[max(some)] for some in levels]
+def _fit_parabolas(lengths: Sequence[int], levels: Sequence[Sequence[float]]) -> NDArray[np.float64]:
+    """The parabola through three points, for each of many: three lines of numbers -> a line of three each, as in `MemoryCost`."""
+    if len({len(moments) for moments in levels}) > 1:  # longer rows run other code; then only the peaks can be compared
+        levels = [[max(moments)] for moments in levels]
     (n1, n2, n3), (y1, y2, y3) = lengths, np.array(levels, dtype=np.float64)
     lower, upper = (y2 - y1) / (n2 - n1), (y3 - y2) / (n3 - n2)
     per_pair = (upper - lower) / (n3 - n1)
@@ -166,7 +166,7 @@ def _fitted(lengths: Sequence[int], levels: Sequence[Sequence[float]]) -> NDArra
 
 
 class Meter(TorchDispatchMode):
-    """Counts the bytes of tensors that are made within the block and not yet freed, by what each operation returns."""
+    """Counts the bytes of tensors that were made within the block and are not yet freed, by what each operation returns."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -185,11 +185,11 @@ class Meter(TorchDispatchMode):
     def _should_skip_dynamo(cls) -> bool:
         return False  # nothing here is compiled, and to look for that takes a third of the time
 
-    def _count(self, storage: Any, given: Iterable[Any]) -> None:
+    def _count(self, storage: Any, arguments: Iterable[Any]) -> None:
         if id(storage) in self.held:
             return
-        if any(one.untyped_storage() is storage for one in _tensors(given)):
-            return  # something older, in place or another view of it
+        if any(tensor.untyped_storage() is storage for tensor in _tensors(arguments)):
+            return  # an older tensor, changed in place or viewed
         self.held[id(storage)] = storage.nbytes()
         self._change(storage.nbytes())
         weakref.finalize(storage, self._gone, id(storage)).atexit = False

@@ -196,7 +196,7 @@ def logprobs(base: Base, rows: Sequence[TokenRow], pack_tokens: int) -> list[flo
     # Without their sides, so that a mismatched answer can share its prompt with the row's own.
     rows = [TokenRow(row.ids, row.target_indices, row.where) for row in rows]
     for pack in pack_all(rows, pack_tokens):
-        for row, value in zip(pack.sequences, pack_logprobs(base.model, pack.to(base.device)).tolist(), strict=True):
+        for row, value in zip(pack.rows, pack_logprobs(base.model, pack.to(base.device)).tolist(), strict=True):
             by_row[id(row)] = value
     return [by_row[id(row)] for row in rows]
 

@@ -89,14 +89,14 @@ def score_loss(base: Base, rows: Sequence[TokenRow], pack_tokens: int = 1024, ob
     by_row: dict[int, float] = {}
     scored, kl = score_packs(base.model, objective, pack_all(rows, pack_tokens))
     for pack, logprobs in scored:
-        for row, logprob in zip(pack.sequences, logprobs.tolist(), strict=True):
+        for row, logprob in zip(pack.rows, logprobs.tolist(), strict=True):
             if not math.isfinite(logprob):
                 raise NonFinite(f"The loss on {row.where} is not finite: the weights of the model or of an adapter are broken.")
             by_row[id(row)] = logprob
         sums += objective.losses(logprobs, pack, kl).tolist()
         counts += objective.counts(pack)
         measures.append(objective.measures(logprobs, pack, kl))
-    tokens = sum(len(row.target_indices) for pack, _ in scored for row in pack.sequences)
+    tokens = sum(len(row.target_indices) for pack, _ in scored for row in pack.rows)
     in_order = [by_row[id(row)] for row in rows if id(row) in by_row]
     loss, interval = sum(sums) / sum(counts), _bootstrap(sums, counts)
     return Loss(loss, interval, tokens, len(sums), mean_measures(measures), sums, counts, in_order)

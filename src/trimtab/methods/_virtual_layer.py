@@ -75,7 +75,7 @@ class VirtualLayer(AdapterLayer):
         with only_active(self.switch) if owned is not None else nullcontext():
             own = Virtual(self.keys_values(), acts_on=owned.__getitem__ if owned is not None else None)
         out = self.base(input_ids, position_ids=position_ids + shift, virtual=(*virtual, own), **kwargs)
-        own.check_seen(type(self.base).__name__)
+        own.check_reached(type(self.base).__name__)
         return out
 
     def compute_keys_values(self, ids: Tensor | None = None, embeddings: Tensor | None = None) -> KeysValues:

@@ -23,7 +23,7 @@ class KLEstimate:
         Args:
             logprobs: Σ log p of each of the pack's mismatched answers.
         """
-        reference = torch.tensor([row.reference for row in pack.sequences], dtype=torch.float64)
+        reference = torch.tensor([row.reference for row in pack.rows], dtype=torch.float64)
         self.log_ratios.append(logprobs.detach().cpu().double() - reference)
 
     @property

@@ -48,7 +48,7 @@ class Pairwise(Objective):
         """U."""
 
     def counts(self, pack: Pack) -> list[int]:
-        return [1] * (len(pack.sequences) // 2)
+        return [1] * (len(pack.rows) // 2)
 
     def losses(self, logprobs: Tensor, pack: Pack, kl: float) -> Tensor:
         return self.pair_losses(*split_pairs(logprobs, pack))
@@ -68,10 +68,10 @@ class Pairwise(Objective):
 
 def split_pairs(logprobs: Tensor, pack: Pack) -> tuple[Answers, Answers]:
     """The chosen and the rejected answers of a pack, in which each rejected one follows its chosen one."""
-    assert [row.side for row in pack.sequences] == ["chosen", "rejected"] * (len(pack.sequences) // 2), "pairs stay together"
+    assert [row.side for row in pack.rows] == ["chosen", "rejected"] * (len(pack.rows) // 2), "pairs stay together"
 
     def side(start: int) -> Answers:
-        rows = pack.sequences[start::2]
+        rows = pack.rows[start::2]
         reference, tokens = ([row.reference for row in rows], [len(row.target_indices) for row in rows])
         return Answers(
             logprobs[start::2], *(torch.tensor(x, dtype=logprobs.dtype, device=logprobs.device) for x in (reference, tokens))

@@ -46,7 +46,7 @@ class KTO(ReferenceObjective):
         return self.model_copy(update={key: value for key, value in balanced.items() if getattr(self, key) == "auto"})
 
     def counts(self, pack: Pack) -> list[int]:
-        return [1] * len(pack.sequences)
+        return [1] * len(pack.rows)
 
     def losses(self, logprobs: Tensor, pack: Pack, kl: float) -> Tensor:
         sign, weight = self._of_sides(pack, logprobs)
@@ -71,10 +71,10 @@ class KTO(ReferenceObjective):
         assert self.desirable != "auto", "resolve_auto was not called"
         assert self.undesirable != "auto", "resolve_auto was not called"
         known = {"good": (1.0, self.desirable), "bad": (-1.0, self.undesirable)}
-        both = torch.tensor([known[row.side or ""] for row in pack.sequences], dtype=like.dtype, device=like.device)
+        both = torch.tensor([known[row.side or ""] for row in pack.rows], dtype=like.dtype, device=like.device)
         return both[:, 0], both[:, 1]
 
 
 def _ratio(logprobs: Tensor, pack: Pack) -> Tensor:
     """log π / π_reference of each answer."""
-    return logprobs - torch.tensor([row.reference for row in pack.sequences], dtype=logprobs.dtype, device=logprobs.device)
+    return logprobs - torch.tensor([row.reference for row in pack.rows], dtype=logprobs.dtype, device=logprobs.device)

@@ -10,7 +10,7 @@ class SFT(Objective):
     """loss = −Σ log p(token) / number of target tokens, over the whole optimizer step."""
 
     def counts(self, pack: Pack) -> list[int]:
-        return [len(row.target_indices) for row in pack.sequences]
+        return [len(row.target_indices) for row in pack.rows]
 
     def losses(self, logprobs: Tensor, pack: Pack, kl: float) -> Tensor:
         return -logprobs

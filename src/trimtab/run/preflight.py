@@ -12,7 +12,7 @@ from trimtab.data.example import TokenRow
 from trimtab.methods import Attached
 from trimtab.run.checkpoints import KEPT
 from trimtab.run.recipe import Recipe
-from trimtab.train import planned_memory
+from trimtab.train import plan_training_memory
 
 
 @dataclass
@@ -40,10 +40,10 @@ def preflight(opened: OpenedRecipe) -> list[Finding]:
 def memory_needed(opened: OpenedRecipe) -> Finding:
     """The memory that training would take now; it is planned again when training starts."""
     try:
-        plan = planned_memory(opened.base, opened.recipe.train, opened.data.train, opened.data.eval)
+        plan = plan_training_memory(opened.base, opened.recipe.train, opened.data.train, opened.data.eval)
     except RecipeError as error:
         return Finding("memory", "problem", str(error))
-    return Finding("memory", "good", plan.words, {"pack_tokens": plan.pack_tokens, "most": plan.most})
+    return Finding("memory", "good", plan.summary, {"pack_tokens": plan.pack_tokens, "most": plan.peak_bytes})
 
 
 def check_disk(findings: list[Finding]) -> None:

@@ -18,7 +18,7 @@ from trimtab.artifacts import State, is_run, newest_state, read_record
 from trimtab.artifacts.run_folder import BEFORE_THE_FIRST_STEP, CHECKPOINTS, DATA, LOCK, METRICS, RECIPE, STATES
 from trimtab.core import files, locks
 from trimtab.core.errors import RecipeError, StorageError, TrimtabError, listing
-from trimtab.engine import Memory
+from trimtab.engine import MemoryPlan
 from trimtab.run.recipe import Recipe
 
 IDENTIFIED: dict[str, tuple[str, ...]] = {
@@ -75,9 +75,9 @@ class UnfinishedRun:
         """When the run started: what its template writes as today's date."""
         return datetime.fromisoformat(self.facts["moment"])
 
-    def memory(self) -> Memory | None:
+    def memory(self) -> MemoryPlan | None:
         """The run's plan, so that rows go into the same packs whatever is free now; None if another version made it."""
-        return Memory.of(self.facts["plan"])
+        return MemoryPlan.from_plain(self.facts["plan"])
 
     def check_recipe(self, recipe: Recipe) -> None:
         """Refuse another recipe before anything is loaded. Raises RecipeError with the keys that differ."""

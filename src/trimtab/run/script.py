@@ -10,7 +10,7 @@ from trimtab.core import files
 from trimtab.core.errors import NotMoved, StorageError, listing
 from trimtab.core.interrupts import interrupts_deferred
 from trimtab.deploy import copy_adapter, save_adapter
-from trimtab.engine import Memory, Peak
+from trimtab.engine import MemoryPlan, PeakMemory
 from trimtab.evaluate import Loss, score_loss
 from trimtab.evaluate.reference import logprobs
 from trimtab.report import RunObserver
@@ -202,7 +202,7 @@ class _BetweenSteps:
         return [(row.where, value) for row, value in zip(rows, values, strict=True)]
 
 
-def _optimizer(prepared: PreparedRun, state: State | None) -> tuple[Optimizer, dict[str, str], Peak]:
+def _optimizer(prepared: PreparedRun, state: State | None) -> tuple[Optimizer, dict[str, str], PeakMemory]:
     """The optimizer as the checkpoint has it, digests of its parameters' first values, and the peak of memory from now on."""
     optimizer, already = Optimizer(prepared.adapter, prepared.recipe.train.weight_decay), 0
     first_values = optimizer.digests()
@@ -210,7 +210,7 @@ def _optimizer(prepared: PreparedRun, state: State | None) -> tuple[Optimizer, d
         optimizer.load(state.tensors, state.step, state.facts["skipped"])
         already = sum(tensor.nbytes for name, tensor in state.tensors.items() if not name.startswith("value/"))
         state.tensors.clear()  # they are the optimizer's by now
-    return optimizer, first_values, Peak(prepared.base.device, already)
+    return optimizer, first_values, PeakMemory(prepared.base.device, already)
 
 
 def _unmoved(first_values: dict[str, str], optimizer: Optimizer) -> list[str]:
@@ -218,9 +218,9 @@ def _unmoved(first_values: dict[str, str], optimizer: Optimizer) -> list[str]:
     return [name for name, digest in first_values.items() if now[name] == digest]
 
 
-def _memory_held(peak: Peak, memory: Memory) -> dict[str, float] | None:
+def _memory_held(peak: PeakMemory, memory: MemoryPlan) -> dict[str, float] | None:
     """The most that this process has held while it trained, beside what was planned, in bytes; None if the system doesn't say."""
-    most = peak.most
+    most = peak.highest
     if most is None or peak.start is None:
         return None
-    return {"planned": peak.start + memory.most, "measured": most, "before": peak.start}
+    return {"planned": peak.start + memory.peak_bytes, "measured": most, "before": peak.start}

@@ -22,7 +22,7 @@ from trimtab.report import RunObserver
 from trimtab.run.preflight import OpenedRecipe, check_disk, preflight
 from trimtab.run.recipe import Recipe
 from trimtab.run.resume import UnfinishedRun, threads
-from trimtab.train import PlannedSteps, peak_learning_rate, planned_memory
+from trimtab.train import TrainingSteps, peak_learning_rate, plan_training_memory
 
 Rows = list[TokenRow]
 
@@ -35,7 +35,7 @@ class PreparedRun:
     base: Base
     adapter: Attached
     data: LoadedData
-    steps: PlannedSteps
+    steps: TrainingSteps
     facts: dict[str, Any]
     findings: list[Finding]
     """Of the checks before the first step."""
@@ -57,8 +57,8 @@ def prepare(recipe: Recipe, unfinished: UnfinishedRun | None, observer: RunObser
     recipe = recipe.model_copy(update={"objective": objective})
     observer.on_stage("planning the memory")
     memory = unfinished.memory() if unfinished is not None else None
-    memory = memory or planned_memory(base, recipe.train, data.train, data.eval)
-    steps = PlannedSteps(data.train, recipe.train, memory)
+    memory = memory or plan_training_memory(base, recipe.train, data.train, data.eval)
+    steps = TrainingSteps(data.train, recipe.train, memory)
     facts = {**_facts(recipe, base, adapter, data, steps), "start": opened.start, "reference": reference}
     observer.on_plan(facts, data.reports, len(row_groups(data.train)), len(row_groups(data.eval)))
     for finding in findings:
@@ -174,7 +174,7 @@ def prepare_objective(
     return objective, (train, held_out), facts
 
 
-def _facts(recipe: Recipe, base: Base, adapter: Attached, data: LoadedData, steps: PlannedSteps) -> dict[str, Any]:
+def _facts(recipe: Recipe, base: Base, adapter: Attached, data: LoadedData, steps: TrainingSteps) -> dict[str, Any]:
     """What is known before the first step, as JSON data."""
     rate, formula = peak_learning_rate(recipe.train, base, recipe.method, recipe.objective, steps.rows_per_step)
     trained = sum(p.numel() for p in adapter.parameters().values())
@@ -189,7 +189,7 @@ def _facts(recipe: Recipe, base: Base, adapter: Attached, data: LoadedData, step
         "steps": len(steps),
         "epochs": steps.epochs,
         "rows_per_step": steps.rows_per_step,
-        "memory": steps.memory.words,
+        "memory": steps.memory.summary,
         "plan": steps.memory.plain(),
         "threads": threads(),
         "device": str(base.device),

@@ -1,8 +1,10 @@
-"""The loop and its schedule."""
+"""The training loop: what to do in each step, and with how much memory."""
 
 from trimtab.train.config import TrainConfig, learning_rate
 from trimtab.train.loop import Step, peak_learning_rate, train
 from trimtab.train.optimizer import Optimizer
-from trimtab.train.steps import PlannedSteps, planned_memory
+from trimtab.train.steps import TrainingSteps, plan_training_memory
 
-__all__ = ["Optimizer", "PlannedSteps", "Step", "TrainConfig", "learning_rate", "peak_learning_rate", "planned_memory", "train"]
+__all__ = [
+    "Optimizer", "Step", "TrainConfig", "TrainingSteps", "learning_rate", "peak_learning_rate", "plan_training_memory", "train",
+]  # fmt: skip

@@ -1,4 +1,4 @@
-"""The part of a recipe that says how to train, and the learning rate at each step."""
+"""The recipe's section `train`, and the learning rate at each step."""
 
 import math
 from typing import Annotated, Any, Literal
@@ -11,14 +11,14 @@ from trimtab.engine import Recompute
 Schedule = Literal["cosine", "linear", "constant"]
 
 ROWS, STEPS = (4, 16), 60
-"""The fewest and the most rows of a step, and the number of steps that decides between them. Measured: docs/decisions/034."""
+"""Unless given, a step has as many rows as make so many steps, within these bounds. Measured: docs/decisions/034."""
 EPOCHS, LEAST_STEPS = (2.0, 4.0), 30
-"""The fewest and the most epochs, and the number of steps that decides between them."""
+"""Unless given, there are as many epochs as make so many steps, within these bounds."""
 
 
 def _fraction(raw: Any) -> Any:
     if isinstance(raw, int | float) and not isinstance(raw, bool) and raw > 1:
-        raise ValueError(f"expected a fraction of the steps, such as 0.05, got {raw:g}: it is not counted in steps.")
+        raise ValueError(f"expected a fraction of the steps, such as 0.05, got {raw:g}: it is not a number of steps.")
     return raw
 
 
@@ -28,13 +28,13 @@ class TrainConfig(Config):
     epochs: Literal["auto"] | Annotated[float, Field(gt=0, le=10_000)] = "auto"
     """How often each example is trained on; auto is 2, or up to 4 where that would make fewer than 30 steps."""
     rows_per_step: Annotated[int, Field(ge=1)] | None = None
-    """Examples in an optimizer step (the effective batch size); unless given, 16, or down to 4 where that would make fewer than 60 steps."""
+    """The effective batch size in examples; unless given, 16, or down to 4 where that would make fewer than 60 steps."""
     tokens_per_step: Annotated[int, Field(ge=1)] | None = None
-    """Tokens in an optimizer step, instead of a number of examples."""
+    """The effective batch size in tokens, instead of examples."""
     pack_tokens: Literal["auto"] | Annotated[int, Field(ge=16)] = "auto"
-    """Tokens of a micro-batch, at most; auto is 1,024, or what fits. More take memory and are a little faster; the result is the same."""
+    """The most tokens of a micro-batch; auto is 1,024, or what fits. More take memory and are a little faster; results are the same."""
     recompute: Recompute = "auto"
-    """Gradient checkpointing: none, full, or auto, for those micro-batches that do not fit into memory without."""
+    """Gradient checkpointing: none, full, or auto, which uses it for micro-batches that would not fit into memory otherwise."""
     lr: Literal["auto"] | Annotated[float, Field(gt=0)] = "auto"
     """Peak learning rate; auto is the method's formula, which the run prints."""
     schedule: Schedule = "cosine"
@@ -42,33 +42,33 @@ class TrainConfig(Config):
     warmup: Annotated[float, Field(ge=0, le=1), BeforeValidator(_fraction)] = 0.05
     """Fraction of the steps over which the learning rate rises from zero."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """AdamW's, on the adapter's weights."""
+    """AdamW's, on the adapter's parameters."""
     clip: Annotated[float, Field(gt=0)] | None = 1.0
     """The largest norm of the gradient; a larger one is scaled down to it. null for no limit."""
     evaluate_every: Annotated[int, Field(ge=1)] | None = None
-    """Steps between evaluations, after each of which the adapter is saved; a quarter of the run unless given."""
+    """Steps between evaluations, after each of which a checkpoint is saved; a quarter of the run unless given."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Decides the adapter's first values, the held-out examples, the order of examples and the dropout."""
+    """Of the adapter's initial values, the validation split, the order of examples and dropout."""
 
     @model_validator(mode="after")
     def _one_measure(self) -> Any:
         if self.rows_per_step is not None and self.tokens_per_step is not None:
-            raise ValueError("rows_per_step and tokens_per_step are two measures of one thing: give one of them.")
+            raise ValueError("rows_per_step and tokens_per_step both set the effective batch size: give one of them.")
         return self
 
     @property
     def repeats(self) -> bool:
-        """Whether rows are trained on more than once."""
+        """Whether there is more than one epoch."""
         return self.epochs == "auto" or self.epochs > 1
 
     def epochs_and_rows(self, rows: int) -> tuple[float, int | None]:
-        """Epochs over so many rows, and the rows of a step; None if that is measured in tokens."""
-        epochs, a_step = EPOCHS[0] if self.epochs == "auto" else self.epochs, self.rows_per_step
-        if a_step is None and self.tokens_per_step is None:
-            a_step = max(ROWS[0], min(ROWS[1], int(epochs * rows / STEPS)))
-        if self.epochs == "auto" and a_step is not None:
-            epochs = max(EPOCHS[0], min(EPOCHS[1], float(math.ceil(LEAST_STEPS * a_step / rows))))
-        return epochs, a_step
+        """The epochs over so many rows, and the rows of a step; None if steps are measured in tokens."""
+        epochs, rows_per_step = EPOCHS[0] if self.epochs == "auto" else self.epochs, self.rows_per_step
+        if rows_per_step is None and self.tokens_per_step is None:
+            rows_per_step = max(ROWS[0], min(ROWS[1], int(epochs * rows / STEPS)))
+        if self.epochs == "auto" and rows_per_step is not None:
+            epochs = max(EPOCHS[0], min(EPOCHS[1], float(math.ceil(LEAST_STEPS * rows_per_step / rows))))
+        return epochs, rows_per_step
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float, schedule: Schedule) -> float:

@@ -19,14 +19,14 @@ from trimtab.core.process import never_keep_freed_memory
 from trimtab.core.randomness import seeded
 from trimtab.data import Pack
 from trimtab.data.example import TokenRow
-from trimtab.engine import ActivationArena, FrozenLayerCache, Memory, free_memory, pack_logprobs
+from trimtab.engine import ActivationArena, FrozenLayerCache, MemoryPlan, free_memory, pack_logprobs
 from trimtab.methods import Attached, LearningRateContext, Method
 from trimtab.objectives import KLEstimate, Objective, mean_measures
 from trimtab.train.config import TrainConfig, learning_rate
 from trimtab.train.optimizer import Optimizer
 
 PATIENCE = 3
-"""Steps in a row that may be skipped, less one."""
+"""So many steps in a row that would be skipped end the run."""
 
 
 class Steps(Protocol):
@@ -43,25 +43,25 @@ class Step:
     number: int
     """From 1."""
     loss: float
-    """The step's mean over its items, before the update."""
+    """The mean over the step's items, before the update."""
     items: int
-    """What the loss was divided by: for SFT, the learned tokens of the whole step."""
+    """What the loss was divided by: for SFT, the target tokens of the whole step."""
     tokens: int
     """Tokens of the step's rows, all of them real."""
     computed: int
-    """Tokens that were computed: what rows begin with in common once, and nothing after the last that is learned."""
+    """Tokens that were processed: shared prefixes once, and none after the last target."""
     seconds: float
     grad_norm: float
     """Before clipping."""
     lr: float
     measures: dict[str, float] = field(default_factory=dict)
-    """What the objective gives people to read beside the loss: means over the step's rows."""
+    """The objective's other measures, as means over the step's rows."""
     skipped: str | None = None
     """Why the step was not taken: its loss or gradient is NaN or Inf."""
 
     @property
     def values(self) -> dict[str, Any]:
-        """What is logged of it."""
+        """What is logged."""
         names = ("loss", "lr", "grad_norm", "items", "tokens", "computed")
         skipped = {"skipped": self.skipped} if self.skipped else {}
         return {name: getattr(self, name) for name in names} | {"seconds": round(self.seconds, 4)} | skipped | self.measures
@@ -74,24 +74,24 @@ def train(
     steps: Steps,
     config: TrainConfig,
     peak_lr: float,
-    memory: Memory | None = None,
+    memory: MemoryPlan | None = None,
     optimizer: Optimizer | None = None,
 ) -> Iterator[Step]:
     """Train the adapter; yield after each optimizer step.
 
     Args:
-        optimizer: The adapter's, which goes on after the steps that it has taken; a fresh one unless given.
+        optimizer: The adapter's, after the steps that it has taken; a new one unless given.
         steps: The packs of each optimizer step.
         peak_lr: The learning rate after warm-up.
-        memory: Which packs are recomputed in their backward pass, and what the others keep; none is unless given.
+        memory: Says which packs use gradient checkpointing; none does unless given.
 
     Raises:
-        NonFinite: Losses or gradients are not numbers, `PATIENCE` steps in a row; the adapter is as it was before them.
-        KeyboardInterrupt: The same; or, if it comes while the adapter is updated, when the next step is asked for.
-        DataError: A step has nothing to learn.
+        NonFinite: Losses or gradients are NaN or Inf in `PATIENCE` steps in a row; the adapter is as it was before them.
+        KeyboardInterrupt: The adapter is as it was before the step; an interrupt during an update is raised when the next step is asked for.
+        DataError: A step has no targets.
     """
     optimizer = optimizer or Optimizer(adapter, config.weight_decay)
-    passes, late, in_a_row = _Passes(base, objective, config, memory), None, 0
+    passes, late_interrupt, skipped_in_a_row = _Passes(base, objective, config, memory), None, 0
     optimizer.clear()
     for number in range(optimizer.taken + 1, len(steps) + 1):
         started = time.perf_counter()
@@ -99,39 +99,39 @@ def train(
         lr = learning_rate(number, len(steps), peak_lr, config.warmup, config.schedule)
         items = sum(objective.items(pack) for pack in packs if not pack.mismatched)
         if items == 0:
-            raise DataError(f"step {number}: none of its rows has anything to learn.")
+            raise DataError(f"step {number}: none of its rows has a target token.")
         adapter.train(not objective.needs_reference)
         losses, measures = passes.gradients(number, packs, items)
         adapter.train(False)
         norm = torch.nn.utils.clip_grad_norm_(optimizer.parameters, config.clip if config.clip is not None else float("inf"))
         mean = torch.stack(losses).cpu().double().sum().item() / items  # in float64 on the host: not every device has it
-        rows = [row for pack in packs if not pack.mismatched for row in pack.sequences]
+        rows = [row for pack in packs if not pack.mismatched for row in pack.rows]
         skipped = _not_finite(number, mean, norm.item(), rows)
-        in_a_row = _patient(in_a_row, skipped)
+        skipped_in_a_row = _count_skipped(skipped_in_a_row, skipped)
         try:
             optimizer.skip() if skipped else optimizer.step(lr)
         except KeyboardInterrupt as error:
-            late = error
+            late_interrupt = error
         counts = items, sum(row.full_length for row in rows), sum(len(pack.ids) for pack in packs)
         yield Step(number, mean, *counts, time.perf_counter() - started, norm.item(), lr, mean_measures(measures), skipped)
-        if late is not None:
-            raise late
+        if late_interrupt is not None:
+            raise late_interrupt
     optimizer.release()
 
 
 class _Passes:
-    """Forward and backward passes, and what they share from pack to pack."""
+    """Forward and backward passes, with the arena and the cache that packs share."""
 
-    def __init__(self, base: Base, objective: Objective, config: TrainConfig, memory: Memory | None) -> None:
+    def __init__(self, base: Base, objective: Objective, config: TrainConfig, memory: MemoryPlan | None) -> None:
         never_keep_freed_memory()
         self.base, self.objective, self.seed = base, objective, config.seed
         self.memory = memory
-        self.arena = ActivationArena(memory.kept * 1.01) if memory and base.device.type == "cpu" else None
-        below = memory.below if memory else free_memory(base.device) / 4
-        self.below = FrozenLayerCache(base.model, below) if config.repeats else None
+        self.arena = ActivationArena(memory.arena_bytes * 1.01) if memory and base.device.type == "cpu" else None
+        capacity = memory.frozen_cache_bytes if memory else free_memory(base.device) / 4
+        self.frozen_cache = FrozenLayerCache(base.model, capacity) if config.repeats else None
 
     def gradients(self, number: int, packs: list[Pack], items: int) -> tuple[list[torch.Tensor], list[dict[str, torch.Tensor]]]:
-        """Add the gradients of a step's packs to the parameters'; their losses, and what else is measured."""
+        """Add the gradients of a step's packs to the parameters', and return the losses and other measures."""
         device, measures, losses = self.base.device, list[dict[str, torch.Tensor]](), list[torch.Tensor]()
         estimate = KLEstimate(self.objective)
         for part, pack in enumerate(packs):
@@ -147,10 +147,10 @@ class _Passes:
         return losses, measures
 
     def _logprobs(self, pack: Pack) -> torch.Tensor:
-        recompute = self.memory is not None and self.memory.twice(pack)
+        recompute = self.memory is not None and self.memory.recomputes(pack)
         in_arena = self.arena is not None and torch.is_grad_enabled() and not recompute
-        with self.arena.again() if in_arena and self.arena else nullcontext():
-            return pack_logprobs(self.base.model, pack, recompute=recompute, below=self.below)
+        with self.arena.reuse() if in_arena and self.arena else nullcontext():
+            return pack_logprobs(self.base.model, pack, recompute=recompute, frozen_cache=self.frozen_cache)
 
 
 def peak_learning_rate(
@@ -160,24 +160,24 @@ def peak_learning_rate(
     if config.lr != "auto":
         return config.lr, "given"
     model = base.model.config.get_text_config()
-    rate, words = method.learning_rate(LearningRateContext(model.model_type, model.hidden_size, rows_per_step))
+    rate, basis = method.learning_rate(LearningRateContext(model.model_type, model.hidden_size, rows_per_step))
     share = objective.lr_multiplier
-    return (rate, words) if share == 1.0 else (float(f"{rate * share:.2e}"), f"{words}; times {share:g} for {objective.name}")
+    return (rate, basis) if share == 1.0 else (float(f"{rate * share:.2e}"), f"{basis}; times {share:g} for {objective.name}")
 
 
 def _dropout_seed(seed: int, step: int, part: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{step}/{part}".encode()).digest()[:7], "big")
 
 
-def _patient(in_a_row: int, skipped: str | None) -> int:
-    """How many steps have been skipped in a row. Raises NonFinite if it is too many."""
+def _count_skipped(in_a_row: int, skipped: str | None) -> int:
+    """How many steps have been skipped in a row. Raises NonFinite if they are too many."""
     if skipped and in_a_row + 1 == PATIENCE:
         raise NonFinite(f"{skipped} It is the {PATIENCE}rd in a row. Lower train.lr, or look at those rows.")
     return in_a_row + 1 if skipped else 0
 
 
 def _not_finite(number: int, loss: float, norm: float, rows: list[TokenRow]) -> str | None:
-    """What to say of a step whose loss or gradient is not a number."""
+    """What to say of a step whose loss or gradient is NaN or Inf; None for others."""
     if math.isfinite(loss) and math.isfinite(norm):
         return None
     places = ", ".join(row.where for row in rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")

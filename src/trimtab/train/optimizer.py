@@ -1,4 +1,4 @@
-"""AdamW on what an adapter trains: steps are taken whole, and its moments go by the names of the parameters."""
+"""AdamW on an adapter's parameters: uninterrupted steps, and optimizer state by the parameters' names."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,20 +16,20 @@ MOMENTS = {"mean": "exp_avg", "square": "exp_avg_sq"}
 
 
 class Optimizer:
-    """AdamW, with parameters in groups that share a learning rate, as the method divides them."""
+    """AdamW, with a parameter group for each learning rate multiplier of the method."""
 
     def __init__(self, adapter: Attached, weight_decay: float) -> None:
         self.adapter = adapter
         self.named = adapter.parameters()
         self.taken = 0
-        """Steps, those that were skipped included."""
+        """Steps, skipped ones included."""
         self.skipped = 0
         groups: dict[float, list[nn.Parameter]] = {}
         for name, parameter in self.named.items():
             groups.setdefault(adapter.method.lr_multiplier(name.rpartition(".")[2]), []).append(parameter)
-            # Made later, between what a backward pass needs for a moment, gradients would leave holes in memory.
+            # If they were made later, among the temporary tensors of a backward pass, gradients would fragment memory.
             parameter.grad = torch.zeros_like(parameter)
-        by_rate = [{"params": several, "lr_multiplier": rate} for rate, several in groups.items()]
+        by_rate = [{"params": group, "lr_multiplier": multiplier} for multiplier, group in groups.items()]
         self._adamw = torch.optim.AdamW(by_rate, lr=0.0, weight_decay=weight_decay, fused=True)
 
     @property
@@ -37,7 +37,7 @@ class Optimizer:
         return list(self.named.values())
 
     def step(self, lr: float) -> None:
-        """Move the parameters by their gradients, and clear those. An interruption meanwhile comes afterwards."""
+        """Update the parameters by their gradients, and clear those. An interrupt meanwhile is raised afterwards."""
         for group in self._adamw.param_groups:
             group["lr"] = lr * group["lr_multiplier"]
         with interrupts_deferred():
@@ -47,13 +47,13 @@ class Optimizer:
             self.adapter.trained = True
 
     def skip(self) -> None:
-        """Pass over a step: forget its gradients, and leave everything as it is."""
+        """Skip a step: clear its gradients, and change nothing else."""
         self.clear()
         self.taken += 1
         self.skipped += 1
 
     def not_finite(self) -> list[str]:
-        """The names of parameters that hold a value which is not a number."""
+        """The names of parameters with a NaN or Inf."""
         return [name for name, parameter in self.named.items() if not bool(parameter.isfinite().all())]
 
     def digests(self) -> dict[str, str]:
@@ -61,15 +61,15 @@ class Optimizer:
         return {name: sha256_tensor(parameter) for name, parameter in self.named.items()}
 
     def clear(self) -> None:
-        """Forget the gradients."""
+        """Set the gradients to zero."""
         self._adamw.zero_grad(set_to_none=False)
 
     def release(self) -> None:
-        """Let go of the gradients' memory."""
+        """Free the gradients' memory."""
         self._adamw.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that further steps depend on: values and both moments, by kind and name, on the CPU; not copied if there."""
+        """All that further steps depend on: values and both moments, by kind and name, on the CPU; not copied if there already."""
         held = {f"value/{name}": parameter.detach() for name, parameter in self.named.items()}
         for name, parameter in self.named.items():
             for ours, theirs in MOMENTS.items():
@@ -78,7 +78,7 @@ class Optimizer:
         return {name: tensor.to("cpu").contiguous() for name, tensor in held.items()}
 
     def load(self, tensors: Mapping[str, Tensor], taken: int, skipped: int = 0) -> None:
-        """Go on from there. Raises ArtifactError, changing nothing, if the names, shapes or types are not these parameters'."""
+        """Resume from a state. Raises ArtifactError, changing nothing, if the names, shapes or types are not these parameters'."""
         expected = {f"{kind}/{name}": p for kind in ("value", *MOMENTS) for name, p in self.named.items()}
         wrong = sorted(tensors.keys() ^ expected.keys())
         wrong += [n for n in tensors.keys() & expected.keys() if _form(tensors[n]) != _form(expected[n])]

@@ -1,4 +1,4 @@
-"""The packs of each optimizer step of a run, made when it is taken; and how large they are, by the memory that is free."""
+"""The packs of each optimizer step of a run, and the plan of the memory that they take."""
 
 import heapq
 from collections.abc import Sequence
@@ -8,62 +8,61 @@ from trimtab.core.errors import DataError
 from trimtab.core.process import never_keep_freed_memory
 from trimtab.data import Pack, largest_group_tokens, pack_all, plan_steps, row_groups
 from trimtab.data.example import TokenRow
-from trimtab.engine import FrozenLayerCache, Memory, Work, plan_memory
+from trimtab.engine import FrozenLayerCache, MemoryPlan, Workload, plan_memory
 from trimtab.train.config import TrainConfig
 
 
-class PlannedSteps:
-    """The packs of each optimizer step, made when it is taken: which rows that learns is a function of the seed alone."""
+class TrainingSteps:
+    """The packs of each optimizer step, made when it is taken; which rows it has is a function of the seed alone."""
 
-    def __init__(self, rows: Sequence[TokenRow], config: TrainConfig, memory: Memory) -> None:
+    def __init__(self, rows: Sequence[TokenRow], config: TrainConfig, memory: MemoryPlan) -> None:
         if not rows:
-            raise DataError("data: there is nothing to learn from.")
+            raise DataError("data: there is nothing to train on.")
         self._rows, self.memory = rows, memory
         self.epochs, self.rows = config.epochs_and_rows(len(row_groups(rows)))
-        self._plan = _plan(rows, config)
+        self._indices = _plan(rows, config)
 
     def __len__(self) -> int:
-        return len(self._plan)
+        return len(self._indices)
 
     def __getitem__(self, number: int) -> list[Pack]:
-        return pack_all([self._rows[n] for n in self._plan[number]], self.memory.pack_tokens)
+        return pack_all([self._rows[n] for n in self._indices[number]], self.memory.pack_tokens)
 
     @property
     def rows_per_step(self) -> float:
-        """On average, if it is measured in tokens."""
+        """On average, where steps are measured in tokens."""
         if self.rows is not None:
             return self.rows
-        return sum(len(row_groups(self._rows[n] for n in step)) for step in self._plan) / len(self._plan)
+        return sum(len(row_groups(self._rows[n] for n in step)) for step in self._indices) / len(self)
 
 
-def planned_memory(base: Base, config: TrainConfig, rows: Sequence[TokenRow], held_out: Sequence[TokenRow] = ()) -> Memory:
-    """How many tokens are computed at a time, and which packs twice, so that training on these rows fits into memory.
+def plan_training_memory(
+    base: Base, config: TrainConfig, rows: Sequence[TokenRow], held_out: Sequence[TokenRow] = ()
+) -> MemoryPlan:
+    """How many tokens a micro-batch has, and which need gradient checkpointing, so that training on these rows fits into memory.
 
     Args:
-        held_out: Rows that are evaluated on meanwhile.
+        held_out: Validation rows.
 
     Raises:
         RecipeError: It does not fit.
     """
     never_keep_freed_memory()
-    answers = [row for row in rows if row.side != "mismatched"]
-    learned, shown = (
-        (sum(map(len, of)) for of in zip(*((row.target_indices, row.ids) for row in answers), strict=True))
-        if answers
-        else (1, 1)
-    )
+    matched = [row for row in rows if row.side != "mismatched"]
+    targets = sum(len(row.target_indices) for row in matched)
+    target_share = targets / sum(len(row.ids) for row in matched) if matched else 1.0
 
-    def fullest(tokens: int) -> list[list[Pack]]:
-        sizes = [
-            (sum(len(rows[n].ids) for n in step), max(len(rows[n].ids) for n in step), step) for step in _plan(rows, config)
-        ]
+    def fullest(pack_tokens: int) -> list[list[Pack]]:
+        lengths = [[len(rows[n].ids) for n in step] for step in steps]
+        sizes = [(sum(of_step), max(of_step), step) for of_step, step in zip(lengths, steps, strict=True)]
         chosen = [*heapq.nlargest(FULLEST, sizes), max(sizes, key=lambda size: size[1])]
-        return [pack_all([rows[n] for n in step], tokens) for _, _, step in chosen]
+        return [pack_all([rows[n] for n in step], pack_tokens) for _, _, step in chosen]
 
-    below = FrozenLayerCache(base.model, 0)
-    from_frozen = below.size(sum(len(row.ids) for row in rows)) if config.repeats else 0.0
-    evaluated = max((len(row.ids) - 1 for row in held_out), default=0)  # nothing is predicted from the last one
-    work = Work(largest_group_tokens(rows), learned / shown, fullest if rows else None, from_frozen, evaluated)
+    steps = _plan(rows, config) if rows else []
+    all_tokens = sum(len(row.ids) for row in rows)
+    frozen_output_bytes = FrozenLayerCache(base.model, 0).bytes_for(all_tokens) if config.repeats else 0.0
+    longest_evaluated = max((len(row.ids) - 1 for row in held_out), default=0)  # nothing is predicted from the last token
+    work = Workload(largest_group_tokens(rows), target_share, fullest if rows else None, frozen_output_bytes, longest_evaluated)
     return plan_memory(base.model, work, config.pack_tokens, config.recompute)
 
 
@@ -72,6 +71,6 @@ FULLEST = 8
 
 
 def _plan(rows: Sequence[TokenRow], config: TrainConfig) -> list[list[int]]:
-    """The numbers of the rows of each step."""
-    epochs, a_step = config.epochs_and_rows(len(row_groups(rows)))
-    return plan_steps(rows, epochs=epochs, seed=config.seed, examples=a_step, tokens=config.tokens_per_step)
+    """The indices of each step's rows."""
+    epochs, rows_per_step = config.epochs_and_rows(len(row_groups(rows)))
+    return plan_steps(rows, epochs=epochs, seed=config.seed, examples=rows_per_step, tokens=config.tokens_per_step)

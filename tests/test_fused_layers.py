@@ -1,4 +1,4 @@
-"""Layers by hand are the model's own code: log-probabilities and gradients, family by family, method by method."""
+"""Fused layers give what the model's own code gives: log-probabilities and gradients, family by family, method by method."""
 
 import copy
 
@@ -7,12 +7,14 @@ import torch
 from families import FAMILIES, exact_norms, method_of, perturb, random_rows, tiny
 
 from trimtab.data import TokenRow, pack_flat, pack_tree
-from trimtab.engine import pack_logprobs
-from trimtab.engine.fused import blocks, kernels, ops, tree_attention, unfused
+from trimtab.engine import layers, operations, pack_logprobs, tree_attention
+from trimtab.engine.backends import backend_for, cpu
+from trimtab.engine.patching import unfused
 from trimtab.methods import Method, Sample, active, attach
 from trimtab.methods.lora import LoRA
 
 KNOWN = ["llama", "llama-tied", "qwen2", "qwen3", "mistral", "gemma3", "phi3", "granite", "gemma2"]
+BACKEND = backend_for(torch.ones(1))
 SAMPLE = random_rows(30, seed=3)
 
 
@@ -40,7 +42,7 @@ def both(model, adapter, pack, train=False):
                 logprobs = pack_logprobs(model, pack)
         else:
             logprobs = pack_logprobs(model, pack)
-        weights = torch.linspace(-1, 2, len(pack.sequences), dtype=logprobs.dtype)
+        weights = torch.linspace(-1, 2, len(pack.rows), dtype=logprobs.dtype)
         gradients = torch.autograd.grad(logprobs @ weights, list(parameters.values()), allow_unused=True)
         found.append((logprobs.detach(), dict(zip(parameters, gradients, strict=True))))
     return found
@@ -60,22 +62,21 @@ def assert_equal(ours, reference, tolerance=1e-10):
 @pytest.mark.parametrize("family", KNOWN)
 def test_a_family_by_hand_is_its_own_code(family, compiled, packed, monkeypatch):
     if not compiled:
-        monkeypatch.setattr(kernels, "_library", lambda: None)
+        monkeypatch.setattr(cpu, "load_library", lambda: None)
     model = tiny(family, torch.float64)
     adapter = attach(model, LoRA(rank=3, alpha=6.0))
     perturb(adapter.parameters())
     calls = counted(monkeypatch)
     ours, reference = both(model, adapter, packed(rows()))
     attention = 0 if family == "gemma2" else 2  # whose scores are capped; of two layers
-    assert (calls["linears"], calls["gated_linear_add"]) == (2 + attention, 2)
-    assert (calls["linear_add"], calls["attend"]) == (attention, attention)
+    assert (calls["linears"], calls["attend"], calls["linear_add"]) == (2 + attention, attention, attention + 2)
     assert_equal(ours, reference)
 
 
 def counted(monkeypatch):
     """How often each operation by hand is called."""
     calls = {}
-    for module, names in ((ops, ("norm", "linears", "linear_add", "gated_linear_add")), (blocks, ("attend",))):
+    for module, names in ((operations, ("rms_norm", "linears", "linear_add")), (layers, ("attend",))):
         for name in names:
             calls[name] = 0
 
@@ -220,7 +221,7 @@ def test_a_layer_keeps_only_what_cannot_be_made_again_cheaply():
     assert numbers <= config.num_hidden_layers * (layer + single) + ends
 
 
-def dropped_change(x, frozen, factors, *others, _real=ops._product):
+def dropped_change(x, frozen, factors, *others, _real=operations._product):
     without = _real(x, frozen, [None] * len(factors), *others)[0]
     return without, _real(x, frozen, factors, *others)[1]
 
@@ -230,24 +231,24 @@ def later_keys(*given, _real=tree_attention.attend):
     return out + out.mean(0)
 
 
-def half_a_norm(dy, x, weight, rstd, offset, beside):
-    return dy * (offset + weight) * rstd[:, None] + beside
+def half_a_norm(dy, x, norm, rstd, residual):
+    return dy * (norm.offset + norm.weight) * rstd[:, None] + residual
 
 
-def no_residual(*given, _real=kernels.rms_norm_backward):
-    return _real(*given[:5])
+def no_residual(*given, _real=BACKEND.rms_norm_backward):
+    return _real(*given[:4])
 
 
-def straight_gate(dh, g, u, kind):
-    return dh * u, dh * g, kernels.gated(g, u, kind)
+def straight_gate(dh, g, u, activation):
+    return dh * u, dh * g, BACKEND.gate(g, u, activation)
 
 
 BROKEN = {
-    "a norm's gradient": (kernels, "rms_norm_backward", half_a_norm),
-    "what goes beside a norm": (kernels, "rms_norm_backward", no_residual),
-    "a change left out": (ops, "_product", dropped_change),
-    "later keys that are seen": (blocks, "attend", later_keys),
-    "a gate's gradient": (kernels, "gated_backward", straight_gate),
+    "a norm's gradient": (BACKEND, "rms_norm_backward", half_a_norm),
+    "what goes beside a norm": (BACKEND, "rms_norm_backward", no_residual),
+    "a change left out": (operations, "_product", dropped_change),
+    "later keys that are seen": (layers, "attend", later_keys),
+    "a gate's gradient": (BACKEND, "gate_backward_", straight_gate),
 }
 
 
@@ -275,8 +276,8 @@ def test_what_is_not_known_is_left_to_its_own_code(monkeypatch):
 def rows_of_linears(monkeypatch):
     """Of each layer, how many tokens enter attention and how many the MLP."""
     seen = []
-    linears = ops.linears
-    monkeypatch.setattr(ops, "linears", lambda x, *rest: seen.append(len(x)) or linears(x, *rest))
+    linears = operations.linears
+    monkeypatch.setattr(operations, "linears", lambda x, *rest: seen.append(len(x)) or linears(x, *rest))
     return seen
 
 
@@ -308,6 +309,6 @@ def test_the_wrong_tokens_after_the_last_attention_are_noticed(monkeypatch):
     model = tiny("llama", torch.float64)
     adapter = attach(model, LoRA(rank=3))
     perturb(adapter.parameters())
-    monkeypatch.setattr(blocks, "_rows", lambda wanted, x, out: (x, out) if wanted is None else (x[wanted - 1], out[wanted]))
+    monkeypatch.setattr(layers, "_select", lambda at, x, out: (x, out) if at is None else (x[at - 1], out[at]))
     with pytest.raises(AssertionError):
         assert_equal(*both(model, adapter, pack_tree(rows())))

@@ -1,6 +1,6 @@
 /* What torch has no single operation for, for float and for double: passes.h and attention.h.
 
-   Compiled at first use by kernels.py. Threads are OpenMP's. */
+   Compiled at first use by ../_compile.py, called by ../cpu.py. Threads are OpenMP's. */
 
 #include <math.h>
 #include <stdint.h>
@@ -23,7 +23,7 @@ typedef double f64_vector __attribute__((vector_size(VECTOR_BYTES), aligned(8), 
 
 static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-static inline int64_t whole(int64_t n, int64_t tile) { return (n + tile - 1) / tile * tile; }
+static inline int64_t round_up(int64_t n, int64_t tile) { return (n + tile - 1) / tile * tile; }
 
 /* e^x to 2 units in the last place, written so that compilers make vectors of it; 0 below -87. NaN stays NaN. */
 static inline float exp_f32(float x) {

@@ -95,12 +95,12 @@ def test_rows_for_which_there_is_no_room_are_computed_again():
     ones = rows()
     size = model.config.hidden_size * 4
     below = FrozenLayerCache(model, size * (len(ones[0].ids) - 1 + len(ones[2].ids) - 1))
-    before = pack_logprobs(model, pack_tree(ones), below=below)
+    before = pack_logprobs(model, pack_tree(ones), frozen_cache=below)
     assert [row.where for row, _ in below.rows.values()] == ["row:0", "row:2"]
-    assert below.room == 0
-    torch.testing.assert_close(pack_logprobs(model, pack_tree(ones), below=below), before)
+    assert below.free == 0
+    torch.testing.assert_close(pack_logprobs(model, pack_tree(ones), frozen_cache=below), before)
     few = [ones[2], ones[0]]
-    torch.testing.assert_close(pack_logprobs(model, pack_tree(few), below=below), pack_logprobs(model, pack_tree(few)))
+    torch.testing.assert_close(pack_logprobs(model, pack_tree(few), frozen_cache=below), pack_logprobs(model, pack_tree(few)))
 
 
 def test_rows_that_are_equal_are_not_mistaken_for_each_other():
@@ -108,6 +108,6 @@ def test_rows_that_are_equal_are_not_mistaken_for_each_other():
     model = tiny("llama")
     attach(model, UPPER)
     below = FrozenLayerCache(model, 1e9)
-    pack_logprobs(model, pack_tree(rows()), below=below)
-    pack_logprobs(model, pack_tree(rows()), below=below)
+    pack_logprobs(model, pack_tree(rows()), frozen_cache=below)
+    pack_logprobs(model, pack_tree(rows()), frozen_cache=below)
     assert len(below.rows) == 2 * len(rows())

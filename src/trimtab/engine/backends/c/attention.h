@@ -1,7 +1,7 @@
-/* Attention over a tree of segments, rotary embedding included: tiles that stay in a cache, and nothing that is not seen.
+/* Attention over a tree of segments, rotary embedding included: by tiles that stay in a cache, without hidden scores.
 
-   A segment's tokens see the virtual tokens, the segments on its path from the root, and its own up to themselves: its
-   keys, in this order. A task is one segment's heads of one group, or one of them. It gathers and turns the keys once, then
+   A segment's tokens attend to the virtual tokens, the segments on its path from the root, and its own up to themselves: its
+   keys, in this order. A task is one segment's heads of one group, or one of them. It gathers and rotates the keys once, then
    goes through the queries in blocks and the keys in tiles, with the running softmax of flash attention (Dao 2023,
    arXiv:2307.08691). The backward pass makes the scores again from one number a query and head; each task sums the gradients
    of its keys in a place of its own, and those are added up in a fixed order, so that results do not depend on which thread
@@ -14,7 +14,7 @@ enum { NAME(QUERIES) = 64, NAME(KEYS) = 256 };
 #define KEYS NAME(KEYS)
 
 typedef struct {
-    int64_t segments, tokens, groups, each, head, virtual_tokens;
+    int64_t segments, tokens, groups, per_group, head, virtual_tokens;
     int64_t window;                     /* 0 for none */
     int64_t q_row, k_row, v_row, d_row; /* between rows of q, of k, of v, and of dq, dk and dv */
     double scale;
@@ -54,7 +54,7 @@ static inline __attribute__((always_inline)) void NAME(tile)(const REAL *restric
     }
 }
 
-/* What a block of queries sees of a tile of keys. Query i stands at place `at + i` among the keys. */
+/* Which keys of a tile a block of queries attends to. Query i stands at place `at + i` among the keys. */
 typedef struct {
     int64_t at, queries, tile, keys, window;
 } NAME(View);
@@ -101,15 +101,15 @@ static void NAME(by_key)(NAME(View) v, const REAL *s, const REAL *b, int64_t wid
         }
 }
 
-/* Zeros over what a query does not see of the tile, for the products of tiles that are seen in part. */
-static inline void NAME(hide)(NAME(View) v, int64_t query, REAL *row) {
+/* Zeros over keys of the tile to which a query does not attend, for the products of tiles that are attended to in part. */
+static inline void NAME(zero_hidden)(NAME(View) v, int64_t query, REAL *row) {
     for (int64_t j = 0, first = NAME(first_key)(v, query); j < first; j++) row[j] = 0;
-    for (int64_t j = NAME(key_end)(v, query); j < whole(v.keys, COLUMNS); j++) row[j] = 0;
+    for (int64_t j = NAME(key_end)(v, query); j < round_up(v.keys, COLUMNS); j++) row[j] = 0;
 }
 
 /* And over the rows below the last query, down to a whole tile. */
-static inline void NAME(hide_rest)(NAME(View) v, REAL *s) {
-    memset(s + v.queries * KEYS, 0, (whole(v.queries, ROWS) - v.queries) * KEYS * sizeof(REAL));
+static inline void NAME(zero_rest)(NAME(View) v, REAL *s) {
+    memset(s + v.queries * KEYS, 0, (round_up(v.queries, ROWS) - v.queries) * KEYS * sizeof(REAL));
 }
 
 /* The first tile of keys that a block of queries sees some of. */
@@ -138,8 +138,8 @@ static inline REAL NAME(sum)(const REAL *x, int64_t n) {
     return sum;
 }
 
-/* `scale` times one head's row, turned by its angle (RoFormer, arXiv:2104.09864); `way` -1 is back. */
-static inline void NAME(turn)(const REAL *x, const REAL *cos, const REAL *sin, REAL *to, int64_t head, REAL scale, REAL way) {
+/* `scale` times one head's row, rotated by its angle (RoFormer, arXiv:2104.09864); `way` is -1 in the backward pass. */
+static inline void NAME(rotate)(const REAL *x, const REAL *cos, const REAL *sin, REAL *to, int64_t head, REAL scale, REAL way) {
     int64_t half = head / 2;
     for (int64_t i = 0; i < half; i++) {
         REAL one = x[i], two = x[i + half];
@@ -148,7 +148,7 @@ static inline void NAME(turn)(const REAL *x, const REAL *cos, const REAL *sin, R
     }
 }
 
-/* A head's keys (turned, if there are angles) or values of all that a segment sees, as rows of `wide` numbers. */
+/* A head's keys (rotated, if there are angles) or values of all that a segment attends to, as rows of `wide` numbers. */
 static void NAME(gather)(const NAME(Tree) * t, int64_t segment, int64_t group, const REAL *x, int64_t row, const REAL *first,
                          const REAL *cos, const REAL *sin, int64_t wide, REAL *to) {
     int64_t head = t->head, at = 0;
@@ -158,13 +158,13 @@ static void NAME(gather)(const NAME(Tree) * t, int64_t segment, int64_t group, c
         for (int64_t i = t->start[t->on_path[n]]; i < t->end[t->on_path[n]]; i++, at++) {
             const REAL *from = x + i * row + group * head;
             if (cos)
-                NAME(turn)(from, cos + i * head, sin + i * head, to + at * wide, head, 1, 1);
+                NAME(rotate)(from, cos + i * head, sin + i * head, to + at * wide, head, 1, 1);
             else
                 memcpy(to + at * wide, from, head * sizeof(REAL));
         }
     if (wide > head)
         for (int64_t i = 0; i < at; i++) memset(to + i * wide + head, 0, (wide - head) * sizeof(REAL));
-    memset(to + at * wide, 0, (whole(at, COLUMNS) - at) * wide * sizeof(REAL));
+    memset(to + at * wide, 0, (round_up(at, COLUMNS) - at) * wide * sizeof(REAL));
 }
 
 /* Rows as columns, in panels of COLUMNS. */
@@ -174,38 +174,39 @@ static void NAME(transpose)(const REAL *rows, int64_t wide, int64_t head, int64_
             for (int64_t j = 0; j < COLUMNS; j++) to[panel * head + i * COLUMNS + j] = rows[(panel + j) * wide + i];
 }
 
-/* Heads in a task: those of a group share its keys, where that leaves tasks enough for threads to share out. */
-static inline int64_t NAME(together)(const NAME(Tree) * t) { return t->segments * t->groups < 8 ? 1 : t->each; }
+/* Heads in a task: those of a group share its keys, where that leaves enough tasks for the threads. */
+static inline int64_t NAME(heads_per_task)(const NAME(Tree) * t) { return t->segments * t->groups < 8 ? 1 : t->per_group; }
 
-static REAL *NAME(memory)(int64_t numbers) { return aligned_alloc(64, whole(numbers * (int64_t)sizeof(REAL), 64)); }
+static REAL *NAME(memory)(int64_t numbers) { return aligned_alloc(64, round_up(numbers * (int64_t)sizeof(REAL), 64)); }
 
-/* out (T, H K) and, for each head and token, the logarithm of its softmax's sum, sums (H T). Gives how many tasks found no memory. */
+/* out (T, H K) and, for each head and token, the logarithm of its softmax's sum, sums (H T). Returns how many
+   tasks found no memory. */
 int64_t NAME(attend)(const NAME(Tree) * t, const REAL *q, const REAL *k, const REAL *v, const REAL *cos, const REAL *sin,
-                     const REAL *first_k, const REAL *first_v, REAL *out, REAL *sums) {
-    int64_t head = t->head, heads = t->groups * t->each, wide = whole(head, COLUMNS), failed = 0;
-    int64_t together = NAME(together)(t), parts = heads / together;
+                     const REAL *virtual_k, const REAL *virtual_v, REAL *out, REAL *sums) {
+    int64_t head = t->head, heads = t->groups * t->per_group, wide = round_up(head, COLUMNS), failed = 0;
+    int64_t heads_per_task = NAME(heads_per_task)(t), parts = heads / heads_per_task;
     REAL scale = (REAL)t->scale;
 #pragma omp parallel for schedule(dynamic) reduction(+ : failed)
     for (int64_t task = 0; task < t->segments * parts; task++) {
-        int64_t s = t->order[task / parts], part = task % parts, group = part * together / t->each;
-        int64_t keys = NAME(keys)(t, s), room = whole(keys, COLUMNS);
-        REAL *rows = NAME(memory)(room * (wide + head) + QUERIES * (2 * wide + KEYS));
+        int64_t s = t->order[task / parts], part = task % parts, group = part * heads_per_task / t->per_group;
+        int64_t keys = NAME(keys)(t, s), padded = round_up(keys, COLUMNS);
+        REAL *rows = NAME(memory)(padded * (wide + head) + QUERIES * (2 * wide + KEYS));
         if (!rows) {
             failed++;
             continue;
         }
-        REAL *columns = rows + room * wide, *a = columns + room * head, *c = a + QUERIES * wide, *scores = c + QUERIES * wide;
-        NAME(gather)(t, s, group, k, t->k_row, first_k, cos, sin, wide, rows);
-        NAME(transpose)(rows, wide, head, room, columns);
-        NAME(gather)(t, s, group, v, t->v_row, first_v, 0, 0, wide, rows);
-        for (int64_t h = part * together; h < (part + 1) * together; h++)
+        REAL *columns = rows + padded * wide, *a = columns + padded * head, *c = a + QUERIES * wide, *scores = c + QUERIES * wide;
+        NAME(gather)(t, s, group, k, t->k_row, virtual_k, cos, sin, wide, rows);
+        NAME(transpose)(rows, wide, head, padded, columns);
+        NAME(gather)(t, s, group, v, t->v_row, virtual_v, 0, 0, wide, rows);
+        for (int64_t h = part * heads_per_task; h < (part + 1) * heads_per_task; h++)
             for (int64_t at = t->start[s]; at < t->end[s]; at += QUERIES) {
                 int64_t count = least(QUERIES, t->end[s] - at), before = keys - (t->end[s] - at);
                 REAL top[QUERIES], total[QUERIES];
                 memset(a, 0, 2 * QUERIES * wide * sizeof(REAL));
                 for (int64_t i = 0; i < count; i++) {
                     const REAL *from = q + (at + i) * t->q_row + h * head;
-                    NAME(turn)(from, cos + (at + i) * head, sin + (at + i) * head, a + i * wide, head, scale, 1);
+                    NAME(rotate)(from, cos + (at + i) * head, sin + (at + i) * head, a + i * wide, head, scale, 1);
                     top[i] = LOWEST;
                     total[i] = 0;
                 }
@@ -219,9 +220,9 @@ int64_t NAME(attend)(const NAME(Tree) * t, const REAL *q, const REAL *k, const R
                         total[i] = total[i] * fade + NAME(sum)(row, seen);
                         top[i] = now;
                         for (int64_t j = 0; j < wide; j++) c[i * wide + j] *= fade;
-                        NAME(hide)(view, i, scores + i * KEYS);
+                        NAME(zero_hidden)(view, i, scores + i * KEYS);
                     }
-                    NAME(hide_rest)(view, scores);
+                    NAME(zero_rest)(view, scores);
                     NAME(by_query)(view, scores, rows, wide, c);
                 }
                 for (int64_t i = 0; i < count; i++) {
@@ -237,14 +238,14 @@ int64_t NAME(attend)(const NAME(Tree) * t, const REAL *q, const REAL *k, const R
 
 /* The gradients of q, k and v (columns of one matrix) and of the virtual keys and values (G P K), from that of out. */
 int64_t NAME(attend_backward)(const NAME(Tree) * t, const REAL *q, const REAL *k, const REAL *v, const REAL *cos,
-                              const REAL *sin, const REAL *first_k, const REAL *first_v, const REAL *out, const REAL *sums,
-                              const REAL *dout, REAL *dq, REAL *dk, REAL *dv, REAL *dfirst_k, REAL *dfirst_v) {
-    int64_t head = t->head, heads = t->groups * t->each, wide = whole(head, COLUMNS), failed = 0, places = 0;
-    int64_t together = NAME(together)(t), parts = heads / together;
+                              const REAL *sin, const REAL *virtual_k, const REAL *virtual_v, const REAL *out, const REAL *sums,
+                              const REAL *dout, REAL *dq, REAL *dk, REAL *dv, REAL *dvirtual_k, REAL *dvirtual_v) {
+    int64_t head = t->head, heads = t->groups * t->per_group, wide = round_up(head, COLUMNS), failed = 0, places = 0;
+    int64_t heads_per_task = NAME(heads_per_task)(t), parts = heads / heads_per_task;
     int64_t *place = malloc(t->segments * sizeof(int64_t)); /* of a segment's gradients, in keys */
     for (int64_t s = 0; place && s < t->segments; s++) {
         place[s] = places;
-        places += whole(NAME(keys)(t, s), COLUMNS);
+        places += round_up(NAME(keys)(t, s), COLUMNS);
     }
     REAL *sums_of_keys = place ? NAME(memory)(2 * places * parts * wide) : 0, scale = (REAL)t->scale;
     if (!sums_of_keys) {
@@ -253,22 +254,22 @@ int64_t NAME(attend_backward)(const NAME(Tree) * t, const REAL *q, const REAL *k
     }
 #pragma omp parallel for schedule(dynamic) reduction(+ : failed)
     for (int64_t task = 0; task < t->segments * parts; task++) {
-        int64_t s = t->order[task / parts], part = task % parts, group = part * together / t->each;
-        int64_t keys = NAME(keys)(t, s), room = whole(keys, COLUMNS);
-        REAL *rows = NAME(memory)(room * (wide + 2 * head) + QUERIES * (3 * wide + 2 * KEYS));
+        int64_t s = t->order[task / parts], part = task % parts, group = part * heads_per_task / t->per_group;
+        int64_t keys = NAME(keys)(t, s), padded = round_up(keys, COLUMNS);
+        REAL *rows = NAME(memory)(padded * (wide + 2 * head) + QUERIES * (3 * wide + 2 * KEYS));
         if (!rows) {
             failed++;
             continue;
         }
-        REAL *columns = rows + room * wide, *of_values = columns + room * head, *a = of_values + room * head;
+        REAL *columns = rows + padded * wide, *of_values = columns + padded * head, *a = of_values + padded * head;
         REAL *b = a + QUERIES * wide, *c = b + QUERIES * wide, *scores = c + QUERIES * wide, *slopes = scores + QUERIES * KEYS;
-        REAL *to_k = sums_of_keys + 2 * (place[s] * parts + part * room) * wide, *to_v = to_k + room * wide;
-        NAME(gather)(t, s, group, v, t->v_row, first_v, 0, 0, wide, rows);
-        NAME(transpose)(rows, wide, head, room, of_values);
-        NAME(gather)(t, s, group, k, t->k_row, first_k, cos, sin, wide, rows);
-        NAME(transpose)(rows, wide, head, room, columns);
-        memset(to_k, 0, 2 * room * wide * sizeof(REAL));
-        for (int64_t h = part * together; h < (part + 1) * together; h++)
+        REAL *to_k = sums_of_keys + 2 * (place[s] * parts + part * padded) * wide, *to_v = to_k + padded * wide;
+        NAME(gather)(t, s, group, v, t->v_row, virtual_v, 0, 0, wide, rows);
+        NAME(transpose)(rows, wide, head, padded, of_values);
+        NAME(gather)(t, s, group, k, t->k_row, virtual_k, cos, sin, wide, rows);
+        NAME(transpose)(rows, wide, head, padded, columns);
+        memset(to_k, 0, 2 * padded * wide * sizeof(REAL));
+        for (int64_t h = part * heads_per_task; h < (part + 1) * heads_per_task; h++)
             for (int64_t at = t->start[s]; at < t->end[s]; at += QUERIES) {
                 int64_t count = least(QUERIES, t->end[s] - at), before = keys - (t->end[s] - at);
                 REAL balance[QUERIES]; /* sum of P dP over the keys */
@@ -280,7 +281,7 @@ int64_t NAME(attend_backward)(const NAME(Tree) * t, const REAL *q, const REAL *k
                     for (int64_t j = 0; j < head; j++) sum += d[j] * o[j];
                     balance[i] = sum;
                     memcpy(b + i * wide, d, head * sizeof(REAL));
-                    NAME(turn)(from, cos + (at + i) * head, sin + (at + i) * head, a + i * wide, head, scale, 1);
+                    NAME(rotate)(from, cos + (at + i) * head, sin + (at + i) * head, a + i * wide, head, scale, 1);
                 }
                 for (int64_t tile = NAME(first_tile)(before, t->window); tile < before + count; tile += KEYS) {
                     NAME(View) view = {before, count, tile, least(KEYS, before + count - tile), t->window};
@@ -295,18 +296,18 @@ int64_t NAME(attend_backward)(const NAME(Tree) * t, const REAL *q, const REAL *k
                             p[j] = EXP(p[j] - top);
                             ds[j] = p[j] * (ds[j] - even);
                         }
-                        NAME(hide)(view, i, p);
-                        NAME(hide)(view, i, ds);
+                        NAME(zero_hidden)(view, i, p);
+                        NAME(zero_hidden)(view, i, ds);
                     }
-                    NAME(hide_rest)(view, scores);
-                    NAME(hide_rest)(view, slopes);
+                    NAME(zero_rest)(view, scores);
+                    NAME(zero_rest)(view, slopes);
                     NAME(by_query)(view, slopes, rows, wide, c);
                     NAME(by_key)(view, slopes, a, wide, to_k);
                     NAME(by_key)(view, scores, b, wide, to_v);
                 }
                 for (int64_t i = 0; i < count; i++) {
                     REAL *to = dq + (at + i) * t->d_row + h * head;
-                    NAME(turn)(c + i * wide, cos + (at + i) * head, sin + (at + i) * head, to, head, scale, -1);
+                    NAME(rotate)(c + i * wide, cos + (at + i) * head, sin + (at + i) * head, to, head, scale, -1);
                 }
             }
         free(rows);
@@ -326,9 +327,9 @@ int64_t NAME(attend_backward)(const NAME(Tree) * t, const REAL *q, const REAL *k
             memset(of_v, 0, sizeof of_v);
             for (int64_t n = from; n < to; n++) {
                 int64_t s = i < 0 ? n : t->user[n], at = i < 0 ? i + t->virtual_tokens : t->before[n] + i - t->start[own];
-                int64_t room = whole(NAME(keys)(t, s), COLUMNS);
-                for (int64_t part = g * t->each / together; part < (g + 1) * t->each / together; part++) {
-                    const REAL *x = sums_of_keys + (2 * (place[s] * parts + part * room) + at) * wide, *y = x + room * wide;
+                int64_t padded = round_up(NAME(keys)(t, s), COLUMNS);
+                for (int64_t part = g * t->per_group / heads_per_task; part < (g + 1) * t->per_group / heads_per_task; part++) {
+                    const REAL *x = sums_of_keys + (2 * (place[s] * parts + part * padded) + at) * wide, *y = x + padded * wide;
                     for (int64_t j = 0; j < head; j++) {
                         of_k[j] += x[j];
                         of_v[j] += y[j];
@@ -336,10 +337,10 @@ int64_t NAME(attend_backward)(const NAME(Tree) * t, const REAL *q, const REAL *k
                 }
             }
             if (i < 0) {
-                memcpy(dfirst_k + (g * t->virtual_tokens + i + t->virtual_tokens) * head, of_k, sizeof of_k);
-                memcpy(dfirst_v + (g * t->virtual_tokens + i + t->virtual_tokens) * head, of_v, sizeof of_v);
+                memcpy(dvirtual_k + (g * t->virtual_tokens + i + t->virtual_tokens) * head, of_k, sizeof of_k);
+                memcpy(dvirtual_v + (g * t->virtual_tokens + i + t->virtual_tokens) * head, of_v, sizeof of_v);
             } else {
-                NAME(turn)(of_k, cos + i * head, sin + i * head, dk + i * t->d_row + g * head, head, 1, -1);
+                NAME(rotate)(of_k, cos + i * head, sin + i * head, dk + i * t->d_row + g * head, head, 1, -1);
                 memcpy(dv + i * t->d_row + g * head, of_v, sizeof of_v);
             }
         }

@@ -8,7 +8,7 @@ import textwrap
 import pytest
 import torch
 
-from trimtab.engine.available_memory import Peak, control_groups, free_memory
+from trimtab.engine.available_memory import PeakMemory, control_groups, free_memory
 
 CPU = torch.device("cpu")
 MB = 1024 * 1024
@@ -188,23 +188,23 @@ def test_ulimit_is_seen_where_it_is_set():
 def test_the_peak_is_what_is_held_from_now_on():
     before = torch.ones(60_000_000)
     del before
-    peak = Peak(CPU)
-    assert peak.most - peak.start < 50e6
+    peak = PeakMemory(CPU)
+    assert peak.highest - peak.start < 50e6
     held = torch.ones(40_000_000)
-    assert peak.most - peak.start == pytest.approx(160e6, rel=0.2)
+    assert peak.highest - peak.start == pytest.approx(160e6, rel=0.2)
     del held
     torch.ones(1_000_000)
-    assert peak.most - peak.start == pytest.approx(160e6, rel=0.2)
+    assert peak.highest - peak.start == pytest.approx(160e6, rel=0.2)
 
 
 def test_what_is_held_already_may_count_as_taken():
     """As the moments that a checkpoint has brought, which the plan counts, too."""
-    assert Peak(CPU).start - Peak(CPU, 50e6).start == pytest.approx(50e6, abs=5e6)
+    assert PeakMemory(CPU).start - PeakMemory(CPU, 50e6).start == pytest.approx(50e6, abs=5e6)
 
 
 def test_where_nobody_says_it_is_not_known(tmp_path):
-    peak = Peak(CPU, root=tmp_path)
-    assert (peak.start, peak.most) == (None, None)
+    peak = PeakMemory(CPU, root=tmp_path)
+    assert (peak.start, peak.highest) == (None, None)
 
 
 @pytest.mark.parametrize("policy", ["never_keep_freed_memory()", ""])

@@ -31,14 +31,14 @@ FAULTS = ROOT / "docs" / "faults.md"
 TEMPLATES = ROOT / "docs" / "templates.md"
 PREFERENCE, COMPARED = ROOT / "docs" / "preference.md", ROOT / "docs" / "preference.json"
 FLOORS = (
-    ("words and pages", ("cli.py", "commands", "__main__.py", "__init__.py")),
-    ("the Python door", ("api.py",)),
+    ("the command line", ("cli.py", "commands", "__main__.py", "__init__.py")),
+    ("the Python interface", ("api.py",)),
     ("one run, top to bottom", ("run",)),
-    ("proof, and what is shown", ("certify", "report")),
-    ("the loop, and scores; a model for trials", ("train", "evaluate", "testing")),
-    ("one short file each; adapters on disk, merge, exports", ("objectives", "deploy")),
+    ("certificate, and reports", ("certify", "report")),
+    ("the training loop, evaluation, and a tiny base for trials", ("train", "evaluate", "testing")),
+    ("objectives, one short file each; adapters on disk, merging", ("objectives", "deploy")),
     ("the engine: passes, attention, decoding, memory", ("engine",)),
-    ("neighbours that do not import each other", ("base", "methods", "data", "artifacts")),
+    ("base model, methods, data and files: they do not import each other", ("base", "methods", "data", "artifacts")),
     ("the foundation", ("core",)),
 )
 HEAD = """# The recipe

@@ -40,7 +40,7 @@ def check_data(data: LoadedData, examples: Sequence[Example], base: Tokenizing) 
     Args:
         examples: Some of the examples as they were read, whose texts are compared with their tokens.
     """
-    rows = [row for row in data.train if row.side != "mismatched"]
+    rows = data.train
     return [
         *map(_source, data.reports),
         _lengths(rows),
@@ -64,7 +64,7 @@ def refuse_problems(findings: Iterable[Finding]) -> None:
 
 def _source(report: SourceReport) -> Finding:
     reasons = Counter(reason for _, reason in report.rejected)
-    message = str(report) + "".join(f"; {count:,} because it {reason}" for reason, count in reasons.most_common(3))
+    message = str(report) + "".join(f"; {count:,}: {reason}" for reason, count in reasons.most_common(3))
     if report.ignored_columns:
         message += f"; ignored columns: {', '.join(sorted(report.ignored_columns))}"
     return Finding("rows", "note" if report.rejected else "good", message, report.plain())

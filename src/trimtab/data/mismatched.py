@@ -24,7 +24,7 @@ def with_mismatched(rows: Sequence[TokenRow], seed: int, max_length: int | None 
     givers = derangement(prompts, seed)
     if givers is None:
         raise DataError(
-            f"data: more than half of the {len(rows):,} rows have the same prompt, so kto can't estimate the KL divergence from "
+            f"data: more than half of the {len(rows):,} examples have the same prompt, so kto can't estimate the KL divergence from "
             "the reference model: that takes answers to other prompts. Use more prompts, or pairs with dpo."
         )
     mixed: list[TokenRow] = []

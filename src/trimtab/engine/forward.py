@@ -30,7 +30,7 @@ def hidden_states(model: Any, ids: Tensor, positions: Tensor, layout: Layout) ->
         out = model.base_model(input_ids=ids[None], position_ids=positions[None], layout=layout, use_cache=False)
     if not layout.reached:
         raise UnsupportedModel(
-            f"{type(model).__name__} does not pass keyword arguments of forward on to attention, so rows cannot be packed."
+            f"{type(model).__name__} does not pass keyword arguments of forward on to attention, so examples cannot be packed."
         )
     return out.last_hidden_state[0]
 
@@ -111,8 +111,8 @@ def check_packing(model: Any) -> None:
     for number, (ours, reference) in enumerate(zip(packed, alone, strict=True), start=1):
         if not abs(ours - reference) <= abs(reference) * (1e-4 if exact else 3e-2):
             raise UnsupportedModel(
-                f"{type(model).__name__} gives row {number} of two short rows the log-probability {ours:.6g} packed and "
-                f"{reference:.6g} alone, so it cannot be trained on packed rows exactly."
+                f"{type(model).__name__} gives example {number} of two short ones the log-probability {ours:.6g} packed and "
+                f"{reference:.6g} alone, so it cannot be trained on packed examples exactly."
             )
 
 

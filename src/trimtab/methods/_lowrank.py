@@ -98,7 +98,7 @@ class LowRank(Method):
         fitted = 3e-4 if exponent is None else 5e-4 * (2000 / at.hidden_size) ** exponent
         formula = "3e-4" if exponent is None else f"5e-4·(2000/{at.hidden_size})^{exponent}"
         rate = min(2e-3, fitted * math.sqrt(at.rows_per_step / 32))
-        return float(f"{rate:.2e}"), f"{formula}·√({at.rows_per_step:.3g} rows a step/32), at most 2e-3"
+        return float(f"{rate:.2e}"), f"{formula}·√({at.rows_per_step:.3g} examples per step/32), at most 2e-3"
 
     @classmethod
     def recognizes(cls, config: dict[str, Any]) -> bool:

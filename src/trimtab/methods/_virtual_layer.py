@@ -24,7 +24,7 @@ from trimtab.methods._switch import only_active
 KeysValues = Sequence[tuple[Tensor, Tensor]]
 """Keys and values of each attention layer, each G P K."""
 
-_ONE_ROW = "Two adapters with virtual tokens cannot act on one row: switch one of them off."
+_ONE_ROW = "Two adapters with virtual tokens cannot act on one example: switch one of them off."
 
 
 class VirtualLayer(AdapterLayer):

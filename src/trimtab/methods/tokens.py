@@ -70,7 +70,7 @@ class Tokens(Method):
 
     def resolve_tokens(self, encode: Callable[[str], list[int]] | None) -> Self:
         tokens = tuple(single_token_id(t, encode, "put it under new") if isinstance(t, str) else t for t in self.tokens)
-        new = {text: single_token_id(text, encode, "call base.add_tokens before rows are encoded") for text in self.new}
+        new = {text: single_token_id(text, encode, "call base.add_tokens before examples are tokenized") for text in self.new}
         resolved = self.model_copy(update={"tokens": tokens, "new": new})
         if repeated := [token for n, token in enumerate(resolved.ids) if token in resolved.ids[:n]]:
             raise RecipeError(f"tokens: names token {repeated[0]} more than once.")

@@ -79,10 +79,11 @@ class Terminal(RunObserver):
             self._compared_with = "start"
         if facts["start"] is not None:
             self._line("", f"starts from the adapter in {facts['start']['folder']}")
+        epochs = "epoch" if facts["epochs"] == 1 else "epochs"
         auto = "" if facts["lr_formula"] == "given" else " (auto)"
         self._line(
             "training",
-            f"{facts['steps']:,} steps of {facts['rows_per_step']:.3g} examples in {facts['epochs']:g} epochs, "
+            f"{facts['steps']:,} steps of {facts['rows_per_step']:.3g} examples in {facts['epochs']:g} {epochs}, "
             f"learning rate {facts['peak_lr']:g}{auto}",
         )
         self._line("", facts["memory"])

@@ -56,7 +56,7 @@ def check_disk(findings: list[Finding]) -> None:
 def _capacity(adapter: Attached, data: LoadedData) -> Finding:
     """Whether there are enough target tokens for the trained parameters."""
     parameters = sum(p.numel() for p in adapter.parameters().values())
-    tokens = sum(len(row.target_indices) for row in data.train if row.side != "mismatched")
+    tokens = sum(len(row.target_indices) for row in data.train)
     message, facts = (
         f"{parameters:,} parameters are trained on {tokens:,} target tokens",
         {"parameters": parameters, "tokens": tokens},
@@ -84,9 +84,8 @@ def _disk(recipe: Recipe, adapter: Attached) -> Finding:
 
 def preview(base: Base, data: LoadedData, count: int) -> list[dict[str, Any]]:
     """Examples as token rows: the first ones, the shortest and the longest; each as runs of text that are target tokens or not."""
-    rows = [row for row in data.train if row.side != "mismatched"]
-    by_length = sorted(rows, key=lambda row: len(row.ids))
-    chosen = {id(row): row for row in (*rows[:count], *by_length[:1], *by_length[-1:])} if count else {}
+    by_length = sorted(data.train, key=lambda row: len(row.ids))
+    chosen = {id(row): row for row in (*data.train[:count], *by_length[:1], *by_length[-1:])} if count else {}
     return [{"where": row.where, "side": row.side, "parts": _parts(base, row)} for row in chosen.values()]
 
 

@@ -120,7 +120,7 @@ def _train(run: Run, prepared: PreparedRun, state: State | None, observer: RunOb
             if step.skipped is not None:
                 observer.on_notice(step.skipped)
             if step.number == MOVED_BY and (unmoved := _unmoved(first_values, optimizer)):
-                raise NotMoved(f"after {MOVED_BY} steps, training has not moved {listing(unmoved)}")
+                raise NotMoved(_unmoved_message(unmoved))
             if step.number % between.every == 0 or step.number == len(steps):
                 between.evaluate_and_save(step.number, step.loss)
     except KeyboardInterrupt:
@@ -216,6 +216,11 @@ def _optimizer(prepared: PreparedRun, state: State | None) -> tuple[Optimizer, d
 def _unmoved(first_values: dict[str, str], optimizer: Optimizer) -> list[str]:
     now = optimizer.digests()
     return [name for name, digest in first_values.items() if now[name] == digest]
+
+
+def _unmoved_message(unmoved: list[str]) -> str:
+    advice = "No gradient reaches them, or train.lr is too low: use other method.targets, or a higher train.lr."
+    return f"After {MOVED_BY} steps, training has not changed:\n{listing(unmoved)}\n{advice}"
 
 
 def _memory_held(peak: PeakMemory, memory: MemoryPlan) -> dict[str, float] | None:

@@ -99,7 +99,7 @@ def train(
         lr = learning_rate(number, len(steps), peak_lr, config.warmup, config.schedule)
         items = sum(objective.items(pack) for pack in packs if not pack.mismatched)
         if items == 0:
-            raise DataError(f"step {number}: none of its rows has a target token.")
+            raise DataError(f"step {number}: none of its examples has a target token.")
         adapter.train(not objective.needs_reference)
         losses, measures = passes.gradients(number, packs, items)
         adapter.train(False)
@@ -172,7 +172,7 @@ def _dropout_seed(seed: int, step: int, part: int) -> int:
 def _count_skipped(in_a_row: int, skipped: str | None) -> int:
     """How many steps have been skipped in a row. Raises NonFinite if they are too many."""
     if skipped and in_a_row + 1 == PATIENCE:
-        raise NonFinite(f"{skipped} It is the {PATIENCE}rd in a row. Lower train.lr, or look at those rows.")
+        raise NonFinite(f"{skipped} It is the {PATIENCE}rd in a row. Lower train.lr, or look at those examples.")
     return in_a_row + 1 if skipped else 0
 
 
@@ -181,4 +181,4 @@ def _not_finite(number: int, loss: float, norm: float, rows: list[TokenRow]) -> 
     if math.isfinite(loss) and math.isfinite(norm):
         return None
     places = ", ".join(row.where for row in rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
-    return f"Step {number}: the loss is {loss:g} and the norm of its gradient {norm:g}, so the step was not taken. Its rows: {places}."
+    return f"Step {number}: the loss is {loss:g} and the gradient norm {norm:g}, so the step was not taken. Its examples: {places}."

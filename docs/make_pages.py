@@ -341,7 +341,7 @@ def _line(method: str, result: dict[str, Any]) -> str:
 def page() -> str:
     """docs/recipe.md, all of it."""
     plain = {key: field for key, field in Recipe.model_fields.items() if _model_of(field.annotation) is None}
-    rows = [f"| `{key}` | {_default(field)} | {field.description} |\n" for key, field in plain.items()]
+    rows = [f"| `{key}` | {_default(field)} | {' '.join(field.description.split())} |\n" for key, field in plain.items()]
     parts = [HEAD, "| key | default | |\n|---|---|---|\n", *rows]
     for key, field in Recipe.model_fields.items():
         kind = _model_of(field.annotation)
@@ -459,7 +459,8 @@ def _table(kind: type[BaseModel]) -> str:
     if not kind.model_fields:
         return "\nIt has no keys.\n"
     rows = [
-        f"| `{key}` | {_default(field)} | {field.description}{_choices(field)} |" for key, field in kind.model_fields.items()
+        f"| `{key}` | {_default(field)} | {' '.join(field.description.split())}{_choices(field)} |"
+        for key, field in kind.model_fields.items()
     ]
     return "\n| key | default | |\n|---|---|---|\n" + "\n".join(rows) + "\n"
 

@@ -304,9 +304,9 @@ def test_of_a_run_that_has_not_ended_the_newest_whole_adapter_is_taken(here):
     Path("cut/checkpoints/step-000009").mkdir()
     target = load_model("cut")
     assert target.folder == Path("cut/checkpoints/step-000006")
-    assert target.notes == ("cut has not ended: this is its adapter after step 6 of 13.",)
+    assert target.notes == ("cut is unfinished: this is its adapter after step 6 of 13.",)
     assert load_model("whole").notes == ()
-    with pytest.raises(ArtifactError, match=r"or name the adapter that it saved last: cut/checkpoints/step-000006\."):
+    with pytest.raises(ArtifactError, match=r"or use its newest checkpoint: cut/checkpoints/step-000006\."):
         run("on", "start=cut", "method.dropout=0.2")
 
 
@@ -557,7 +557,7 @@ def test_a_disk_that_writes_something_else_is_noticed_before_an_older_state_goes
     with monkeypatch.context() as patch:
         patch.setattr(artifacts_state, "write_tensors", spoilt(artifacts_state.write_tensors))
         patch.setattr(files, "write_json", spoilt(files.write_json))
-        with pytest.raises(ArtifactError, match=rf"{damaged}.*(is not what was written|not valid JSON|changed since)"):
+        with pytest.raises(ArtifactError, match=rf"{damaged}.*(differs from what was written|not valid JSON|changed since)"):
             run("cut")
     appeared = ["step-000009"] if damaged == "state.json" else []
     assert [state.name for state in saved_states(Path("cut/states"))] == [*appeared, "step-000006", "step-000003"]

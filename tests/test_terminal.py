@@ -146,7 +146,7 @@ def test_no_error_and_no_name_steers_the_terminal(here, trimtab):
 
 def test_a_stream_that_is_closed_is_nowhere_and_no_file_takes_its_place(tmp_path):
     script = (
-        "import os\nfrom trimtab.core import streams\nstreams.ready()\nfile = open('file', 'w')\nprint('lost', flush=True)\n"
+        "import os\nfrom trimtab.core import streams\nstreams.configure()\nfile = open('file', 'w')\nprint('lost', flush=True)\n"
         "os.write(1, b'lost')\nos.write(2, b'lost')\nfile.write(repr((file.fileno(), input.__name__)))"
     )
     for closed in ("<&-", ">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"):

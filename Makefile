@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 COMPAT := .compat
 
 .DEFAULT_GOAL := help
-.PHONY: help setup format docs check test compat soak mutants branches demo bench clean
+.PHONY: help setup format docs check test compat soak whole mutants branches demo bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +46,9 @@ $(COMPAT)/.ready: constraints.txt
 
 soak: $(READY)  ## kill training a thousand times, and test that every run resumes to the same result (about 5 minutes)
 	$(BIN)/python tests/soak.py 1000
+
+whole: $(READY)  ## the whole matrices of which `make test` runs a sample (about 15 minutes)
+	TRIMTAB_WHOLE=1 $(BIN)/pytest -n 2 --dist worksteal tests/test_resume.py tests/test_certificate.py tests/test_faults.py tests/test_failing_disk.py tests/test_real_model.py
 
 mutants: $(READY)  ## mutation tests: count the faults in critical code that the tests detect (about an hour on 2 cores)
 	$(BIN)/python -m pip install --quiet 'cosmic-ray==8.7.0' --constraint constraints.txt

@@ -437,7 +437,7 @@ FAULTS = {
         "an incomplete checkpoint prevents resuming",
         "repaired",
         "folders appear atomically; the newest complete one is used",
-        ("test_resume::test_forty_real_kills", "test_resume::test_a_damaged_state_is_passed_over_for_the_one_before"),
+        ("test_resume::test_real_kills", "test_resume::test_a_damaged_state_is_passed_over_for_the_one_before"),
     ),
     "C05": Fault(
         "the disk is full",
@@ -502,8 +502,8 @@ FAULTS = {
         "refused",
         "by the name of the file or tensor",
         (
-            "test_faults::test_ten_thousand_flipped_bits_are_noticed",
-            "test_faults::test_a_thousand_structural_damages_are_noticed",
+            "test_faults::test_flipped_bits_are_noticed",
+            "test_faults::test_structural_damages_are_noticed",
             "test_peft::test_every_flipped_bit_is_noticed",
         ),
     ),
@@ -703,7 +703,7 @@ FAULTS = {
         "a file of tensors is malformed",
         "refused",
         "by its name",
-        ("test_faults::test_a_thousand_structural_damages_are_noticed",),
+        ("test_faults::test_structural_damages_are_noticed",),
     ),
     "F06": Fault(
         "a corrupt cache is trusted",

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from worlds import write_rows
+from worlds import combinations, write_rows
 
 import trimtab as package
 from trimtab.artifacts.run_folder import CERTIFICATE_FORMAT
@@ -325,8 +325,7 @@ def test_preferences_are_certified_beside_their_reference(objective, here, trimt
     assert next(one for one in held["tests"] if one["name"] == "reload")["status"] == "passed"
 
 
-@pytest.mark.parametrize("objective", ["sft", "dpo", "kto"])
-@pytest.mark.parametrize("method", Method.names())
+@pytest.mark.parametrize(("method", "objective"), combinations(Method.names(), ["sft", "dpo", "kto"]))
 def test_whatever_is_trained_is_found_again(method, objective, here, trimtab, at_once):
     rows = [{"prompt": f"Is {n} a number?", "chosen": "yes", "rejected": "no"} for n in range(30)]
     write_rows(here / "pairs.jsonl", rows)

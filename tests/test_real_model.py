@@ -6,6 +6,7 @@ import pytest
 import torch
 from families import logprob_alone, perturb
 from invariants.suite import distance, forced, logits
+from worlds import WHOLE
 
 import trimtab
 from trimtab.data import SourceReport, load_examples, pack_all, pack_flat, tokenize_examples
@@ -70,19 +71,20 @@ def test_cached_decoding_equals_full_passes(smollm2, rows, adapter):
         assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == answer
 
 
-def test_64_steps_of_cached_decoding_are_the_forward_pass_for_every_method(smollm2, rows):
+def test_64_steps_of_cached_decoding_are_the_forward_pass(smollm2, rows):
     """I21 on the real model, whose logits reach 30 or so: to 1e-5 of that. A row for each method, all in one batch."""
+    names = Method.names() if WHOLE else ["bottleneck", "ia3", "lora", "prefix", "prompt", "tokens"]  # one for each way to act
     adapters = []
     text = (rows[0].ids * 3)[:70]
     try:
-        for name in Method.names():
+        for name in names:
             method = Method.member(name)(**SMALL.get(name, {}))
             adapters.append(trimtab.attach(smollm2.model, method, name=name, sample=trimtab.sample(smollm2, rows)))
             perturb(adapters[-1].parameters(), 1e-3)
         activate(smollm2.model)
         plain = logits(smollm2.model, [text])[5:-1]
-        steps = forced(smollm2.model, [text] * len(adapters), 6, owners=Method.names())
-        for name, cached in zip(Method.names(), steps, strict=True):
+        steps = forced(smollm2.model, [text] * len(adapters), 6, owners=names)
+        for name, cached in zip(names, steps, strict=True):
             activate(smollm2.model, name)
             forward = logits(smollm2.model, [text])[5:-1]
             assert len(cached) == 64

@@ -17,7 +17,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from worlds import CHATML, ROWS, make_model, write_rows
+from worlds import CHATML, ROWS, WHOLE, combinations, make_model, write_rows
 
 from trimtab.artifacts import State, newest_state, read_state, saved_states, sha256_tensor, write_state
 from trimtab.artifacts import state as artifacts_state
@@ -47,6 +47,7 @@ output: run
 certify: false
 """
 PAIRS = [{"prompt": row["prompt"], "chosen": "yes", "rejected": "no, it is not"} for row in ROWS]
+KILLS = 40 if WHOLE else 12
 METHODS = ["lora", "bottleneck", "prefix", "ptuning_v2", "ia3"]
 
 
@@ -172,8 +173,7 @@ def test_it_may_end_again_and_again(here):
     assert_same("cut", "whole")
 
 
-@pytest.mark.parametrize("objective", ["sft", "dpo", "kto"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "objective"), combinations(METHODS, ["sft", "dpo", "kto"]))
 def test_any_method_and_objective_goes_on_at_random_cuts(method, objective, here):
     words = [f"method={method}", f"objective={objective}", "train.lr=1e-2"]
     words += ["data.train=pairs.jsonl"] if objective != "sft" else []
@@ -254,16 +254,16 @@ def result_status(output):
     return json.loads((Path(output) / "run.json").read_text())["status"]
 
 
-def test_forty_real_kills(here):
+def test_real_kills(here):
     """SIGKILL at random moments, of training and of saving: every run ends as if it had never been killed."""
     (here / "r.yaml").write_text(RECIPE.replace("evaluate_every: 3", "evaluate_every: 1"))
     done = subprocess.run(
-        [sys.executable, Path(__file__).parent / "kills.py", here, "40", "0"], capture_output=True, text=True, check=False,
+        [sys.executable, Path(__file__).parent / "kills.py", here, str(KILLS), "0"], capture_output=True, text=True, check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     said = [json.loads(line) for line in done.stdout.splitlines()]
-    assert sum(line["status"] == -signal.SIGKILL for line in said) >= 40
+    assert sum(line["status"] == -signal.SIGKILL for line in said) >= KILLS
     assert {line["status"] for line in said} == {0, -signal.SIGKILL}, done.stderr
     for line in said:
         if line["status"] != 0:

@@ -18,6 +18,18 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from trimtab import cli
 from trimtab.core import interrupts
 
+WHOLE = os.environ.get("TRIMTAB_WHOLE") == "1"
+"""Whether whole matrices are tested, of which `make test` takes a sample: `make whole`."""
+
+
+def combinations(methods, objectives):
+    """Each method with an objective, and the first one with all of them; or everything with everything."""
+    if WHOLE:
+        return [(method, objective) for method in methods for objective in objectives]
+    sample = [(method, objectives[n % len(objectives)]) for n, method in enumerate(methods)]
+    return list(dict.fromkeys([*((methods[0], objective) for objective in objectives), *sample]))
+
+
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

@@ -181,7 +181,7 @@ def test_the_self_check_refuses_a_model_that_computes_something_else(monkeypatch
     monkeypatch.setattr(type(model), "forward", doubled)
     model.config.logits_scaling = 4.0
     with pytest.raises(
-        UnsupportedModel, match=r"GraniteForCausalLM gives row 1 of two short rows the log-probability .* packed and"
+        UnsupportedModel, match=r"GraniteForCausalLM gives example 1 of two short ones the log-probability .* packed and"
     ):
         check_packing(model)
 

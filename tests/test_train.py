@@ -145,14 +145,14 @@ def test_a_model_that_gives_no_numbers_ends_the_run_with_the_adapter_as_it_was(v
     with pytest.raises(NonFinite) as caught:
         next(steps)
     assert str(caught.value).startswith(
-        "Step 4: the loss is nan and the norm of its gradient nan, so the step was not taken. Its rows: row:"
+        "Step 4: the loss is nan and the gradient norm nan, so the step was not taken. Its examples: row:"
     )
     assert all(torch.equal(tensor, before[name]) for name, tensor in adapter.state().items())
 
 
 def test_a_step_with_nothing_to_learn_is_refused():
     base, adapter = adapted()
-    with pytest.raises(DataError, match="step 1: none of its rows has a target token"):
+    with pytest.raises(DataError, match="step 1: none of its examples has a target token"):
         next(train(base, adapter, SFT(), [[]], FLAT, 1e-2))
 
 

@@ -240,7 +240,7 @@ def test_two_of_them_on_one_row_are_refused_and_on_rows_of_their_own_are_not(met
             expected += [pack_logprobs(model, learned(ROW))]
     for names in (("first", "second"), ("first", "third"), ("second", "third")):
         activate(model, *names)
-        with pytest.raises(RecipeError, match="Two adapters with virtual tokens cannot act on one row"):
+        with pytest.raises(RecipeError, match="Two adapters with virtual tokens cannot act on one example"):
             logits(model, ROW)
     activate(model)
     with torch.no_grad():

@@ -274,7 +274,7 @@ def test_what_no_gradient_reaches_is_said_after_three_steps(here, trimtab, monke
     monkeypatch.setattr(LoRA, "lr_multiplier", lambda self, name: 0.0 if name == "A" else 1.0)
     failed = trimtab(*WORDS, "output=new")
     assert failed.code == 5
-    assert "after 3 steps, training has not moved" in failed.err
+    assert "After 3 steps, training has not changed:" in failed.err
     assert ".A" in failed.err
 
 
@@ -325,7 +325,9 @@ def test_preferences_are_certified_beside_their_reference(objective, here, trimt
     assert next(one for one in held["tests"] if one["name"] == "reload")["status"] == "passed"
 
 
-@pytest.mark.parametrize(("method", "objective"), combinations(Method.names(), ["sft", "dpo", "kto"]))
+@pytest.mark.parametrize(
+    ("method", "objective"), combinations(sorted(Method.names(), key=lambda name: name != "lora"), ["sft", "dpo", "kto"])
+)
 def test_whatever_is_trained_is_found_again(method, objective, here, trimtab, at_once):
     rows = [{"prompt": f"Is {n} a number?", "chosen": "yes", "rejected": "no"} for n in range(30)]
     write_rows(here / "pairs.jsonl", rows)

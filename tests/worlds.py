@@ -22,12 +22,13 @@ WHOLE = os.environ.get("TRIMTAB_WHOLE") == "1"
 """Whether whole matrices are tested, of which `make test` takes a sample: `make whole`."""
 
 
-def combinations(methods, objectives):
-    """Each method with an objective, and the first one with all of them; or everything with everything."""
+def combinations(methods, others):
+    """Each method with two of the others (one of three or fewer), and the first one with all of them; or everything with everything."""
     if WHOLE:
-        return [(method, objective) for method in methods for objective in objectives]
-    sample = [(method, objectives[n % len(objectives)]) for n, method in enumerate(methods)]
-    return list(dict.fromkeys([*((methods[0], objective) for objective in objectives), *sample]))
+        return [(method, other) for method in methods for other in others]
+    each = 1 if len(others) <= 3 else 2
+    sample = [(method, others[(n + k * 2) % len(others)]) for n, method in enumerate(methods) for k in range(each)]
+    return list(dict.fromkeys([*((methods[0], other) for other in others), *sample]))
 
 
 CHATML = (

@@ -15,6 +15,7 @@ import pytest
 import torch
 from families import method_of, perturb, random_rows, tiny
 from torch import Tensor, nn
+from worlds import combinations
 
 from trimtab.base import Base
 from trimtab.base.fingerprint import own_weights, weights_hash
@@ -650,7 +651,9 @@ ELSEWHERE = {
 """Invariants that are not a function of one case, or whose subject does not exist yet."""
 LEARNING = ("I03", "I06", "I07", "I08", "I22", "I23", "I24", "I26", "I29", "I32")
 """Those in which something is learned, or packed to be: they hold for every objective."""
-CASES = [(name, family) for name in Method.names() for family in FAMILIES]
+METHODS = sorted(Method.names(), key=lambda name: name != "lora")
+CASES = combinations(METHODS, list(FAMILIES))
+"""Each method on two families, and LoRA on all of them; `make whole` takes every method on every family."""
 
 
 def case_of(name: str, family: str, folder: Path, objective: str = "sft") -> Case:

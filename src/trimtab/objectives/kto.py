@@ -39,9 +39,7 @@ class KTO(ReferenceObjective):
     def resolve_auto(self, rows: Sequence[TokenRow]) -> Self:
         good, bad = (sum(row.side == side for row in rows) for side in ("good", "bad"))
         if not good or not bad:
-            raise DataError(
-                f"data: kto trains on good and bad answers, and there are {good:,} good and {bad:,} bad ones."
-            )
+            raise DataError(f"data: kto trains on good and bad answers, and there are {good:,} good and {bad:,} bad ones.")
         balanced = {"desirable": max(1.0, bad / good), "undesirable": max(1.0, good / bad)}
         return self.model_copy(update={key: value for key, value in balanced.items() if getattr(self, key) == "auto"})
 

@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 COMPAT := .compat
 
 .DEFAULT_GOAL := help
-.PHONY: help setup format docs check test compat soak whole mutants branches demo bench clean
+.PHONY: help setup format docs check test compat soak whole mutants branches demo bench models clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -67,6 +67,9 @@ demo: $(READY)  ## fine-tune a real model on a small task and measure the improv
 
 bench: $(READY)  ## compare a LoRA run with Hugging Face Trainer + PEFT: make bench DATA=rows.json
 	$(BIN)/python benchmarks/peers --data $(or $(DATA),demo/train.jsonl)
+
+models: $(READY)  ## measure every model that Transformers registers, tiny and random, for docs/models.md (about 15 minutes on 2 cores)
+	$(BIN)/python benchmarks/models --out runs/models.jsonl; status=$$?; $(BIN)/python docs/make_pages.py; exit $$status
 
 clean:  ## remove virtual environments, caches and the demo's run
 	rm -rf $(VENV) $(COMPAT) .pytest_cache .mypy_cache .ruff_cache runs/demo

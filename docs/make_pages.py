@@ -4,7 +4,8 @@ docs/recipe.md comes from the recipe's own declarations, the tree in README.md f
 docs/methods.md from the methods and from docs/methods.json, which benchmarks/methods.py measures, and those in
 docs/performance.md from docs/measured, which benchmarks/peers (`trimtab bench`) and the scripts in benchmarks fill; those in
 docs/preference.md from docs/preference.json, which benchmarks/preference.py measures; docs/faults.md from tests/fault_catalogue.py
-and from docs/measured/peer_faults.json, which benchmarks/peer_faults measures.
+and from docs/measured/peer_faults.json, which benchmarks/peer_faults measures; docs/models.md from docs/measured/models.json, which
+benchmarks/models measures.
 """
 
 import ast
@@ -29,6 +30,7 @@ METHODS, MEASURED = ROOT / "docs" / "methods.md", ROOT / "docs" / "methods.json"
 PERFORMANCE, RESULTS = ROOT / "docs" / "performance.md", ROOT / "docs" / "measured"
 FAULTS = ROOT / "docs" / "faults.md"
 TEMPLATES = ROOT / "docs" / "templates.md"
+MODELS = ROOT / "docs" / "models.md"
 PREFERENCE, COMPARED = ROOT / "docs" / "preference.md", ROOT / "docs" / "preference.json"
 FLOORS = (
     ("the command line", ("cli.py", "commands", "__main__.py", "__init__.py")),
@@ -403,6 +405,14 @@ def faults() -> str:
     return "".join(parts)
 
 
+def models() -> str:
+    """docs/models.md, all of it, as benchmarks/models writes it."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from models.table import page
+
+    return page(json.loads((RESULTS / "models.json").read_text(encoding="utf-8")))
+
+
 _MARKS = "¹²³⁴⁵⁶⁷⁸⁹"
 
 
@@ -487,3 +497,4 @@ if __name__ == "__main__":
     PREFERENCE.write_text(preference(), encoding="utf-8")
     FAULTS.write_text(faults(), encoding="utf-8")
     TEMPLATES.write_text(templates(), encoding="utf-8")
+    MODELS.write_text(models(), encoding="utf-8")

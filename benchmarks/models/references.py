@@ -1,0 +1,88 @@
+"""What plain Transformers says of a model: rows one by one, through the model's own forward pass."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from models.configurations import VOCABULARY
+from torch import Tensor
+
+from trimtab.data.example import TokenRow
+
+Logits = Callable[[Any, Sequence[int]], Tensor]
+"""From a model and a row of T tokens to logits: T V."""
+HIGHEST_TOKEN = VOCABULARY - 8
+"""Tokens above are special ones, such as those of images."""
+
+
+def rows() -> list[TokenRow]:
+    """Five rows of 5 to 75 tokens, of which three begin with the same 24; targets are the last two thirds of each."""
+    generator = torch.Generator().manual_seed(0)
+    shared, *others = (_draw(length, generator) for length in (24, 40, 9, 75, 5, 17))
+    texts = [shared + others[0], shared + others[1], others[2], others[3], shared + others[4]]
+    return [TokenRow(ids, list(range(max(1, len(ids) // 3), len(ids))), f"row {n}") for n, ids in enumerate(texts)]
+
+
+def prompts() -> list[list[int]]:
+    """Four prompts of 4 to 30 tokens, of which two begin with the same 12."""
+    generator = torch.Generator().manual_seed(1)
+    shared = _draw(12, generator)
+    return [shared + _draw(18, generator), _draw(7, generator), shared + _draw(6, generator), _draw(4, generator)]
+
+
+def _draw(length: int, generator: torch.Generator) -> list[int]:
+    return torch.randint(3, HIGHEST_TOKEN, (length,), generator=generator).tolist()
+
+
+def own_logits(model: Any, ids: Sequence[int]) -> Tensor:
+    """The logits of one row by the model's own forward pass."""
+    return model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0]
+
+
+def alone(model: Any, examples: Sequence[TokenRow], logits: Logits = own_logits) -> Tensor:
+    """Σ log p of each row's targets, each row in a forward pass of its own."""
+    sums = []
+    for row in examples:
+        logprobs = logits(model, row.ids).double().log_softmax(-1)
+        sums.append(torch.stack([logprobs[t - 1, row.ids[t]] for t in row.target_indices]).sum())
+    return torch.stack(sums)
+
+
+@torch.no_grad()
+def greedy_deficit(model: Any, asked: Sequence[list[int]], answers: Sequence[list[int]], logits: Logits = own_logits) -> float:
+    """How far an answer's tokens are from greedy decoding: the largest distance of a token's logit from the highest one there.
+
+    0 exactly if every token is the likeliest after those before it, so if full passes would choose the same tokens. A tie gives 0
+    or a rounding error. As a share of the largest logit.
+    """
+    worst = 0.0
+    for prompt, answer in zip(asked, answers, strict=True):
+        scores = logits(model, [*prompt, *answer])[len(prompt) - 1 : -1].double()
+        chosen = scores.gather(1, torch.tensor(answer)[:, None])[:, 0]
+        deficit = (scores.max(-1).values - chosen) / scores.abs().max()
+        worst = _worst(worst, deficit)
+    return worst
+
+
+def difference(ours: Tensor, theirs: Tensor) -> float:
+    """The largest relative difference; infinite for values that are not finite."""
+    ours, theirs = ours.detach().double(), theirs.detach().double()
+    return _worst(0.0, (ours - theirs).abs() / theirs.abs().clamp_min(1e-3))
+
+
+def _worst(known: float, values: Tensor) -> float:
+    highest = float(values.max())
+    return max(known, highest) if highest == highest else float("inf")
+
+
+@torch.no_grad()
+def problem_of(model: Any) -> str:
+    """Why this model says nothing that others could be compared with; "" for one that does."""
+    row = rows()[2].ids
+    other = [*row[:-1], (row[-1] + 1) % HIGHEST_TOKEN]
+    first, second = own_logits(model, row), own_logits(model, other)
+    if first.shape[0] != len(row) or not first.isfinite().all():
+        return f"its own logits are not finite numbers of {len(row)} tokens"
+    if not torch.allclose(first[:-1], second[:-1], atol=1e-4, rtol=1e-4):
+        return "it is no causal model: a token changes the logits before it"
+    return ""

@@ -1,0 +1,100 @@
+"""A model that is asked about, and the copies of it that Trimtab gets."""
+
+import copy
+from collections import Counter
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from models.references import alone, rows
+from torch import Tensor
+
+import trimtab
+from trimtab.core.errors import TrimtabError
+from trimtab.core.wrapping import base_modules, unwrap
+from trimtab.data import pack_tree
+from trimtab.engine import pack_logprobs
+
+
+class Adapted(NamedTuple):
+    """A copy of the model with an adapter that is off its first values, where half of the gradients would be zero."""
+
+    base: Any
+    adapter: Any
+
+    @property
+    def model(self) -> Any:
+        return self.base.model
+
+
+class Subject:
+    """A model that is asked about, which stays as it is: Trimtab gets copies."""
+
+    def __init__(self, pristine: Any) -> None:
+        self.pristine = pristine
+        self.rows = rows()
+        with torch.no_grad():
+            self.expected = alone(pristine, self.rows)
+
+    def base(self) -> Any:
+        """A Base of a copy."""
+        return trimtab.Base(copy.deepcopy(self.pristine), None)
+
+    def adapted(self, method: Any) -> Adapted:
+        """A copy with an adapter."""
+        base = self.base()
+        adapter = trimtab.attach(base.model, method, sample=trimtab.sample(base, self.rows))
+        generator = torch.Generator().manual_seed(2)
+        with torch.no_grad():
+            for tensor in adapter.parameters().values():
+                tensor.add_(0.1 * torch.randn(tensor.shape, generator=generator).to(tensor.dtype))
+        return Adapted(base, adapter)
+
+    @cached_property
+    def targets(self) -> tuple[str, str]:
+        """What LoRA adapts here: `all-linear`; or `attention`, and why not all."""
+        try:
+            self.adapted(trimtab.LoRA(rank=4))
+        except TrimtabError as error:
+            return "attention", str(error)
+        return "all-linear", ""
+
+    @cached_property
+    def lora(self) -> Adapted:
+        return self.adapted(trimtab.LoRA(rank=4, targets=self.targets[0]))
+
+    @cached_property
+    def gradients(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """By the LoRA's parameters: their gradients from a pack, and from the rows alone, for those that have one."""
+        parameters = self.lora.adapter.parameters()
+        sums = (pack_logprobs(self.lora.model, pack_tree(self.rows)).sum(), alone(self.lora.model, self.rows).sum())
+        ours, theirs = (torch.autograd.grad(total, list(parameters.values()), allow_unused=True) for total in sums)
+        pairs = zip(parameters.items(), ours, theirs, strict=True)
+        zeros = torch.zeros_like
+        return {
+            name: (zeros(p) if a is None else a, zeros(p) if b is None else b)
+            for (name, p), a, b in pairs
+            if a is not None or b is not None
+        }
+
+    def facts(self) -> dict[str, Any]:
+        """What the default LoRA adapts, and which matrices of the text model it leaves as they are."""
+        model, layers = self.lora.model, self.lora.adapter.layers
+        ends = {id(unwrap(end)) for end in (model.get_input_embeddings(), model.get_output_embeddings())}
+        text = {id(module) for module in model.get_decoder().modules()}
+        adapted = {path for path in layers if id(unwrap(layers[path])) in text}
+        left = Counter(
+            f"{path.rpartition('.')[2]}.{name}"
+            for path, module in base_modules(model).items()
+            if id(module) in text - ends and path not in layers and not isinstance(module, torch.nn.Embedding)
+            for name, parameter in module.named_parameters(recurse=False)
+            if parameter.ndim > 1
+        )
+        return {
+            "targets": self.targets[0],
+            "why": self.targets[1],
+            "attached": dict(Counter(path.rpartition(".")[2] for path in layers)),
+            "outside": len(layers) - len(adapted),
+            "left": dict(left),
+            "idle": len(layers) - len({name.rpartition(".")[0] for name in self.gradients}),
+        }

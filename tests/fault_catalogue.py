@@ -184,7 +184,10 @@ FAULTS = {
         ("test_methods::test_a_target_that_cannot_be_adapted_is_refused",),
     ),
     "A24": Fault(
-        "fused experts stay frozen", "refused", "by name", ("test_methods::test_all_linear_refuses_to_skip_fused_experts",)
+        "fused experts stay frozen",
+        "impossible",
+        "all-linear adapts them, or the method is refused by name",
+        ("test_methods::test_all_linear_skips_no_fused_experts",),
     ),
     "A25": Fault(
         "two adapters act together unnoticed",

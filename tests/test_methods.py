@@ -4,6 +4,7 @@ import invariants.suite as invariants
 import pytest
 import torch
 from families import FAMILIES, method_of, perturb, random_rows, tiny
+from mixtures import mixture
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trimtab.base.fingerprint import own_weights, weights_hash
@@ -277,19 +278,16 @@ def test_an_expression_matches_a_path_or_its_last_parts_whole(target, named):
             LoRA(targets=[part + "()"]).sites(model)
 
 
-def test_all_linear_refuses_to_skip_fused_experts():
-    import transformers
-
-    config = transformers.Qwen3MoeConfig(
-        vocab_size=97, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, num_experts=4, num_experts_per_tok=2, head_dim=8,
-    )  # fmt: skip
-    model = transformers.Qwen3MoeForCausalLM(config)
-    with pytest.raises(
-        NoSuchModule, match=r"(?s)all-linear would leave these weights of Qwen3MoeForCausalLM untouched.*experts"
-    ):
-        attach(model, LoRA())
-    assert attach(model, LoRA(targets="attention")).layers
+def test_all_linear_skips_no_fused_experts():
+    """They are adapted, or the method is refused by name: see test_experts.py."""
+    model = mixture("qwen3_moe")
+    experts = {path for path in attach(model, LoRA()).layers if path.endswith(".mlp.experts")}
+    assert experts == {"model.layers.0.mlp.experts", "model.layers.1.mlp.experts"}
+    for kind in METHODS:
+        method = method_of(kind)
+        if "all-linear" in getattr(method, "targets", ()) and kind not in ("lora", "dora", "miss"):
+            with pytest.raises(RecipeError, match="holds the matrices of 4 experts in one tensor"):
+                method.sites(model)
 
 
 @pytest.mark.parametrize(

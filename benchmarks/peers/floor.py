@@ -27,8 +27,8 @@ def least_work(model: Any, steps: Sequence[Sequence[TokenRow]], method: LoRA) ->
     keys = (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * size
     everything = Method.member("lora")(targets=["all-linear"])
     assert isinstance(everything, LoRA)
-    frozen = sum(inputs * outputs for inputs, outputs in everything.shapes(model).values())
-    adapted = sum(method.rank_of(path) * (i + o) for path, (i, o) in method.shapes(model).items())
+    frozen = sum(at.inputs * at.outputs for at in everything.shapes(model).values())
+    adapted = sum(method.rank_of(path) * (at.inputs + at.outputs) for path, at in method.shapes(model).items())
     total = 0.0
     for rows in steps:
         tree = lay_out([row.ids[:-1] for row in rows])

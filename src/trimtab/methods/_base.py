@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from trimtab.core.config import Choice
 from trimtab.core.errors import NotMergeable
 from trimtab.core.wrapping import Wrapper, base_modules
-from trimtab.methods._matrices import ALL_LINEAR, Targets, find_matrices
+from trimtab.methods._matrices import ALL_LINEAR, MatrixShape, Targets, find_matrices, left_frozen, matrix_modules
 from trimtab.methods._peft import SELECTION_KEYS, check_peft_config, from_peft_names, shortest_names, to_peft_names
 from trimtab.methods._switch import Routing, Switch, only_active
 
@@ -168,6 +168,11 @@ class Method(Choice):
     def parameter_count(self, model: nn.Module) -> int:
         """How many parameters will be trained on this model, by closed formula."""
 
+    def left_frozen(self, model: nn.Module) -> str:
+        """What a target that means everything leaves as it is, and why, for people to read; "" where nothing has to be said."""
+        everything = any(ALL_LINEAR in getattr(self, key, ()) for key in ("targets", "outputs", "inputs"))
+        return left_frozen(model) if everything else ""
+
     def learning_rate(self, at: LearningRateContext) -> tuple[float, str]:
         """The learning rate that `lr: auto` means, and the formula in words."""
         return float(self.auto_lr), self.auto_lr
@@ -255,12 +260,15 @@ class MatrixMethod(Method):
     targets: Targets = (ALL_LINEAR,)
     """Which matrices: `all-linear`, `attention`, names such as `q_proj`, or regular expressions, such as `[qv]_proj`."""
 
-    def shapes(self, model: nn.Module) -> dict[str, tuple[int, int]]:
-        """The targeted matrices: path -> (inputs, outputs). Raises NoSuchModule; RecipeError where a method does not fit one."""
-        return find_matrices(model, self.targets)
+    adapts_experts: ClassVar[bool] = False
+    """Whether it adapts the matrices of fused experts, each by itself."""
+
+    def shapes(self, model: nn.Module) -> dict[str, MatrixShape]:
+        """The targeted matrices by path. Raises NoSuchModule; RecipeError where a method does not fit one."""
+        return find_matrices(model, self.targets, experts=self.adapts_experts)
 
     def sites(self, model: nn.Module) -> list[str]:
-        return list(self.shapes(model))
+        return matrix_modules(self.shapes(model))
 
     def peft_settings(self) -> dict[str, Any]:
         """The method's own keys in PEFT's configuration."""

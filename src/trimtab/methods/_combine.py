@@ -21,7 +21,7 @@ class Combined(NamedTuple):
     @property
     def rank(self) -> int:
         """The largest rank of any matrix."""
-        return max(len(tensor) for name, tensor in self.adapter.state().items() if name.endswith(".A"))
+        return max(tensor.shape[-2] for name, tensor in self.adapter.state().items() if name.endswith(".A"))
 
 
 @torch.no_grad()
@@ -36,12 +36,14 @@ def combine(model: nn.Module, weights: Mapping[str, float], name: str, rank: int
     """
     if not weights:
         raise RecipeError("There is nothing to combine: name adapters with their weights.")
-    factors: dict[str, tuple[Tensor, Tensor]] = {}  # by path: A (r, inputs), B (outputs, r), all scales in B
+    factors: dict[
+        str, tuple[Tensor, Tensor]
+    ] = {}  # by path: A (r, inputs), B (outputs, r), of each expert where there are some; all scales in B
     for addend, weight in weights.items():
         for path, (a, b) in _factors(find_adapter(model, addend)).items():
             b = weight * b
             if path in factors:
-                a, b = torch.cat([factors[path][0], a]), torch.cat([factors[path][1], b], dim=1)
+                a, b = torch.cat([factors[path][0], a], dim=-2), torch.cat([factors[path][1], b], dim=-1)
             factors[path] = a, b
     error = 0.0
     if rank is not None:
@@ -65,7 +67,7 @@ def _factors(adapter: Attached) -> dict[str, tuple[Tensor, Tensor]]:
 
 def _plain_lora(factors: Mapping[str, tuple[Tensor, Tensor]]) -> Method:
     """The method whose scale is 1 for factors of these sizes."""
-    ranks = {path: len(a) for path, (a, _) in factors.items()}
+    ranks = {path: a.shape[-2] for path, (a, _) in factors.items()}
     most_common = max(set(ranks.values()), key=list(ranks.values()).count)
     exceptions = {path: rank for path, rank in ranks.items() if rank != most_common}
     alphas = {path: float(rank) for path, rank in exceptions.items()}
@@ -77,9 +79,9 @@ def _plain_lora(factors: Mapping[str, tuple[Tensor, Tensor]]) -> Method:
 def _truncate(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor, float, float]:
     """The best factors of a rank for B A, the squared norm of what they leave out, and that of B A."""
     q_b, r_b = torch.linalg.qr(b.double())
-    q_a, r_a = torch.linalg.qr(a.double().T)
-    u, s, v = torch.linalg.svd(r_b @ r_a.T)
-    kept = min(rank, len(s))
-    left = (q_b @ u[:, :kept] * s[:kept]).to(b.dtype)
-    right = (v[:kept] @ q_a.T).to(a.dtype)
-    return right, left, float((s[kept:] ** 2).sum()), float((s**2).sum())
+    q_a, r_a = torch.linalg.qr(a.double().mT)
+    u, s, v = torch.linalg.svd(r_b @ r_a.mT)
+    kept = min(rank, s.shape[-1])
+    left = (q_b @ (u[..., :kept] * s[..., None, :kept])).to(b.dtype)
+    right = (v[..., :kept, :] @ q_a.mT).to(a.dtype)
+    return right, left, float((s[..., kept:] ** 2).sum()), float((s**2).sum())

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Self
 
 import torch
@@ -15,19 +16,25 @@ from trimtab.methods import (
     AdapterLayer,
     ByTarget,
     LearningRateContext,
+    MatrixShape,
     Method,
     Targets,
     base_modules,
     find_matrices,
     matches_target,
+    matrix_modules,
     require_matrix_shape,
     shortest_names,
+    targeted_experts,
     to_peft_names,
     trainable_dtype,
     unwrap,
     with_weight,
 )
+from trimtab.methods._experts import expert_shapes
+from trimtab.methods._experts_layer import ExpertMatrices, ExpertPart, ExpertsLayer
 from trimtab.methods._matrices import last_parts
+from trimtab.methods._peft_experts import experts_from_peft, experts_to_peft, match_pattern, parameters_in_peft
 
 
 class LowRank(Method):
@@ -56,16 +63,23 @@ class LowRank(Method):
     """Which matrices: `all-linear`, `attention`, names such as `q_proj`, or regular expressions, such as `[qv]_proj`.
 
     The embeddings and the head are adapted if they are named (`embed_tokens`, `lm_head`), each on its own even where they are tied.
+    Of a mixture of experts, `all-linear` adapts every expert and leaves the router, which chooses among them, as it is.
     """
 
-    def shapes(self, model: nn.Module) -> dict[str, tuple[int, int]]:
-        """The targeted matrices: path -> (inputs, outputs). Raises NoSuchModule for a pattern that matches none of them."""
-        shapes = find_matrices(model, self.targets, embeddings_and_head=True)
+    def shapes(self, model: nn.Module) -> dict[str, MatrixShape]:
+        """The targeted matrices by path. Raises NoSuchModule for a pattern that matches none of them."""
+        shapes = find_matrices(model, self.targets, embeddings_and_head=True, experts=True)
         for key, patterns in (("ranks", self.ranks), ("alphas", self.alphas)):
             for pattern in patterns:
                 if not any(matches_target(pattern, path) for path in shapes):
                     raise NoSuchModule(f"{key}: {pattern!r} matches none of the targets: {', '.join(last_parts(shapes))}.")
         return shapes
+
+    def experts_layer(self, base: nn.Module, path: str, part: "type[LowRankExperts]") -> ExpertsLayer | None:
+        """The layer around fused experts, each matrix with its part; None for any other module."""
+        matrices = targeted_experts(path, base, self.targets)
+        parts = {at: part(base, at.rpartition(".")[2], self.rank_of(at), self.scale_of(at), self.dropout) for at in matrices}
+        return ExpertsLayer(base, {at.rpartition(".")[2]: made for at, made in parts.items()}) if parts else None
 
     def rank_of(self, path: str) -> int:
         return next((rank for pattern, rank in self.ranks.items() if matches_target(pattern, path)), self.rank)
@@ -78,11 +92,11 @@ class LowRank(Method):
         return self.alpha_of(path) / (math.sqrt(rank) if self.rank_stabilized else rank)
 
     def sites(self, model: nn.Module) -> list[str]:
-        return list(self.shapes(model))
+        return matrix_modules(self.shapes(model))
 
     def parameter_count(self, model: nn.Module) -> int:
-        """Σ rank · (inputs + outputs) over the targeted matrices."""
-        return sum(self.rank_of(path) * (inputs + outputs) for path, (inputs, outputs) in self.shapes(model).items())
+        """Σ rank · (inputs + outputs) over the targeted matrices, each expert's counted."""
+        return sum(self.rank_of(path) * (at.inputs + at.outputs) * at.copies for path, at in self.shapes(model).items())
 
     def lr_multiplier(self, name: str) -> float:
         return self.b_rate if name == "B" else 1.0
@@ -106,33 +120,43 @@ class LowRank(Method):
 
     def to_peft(self, model: nn.Module, tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         own, shapes = base_modules(model), self.shapes(model)
+        parameters = parameters_in_peft(own, shapes)
+        key_of = {path: parameters.get(path, path) for path in shapes}
         settings = {
             "r": self.rank,
             "lora_alpha": _as_int(self.alpha),
-            "rank_pattern": {path: self.rank_of(path) for path in shapes if self.rank_of(path) != self.rank},
-            "alpha_pattern": {path: _as_int(self.alpha_of(path)) for path in shapes if self.alpha_of(path) != self.alpha},
+            "rank_pattern": {key_of[path]: self.rank_of(path) for path in shapes if self.rank_of(path) != self.rank},
+            "alpha_pattern": {
+                key_of[path]: _as_int(self.alpha_of(path)) for path in shapes if self.alpha_of(path) != self.alpha
+            },
             "lora_dropout": self.dropout,
-            "target_modules": shortest_names(model, list(shapes)),
-            "fan_in_fan_out": any(not isinstance(own[path], nn.Linear | nn.Embedding) for path in shapes),
+            "target_modules": shortest_names(model, [path for path in shapes if path not in parameters]),
+            "fan_in_fan_out": any(not isinstance(own[p], nn.Linear | nn.Embedding) for p in shapes if p not in parameters),
             "bias": "none",
             "use_rslora": self.rank_stabilized,
             "use_dora": False,
             **self.peft_variant,
         }
+        if parameters:  # PEFT has no dropout for them; it acts in training alone, and our own manifest has it
+            settings |= {"target_parameters": list(parameters.values()), "lora_dropout": 0.0}
         in_embedding = {**self.peft_names, "A": "lora_embedding_A", "B": "lora_embedding_B"}
         renamed: dict[str, Tensor] = {}
         for key, tensor in tensors.items():
-            is_embedding = isinstance(own[key.rpartition(".")[0]], nn.Embedding)
+            is_embedding = isinstance(own.get(key.rpartition(".")[0]), nn.Embedding)
             renamed |= to_peft_names({key: tensor}, in_embedding if is_embedding else self.peft_names)
-        return self.peft_config(**settings), renamed
+        if parameters and (self.peft_variant or settings["fan_in_fan_out"]):
+            return self.trimtab_only_config(), renamed
+        return self.peft_config(**settings), experts_to_peft(renamed, shapes)
 
     @classmethod
     def from_peft(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[Self, dict[str, Tensor]]:
         as_matrices = {re.sub(r"lora_embedding_([AB])$", r"lora_\1.weight", key): tensor for key, tensor in tensors.items()}
+        as_matrices, key_of = experts_from_peft(config, as_matrices)
+        honoured = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "lora_dropout", "use_rslora", "use_dora"}
         renamed, paths = cls.read_peft(
             config,
             as_matrices,
-            honoured={"r", "lora_alpha", "rank_pattern", "alpha_pattern", "lora_dropout", "use_rslora", "use_dora"},
+            honoured=honoured | ({"target_parameters"} if key_of else set()),
             neutral={
                 "bias": ("none",),
                 # These decide where training began, not what the adapter computes; the other values change the base as well.
@@ -144,7 +168,8 @@ class LowRank(Method):
             ignored={"fan_in_fan_out", "eva_config"},
         )
         patterns = {
-            path: [_match_pattern(config.get(key), path) for key in ("rank_pattern", "alpha_pattern")] for path in paths
+            path: [match_pattern(config.get(key), key_of.get(path, path)) for key in ("rank_pattern", "alpha_pattern")]
+            for path in paths
         }
         method = cls.parse(
             {
@@ -206,9 +231,29 @@ class LowRankLayer(AdapterLayer):
         return with_weight(self.base, lambda weight: weight + self.change())
 
 
-def _match_pattern(patterns: dict[str, Any] | None, path: str) -> Any:
-    """What PEFT's `rank_pattern` or `alpha_pattern` says of a path, if anything."""
-    return next((value for pattern, value in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", path)), None)
+class LowRankExperts(ExpertPart):
+    """Factors A (experts, rank, inputs) and B (experts, outputs, rank) beside a matrix of each expert; B starts at zero."""
+
+    def __init__(self, base: nn.Module, name: str, rank: int, scale: float, dropout: float) -> None:
+        super().__init__()
+        self.scale = scale
+        self.dropout = nn.Dropout(dropout)
+        inputs, outputs, experts = expert_shapes(base)[name]
+        dtype = trainable_dtype(base)
+        self.A = nn.Parameter(torch.empty(experts, rank, inputs, dtype=dtype).uniform_(-1, 1) / math.sqrt(inputs))
+        self.B = nn.Parameter(torch.zeros(experts, outputs, rank, dtype=dtype))
+
+    def add(self, y: Tensor, x: Tensor, at: ExpertMatrices, B: Tensor) -> Tensor:
+        """y + scale · drop(x) Aᵀ Bᵀ, with A and B of each row's expert."""
+        fill = -self.A.shape[1] % 8  # zeros, for torch's grouped product
+        inner = at.rows.times(self.dropout(x), F.pad(self.A, (0, 0, 0, fill)).to(x.dtype))
+        return y + at.rows.times(inner, F.pad(self.scale * B, (0, fill)).to(x.dtype))
+
+    def adapt(self, base: Callable[[Tensor], Tensor], at: ExpertMatrices, x: Tensor) -> Tensor:
+        return self.add(base(x), x, at, self.B)
+
+    def merged(self, weight: Tensor) -> Tensor:
+        return weight + self.scale * self.B @ self.A
 
 
 def _as_int(number: float) -> float:

@@ -1,9 +1,10 @@
 """Which matrices of a model a method adapts: `targets`, resolved to module paths or refused; and a module's matrix itself.
 
-A target is `all-linear` (every matrix in the model's blocks), `attention` (those in its attention modules), the last
-parts of dotted names (`q_proj`, `mlp.down_proj`, `layers.0.self_attn.q_proj`), or a regular expression for the same (`[qv]_proj`,
-`q_proj|v_proj`, `self_attn\\..*`): it has to match them whole, or the whole path.
-The embeddings and the head are adapted only where a method can, and only if they are named.
+A target is `all-linear` (every matrix in the model's blocks, those of fused experts included, but for routers), `attention` (those
+in its attention modules), the last parts of dotted names (`q_proj`, `mlp.down_proj`, `layers.0.self_attn.q_proj`), or a regular
+expression for the same (`[qv]_proj`, `q_proj|v_proj`, `self_attn\\..*`): it has to match them whole, or the whole path. The matrices of
+fused experts have the paths of their parameters (`mlp.experts.down_proj`), and `experts` names them all.
+The embeddings and the head are adapted only where a method can, and only if they are named; so are routers that are linear layers.
 """
 
 import copy
@@ -17,8 +18,9 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from torch import Tensor, nn
 
 from trimtab.core.config import as_tuple
-from trimtab.core.errors import NoSuchModule, UnsupportedModel, listing
+from trimtab.core.errors import NoSuchModule, RecipeError, UnsupportedModel, listing
 from trimtab.core.wrapping import base_modules, unwrap
+from trimtab.methods._experts import MatrixShape, expert_shapes, routers
 
 ALL = "all"
 """The target that is every module a method can train."""
@@ -56,42 +58,92 @@ def matches_target(pattern: str, path: str) -> bool:
     return any(re.fullmatch(pattern, ".".join(parts[first:])) for first in range(len(parts)))
 
 
-def in_attention(path: str) -> bool:
-    """Whether a module is inside an attention module."""
-    return not ATTENTION_NAMES.isdisjoint(path.split("."))
+def in_attention(path: str, own: Mapping[str, nn.Module] | None = None) -> bool:
+    """Whether a module is inside an attention module, by its name; given the model's modules, by their structure too.
+
+    Attention over the earlier tokens' keys says that it is causal, or how many queries share a key, whatever it is called.
+    """
+    if not ATTENTION_NAMES.isdisjoint(path.split(".")):
+        return True
+    while own is not None and path:
+        path = path.rpartition(".")[0]
+        if any(hasattr(own[path], sign) for sign in ("is_causal", "num_key_value_groups")):
+            return True
+    return False
+
+
+def matrices(model: Any) -> dict[str, MatrixShape]:
+    """Every matrix in the model's blocks, those of fused experts included, by path in the model's order."""
+    shapes: dict[str, MatrixShape] = {}
+    head = unwrap(model.get_output_embeddings())
+    for path, module in base_modules(model).items():
+        if module is not head and (shape := matrix_shape(module)):
+            shapes[path] = MatrixShape(*shape)
+        shapes |= {f"{path}.{name}": shape for name, shape in expert_shapes(module).items()}
+    return shapes
 
 
 def find_matrices(
-    model: Any, targets: Sequence[str], *, embeddings_and_head: bool = False, key: str = "targets"
-) -> dict[str, tuple[int, int]]:
-    """The matrices that `targets` name: path -> (inputs, outputs), in the model's order.
+    model: Any, targets: Sequence[str], *, embeddings_and_head: bool = False, experts: bool = False, key: str = "targets"
+) -> dict[str, MatrixShape]:
+    """The matrices that `targets` name, by path in the model's order.
 
     Args:
         embeddings_and_head: Whether these may be named too.
+        experts: Whether those of fused experts can be adapted.
         key: What a recipe calls these targets.
 
     Raises:
-        NoSuchModule: A target that matches nothing, or something that is not a matrix; or `all-linear` on a model
-            with blocks that hold other weights (fused experts, say), which would silently stay as they are.
+        NoSuchModule: A target that matches nothing, or something that is not a matrix.
+        RecipeError: A target, `all-linear` perhaps, that is a fused expert's matrix, for a method that can't adapt it.
     """
-    own = base_modules(model)
-    head = unwrap(model.get_output_embeddings())
-    in_blocks = {path: shape for path, module in own.items() if (shape := matrix_shape(module)) and module is not head}
-    adaptable = in_blocks | (embedding_and_head_shapes(model) if embeddings_and_head else {})
+    own, in_blocks = base_modules(model), matrices(model)
+    fused = {path: named for path, module in own.items() if (named := [*targeted_experts(path, module, [ALL_LINEAR])])}
+    adaptable: dict[str, MatrixShape] = in_blocks | (embedding_and_head_shapes(model) if embeddings_and_head else {})
     chosen: set[str] = set()
     for target in targets:
         if target == ALL_LINEAR:
-            _refuse_uncovered(own, in_blocks, model)
-            matching = list(in_blocks)
+            choosers = routers(own)
+            matching = [path for path in in_blocks if path not in choosers]
         elif target == ATTENTION:
-            matching = [path for path in in_blocks if in_attention(path)]
+            matching = [path for path in in_blocks if in_attention(path, own)]
         else:
             is_name = _NAME.fullmatch(target)  # an expression may match other modules beside matrices, a name may not
-            matching = [path for path in (own if is_name else adaptable) if matches_target(target, path)]
+            candidates = {**(own if is_name else {}), **adaptable, **fused}
+            named = [path for path in candidates if matches_target(target, path)]
+            matching = [matrix for path in named for matrix in fused.get(path, [path])]
         if not matching or not adaptable.keys() >= set(matching):
             raise NoSuchModule(f"{key}: {target!r} {_explain_mismatch(target, model, in_blocks, adaptable)}")
+        if not experts:
+            refuse_experts({path: adaptable[path] for path in matching}, f"{key}: {target!r}")
         chosen.update(matching)
-    return {path: adaptable[path] for path in own if path in chosen}
+    in_order = [each for path in own for each in (path, *fused.get(path, []))]
+    return {path: adaptable[path] for path in in_order if path in chosen}
+
+
+def refuse_experts(shapes: Mapping[str, MatrixShape], asked: str) -> None:
+    """Raise RecipeError, which begins with what was asked for, if one of these matrices is an expert's."""
+    for path, shape in shapes.items():
+        if shape.experts:
+            raise RecipeError(
+                f"{asked} includes {path}, which holds the matrices of {shape.experts} experts in one tensor, and this method adapts only "
+                "matrices that are modules of their own. Use lora, dora, miss or ia3, or name other targets, such as those of attention."
+            )
+
+
+def matrix_modules(shapes: Mapping[str, MatrixShape]) -> list[str]:
+    """The paths of the modules that hold these matrices, each once: a matrix's own, or that of the experts."""
+    return list(dict.fromkeys(path.rpartition(".")[0] if shape.experts else path for path, shape in shapes.items()))
+
+
+def targeted_experts(path: str, module: nn.Module, targets: Sequence[str]) -> dict[str, MatrixShape]:
+    """The matrices of the fused experts at a path that `targets` name, by path; of any other module, none."""
+
+    def named(target: str, matrix: str) -> bool:
+        return target == ALL_LINEAR or (target != ATTENTION and any(matches_target(target, at) for at in (path, matrix)))
+
+    shapes = {f"{path}.{name}": shape for name, shape in expert_shapes(module).items()}
+    return {matrix: shape for matrix, shape in shapes.items() if any(named(target, matrix) for target in targets)}
 
 
 def _explain_mismatch(target: str, model: Any, in_blocks: Mapping[str, Any], adaptable: Mapping[str, Any]) -> str:
@@ -112,20 +164,28 @@ def _explain_mismatch(target: str, model: Any, in_blocks: Mapping[str, Any], ada
     return f"{problem} They are: {', '.join(last_parts(adaptable))}."
 
 
-def _refuse_uncovered(own: dict[str, nn.Module], in_blocks: dict[str, tuple[int, int]], model: Any) -> None:
-    embeddings = {id(p) for m in own.values() if isinstance(m, nn.Embedding) for p in m.parameters()}
+def left_frozen(model: Any) -> str:
+    """What `all-linear` leaves as it is besides vectors, embeddings and head: kinds of modules with the reasons; "" if nothing."""
+    own, choosers = base_modules(model), routers(base_modules(model))
+    adapted = {path for path in matrices(model) if path not in choosers}
     head = unwrap(model.get_output_embeddings())
-    uncovered = [
-        f"{path}.{name} in {type(module).__name__}, shape {tuple(parameter.shape)}"
-        for path, module in own.items()
-        for name, parameter in module.named_parameters(recurse=False)
-        if parameter.ndim > 1 and id(parameter) not in embeddings and path not in in_blocks and module is not head
-    ]
-    if uncovered:
-        raise NoSuchModule(
-            f"targets: all-linear would leave these weights of {type(model).__name__} untouched, because they are not in a "
-            f"linear layer:\n{listing(uncovered)}\nName the targets you want instead, for example {', '.join(last_parts(in_blocks))}."
-        )
+    kinds: dict[str, int] = {}
+    for path, module in own.items():
+        weights = [p for name, p in module.named_parameters(recurse=False) if p.ndim > 1 and f"{path}.{name}" not in adapted]
+        if not weights or path in adapted or module is head or isinstance(module, nn.Embedding):
+            continue
+        if expert_shapes(module):
+            continue  # what is left of them are biases
+        reason = "not a linear layer"
+        if path in choosers:
+            reason = "router, which chooses the experts"
+        elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            reason = "convolution"
+        elif any(p.ndim == 3 for p in weights):
+            reason = "3-D weights without Transformers' interface of experts"
+        kind = f"{type(module).__name__} ({reason})"
+        kinds[kind] = kinds.get(kind, 0) + 1
+    return ", ".join(f"{count} × {kind}" for kind, count in kinds.items())
 
 
 def select_modules(model: nn.Module, candidates: Collection[str], patterns: Sequence[str], key: str) -> set[str]:
@@ -155,15 +215,15 @@ def last_parts(paths: Iterable[str]) -> list[str]:
     return sorted({path.rpartition(".")[2] for path in paths})
 
 
-def embedding_and_head_shapes(model: Any) -> dict[str, tuple[int, int]]:
+def embedding_and_head_shapes(model: Any) -> dict[str, MatrixShape]:
     """The token embeddings (vocabulary, hidden) and the head (hidden, vocabulary) by their paths."""
     shapes = {}
     embeddings, head = unwrap(model.get_input_embeddings()), unwrap(model.get_output_embeddings())
     for path, module in base_modules(model).items():
         if module is embeddings:
-            shapes[path] = (int(embeddings.num_embeddings), int(embeddings.embedding_dim))  # type: ignore[arg-type]
+            shapes[path] = MatrixShape(int(embeddings.num_embeddings), int(embeddings.embedding_dim))  # type: ignore[arg-type]
         elif module is head and (shape := matrix_shape(module)):
-            shapes[path] = shape
+            shapes[path] = MatrixShape(*shape)
     return shapes
 
 

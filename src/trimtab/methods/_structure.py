@@ -19,9 +19,18 @@ KEY_VALUE_NAMES = re.compile(r"(k|v|key|value)(_proj)?|c_attn|qkv(_proj)?|query_
 """What they call the matrices that make keys and values, alone or together with queries."""
 
 
+ATTENTION_MATRICES = re.compile(r"(q|query|o)(_proj)?")
+"""What they call attention's other matrices."""
+
+
 def makes_keys_or_values(path: str) -> bool:
-    """Whether the matrix at this path does, perhaps queries too."""
-    return in_attention(path) and bool(KEY_VALUE_NAMES.fullmatch(path.rpartition(".")[2]))
+    """Whether a matrix of the blocks does, perhaps queries too, by its name."""
+    return bool(KEY_VALUE_NAMES.fullmatch(path.rpartition(".")[2]))
+
+
+def is_in_attention(path: str) -> bool:
+    """Whether a matrix of the blocks is one of attention's, by names alone."""
+    return in_attention(path) or makes_keys_or_values(path) or bool(ATTENTION_MATRICES.fullmatch(path.rpartition(".")[2]))
 
 
 def key_value_matrices(model: Any, key: str) -> list[str]:
@@ -32,11 +41,17 @@ def key_value_matrices(model: Any, key: str) -> list[str]:
 
 def feed_forward_outputs(model: Any, key: str) -> list[str]:
     """Of matrices side by side, outside attention, the last whose outputs can be the inputs of all others. Raises NoSuchModule."""
-    shapes = {path: shape for path, shape in find_matrices(model, [ALL_LINEAR], key=key).items() if not in_attention(path)}
+    own = base_modules(model)
+    found = find_matrices(model, [ALL_LINEAR], experts=True, key=key)
+    shapes = {path: shape for path, shape in found.items() if not in_attention(path, own)}
     paths = []
     for parent in dict.fromkeys(path.rpartition(".")[0] for path in shapes):
         group = [path for path in shapes if path.rpartition(".")[0] == parent]
-        fitting = [path for path in group if all(shapes[path][1] == shapes[sibling][0] for sibling in group if sibling != path)]
+        fitting = [
+            path
+            for path in group
+            if all(shapes[path].outputs == shapes[sibling].inputs for sibling in group if sibling != path)
+        ]
         paths += fitting[-1:] if len(group) > 1 else []
     return paths or _refuse_auto(model, key, "feed-forward layers")
 
@@ -47,9 +62,9 @@ def _refuse_auto(model: Any, key: str, part: str) -> NoReturn:
 
 def attention_outputs(model: Any) -> dict[str, str]:
     """The path of the matrix that attention ends with, by its block's. Raises UnsupportedModel unless each block has exactly one."""
-    paths = {}
+    paths, own = {}, base_modules(model)
     for block, inside in _blocks(model).items():
-        matrices = [path for path, module in inside.items() if matrix_shape(module) and in_attention(path)]
+        matrices = [path for path, module in inside.items() if matrix_shape(module) and in_attention(path, own)]
         outputs = [path for path in matrices if path.rpartition(".")[2] in OUTPUT_NAMES]
         alternatives = matrices or _children(inside, block)
         paths[block] = _require_one(outputs, model, block, "attention output projection", OUTPUT_NAMES, alternatives)

@@ -19,6 +19,7 @@ from trimtab.methods import (
     Targets,
     base_modules,
     find_matrices,
+    left_frozen,
     matrix_shape,
     select_modules,
     shortest_names,
@@ -26,6 +27,7 @@ from trimtab.methods import (
     trainable_dtype,
     unwrap,
 )
+from trimtab.methods._matrices import matrices, refuse_experts
 from trimtab.methods._structure import find_norms
 
 
@@ -45,14 +47,19 @@ class BitFit(Method):
     def sizes(self, model: nn.Module) -> dict[str, int]:
         """path -> numbers added, in the model's order. Raises NoSuchModule."""
         own = base_modules(model)
-        matrices = find_matrices(model, [ALL_LINEAR if ALL in self.targets else ".+"])
-        sizes = {path: outputs for path, (_, outputs) in matrices.items()}
+        found = find_matrices(model, [ALL_LINEAR], experts=True) if ALL in self.targets else matrices(model)
+        if ALL in self.targets:
+            refuse_experts(found, f"targets: {ALL}")
+        sizes = {path: shape.outputs for path, shape in found.items() if not shape.experts}
         sizes |= {path: bias.numel() for path in find_norms(model) if (bias := _bias(own[path])) is not None}
         selected = select_modules(model, sizes, self.targets, "targets")
         return {path: sizes[path] for path in own if path in selected}
 
     def sites(self, model: nn.Module) -> list[str]:
         return list(self.sizes(model))
+
+    def left_frozen(self, model: nn.Module) -> str:
+        return left_frozen(model) if ALL in self.targets else ""
 
     def layer(self, base: nn.Module, path: str) -> "BiasLayer":
         return BiasLayer(base, path)

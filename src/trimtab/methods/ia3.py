@@ -15,19 +15,24 @@ from trimtab.methods import (
     ALL_LINEAR,
     ATTENTION,
     AdapterLayer,
+    MatrixShape,
     Method,
     Patterns,
     base_modules,
     find_matrices,
     matches_target,
+    matrix_modules,
     require_matrix_shape,
     shortest_names,
+    targeted_experts,
     to_peft_names,
     trainable_dtype,
     with_weight,
 )
-from trimtab.methods._matrices import in_attention
-from trimtab.methods._structure import feed_forward_outputs, key_value_matrices, makes_keys_or_values
+from trimtab.methods._experts_layer import ExpertsLayer
+from trimtab.methods._matrices import matrices
+from trimtab.methods._scaled_experts import ScaledExperts
+from trimtab.methods._structure import feed_forward_outputs, is_in_attention, key_value_matrices, makes_keys_or_values
 
 AUTO = "auto"
 """The target that is found from the model's structure."""
@@ -57,18 +62,25 @@ class IA3(Method):
             raise RecipeError(f"inputs: {min(both)} is among `outputs` too, and a matrix is scaled on one side only.")
         if not outputs and not inputs:
             raise RecipeError("outputs and inputs are both empty, so there is nothing to scale.")
-        sizes = {path: shape[1] for path, shape in outputs.items()} | {path: shape[0] for path, shape in inputs.items()}
-        return {path: sizes[path] for path in base_modules(model) if path in sizes}
+        sizes = {path: at.outputs * at.copies for path, at in outputs.items()}
+        sizes |= {path: at.inputs * at.copies for path, at in inputs.items()}
+        return {path: sizes[path] for path in matrices(model) if path in sizes}
 
     def sites(self, model: nn.Module) -> list[str]:
-        return list(self.sizes(model))
+        shapes = matrices(model)
+        return matrix_modules({path: shapes[path] for path in self.sizes(model)})
 
     def on_inputs(self, path: str) -> bool:
-        """Whether a site's inputs are scaled, rather than its outputs."""
-        in_group = {AUTO: makes_keys_or_values(path), ALL_LINEAR: True, ATTENTION: in_attention(path)}
+        """Whether the inputs of a matrix are scaled, rather than its outputs."""
+        in_group = {AUTO: makes_keys_or_values(path), ALL_LINEAR: True, ATTENTION: is_in_attention(path)}
         return not any(in_group[target] if target in in_group else matches_target(target, path) for target in self.outputs)
 
-    def layer(self, base: nn.Module, path: str) -> "IA3Layer":
+    def layer(self, base: nn.Module, path: str) -> AdapterLayer:
+        outputs = targeted_experts(path, base, [target for target in self.outputs if target != AUTO])
+        inputs = targeted_experts(path, base, ["down_proj" if target == AUTO else target for target in self.inputs])
+        parts = {at: ScaledExperts(base, shape, at in inputs) for at, shape in (outputs | inputs).items()}
+        if parts:
+            return ExpertsLayer(base, {at.rpartition(".")[2]: part for at, part in parts.items()})
         return IA3Layer(base, self.on_inputs(path))
 
     def parameter_count(self, model: nn.Module) -> int:
@@ -76,7 +88,9 @@ class IA3(Method):
         return sum(self.sizes(model).values())
 
     def to_peft(self, model: nn.Module, tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        own, sites = base_modules(model), self.sites(model)
+        own, sites = base_modules(model), list(self.sizes(model))
+        if not own.keys() >= set(sites):  # PEFT has no scales for experts
+            return self.trimtab_only_config(), to_peft_names(tensors, self.peft_names)
         inputs = [path for path in sites if self.on_inputs(path)]
         outputs = [path for path in sites if not self.on_inputs(path)]
         names = shortest_names(model, inputs)
@@ -96,7 +110,8 @@ class IA3(Method):
         renamed, paths = cls.read_peft(config, tensors, ignored=ignored)
         outputs = [path for path in paths if renamed[f"{path}.scale"].shape[-1:] == (1,)]  # the others' are (1, inputs)
         method = cls.parse({"outputs": outputs, "inputs": [path for path in paths if path not in outputs]})
-        return method, {name: t.flatten() for name, t in renamed.items()}
+        ours_alone = config.get("peft_type") != cls.peft_type  # with experts
+        return method, renamed if ours_alone else {name: t.flatten() for name, t in renamed.items()}
 
 
 class IA3Layer(AdapterLayer):
@@ -125,6 +140,6 @@ class IA3Layer(AdapterLayer):
 
 def _resolve(
     model: nn.Module, patterns: Sequence[str], key: str, auto: Callable[[nn.Module, str], list[str]]
-) -> dict[str, tuple[int, int]]:
+) -> dict[str, MatrixShape]:
     targets = [target for pattern in patterns for target in (auto(model, key) if pattern == AUTO else [pattern])]
-    return find_matrices(model, targets, key=key) if targets else {}
+    return find_matrices(model, targets, experts=True, key=key) if targets else {}

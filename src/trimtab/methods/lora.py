@@ -9,9 +9,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from trimtab.methods import AdapterLayer, Method, Sample
+from trimtab.core.errors import RecipeError
+from trimtab.methods import AdapterLayer, MatrixShape, Method, Sample
 from trimtab.methods._lora_init import init_from_inputs, principal_factors
-from trimtab.methods._lowrank import LowRank, LowRankLayer
+from trimtab.methods._lowrank import LowRank, LowRankExperts, LowRankLayer
 
 
 class LoRA(LowRank):
@@ -26,7 +27,19 @@ class LoRA(LowRank):
     also move ranks between them.
     """
 
-    def layer(self, base: nn.Module, path: str) -> "LoRALayer":
+    def shapes(self, model: nn.Module) -> dict[str, MatrixShape]:
+        """The targeted matrices by path. Raises NoSuchModule, or RecipeError for an `init` that fused experts do not have."""
+        shapes = super().shapes(model)
+        if self.init != "default" and (experts := [path for path, shape in shapes.items() if shape.experts]):
+            raise RecipeError(
+                f"init: {self.init} starts from each matrix by itself, and {experts[0]} holds those of {shapes[experts[0]].experts} experts in "
+                "one tensor, for which Trimtab has the default alone. Set init: default, or name other targets, such as attention."
+            )
+        return shapes
+
+    def layer(self, base: nn.Module, path: str) -> AdapterLayer:
+        if (experts := self.experts_layer(base, path, LowRankExperts)) is not None:
+            return experts
         rank, scale = self.rank_of(path), self.scale_of(path)
         if self.init == "pissa":
             return PiSSALayer(base, rank, scale, self.dropout, path)

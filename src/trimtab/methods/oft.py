@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from trimtab.core.errors import ArtifactError, RecipeError
-from trimtab.methods import AdapterLayer, MatrixMethod, require_matrix_shape, trainable_dtype, with_weight
+from trimtab.methods import AdapterLayer, MatrixMethod, MatrixShape, require_matrix_shape, trainable_dtype, with_weight
 
 
 class OFT(MatrixMethod):
@@ -29,10 +29,10 @@ class OFT(MatrixMethod):
     cayley: Literal["neumann", "exact"] = "neumann"
     """How a rotation is computed from its parameters: by five terms of a series, nearly orthogonal and fast, or exactly."""
 
-    def shapes(self, model: nn.Module) -> dict[str, tuple[int, int]]:
+    def shapes(self, model: nn.Module) -> dict[str, MatrixShape]:
         shapes = super().shapes(model)
-        common = math.gcd(*(inputs for inputs, _ in shapes.values()))
-        for path, (inputs, _) in shapes.items():
+        common = math.gcd(*(shape.inputs for shape in shapes.values()))
+        for path, (inputs, *_) in shapes.items():
             if inputs % self.block_size:
                 fitting = ", ".join(str(size) for size in range(2, common + 1) if common % size == 0) or "nothing"
                 problem = f"{self.block_size} does not divide the {inputs} inputs of {path}"
@@ -44,7 +44,7 @@ class OFT(MatrixMethod):
 
     def parameter_count(self, model: nn.Module) -> int:
         """Σ blocks · size · (size − 1) / 2 over the targeted matrices, which have one block each if it is shared."""
-        blocks = (1 if self.shared else inputs // self.block_size for inputs, _ in self.shapes(model).values())
+        blocks = (1 if self.shared else shape.inputs // self.block_size for shape in self.shapes(model).values())
         return sum(blocks) * (self.block_size * (self.block_size - 1) // 2)
 
     def peft_settings(self) -> dict[str, Any]:

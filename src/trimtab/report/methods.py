@@ -65,7 +65,7 @@ def methods_table(facts: list[dict[str, Any]], source: str) -> Group:
 
 def method_facts(model: Any, method: Method) -> dict[str, Any]:
     """The modules that a method would adapt on a model, by attaching it there, as JSON data. Raises NoSuchModule or RecipeError."""
-    known = base_modules(model)
+    known, frozen = base_modules(model), method.left_frozen(model)
     total = sum(p.numel() for p in model.parameters())
     with torch.device("meta"):
         adapter = attach_uninitialized(model, method.resolve_tokens(lambda _: [0]), 0, "default")
@@ -84,6 +84,7 @@ def method_facts(model: Any, method: Method) -> dict[str, Any]:
         "parameters": trained,
         "base_parameters": total,
         "positions": method.virtual_token_count,
+        "left_frozen": frozen,
         "replaced": replaced,
     }
 
@@ -112,6 +113,8 @@ def method_table(facts: dict[str, Any], source: str) -> Group:
         Text(f"{name} on {source}: {text}", style="bold"),
         Text(f"{facts['parameters']:,} parameters are trained ({share:.2%})."),
     ]
+    if facts["left_frozen"]:
+        head.append(Text(f"Not adapted, frozen: {facts['left_frozen']}."))
     if facts["positions"]:
         head.append(Text(f"Its virtual tokens take {facts['positions']} positions of every example's context."))
     return Group(*head, Text(), table)

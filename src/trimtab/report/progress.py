@@ -55,6 +55,8 @@ class Terminal(RunObserver):
         trained, frozen = facts["trainable_parameters"], facts["base_parameters"]
         self._line("base model", f"{facts['base']['source']}  ({frozen:,} parameters, frozen)")
         self._line("method", f"{_settings(Method, facts['method'])}  ({trained:,} parameters, {trained / frozen:.2%})")
+        if facts["left_frozen"]:
+            self._line("", f"not adapted, frozen: {facts['left_frozen']}")
         if facts["positions"]:
             self._line("", f"its virtual tokens take {facts['positions']:,} positions of every example's context")
         for report in reports:

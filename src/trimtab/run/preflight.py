@@ -57,10 +57,11 @@ def _capacity(adapter: Attached, data: LoadedData) -> Finding:
     """Whether there are enough target tokens for the trained parameters."""
     parameters = sum(p.numel() for p in adapter.parameters().values())
     tokens = sum(len(row.target_indices) for row in data.train)
-    message, facts = (
-        f"{parameters:,} parameters are trained on {tokens:,} target tokens",
-        {"parameters": parameters, "tokens": tokens},
-    )
+    message = f"{parameters:,} parameters are trained on {tokens:,} target tokens"
+    facts: dict[str, Any] = {"parameters": parameters, "tokens": tokens}
+    if frozen := adapter.method.left_frozen(adapter.model):
+        message += f" (not adapted, frozen: {frozen})"
+        facts["left_frozen"] = frozen
     if parameters > 1000 * tokens:
         message += ": overfitting is likely. Watch the loss on held-out examples."
         return Finding("capacity", "note", message, facts)

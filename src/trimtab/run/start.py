@@ -184,6 +184,7 @@ def _facts(recipe: Recipe, base: Base, adapter: Attached, data: LoadedData, step
         "method": recipe.method.plain(),
         "objective": recipe.objective.plain(),
         "trainable_parameters": trained,
+        "left_frozen": recipe.method.left_frozen(base.model),
         "positions": recipe.method.virtual_token_count,
         "base_parameters": base.model.num_parameters() - trained,
         "steps": len(steps),

@@ -183,16 +183,13 @@ def test_models_that_cannot_be_trained_exactly_are_refused_by_name():
         transformers.T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
     )
     assert refused(t5) == "T5ForConditionalGeneration is an encoder-decoder model; Trimtab trains causal language models."
-    mamba = transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1))
-    assert "MambaForCausalLM does not use Transformers' attention interface" in refused(mamba)
+    mpt = transformers.MptForCausalLM(transformers.MptConfig(vocab_size=32, d_model=16, n_layers=1, n_heads=2))
+    assert "MptForCausalLM does not use Transformers' attention interface" in refused(mpt)
     assert "LlamaModel has no language model head" in refused(tiny("llama").model)
     assert refused(torch.nn.Linear(2, 2)) == "Linear is not a Transformers model."
     quantized = tiny("llama")
     quantized.hf_quantizer = object()
     assert "LlamaForCausalLM is quantized" in refused(quantized)
-    hybrid = tiny("llama")
-    hybrid.config.layer_types = ["linear_attention", "full_attention"]
-    assert "layers of the kind linear_attention" in refused(hybrid)
 
 
 def test_a_tokenizer_that_cannot_place_labels_is_refused():

@@ -8,7 +8,7 @@ import transformers
 from families import FAMILIES, exact_norms, logprob_alone, perturb, random_rows, tiny
 
 from trimtab.core import attention_hook
-from trimtab.core.attention_hook import Rules, Virtual
+from trimtab.core.attention import Rules, Virtual
 from trimtab.core.errors import UnsupportedModel
 from trimtab.data import Pack, Segment, pack_all, pack_flat, pack_tree
 from trimtab.data.example import TokenRow
@@ -173,16 +173,14 @@ def test_the_self_check_refuses_a_model_that_computes_something_else(monkeypatch
     model.config.logits_scaling = 8.0  # the forward pass has its own copy, so ours now differs from it
     original = type(model).forward
 
-    def doubled(self, *args, **kwargs):
+    def mixed(self, *args, **kwargs):
         out = original(self, *args, **kwargs)
-        out.logits = out.logits * 2
+        out.logits = out.logits + out.logits.roll(1, -1)
         return out
 
-    monkeypatch.setattr(type(model), "forward", doubled)
+    monkeypatch.setattr(type(model), "forward", mixed)
     model.config.logits_scaling = 4.0
-    with pytest.raises(
-        UnsupportedModel, match=r"GraniteForCausalLM gives example 1 of two short ones the log-probability .* packed and"
-    ):
+    with pytest.raises(UnsupportedModel, match=r"GraniteForCausalLM gives example 1 of 3 the log-probability .* packed and"):
         check_packing(model)
 
 
@@ -202,7 +200,8 @@ def test_a_broken_mask_window_or_position_is_noticed(broken, by_hand, monkeypatc
         monkeypatch.setattr(layers, "attend", lambda *given: seen(*given) + seen(*given).mean(dim=0))
     elif broken == "window":
         whole = layouts.causal
-        monkeypatch.setattr(layouts, "causal", lambda q, k, window, device: whole(q, k, window + 1, device))
+        wider = lambda rules: rules._replace(window=rules.window + 1)  # noqa: E731
+        monkeypatch.setattr(layouts, "causal", lambda q, k, rules, device: whole(q, k, wider(rules), device))
         plan = layers.AttentionPlan
         monkeypatch.setattr(layers, "AttentionPlan", lambda *asked: plan(*asked)._replace(window=asked[3] + 1))
     elif broken == "positions":
@@ -253,8 +252,8 @@ def test_a_model_that_asks_attention_for_more_is_refused_by_name():
     layer = tiny("llama").model.layers[0].self_attn
     q = torch.zeros(1, 4, 3, 8)
     layout = layouts.PackLayout((Segment(0, 3, -1),))
-    with pytest.raises(UnsupportedModel, match="LlamaAttention asks attention for the tensor s_aux"):
-        attention_hook._attention(layer, q, q, q, None, own="sdpa", layout=layout, s_aux=torch.zeros(4))
+    with pytest.raises(UnsupportedModel, match="LlamaAttention asks attention for the tensor bias"):
+        attention_hook._attention(layer, q, q, q, None, own="sdpa", layout=layout, bias=torch.zeros(4))
     with pytest.raises(UnsupportedModel, match="LlamaAttention asks attention for attention dropout"):
         attention_hook._attention(layer, q, q, q, None, own="sdpa", layout=layout, dropout=0.1)
 

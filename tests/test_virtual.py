@@ -143,7 +143,7 @@ def test_transformers_generates_as_trimtab_does_once_it_is_trained(method):
 def test_a_sliding_window_that_transformers_would_miscount_is_refused(family, method):
     model, _ = with_text(family, method)
     with pytest.raises(
-        UnsupportedModel, match=r"Rows of 15 tokens, virtual ones included, exceed the sliding window of .* \(4\)"
+        UnsupportedModel, match=r"Rows of 15 tokens, virtual ones included, exceed the sliding window or chunk of .* \(4\)"
     ):
         logits(model, ROW)
     with pytest.raises(UnsupportedModel, match="exceed the sliding window"):

@@ -5,7 +5,7 @@ from trimtab.base.export_files import write_config, write_switches, write_tokeni
 from trimtab.base.fingerprint import Fingerprint, model_fingerprint, writes_dates
 from trimtab.base.locate import locate_model
 from trimtab.base.model import Base, skeleton
-from trimtab.base.supported import context_length
+from trimtab.base.supported import context_length, limit_rows
 from trimtab.core.chat import Message
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "ModelConfig",
     "context_length",
     "fit_to_machine",
+    "limit_rows",
     "locate_model",
     "model_fingerprint",
     "nearest_config",

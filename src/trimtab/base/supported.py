@@ -1,16 +1,16 @@
 """Which models can be trained exactly, and the reason when one can't.
 
-Trimtab packs many rows into one and attends through Transformers' attention interface, so it needs a model whose tokens
-interact in that attention only. `engine.check_packing` measures this on the model itself.
+Trimtab packs many rows into one. It needs a model whose tokens interact through Transformers' attention interface, or through
+the states that Transformers' cache holds. `engine.check_packing` measures on the model itself that they interact in no other way.
 """
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from trimtab.base.quantized import refuse_unknown_quantization
+from trimtab.core.attention_hook import uses_interface
 from trimtab.core.errors import UnsupportedModel
-
-LAYER_TYPES = {"full_attention", "sliding_attention"}
-"""The kinds of layer that keep the rows of a pack independent."""
+from trimtab.core.stateful import carries_state
 
 
 def refuse_unsupported(model: Any, tokenizer: Any) -> None:
@@ -28,14 +28,9 @@ def refuse_unsupported(model: Any, tokenizer: Any) -> None:
         raise UnsupportedModel(f"{name} is an encoder-decoder model; Trimtab trains causal language models.")
     if model.get_output_embeddings() is None:
         raise UnsupportedModel(f"{name} has no language model head; load it with AutoModelForCausalLM.")
-    if not getattr(model, "_supports_attention_backend", False):
+    if not any(uses_interface(type(module)) for module in model.modules()) and not carries_state(model):
         raise UnsupportedModel(
             f"{name} does not use Transformers' attention interface, so packed examples would attend to each other."
-        )
-    unsupported = set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES
-    if unsupported:
-        raise UnsupportedModel(
-            f"{name} has layers of the kind {', '.join(sorted(unsupported))}, which carry state from one example of a pack to the next."
         )
     if tokenizer is not None and not getattr(tokenizer, "is_fast", False):
         raise UnsupportedModel(
@@ -48,9 +43,22 @@ def context_length(model: Any) -> int | None:
     """How many tokens an example may have, if the model's configuration says so.
 
     Where rotary frequencies change with the longest row of a batch (Phi-3's longrope), it is the length up to which they
-    don't: a longer row would change the positions of the others in its pack.
+    don't: a longer row would change the positions of the others in its pack. Where an indexer chooses what tokens attend to, it
+    is the length up to which it chooses all of a row.
     """
-    config = model.config.get_text_config()
+    limits = [_positions(model.config.get_text_config()), _row_limits.get(model)]
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+_row_limits: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+
+
+def limit_rows(model: Any, tokens: int) -> None:
+    """From now on, `context_length` of this model is at most so many tokens: the most of a row that packs compute exactly."""
+    _row_limits[model] = tokens
+
+
+def _positions(config: Any) -> int | None:
     rotary = getattr(config, "rope_parameters", None) or {}
     if rotary.get("rope_type") in ("dynamic", "longrope"):
         first = rotary.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)

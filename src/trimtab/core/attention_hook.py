@@ -4,129 +4,44 @@ After `install_hook`, every call of the model's attention comes here. A forward 
 that layout says; one with `virtual` has virtual tokens before its rows; any other calls the model's own attention, and gives
 bit-identical results.
 
-Shapes: query B H T K, key and value B G T K, with H query heads, G key-value heads, K head size; output B T H K.
+Shapes: query B H T K, key B G T K, value B G T V, as in core/attention.py; output B T H V.
 """
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, NamedTuple, NoReturn, Protocol
+from functools import cache, partial
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trimtab.core.attention import Layout, LocalMask, Rules, Virtual, attend, causal
 from trimtab.core.errors import UnsupportedModel
 
 PREFIX = "trimtab-"
 """Our attention is registered as this and the name of the model's own, which it calls."""
 
-_laid_out: ContextVar[bool] = ContextVar("laid_out", default=False)
+_layout: ContextVar[Layout | None] = ContextVar("layout", default=None)
+_virtual_count: ContextVar[int] = ContextVar("virtual_count", default=0)
+"""Virtual tokens before the rows of the model's own forward pass that is running."""
+_asked_sizes: ContextVar[set[int]] = ContextVar("asked_sizes", default=set())  # noqa: B039 (written, never read)
 
 
-class Rules(NamedTuple):
-    """How a layer's attention differs from plain causal attention."""
+class HookedName(str):
+    """The name of our attention. It equals the model's own too: some models compare it, and compute otherwise for others."""
 
-    scale: float | None
-    window: int | None
-    """A token attends to at most this many tokens, itself included."""
-    softcap: float | None
-    """Scores s become softcap · tanh(s / softcap) (Gemma 2)."""
+    __slots__ = ()
+    __hash__ = str.__hash__
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, str) and str(other) in (str(self), self.removeprefix(PREFIX))
 
-@dataclass
-class Virtual:
-    """Keys and values of P virtual tokens before rows, at positions 0 to P-1."""
-
-    layers: Sequence[tuple[Tensor, Tensor]]
-    """By attention layer: each G P K."""
-    acts_on: Callable[[int], bool] | None = None
-    """Whether the row of a token (by its index in the pack) has them; None for every row."""
-    reached: set[int] = field(default_factory=set)
-    """Layers that have attended to them: a model that drops keyword arguments would silently ignore them."""
-    recorded: bool = field(default_factory=torch.is_grad_enabled)
-    """They were made with gradients enabled."""
-
-    def of(self, layer: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values, each 1 G P K, in the dtype of `like`."""
-        number = int(layer.layer_idx)  # type: ignore[arg-type]
-        self.reached.add(number)
-        key, value = self.layers[number]
-        if self.recorded and key.requires_grad and not torch.is_grad_enabled():
-            refuse_reentrant()
-        return key[None].to(like.dtype), value[None].to(like.dtype)
-
-    def check_reached(self, name: str) -> None:
-        if len(self.reached) != len(self.layers):
-            raise UnsupportedModel(
-                f"{name} lets {len(self.reached)} of {len(self.layers)} layers attend to virtual tokens, so prefixes and prompts "
-                "would act only in part. Use a method that changes weights, such as lora."
-            )
-
-
-def refuse_reentrant() -> NoReturn:
-    """Reentrant gradient checkpointing silently gives keyword arguments no gradient."""
-    raise UnsupportedModel(
-        "Virtual tokens get no gradient through reentrant gradient checkpointing. Use the other kind: "
-        'model.activation_checkpointing_enable({"use_reentrant": False}).'
-    )
-
-
-class Layout(Protocol):
-    """To which keys each token of one forward pass attends."""
-
-    continues: bool
-    """The tokens continue those of a key-value cache, which holds the virtual tokens, too."""
-    reached: bool
-    """A layer has attended by this layout."""
-
-    def attend(
-        self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, rules: Rules, virtual: Sequence[Virtual]
-    ) -> Tensor: ...
-
-
-def causal(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor | None:
-    """The attention mask of the last `queries` of `keys` tokens; None for plain causality."""
-    if queries == keys and (window is None or keys <= window):
-        return None
-    q = torch.arange(keys - queries, keys, device=device)[:, None]
-    k = torch.arange(keys, device=device)
-    return k <= q if window is None else (k <= q) & (k > q - window)
-
-
-@contextmanager
-def without_cudnn() -> Iterator[None]:
-    """Within the block, attention uses flash, memory-efficient or plain kernels; the process's setting is restored after it.
-
-    cuDNN's backward pass gives NaN for some masked rows (pytorch #196678), and torch 2.11 takes it first on H100 and H200.
-    """
-    allowed = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    try:
-        yield
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(allowed)
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, rules: Rules) -> Tensor:
-    """Attention as B H T K. The mask is boolean, or added to the scores; None for plain causality."""
-    grouped = query.shape[1] != key.shape[1]
-    if rules.softcap is None:
-        with without_cudnn():
-            return F.scaled_dot_product_attention(
-                query, key, value, attn_mask=mask, is_causal=mask is None, scale=rules.scale, enable_gqa=grouped
-            )
-    if grouped:
-        key, value = (t.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for t in (key, value))
-    scores = query @ key.transpose(-1, -2) * (rules.scale if rules.scale is not None else query.shape[-1] ** -0.5)
-    scores = rules.softcap * torch.tanh(scores / rules.softcap)
-    if mask is None:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
-    return scores.softmax(dim=-1) @ value
+    def __ne__(self, other: object) -> bool:
+        return not self == other
 
 
 _HARMLESS = {"position_ids", "cache_position", "position_embeddings", "num_items_in_batch"}
@@ -147,9 +62,10 @@ def _attention(
 ) -> tuple[Tensor, Tensor | None]:
     if layout is None and not virtual:
         return _own_attention(own, module)(module, query, key, value, attention_mask, **options)
-    rules = _rules(module, **options)
+    rules = _rules(module, mask=attention_mask, **options)
     if layout is not None:
-        return layout.attend(module, query, key, value, rules, virtual), None
+        mask = attention_mask if isinstance(attention_mask, Tensor) else None
+        return layout.attend(module, query, key, value, rules, virtual, mask), None
     return _attend_after_virtual(module, query, key, value, attention_mask, rules, virtual, own), None
 
 
@@ -159,6 +75,8 @@ def _rules(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    mask: Tensor | LocalMask | None = None,
     **options: Any,
 ) -> Rules:
     unknown = [name for name, value in options.items() if isinstance(value, Tensor) and name not in _HARMLESS]
@@ -167,7 +85,8 @@ def _rules(
         raise UnsupportedModel(
             f"{type(module).__name__} asks attention for {reason}, which Trimtab's packed attention does not support."
         )
-    return Rules(scaling, sliding_window, softcap)
+    local = mask if isinstance(mask, LocalMask) else LocalMask(sliding_window)
+    return Rules(scaling, local.window, softcap, local.chunk, s_aux)
 
 
 def _own_attention(own: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
@@ -199,22 +118,53 @@ def _attend_after_virtual(
         key, value = torch.cat([k, key], dim=2), torch.cat([v, value], dim=2)
         mask = None if mask is None else F.pad(mask, (k.shape[2], 0), value=True if mask.dtype == torch.bool else 0.0)
     if rules.window is not None and key.shape[2] > rules.window:
-        raise UnsupportedModel(
-            f"Rows of {key.shape[2]:,} tokens, virtual ones included, exceed the sliding window of {type(module).__name__} "
-            f"({rules.window:,}), which only Trimtab's own forward pass counts correctly: use trimtab.generate and trimtab.fit."
-        )
+        _refuse_long(key.shape[2], rules.window)
     if mask is None:
-        mask = causal(query.shape[2], key.shape[2], None, query.device)
+        mask = causal(query.shape[2], key.shape[2], Rules(None), query.device)
     return attend(query, key, value, mask, rules).transpose(1, 2)
 
 
+def _refuse_long(tokens: int, size: int) -> NoReturn:
+    raise UnsupportedModel(
+        f"Rows of {tokens:,} tokens, virtual ones included, exceed the sliding window or chunk of this model's attention "
+        f"({size:,}), which only Trimtab's own forward pass counts correctly: use trimtab.generate and trimtab.fit."
+    )
+
+
 def _mask(*args: Any, own: str, **kwargs: Any) -> Any:
-    """The mask of the model's own attention; none where a layout says to which keys tokens attend."""
+    """The mask of the model's own attention. Where a layout says to which keys tokens attend: a LocalMask, or None."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-    if _laid_out.get() or own not in ALL_MASK_ATTENTION_FUNCTIONS:
+    size = kwargs.get("local_size")
+    if size is not None:
+        _asked_sizes.get().add(size)
+    if (layout := _layout.get()) is not None:
+        chunked = size is not None and "chunked_overlay" in _parts(kwargs["mask_function"])
+        local = LocalMask(chunk=size) if chunked else LocalMask(window=size)
+        if layout.materialized:
+            return _as_model_expects(
+                layout.mask(Rules(None, window=local.window, chunk=local.chunk), kwargs["device"]), own, kwargs["dtype"]
+            )
+        return local if size is not None else None
+    if own not in ALL_MASK_ATTENTION_FUNCTIONS:
         return None
+    if size is not None and (count := _virtual_count.get()) and kwargs["kv_length"] + count > size:
+        _refuse_long(kwargs["kv_length"] + count, size)
     return ALL_MASK_ATTENTION_FUNCTIONS[own](*args, **kwargs)
+
+
+def _as_model_expects(mask: Tensor, own: str, dtype: torch.dtype) -> Tensor:
+    """Eager attention adds its mask to the scores."""
+    return mask if own != "eager" else torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+def _parts(function: Any) -> set[str]:
+    """The names of the functions in Transformers that made a mask's function and those it combines."""
+    names = {getattr(function, "__qualname__", "").partition(".")[0]}
+    for cell in getattr(function, "__closure__", None) or ():
+        values = cell.cell_contents if isinstance(cell.cell_contents, tuple) else (cell.cell_contents,)
+        names.update(*(_parts(value) for value in values if callable(value)))
+    return names
 
 
 @contextmanager
@@ -227,9 +177,27 @@ def holding(variable: ContextVar[Any], value: Any) -> Iterator[None]:
         variable.reset(token)
 
 
-def laid_out() -> AbstractContextManager[None]:
-    """The forward pass within the block has a layout, so that the model builds no mask."""
-    return holding(_laid_out, True)
+def after_virtual(count: int) -> AbstractContextManager[None]:
+    """The model's own forward pass within the block has so many virtual tokens before its rows."""
+    return holding(_virtual_count, count)
+
+
+def laid_out(layout: Layout) -> AbstractContextManager[None]:
+    """The forward pass within the block has this layout, which takes the place of masks."""
+    return holding(_layout, layout)
+
+
+@contextmanager
+def recording_sizes() -> Iterator[set[int]]:
+    """The windows and chunks for which this model's masks are asked within the block."""
+    sizes: set[int] = set()
+    with holding(_asked_sizes, sizes):
+        yield sizes
+
+
+def current_layout() -> Layout | None:
+    """The layout of the forward pass that is running, if it has one."""
+    return _layout.get()
 
 
 def install_hook(model: nn.Module) -> None:
@@ -237,13 +205,15 @@ def install_hook(model: nn.Module) -> None:
     from transformers.masking_utils import AttentionMaskInterface
     from transformers.modeling_utils import AttentionInterface
 
-    for config in _configs(model):
-        own = config._attn_implementation
-        if own is None or own.startswith(PREFIX):
-            continue
-        AttentionInterface.register(PREFIX + own, partial(_attention, own=own))
-        AttentionMaskInterface.register(PREFIX + own, partial(_mask, own=own))
-        config._attn_implementation = PREFIX + own
+    names = [(config, config._attn_implementation) for config in _configs(model)]
+    if all(own is None or own.startswith(PREFIX) for _, own in names):
+        return
+    for config, own in names:  # from the outside: a configuration hands what is set on to those in it
+        if own is not None and not own.startswith(PREFIX):
+            AttentionInterface.register(PREFIX + own, partial(_attention, own=own))
+            AttentionMaskInterface.register(PREFIX + own, partial(_mask, own=own))
+            own = HookedName(PREFIX + own)
+        config._attn_implementation = own
 
 
 def remove_hook(model: nn.Module) -> None:
@@ -251,13 +221,23 @@ def remove_hook(model: nn.Module) -> None:
     for module in model.modules():
         if getattr(module.__dict__.get("forward"), "is_patch", False):
             del module.forward
-    for config in _configs(model):
-        if (config._attn_implementation or "").startswith(PREFIX):
-            config._attn_implementation = config._attn_implementation.removeprefix(PREFIX)
+    for config, own in [(config, config._attn_implementation) for config in _configs(model)]:
+        config._attn_implementation = own if own is None else own.removeprefix(PREFIX)
 
 
 def _configs(model: nn.Module) -> list[Any]:
-    if not getattr(model, "_supports_attention_backend", False):
-        return []  # its code supports only its own implementations, and replaces any other silently
-    configs: dict[int, Any] = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config") and uses_interface(type(m))}
     return [config for config in configs.values() if hasattr(config, "_attn_implementation")]
+
+
+def uses_interface(kind: type) -> bool:
+    """Whether the code of a class asks Transformers' attention interface for its attention; other code may replace an unknown name."""
+    return _asks_interface(kind.__module__)
+
+
+@cache
+def _asks_interface(module: str) -> bool:
+    try:
+        return "get_interface(" in inspect.getsource(sys.modules[module])
+    except (OSError, TypeError, KeyError):  # a class of a notebook or of an interpreter has no file
+        return False

@@ -1,5 +1,7 @@
 """Adapter layers stand around a model's own modules: how to find those modules, and the paths they have without adapters."""
 
+from typing import Any
+
 from torch import nn
 
 
@@ -28,3 +30,9 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
 
     visit(model, "")
     return by_path
+
+
+def trunk_of(model: Any) -> nn.Module:
+    """The part of a model that makes hidden states, with the adapter layers around it: all but its head."""
+    trunk: nn.Module = model.base_model if model.base_model is not model else model.model
+    return trunk

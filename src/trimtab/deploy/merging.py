@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from trimtab.base import Base, write_config, write_switches, write_tokenizer
 from trimtab.core import files
-from trimtab.core.attention_hook import without_cudnn
+from trimtab.core.attention import without_cudnn
 from trimtab.core.errors import ArtifactError, NotMergeable
 from trimtab.methods import Attached, base_modules, unwrap
 

@@ -10,9 +10,11 @@ from torch import Tensor
 from trimtab.base import context_length
 from trimtab.core.errors import DataError
 from trimtab.data.prefix_tree import lay_out
+from trimtab.engine.check import ensure_checked
 from trimtab.engine.forward import hidden_states
 from trimtab.engine.head import Head, head_of
 from trimtab.engine.layouts import Cache, DecodeLayout, PrefillLayout
+from trimtab.engine.pass_mode import mode_of
 from trimtab.methods import Routing, Switch, max_row_length, routed, switch_of
 
 BATCH_TOKENS = 4096
@@ -52,7 +54,9 @@ def generate(
 
     Raises:
         DataError: A prompt is longer than the context.
+        UnsupportedModel: The model cannot be computed exactly.
     """
+    ensure_checked(model)
     answers = [Answer() for _ in prompts]
     switches = [switch_of(model, owner) for owner in owners] if owners is not None else None
     limits = _limits(model, prompts, max_new_tokens)
@@ -69,6 +73,7 @@ def stream_tokens(
     model: Any, prompt: list[int], stop_ids: Iterable[int], *, max_new_tokens: int, temperature: float = 0.0, seed: int = 0
 ) -> Generator[int, None, Ended]:
     """`generate` for one prompt, token by token; returns how it ended."""
+    ensure_checked(model)
     limits = _limits(model, [prompt], max_new_tokens)
     for _, event in _decode(model, [prompt], [0], limits, frozenset(stop_ids), temperature, seed):
         if not isinstance(event, int):
@@ -121,7 +126,8 @@ def _decode(
     device = next(model.parameters()).device
     draws = {n: torch.Generator().manual_seed(seed * 1_000_003 + n) for n in rows} if temperature else None
     owners = Routing([switches[n] for n in rows]) if switches is not None else None
-    cache, hidden = _prefill(model, [prompts[n] for n in rows], device, owners)
+    texts = [prompts[n] for n in rows]
+    cache, hidden = _prefill(model, texts, device, owners)
     for count in itertools.count(1):
         with routed(owners):
             tokens = _choose(head_of(model), hidden, rows, temperature, draws)
@@ -138,9 +144,14 @@ def _decode(
         if not unfinished:
             return
         rows, tokens = [rows[place] for place in unfinished], [tokens[place] for place in unfinished]
+        if owners is not None and len(unfinished) < len(owners.owners):
+            owners = owners.select(unfinished)
+        if not mode_of(model).caches:
+            texts = [[*texts[place], token] for place, token in zip(unfinished, tokens, strict=True)]
+            hidden = _prefill(model, texts, device, owners)[1]
+            continue
         if len(unfinished) < len(cache.lengths):
             cache.select(torch.tensor(unfinished, device=device))
-            owners = owners.select(unfinished) if owners is not None else None
         layout = DecodeLayout(cache)
         with routed(owners):
             hidden = hidden_states(model, torch.tensor(tokens, device=device), cache.lengths, layout)

@@ -1,4 +1,4 @@
-"""The packed forward pass: log-probabilities of a pack's rows, and the check that packing does not change them."""
+"""The packed forward pass: log-probabilities of a pack's rows."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -7,15 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimtab.core.attention_hook import Layout, install_hook, laid_out, without_cudnn
+from trimtab.core.attention import Layout
+from trimtab.core.attention_hook import install_hook, laid_out
 from trimtab.core.errors import UnsupportedModel
-from trimtab.data.example import TokenRow
-from trimtab.data.pack import Pack, pack_flat
+from trimtab.core.wrapping import trunk_of
+from trimtab.data.pack import Pack
 from trimtab.engine.frozen_cache import FrozenLayerCache
 from trimtab.engine.head import head_of, sequence_logprobs
 from trimtab.engine.layouts import PackLayout
+from trimtab.engine.pass_mode import mode_of
 from trimtab.engine.patching import gradient_checkpointing, patch_layers
-from trimtab.methods import Routing, routed, switch_of, unwrap
+from trimtab.engine.state_layers import patch_state_layers
+from trimtab.methods import Routing, routed, switch_of
 
 DIVERGENCE_ROWS = 64
 """Tokens whose logits are held at a time, in two models."""
@@ -24,10 +27,12 @@ DIVERGENCE_ROWS = 64
 def hidden_states(model: Any, ids: Tensor, positions: Tensor, layout: Layout) -> Tensor:
     """The last hidden states of tokens, which attend as `layout` says: T d, or M d of its `output_at`, if it was `narrowed`."""
     install_hook(model)
+    patch_state_layers(model)
+    layout.materialized = mode_of(model).materialized
     if type(layout) is PackLayout:
         patch_layers(model)
-    with laid_out():
-        out = model.base_model(input_ids=ids[None], position_ids=positions[None], layout=layout, use_cache=False)
+    with laid_out(layout):
+        out = trunk_of(model)(input_ids=ids[None], position_ids=positions[None], layout=layout, use_cache=False)
     if not layout.reached:
         raise UnsupportedModel(
             f"{type(model).__name__} does not pass keyword arguments of forward on to attention, so examples cannot be packed."
@@ -89,37 +94,6 @@ def states_at(model: Any, pack: Pack, at: Tensor, routing: Routing | None = None
     layout = PackLayout(pack.segments, at if routing is None else None)
     hidden = hidden_states(model, pack.ids, pack.positions, layout)
     return hidden if layout.narrowed else hidden[at]
-
-
-@torch.no_grad()
-def check_packing(model: Any) -> None:
-    """Check on two short rows that this model gives packed rows the log-probabilities that it gives each row alone.
-
-    Whatever a model does between tokens that Trimtab does not know of (state, an unusual mask, scaled logits) shows here.
-
-    Raises:
-        UnsupportedModel: The log-probabilities differ.
-    """
-    device, vocabulary = next(model.parameters()).device, model.config.get_text_config().vocab_size
-    exact = unwrap(model.get_input_embeddings()).weight.dtype in (torch.float32, torch.float64)
-    generator = torch.Generator().manual_seed(0)
-    rows = [torch.randint(vocabulary, (length,), generator=generator).tolist() for length in (7, 5)]
-    pack = pack_flat(TokenRow(ids, list(range(1, len(ids))), "check") for ids in rows).to(device)
-    with one_thread():
-        packed = pack_logprobs(model, pack).tolist()
-        alone = [_logprob_alone(model, torch.tensor([ids], device=device)) for ids in rows]
-    for number, (ours, reference) in enumerate(zip(packed, alone, strict=True), start=1):
-        if not abs(ours - reference) <= abs(reference) * (1e-4 if exact else 3e-2):
-            raise UnsupportedModel(
-                f"{type(model).__name__} gives example {number} of two short ones the log-probability {ours:.6g} packed and "
-                f"{reference:.6g} alone, so it cannot be trained on packed examples exactly."
-            )
-
-
-def _logprob_alone(model: Any, row: Tensor) -> float:
-    with without_cudnn():
-        logits = model(input_ids=row, use_cache=False).logits[0, :-1].cpu().double()
-    return float(logits.log_softmax(-1).gather(1, row[0, 1:, None].cpu()).sum())
 
 
 @contextmanager

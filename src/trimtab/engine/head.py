@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from trimtab.core.errors import UnsupportedModel
 from trimtab.engine.backends import backend_for
 from trimtab.engine.layouts import at_least_float32
+from trimtab.engine.pass_mode import mode_of
 from trimtab.methods import AdapterLayer, Routing, current_routing, routed, unwrap
 
 TILE = 500_000
@@ -63,8 +64,9 @@ def head_of(model: Any) -> Head:
         raise UnsupportedModel(
             "The language model head is trained, and Trimtab's head supports a frozen one: use the method full."
         )
-    scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
-    scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
+    if (scale := mode_of(model).head_scale) is None:
+        scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
+        scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
     softcap = getattr(config, "final_logit_softcapping", None)
     return Head(module.weight, module.bias, scale, softcap, adapted=outer if _is_active(outer) else None)
 

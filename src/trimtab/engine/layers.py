@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.core.attention_hook import Virtual, holding
+from trimtab.core.attention import Virtual
+from trimtab.core.attention_hook import holding
 from trimtab.engine import operations
 from trimtab.engine.backends import Activation, AttentionInputs, AttentionPlan, Heads, Norm
 from trimtab.engine.tree_attention import attend

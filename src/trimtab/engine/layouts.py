@@ -2,20 +2,24 @@
 
 Only this file and the back ends know how a tree of segments, or a key-value cache, becomes attention.
 
-Shapes: query 1 H T K, key and value 1 G T K, with H query heads, G key-value heads, K head size; output 1 T H K.
+Shapes: query 1 H T K, key 1 G T K, value 1 G T V, with H query heads, G key-value heads, K head size (V of values); output 1 T H V.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trimtab.core.attention_hook import Rules, Virtual, attend, causal, holding
-from trimtab.data.prefix_tree import Segment, Tree, paths_of
+from trimtab.core.attention import Rules, Virtual, attend, causal, is_seen
+from trimtab.core.attention_hook import holding
+from trimtab.core.errors import UnsupportedModel
+from trimtab.data.prefix_tree import Segment, Tree, paths_of, token_indices
 
 _longest_row: ContextVar[int] = ContextVar("longest_row", default=0)
 
@@ -41,6 +45,10 @@ class PackLayout:
         """The last layer has left out all other tokens after its attention."""
         self.reached = False
         """A layer has attended by this layout."""
+        self.materialized = False
+        """The model computes with its masks, so it gets them as tensors."""
+        self.batches: list[Any] | None = None
+        """Segments that layers which carry state go through together."""
 
     @cached_property
     def lengths(self) -> list[int]:
@@ -51,11 +59,27 @@ class PackLayout:
         return paths_of(self.segments)
 
     def attend(
-        self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, rules: Rules, virtual: Sequence[Virtual]
+        self,
+        layer: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rules: Rules,
+        virtual: Sequence[Virtual],
+        mask: Tensor | None = None,
     ) -> Tensor:
         self.reached = True
-        if rules.window is not None and _longest_row.get() > rules.window:
-            rules = rules._replace(window=min(rules.window, -(-key.shape[2] // 2)))
+        if mask is not None:
+            if virtual:
+                raise UnsupportedModel(
+                    f"{type(layer).__name__} computes with its mask, which has no place for virtual tokens. "
+                    "Use a method that changes weights, such as lora."
+                )
+            return attend(query, key, value, mask, rules).transpose(1, 2).contiguous()
+        half = -(-key.shape[2] // 2)
+        for name in ("window", "chunk"):
+            if (size := getattr(rules, name)) is not None and _longest_row.get() > size:
+                rules = rules._replace(**{name: min(size, half)})
         # split, rather than slicing, so that the backward pass writes each gradient once instead of summing padded ones
         queries = query.split(self.lengths, dim=2)
         # In float32 until they are joined: keys of many segments have as many gradients, which bfloat16 would sum inexactly.
@@ -65,8 +89,42 @@ class PackLayout:
         for q, path, first in zip(queries, self.paths, before, strict=True):
             parts = ([*(f[n] for f in first), *(t[s] for s in path)] for n, t in enumerate((keys, values)))
             k, v = (_joined(part).to(q.dtype) for part in parts)
-            outputs.append(attend(q, k, v, causal(q.shape[2], k.shape[2], rules.window, q.device), rules))
-        return torch.cat(outputs, dim=2).transpose(1, 2)
+            outputs.append(attend(q, k, v, causal(q.shape[2], k.shape[2], rules, q.device), rules))
+        return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()  # models may `view` it
+
+    def mask(self, rules: Rules, device: torch.device) -> Tensor:
+        """Which tokens each token attends to: 1 1 T T. It takes T² memory, so only models that compute with their masks get it."""
+        segment, position = self._places
+        visible = torch.zeros(len(self.segments), len(self.segments), dtype=torch.bool)
+        for number, path in enumerate(self.paths):
+            visible[number, path] = True
+        seen = visible[segment[:, None], segment] & is_seen(position[:, None], position, rules)
+        return seen[None, None].to(device)
+
+    @cached_property
+    def _places(self) -> tuple[Tensor, Tensor]:
+        """Of each token: the number of its segment, and its position in its row."""
+        starts = [sum(self.lengths[ancestor] for ancestor in path[:-1]) for path in self.paths]
+        segment = torch.arange(len(self.segments)).repeat_interleave(torch.tensor(self.lengths))
+        position = torch.cat([torch.arange(start, start + n) for start, n in zip(starts, self.lengths, strict=True)])
+        return segment, position
+
+    @cached_property
+    def ends(self) -> list[int]:
+        """The segments without children: those in which rows end."""
+        return sorted(set(range(len(self.segments))) - {parent for _, _, parent in self.segments})
+
+    def row(self, end: int) -> Tensor:
+        """The indices of the tokens from a row's first up to those of this segment."""
+        return torch.from_numpy(token_indices(self.segments, end))
+
+    @cached_property
+    def before(self) -> Tensor:
+        """The index of the token before each in its row; -1 for a row's first: T."""
+        index = torch.arange(-1, len(self._places[0]) - 1)
+        for start, _, parent in self.segments:
+            index[start] = self.segments[parent].end - 1 if parent >= 0 else -1
+        return index
 
     def virtual_before(self, layer: nn.Module, like: Tensor, virtual: Sequence[Virtual]) -> list[list[tuple[Tensor, Tensor]]]:
         """For each segment, the keys and values of the virtual tokens before its row."""
@@ -82,16 +140,28 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
+class LayerState:
+    """What a layer that carries state keeps of B sequences, by the number of the state: what Transformers' cache would hold."""
+
+    def __init__(self, conv: dict[int, Tensor], recurrent: dict[int, Tensor]) -> None:
+        self.conv, self.recurrent = conv, recurrent
+
+    def select(self, rows: Tensor) -> "LayerState":
+        return LayerState(*({n: t[rows] for n, t in states.items()} for states in (self.conv, self.recurrent)))
+
+
 class Cache:
-    """A key-value cache of B sequences, each of its own length, by attention layer."""
+    """A cache of B sequences, each of its own length: keys and values, and the states of layers that carry one."""
 
     def __init__(self) -> None:
-        self.layers: dict[int, tuple[Tensor, Tensor]] = {}  # each B G capacity K
+        self.layers: dict[Any, tuple[Tensor, Tensor]] = {}  # B G capacity K and B G capacity V, by layer and call in a pass
+        self.states: dict[int, LayerState] = {}  # of layers that carry state
         self.lengths = torch.empty(0, dtype=torch.long)  # B, virtual tokens included: the next token's position
 
     def select(self, rows: Tensor) -> None:
         """Drop all sequences but these."""
         self.layers = {layer: (k[rows], v[rows]) for layer, (k, v) in self.layers.items()}
+        self.states = {layer: state.select(rows) for layer, state in self.states.items()}
         self.lengths = self.lengths[rows]
 
 
@@ -102,9 +172,18 @@ class PrefillLayout(PackLayout):
         super().__init__(tree.segments)
         self.leaves = tree.leaves
         self.cache = cache
+        self.cache.lengths = torch.tensor([len(self.row(leaf)) for leaf in tree.leaves])
+        self.calls = Calls()
 
     def attend(
-        self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, rules: Rules, virtual: Sequence[Virtual]
+        self,
+        layer: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rules: Rules,
+        virtual: Sequence[Virtual],
+        mask: Tensor | None = None,
     ) -> Tensor:
         before, stored = self.virtual_before(layer, key, virtual), []
         for n, t in enumerate((key, value)):
@@ -112,9 +191,21 @@ class PrefillLayout(PackLayout):
             rows = [_joined([*(f[n] for f in before[leaf]), *(own[s] for s in self.paths[leaf])]) for leaf in self.leaves]
             padded = nn.utils.rnn.pad_sequence([row[0].transpose(0, 1) for row in rows], batch_first=True)
             stored.append(padded.transpose(1, 2))
-        self.cache.layers[id(layer)] = (stored[0], stored[1])
+        self.cache.layers[self.calls.count(layer)] = (stored[0], stored[1])
         self.cache.lengths = torch.tensor([row.shape[2] for row in rows], device=key.device)
-        return super().attend(layer, query, key, value, rules, virtual)
+        return super().attend(layer, query, key, value, rules, virtual, mask)
+
+
+class Calls:
+    """Counts the calls of each layer's attention in a pass: some attend twice (DiffLlama), or run several times (HRM)."""
+
+    def __init__(self) -> None:
+        self.made: Counter[int] = Counter()
+
+    def count(self, layer: nn.Module) -> tuple[int, int]:
+        """What identifies this call, in every pass alike."""
+        self.made[id(layer)] += 1
+        return id(layer), self.made[id(layer)]
 
 
 class DecodeLayout:
@@ -125,30 +216,40 @@ class DecodeLayout:
 
     def __init__(self, cache: Cache) -> None:
         self.cache = cache
-        self.reached = False
+        self.calls = Calls()
+        self.reached = self.materialized = False
         self.longest = int(cache.lengths.max()) + 1
         self.row = torch.arange(len(cache.lengths), device=cache.lengths.device)
 
     def attend(
-        self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, rules: Rules, virtual: Sequence[Virtual]
+        self,
+        layer: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rules: Rules,
+        virtual: Sequence[Virtual],
+        mask: Tensor | None = None,
     ) -> Tensor:
         assert not virtual, "virtual tokens are in the cache already"
         self.reached = True
-        keys, values = (self._grown(t) for t in self.cache.layers[id(layer)])
+        call = self.calls.count(layer)
+        keys, values = (self._grown(t) for t in self.cache.layers[call])
         keys[self.row, :, self.cache.lengths] = key[0].transpose(0, 1)
         values[self.row, :, self.cache.lengths] = value[0].transpose(0, 1)
-        self.cache.layers[id(layer)] = (keys, values)
-        at = torch.arange(self.longest, device=query.device)
-        last = self.cache.lengths[:, None]
-        mask = at <= last if rules.window is None else (at <= last) & (at > last - rules.window)
+        self.cache.layers[call] = (keys, values)
+        seen = is_seen(self.cache.lengths[:, None], torch.arange(self.longest, device=query.device), rules)
         out = attend(
             query[0].transpose(0, 1)[:, :, None],
             keys[:, :, : self.longest],
             values[:, :, : self.longest],
-            mask[:, None, None],
+            seen[:, None, None],
             rules,
         )
-        return out[:, :, 0][None]  # 1 B H K
+        return out[:, :, 0][None]  # 1 B H V
+
+    def mask(self, rules: Rules, device: torch.device) -> Tensor:
+        raise UnsupportedModel("This model computes with its masks, so it cannot continue from a key-value cache.")
 
     def _grown(self, stored: Tensor) -> Tensor:
         missing = self.longest - stored.shape[2]

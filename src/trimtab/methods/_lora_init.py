@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.core.attention_hook import without_cudnn
+from trimtab.core.attention import without_cudnn
 from trimtab.core.errors import RecipeError
 from trimtab.methods import AdapterLayer, unwrap, weight_matrix
 from trimtab.methods._lowrank import LowRankLayer

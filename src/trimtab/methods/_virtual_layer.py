@@ -5,24 +5,25 @@ inside attention: so they act in any forward pass, packed or padded, with gradie
 in decoding from Trimtab's cache and from Transformers' alike. A layer with a sliding window sees them as it sees any token,
 while they are near enough.
 
-Shapes: P virtual tokens, N numbers of the table for each, G key-value heads, K head size, d hidden size.
+Shapes: P virtual tokens, N numbers of the table for each, G key-value heads, K head size (V of values), d hidden size.
 """
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from trimtab.core.attention_hook import Layout, Rules, Virtual, attend, causal, laid_out, refuse_reentrant
+from trimtab.core.attention import Layout, Rules, Virtual, attend, causal, refuse_reentrant
+from trimtab.core.attention_hook import after_virtual, install_hook, laid_out
 from trimtab.core.errors import RecipeError, UnsupportedModel
 from trimtab.methods import AdapterLayer, Routing, unwrap
 from trimtab.methods._switch import only_active
 
-KeysValues = Sequence[tuple[Tensor, Tensor]]
-"""Keys and values of each attention layer, each G P K."""
+KeysValues = Mapping[int, tuple[Tensor, Tensor]]
+"""Keys and values, G P K and G P V, by the number of the layer. Not every layer need attend."""
 
 _ONE_ROW = "Two adapters with virtual tokens cannot act on one example: switch one of them off."
 
@@ -74,30 +75,18 @@ class VirtualLayer(AdapterLayer):
         shift = self.count if owned is None else self.count * torch.tensor(owned, device=position_ids.device)
         with only_active(self.switch) if owned is not None else nullcontext():
             own = Virtual(self.keys_values(), acts_on=owned.__getitem__ if owned is not None else None)
-        out = self.base(input_ids, position_ids=position_ids + shift, virtual=(*virtual, own), **kwargs)
+        with after_virtual(self.count) if layout is None else nullcontext():
+            out = self.base(input_ids, position_ids=position_ids + shift, virtual=(*virtual, own), **kwargs)
         own.check_reached(type(self.base).__name__)
         return out
 
     def compute_keys_values(self, ids: Tensor | None = None, embeddings: Tensor | None = None) -> KeysValues:
         """The base's keys and values of tokens (P) or embeddings (P d) at positions 0 to P-1, differentiably."""
-        recorder = _KeysValuesRecorder()
-        base: Any = unwrap(self.base)
-        tokens = {"input_ids": ids[None]} if embeddings is None else {"inputs_embeds": embeddings[None].to(base.dtype)}  # type: ignore[index]
-        positions = torch.arange(self.count, device=next(self.base.parameters()).device)[None]
-        with laid_out():
-            self.base(**tokens, position_ids=positions, layout=recorder, use_cache=False)
-        if not recorder.by_layer:
-            raise UnsupportedModel(
-                f"{type(self.base).__name__} does not hand keywords of forward on to attention, so virtual tokens cannot reach it."
-            )
-        keys_values = [(key[0], value[0]) for _, (key, value) in sorted(recorder.by_layer.items())]
-        if (
-            embeddings is not None
-            and embeddings.requires_grad
-            and torch.is_grad_enabled()
-            and not keys_values[0][0].requires_grad
-        ):
-            refuse_reentrant()
+        keys_values = record_keys_values(self.base, ids, embeddings)
+        if embeddings is not None and embeddings.requires_grad and torch.is_grad_enabled():
+            key, _ = next(iter(keys_values.values()))
+            if not key.requires_grad:
+                refuse_reentrant()
         return keys_values
 
     def __getattr__(self, name: str) -> Any:
@@ -118,19 +107,60 @@ def _default_positions(tokens: Tensor, kwargs: dict[str, Any]) -> Tensor:
     return torch.arange(past, past + tokens.shape[1], device=tokens.device)[None]
 
 
+def record_keys_values(trunk: nn.Module, ids: Tensor | None = None, embeddings: Tensor | None = None) -> KeysValues:
+    """Keys and values of one run of tokens (T) or embeddings (T d) at positions 0 to T-1.
+
+    Raises:
+        UnsupportedModel: The trunk does not say how it attends, or a layer attends more than once.
+    """
+    install_hook(trunk)
+    recorder, name = _KeysValuesRecorder(), type(unwrap(trunk)).__name__
+    if embeddings is not None:
+        base: Any = unwrap(trunk)
+        tokens, count = {"inputs_embeds": embeddings[None].to(base.dtype)}, len(embeddings)
+    else:
+        assert ids is not None
+        tokens, count = {"input_ids": ids[None]}, len(ids)
+    positions = torch.arange(count, device=next(trunk.parameters()).device)[None]
+    with laid_out(recorder):
+        trunk(**tokens, position_ids=positions, layout=recorder, use_cache=False)
+    if not recorder.by_layer:
+        raise UnsupportedModel(f"{name} does not hand keywords of forward on to attention, so virtual tokens cannot reach it.")
+    if len(recorder.calls) != len(recorder.by_layer):
+        raise UnsupportedModel(
+            f"{name} has layers that attend more than once in a pass, so which keys a virtual token has is not defined. "
+            "Use a method that changes weights, such as lora."
+        )
+    return {number: (key[0], value[0]) for number, (key, value) in sorted(recorder.by_layer.items())}
+
+
 class _KeysValuesRecorder:
     """The layout of one run of tokens whose keys and values are recorded."""
 
     continues = False
+    materialized = False
+    reached = False
 
     def __init__(self) -> None:
         self.by_layer: dict[int, tuple[Tensor, Tensor]] = {}
+        self.calls: list[int] = []
 
     def attend(
-        self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, rules: Rules, virtual: Sequence[Virtual]
+        self,
+        layer: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rules: Rules,
+        virtual: Sequence[Virtual],
+        mask: Tensor | None = None,
     ) -> Tensor:
         if virtual:
             raise RecipeError(_ONE_ROW)
-        self.by_layer[int(layer.layer_idx)] = (key, value)  # type: ignore[arg-type]
-        mask = causal(query.shape[2], key.shape[2], rules.window, query.device)
-        return attend(query, key, value, mask, rules).transpose(1, 2)
+        number = int(layer.layer_idx)  # type: ignore[arg-type]
+        self.calls.append(number)
+        self.by_layer[number] = (key, value)
+        return attend(query, key, value, causal(query.shape[2], key.shape[2], rules, query.device), rules).transpose(1, 2)
+
+    def mask(self, rules: Rules, device: torch.device) -> Tensor:
+        raise AssertionError("not materialized")

@@ -1,18 +1,20 @@
 """Methods with virtual tokens before every example: prompts, whose input embeddings are trained, and prefixes, whose keys and values are.
 
-Shapes: P virtual tokens, d embedding size, L attention layers, G key-value heads, K head size. The table that is saved, as PEFT
-saves it, is P × d of prompts and P × (L · 2 · G · K) of prefixes.
+Shapes: P virtual tokens, d embedding size, L attention layers, G key-value heads, K head size (V of values). The table that is
+saved, as PEFT saves it, is P × d of prompts and P × (L · 2 · G · K) of prefixes; where layers differ, P × Σ G · (K + V).
 """
 
 from collections.abc import Callable
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from trimtab.core.errors import ArtifactError, RecipeError, UnsupportedModel
+from trimtab.core.stateful import carries_state
 from trimtab.methods import AdapterLayer, Method, Sample, base_modules, check_peft_config, trainable_dtype, unwrap
+from trimtab.methods._attention_shape import attention_shape, called_trunk
 from trimtab.methods._virtual_layer import KeysValues, VirtualLayer
 
 _SIZE_KEYS = {"token_dim", "num_attention_heads", "num_layers"}
@@ -44,7 +46,7 @@ class VirtualTokens(Method):
         return self.tokens
 
     def sites(self, model: Any) -> list[str]:
-        trunk = unwrap(model.base_model)
+        trunk = called_trunk(model)
         return [path for path, module in base_modules(model).items() if module is trunk and path]
 
     def text_ids(self, sample: Sample) -> list[int]:
@@ -92,6 +94,15 @@ class Prompts(VirtualTokens):
 
     table_name: ClassVar[str] = "embeddings"
 
+    def sites(self, model: Any) -> list[str]:
+        """Raises UnsupportedModel for a model with layers that carry state."""
+        if carries_state(model):
+            raise UnsupportedModel(
+                f"{type(model).__name__} has layers that carry state, which the tokens of a prompt would have to set. Use a prefix, which "
+                "is defined by attention alone, or a method that changes weights, such as lora."
+            )
+        return super().sites(model)
+
     init: Literal["text", "random"] = "text"
     """Their initial values: real text (by far the best), or tokens drawn at random."""
 
@@ -136,19 +147,29 @@ class Prefixes(VirtualTokens):
         "init_weights": None,
     }
 
+    def numbers(self, model: nn.Module) -> int:
+        """Of the table, for each virtual token."""
+        return attention_shape(called_trunk(model)).numbers
+
+    def to_peft(self, model: Any, tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """PEFT has prefixes for models whose layers are all alike."""
+        config, renamed = super().to_peft(model, tensors)
+        alike = attention_shape(called_trunk(model)).is_uniform(model.config.get_text_config().num_hidden_layers)
+        return config if alike else self.trimtab_only_config() | {"num_virtual_tokens": self.tokens}, renamed
+
     def initialize(self, model: nn.Module, layers: dict[str, AdapterLayer], sample: Sample) -> None:
         (layer,) = layers.values()
         assert isinstance(layer, PrefixLayer)
         if self.init == "text":
             ids = torch.tensor(self.text_ids(sample), device=next(layer.base.parameters()).device)
-            both = torch.stack([torch.stack(pair) for pair in layer.compute_keys_values(ids)])  # L 2 G P K
-            layer.set_table(both.permute(3, 0, 1, 2, 4).reshape(layer.count, -1))
+            parts = [t.transpose(0, 1).flatten(1) for pair in layer.compute_keys_values(ids).values() for t in pair]
+            layer.set_table(torch.cat(parts, dim=1))
         elif self.init == "zero":
             layer.set_table(torch.zeros(layer.count, layer.numbers))
 
 
 class PrefixLayer(VirtualLayer):
-    """A trunk with keys and values before every row; subclasses say what makes their table, P × (L · 2 · G · K)."""
+    """A trunk with keys and values before every row; subclasses say what makes their table, P × Σ G · (K + V)."""
 
     def __init__(self, base: nn.Module, count: int) -> None:
         shape = attention_shape(base)
@@ -156,9 +177,12 @@ class PrefixLayer(VirtualLayer):
         self.shape = shape
 
     def keys_values(self) -> KeysValues:
-        layers, heads, size = self.shape
-        split = self.table().view(self.count, layers, 2, heads, size).permute(1, 2, 3, 0, 4)  # L 2 G P K
-        return [(layer[0], layer[1]) for layer in split.unbind(0)]
+        parts = iter(self.table().split(self.shape.widths, dim=1))
+
+        def heads(count: int) -> Tensor:
+            return next(parts).unflatten(1, (count, -1)).transpose(0, 1)  # G P K
+
+        return {number: (heads(layer.heads), heads(layer.heads)) for number, layer in self.shape.layers.items()}
 
 
 class DirectPrefix(PrefixLayer):
@@ -202,32 +226,6 @@ class NetworkTable(VirtualLayer):
         self.start.copy_(table)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
-
-
-class AttentionShape(NamedTuple):
-    """The size of what attention sees of a token, equal in every layer."""
-
-    layers: int
-    heads: int
-    """Key-value heads, G."""
-    size: int
-    """Of a head, K."""
-
-    @property
-    def numbers(self) -> int:
-        """In all keys and values of one token: L · 2 · G · K."""
-        return self.layers * 2 * self.heads * self.size
-
-
-def attention_shape(model: Any) -> AttentionShape:
-    """By the model's configuration. Raises UnsupportedModel if its layers differ."""
-    config = model.config.get_text_config()
-    heads = config.num_attention_heads
-    groups = getattr(config, "num_key_value_heads", None) or heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    if isinstance(groups, list | tuple):
-        raise UnsupportedModel(f"{type(model).__name__} has layers of different sizes, which one prefix does not fit.")
-    return AttentionShape(config.num_hidden_layers, groups, size)
 
 
 def embedding_size(model: Any) -> int:

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from trimtab.methods._virtual_tokens import DirectPrefix, NetworkTable, Prefixes, PrefixLayer, attention_shape
+from trimtab.methods._virtual_tokens import DirectPrefix, NetworkTable, Prefixes, PrefixLayer
 
 
 class PrefixTuning(Prefixes):
@@ -26,7 +26,7 @@ class PrefixTuning(Prefixes):
 
     def parameter_count(self, model: nn.Module) -> int:
         """tokens · width + (width + 1) · width + (width + 1) · N with N = layers · 2 · key-value heads · head size; saved, tokens · N."""
-        numbers, width = attention_shape(model).numbers, self.width
+        numbers, width = self.numbers(model), self.width
         return self.tokens * width + (width + 1) * width + (width + 1) * numbers if width else self.tokens * numbers
 
     @classmethod

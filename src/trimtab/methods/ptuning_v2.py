@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from trimtab.methods._virtual_tokens import DirectPrefix, Prefixes, attention_shape
+from trimtab.methods._virtual_tokens import DirectPrefix, Prefixes
 
 
 class PTuningV2(Prefixes):
@@ -21,4 +21,4 @@ class PTuningV2(Prefixes):
 
     def parameter_count(self, model: nn.Module) -> int:
         """tokens · layers · 2 · key-value heads · head size."""
-        return self.tokens * attention_shape(model).numbers
+        return self.tokens * self.numbers(model)

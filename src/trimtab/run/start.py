@@ -14,7 +14,7 @@ from trimtab.data import Finding, LoadedData, check_first_examples, load_data, r
 from trimtab.data.example import TokenRow
 from trimtab.data.mismatched import with_mismatched
 from trimtab.deploy import adapter_folder, load_adapter, read_method, sample, versions
-from trimtab.engine import FrozenLayerCache, check_packing
+from trimtab.engine import FrozenLayerCache, ensure_checked
 from trimtab.evaluate.reference import PACK_TOKENS, add_reference_logprobs, check_start
 from trimtab.methods import Attached, attach
 from trimtab.objectives import Objective, ReferenceObjective
@@ -100,7 +100,8 @@ def open_recipe(
         )
     with ThreadPoolExecutor(max_workers=1) as background:  # hashing the weights beside tokenizing the data
         fingerprint = background.submit(lambda: base.fingerprint)
-        check_packing(base.model)
+        ensure_checked(base.model)
+        context = base.context_length  # which the check may have lowered
         on_stage("reading and tokenizing the data")
         # By absolute paths, as the run's recipe.yaml has them, so that its held-out examples are found again.
         data = load_data(

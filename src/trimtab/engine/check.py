@@ -1,0 +1,265 @@
+"""The check that packing, trees and decoding do not change what a model computes, on the model itself.
+
+Whatever a model does between tokens that Trimtab does not know of (state, an unusual mask, scaled logits) shows here.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimtab.base import limit_rows
+from trimtab.core.attention import without_cudnn
+from trimtab.core.attention_hook import recording_sizes
+from trimtab.core.errors import UnsupportedModel
+from trimtab.core.wrapping import trunk_of
+from trimtab.data.example import TokenRow
+from trimtab.data.pack import Pack, pack_tree
+from trimtab.data.prefix_tree import lay_out
+from trimtab.engine.forward import hidden_states, one_thread, pack_logprobs
+from trimtab.engine.head import head_of
+from trimtab.engine.layouts import Cache, DecodeLayout, PrefillLayout
+from trimtab.engine.pass_mode import PassMode, mode_of
+from trimtab.methods import adapters, unwrap
+from trimtab.methods._switch import switched
+
+SHARED = 10
+"""Tokens of a prefix that two rows of the check share."""
+ROWS = (15, 14, 20)
+"""Tokens of its rows."""
+LOCAL = re.compile(
+    r"sliding_window|window_size|chunk_size|local_attention|index_topk|block_size|floor_scale|keep_window|attention_window"
+)
+"""Names under which configurations hold the size of a window, a chunk or a block, or how many blocks an indexer chooses."""
+SHRUNK = 4
+"""Tokens of each of these, in the part of the check that exceeds them."""
+MOST_TOKENS = 8192
+"""Of a row of the check, where sizes do not shrink."""
+DECODED = 3
+
+
+def ensure_checked(model: Any) -> None:
+    """`check_packing`, once for all models of one class and configuration in this process. Raises UnsupportedModel."""
+    mode = mode_of(model)
+    if mode.checked:
+        return
+    key = (
+        type(model),
+        unwrap(model.get_input_embeddings()).weight.dtype,
+        str(model.device),
+        model.config.to_json_string(False),
+    )
+    if key not in _checked:
+        check_packing(model)
+        _checked[key] = mode
+    found = _checked[key]
+    for name, value in vars(found).items():
+        setattr(mode, name, value)
+    if mode.row_limit is not None:
+        limit_rows(model, mode.row_limit)
+
+
+_checked: dict[Any, PassMode] = {}
+
+
+@torch.no_grad()
+def check_packing(model: Any) -> None:
+    """Check that this model gives rows in a pack, as a tree and decoded from the cache the log-probabilities that it gives each alone.
+
+    The rows are longer than every window, chunk and block that its configuration names: for this, those are made a few tokens long
+    for a moment. A model that computes with its masks gets them; one that cannot continue from a cache generates without.
+
+    Raises:
+        UnsupportedModel: The log-probabilities differ.
+    """
+    off = {adapter.switch: False for adapter in adapters(model).values()}
+    with one_thread(), switched(off):
+        mode, sizes = mode_of(model), local_sizes(model)
+        with resized(model, sizes, to=max(ROWS)), recording_sizes() as asked:  # packs are longer than that
+            fitting = _Rows(model)
+            fitting.check(mode)
+        if sizes:
+            with resized(model, sizes, to=SHRUNK):
+                exceeding = _Rows(model)
+                changed = max(_difference(a, b) for a, b in zip(exceeding.alone, fitting.alone, strict=True)) > 1e-6
+                problem = exceeding.problem(mode) if changed else None
+            if problem is not None:
+                mode.row_limit = min((s for n, s in sizes.items() if _limits_rows(model, sizes, n, mode)), default=None)
+                if mode.row_limit is None:
+                    raise problem
+                limit_rows(model, mode.row_limit)
+            elif not changed and asked and max(asked) <= MOST_TOKENS:
+                _Rows(model, max(asked)).check(mode)
+        mode.checked = True
+
+
+def _limits_rows(model: Any, sizes: dict[str, int], name: str, mode: PassMode) -> bool:
+    """Whether rows may not exceed the size of this name."""
+    with resized(model, sizes, to=max(ROWS)), resized(model, {name: max(ROWS)}, to=SHRUNK):
+        return _Rows(model).problem(mode) is not None
+
+
+def local_sizes(model: Any) -> dict[str, int]:
+    """The sizes of windows, chunks and blocks in the text model's configuration, by their names."""
+    config = model.config.get_text_config()
+    named = {name: getattr(config, name, None) for name in vars(config) if LOCAL.search(name)}
+    return {name: size for name, size in named.items() if type(size) is int and size > SHRUNK}
+
+
+@contextmanager
+def resized(model: Any, sizes: dict[str, int], to: int) -> Iterator[None]:
+    """Within the block, all of these sizes are `to`, in the configuration and in the modules that have copied them."""
+    config = model.config.get_text_config()
+    copies = [
+        (module, name, value)
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if type(value) is int and value in sizes.values() and LOCAL.search(name)
+    ]
+    originals = [(config, name, size) for name, size in sizes.items()] + copies
+    try:
+        for holder, name, _ in originals:
+            setattr(holder, name, to)
+        yield
+    finally:
+        for holder, name, value in originals:
+            setattr(holder, name, value)
+
+
+class _Rows:
+    """Rows of random tokens, their log-probabilities alone, and the comparison of packs with these."""
+
+    def __init__(self, model: Any, longest: int = 0) -> None:
+        self.model, self.name = model, type(model).__name__
+        self.device, vocabulary = next(model.parameters()).device, model.config.get_text_config().vocab_size
+        exact = unwrap(model.get_input_embeddings()).weight.dtype in (torch.float32, torch.float64)
+        self.tolerance = 1e-4 if exact else 3e-2
+        generator = torch.Generator().manual_seed(0)
+        first, second, other = (torch.randint(vocabulary, (n,), generator=generator).tolist() for n in ROWS)
+        more = torch.randint(vocabulary, (longest,), generator=generator).tolist()
+        self.rows = [first, first[:SHARED] + second[SHARED:], other + more]
+        self.ratios: list[float] = []
+        """Of logits and what the head's matrix makes of the trunk's hidden states, by row."""
+        self.alone = [self._alone(ids) for ids in self.rows]
+
+    def _alone(self, ids: list[int]) -> Tensor:
+        """log p of each token but the first, by the model's own forward pass."""
+        with _explained(self.name, "in its own forward pass"), without_cudnn(), _recording(trunk_of(self.model)) as hidden:
+            logits = (
+                self.model(input_ids=torch.tensor([ids], device=self.device), use_cache=False).logits[0, :-1].cpu().double()
+            )
+        if hidden:
+            raw = head_of(self.model)._replace(scale=1.0, softcap=None).logits(hidden[0][:-1]).cpu().double()
+            cap = head_of(self.model).softcap
+            uncapped = logits if cap is None else cap * torch.atanh(logits / cap)
+            self.ratios.append(float((uncapped / raw).nanmedian()))
+        return logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+
+    def check(self, mode: PassMode) -> None:
+        """Compare, and set what is found out. Raises UnsupportedModel."""
+        mode.head_scale = self._head_scale()
+        try:
+            self._check_packed()
+        except UnsupportedModel as problem:
+            if mode.materialized:
+                raise
+            mode.materialized = True
+            try:
+                self._check_packed()
+            except UnsupportedModel:
+                mode.materialized = False
+                raise problem from None
+        if mode.caches:
+            mode.caches = self._decodes()
+
+    def problem(self, mode: PassMode) -> UnsupportedModel | None:
+        """What `check` raises."""
+        try:
+            self.check(mode)
+        except UnsupportedModel as error:
+            return error
+        return None
+
+    def _head_scale(self) -> float | None:
+        """The number in the configuration, or the inverse of one, by which logits are multiplied; None if it is none of them."""
+        if not self.ratios:
+            return None
+        config = self.model.config
+        numbers = [
+            v for part in (config.get_text_config(), config) for n, v in vars(part).items() if "scal" in n or "multipl" in n
+        ]
+        known = [float(v) for v in numbers if isinstance(v, int | float) and v and type(v) is not bool]
+        measured = self.ratios[0]
+        close = [s for s in (1.0, *known, *(1 / v for v in known)) if abs(s - measured) <= 10 * self.tolerance * abs(measured)]
+        return min(close, key=lambda s: abs(s - measured), default=None)
+
+    def _check_packed(self) -> None:
+        rows = [TokenRow(ids, list(range(1, len(ids))), f"check:{n}") for n, ids in enumerate(self.rows)]
+        pack: Pack = pack_tree(rows).to(self.device)
+        with _explained(self.name, "on packed examples"):
+            packed = pack_logprobs(self.model, pack).cpu().double()
+        for number, (ours, alone) in enumerate(zip(packed, self.alone, strict=True), start=1):
+            if not abs(ours - alone.sum()) <= abs(alone.sum()) * self.tolerance:
+                raise UnsupportedModel(
+                    f"{self.name} gives example {number} of {len(rows)} the log-probability {ours:.6g} packed and {alone.sum():.6g} "
+                    "alone, so it cannot be trained on packed examples exactly."
+                )
+
+    def _decodes(self) -> bool:
+        """Whether tokens decoded from the cache have the same log-probabilities, after prompts of different lengths."""
+        rows = self.rows[1:]
+        cuts = [len(row) - DECODED for row in rows]
+        cache, tree = Cache(), lay_out([row[:cut] for row, cut in zip(rows, cuts, strict=True)])
+        try:
+            ids, positions = (torch.from_numpy(array).to(self.device) for array in (tree.ids, tree.positions))
+            hidden_states(self.model, ids, positions, PrefillLayout(tree, cache))
+            decoded = []
+            for step in range(DECODED - 1):
+                layout = DecodeLayout(cache)
+                tokens = torch.tensor([row[cut + step] for row, cut in zip(rows, cuts, strict=True)], device=self.device)
+                hidden = hidden_states(self.model, tokens, cache.lengths.to(self.device), layout)
+                layout.advance()
+                decoded.append(head_of(self.model).logits(hidden).cpu().double().log_softmax(-1))
+        except Exception:  # whatever a model's own code raises where there are no earlier tokens
+            return False
+        for number, (row, cut, alone) in enumerate(zip(rows, cuts, self.alone[1:], strict=True)):
+            ours = sum(decoded[step][number, row[cut + step + 1]] for step in range(DECODED - 1))
+            reference = alone[cut : cut + DECODED - 1].sum()
+            if not abs(ours - reference) <= abs(reference) * self.tolerance:
+                return False
+        return True
+
+
+@contextmanager
+def _recording(trunk: torch.nn.Module) -> Iterator[list[Tensor]]:
+    """The last hidden states that the trunk returns within the block, each T d."""
+    seen: list[Tensor] = []
+
+    def keep(module: object, given: object, out: Any) -> None:
+        if isinstance(hidden := getattr(out, "last_hidden_state", None), Tensor):
+            seen.append(hidden[0])
+
+    handle = trunk.register_forward_hook(keep)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max())
+
+
+@contextmanager
+def _explained(name: str, where: str) -> Iterator[None]:
+    """Raise UnsupportedModel in place of whatever a model's own code raises."""
+    try:
+        yield
+    except UnsupportedModel:
+        raise
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UnsupportedModel(f"{name} fails {where}: {type(error).__name__}: {reason}") from error

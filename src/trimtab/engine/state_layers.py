@@ -1,0 +1,277 @@
+"""Layers that carry state from token to token: gated DeltaNet and its kin, Mamba, short convolutions.
+
+In Transformers such a layer asks a cache for its convolution and recurrent states, by methods that all of them share. That is how
+they are recognized, and no layer needs code of its own. In a pack, a layer's own forward pass runs once on all tokens, and two of
+the functions that it calls are replaced: the convolution looks up each token's predecessors in its row, and the scan runs over
+segments, each of which starts from the state in which its parent ended. Segments of one depth and about one length are a batch.
+
+A layer whose scan takes no state to start from (Mamba 1), or that does something else between tokens, runs row by row.
+
+Shapes: T tokens, C channels, K kernel size, S segments in a batch, L tokens of the longest of them.
+"""
+
+import inspect
+from collections.abc import Callable
+from contextvars import ContextVar
+from functools import cache, partial
+from types import FunctionType
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trimtab.core.attention_hook import current_layout, holding
+from trimtab.core.stateful import called_state_methods
+from trimtab.engine.layouts import DecodeLayout, LayerState, PackLayout, PrefillLayout
+from trimtab.engine.segment_batches import batches
+
+CONVOLUTION = "causal_conv1d_fn"
+"""What Transformers calls the causal convolution of every such layer."""
+ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {None: lambda x: x, "silu": F.silu, "swish": F.silu}
+
+
+class StateMethods(NamedTuple):
+    """What a class of layers calls to reach its states, and how they can run in a pack."""
+
+    convolves: bool
+    recurrent: bool
+    scans: tuple[str, ...]
+    """Functions that go through all tokens, from a state if they are given one."""
+    branches: bool
+    """Its own forward pass can run on a whole pack, with the convolution and the scans replaced."""
+
+
+def state_methods(kind: type[nn.Module]) -> StateMethods | None:
+    """None for a class that carries no state."""
+    called = called_state_methods(kind)
+    return _state_methods(inspect.unwrap(kind.forward), frozenset(called)) if called else None
+
+
+@cache
+def _state_methods(forward: Any, called: frozenset[str]) -> StateMethods:
+    convolves, recurrent = "get_conv_state" in called, "get_recurrent_state" in called
+    functions = {n: forward.__globals__[n] for n in forward.__code__.co_names if callable(forward.__globals__.get(n))}
+    scans = tuple(name for name, function in functions.items() if _initial_state(function) and "recurrent" not in name)
+    branches = (not convolves or CONVOLUTION in functions) and (not recurrent or bool(scans))
+    return StateMethods(convolves, recurrent, scans, branches)
+
+
+def _initial_state(function: Callable[..., Any]) -> str | None:
+    """The name of a function's parameter for the state from which it starts."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return None
+    return next((name for name in ("initial_state", "initial_states") if name in parameters), None)
+
+
+_state_layers: WeakKeyDictionary[nn.Module, list[nn.Module]] = WeakKeyDictionary()
+
+
+def state_layers(model: nn.Module) -> list[nn.Module]:
+    """The model's layers that carry state."""
+    if model not in _state_layers:
+        _state_layers[model] = [module for module in model.modules() if state_methods(type(module)) is not None]
+    return _state_layers[model]
+
+
+def patch_state_layers(model: nn.Module) -> None:
+    """Patch their forward passes, for passes that have a layout. `remove_hook` undoes it."""
+    for layer in state_layers(model):
+        if "forward" not in vars(layer):
+            layer.forward = PatchedStateForward(layer)
+
+
+class PatchedStateForward:
+    """The forward pass of a layer that carries state: by the layout of the pass, or its own where there is none."""
+
+    is_patch = True
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
+        own: Any = inspect.unwrap(type(layer).forward)
+        self.parameters = list(inspect.signature(own).parameters.values())[1:]
+        self.names = {p.name for p in self.parameters if p.kind is not p.VAR_KEYWORD}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        layout = kwargs.pop("layout", None) or current_layout()
+        kwargs.pop("virtual", None)
+        if not isinstance(layout, PackLayout | DecodeLayout):  # none, or the one of a single row
+            return type(self.layer).forward(self.layer, *args, **kwargs)
+        given = dict(zip((p.name for p in self.parameters), args, strict=False)) | kwargs
+        first = self.parameters[0].name
+        x = given.pop(first)
+        options = {
+            name: value for name, value in given.items() if name in self.names and name not in ("cache", "attention_mask")
+        }
+        layout.reached = True
+        if isinstance(layout, DecodeLayout):
+            return self._decode(x, layout, options)
+        methods = state_methods(type(self.layer))
+        assert methods is not None
+        if methods.branches and x.shape[1] > 1:
+            return self._pack(x, layout, methods, options)
+        return self._rows(x, layout, options)
+
+    def _own(self, x: Tensor, states: Any, options: dict[str, Any]) -> Any:
+        return type(self.layer).forward(self.layer, x, cache=states, **options)
+
+    def _pack(self, x: Tensor, layout: PackLayout, methods: StateMethods, options: dict[str, Any]) -> Any:
+        states = PackStates(layout)
+        with holding(_running, states):
+            out = _branching_forward(inspect.unwrap(type(self.layer).forward), methods)(self.layer, x, cache=states, **options)
+        if isinstance(layout, PrefillLayout):
+            layout.cache.states[id(self.layer)] = LayerState(states.conv, states.recurrent)
+        return out
+
+    def _rows(self, x: Tensor, layout: PackLayout, options: dict[str, Any]) -> Any:
+        """Each row by itself, shared tokens once more with each row."""
+        ends = layout.leaves if isinstance(layout, PrefillLayout) else layout.ends
+        outs, tokens, states = [], [], []
+        for end in ends:
+            row = layout.row(end).to(x.device)
+            states.append(OwnStates(LayerState({}, {})))
+            outs.append(self._own(x.index_select(1, row), states[-1], options))
+            tokens.append(row)
+        if isinstance(layout, PrefillLayout):
+            layout.cache.states[id(self.layer)] = _stacked([each.state for each in states])
+        where = torch.cat(tokens)
+        first = torch.empty(x.shape[1], dtype=torch.long, device=x.device)
+        first[where.flip(0)] = torch.arange(len(where) - 1, -1, -1, device=x.device)
+        return _joined(outs, lambda parts: torch.cat(parts, dim=1).index_select(1, first))
+
+    def _decode(self, x: Tensor, layout: DecodeLayout, options: dict[str, Any]) -> Any:
+        states = OwnStates(layout.cache.states[id(self.layer)])
+        return _joined([self._own(x.transpose(0, 1), states, options)], lambda parts: parts[0].transpose(0, 1))
+
+
+def _joined(outs: list[Any], join: Callable[[list[Tensor]], Tensor]) -> Any:
+    """What a layer returned for parts of its input as one; it may return several tensors."""
+    if isinstance(outs[0], tuple):
+        return tuple(join(list(parts)) if isinstance(parts[0], Tensor) else parts[0] for parts in zip(*outs, strict=True))
+    return join(outs)
+
+
+def _stacked(states: list[LayerState]) -> LayerState:
+    conv, recurrent = ({n: torch.cat([each[n] for each in kind]) for n in kind[0]} for kind in
+                       ([each.conv for each in states], [each.recurrent for each in states]))  # fmt: skip
+    return LayerState(conv, recurrent)
+
+
+class OwnStates:
+    """The states of one layer in the place of Transformers' cache, kept as that cache keeps them."""
+
+    def __init__(self, state: LayerState) -> None:
+        self.state = state
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        return self.state.conv.get(state_idx)
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        return self.state.recurrent.get(state_idx)
+
+    def update_conv_state(
+        self, new: Tensor, layer_idx: int, state_idx: int = 0, conv_kernel_size: int | None = None, **_: Any
+    ) -> Tensor:
+        before = self.state.conv.get(state_idx)
+        size = conv_kernel_size or (before if before is not None else new).shape[-1]
+        full = new if before is None else torch.cat([before, new], dim=-1)
+        full = F.pad(full, (max(0, size - full.shape[-1]), 0))
+        self.state.conv[state_idx] = full[..., -size:].clone()  # single steps write over it
+        return full
+
+    def update_recurrent_state(self, new: Tensor, layer_idx: int, state_idx: int = 0, **_: Any) -> Tensor:
+        self.state.recurrent[state_idx] = new
+        return new
+
+    def is_recording_past(self, layer_idx: int) -> bool:
+        return False
+
+
+class PackStates:
+    """The same for a whole pack: no token has a state before it, and what stands at the ends of rows is kept in prefill."""
+
+    def __init__(self, layout: PackLayout) -> None:
+        self.layout = layout
+        self.kept = layout if isinstance(layout, PrefillLayout) else None
+        self.conv: dict[int, Tensor] = {}
+        self.recurrent: dict[int, Tensor] = {}
+        self.after: dict[int, Tensor] = {}
+        """By segment: the recurrent state in which it ended, 1 …, from the last scan."""
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> None:
+        return None
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> None:
+        return None
+
+    def update_conv_state(
+        self, new: Tensor, layer_idx: int, state_idx: int = 0, conv_kernel_size: int | None = None, **_: Any
+    ) -> Tensor:
+        if self.kept is not None:
+            size = conv_kernel_size or new.shape[-1]
+            ends = [self.layout.row(leaf)[-size:] for leaf in self.kept.leaves]
+            self.conv[state_idx] = torch.cat([F.pad(new[..., end.to(new.device)], (size - len(end), 0)) for end in ends])
+        return new
+
+    def update_recurrent_state(self, new: Tensor, layer_idx: int, state_idx: int = 0, **_: Any) -> Tensor:
+        if self.kept is not None:
+            self.recurrent[state_idx] = torch.cat([self.after[leaf] for leaf in self.kept.leaves])
+        return new
+
+    def is_recording_past(self, layer_idx: int) -> bool:
+        return True
+
+
+_running: ContextVar[PackStates] = ContextVar("running")
+
+
+@cache
+def _branching_forward(own: Any, methods: StateMethods) -> Callable[..., Any]:
+    """A class's own forward pass, in which the convolution and the scans are replaced by ours."""
+    replaced: dict[str, Any] = {name: partial(_scan, own.__globals__[name]) for name in methods.scans}
+    if methods.convolves:
+        replaced[CONVOLUTION] = _convolve
+    forward = FunctionType(own.__code__, {**own.__globals__, **replaced}, own.__name__, own.__defaults__, own.__closure__)
+    forward.__kwdefaults__ = own.__kwdefaults__
+    return forward
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, **_: Any) -> Tensor:
+    """act(bias + Σ_k weight[k] · x[the token K−1−k before]) along each row: 1 C T -> 1 C T; weight C K."""
+    before = _running.get().layout.before.to(x.device)
+    rows = F.pad(x[0].T, (0, 0, 0, 1))  # T+1 C; index −1 is what stands before a row
+    at = torch.arange(len(before), device=x.device)
+    before = torch.cat([before, before.new_full((1,), -1)])
+    y = rows[:-1] * weight[:, -1]
+    for k in range(2, weight.shape[1] + 1):
+        at = before[at]
+        y = torch.addcmul(y, rows.index_select(0, at % len(rows)), weight[:, -k])
+    return ACTIVATIONS[activation](y if bias is None else y + bias).T[None]
+
+
+def _scan(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What a scan gives for each row of a pack: its outputs, 1 T …, and a last state that no token goes on from."""
+    states = _running.get()
+    bound = inspect.signature(function).bind(*args, **kwargs)
+    start = _initial_state(function)
+    assert start is not None
+    count = len(states.layout.before)
+    sequences = {n: a for n, a in bound.arguments.items() if isinstance(a, Tensor) and a.ndim > 2 and a.shape[:2] == (1, count)}
+    parts, tokens = [], []
+    states.after.clear()
+    for batch in batches(states.layout, isinstance(states.layout, PrefillLayout)):
+        index = batch.tokens.to(next(iter(sequences.values())).device)
+        for name, sequence in sequences.items():
+            bound.arguments[name] = sequence[0].index_select(0, index.flatten()).unflatten(0, index.shape)
+        before = [states.after[states.layout.segments[number].parent] for number in batch.segments if batch.depth]
+        bound.arguments[start] = torch.cat(before) if before else None
+        out, last = function(*bound.args, **bound.kwargs)
+        if batch.exact:
+            states.after.update(zip(batch.segments, last.split(1), strict=True))
+        parts.append(out.flatten(0, 1)[batch.real.to(out.device)])
+        tokens.append(batch.tokens.flatten()[batch.real])
+    order = torch.cat(tokens).argsort().to(out.device)
+    return torch.cat(parts).index_select(0, order)[None], last

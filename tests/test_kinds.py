@@ -1,0 +1,220 @@
+"""Models with state, sinks, unusual masks or calls: packs, trees, gradients and decoding, against the model's own code row by row."""
+
+import pytest
+import torch
+import transformers
+from families import logprob_alone, perturb
+from kinds import KINDS, WINDOW, branching_rows, kind
+
+from trimtab.base import Base, context_length
+from trimtab.core.attention import Rules
+from trimtab.core.errors import UnsupportedModel
+from trimtab.data.pack import pack_flat, pack_tree
+from trimtab.engine import check, check_packing, generate, layouts, pack_logprobs, state_layers
+from trimtab.engine.pass_mode import mode_of
+from trimtab.methods import Sample, attach
+from trimtab.methods.lora import LoRA
+from trimtab.methods.prefix import PrefixTuning
+from trimtab.methods.prompt import PromptTuning
+
+ROWS = branching_rows()
+STATEFUL = ["gated DeltaNet", "KDA", "Mamba 2", "Mamba 2 beside attention", "Mamba 1", "state alone", "short convolution"]
+
+
+def relative(ours, reference):
+    ours, reference = ours.detach(), reference.detach()
+    return float(((ours - reference).abs() / reference.abs().clamp(min=1e-6)).max())
+
+
+def alone(model):
+    return torch.stack([logprob_alone(model, row.ids, row.target_indices) for row in ROWS])
+
+
+def greedy(model, prompt, count):
+    ids = list(prompt)
+    for _ in range(count):
+        ids.append(int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_packs_trees_and_decoding_are_exact(name):
+    model = kind(name)
+    Base(model)
+    check_packing(model)
+    with torch.no_grad():
+        reference = alone(model)
+        assert relative(pack_logprobs(model, pack_flat(ROWS)), reference) < 2e-6
+        assert relative(pack_logprobs(model, pack_tree(ROWS)), reference) < 2e-6
+        prompts = [ROWS[0].ids[:30], ROWS[2].ids[:7], ROWS[3].ids]
+        assert [list(answer) for answer in generate(model, prompts, [], max_new_tokens=6)] == [
+            greedy(model, p, 6) for p in prompts
+        ]
+
+
+@pytest.mark.parametrize("name", [*STATEFUL, "sinks", "masks with learned numbers", "head sizes by layer, shared keys"])
+def test_gradients_of_a_tree_are_those_of_rows_alone(name):
+    model = kind(name, torch.float64)
+    target = (
+        "in_proj" if name == "state alone" else r".*(q_proj|in_proj|in_proj_qkv|out_proj)" if name in STATEFUL else "q_proj"
+    )
+    adapter = attach(model, LoRA(rank=2, alpha=2.0, targets=(target,)))
+    perturb(adapter.parameters())
+    check_packing(model)
+    parameters = list(adapter.parameters().values())
+    weights = torch.arange(1.0, len(ROWS) + 1, dtype=torch.float64)
+    packed = torch.autograd.grad((weights * pack_logprobs(model, pack_tree(ROWS))).sum(), parameters)
+    expected = torch.autograd.grad((weights * alone(model)).sum(), parameters)
+    size = max(float(gradient.abs().max()) for gradient in expected)
+    assert size > 1e-3
+    # Transformers' scans compute in float32 whatever the model's dtype.
+    assert max(float((a - b).abs().max()) for a, b in zip(packed, expected, strict=True)) < 1e-4 * size
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_no_gradient_crosses_rows(name):
+    model, seen = kind(name), []
+    handle = model.get_input_embeddings().register_forward_hook(lambda _, __, out: seen.append(out.requires_grad_()) or out * 1)
+    pack = pack_flat(ROWS)
+    logprobs = pack_logprobs(model, pack)
+    handle.remove()
+    (gradient,) = torch.autograd.grad(logprobs[1], seen[0])
+    own = slice(*pack.segments[1][:2])
+    assert float(gradient[0, own].abs().max()) > 0
+    gradient[0, own] = 0
+    assert float(gradient.abs().max()) == 0
+
+
+@pytest.mark.parametrize("broken", ["convolution", "scan", "parents"])
+def test_a_state_that_leaks_or_is_lost_is_noticed(broken, monkeypatch):
+    """The negative control: each of these leaves a model that runs, and is refused."""
+    if broken == "convolution":
+        monkeypatch.setattr(layouts.PackLayout, "before", property(lambda self: torch.arange(-1, self.segments[-1].end - 1)))
+    elif broken == "scan":
+        monkeypatch.setattr(state_layers, "_scan", lambda function, *args, **kwargs: function(*args, **kwargs))
+        state_layers._branching_forward.cache_clear()
+    else:
+        monkeypatch.setattr(state_layers, "batches", lambda layout, _: [b._replace(depth=0) for b in _batches(layout, _)])
+        _batches = state_layers.batches.__wrapped__ if hasattr(state_layers.batches, "__wrapped__") else _real_batches
+    try:
+        with pytest.raises(UnsupportedModel, match="so it cannot be trained on packed examples exactly"):
+            check_packing(kind("gated DeltaNet"))
+    finally:
+        state_layers._branching_forward.cache_clear()
+
+
+_real_batches = state_layers.batches
+
+
+@pytest.mark.parametrize("ignored", ["sinks", "window"])
+def test_rules_that_are_ignored_are_noticed(ignored, monkeypatch):
+    attended, causal = layouts.attend, layouts.causal
+    monkeypatch.setattr(layouts, "attend", lambda q, k, v, m, rules: attended(q, k, v, m, rules._replace(**{ignored: None})))
+    monkeypatch.setattr(layouts, "causal", lambda q, k, rules, device: causal(q, k, rules._replace(**{ignored: None}), device))
+    monkeypatch.setattr(layouts.PackLayout, "mask", lambda self, rules, device: None)
+    model = kind("sinks")
+    if ignored == "window":  # then rows may not exceed it
+        check_packing(model)
+        assert context_length(model) == WINDOW
+        return
+    with pytest.raises(UnsupportedModel, match="so it cannot be trained on packed examples exactly"):
+        check_packing(model)
+
+
+def test_windows_are_compared_at_their_real_size_where_shrinking_them_changes_nothing(monkeypatch):
+    """Layers may have their window from elsewhere: then rows of the check are as long as it."""
+    model = kind("sinks")
+    monkeypatch.setattr(check, "local_sizes", lambda model: {"other_window": 16})
+    lengths = []
+    rows = check._Rows.__init__
+    monkeypatch.setattr(check._Rows, "__init__", lambda self, *given: (lengths.append(given[1:]), rows(self, *given))[1])
+    check_packing(model)
+    assert lengths[-1] == (8,)
+
+
+def test_an_indexer_is_exact_up_to_what_it_chooses():
+    model = transformers.DeepseekV32ForCausalLM(
+        transformers.DeepseekV32Config(
+            vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4,
+            max_position_embeddings=256, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8,
+            n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, moe_intermediate_size=16, first_k_dense_replace=1,
+            index_topk=40, index_head_dim=16, index_n_heads=2,
+        )
+    ).eval()  # fmt: skip
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.requires_grad_(False).parameters():
+            parameter.normal_(0, 0.2) if parameter.ndim > 1 else None
+    check_packing(model)
+    assert context_length(model) == 40
+    assert mode_of(model).materialized
+    assert relative(pack_logprobs(model, pack_tree(ROWS)), alone(model)) < 2e-6  # 38 tokens, the longest
+    prompt = ROWS[2].ids
+    assert list(generate(model, [prompt], [], max_new_tokens=4)[0]) == greedy(model, prompt, 4)
+
+
+@pytest.mark.parametrize("name", ["MLA", "head sizes by layer, shared keys", "gated DeltaNet", "KDA"])
+def test_prefixes_have_the_sizes_of_each_layer(name):
+    """Packs against each row in a pack of its own, and against the model's own forward pass where no window is exceeded."""
+    model = kind(name)
+    adapter = attach(model, PrefixTuning(tokens=3, width=4), sample=Sample(rows=[ROWS[0].ids]))
+    perturb(adapter.parameters())
+    own = torch.cat([pack_logprobs(model, pack_flat([row])) for row in ROWS])
+    assert relative(pack_logprobs(model, pack_tree(ROWS)), own) < 2e-6
+    with adapter.disabled():
+        assert relative(pack_logprobs(model, pack_tree(ROWS)), own) > 1e-3
+    row = ROWS[3]
+    expected = logprob_alone(model, row.ids, row.target_indices)
+    assert relative(pack_logprobs(model, pack_flat([row])), expected[None]) < 2e-6
+
+
+def test_prompts_on_a_model_with_state_are_refused():
+    with pytest.raises(UnsupportedModel, match=r"Qwen3_5ForCausalLM has layers that carry state.* Use a prefix"):
+        attach(kind("gated DeltaNet"), PromptTuning(tokens=3), sample=Sample(rows=[ROWS[0].ids]))
+
+
+def test_a_prefix_stands_where_the_models_own_forward_pass_goes():
+    """OPT's forward pass calls the decoder in its trunk, not the trunk."""
+    torch.manual_seed(0)
+    config = transformers.OPTConfig(
+        vocab_size=97, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    model = transformers.OPTForCausalLM(config).eval()
+    adapter = attach(model, PrefixTuning(tokens=3, width=4), sample=Sample(rows=[ROWS[0].ids]))
+    perturb(adapter.parameters())
+    assert list(adapter.layers) == ["model.decoder"]
+    row = ROWS[3]
+    ours = pack_logprobs(model, pack_flat([row]))
+    assert relative(ours, logprob_alone(model, row.ids, row.target_indices)[None]) < 2e-6
+    with adapter.disabled():
+        assert relative(ours, logprob_alone(model, row.ids, row.target_indices)[None]) > 1e-3
+
+
+def test_layers_that_attend_twice_have_no_prefix():
+    with pytest.raises(UnsupportedModel, match="layers that attend more than once in a pass"):
+        attach(kind("two attentions a layer"), PrefixTuning(tokens=3, width=4), sample=Sample(rows=[ROWS[0].ids]))
+
+
+def test_chunks_are_those_of_each_row():
+    """A key is seen by a query of its own chunk, counted from the row's first token: the masks that Transformers makes."""
+    from transformers.masking_utils import chunked_causal_mask_function, sdpa_mask
+
+    expected = sdpa_mask(
+        1,
+        11,
+        11,
+        mask_function=chunked_causal_mask_function(4, torch.zeros(1, dtype=int)),
+        local_size=4,
+        allow_is_causal_skip=False,
+    )
+    assert torch.equal(layouts.causal(11, 11, Rules(None, chunk=4), torch.device("cpu")), expected[0, 0])
+
+
+def test_bert_like_heads_are_refused_before_anything_is_generated():
+    config = transformers.BertConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, is_decoder=True
+    )
+    model = transformers.BertLMHeadModel(config).eval().requires_grad_(False)
+    with pytest.raises(UnsupportedModel, match="so it cannot be trained on packed examples exactly"):
+        generate(model, [[5, 6, 7]], [], max_new_tokens=3)

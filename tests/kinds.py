@@ -58,6 +58,10 @@ KINDS = {
     "two attentions a layer": lambda: _of("DiffLlama"),
     "layers that run several times": lambda: _of("HrmText", num_layers_per_stack=2, num_key_value_heads=4, head_dim=8, num_hidden_layers=None),
     "masks with learned numbers": lambda: _of("Doge", sliding_window=WINDOW),
+    "chunks, counted tokens": lambda: _of(
+        "Llama4", head_dim=8, attention_chunk_size=WINDOW, num_local_experts=2, num_experts_per_tok=1, intermediate_size_mlp=48,
+        floor_scale=WINDOW,
+    ),
     "a head that multiplies": lambda: _of("HyperCLOVAX", logits_scaling=0.3),
     "MLA": lambda: _of(
         "DeepseekV3", **_MLA, num_key_value_heads=4, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,

@@ -218,3 +218,15 @@ def test_bert_like_heads_are_refused_before_anything_is_generated():
     model = transformers.BertLMHeadModel(config).eval().requires_grad_(False)
     with pytest.raises(UnsupportedModel, match="so it cannot be trained on packed examples exactly"):
         generate(model, [[5, 6, 7]], [], max_new_tokens=3)
+
+
+def test_code_that_reads_a_weight_under_an_adapter_learns_its_dtype_and_no_more():
+    """Indexers ask their projection for its dtype; code that multiplied by the weight itself would pass the adapter by."""
+    layer = attach(kind("sinks"), LoRA(rank=2, targets=("q_proj",))).layers["model.layers.0.self_attn.q_proj"]
+    x = torch.zeros(2, 32)
+    assert x.to(layer.weight.dtype).dtype == torch.float32
+    assert (layer.in_features, layer.weight.shape) == (32, (32, 32))
+    with pytest.raises(UnsupportedModel, match="computes with weight of a module that has an adapter"):
+        torch.nn.functional.linear(x, layer.weight)
+    with pytest.raises(AttributeError):
+        _ = layer.nothing_of_the_kind

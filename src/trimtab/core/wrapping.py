@@ -2,13 +2,45 @@
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+
+from trimtab.core.errors import UnsupportedModel
+
+
+class WeightFacts:
+    """What a model's code learns of a weight under an adapter layer: all but its numbers, because these are not what acts there."""
+
+    def __init__(self, weight: Tensor, name: str) -> None:
+        self.dtype, self.device, self.shape, self.ndim, self.name = weight.dtype, weight.device, weight.shape, weight.ndim, name
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        facts = next(value for value in (*args, *(kwargs or {}).values()) if isinstance(value, cls))
+        raise UnsupportedModel(
+            f"The model's code computes with {facts.name} of a module that has an adapter, so the adapter would not act there. "
+            "Leave that module out of the targets."
+        )
 
 
 class Wrapper(nn.Module):
     """A layer in the place of a model's own module, which is its `base`. Everything else in it belongs to an adapter."""
 
     base: nn.Module
+
+    def __getattr__(self, name: str) -> Any:
+        """What a model's code asks its module for besides calling it, the base answers: sizes and flags, and facts of its weights."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            value = getattr(vars(self).get("_modules", {}).get("base"), name, None) if not name.startswith("_") else None
+            if isinstance(value, Tensor):
+                return WeightFacts(value, name)
+            if value is None or isinstance(value, nn.Module) or callable(value):
+                raise
+            return value
 
 
 def unwrap(module: nn.Module) -> nn.Module:

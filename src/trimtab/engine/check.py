@@ -215,12 +215,12 @@ class _Rows:
         cache, tree = Cache(), lay_out([row[:cut] for row, cut in zip(rows, cuts, strict=True)])
         try:
             ids, positions = (torch.from_numpy(array).to(self.device) for array in (tree.ids, tree.positions))
-            hidden_states(self.model, ids, positions, PrefillLayout(tree, cache))
+            hidden_states(self.model, ids, positions, PrefillLayout(tree, cache, self.device))
             decoded = []
             for step in range(DECODED - 1):
                 layout = DecodeLayout(cache)
                 tokens = torch.tensor([row[cut + step] for row, cut in zip(rows, cuts, strict=True)], device=self.device)
-                hidden = hidden_states(self.model, tokens, cache.lengths.to(self.device), layout)
+                hidden = hidden_states(self.model, tokens, cache.lengths, layout)
                 layout.advance()
                 decoded.append(head_of(self.model).logits(hidden).cpu().double().log_softmax(-1))
         except Exception:  # whatever a model's own code raises where there are no earlier tokens

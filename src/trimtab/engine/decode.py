@@ -164,7 +164,7 @@ def _prefill(model: Any, prompts: list[list[int]], device: torch.device, owners:
     tokens = [number for number, prompt in enumerate(prompts) for _ in prompt]
     ids, positions = (torch.from_numpy(array).to(device) for array in (tree.ids, tree.positions))
     with routed(owners.select(tokens) if owners is not None else None):
-        hidden = hidden_states(model, ids, positions, PrefillLayout(tree, cache))
+        hidden = hidden_states(model, ids, positions, PrefillLayout(tree, cache, device))
     return cache, hidden[torch.tensor([tree.segments[leaf].end - 1 for leaf in tree.leaves], device=device)]
 
 

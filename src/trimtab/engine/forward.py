@@ -12,6 +12,7 @@ from trimtab.core.attention_hook import install_hook, laid_out
 from trimtab.core.errors import UnsupportedModel
 from trimtab.core.wrapping import trunk_of
 from trimtab.data.pack import Pack
+from trimtab.engine.counting_layers import patch_counting_layers
 from trimtab.engine.frozen_cache import FrozenLayerCache
 from trimtab.engine.head import head_of, sequence_logprobs
 from trimtab.engine.layouts import PackLayout
@@ -28,6 +29,7 @@ def hidden_states(model: Any, ids: Tensor, positions: Tensor, layout: Layout) ->
     """The last hidden states of tokens, which attend as `layout` says: T d, or M d of its `output_at`, if it was `narrowed`."""
     install_hook(model)
     patch_state_layers(model)
+    patch_counting_layers(model)
     layout.materialized = mode_of(model).materialized
     if type(layout) is PackLayout:
         patch_layers(model)

@@ -94,20 +94,18 @@ class PackLayout:
 
     def mask(self, rules: Rules, device: torch.device) -> Tensor:
         """Which tokens each token attends to: 1 1 T T. It takes T² memory, so only models that compute with their masks get it."""
-        segment, position = self._places
+        segment = torch.arange(len(self.segments)).repeat_interleave(torch.tensor(self.lengths))
         visible = torch.zeros(len(self.segments), len(self.segments), dtype=torch.bool)
         for number, path in enumerate(self.paths):
             visible[number, path] = True
-        seen = visible[segment[:, None], segment] & is_seen(position[:, None], position, rules)
+        seen = visible[segment[:, None], segment] & is_seen(self.positions[:, None], self.positions, rules)
         return seen[None, None].to(device)
 
     @cached_property
-    def _places(self) -> tuple[Tensor, Tensor]:
-        """Of each token: the number of its segment, and its position in its row."""
+    def positions(self) -> Tensor:
+        """Of each token in its row: T."""
         starts = [sum(self.lengths[ancestor] for ancestor in path[:-1]) for path in self.paths]
-        segment = torch.arange(len(self.segments)).repeat_interleave(torch.tensor(self.lengths))
-        position = torch.cat([torch.arange(start, start + n) for start, n in zip(starts, self.lengths, strict=True)])
-        return segment, position
+        return torch.cat([torch.arange(start, start + n) for start, n in zip(starts, self.lengths, strict=True)])
 
     @cached_property
     def ends(self) -> list[int]:
@@ -121,7 +119,7 @@ class PackLayout:
     @cached_property
     def before(self) -> Tensor:
         """The index of the token before each in its row; -1 for a row's first: T."""
-        index = torch.arange(-1, len(self._places[0]) - 1)
+        index = torch.arange(-1, sum(self.lengths) - 1)
         for start, _, parent in self.segments:
             index[start] = self.segments[parent].end - 1 if parent >= 0 else -1
         return index
@@ -157,22 +155,23 @@ class Cache:
         self.layers: dict[Any, tuple[Tensor, Tensor]] = {}  # B G capacity K and B G capacity V, by layer and call in a pass
         self.states: dict[int, LayerState] = {}  # of layers that carry state
         self.lengths = torch.empty(0, dtype=torch.long)  # B, virtual tokens included: the next token's position
+        self.token_counts = self.lengths  # B, without them
 
     def select(self, rows: Tensor) -> None:
         """Drop all sequences but these."""
         self.layers = {layer: (k[rows], v[rows]) for layer, (k, v) in self.layers.items()}
         self.states = {layer: state.select(rows) for layer, state in self.states.items()}
-        self.lengths = self.lengths[rows]
+        self.lengths, self.token_counts = self.lengths[rows], self.token_counts[rows]
 
 
 class PrefillLayout(PackLayout):
     """Prefill: prompts as a tree, whose keys and values go into the cache, after those of the virtual tokens before each."""
 
-    def __init__(self, tree: Tree, cache: Cache) -> None:
+    def __init__(self, tree: Tree, cache: Cache, device: torch.device) -> None:
         super().__init__(tree.segments)
         self.leaves = tree.leaves
         self.cache = cache
-        self.cache.lengths = torch.tensor([len(self.row(leaf)) for leaf in tree.leaves])
+        cache.lengths = cache.token_counts = torch.tensor([len(self.row(leaf)) for leaf in tree.leaves], device=device)
         self.calls = Calls()
 
     def attend(
@@ -257,4 +256,4 @@ class DecodeLayout:
 
     def advance(self) -> None:
         """Count the new tokens, after every layer has stored them."""
-        self.cache.lengths = self.cache.lengths + 1
+        self.cache.lengths, self.cache.token_counts = self.cache.lengths + 1, self.cache.token_counts + 1

@@ -548,7 +548,8 @@ def test_a_text_of_one_token_has_nothing_to_learn():
 
 def test_a_conversation_needs_a_template():
     assert refusal(conversation("Hi", "hello", system="Be exact."), plain()) == (
-        "is a conversation, and this model has no chat template to write it with: use prompt/completion or text examples"
+        "is a conversation, and this model has no chat template to write it with. Either give it one (model.chat_template: a file with the "
+        "template of a model that was trained like it), or give prompt/completion or text examples, which a base model reads as they are"
     )
 
 

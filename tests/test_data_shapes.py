@@ -215,6 +215,24 @@ def test_text_parts_are_joined():
     assert read({"messages": [user(parts), assistant("b")]}).messages[0] == user("one two")
 
 
+@pytest.mark.parametrize("kind", ["image_url", "image", "input_image", "input_audio", "audio_url", "video", "file"])
+def test_a_part_that_is_no_text_is_refused_with_the_reason(kind):
+    """On either side, among texts too, and however full of nulls a table has made it."""
+    part, text = {"type": kind, kind: "x", "text": None}, {"type": "input_text", "text": "a", kind: None}
+    assert read({"messages": [user([text]), assistant([text])]}).messages == (user("a"), assistant("a"))
+    for messages in ([user([text, part]), assistant("b")], [user("a"), assistant([part, text])]):
+        for row in ({"messages": messages}, {"prompt": messages[:1], "completion": messages[1:]}):
+            assert f"has a part of type {kind}, and Trimtab trains on texts alone: leave the example" in refusal(row)
+
+
+@pytest.mark.parametrize("key", ["images", "image", "audios", "videos"])
+def test_so_is_a_message_that_has_some_beside_its_text(key):
+    assert read({"messages": [user("a", **{key: []}), assistant("b")]})
+    said = refusal({"messages": [user("a", **{key: ["x.png"]}), assistant("b")]})
+    assert said.startswith(f"messages[0] has {key}, and Trimtab trains on texts alone: ")
+    assert f"data.ignore=[{key}]" in said
+
+
 def test_arguments_of_tool_calls_become_objects():
     calls = [
         {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": [1, "é"]}'}},
@@ -269,7 +287,11 @@ def test_weight_0_is_read_and_not_learned():
         ([user("a"), assistant("")], "messages[1].content is empty"),
         ([user("\n"), assistant("b")], "messages[0].content is empty"),
         ([user(7), assistant("b")], "messages[0].content is a number, not a text"),
-        ([user([{"type": "image_url", "image_url": "x"}]), assistant("b")], "messages[0].content is a list, not a text"),
+        ([user([{"text": "no type"}]), assistant("b")], "messages[0].content is a list, not a text"),
+        (
+            [user([{"type": "tool_use", "input": {}}]), assistant("b")],
+            "messages[0].content has a part of type tool_use, which is no text: leave the example out (data.bad_rows=skip), or remove the part",
+        ),
         ([user([{"type": "text"}]), assistant("b")], "messages[0].content is null, not a text"),
         ([user([{"type": "text", "text": " "}]), assistant("b")], "messages[0].content is empty"),
         ([user([]), assistant("b")], "messages[0].content is a list, not a text"),

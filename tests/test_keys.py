@@ -4,13 +4,14 @@ import json
 from typing import get_args
 
 import pytest
+import transformers
 from families import method_of
 from pydantic import BaseModel
 from templates import CHATML, base_of, bytes_tokenizer
 
 from trimtab.base import Base, ModelConfig
 from trimtab.core.errors import ArtifactError, DataError, RecipeError
-from trimtab.deploy import load_adapter, load_model
+from trimtab.deploy import load_adapter, load_model, merge
 from trimtab.methods import Method
 from trimtab.objectives import Objective
 from trimtab.run import script
@@ -334,6 +335,33 @@ def test_a_switch_of_the_template_decides_what_is_trained_on_and_is_kept_with_th
         run_recipe(plain_recipe(work, output=str(work / "runs" / "never"), **name, **{"model.template": {"lout": True}}))
 
 
+def test_a_template_from_a_file_decides_what_is_trained_on_and_is_kept_with_the_adapter(work, plain, tmp_path):
+    file, own = tmp_path / "own.jinja", (work / "tiny" / "chat_template.jinja").read_text()
+    file.write_text(own)
+    same = outcome(work, "template-same", **{"model.chat_template": str(file)})
+    assert same[:2] == plain[:2]
+    file.write_text(own.replace("<|im_end|>", "!<|im_end|>"))
+    assert outcome(work, "template-other", **{"model.chat_template": str(file)})[:2] != plain[:2]
+    text = file.read_text()
+    file.unlink()  # the adapter brings it along
+    adapter = work / "runs" / "template-other" / "adapter"
+    target = load_model(str(work / "runs" / "template-other"))
+    assert target.base.tokenizer.chat_template == text == (adapter / "chat_template.jinja").read_text()
+    assert not (work / "runs" / "plain" / "adapter" / "chat_template.jinja").exists()
+    with pytest.raises(ArtifactError, match="different template"):
+        load_adapter(Base.load(str(work / "tiny")), adapter)
+    merge(target.base, target.adapter, tmp_path / "merged")
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == text
+    (adapter / "chat_template.jinja").write_text(own)
+    with pytest.raises(ArtifactError, match=r"chat_template\.jinja: changed since it was saved"):
+        load_model(str(work / "runs" / "template-other"))
+    for content, words in ((None, "cannot be read"), ("  ", "is empty"), ("{% for %}", "is not a Jinja template")):
+        if content is not None:
+            file.write_text(content)
+        with pytest.raises(RecipeError, match=rf"model\.chat_template: .*own\.jinja {words}"):
+            run_recipe(plain_recipe(work, output=str(work / "runs" / "never"), **{"model.chat_template": str(file)}))
+
+
 def test_what_is_ignored_on_purpose_is_left_out(work, plain):
     odd = {"data.train": str(work / "odd.jsonl")}
     with pytest.raises(DataError, match="has images, and Trimtab trains on texts alone"):
@@ -360,6 +388,7 @@ def test_no_key_is_left_out_here():
     elsewhere = {
         "model.device",
         "model.template",
+        "model.chat_template",
         "data.columns",
         "data.ignore",
         "data.max_length",

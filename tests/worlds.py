@@ -46,8 +46,8 @@ certify: false
 ROWS = [{"prompt": f"Is {n} a number?", "completion": "yes"} for n in range(30)]
 
 
-def make_model(folder, seed, template=CHATML):
-    """A random Llama of 37,000 parameters with a byte-level tokenizer of 300 tokens."""
+def make_tokenizer(template=CHATML):
+    """A byte-level tokenizer of 300 tokens."""
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -62,6 +62,12 @@ def make_model(folder, seed, template=CHATML):
         tokenizer_object=backend, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>"
     )
     tokenizer.chat_template = template
+    return tokenizer
+
+
+def make_model(folder, seed, template=CHATML):
+    """A random Llama of 37,000 parameters with a byte-level tokenizer of 300 tokens."""
+    tokenizer = make_tokenizer(template)
     torch.manual_seed(seed)
     config = transformers.LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,

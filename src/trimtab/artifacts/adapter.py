@@ -16,9 +16,12 @@ from torch import Tensor
 from trimtab.artifacts.tensors import read_tensors, sha256_tensor, write_tensors
 from trimtab.core import files
 from trimtab.core.errors import ArtifactError, listing
+from trimtab.core.hub import at_revision
 
 CONFIG, MANIFEST = "adapter_config.json", "trimtab.json"
 PEFT_WEIGHTS, PEFT_PICKLE = "adapter_model.safetensors", "adapter_model.bin"
+TEMPLATE = "chat_template.jinja"
+"""The chat template that the adapter was trained with, where that is not its base model's own."""
 HUB_WEIGHTS, HUB_PICKLE, HUB_HEAD = "adapter.safetensors", "pytorch_adapter.bin", "head_config.json"
 """The same files of the `adapters` library, and the one it writes for an adapter that has a head."""
 FORMAT = 2
@@ -42,12 +45,14 @@ class Adapter:
     trained: dict[str, Any] = field(default_factory=dict)
     """Its origin: step, losses, the data's digest."""
     versions: dict[str, str] = field(default_factory=dict)
+    chat_template: str | None = None
+    """The chat template of its training, where that is not the base model's own."""
 
     @property
     def source(self) -> str:
         """The name of the base model; empty if the folder has none."""
-        name = self.config.get("base_model_name_or_path") or self.config.get("model_name")
-        return str(self.base["model"]["name"] if self.base else name or "")
+        name = self.config.get("base_model_name_or_path") or self.config.get("model_name") or ""
+        return str(self.base["model"]["name"] if self.base else at_revision(name, self.config.get("revision")))
 
     @property
     def weights(self) -> str:
@@ -60,9 +65,13 @@ def write_adapter(folder: Path, adapter: Adapter, *, overwrite: bool = False) ->
     with files.updated_folder(folder, last=MANIFEST) if overwrite else files.new_folder(folder) as new:
         files.write_json(new / CONFIG, adapter.config)
         write_tensors(new / adapter.weights, adapter.tensors)
+        written = [CONFIG, adapter.weights]
+        if adapter.chat_template is not None:
+            files.write_text(new / TEMPLATE, adapter.chat_template)
+            written.append(TEMPLATE)
         manifest = {
             "method": adapter.method,
-            "files": {name: files.sha256_file(new / name) for name in (CONFIG, adapter.weights)},
+            "files": {name: files.sha256_file(new / name) for name in written},
             "tensors": {name: _describe(tensor) for name, tensor in sorted(adapter.tensors.items())},
             "base": adapter.base,
             "trained": adapter.trained,
@@ -99,7 +108,8 @@ def read_adapter(folder: Path, *, ours: bool = False) -> Adapter:
             f"{folder} has changed since it was saved:\n{listing(problems)}\n"
             f"Restore it from a copy. If the change is intended, delete {MANIFEST}: then the folder is read as PEFT's, unverified."
         )
-    return Adapter(config, tensors, manifest["method"], manifest["base"], manifest["trained"], manifest["versions"])
+    template = (folder / TEMPLATE).read_text(encoding="utf-8") if TEMPLATE in manifest["files"] else None
+    return Adapter(config, tensors, manifest["method"], manifest["base"], manifest["trained"], manifest["versions"], template)
 
 
 def _is_adapterhub(config: Mapping[str, Any]) -> bool:

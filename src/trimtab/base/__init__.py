@@ -1,7 +1,7 @@
 """The frozen base model that adapters attach to: loading, identity and text."""
 
 from trimtab.base.config import ModelConfig, fit_to_machine, nearest_config
-from trimtab.base.export_files import write_config, write_switches, write_tokenizer
+from trimtab.base.export_files import write_config, write_processor, write_switches, write_tokenizer
 from trimtab.base.fingerprint import Fingerprint, model_fingerprint, writes_dates
 from trimtab.base.locate import locate_model
 from trimtab.base.model import Base, skeleton
@@ -21,6 +21,7 @@ __all__ = [
     "nearest_config",
     "skeleton",
     "write_config",
+    "write_processor",
     "write_switches",
     "write_tokenizer",
     "writes_dates",

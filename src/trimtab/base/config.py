@@ -14,7 +14,7 @@ class ModelConfig(Config):
     """The base model, and how it is held in memory. In a recipe, `model: NAME` is short for `model: {name: NAME}`."""
 
     name: Annotated[str, Field(min_length=1)]
-    """A local folder, a GGUF file, a hub name, or `smollm2-135m-instruct`."""
+    """A local folder, a GGUF file, a hub name (`org/model`, or `org/model@revision` for a branch, tag or commit), or `smollm2-135m-instruct`."""
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
     """Dtype of the frozen weights; auto is float32 on a CPU and bfloat16 on an accelerator. float16 is for using adapters that were
     trained in it elsewhere: no recipe trains in it, because small gradients silently vanish."""
@@ -24,6 +24,8 @@ class ModelConfig(Config):
     """Where the model runs; auto is the first accelerator, or the CPU."""
     template: dict[str, bool | int | float | str | list[str]] = Field(default={})
     """Switches of its chat template, such as {enable_thinking: false}; `trimtab check` lists them."""
+    chat_template: Annotated[str, Field(min_length=1)] | None = None
+    """A file with a chat template (Jinja), instead of the model's own or where it has none; saved with adapters and merged models."""
 
 
 def resolve_device(config: ModelConfig) -> torch.device:
@@ -64,9 +66,16 @@ def fit_to_machine(config: ModelConfig) -> tuple[ModelConfig, str | None]:
     return config, None
 
 
-def nearest_config(name: str, dtype: torch.dtype, device: str, quantize: Quantize, template: dict[str, object]) -> ModelConfig:
+def nearest_config(
+    name: str,
+    dtype: torch.dtype,
+    device: str,
+    quantize: Quantize,
+    template: dict[str, object],
+    chat_template: str | None = None,
+) -> ModelConfig:
     """The config that describes a loaded base; `auto` for a device or dtype that a recipe has no name for."""
-    raw = {"name": name, "quantize": quantize, "template": template}
+    raw = {"name": name, "quantize": quantize, "template": template, "chat_template": chat_template}
     names = {getattr(torch, known): known for known in ("float32", "bfloat16", "float16", "float64")}
     raw |= {"dtype": names.get(dtype, "auto"), "device": device}
     try:

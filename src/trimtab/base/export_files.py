@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.base.fingerprint import tokenizer_identity
-from trimtab.base.loading import SAMPLE_TEXTS, find_file, first_difference, read_tokenizer
+from trimtab.base.loading import SAMPLE_TEXTS, fetch_file, find_file, first_difference, read_tokenizer
 from trimtab.core import files
 from trimtab.core.errors import UnsupportedModel
 
@@ -22,6 +22,8 @@ _TOKENIZER_FILES = (
     TOKENIZER_CONFIG, "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "vocab.json", "vocab.txt",
     "merges.txt", "tokenizer.model", "spiece.model",
 )  # fmt: skip
+PROCESSOR_TEMPLATE = "chat_template.json"
+_PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json", PROCESSOR_TEMPLATE)
 _NOT_COMPARED = {
     "_name_or_path",
     "architectures",
@@ -36,6 +38,8 @@ _KEYS_IN_4 = {
     "gpt_neox": {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"},
 }
 """By model type: the usual name of a key -> the name that 4.57 reads."""
+_ROPE_TYPES_IN_4 = {"default", "linear", "dynamic", "yarn", "longrope", "llama3"}
+"""Kinds of rotary embedding in 4.57. A model with another one (Gemma 4) is not in it, and 5 would misread such a kind under its old name."""
 _SINCE_5 = {"backend", "is_local", "local_files_only"}
 """Keys of a tokenizer's configuration that Transformers 5 adds and nothing needs."""
 
@@ -76,8 +80,11 @@ def _as_in_4(part: Json) -> Json:
     if not rotary or "rope_theta" in part:
         return renamed
     if "full_attention" in rotary:  # by the kind of layer
-        renamed["rope_local_base_freq"] = (rotary.get("sliding_attention") or rotary["full_attention"])["rope_theta"]
+        local = (rotary.get("sliding_attention") or rotary["full_attention"])["rope_theta"]
         rotary = rotary["full_attention"]
+        renamed |= {"rope_local_base_freq": local} if rotary.get("rope_type", "default") in _ROPE_TYPES_IN_4 else {}
+    if rotary.get("rope_type", "default") not in _ROPE_TYPES_IN_4:
+        return renamed
     scaling = {key: value for key, value in rotary.items() if key not in ("rope_theta", "partial_rotary_factor")}
     renamed |= {
         "rope_theta": rotary["rope_theta"],
@@ -109,6 +116,28 @@ def write_tokenizer(tokenizer: Any, folder: Path, *, changed: bool) -> None:
         )
 
 
+def write_processor(model: Any, folder: Path, *, own_template: bool) -> None:
+    """Copy the files of a multimodal model's processor, so that AutoProcessor reads them beside the exported weights.
+
+    Args:
+        own_template: The chat template is still the model's own; else the processor's, which goes before the tokenizer's, is left out.
+    """
+    if model.config.get_text_config() is model.config:
+        return
+    for name in _PROCESSOR_FILES:
+        own = fetch_file(_place(model.config._name_or_path), name)
+        if own is None or (name == PROCESSOR_TEMPLATE and not own_template):
+            continue
+        files.write_bytes(folder / name, own.read_bytes())
+        if name == "processor_config.json" and not own_template:
+            config = {key: value for key, value in files.read_json(own).items() if key != "chat_template"}
+            files.write_json(folder / name, config)
+
+
+def _place(name: str) -> Path | str:
+    return Path(name) if Path(name).exists() else name
+
+
 def write_switches(folder: Path, switches: Mapping[str, Any]) -> None:
     """Make these values the defaults of the switches in the chat template that is written there."""
     if not switches:
@@ -119,15 +148,14 @@ def write_switches(folder: Path, switches: Mapping[str, Any]) -> None:
     for path in (folder / "chat_template.jinja", *(folder / "additional_chat_templates").glob("*.jinja")):
         if path.exists():
             files.write_text(path, sets + path.read_text(encoding="utf-8"))
-    path = folder / TOKENIZER_CONFIG
-    config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    template = config.get("chat_template")
-    if isinstance(template, str):
-        files.write_json(path, config | {"chat_template": sets + template})
-    elif template:  # a list of named templates
-        files.write_json(
-            path, config | {"chat_template": [named | {"template": sets + named["template"]} for named in template]}
-        )
+    for path in (folder / name for name in (TOKENIZER_CONFIG, PROCESSOR_TEMPLATE, "processor_config.json")):
+        config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        template = config.get("chat_template")
+        if isinstance(template, str):
+            files.write_json(path, config | {"chat_template": sets + template})
+        elif template:  # a list of named templates
+            named = [one | {"template": sets + one["template"]} for one in template]
+            files.write_json(path, config | {"chat_template": named})
 
 
 def _reads_as(tokenizer: Any, folder: Path) -> bool:

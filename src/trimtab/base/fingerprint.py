@@ -55,8 +55,10 @@ def model_fingerprint(model: Any, weights: dict[str, Tensor] | None = None) -> F
     """The parts of the fingerprint that identify the model."""
     weights = own_weights(model) if weights is None else weights
     config = model.config.to_dict() | quantization_identity(model)
-    known = json.dumps({key: config[key] for key in CONFIG_KEYS if key in config}, sort_keys=True, default=str)
-    return {"weights": weights_hash(weights), "config": _text_hash(known)}
+    known: dict[str, Any] = {key: config[key] for key in CONFIG_KEYS if key in config}
+    if (text := model.config.get_text_config()) is not model.config:  # a multimodal wrapper, whose own says little
+        known["text"] = {key: value for key, value in text.to_dict().items() if key in CONFIG_KEYS}
+    return {"weights": weights_hash(weights), "config": _text_hash(json.dumps(known, sort_keys=True, default=str))}
 
 
 def weights_hash(named_weights: dict[str, Tensor]) -> str:

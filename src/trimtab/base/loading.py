@@ -11,7 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trimtab.base.classes import auto_class
 from trimtab.core.errors import ArtifactError, StorageError, TrimtabError, UnsupportedModel, listing
+from trimtab.core.files import read_json
+from trimtab.core.hub import is_hub_name, parse_hub_name
 from trimtab.core.process import gc_frozen
 
 _OLD_BUFFERS = re.compile(r"(^|\.)(masked_bias|rotary_emb\.inv_freq|position_ids)$")
@@ -30,7 +33,7 @@ _CODE = "_implementation"
 
 
 def read_model(place: Path | str, **arguments: Any) -> Any:
-    """A causal language model from a folder (a Path) or the hub (a str), with every tensor from its files.
+    """A causal language model or multimodal wrapper from a folder (a Path) or the hub (a str), with every tensor from its files.
 
     Raises:
         ArtifactError: The files lack tensors of the model, or hold others; the message names them.
@@ -39,16 +42,16 @@ def read_model(place: Path | str, **arguments: Any) -> Any:
     """
     with warnings.catch_warnings(), gc_frozen():
         warnings.simplefilter("ignore")
-        from transformers import AutoModelForCausalLM, PreTrainedConfig
         from transformers.utils import logging as transformers_logging
 
         transformers_logging.disable_progress_bar()
-        config = PreTrainedConfig.get_config_dict(str(place))[0] if "gguf_file" not in arguments else {}
-        _refuse_kernels(config, place)
+        config = read_config(place) if "gguf_file" not in arguments else {}
+        AutoModel, (name, revision) = auto_class(config), parse_hub_name(str(place))
+        arguments |= {"revision": revision} if revision else {}
         arguments |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # refused below, by name
         with _load_report() as lines:
             try:
-                loaded: Any = AutoModelForCausalLM.from_pretrained(str(place), trust_remote_code=False, **arguments)
+                loaded: Any = AutoModel.from_pretrained(name, trust_remote_code=False, **arguments)
             except RuntimeError as error:
                 if broken := re.findall(r"(?m)^(\S+)\s+\|\s+CONVERSION", "\n".join(lines)):
                     raise _wrong_tensors(place, [f"{name}: cannot be put together" for name in sorted(set(broken))]) from error
@@ -56,19 +59,31 @@ def read_model(place: Path | str, **arguments: Any) -> Any:
     model, info = loaded
     if problems := _problems(model, info, config):
         raise _wrong_tensors(place, problems, type(model).__name__)
+    if revision:
+        model.config._name_or_path = str(place)  # where its other files are found
     return model
+
+
+def read_config(place: Path | str) -> dict[str, Any]:
+    """The content of config.json. Raises UnsupportedModel if it names code."""
+    from transformers import PreTrainedConfig
+
+    hub = parse_hub_name(str(place))
+    config: dict[str, Any] = PreTrainedConfig.get_config_dict(hub.repository, **hub.arguments)[0]
+    _refuse_kernels(config, place)
+    return config
 
 
 def read_skeleton(place: Path | str) -> Any:
     """A causal language model from its configuration alone, on the `meta` device. Raises as `read_model` does."""
     with warnings.catch_warnings(), gc_frozen():
         warnings.simplefilter("ignore")
-        from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+        from transformers import AutoConfig
 
-        _refuse_kernels(PreTrainedConfig.get_config_dict(str(place))[0], place)
+        AutoModel, hub = auto_class(read_config(place)), parse_hub_name(str(place))
         with torch.device("meta"):
-            config = AutoConfig.from_pretrained(str(place), trust_remote_code=False)
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            config = AutoConfig.from_pretrained(hub.repository, trust_remote_code=False, **hub.arguments)
+            return AutoModel.from_config(config, trust_remote_code=False)
 
 
 def _problems(model: Any, info: dict[str, Any], config: dict[str, Any]) -> list[str]:
@@ -93,7 +108,12 @@ def read_tokenizer(place: Path | str, **arguments: Any) -> Any:
         warnings.simplefilter("ignore")
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(str(place), trust_remote_code=False, **arguments)
+        hub = parse_hub_name(str(place))
+        tokenizer = AutoTokenizer.from_pretrained(hub.repository, trust_remote_code=False, **hub.arguments, **arguments)
+        if hub.revision:
+            tokenizer.name_or_path = str(place)
+        if tokenizer.chat_template is None and "gguf_file" not in arguments:
+            tokenizer.chat_template = _processor_template(place)
     file = None if "gguf_file" in arguments else find_file(place, "tokenizer.json")
     if (
         file is not None
@@ -105,6 +125,17 @@ def read_tokenizer(place: Path | str, **arguments: Any) -> Any:
             f'tokenizer.json says. Write "tokenizer_class": "PreTrainedTokenizerFast" in tokenizer_config.json, which reads the file unchanged.'
         )
     return tokenizer
+
+
+def _processor_template(place: Path | str) -> str | None:
+    """The chat template that older multimodal models keep with their processor, beside a tokenizer without one."""
+    for name in ("chat_template.json", "processor_config.json"):
+        if (path := fetch_file(place, name)) is not None:
+            content = read_json(path)
+            template = content.get("chat_template") if isinstance(content, dict) else None
+            if isinstance(template, str):
+                return template
+    return None
 
 
 def first_difference(tokenizer: Any, file: Path, texts: Sequence[str]) -> str | None:
@@ -126,8 +157,22 @@ def find_file(place: Path | str, name: str) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
     with suppress(Exception):  # not a valid hub name
-        cached = try_to_load_from_cache(str(place), name)
+        hub = parse_hub_name(str(place))
+        cached = try_to_load_from_cache(hub.repository, name, revision=hub.revision)
         return Path(cached) if isinstance(cached, str) else None
+    return None
+
+
+def fetch_file(place: Path | str, name: str) -> Path | None:
+    """The same, downloaded from the hub where it is not yet in the cache. None if there is none, or the hub can't be reached."""
+    if (path := find_file(place, name)) is not None or not isinstance(place, str) or not is_hub_name(place):
+        return path
+    from transformers.utils import cached_file
+
+    hub = parse_hub_name(place)
+    with suppress(OSError):
+        found = cached_file(hub.repository, name, _raise_exceptions_for_missing_entries=False, **hub.arguments)
+        return Path(found) if found is not None else None
     return None
 
 

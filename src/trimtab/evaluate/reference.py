@@ -160,7 +160,7 @@ def _open(base: Base, adapter: Attached, kind: str) -> Iterator[_ReferenceModel]
             loaded.detach()
     else:
         model = Base.load(
-            base.config.model_copy(update={"name": kind, "template": {}})
+            base.config.model_copy(update={"name": kind, "template": {}, "chat_template": None})
         )  # in the dtype and quantization of the policy
         if model.fingerprint["tokenizer"] != base.fingerprint["tokenizer"]:
             raise RecipeError(

@@ -4,7 +4,8 @@ A target is `all-linear` (every matrix in the model's blocks, those of fused exp
 in its attention modules), the last parts of dotted names (`q_proj`, `mlp.down_proj`, `layers.0.self_attn.q_proj`), or a regular
 expression for the same (`[qv]_proj`, `q_proj|v_proj`, `self_attn\\..*`): it has to match them whole, or the whole path. The matrices of
 fused experts have the paths of their parameters (`mlp.experts.down_proj`), and `experts` names them all.
-The embeddings and the head are adapted only where a method can, and only if they are named; so are routers that are linear layers.
+The embeddings and the head are adapted only where a method can, and only if they are named; so are routers that are linear layers. Of a
+multimodal wrapper, all of these look inside the text model only.
 """
 
 import copy
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from trimtab.core.config import as_tuple
 from trimtab.core.errors import NoSuchModule, RecipeError, UnsupportedModel, listing
-from trimtab.core.wrapping import base_modules, unwrap
+from trimtab.core.wrapping import base_modules, text_modules, unwrap
 from trimtab.methods._experts import MatrixShape, expert_shapes, routers
 
 ALL = "all"
@@ -76,7 +77,7 @@ def matrices(model: Any) -> dict[str, MatrixShape]:
     """Every matrix in the model's blocks, those of fused experts included, by path in the model's order."""
     shapes: dict[str, MatrixShape] = {}
     head = unwrap(model.get_output_embeddings())
-    for path, module in base_modules(model).items():
+    for path, module in text_modules(model).items():
         if module is not head and (shape := matrix_shape(module)):
             shapes[path] = MatrixShape(*shape)
         shapes |= {f"{path}.{name}": shape for name, shape in expert_shapes(module).items()}
@@ -97,7 +98,7 @@ def find_matrices(
         NoSuchModule: A target that matches nothing, or something that is not a matrix.
         RecipeError: A target, `all-linear` perhaps, that is a fused expert's matrix, for a method that can't adapt it.
     """
-    own, in_blocks = base_modules(model), matrices(model)
+    own, in_blocks = text_modules(model), matrices(model)
     fused = {path: named for path, module in own.items() if (named := [*targeted_experts(path, module, [ALL_LINEAR])])}
     adaptable: dict[str, MatrixShape] = in_blocks | (embedding_and_head_shapes(model) if embeddings_and_head else {})
     chosen: set[str] = set()
@@ -106,7 +107,8 @@ def find_matrices(
             choosers = routers(own)
             matching = [path for path in in_blocks if path not in choosers]
         elif target == ATTENTION:
-            matching = [path for path in in_blocks if in_attention(path, own)]
+            whole = base_modules(model)
+            matching = [path for path in in_blocks if in_attention(path, whole)]
         else:
             is_name = _NAME.fullmatch(target)  # an expression may match other modules beside matrices, a name may not
             candidates = {**(own if is_name else {}), **adaptable, **fused}
@@ -148,8 +150,10 @@ def targeted_experts(path: str, module: nn.Module, targets: Sequence[str]) -> di
 
 def _explain_mismatch(target: str, model: Any, in_blocks: Mapping[str, Any], adaptable: Mapping[str, Any]) -> str:
     """Why a target names no matrices that can be adapted, and what to write instead."""
-    own = base_modules(model)
+    own = text_modules(model)
     matching = [path for path in own if path not in adaptable and matches_target(target, path)]
+    if not matching and (outside := _unreached(target, model)):
+        return outside
     if not matching:
         near = difflib.get_close_matches(target, last_parts(adaptable), n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -164,9 +168,17 @@ def _explain_mismatch(target: str, model: Any, in_blocks: Mapping[str, Any], ada
     return f"{problem} They are: {', '.join(last_parts(adaptable))}."
 
 
+def _unreached(pattern: str, model: Any) -> str | None:
+    """Why a pattern selects nothing, if it names modules of a multimodal wrapper that are not the text model's."""
+    text = text_modules(model)
+    outside = next((path for path in base_modules(model) if path not in text and matches_target(pattern, path)), None)
+    where = f"names {outside}, which is outside the text model of {type(model).__name__}"
+    return f"{where}: text examples never reach it, so it would not be trained." if outside else None
+
+
 def left_frozen(model: Any) -> str:
     """What `all-linear` leaves as it is besides vectors, embeddings and head: kinds of modules with the reasons; "" if nothing."""
-    own, choosers = base_modules(model), routers(base_modules(model))
+    own, choosers = text_modules(model), routers(text_modules(model))
     adapted = {path for path in matrices(model) if path not in choosers}
     head = unwrap(model.get_output_embeddings())
     kinds: dict[str, int] = {}
@@ -201,6 +213,8 @@ def select_modules(model: nn.Module, candidates: Collection[str], patterns: Sequ
     for pattern in patterns:
         named = [path for path in base_modules(model) if matches_target(pattern, path)]
         inside = {c for c in candidates if pattern == ALL or any(c == path or c.startswith(f"{path}.") for path in named)}
+        if not inside and (outside := _unreached(pattern, model)):
+            raise NoSuchModule(f"{key}: {pattern!r} {outside}")
         if not inside:
             raise NoSuchModule(
                 f"{key}: {pattern!r} names none of the modules of {type(model).__name__} that this method trains:\n"

@@ -8,7 +8,8 @@ from typing import Any, NoReturn
 from torch import nn
 
 from trimtab.core.errors import NoSuchModule, UnsupportedModel
-from trimtab.methods import ALL_LINEAR, ATTENTION, base_modules, find_matrices, matrix_shape, unwrap
+from trimtab.core.wrapping import base_modules, text_modules
+from trimtab.methods import ALL_LINEAR, ATTENTION, find_matrices, matrix_shape, unwrap
 from trimtab.methods._matrices import in_attention
 
 OUTPUT_NAMES = {"o_proj", "out_proj", "c_proj", "dense", "Wo"}
@@ -103,7 +104,7 @@ def stream_size(module: nn.Module) -> int:
 
 def _blocks(model: Any) -> dict[str, dict[str, nn.Module]]:
     """By the path of each of the model's blocks, in order: the modules inside by theirs."""
-    own, count = base_modules(model), model.config.get_text_config().num_hidden_layers
+    own, count = text_modules(model), model.config.get_text_config().num_hidden_layers
     lists = [path for path, module in own.items() if isinstance(module, nn.ModuleList) and len(module) == count]
     outer = [path for path in lists if not any(path.startswith(f"{parent}.") for parent in lists)]  # experts may be a list too
     if len(outer) != 1:
@@ -138,7 +139,7 @@ def _require_one(paths: list[str], model: Any, block: str, part: str, names: set
 
 def find_norms(model: nn.Module) -> list[str]:
     """Paths of the modules that normalize and then scale, LayerNorm, RMSNorm and their like, in the model's order."""
-    return [path for path, module in base_modules(model).items() if _is_norm(module)]
+    return [path for path, module in text_modules(model).items() if _is_norm(module)]
 
 
 def _is_norm(module: nn.Module) -> bool:

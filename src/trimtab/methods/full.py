@@ -5,7 +5,8 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from trimtab.core.errors import RecipeError
-from trimtab.methods import ALL, AdapterLayer, Method, Patterns, Targets, base_modules, select_modules
+from trimtab.core.wrapping import text_modules
+from trimtab.methods import ALL, AdapterLayer, Method, Patterns, Targets, select_modules
 from trimtab.methods._structure import own_weights
 from trimtab.methods._weight_copies import WeightCopyLayer, count_parameters
 
@@ -24,7 +25,7 @@ class Full(Method):
     """Which of those are not, named in the same way: `embed_tokens`."""
 
     def sites(self, model: nn.Module) -> list[str]:
-        owned = {path: {id(weight) for _, weight in own_weights(module)} for path, module in base_modules(model).items()}
+        owned = {path: {id(weight) for _, weight in own_weights(module)} for path, module in text_modules(model).items()}
         owned = {path: weights for path, weights in owned.items() if weights}
 
         def tied(chosen: set[str]) -> set[str]:

@@ -58,6 +58,8 @@ class Recipe(Config):
         held_out = absolute_source(self.data.eval) if isinstance(self.data.eval, str) else self.data.eval
         data = self.data.model_copy(update={"train": tuple(map(absolute_source, self.data.train)), "eval": held_out})
         model = self.model.model_copy(update={"name": _absolute(self.model.name)})
+        if model.chat_template is not None:
+            model = model.model_copy(update={"chat_template": _absolute(model.chat_template)})
         news: dict[str, Any] = {"model": model, "data": data, "output": self.output.absolute()}
         if self.start is not None:
             news["start"] = _absolute(self.start)

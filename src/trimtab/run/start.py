@@ -89,7 +89,7 @@ def open_recipe(
     check_first_examples(recipe.data, recipe.objective.data_kind)
     recipe, start = with_start(recipe)
     on_stage(f"loading {recipe.model.name}")
-    base = Base.load(recipe.model)
+    base = Base.load(recipe.model, on_stage)
     base.moment = moment or base.moment
     base.add_tokens(recipe.method.new_tokens)
     positions, context = recipe.method.virtual_token_count, base.context_length

@@ -1,0 +1,111 @@
+"""Checkpoints that are stored quantized, known by their config.json before any weight is read: loaded as they are, dequantized, or refused.
+
+bitsandbytes' are loaded as they are (see `quantized`). MXFP4 (GPT-OSS) and block-wise FP8 are dequantized while they are read, into the
+dtype of the base: what is computed is what their numbers stand for, in more memory. All others are refused by name.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trimtab.base.loading import find_file, read_config, read_model, read_skeleton
+from trimtab.core.errors import RecipeError, UnsupportedModel
+
+DEQUANTIZED = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}
+"""How a checkpoint may be stored and is dequantized from -> Transformers' class that says so."""
+BITSANDBYTES = "bitsandbytes"
+_NAMES = {
+    "gptq": "GPTQ", "awq": "AWQ", "compressed-tensors": "compressed-tensors (llm-compressor)", "fbgemm_fp8": "FP8 by row (fbgemm)",
+    "aqlm": "AQLM", "hqq": "HQQ", "torchao": "torchao", "quanto": "Quanto", "vptq": "VPTQ", "higgs": "HIGGS", "spqr": "SpQR",
+    "bitnet": "BitNet", "nvfp4": "NVFP4", "mxfp8": "MXFP8", "auto-round": "AutoRound", "quark": "Quark", "eetq": "EETQ", "fp_quant": "FP-Quant",
+}  # fmt: skip
+"""What people call the other ways."""
+_EMBEDDED = ("text_config", "llm_config")
+
+
+def stored_quantization(place: Path | str, quantize: str = "none") -> str | None:
+    """How a checkpoint is stored quantized: `bitsandbytes`, `mxfp4`, `fp8`, or None. Reads config.json alone.
+
+    Args:
+        quantize: How it is to be quantized while it is loaded.
+
+    Raises:
+        UnsupportedModel: It is stored in a way that Trimtab does not train on.
+        RecipeError: It is quantized already, and is to be quantized.
+    """
+    settings = _settings(read_config(place))
+    if settings is None:
+        return None
+    stored = str(settings.get("quant_method") or (BITSANDBYTES if _by_bitsandbytes(settings) else "an unnamed method"))
+    if stored.startswith(BITSANDBYTES):
+        return BITSANDBYTES
+    if stored not in DEQUANTIZED:
+        raise UnsupportedModel(
+            f"model: {place} is stored quantized by {_NAMES.get(stored, stored)} (quantization_config in config.json), which is made for "
+            "generating, not for training: nothing was loaded. Use the checkpoint that it was made from, in bfloat16; model.quantize: nf4 or "
+            "int8 holds that in as little memory."
+        )
+    if quantize != "none":
+        raise RecipeError(
+            f"model.quantize: {quantize}, but {place} is stored in {stored}, and would be quantized a second time. Leave out model.quantize, "
+            "and it is dequantized; or use a checkpoint in bfloat16."
+        )
+    return stored
+
+
+def read_stored(place: Path | str, quantize: str, **arguments: Any) -> Any:
+    """A model as `read_model` reads it, dequantized if it is stored in one of `DEQUANTIZED`. Raises as that and `stored_quantization` do."""
+    import transformers
+
+    stored = stored_quantization(place, quantize)
+    if stored in DEQUANTIZED:
+        arguments["quantization_config"] = getattr(transformers, DEQUANTIZED[stored])(dequantize=True)
+    model = read_model(place, use_safetensors=True, **arguments)
+    if stored == "fp8":
+        _refuse_uneven_blocks(place)
+    return model
+
+
+def dequantization_note(place: Path | str, quantize: str, dtype: torch.dtype) -> str | None:
+    """What dequantizing a checkpoint costs, in words; None for one that is not dequantized. Raises as `stored_quantization` does."""
+    stored = stored_quantization(place, quantize)
+    if stored not in DEQUANTIZED:
+        return None
+    size = sum(p.numel() for p in read_skeleton(place).parameters()) * dtype.itemsize / 1e9
+    kind = str(dtype).removeprefix("torch.")
+    return f"{place} is stored in {stored}, and is dequantized to {kind}, in which its weights take {size:,.1f} GB of memory"
+
+
+def _refuse_uneven_blocks(place: Path | str) -> None:
+    """Raise UnsupportedModel for an FP8 checkpoint with a matrix that is not whole blocks, of which Transformers misplaces the scales."""
+    from safetensors import safe_open
+
+    size: list[int] = (_settings(read_config(place)) or {}).get("weight_block_size") or []
+    for file in _weight_files(place) if size else ():
+        with safe_open(file, framework="pt") as tensors:
+            names = set(tensors.keys())
+            for scales in sorted(name for name in names if name.endswith("_scale_inv")):
+                if (name := scales.removesuffix("_scale_inv")) not in names:
+                    continue
+                shape = tensors.get_slice(name).get_shape()[-2:]
+                if any(length % block for length, block in zip(shape, size, strict=True)):
+                    raise UnsupportedModel(
+                        f"model: {place}: {name}, {shape[0]} × {shape[1]}, is not whole blocks of {size[0]} × {size[1]}, "
+                        "whose scales Transformers would place wrongly. Use the checkpoint in bfloat16."
+                    )
+
+
+def _weight_files(place: Path | str) -> list[Path]:
+    first = find_file(place, "model.safetensors") or find_file(place, "model.safetensors.index.json")
+    return sorted(first.parent.glob("*.safetensors")) if first is not None else []
+
+
+def _settings(config: dict[str, Any]) -> dict[str, Any] | None:
+    """What a configuration, or that of its text model, says about its quantization."""
+    parts = [config, *(config[name] for name in _EMBEDDED if isinstance(config.get(name), dict))]
+    return next((part["quantization_config"] for part in parts if part.get("quantization_config")), None)
+
+
+def _by_bitsandbytes(settings: dict[str, Any]) -> bool:
+    return bool(settings.get("load_in_4bit") or settings.get("load_in_8bit"))

@@ -17,7 +17,7 @@ from models.subject import Subject
 from trimtab.core import attention_hook
 from trimtab.core.errors import UnsupportedModel
 from trimtab.engine import layouts
-from trimtab.methods import lora
+from trimtab.methods import Attached, lora
 
 ROOT = Path(__file__).parents[1]
 EXPECTED = {
@@ -114,6 +114,11 @@ def test_a_merge_into_another_matrix_is_seen(monkeypatch):
     monkeypatch.setattr(lora.LoRALayer, "change", lambda self: 1.1 * (self.scale * self.B @ self.A).detach())
     result = examine_model(subject("qwen3"), ("merge",))
     assert "logits differ" in result["measured"]["merge"]["refused"]  # merge itself compares
+
+
+def test_an_adapter_that_is_not_loaded_is_seen(monkeypatch):
+    monkeypatch.setattr(Attached, "load_state", lambda self, tensors: None)
+    broken("qwen3", "saved")
 
 
 def test_a_gradient_that_is_wrong_is_seen(monkeypatch):

@@ -2,6 +2,7 @@
 
     python benchmarks/models                            # all of them: about 15 minutes on 2 cores
     python benchmarks/models --only qwen3,vl:gemma3 --verbose
+    python benchmarks/models --measures fit,merge
     python benchmarks/models --out runs/models.jsonl --resume
 
 Each model is asked about as `measures.py` says, in a worker process. Every result is a line of JSON in --out; a whole run, and with
@@ -33,7 +34,7 @@ LONGEST_S = 300
 READY = "ready"
 
 
-def worker() -> None:
+def worker(measures: list[str]) -> None:
     """Examine each case whose name comes in, and answer with a line of JSON."""
     from models.configurations import cases
     from models.examine import calm, examine
@@ -44,13 +45,14 @@ def worker() -> None:
     known = cases()
     print(READY, file=answers)
     for line in sys.stdin:
-        print(json.dumps(examine(known[line.strip()])), file=answers)
+        print(json.dumps(examine(known[line.strip()], measures)), file=answers)
 
 
 class Worker:
     """A process that examines one case after another, replaced by a new one if it dies or takes too long."""
 
-    def __init__(self) -> None:
+    def __init__(self, measures: list[str]) -> None:
+        self.measures = measures
         self.process: subprocess.Popen[str] | None = None
 
     def ask(self, name: str) -> Result:
@@ -75,7 +77,7 @@ class Worker:
     def _start(self) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         self.process = subprocess.Popen(
-            [sys.executable, str(HERE), "worker"], env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            [sys.executable, str(HERE), "worker", *self.measures], env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
         )  # fmt: skip
         line, _ = self._line(LONGEST_S)
@@ -96,15 +98,15 @@ class Worker:
         return line, late and not line
 
 
-def sweep(names: list[str], jobs: int) -> Iterator[Result]:
-    """The results of these cases as they come, from so many processes at a time."""
+def sweep(names: list[str], jobs: int, measures: list[str]) -> Iterator[Result]:
+    """The results of these cases as they come, from so many processes at a time. Without measures, all are taken."""
     waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
     found: queue.SimpleQueue[Result | BaseException] = queue.SimpleQueue()
     for name in names:
         waiting.put(name)
 
     def work() -> None:
-        one = Worker()
+        one = Worker(measures)
         try:
             while not waiting.empty():
                 found.put(one.ask(waiting.get_nowait()))
@@ -133,7 +135,8 @@ def read(path: Path) -> dict[str, Result]:
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add: Callable[..., Any] = parser.add_argument
-    add("--only", metavar="A,B", help="these models; `all` their names with --list")
+    add("--only", metavar="A,B", help="these models; --list lists them")
+    add("--measures", metavar="A,B", help="these measures alone, of those in measures.py")
     add("--jobs", metavar="N", type=int, default=len(os.sched_getaffinity(0)), help="how many at a time (default: %(default)s)")
     add("--out", metavar="FILE", type=Path, default=Path("models.jsonl"), help="a line of JSON for each (default: %(default)s)")
     add("--resume", action="store_true", help="leave out those that --out has already")
@@ -144,10 +147,11 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> int:
-    if sys.argv[1:] == ["worker"]:
-        worker()
+    if sys.argv[1:2] == ["worker"]:
+        worker(sys.argv[2:])
         return 0
     from models.configurations import cases
+    from models.measures import MEASURES
     from models.table import keep
 
     asked = parser().parse_args()
@@ -155,6 +159,9 @@ def main() -> int:
     names = asked.only.split(",") if asked.only else list(known)
     if unknown := [name for name in names if name not in known]:
         parser().error(f"no such model: {', '.join(unknown)}")
+    measures = asked.measures.split(",") if asked.measures else []
+    if unknown := [name for name in measures if name not in MEASURES]:
+        parser().error(f"no such measure: {', '.join(unknown)}. There are {', '.join(MEASURES)}")
     if asked.list:
         print("\n".join(f"{name:36} {known[name].model}" for name in names))
         return 0
@@ -162,7 +169,7 @@ def main() -> int:
     left, started = [name for name in names if name not in results], time.monotonic()
     asked.out.parent.mkdir(parents=True, exist_ok=True)
     with asked.out.open("a" if asked.resume else "w", encoding="utf-8") as out:
-        for result in sweep(left, asked.jobs):
+        for result in sweep(left, asked.jobs, measures):
             results[result["case"]] = result
             print(json.dumps(result, ensure_ascii=False), file=out, flush=True)
             print(f"{result['case']:36} {result['status']:14} {result.get('reason', '')[:160]}", flush=True)
@@ -172,7 +179,7 @@ def main() -> int:
     print(
         f"\n{len(names)} models in {time.monotonic() - started:.0f} s: {', '.join(f'{n} {s}' for s, n in counts.most_common())}"
     )
-    if asked.keep or not asked.only:
+    if asked.keep or not (asked.only or asked.measures):
         keep({name: results[name] for name in names}, KEPT)
     return min(counts["crash"] + counts["WRONG"], 1)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from models.configurations import Case, build
-from models.measures import MEASURES
+from models.measures import MEASURES, LeftOut
 from models.references import problem_of
 from models.subject import Subject
 
@@ -49,7 +49,7 @@ def examine_model(subject: Subject, only: Collection[str] = ()) -> Result:
     measured: dict[str, Any] = {}
     with _counted() as by_hand:
         for name, measure in MEASURES.items():
-            if only and name not in only:
+            if only and name not in (*only, "check"):
                 continue
             if measure.trains and "refused" in measured.get("check", {}):
                 continue
@@ -61,9 +61,11 @@ def examine_model(subject: Subject, only: Collection[str] = ()) -> Result:
 
 
 def _taken(of: Any, subject: Subject) -> dict[str, Any]:
-    """A measure's deviation, or what it was refused with, or the exception it ended with."""
+    """A measure's deviation, or what it was refused with, the exception it ended with, or why it is left out."""
     try:
         return {"deviation": of(subject)}
+    except LeftOut as error:
+        return {"left out": _without_folders(str(error))}
     except TrimtabError as error:
         return {"refused": _without_folders(str(error))}
     except Exception as error:

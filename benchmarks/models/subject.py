@@ -2,6 +2,7 @@
 
 import copy
 from collections import Counter
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -27,6 +28,14 @@ class Adapted(NamedTuple):
         return self.base.model
 
 
+@torch.no_grad()
+def perturb(parameters: Mapping[str, Tensor]) -> None:
+    """Move an adapter off its first values."""
+    generator = torch.Generator().manual_seed(2)
+    for tensor in parameters.values():
+        tensor.add_(0.1 * torch.randn(tensor.shape, generator=generator).to(tensor.dtype))
+
+
 class Subject:
     """A model that is asked about, which stays as it is: Trimtab gets copies."""
 
@@ -44,10 +53,7 @@ class Subject:
         """A copy with an adapter."""
         base = self.base()
         adapter = trimtab.attach(base.model, method, sample=trimtab.sample(base, self.rows))
-        generator = torch.Generator().manual_seed(2)
-        with torch.no_grad():
-            for tensor in adapter.parameters().values():
-                tensor.add_(0.1 * torch.randn(tensor.shape, generator=generator).to(tensor.dtype))
+        perturb(adapter.parameters())
         return Adapted(base, adapter)
 
     @cached_property
@@ -65,15 +71,17 @@ class Subject:
 
     @cached_property
     def gradients(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """By the LoRA's parameters: their gradients from a pack, and from the rows alone, for those that have one."""
-        parameters = self.lora.adapter.parameters()
-        sums = (pack_logprobs(self.lora.model, pack_tree(self.rows)).sum(), alone(self.lora.model, self.rows).sum())
+        return self.compared_gradients()
+
+    def compared_gradients(self, *, recompute: bool = False) -> dict[str, tuple[Tensor, Tensor]]:
+        """By the LoRA's parameters that have any: their gradients from a pack, and from the rows alone."""
+        model, parameters = self.lora.model, self.lora.adapter.parameters()
+        sums = (pack_logprobs(model, pack_tree(self.rows), recompute=recompute).sum(), alone(model, self.rows).sum())
         ours, theirs = (torch.autograd.grad(total, list(parameters.values()), allow_unused=True) for total in sums)
-        pairs = zip(parameters.items(), ours, theirs, strict=True)
         zeros = torch.zeros_like
         return {
             name: (zeros(p) if a is None else a, zeros(p) if b is None else b)
-            for (name, p), a, b in pairs
+            for (name, p), a, b in zip(parameters.items(), ours, theirs, strict=True)
             if a is not None or b is not None
         }
 

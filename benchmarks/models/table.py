@@ -82,7 +82,8 @@ def _about(title: str) -> str:
     return {
         "Exact": (
             "`vl:` marks a class that reads images, `!` a variant. Default LoRA: which weights of the text model `targets: all-linear` leaves "
-            "as they are; or that it is refused, and `attention` adapts the attention alone. The last column is the largest deviation.\n\n"
+            "as they are; or that it is refused, and `attention` adapts the attention alone. PEFT: whether it loads the saved LoRA, to the same "
+            "log-probabilities; – where it loads its own adapters of the model wrongly, or not at all. Last: the largest deviation.\n\n"
         ),
         "Not measured": "These do not run on text by plain Transformers, or not with what is installed here.\n\n",
     }.get(title, "")
@@ -136,6 +137,11 @@ def _yes(value: bool) -> str:
     return "yes" if value else "no"
 
 
+def _does(result: Result, measure: str) -> str:
+    """Whether Trimtab does this, and exactly; – where there is nothing to compare with."""
+    return "–" if "left out" in result["measured"].get(measure, {}) else _yes(_holds(result, measure))
+
+
 def _lora(result: Result) -> str:
     """What the default LoRA does to this model."""
     facts = result.get("lora")
@@ -160,14 +166,14 @@ def _in_the_way(result: Result) -> str:
 def models_table(models: dict[str, Result]) -> str:
     """One line a model that is supported."""
     lines = [
-        "| model | class | by hand | by name | default LoRA | merge | prefix | bottleneck | deviation |",
-        "|---|---|---|---|---|---|---|---|--:|",
+        "| model | class | by hand | by name | default LoRA | merge | PEFT | prefix | bottleneck | deviation |",
+        "|---|---|---|---|---|---|---|---|---|--:|",
     ]
     for name, result in models.items():
         deviations = [measure["deviation"] for measure in result["measured"].values() if "deviation" in measure]
         cells = [
             f"`{name}`", result["class"], _yes(result["status"] == "exact by hand"), _yes(_holds(result, "by name")), _lora(result),
-            *(_yes(_holds(result, measure)) for measure in ("merge", "prefix", "bottleneck")), f"{max(deviations):.0e}",
+            *(_does(result, measure) for measure in ("merge", "PEFT", "prefix", "bottleneck")), f"{max(deviations):.0e}",
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

@@ -1,0 +1,59 @@
+"""Measures of prefixes and bottleneck adapters."""
+
+import math
+from typing import Any
+
+import torch
+from models.measuring import NEW_TOKENS, TOLERANCE, measure
+from models.references import alone, difference, greedy_deficit, own_logits, prompts
+from models.subject import Subject
+from torch import Tensor
+
+import trimtab
+from trimtab.core.errors import UnsupportedModel
+from trimtab.data import Segment, pack_tree
+from trimtab.engine import pack_logprobs
+from trimtab.engine.forward import hidden_states
+from trimtab.engine.head import head_of
+from trimtab.engine.layouts import PackLayout
+
+
+@measure("prefix")
+def prefix(subject: Subject) -> float:
+    """Four virtual tokens: packed against rows alone, by the model's own passes where it has no windows that they exceed."""
+    model = subject.adapted(trimtab.method("prefix", tokens=4, width=16)).model
+    with torch.no_grad():
+        expected = alone(model, subject.rows, _logits_with_virtual_tokens)
+        packed = difference(pack_logprobs(model, pack_tree(subject.rows)), expected)
+    answers = trimtab.generate(model, prompts(), [], max_new_tokens=NEW_TOKENS)
+    acts = difference(expected, subject.expected) > TOLERANCE
+    return max(packed, greedy_deficit(model, prompts(), answers, _logits_with_virtual_tokens)) if acts else math.inf
+
+
+def _logits_with_virtual_tokens(model: Any, ids: Any) -> Tensor:
+    """The model's own pass; or where it refuses rows longer than a window, a pack of that row alone."""
+    try:
+        return own_logits(model, ids)
+    except UnsupportedModel:
+        layout = PackLayout((Segment(0, len(ids), -1),))
+        return head_of(model).logits(hidden_states(model, torch.tensor(ids), torch.arange(len(ids)), layout))
+
+
+@measure("bottleneck")
+def bottleneck(subject: Subject) -> float:
+    """Adapters after each MLP, packed against the model's own forward pass."""
+    return _inserted(subject, "pfeiffer")
+
+
+@measure("houlsby")
+def houlsby(subject: Subject) -> float:
+    """Adapters after each attention and each MLP."""
+    return _inserted(subject, "houlsby")
+
+
+@torch.no_grad()
+def _inserted(subject: Subject, kind: str) -> float:
+    model = subject.adapted(trimtab.method("bottleneck", width=8, kind=kind)).model
+    expected = alone(model, subject.rows)
+    packed = difference(pack_logprobs(model, pack_tree(subject.rows)), expected)
+    return packed if difference(expected, subject.expected) > TOLERANCE else math.inf

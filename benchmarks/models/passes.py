@@ -1,0 +1,67 @@
+"""Measures of the model as it came: whether it is accepted, log-probabilities, generation, and that it stays what it was."""
+
+import copy
+
+import torch
+from models.measuring import NEW_TOKENS, measure
+from models.references import difference, greedy_deficit, own_logits, prompts
+from models.subject import Subject
+
+import trimtab
+from trimtab.core.errors import TrimtabError
+from trimtab.data import pack_flat, pack_tree
+from trimtab.engine import check_packing, pack_logprobs
+
+
+@measure("check")
+def check(subject: Subject) -> float:
+    """Whether Trimtab agrees to train it: what `fit` asks first."""
+    check_packing(subject.base().model)
+    return 0.0
+
+
+@measure("scored", trains=False)
+def scored(subject: Subject) -> float:
+    """`trimtab.score_loss` of the model as it came, rows in a tree."""
+    ours = trimtab.score_loss(subject.base(), subject.rows).logprobs
+    return difference(torch.tensor(ours), subject.expected)
+
+
+@measure("generated", trains=False)
+def generated(subject: Subject) -> float:
+    """`trimtab.generate`, 16 tokens for each of four prompts from a cache, against full passes."""
+    answers = trimtab.generate(subject.base().model, prompts(), [], max_new_tokens=NEW_TOKENS)
+    return greedy_deficit(subject.pristine, prompts(), answers)
+
+
+@measure("untouched", 0.0, trains=False)
+def untouched(subject: Subject) -> float:
+    """The model's own logits, bit for bit: with an adapter that is switched off, and after it was taken off."""
+    model = copy.deepcopy(subject.pristine)
+    adapter = trimtab.attach(model, trimtab.LoRA(rank=4, targets=subject.targets[0] if _is_accepted(subject) else "attention"))
+    adapter.enable(False)
+    ids = subject.rows[2].ids
+    with torch.no_grad():
+        expected, off = own_logits(subject.pristine, ids), own_logits(model, ids)
+        adapter.detach()
+        return float(torch.stack([off - expected, own_logits(model, ids) - expected]).abs().max())
+
+
+def _is_accepted(subject: Subject) -> bool:
+    try:
+        subject.base()
+    except TrimtabError:
+        return False
+    return True
+
+
+@measure("flat")
+def flat(subject: Subject) -> float:
+    """A pack of rows one after the other."""
+    return difference(pack_logprobs(subject.base().model, pack_flat(subject.rows)), subject.expected)
+
+
+@measure("tree")
+def tree(subject: Subject) -> float:
+    """A pack of rows that share their common beginnings."""
+    return difference(pack_logprobs(subject.base().model, pack_tree(subject.rows)), subject.expected)

@@ -104,5 +104,5 @@ class Subject:
             "attached": dict(Counter(path.rpartition(".")[2] for path in layers)),
             "outside": len(layers) - len(adapted),
             "left": dict(left),
-            "idle": len(layers) - len({name.rpartition(".")[0] for name in self.gradients}),
+            "idle": sum(not any(name.startswith(f"{path}.") for name in self.gradients) for path in layers),
         }

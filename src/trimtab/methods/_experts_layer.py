@@ -98,7 +98,7 @@ class ExpertsLayer(AdapterLayer):
         if getattr(base, "_is_expert_parallel", False):
             raise UnsupportedModel(f"The experts of {type(base).__name__} are split over processes. Load the model in one.")
         for name, part in parts.items():
-            self.add_module(name, part)
+            setattr(self, name, part)  # not add_module, which refuses names that the base answers
 
     def adapt(self, hidden: Tensor, experts: Tensor, routing_weights: Tensor) -> Tensor:
         """T d, and each token's experts and their weights (T k): T d."""

@@ -30,6 +30,10 @@ class Wrapper(nn.Module):
 
     base: nn.Module
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """A parameter of the adapter's; the base may have one of this name, which `__getattr__` would answer with."""
+        self._parameters[name] = param
+
     def __getattr__(self, name: str) -> Any:
         """What a model's code asks its module for besides calling it, the base answers: sizes and flags, and facts of its weights."""
         try:

@@ -4,6 +4,9 @@ bitsandbytes' are loaded as they are (see `quantized`). MXFP4 (GPT-OSS) and bloc
 dtype of the base: what is computed is what their numbers stand for, in more memory. All others are refused by name.
 """
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +64,23 @@ def read_stored(place: Path | str, quantize: str, **arguments: Any) -> Any:
     stored = stored_quantization(place, quantize)
     if stored in DEQUANTIZED:
         arguments["quantization_config"] = getattr(transformers, DEQUANTIZED[stored])(dequantize=True)
-    model = read_model(place, use_safetensors=True, **arguments)
+    with _without_warnings():
+        model = read_model(place, use_safetensors=True, **arguments)
     if stored == "fp8":
         _refuse_uneven_blocks(place)
     return model
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Within the block, Transformers does not say that it dequantizes (to bfloat16, it says, whatever the dtype): `dequantization_note` does."""
+    logger = logging.getLogger("transformers.quantizers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def dequantization_note(place: Path | str, quantize: str, dtype: torch.dtype) -> str | None:

@@ -61,6 +61,8 @@ def prepare(recipe: Recipe, unfinished: UnfinishedRun | None, observer: RunObser
     steps = TrainingSteps(data.train, recipe.train, memory)
     facts = {**_facts(recipe, base, adapter, data, steps), "start": opened.start, "reference": reference}
     observer.on_plan(facts, data.reports, len(row_groups(data.train)), len(row_groups(data.eval)))
+    for note in base.notes:
+        observer.on_notice(note)
     for finding in findings:
         shown_already = finding.name == "rows" or (finding.name == "held out" and not data.eval)
         if finding.status == "note" and not shown_already:

@@ -33,7 +33,7 @@ METHODS = {"lora": {"rank": 8}, "prefix": {"width": 64}, "ptuning_v2": {}, "prom
 def of_trimtab(model: Any, prompt: list[int], steps: int) -> tuple[list[int], Tensor]:
     """Greedy tokens from Trimtab's cache, and each step's logits."""
     cache, head = Cache(), head_of(model)
-    layout = PrefillLayout(lay_out([prompt]), cache)
+    layout = PrefillLayout(lay_out([prompt]), cache, torch.device("cpu"))
     hidden = hidden_states(model, torch.tensor(prompt), torch.arange(len(prompt)), layout)[-1:]
     ids, logits = list(prompt), []
     for _ in range(steps):

@@ -176,7 +176,7 @@ def forced(model: Any, rows: list[list[int]], given: int, owners: list[str] | No
     tree, cache = lay_out(prompts, share=owners is None), Cache()
     ids, positions = torch.tensor(tree.ids), torch.tensor(tree.positions)
     with routed(routing.select([n for n in range(len(rows)) for _ in range(given)]) if routing else None):
-        hidden = hidden_states(model, ids, positions, PrefillLayout(tree, cache))
+        hidden = hidden_states(model, ids, positions, PrefillLayout(tree, cache, ids.device))
     hidden = hidden[[tree.segments[leaf].end - 1 for leaf in tree.leaves]]
     steps = []
     for step in range(given, min(map(len, rows))):

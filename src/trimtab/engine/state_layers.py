@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from trimtab.core.attention_hook import current_layout, holding
 from trimtab.core.stateful import called_state_methods
 from trimtab.engine.layouts import DecodeLayout, LayerState, PackLayout, PrefillLayout
+from trimtab.engine.recurrence import branching_scan
 from trimtab.engine.segment_batches import batches
 
 CONVOLUTION = "causal_conv1d_fn"
@@ -259,6 +260,10 @@ def _scan(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     start = _initial_state(function)
     assert start is not None
     count = len(states.layout.before)
+    if (known := branching_scan(function, dict(bound.arguments), states.layout.segments)) is not None:
+        out, ends = known
+        states.after = dict(enumerate(ends.split(1)))
+        return out, ends[-1:]
     sequences = {n: a for n, a in bound.arguments.items() if isinstance(a, Tensor) and a.ndim > 2 and a.shape[:2] == (1, count)}
     parts, tokens = [], []
     states.after.clear()

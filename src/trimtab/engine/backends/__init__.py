@@ -69,6 +69,20 @@ class AttentionInputs(NamedTuple):
     virtual_v: Tensor | None = None
 
 
+class Recurrence(NamedTuple):
+    """The tensors of a gated linear recurrence: S ← diag(exp g) S; w = β (v − Sᵀk), or v; S ← S + k wᵀ; out = Sᵀq."""
+
+    q: Tensor
+    """T G K: of the heads of a group, as all of k."""
+    k: Tensor
+    v: Tensor
+    """T H V."""
+    g: Tensor
+    """T H, or T H K."""
+    beta: Tensor | None
+    """T H; None without the delta rule."""
+
+
 class Backend(Protocol):
     """The functions that a back end's module has. Those that end in `_` write over their arguments."""
 
@@ -110,6 +124,19 @@ class Backend(Protocol):
 
     def attend_backward(self, dout: Tensor, saved: Sequence[Tensor | None], plan: AttentionPlan) -> Sequence[Tensor | None]:
         """The gradients of q, k, v, virtual_k and virtual_v, from what `attend` gave."""
+
+    def supports_recurrence(self, inputs: Recurrence) -> bool:
+        """Whether it has the next two functions, for such tensors."""
+
+    def recurrence(
+        self, inputs: Recurrence, segments: tuple[Segment, ...], backward: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """out, T H V; the states in which segments end, each H K V; and what the backward pass needs, if there is to be one."""
+
+    def recurrence_backward(
+        self, dout: Tensor, inputs: Recurrence, saved: Tensor, segments: tuple[Segment, ...]
+    ) -> Sequence[Tensor | None]:
+        """The gradients of q, k, v, g and beta."""
 
 
 def backend_for(first: Tensor, *others: Tensor | None) -> Backend:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trimtab.data.prefix_tree import Segment, paths_of, split_long
 from trimtab.engine.arena import activation_like, scratch_like
-from trimtab.engine.backends import Activation, AttentionInputs, AttentionPlan, Norm
+from trimtab.engine.backends import Activation, AttentionInputs, AttentionPlan, Norm, Recurrence
 from trimtab.engine.backends._compile import load_library
 
 _PREFIXES = {torch.float32: "f32", torch.float64: "f64"}
@@ -81,6 +81,60 @@ def attend_backward(dout: Tensor, saved: Sequence[Tensor | None], plan: Attentio
     gradients = (*joint.split(widths, dim=1), *(None if t is None else torch.empty_like(t) for t in (virtual_k, virtual_v)))
     _attention("attend_backward", plan, joint.stride(0), *saved, dout.contiguous(), *gradients)
     return gradients
+
+
+BLOCK = 32
+"""RECURRENCE_BLOCK of recurrence.h."""
+
+
+def supports_recurrence(inputs: Recurrence) -> bool:
+    lanes = 32 // inputs.v.element_size()  # an eighth of what a state's row may have at most
+    return supports(*inputs) and inputs.v.shape[2] % (2 * lanes) == 0 and inputs.v.shape[2] <= 512
+
+
+def recurrence(inputs: Recurrence, segments: tuple[Segment, ...], backward: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    v, size = inputs.v, (inputs.v.shape[1], inputs.k.shape[2], inputs.v.shape[2])
+    out, ends = torch.empty_like(v), v.new_empty(len(segments), *size)
+    starts = v.new_empty(sum(_blocks(segments)), *size) if backward else None
+    _recurrence("recurrence", inputs, segments, out, ends, starts)
+    return out, ends, starts
+
+
+def recurrence_backward(
+    dout: Tensor, inputs: Recurrence, saved: Tensor, segments: tuple[Segment, ...]
+) -> Sequence[Tensor | None]:
+    q, k, v, g, beta = inputs
+    heads, keys = v.shape[1], k.shape[2]
+    dq, dk = (v.new_empty(len(v), heads, keys) for _ in range(2))
+    dv, dg, dbeta = torch.empty_like(v), torch.empty_like(g), None if beta is None else torch.empty_like(beta)
+    dends = v.new_zeros(len(segments), heads, keys, v.shape[2])
+    _recurrence("recurrence_backward", inputs, segments, saved, dout.contiguous(), dends, dq, dk, dv, dg, dbeta)
+    dq, dk = (t.unflatten(1, (q.shape[1], -1)).sum(2) for t in (dq, dk))
+    return dq, dk, dv, dg, dbeta
+
+
+def _blocks(segments: tuple[Segment, ...]) -> list[int]:
+    return [-(-(end - start) // BLOCK) for start, end, _ in segments]
+
+
+class _Recurrence(ctypes.Structure):
+    """`Recurrence` of recurrence.h."""
+
+    _fields_: ClassVar = [
+        *((name, ctypes.c_int64) for name in ("segments", "heads", "per_group", "key", "value", "decays")),
+        *((name, ctypes.c_void_p) for name in ("start", "end", "parent", "first_block")),
+    ]
+
+
+def _recurrence(name: str, inputs: Recurrence, segments: tuple[Segment, ...], *tensors: Tensor | None) -> None:
+    (_, groups, keys), (_, heads, values) = inputs.k.shape, inputs.v.shape
+    columns = [*zip(*segments, strict=True), [0, *accumulate(_blocks(segments))][:-1]]
+    arrays = [torch.tensor(column, dtype=torch.int64) for column in columns]
+    decays = inputs.g.shape[2] if inputs.g.ndim == 3 else 1
+    sizes = (len(segments), heads, heads // groups, keys, values, decays)
+    structure = _Recurrence(*sizes, *(array.data_ptr() for array in arrays))
+    if _call(name, inputs.v.dtype, structure, *inputs, *tensors):
+        raise MemoryError("no memory for the states of a recurrence: lower train.pack_tokens")
 
 
 class _Tree(ctypes.Structure):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trimtab.data.prefix_tree import paths_of
-from trimtab.engine.backends import Activation, AttentionInputs, AttentionPlan, Heads, Norm
+from trimtab.engine.backends import Activation, AttentionInputs, AttentionPlan, Heads, Norm, Recurrence
 
 BLOCK = 256
 """Queries in a call, at most."""
@@ -196,3 +196,7 @@ def _scatter_(gradient: Tensor, to: Tensor, segment: SegmentPlan, virtual: Tenso
         place = to[low:high].view(high - low, heads.groups, heads.size).transpose(0, 1)
         place += gradient[:, at : at + high - low]
         at += high - low
+
+
+def supports_recurrence(inputs: Recurrence) -> bool:
+    return False  # Transformers' own functions compute it in chunks

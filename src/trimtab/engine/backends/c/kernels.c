@@ -1,4 +1,4 @@
-/* What torch has no single operation for, for float and for double: passes.h and attention.h.
+/* What torch has no single operation for, for float and for double: passes.h, attention.h and recurrence.h.
 
    Compiled at first use by ../_compile.py, called by ../cpu.py. Threads are OpenMP's. */
 
@@ -53,6 +53,7 @@ static inline float tanh_f32(float x) { return 1.0f - 2.0f / (1.0f + exp_f32(2.0
 #define LOWEST -3e38f
 #include "attention.h"
 #include "passes.h"
+#include "recurrence.h"
 
 #undef REAL
 #undef NAME
@@ -71,3 +72,4 @@ static inline float tanh_f32(float x) { return 1.0f - 2.0f / (1.0f + exp_f32(2.0
 #define LOWEST -1e300
 #include "attention.h"
 #include "passes.h"
+#include "recurrence.h"

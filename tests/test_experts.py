@@ -420,7 +420,9 @@ def test_all_linear_says_what_it_leaves():
     assert LoRA(targets="attention").left_frozen(model) == ""
     assert left_frozen(tiny("llama")) == left_frozen(tiny("gpt2")) == ""
     model.model.layers[0].mixer.odd = nn.Bilinear(2, 2, 2)
-    assert "1 × Bilinear (3-D weights without Transformers' interface of experts)" in left_frozen(model)
+    assert "1 × Bilinear (not a linear layer)" in left_frozen(model)
+    model.model.layers[1].mixer.experts.has_gate = None
+    assert "1 × NemotronHExperts (experts without Transformers' interface for them)" in left_frozen(model)
 
 
 def test_attention_is_found_by_its_structure():

@@ -32,8 +32,6 @@ METHODS = {
 FORMS = ["mixtral", "gpt_oss", "nemotron_h"]
 """One mixture of each form of matrices: gated, transposed with biases, without a gate."""
 CASES = [(name, family) for name in METHODS for family in (MIXTURES if name == "lora" else FORMS)]
-PACKED = [name for name in MIXTURES if name not in ("gpt_oss", "nemotron_h")]
-"""Mixtures whose attention and state-space layers are not in question here."""
 
 
 def logits(model, ids=IDS):
@@ -119,11 +117,11 @@ def test_the_reference_notices(where, what, broken, monkeypatch):
     assert differs("lora", "gpt_oss", torch.float64) > 1e-3
 
 
-@pytest.mark.parametrize(("name", "family"), CASES)
-@pytest.mark.parametrize("implementation", ["grouped_mm", "eager"])
+@pytest.mark.parametrize(
+    ("name", "family", "implementation"),
+    [*((*case, "grouped_mm") for case in CASES), *(("lora", family, "eager") for family in MIXTURES)],
+)
 def test_a_fresh_adapter_and_one_switched_off_change_no_bit(name, family, implementation):
-    if implementation == "eager" and name != "lora":
-        pytest.skip("the order of the sum is not the method's")
     model = mixture(family)
     model.set_experts_implementation(implementation)
     before = logits(model)
@@ -187,16 +185,12 @@ def test_merged_experts_are_the_layer(name, family):
         assert getattr(plain, key).is_contiguous()
 
 
-def test_transformers_alone_loads_what_was_merged(tmp_path):
-    """Of the families that pack, in the test below."""
+def test_a_merge_that_is_rounded_says_what_is_left(tmp_path):
+    """Unrounded, plain Transformers loads it with the adapter's results: see the packs below."""
     base = Base(mixture("gpt_oss"))
     adapter = attach(base.model, LoRA(rank=3))
     perturb(adapter.parameters(), 0.1)
-    assert 0.9 < merge(base, adapter, tmp_path / "rounded", dtype=torch.bfloat16).retained < 1.0
-    merge(base, adapter, tmp_path / "merged")
-    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
-    torch.testing.assert_close(logits(plain), logits(base.model), rtol=1e-4, atol=1e-4)
-    assert (logits(plain) - logits(mixture("gpt_oss"))).abs().max() > 1e-2
+    assert 0.9 < merge(base, adapter, tmp_path / "merged", dtype=torch.bfloat16).retained < 1.0
 
 
 # Packs, routing, several adapters
@@ -206,7 +200,7 @@ def learned(*rows):
     return [TokenRow(ids, list(range(3, len(ids))), "here", len(ids)) for ids in rows]
 
 
-@pytest.mark.parametrize("family", PACKED)
+@pytest.mark.parametrize("family", MIXTURES)
 def test_a_pack_is_its_rows_alone_with_the_merged_weights(family, tmp_path):
     base = Base(mixture(family))
     adapter = attach(base.model, LoRA(rank=3))

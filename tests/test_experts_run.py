@@ -6,8 +6,6 @@ import pytest
 import torch
 import transformers
 
-from trimtab.methods import Method
-
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 FROZEN = "2 × Qwen3MoeTopKRouter (router, which chooses the experts)"
@@ -36,7 +34,7 @@ def test_a_run_says_what_it_leaves_learns_is_certified_and_merged(mixture_here, 
     assert done.code == 0, done.err
     assert f"not adapted, frozen: {FROZEN}" in words(done.out + done.err)
     record = json.loads((mixture_here / "mix" / "certificate.json").read_text())
-    assert record["certified"] is True
+    assert record["passed"] is True
     assert trimtab("merge", "mix", "merged").code == 0
     plain = transformers.AutoModelForCausalLM.from_pretrained(mixture_here / "merged")
     base = transformers.AutoModelForCausalLM.from_pretrained(mixture_here / "tiny")
@@ -51,8 +49,3 @@ def test_check_and_methods_say_it_too(mixture_here, trimtab):
     assert f"Not adapted, frozen: {FROZEN}." in shown
     assert "gate_up_proj.A 4×32×32" in shown
     assert "frozen" not in trimtab("methods", "tiny", "method=lora", "method.targets=attention").out
-    listed = {one["name"]: one for one in json.loads(trimtab("methods", "tiny", "--json").out)["methods"]}
-    assert {name for name in Method.names() if listed[name]["refused"]} >= {"oft", "bitfit"}
-    assert listed["lora"]["parameters"] == Method.member("lora")().parameter_count(
-        transformers.AutoModelForCausalLM.from_pretrained(mixture_here / "tiny")
-    )

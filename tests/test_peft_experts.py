@@ -20,7 +20,6 @@ from trimtab.methods.miss import MiSS
 peft = pytest.importorskip("peft")
 
 IDS = torch.tensor(random_rows(11, 11))
-READ = [name for name in MIXTURES if name != "nemotron_h"]
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning"),  # PEFT's own
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -60,12 +59,12 @@ def test_peft_loads_ours(name, family, tmp_path):
     assert (logits(theirs) - logits(mixture(family))).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("family", READ)
-@pytest.mark.parametrize("asked", [["gate_up_proj", "down_proj"], ["down_proj"], ["experts.gate_up_proj"]], ids=str)
+@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize("asked", [["UP", "down_proj"], ["down_proj"], ["experts.UP"]], ids=str)
 def test_we_load_pefts(asked, family, tmp_path):
-    patterns = (
-        {"rank_pattern": {r"experts\.down_proj": 2}, "alpha_pattern": {r".*1.*gate_up_proj": 3}} if len(asked) == 2 else {}
-    )
+    up = "up_proj" if family == "nemotron_h" else "gate_up_proj"
+    asked = [name.replace("UP", up) for name in asked]
+    patterns = {"rank_pattern": {r"experts\.down_proj": 2}, "alpha_pattern": {rf".*1.*{up}": 3}} if len(asked) == 2 else {}
     target = "q_b_proj" if family == "deepseek_v3" else "q_proj"
     config = peft.LoraConfig(
         r=4, lora_alpha=7, target_modules=[target], target_parameters=asked, task_type="CAUSAL_LM", use_rslora=True, **patterns

@@ -8,10 +8,11 @@ from kinds import KINDS, WINDOW, branching_rows, kind
 
 from trimtab.base import Base, context_length
 from trimtab.core.attention import Rules
-from trimtab.core.errors import UnsupportedModel
+from trimtab.core.errors import DataError, UnsupportedModel
 from trimtab.data.pack import pack_flat, pack_tree
 from trimtab.engine import check, check_packing, generate, layouts, pack_logprobs, state_layers
 from trimtab.engine.pass_mode import mode_of
+from trimtab.evaluate import score_loss
 from trimtab.methods import Sample, attach
 from trimtab.methods.lora import LoRA
 from trimtab.methods.prefix import PrefixTuning
@@ -230,3 +231,21 @@ def test_code_that_reads_a_weight_under_an_adapter_learns_its_dtype_and_no_more(
         torch.nn.functional.linear(x, layer.weight)
     with pytest.raises(AttributeError):
         _ = layer.nothing_of_the_kind
+
+
+def test_scoring_asks_the_check_and_refuses_rows_that_are_too_long(monkeypatch):
+    model = kind("gated DeltaNet")
+    base = Base(model)
+    mode_of(model).row_limit, mode_of(model).checked = 20, True
+    with pytest.raises(
+        DataError, match=r"row:0: has 38 tokens\. Qwen3_5ForCausalLM chooses what tokens attend to, and packs compute that"
+    ):
+        score_loss(base, ROWS)
+    mode_of(model).checked = False
+    monkeypatch.setattr(check, "_checked", {})
+    monkeypatch.setattr(state_layers, "_convolve", lambda x, *_, **__: x)
+    state_layers._branching_forward.cache_clear()
+    with pytest.raises(UnsupportedModel, match="so it cannot be trained on packed examples exactly"):
+        score_loss(base, ROWS)
+    monkeypatch.undo()
+    state_layers._branching_forward.cache_clear()

@@ -7,7 +7,7 @@ from trimtab.base import Base, Message, ModelConfig
 from trimtab.core.errors import DataError, RecipeError
 from trimtab.data import DataConfig, Kind, load_data, tokenize_prompt
 from trimtab.data.example import TokenRow
-from trimtab.engine import Ended, ensure_checked, stream_tokens
+from trimtab.engine import Ended, ensure_exact, stream_tokens
 from trimtab.methods import Attached, Method, max_row_length
 from trimtab.objectives import Objective
 from trimtab.objectives.sft import SFT
@@ -52,7 +52,7 @@ def fit(
         settings: As in a recipe's `train`, such as `epochs`, `lr` and `rows_per_step`.
     """
     config = TrainConfig(**settings)
-    ensure_checked(base.model)
+    ensure_exact(base.model, rows)
     _check_rows(base, rows)
     most = max_row_length(base.model, base.context_length)
     objective, (rows, _), _ = prepare_objective(objective or SFT(), base, adapter, (list(rows), []), config.seed, most)

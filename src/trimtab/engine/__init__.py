@@ -2,7 +2,7 @@
 
 from trimtab.engine.arena import ActivationArena
 from trimtab.engine.available_memory import PeakMemory, free_memory
-from trimtab.engine.check import check_packing, ensure_checked
+from trimtab.engine.check import check_packing, ensure_checked, ensure_exact
 from trimtab.engine.decode import Answer, Ended, generate, stream_tokens
 from trimtab.engine.forward import pack_divergences, pack_logprobs
 from trimtab.engine.frozen_cache import FrozenLayerCache
@@ -10,5 +10,5 @@ from trimtab.engine.memory_plan import MemoryPlan, Recompute, Workload, plan_mem
 
 __all__ = [
     "ActivationArena", "Answer", "Ended", "FrozenLayerCache", "MemoryPlan", "PeakMemory", "Recompute", "Workload", "check_packing",
-    "ensure_checked", "free_memory", "generate", "pack_divergences", "pack_logprobs", "plan_memory", "stream_tokens",
+    "ensure_checked", "ensure_exact", "free_memory", "generate", "pack_divergences", "pack_logprobs", "plan_memory", "stream_tokens",
 ]  # fmt: skip

@@ -4,7 +4,7 @@ Whatever a model does between tokens that Trimtab does not know of (state, an un
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from trimtab.base import limit_rows
 from trimtab.core.attention import without_cudnn
 from trimtab.core.attention_hook import recording_sizes
-from trimtab.core.errors import UnsupportedModel
+from trimtab.core.errors import DataError, UnsupportedModel
 from trimtab.core.wrapping import trunk_of
 from trimtab.data.example import TokenRow
 from trimtab.data.pack import Pack, pack_tree
@@ -63,6 +63,18 @@ def ensure_checked(model: Any) -> None:
 
 
 _checked: dict[Any, PassMode] = {}
+
+
+def ensure_exact(model: Any, rows: Sequence[TokenRow]) -> None:
+    """`ensure_checked`, and that packs compute these rows exactly. Raises UnsupportedModel, or DataError for a row that is too long."""
+    ensure_checked(model)
+    limit = mode_of(model).row_limit
+    for row in rows:
+        if limit is not None and len(row.ids) > limit:
+            raise DataError(
+                f"{row.where}: has {len(row.ids):,} tokens. {type(model).__name__} chooses what tokens attend to, and packs compute that "
+                f"exactly for rows of up to {limit:,} tokens. Leave longer examples out, or cut them (data.max_length)."
+            )
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ from trimtab.core.errors import ArtifactError, NonFinite, RecipeError, StorageEr
 from trimtab.data import pack_all
 from trimtab.data.example import TokenRow
 from trimtab.deploy import adapter_folder, load_adapter, versions
-from trimtab.engine import ensure_checked, pack_divergences, pack_logprobs
+from trimtab.engine import ensure_exact, pack_divergences, pack_logprobs
 from trimtab.methods import Attached, activate, active, adapters
 
 PACK_TOKENS = 4096
@@ -120,7 +120,7 @@ def divergence(base: Base, adapter: Attached, kind: str, rows: Sequence[TokenRow
     Args:
         kind: `base`, an adapter or run folder, or a model.
     """
-    ensure_checked(base.model)
+    ensure_exact(base.model, rows)
     total, tokens = 0.0, 0
     with _open(base, adapter, kind) as reference:
         for pack in pack_all(rows, pack_tokens):
@@ -193,7 +193,7 @@ def _key(row: TokenRow) -> str:
 @torch.no_grad()
 def logprobs(base: Base, rows: Sequence[TokenRow], pack_tokens: int) -> list[float]:
     """Σ log p of each row's target tokens under the model with its active adapters."""
-    ensure_checked(base.model)
+    ensure_exact(base.model, rows)
     by_row: dict[int, float] = {}
     # Without their sides, so that a mismatched answer can share its prompt with the row's own.
     rows = [TokenRow(row.ids, row.target_indices, row.where) for row in rows]

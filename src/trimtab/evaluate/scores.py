@@ -25,7 +25,7 @@ from trimtab.data import (
     tokenize_examples,
 )
 from trimtab.data.example import TokenRow
-from trimtab.engine import Answer, Ended, generate
+from trimtab.engine import Answer, Ended, ensure_exact, generate
 from trimtab.methods import max_row_length
 from trimtab.objectives import Objective, mean_measures, score_packs
 from trimtab.objectives.sft import SFT
@@ -77,11 +77,14 @@ class ScoredAnswer:
 
 @torch.no_grad()
 def score_loss(base: Base, rows: Sequence[TokenRow], pack_tokens: int = 1024, objective: Objective | None = None) -> Loss:
-    """The loss on `rows` of the model with its active adapters. Raises NonFinite if a log-probability is NaN or Inf.
+    """The loss on `rows` of the model with its active adapters.
+
+    Raises UnsupportedModel or DataError for what packs don't compute exactly, NonFinite if a log-probability is NaN or Inf.
 
     Args:
         objective: Supervised fine-tuning by default.
     """
+    ensure_exact(base.model, rows)
     objective = objective or SFT()
     sums: list[float] = []
     counts: list[int] = []

@@ -249,3 +249,14 @@ def test_scoring_asks_the_check_and_refuses_rows_that_are_too_long(monkeypatch):
         score_loss(base, ROWS)
     monkeypatch.undo()
     state_layers._branching_forward.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in KINDS if name not in ("state alone", "two attentions a layer", "layers that run several times")]
+)
+def test_a_models_shape_is_known_without_its_weights(name):
+    """`trimtab methods MODEL` counts a prefix's parameters by a pass without numbers."""
+    with torch.device("meta"):
+        skeleton = KINDS[name]()
+    method = PrefixTuning(tokens=3, width=4)
+    assert method.parameter_count(skeleton) == method.parameter_count(kind(name))

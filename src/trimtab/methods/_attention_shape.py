@@ -1,5 +1,7 @@
 """What attention sees of a token in each layer, and the module before which virtual tokens stand: both asked of the model itself."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -55,11 +57,30 @@ def attention_shape(trunk: Any) -> AttentionShape:
     trunk = unwrap(trunk)
     if trunk not in _shapes:
         token = torch.zeros(1, dtype=torch.long, device=next(trunk.parameters()).device)
-        with torch.no_grad():
+        with torch.no_grad(), _computable(trunk):
             seen = record_keys_values(trunk, token)
         shapes = {number: LayerShape(len(k), k.shape[-1], v.shape[-1]) for number, (k, v) in seen.items()}
         _shapes[trunk] = AttentionShape(shapes)
     return _shapes[trunk]
+
+
+@contextmanager
+def _computable(trunk: Any) -> Iterator[None]:
+    """Within the block, a model without weights computes shapes: its experts by the one way that does without numbers."""
+    if not next(trunk.parameters()).is_meta:
+        yield
+        return
+    configs = {
+        id(m.config): m.config for m in trunk.modules() if hasattr(getattr(m, "config", None), "_experts_implementation")
+    }
+    own = [(config, config._experts_implementation) for config in configs.values()]
+    try:
+        for config, _ in own:
+            config._experts_implementation = "batched_mm"
+        yield
+    finally:
+        for config, name in own:
+            config._experts_implementation = name
 
 
 def called_trunk(model: Any) -> nn.Module:
@@ -68,6 +89,8 @@ def called_trunk(model: Any) -> nn.Module:
     Raises:
         UnsupportedModel: It calls neither, so whatever stood there would be ignored.
     """
+    if next(model.parameters()).is_meta:  # without weights, nothing is put there
+        return unwrap(trunk_of(model))
     if model not in _trunks:
         called: list[nn.Module] = []
         candidates = [unwrap(trunk_of(model)), unwrap(model.get_decoder())]

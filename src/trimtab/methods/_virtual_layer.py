@@ -121,9 +121,18 @@ def record_keys_values(trunk: nn.Module, ids: Tensor | None = None, embeddings: 
     else:
         assert ids is not None
         tokens, count = {"input_ids": ids[None]}, len(ids)
-    positions = torch.arange(count, device=next(trunk.parameters()).device)[None]
+    device = next(trunk.parameters()).device
+    tokens["position_ids"] = torch.arange(count, device=device)[None]
+    if device.type == "meta":  # else Transformers would compare positions, which have no values here
+        tokens["attention_mask"] = torch.ones(1, count, device=device)
     with laid_out(recorder):
-        trunk(**tokens, position_ids=positions, layout=recorder, use_cache=False)
+        try:
+            trunk(**tokens, layout=recorder, use_cache=False)
+        except (AttributeError, TypeError) as error:  # it computes with a mask
+            raise UnsupportedModel(
+                f"{name} cannot run without masks ({error}), so what a virtual token's keys are is not known. Use a method that changes "
+                "weights, such as lora."
+            ) from error
     if not recorder.by_layer:
         raise UnsupportedModel(f"{name} does not hand keywords of forward on to attention, so virtual tokens cannot reach it.")
     if len(recorder.calls) != len(recorder.by_layer):

@@ -192,9 +192,16 @@ def test_a_prefix_stands_where_the_models_own_forward_pass_goes():
         assert relative(ours, logprob_alone(model, row.ids, row.target_indices)[None]) > 1e-3
 
 
-def test_layers_that_attend_twice_have_no_prefix():
-    with pytest.raises(UnsupportedModel, match="layers that attend more than once in a pass"):
-        attach(kind("two attentions a layer"), PrefixTuning(tokens=3, width=4), sample=Sample(rows=[ROWS[0].ids]))
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("two attentions a layer", "layers that attend more than once in a pass"),
+        ("masks with learned numbers", "cannot run without masks"),
+    ],
+)
+def test_models_whose_attention_has_no_place_for_a_prefix_are_refused(name, reason):
+    with pytest.raises(UnsupportedModel, match=reason):
+        attach(kind(name), PrefixTuning(tokens=3, width=4), sample=Sample(rows=[ROWS[0].ids]))
 
 
 def test_chunks_are_those_of_each_row():
@@ -251,9 +258,10 @@ def test_scoring_asks_the_check_and_refuses_rows_that_are_too_long(monkeypatch):
     state_layers._branching_forward.cache_clear()
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in KINDS if name not in ("state alone", "two attentions a layer", "layers that run several times")]
-)
+NO_PREFIX = {"state alone", "two attentions a layer", "layers that run several times", "masks with learned numbers"}
+
+
+@pytest.mark.parametrize("name", sorted(KINDS.keys() - NO_PREFIX))
 def test_a_models_shape_is_known_without_its_weights(name):
     """`trimtab methods MODEL` counts a prefix's parameters by a pass without numbers."""
     with torch.device("meta"):

@@ -14,6 +14,8 @@ from trimtab.engine import check, check_packing, generate, layouts, pack_logprob
 from trimtab.engine.pass_mode import mode_of
 from trimtab.evaluate import score_loss
 from trimtab.methods import Sample, attach
+from trimtab.methods._attach import active
+from trimtab.methods._matrices import left_frozen
 from trimtab.methods.lora import LoRA
 from trimtab.methods.prefix import PrefixTuning
 from trimtab.methods.prompt import PromptTuning
@@ -268,3 +270,20 @@ def test_a_models_shape_is_known_without_its_weights(name):
         skeleton = KINDS[name]()
     method = PrefixTuning(tokens=3, width=4)
     assert method.parameter_count(skeleton) == method.parameter_count(kind(name))
+
+
+def test_all_linear_leaves_what_it_would_adapt_in_vain():
+    """Mamba 1 multiplies by the weight of dt_proj itself; an indexer passes no gradient. LoRA on the rest is exact, routed too."""
+    model = kind("Mamba 1")
+    assert "2 × Linear (the model's code computes with its weight itself)" in left_frozen(model)
+    adapters = [attach(model, LoRA(rank=2, alpha=2.0), seed=n, name=f"adapter {n}") for n in range(2)]
+    assert not any("dt_proj" in path for path in adapters[0].layers)
+    for number, adapter in enumerate(adapters):
+        perturb(adapter.parameters(), seed=number)
+    pack = pack_flat(ROWS)
+    owners = ["adapter 0", "adapter 1", None, "adapter 0", "adapter 1"]
+    with torch.no_grad():
+        routed = pack_logprobs(model, pack, owners)
+        for row, owner, ours in zip(ROWS, owners, routed, strict=True):
+            with active(model, *([owner] if owner else [])):
+                assert relative(ours, logprob_alone(model, row.ids, row.target_indices)) < 2e-6

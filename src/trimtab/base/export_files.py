@@ -77,9 +77,11 @@ def _as_in_4(part: Json) -> Json:
         {"num_experts": part["num_local_experts"]} if "num_local_experts" in part and "num_experts" not in part else {}
     )
     rotary = part.get("rope_parameters")
-    if not rotary or "rope_theta" in part:
+    if not isinstance(rotary, dict) or not rotary or "rope_theta" in part:
         return renamed
     if "full_attention" in rotary:  # by the kind of layer
+        if not all(isinstance(part, dict) and "rope_theta" in part for part in rotary.values()):
+            return renamed  # no kind of 4.57's
         local = (rotary.get("sliding_attention") or rotary["full_attention"])["rope_theta"]
         rotary = rotary["full_attention"]
         renamed |= {"rope_local_base_freq": local} if rotary.get("rope_type", "default") in _ROPE_TYPES_IN_4 else {}

@@ -27,6 +27,7 @@ from trimtab.core.stateful import called_state_methods
 from trimtab.engine.layouts import DecodeLayout, LayerState, PackLayout, PrefillLayout
 from trimtab.engine.recurrence import branching_scan
 from trimtab.engine.segment_batches import batches
+from trimtab.methods import current_routing, routed
 
 CONVOLUTION = "causal_conv1d_fn"
 """What Transformers calls the causal convolution of every such layer."""
@@ -130,11 +131,12 @@ class PatchedStateForward:
     def _rows(self, x: Tensor, layout: PackLayout, options: dict[str, Any]) -> Any:
         """Each row by itself, shared tokens once more with each row."""
         ends = layout.leaves if isinstance(layout, PrefillLayout) else layout.ends
-        outs, tokens, states = [], [], []
+        outs, tokens, states, routing = [], [], [], current_routing()
         for end in ends:
             row = layout.row(end).to(x.device)
             states.append(OwnStates(LayerState({}, {})))
-            outs.append(self._own(x.index_select(1, row), states[-1], options))
+            with routed(routing.select(row.tolist()) if routing is not None else None):
+                outs.append(self._own(x.index_select(1, row), states[-1], options))
             tokens.append(row)
         if isinstance(layout, PrefillLayout):
             layout.cache.states[id(self.layer)] = _stacked([each.state for each in states])

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from trimtab.core.config import as_tuple
 from trimtab.core.errors import NoSuchModule, RecipeError, UnsupportedModel, listing
 from trimtab.core.wrapping import base_modules, text_modules, unwrap
-from trimtab.methods._experts import MatrixShape, expert_shapes, routers
+from trimtab.methods._experts import MatrixShape, expert_shapes
+from trimtab.methods._unsuited import unsuited
 
 ALL = "all"
 """The target that is every module a method can train."""
@@ -104,11 +105,12 @@ def find_matrices(
     chosen: set[str] = set()
     for target in targets:
         if target == ALL_LINEAR:
-            choosers = routers(own)
-            matching = [path for path in in_blocks if path not in choosers]
+            left = unsuited(own)
+            matching = [path for path in in_blocks if path not in left]
         elif target == ATTENTION:
             whole = base_modules(model)
-            matching = [path for path in in_blocks if in_attention(path, whole)]
+            left = unsuited(own)
+            matching = [path for path in in_blocks if in_attention(path, whole) and path not in left]
         else:
             is_name = _NAME.fullmatch(target)  # an expression may match other modules beside matrices, a name may not
             candidates = {**(own if is_name else {}), **adaptable, **fused}
@@ -178,8 +180,8 @@ def _unreached(pattern: str, model: Any) -> str | None:
 
 def left_frozen(model: Any) -> str:
     """What `all-linear` leaves as it is besides vectors, embeddings and head: kinds of modules with the reasons; "" if nothing."""
-    own, choosers = text_modules(model), routers(text_modules(model))
-    adapted = {path for path in matrices(model) if path not in choosers}
+    own, left = text_modules(model), unsuited(text_modules(model))
+    adapted = {path for path in matrices(model) if path not in left}
     head = unwrap(model.get_output_embeddings())
     kinds: dict[str, int] = {}
     for path, module in own.items():
@@ -188,10 +190,8 @@ def left_frozen(model: Any) -> str:
             continue
         if expert_shapes(module):
             continue  # what is left of them are biases
-        reason = "not a linear layer"
-        if path in choosers:
-            reason = "router, which chooses the experts"
-        elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        reason = left.get(path, "not a linear layer")
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
             reason = "convolution"
         elif "expert" in type(module).__name__.lower():
             reason = "experts without Transformers' interface for them"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from models.configurations import Case, build
 from models.measures import MEASURES, LeftOut
-from models.references import problem_of
+from models.references import LONGEST, problem_of
 from models.subject import Subject
 
 import trimtab
@@ -55,6 +55,8 @@ def examine_model(subject: Subject, only: Collection[str] = ()) -> Result:
                 continue
             measured[name] = _taken(measure.of, subject)
     result: Result = {"measured": measured, "by_hand": sorted(by_hand)}
+    if subject.limit < LONGEST:
+        result["limit"] = subject.limit
     if math.isfinite(measured.get("lora", {}).get("deviation", math.inf)):
         result["lora"] = subject.facts()
     return result | dict(zip(("status", "reason"), _status(result), strict=True))

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from models.measuring import NEW_TOKENS, TOLERANCE, measure
-from models.references import alone, difference, greedy_deficit, own_logits, prompts
+from models.references import alone, difference, greedy_deficit, own_logits
 from models.subject import Subject
 from torch import Tensor
 
@@ -25,9 +25,9 @@ def prefix(subject: Subject) -> float:
     with torch.no_grad():
         expected = alone(model, subject.rows, _logits_with_virtual_tokens)
         packed = difference(pack_logprobs(model, pack_tree(subject.rows)), expected)
-    answers = trimtab.generate(model, prompts(), [], max_new_tokens=NEW_TOKENS)
+    answers = trimtab.generate(model, subject.prompts, [], max_new_tokens=NEW_TOKENS)
     acts = difference(expected, subject.expected) > TOLERANCE
-    return max(packed, greedy_deficit(model, prompts(), answers, _logits_with_virtual_tokens)) if acts else math.inf
+    return max(packed, greedy_deficit(model, subject.prompts, answers, _logits_with_virtual_tokens)) if acts else math.inf
 
 
 def _logits_with_virtual_tokens(model: Any, ids: Any) -> Tensor:

@@ -3,20 +3,20 @@
 import copy
 
 import torch
-from models.measuring import NEW_TOKENS, measure
-from models.references import difference, greedy_deficit, own_logits, prompts
+from models.measuring import NEW_TOKENS, LeftOut, measure
+from models.references import LONGEST, alone, difference, greedy_deficit, own_logits, rows
 from models.subject import Subject
 
 import trimtab
 from trimtab.core.errors import TrimtabError
 from trimtab.data import pack_flat, pack_tree
-from trimtab.engine import check_packing, pack_logprobs
+from trimtab.engine import pack_logprobs
 
 
 @measure("check")
 def check(subject: Subject) -> float:
     """Whether Trimtab agrees to train it: what `fit` asks first."""
-    check_packing(subject.base().model)
+    subject.checked()
     return 0.0
 
 
@@ -27,11 +27,24 @@ def scored(subject: Subject) -> float:
     return difference(torch.tensor(ours), subject.expected)
 
 
+@measure("too long", trains=False)
+def too_long(subject: Subject) -> float:
+    """Of a model that takes short rows alone, longer ones have to be refused."""
+    if subject.limit >= LONGEST:
+        raise LeftOut("It takes rows of any length.")
+    try:
+        ours = trimtab.score_loss(subject.base(), rows()).logprobs
+    except TrimtabError:
+        return 0.0
+    with torch.no_grad():
+        return difference(torch.tensor(ours), alone(subject.pristine, rows()))
+
+
 @measure("generated", trains=False)
 def generated(subject: Subject) -> float:
     """`trimtab.generate`, 16 tokens for each of four prompts from a cache, against full passes."""
-    answers = trimtab.generate(subject.base().model, prompts(), [], max_new_tokens=NEW_TOKENS)
-    return greedy_deficit(subject.pristine, prompts(), answers)
+    answers = trimtab.generate(subject.base().model, subject.prompts, [], max_new_tokens=NEW_TOKENS)
+    return greedy_deficit(subject.pristine, subject.prompts, answers)
 
 
 @measure("untouched", 0.0, trains=False)
@@ -58,10 +71,10 @@ def _is_accepted(subject: Subject) -> bool:
 @measure("flat")
 def flat(subject: Subject) -> float:
     """A pack of rows one after the other."""
-    return difference(pack_logprobs(subject.base().model, pack_flat(subject.rows)), subject.expected)
+    return difference(pack_logprobs(subject.checked().model, pack_flat(subject.rows)), subject.expected)
 
 
 @measure("tree")
 def tree(subject: Subject) -> float:
     """A pack of rows that share their common beginnings."""
-    return difference(pack_logprobs(subject.base().model, pack_tree(subject.rows)), subject.expected)
+    return difference(pack_logprobs(subject.checked().model, pack_tree(subject.rows)), subject.expected)

@@ -15,19 +15,30 @@ HIGHEST_TOKEN = VOCABULARY - 8
 """Tokens above are special ones, such as those of images."""
 
 
-def rows() -> list[TokenRow]:
-    """Five rows of 5 to 75 tokens, of which three begin with the same 24; targets are the last two thirds of each."""
+LONGEST = 75
+"""Tokens of the longest row."""
+_SHARED = 24
+
+
+def rows(most: int = LONGEST) -> list[TokenRow]:
+    """Five rows of 5 to 75 tokens, of which three begin with the same 24; targets are the last two thirds of each.
+
+    Args:
+        most: Of each row, that many tokens, which begin shortly before the end of what three of them share.
+    """
     generator = torch.Generator().manual_seed(0)
-    shared, *others = (_draw(length, generator) for length in (24, 40, 9, 75, 5, 17))
+    shared, *others = (_draw(length, generator) for length in (_SHARED, 40, 9, LONGEST, 5, 17))
     texts = [shared + others[0], shared + others[1], others[2], others[3], shared + others[4]]
+    texts = [text[max(0, min(len(text) - most, _SHARED - most // 2)) :][:most] for text in texts]
     return [TokenRow(ids, list(range(max(1, len(ids) // 3), len(ids))), f"row {n}") for n, ids in enumerate(texts)]
 
 
-def prompts() -> list[list[int]]:
-    """Four prompts of 4 to 30 tokens, of which two begin with the same 12."""
+def prompts(most: int = LONGEST) -> list[list[int]]:
+    """Four prompts of 4 to 30 tokens, of which two begin with the same 12; the last half of `most` of each."""
     generator = torch.Generator().manual_seed(1)
     shared = _draw(12, generator)
-    return [shared + _draw(18, generator), _draw(7, generator), shared + _draw(6, generator), _draw(4, generator)]
+    texts = [shared + _draw(18, generator), _draw(7, generator), shared + _draw(6, generator), _draw(4, generator)]
+    return [text[-(most // 2) :] for text in texts]
 
 
 def _draw(length: int, generator: torch.Generator) -> list[int]:

@@ -7,14 +7,14 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-from models.references import alone, rows
+from models.references import LONGEST, alone, prompts, rows
 from torch import Tensor
 
 import trimtab
 from trimtab.core.errors import TrimtabError
 from trimtab.core.wrapping import base_modules, unwrap
 from trimtab.data import pack_tree
-from trimtab.engine import pack_logprobs
+from trimtab.engine import check_packing, pack_logprobs
 
 
 class Adapted(NamedTuple):
@@ -41,17 +41,31 @@ class Subject:
 
     def __init__(self, pristine: Any) -> None:
         self.pristine = pristine
-        self.rows = rows()
+        self.limit = min(self._limit(), LONGEST)
+        """The most tokens of a row that Trimtab accepts of this model, if that is fewer than the rows have."""
+        self.rows, self.prompts = rows(self.limit), prompts(self.limit)
         with torch.no_grad():
             self.expected = alone(pristine, self.rows)
+
+    def _limit(self) -> int:
+        try:
+            return self.checked().context_length or LONGEST
+        except Exception:  # the measures say what it is
+            return LONGEST
 
     def base(self) -> Any:
         """A Base of a copy."""
         return trimtab.Base(copy.deepcopy(self.pristine), None)
 
+    def checked(self) -> Any:
+        """A Base of a copy, after the check that `fit` makes first."""
+        base = self.base()
+        check_packing(base.model)
+        return base
+
     def adapted(self, method: Any) -> Adapted:
         """A copy with an adapter."""
-        base = self.base()
+        base = self.checked()
         adapter = trimtab.attach(base.model, method, sample=trimtab.sample(base, self.rows))
         perturb(adapter.parameters())
         return Adapted(base, adapter)

@@ -157,6 +157,8 @@ def _in_the_way(result: Result) -> str:
     """The reason of a refusal; of an exact model, the first thing that it is refused."""
     if result["status"] not in ("exact", "exact by hand"):
         return _text(result["reason"], SHORT)
+    if "limit" in result:
+        return f"takes rows of up to {result['limit']} tokens: as many as its indexer chooses, which is {result['limit']} here"
     for name in ("by name", "prefix", "merge", "generated"):
         if refused := result["measured"].get(name, {}).get("refused"):
             return f"{name}: {_text(refused, SHORT)}"

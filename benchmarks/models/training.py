@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from models.measuring import GRADIENT_TOLERANCE, NEW_TOKENS, TOLERANCE, measure
-from models.references import alone, difference, greedy_deficit, prompts
+from models.references import alone, difference, greedy_deficit
 from models.subject import Adapted, Subject
 from torch import Tensor
 
@@ -22,9 +22,9 @@ def lora(subject: Subject) -> float:
     with torch.no_grad():
         expected = alone(model, subject.rows)
         packed = max(difference(pack_logprobs(model, pack(subject.rows)), expected) for pack in (pack_flat, pack_tree))
-    answers = trimtab.generate(model, prompts(), [], max_new_tokens=NEW_TOKENS)
+    answers = trimtab.generate(model, subject.prompts, [], max_new_tokens=NEW_TOKENS)
     acts = difference(expected, subject.expected) > TOLERANCE
-    return max(packed, greedy_deficit(model, prompts(), answers)) if acts else math.inf
+    return max(packed, greedy_deficit(model, subject.prompts, answers)) if acts else math.inf
 
 
 @measure("owners")
@@ -36,8 +36,8 @@ def owners(subject: Subject) -> float:
         packed = pack_logprobs(model, pack_flat(subject.rows), named)
         with_lora = torch.tensor([name is not None for name in named])
         expected = torch.where(with_lora, alone(model, subject.rows), subject.expected)
-    answers = trimtab.generate(model, prompts(), [], max_new_tokens=NEW_TOKENS, owners=named[: len(prompts())])
-    adapted, base = ([pair[n::2] for pair in (prompts(), answers)] for n in (1, 0))
+    answers = trimtab.generate(model, subject.prompts, [], max_new_tokens=NEW_TOKENS, owners=named[: len(subject.prompts)])
+    adapted, base = ([pair[n::2] for pair in (subject.prompts, answers)] for n in (1, 0))
     deficits = greedy_deficit(model, *adapted), greedy_deficit(subject.pristine, *base)
     return max(difference(packed, expected), *deficits)
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from models.measuring import NEW_TOKENS, TOLERANCE, measure
-from models.references import alone, difference, greedy_deficit, own_logits
+from models.references import LONGEST, alone, difference, greedy_deficit, own_logits, prompts, rows
 from models.subject import Subject
 from torch import Tensor
 
@@ -18,16 +18,22 @@ from trimtab.engine.head import head_of
 from trimtab.engine.layouts import PackLayout
 
 
+VIRTUAL = 4
+"""Tokens of the prefix."""
+
+
 @measure("prefix")
 def prefix(subject: Subject) -> float:
     """Four virtual tokens: packed against rows alone, by the model's own passes where it has no windows that they exceed."""
-    model = subject.adapted(trimtab.method("prefix", tokens=4, width=16)).model
+    model = subject.adapted(trimtab.method("prefix", tokens=VIRTUAL, width=16)).model
+    most = subject.limit if subject.limit == LONGEST else subject.limit - VIRTUAL  # virtual tokens count, too
+    examples, asked = rows(most), prompts(most)
     with torch.no_grad():
-        expected = alone(model, subject.rows, _logits_with_virtual_tokens)
-        packed = difference(pack_logprobs(model, pack_tree(subject.rows)), expected)
-    answers = trimtab.generate(model, subject.prompts, [], max_new_tokens=NEW_TOKENS)
-    acts = difference(expected, subject.expected) > TOLERANCE
-    return max(packed, greedy_deficit(model, subject.prompts, answers, _logits_with_virtual_tokens)) if acts else math.inf
+        expected = alone(model, examples, _logits_with_virtual_tokens)
+        packed = difference(pack_logprobs(model, pack_tree(examples)), expected)
+        acts = difference(expected, alone(subject.pristine, examples)) > TOLERANCE
+    answers = trimtab.generate(model, asked, [], max_new_tokens=NEW_TOKENS)
+    return max(packed, greedy_deficit(model, asked, answers, _logits_with_virtual_tokens)) if acts else math.inf
 
 
 def _logits_with_virtual_tokens(model: Any, ids: Any) -> Tensor:

@@ -165,8 +165,9 @@ def test_greedy_tokens_have_no_deficit_and_others_have():
     with torch.no_grad():
         for _ in range(3):
             answer.append(int(references.own_logits(model, [*prompt, *answer])[-1].argmax()))
-    assert references.greedy_deficit(model, [prompt], [answer]) == 0.0
-    assert references.greedy_deficit(model, [prompt], [[*answer[:2], (answer[2] + 1) % 100]]) > 1e-3
+        scores = references.own_logits(model, [*prompt, *answer])[len(prompt) - 1 : -1]
+    assert references.greedy_deficit(scores, answer) == 0.0
+    assert references.greedy_deficit(scores, [*answer[:2], (answer[2] + 1) % 100]) > 1e-3
 
 
 # The table

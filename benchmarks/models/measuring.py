@@ -8,10 +8,8 @@ from typing import Any, NamedTuple
 
 from models.subject import Subject
 
-TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 1e-3
-"""Relative, of float32; of gradients, relative to the largest one."""
-NEW_TOKENS = 16
-"""Of each generated answer."""
+TOLERANCE, GRADIENT_TOLERANCE, STEP_TOLERANCE = 1e-4, 1e-3, 5e-4
+"""Relative, of float32; of gradients, relative to the largest one; of logits, step by step, relative to the largest one."""
 
 
 class LeftOut(Exception):

@@ -4,8 +4,8 @@ import math
 from typing import Any
 
 import torch
-from models.measuring import NEW_TOKENS, TOLERANCE, measure
-from models.references import LONGEST, alone, difference, greedy_deficit, own_logits, prompts, rows
+from models.measuring import STEP_TOLERANCE, TOLERANCE, measure
+from models.references import LONGEST, alone, difference, generated_difference, own_logits, prompts, rows
 from models.subject import Subject
 from torch import Tensor
 
@@ -17,23 +17,34 @@ from trimtab.engine.forward import hidden_states
 from trimtab.engine.head import head_of
 from trimtab.engine.layouts import PackLayout
 
-
 VIRTUAL = 4
 """Tokens of the prefix."""
 
 
 @measure("prefix")
+@torch.no_grad()
 def prefix(subject: Subject) -> float:
     """Four virtual tokens: packed against rows alone, by the model's own passes where it has no windows that they exceed."""
-    model = subject.adapted(trimtab.method("prefix", tokens=VIRTUAL, width=16)).model
-    most = subject.limit if subject.limit == LONGEST else subject.limit - VIRTUAL  # virtual tokens count, too
-    examples, asked = rows(most), prompts(most)
-    with torch.no_grad():
-        expected = alone(model, examples, _logits_with_virtual_tokens)
-        packed = difference(pack_logprobs(model, pack_tree(examples)), expected)
-        acts = difference(expected, alone(subject.pristine, examples)) > TOLERANCE
-    answers = trimtab.generate(model, asked, [], max_new_tokens=NEW_TOKENS)
-    return max(packed, greedy_deficit(model, asked, answers, _logits_with_virtual_tokens)) if acts else math.inf
+    model, examples = _with_prefix(subject), rows(_most(subject))
+    expected = alone(model, examples, _logits_with_virtual_tokens)
+    acts = difference(expected, alone(subject.pristine, examples)) > TOLERANCE
+    return difference(pack_logprobs(model, pack_tree(examples)), expected) if acts else math.inf
+
+
+@measure("prefix generated", STEP_TOLERANCE)
+def prefix_generated(subject: Subject) -> float:
+    """Answers with the virtual tokens."""
+    model, asked = _with_prefix(subject), prompts(_most(subject))
+    return generated_difference(model, asked, [model] * len(asked), _logits_with_virtual_tokens)
+
+
+def _with_prefix(subject: Subject) -> Any:
+    return subject.adapted(trimtab.method("prefix", tokens=VIRTUAL, width=16)).model
+
+
+def _most(subject: Subject) -> int:
+    """The most tokens of a row beside the virtual ones."""
+    return subject.limit if subject.limit == LONGEST else subject.limit - VIRTUAL
 
 
 def _logits_with_virtual_tokens(model: Any, ids: Any) -> Tensor:

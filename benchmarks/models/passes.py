@@ -3,8 +3,8 @@
 import copy
 
 import torch
-from models.measuring import NEW_TOKENS, LeftOut, measure
-from models.references import LONGEST, alone, difference, greedy_deficit, own_logits, rows
+from models.measuring import STEP_TOLERANCE, LeftOut, measure
+from models.references import LONGEST, alone, difference, generated_difference, own_logits, rows
 from models.subject import Subject
 
 import trimtab
@@ -40,11 +40,10 @@ def too_long(subject: Subject) -> float:
         return difference(torch.tensor(ours), alone(subject.pristine, rows()))
 
 
-@measure("generated", trains=False)
+@measure("generated", STEP_TOLERANCE, trains=False)
 def generated(subject: Subject) -> float:
     """`trimtab.generate`, 16 tokens for each of four prompts from a cache, against full passes."""
-    answers = trimtab.generate(subject.base().model, subject.prompts, [], max_new_tokens=NEW_TOKENS)
-    return greedy_deficit(subject.pristine, subject.prompts, answers)
+    return generated_difference(subject.base().model, subject.prompts, [subject.pristine] * len(subject.prompts))
 
 
 @measure("untouched", 0.0, trains=False)

@@ -1,13 +1,17 @@
 """What plain Transformers says of a model: rows one by one, through the model's own forward pass."""
 
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from models.configurations import VOCABULARY
 from torch import Tensor
 
+import trimtab
 from trimtab.data.example import TokenRow
+from trimtab.engine import decode
 
 Logits = Callable[[Any, Sequence[int]], Tensor]
 """From a model and a row of T tokens to logits: T V."""
@@ -15,20 +19,31 @@ HIGHEST_TOKEN = VOCABULARY - 8
 """Tokens above are special ones, such as those of images."""
 
 
+NEW_TOKENS = 16
+"""Of each generated answer."""
 LONGEST = 75
 """Tokens of the longest row."""
 _SHARED = 24
 
 
 def rows(most: int = LONGEST) -> list[TokenRow]:
-    """Five rows of 5 to 75 tokens, of which three begin with the same 24; targets are the last two thirds of each.
+    """Six rows of 5 to 75 tokens; targets are the last two thirds of each.
+
+    Four begin with the same 24 tokens, and two of those share the next one, so that a tree of them has a segment of a single token.
 
     Args:
         most: Of each row, that many tokens, which begin shortly before the end of what three of them share.
     """
     generator = torch.Generator().manual_seed(0)
-    shared, *others = (_draw(length, generator) for length in (_SHARED, 40, 9, LONGEST, 5, 17))
-    texts = [shared + others[0], shared + others[1], others[2], others[3], shared + others[4]]
+    shared, *others = (_draw(length, generator) for length in (_SHARED, 40, 9, LONGEST, 5, 17, 6))
+    texts = [
+        shared + others[0],
+        shared + others[1],
+        others[2],
+        others[3],
+        shared + others[4],
+        shared + others[0][:1] + others[5],
+    ]
     texts = [text[max(0, min(len(text) - most, _SHARED - most // 2)) :][:most] for text in texts]
     return [TokenRow(ids, list(range(max(1, len(ids) // 3), len(ids))), f"row {n}") for n, ids in enumerate(texts)]
 
@@ -60,19 +75,46 @@ def alone(model: Any, examples: Sequence[TokenRow], logits: Logits = own_logits)
 
 
 @torch.no_grad()
-def greedy_deficit(model: Any, asked: Sequence[list[int]], answers: Sequence[list[int]], logits: Logits = own_logits) -> float:
-    """How far an answer's tokens are from greedy decoding: the largest distance of a token's logit from the highest one there.
+def generated_difference(
+    model: Any, asked: Sequence[list[int]], references: Sequence[Any], logits: Logits = own_logits, **settings: Any
+) -> float:
+    """How far `trimtab.generate` is from greedy decoding by full passes of the reference of each prompt.
 
-    0 exactly if every token is the likeliest after those before it, so if full passes would choose the same tokens. A tie gives 0
-    or a rounding error. As a share of the largest logit.
+    The larger of two: how far an answer's tokens are from the likeliest there (0 if full passes would choose the same tokens), and how
+    far the logits that they were chosen by are from those of a full pass. Both as a share of the largest logit.
     """
+    with seen_logits() as seen:
+        answers = trimtab.generate(model, asked, [], max_new_tokens=NEW_TOKENS, **settings)
     worst = 0.0
-    for prompt, answer in zip(asked, answers, strict=True):
-        scores = logits(model, [*prompt, *answer])[len(prompt) - 1 : -1].double()
-        chosen = scores.gather(1, torch.tensor(answer)[:, None])[:, 0]
-        deficit = (scores.max(-1).values - chosen) / scores.abs().max()
-        worst = _worst(worst, deficit)
+    for number, (prompt, answer, reference) in enumerate(zip(asked, answers, references, strict=True)):
+        scores = logits(reference, [*prompt, *answer])[len(prompt) - 1 : -1].double()
+        worst = _worst(worst, (torch.stack(seen[number]).double() - scores).abs() / scores.abs().max())
+        worst = max(worst, greedy_deficit(scores, answer))
     return worst
+
+
+def greedy_deficit(scores: Tensor, answer: Sequence[int]) -> float:
+    """How far the logits of an answer's tokens (T V) are from the highest ones, as a share of the largest logit."""
+    chosen = scores.gather(1, torch.tensor(list(answer))[:, None])[:, 0]
+    return _worst(0.0, (scores.max(-1).values - chosen) / scores.abs().max())
+
+
+@contextmanager
+def seen_logits() -> Iterator[dict[int, list[Tensor]]]:
+    """What `trimtab.generate` chooses tokens by within the block: for each prompt, the logits of each step."""
+    seen: dict[int, list[Tensor]] = defaultdict(list)
+    choose = decode._choose
+
+    def keeping(head: Any, hidden: Tensor, rows: Sequence[int], *rest: Any) -> Any:
+        for row, logits in zip(rows, head.logits(hidden), strict=True):
+            seen[row].append(logits)
+        return choose(head, hidden, rows, *rest)
+
+    decode._choose = keeping
+    try:
+        yield seen
+    finally:
+        decode._choose = choose
 
 
 def difference(ours: Tensor, theirs: Tensor) -> float:

@@ -5,8 +5,8 @@ import re
 from typing import Any
 
 import torch
-from models.measuring import GRADIENT_TOLERANCE, NEW_TOKENS, TOLERANCE, measure
-from models.references import alone, difference, greedy_deficit
+from models.measuring import GRADIENT_TOLERANCE, STEP_TOLERANCE, TOLERANCE, measure
+from models.references import alone, difference, generated_difference
 from models.subject import Adapted, Subject
 from torch import Tensor
 
@@ -16,30 +16,42 @@ from trimtab.engine import pack_logprobs
 
 
 @measure("lora")
+@torch.no_grad()
 def lora(subject: Subject) -> float:
-    """LoRA on `all-linear`, else on `attention`: packed against the model's own forward pass, and generation likewise."""
+    """LoRA on `all-linear`, else on `attention`: packed, flat and as a tree, against the model's own forward pass."""
     model = subject.lora.model
-    with torch.no_grad():
-        expected = alone(model, subject.rows)
-        packed = max(difference(pack_logprobs(model, pack(subject.rows)), expected) for pack in (pack_flat, pack_tree))
-    answers = trimtab.generate(model, subject.prompts, [], max_new_tokens=NEW_TOKENS)
-    acts = difference(expected, subject.expected) > TOLERANCE
-    return max(packed, greedy_deficit(model, subject.prompts, answers)) if acts else math.inf
+    expected = alone(model, subject.rows)
+    packed = max(difference(pack_logprobs(model, pack(subject.rows)), expected) for pack in (pack_flat, pack_tree))
+    return packed if difference(expected, subject.expected) > TOLERANCE else math.inf
+
+
+@measure("lora generated", STEP_TOLERANCE)
+def lora_generated(subject: Subject) -> float:
+    """Answers with the LoRA."""
+    return generated_difference(subject.lora.model, subject.prompts, [subject.lora.model] * len(subject.prompts))
 
 
 @measure("owners")
+@torch.no_grad()
 def owners(subject: Subject) -> float:
-    """Rows with the LoRA and rows of the base alone in one pack, and in one batch of answers."""
-    model = subject.lora.model
-    named: list[str | None] = [subject.lora.adapter.name if number % 2 else None for number in range(len(subject.rows))]
-    with torch.no_grad():
-        packed = pack_logprobs(model, pack_flat(subject.rows), named)
-        with_lora = torch.tensor([name is not None for name in named])
-        expected = torch.where(with_lora, alone(model, subject.rows), subject.expected)
-    answers = trimtab.generate(model, subject.prompts, [], max_new_tokens=NEW_TOKENS, owners=named[: len(subject.prompts)])
-    adapted, base = ([pair[n::2] for pair in (subject.prompts, answers)] for n in (1, 0))
-    deficits = greedy_deficit(model, *adapted), greedy_deficit(subject.pristine, *base)
-    return max(difference(packed, expected), *deficits)
+    """Rows with the LoRA and rows of the base alone in one pack."""
+    names = _owners(subject, len(subject.rows))
+    packed = pack_logprobs(subject.lora.model, pack_flat(subject.rows), names)
+    adapted = torch.tensor([name is not None for name in names])
+    return difference(packed, torch.where(adapted, alone(subject.lora.model, subject.rows), subject.expected))
+
+
+@measure("owners generated", STEP_TOLERANCE)
+def owners_generated(subject: Subject) -> float:
+    """Answers with the LoRA and answers of the base alone in one batch."""
+    names = _owners(subject, len(subject.prompts))
+    references = [subject.pristine if name is None else subject.lora.model for name in names]
+    return generated_difference(subject.lora.model, subject.prompts, references, owners=names)
+
+
+def _owners(subject: Subject, count: int) -> list[str | None]:
+    """Nobody, and the LoRA, in turn."""
+    return [subject.lora.adapter.name if number % 2 else None for number in range(count)]
 
 
 @measure("gradient", GRADIENT_TOLERANCE)

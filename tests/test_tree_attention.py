@@ -2,6 +2,7 @@
 
 import math
 import re
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -22,42 +23,69 @@ TREE = (
 )
 FORKED = (Segment(0, 520, -1), Segment(520, 1070, 0), Segment(1070, 1080, 0), Segment(1080, 1095, 1))
 LONG = (Segment(0, 600, -1), Segment(600, 1200, 0))
+
+
+class Case(NamedTuple):
+    segments: tuple[Segment, ...]
+    heads: Heads
+    virtual: int = 0
+    window: int | None = None
+    chunk: int | None = None
+    rotary: int | None = None
+    """All numbers of a head are rotated, unless given."""
+    interleaved: bool = False
+    sinks: bool = False
+
+
 CASES = {
-    "rows side by side": (FLAT, Heads(2, 2, 16), 0, None),
-    "a row alone": ((Segment(0, 130, -1),), Heads(1, 3, 64), 0, None),
-    "a tree": (TREE, Heads(2, 3, 20), 0, None),
-    "virtual tokens": (TREE, Heads(1, 2, 8), 7, None),
-    "a window": (TREE, Heads(2, 1, 24), 0, 33),
-    "virtual tokens and a window": (TREE, Heads(1, 2, 128), 5, 33),
-    "long segments that part": (FORKED, Heads(1, 2, 8), 3, None),
-    "longer than a tile": (LONG, Heads(1, 2, 8), 0, None),
-    "longer than a tile, with a window": (LONG, Heads(1, 1, 8), 0, 300),
+    "rows side by side": Case(FLAT, Heads(2, 2, 16)),
+    "a row alone": Case((Segment(0, 130, -1),), Heads(1, 3, 64)),
+    "a tree": Case(TREE, Heads(2, 3, 20)),
+    "virtual tokens": Case(TREE, Heads(1, 2, 8), 7),
+    "a window": Case(TREE, Heads(2, 1, 24), 0, 33),
+    "virtual tokens and a window": Case(TREE, Heads(1, 2, 128), 5, 33),
+    "long segments that part": Case(FORKED, Heads(1, 2, 8), 3),
+    "longer than a tile": Case(LONG, Heads(1, 2, 8)),
+    "longer than a tile, with a window": Case(LONG, Heads(1, 1, 8), 0, 300),
+    "heads rotated in part": Case(TREE, Heads(2, 1, 24), rotary=10),
+    "heads not rotated": Case(TREE, Heads(2, 1, 24), rotary=0),
+    "neighbours rotated": Case(TREE, Heads(2, 2, 16), rotary=12, interleaved=True),
+    "sinks": Case(TREE, Heads(2, 3, 20), sinks=True),
+    "sinks, virtual tokens and a window": Case(LONG, Heads(1, 2, 8), 5, 300, sinks=True),
+    "chunks": Case(TREE, Heads(2, 1, 24), chunk=40),
+    "chunks and virtual tokens": Case(LONG, Heads(1, 2, 8), 5, chunk=290),
 }
 
 
 def drawn(case, dtype=torch.float64):
-    """q, k and v as columns of one matrix, angles, perhaps virtual keys and values; and a gradient."""
-    segments, (groups, each, head), virtual, _ = case
+    """q, k and v as columns of one matrix, angles, perhaps virtual keys and values and sinks; and a gradient."""
+    groups, each, head = case.heads
     draw = torch.Generator().manual_seed(0)
-    tokens, widths = segments[-1].end, [groups * each * head, groups * head, groups * head]
-    q, k, v = torch.randn(tokens, sum(widths), generator=draw, dtype=torch.float64).to(dtype).split(widths, dim=1)
-    angles = torch.randn(tokens, head // 2, generator=draw, dtype=torch.float64).repeat(1, 2)
-    first = (
-        [torch.randn(groups, virtual, head, generator=draw, dtype=torch.float64).to(dtype) for _ in range(2)] if virtual else []
-    )
-    dout = torch.randn(tokens, widths[0], generator=draw, dtype=torch.float64).to(dtype)
-    return [t.clone().requires_grad_() for t in (q, k, v)], angles.cos().to(dtype), angles.sin().to(dtype), [
-        t.requires_grad_() for t in first
-    ], dout  # fmt: skip
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=draw, dtype=torch.float64).to(dtype)
+
+    tokens, widths = case.segments[-1].end, [groups * each * head, groups * head, groups * head]
+    q, k, v = normal(tokens, sum(widths)).split(widths, dim=1)
+    angles = torch.randn(tokens, (head if case.rotary is None else case.rotary) // 2, generator=draw, dtype=torch.float64)
+    angles = angles.repeat_interleave(2, dim=1) if case.interleaved else angles.repeat(1, 2)
+    first = {}
+    if case.virtual:
+        first = {name: normal(groups, case.virtual, head).requires_grad_() for name in ("virtual_k", "virtual_v")}
+    if case.sinks:
+        first["sinks"] = (normal(groups * each) + 2).requires_grad_()
+    dout = normal(tokens, widths[0])
+    return [t.clone().requires_grad_() for t in (q, k, v)], angles.cos().to(dtype), angles.sin().to(dtype), first, dout
 
 
 def ours(case, q, k, v, cos, sin, first):
-    segments, heads, virtual, window = case
-    return attend(AttentionInputs(q, k, v, cos, sin, *first), AttentionPlan(segments, heads, heads.size**-0.5, window, virtual))
+    segments, heads, virtual, window, chunk, _, interleaved, _ = case
+    plan = AttentionPlan(segments, heads, heads.size**-0.5, window, virtual, chunk, interleaved)
+    return attend(AttentionInputs(q, k, v, cos, sin, **first), plan)
 
 
 def written_out(case, q, k, v, cos, sin, first):
-    segments, (_, each, head), virtual, window = case
+    segments, (_, each, head), virtual, window, chunk, _, interleaved, _ = case
     tokens = len(q)
     sees = torch.zeros(tokens, virtual + tokens, dtype=torch.bool)
     for number, (start, end, _) in enumerate(segments):
@@ -68,28 +96,38 @@ def written_out(case, q, k, v, cos, sin, first):
         keys = torch.tensor([*range(virtual), *(virtual + t for t in path)])
         for token in range(start, end):
             last = len(keys) - (end - token) + 1
-            sees[token, keys[0 if window is None else max(0, last - window) : last]] = True
+            before = 0 if window is None else max(0, last - window)
+            if chunk is not None:
+                before = max(before, (last - 1) // chunk * chunk)
+            sees[token, keys[before:last]] = True
 
     def turned(x):
-        heads = x.unflatten(1, (-1, head))
-        one, two = heads.chunk(2, dim=2)
-        return heads * cos[:, None] + torch.cat([-two, one], 2) * sin[:, None]
+        heads, rotary = x.unflatten(1, (-1, head)), cos.shape[1]
+        pairs = [(n, n + 1) for n in range(0, rotary, 2)] if interleaved else [(n, n + rotary // 2) for n in range(rotary // 2)]
+        turned = list(heads.unbind(2))
+        for one, two in pairs:
+            (c, s), (a, b) = (t[:, None, one] for t in (cos, sin)), (turned[one], turned[two])
+            turned[one], turned[two] = a * c - b * s, b * c + a * s
+        return torch.stack(turned, dim=2)
 
     q, k, v = turned(q), turned(k).transpose(0, 1), v.unflatten(1, (-1, head)).transpose(0, 1)
-    if first:
-        k, v = torch.cat([first[0], k], dim=1), torch.cat([first[1], v], dim=1)
+    if virtual:
+        k, v = torch.cat([first["virtual_k"], k], dim=1), torch.cat([first["virtual_v"], v], dim=1)
     k, v = (t.repeat_interleave(each, dim=0) for t in (k, v))
     scores = torch.einsum("thk,hsk->hts", q, k) / math.sqrt(head)
-    return torch.einsum("hts,hsk->thk", scores.masked_fill(~sees, float("-inf")).softmax(-1), v).flatten(1)
+    scores = scores.masked_fill(~sees, float("-inf"))
+    if "sinks" in first:
+        scores = torch.cat([scores, first["sinks"][:, None, None].expand(-1, tokens, 1)], dim=2)
+    return torch.einsum("hts,hsk->thk", scores.softmax(-1)[..., : virtual + tokens], v).flatten(1)
 
 
 def differences(case, dtype=torch.float64):
     """Of what comes out, and of each gradient, relative to the largest."""
     leaves, cos, sin, first, dout = drawn(case, dtype)
     out = ours(case, *leaves, cos, sin, first)
-    gradients = torch.autograd.grad(out, [*leaves, *first], dout)
-    exact = [t.detach().double().requires_grad_() for t in (*leaves, *first)]
-    reference = written_out(case, *exact[:3], cos.double(), sin.double(), exact[3:])
+    gradients = torch.autograd.grad(out, [*leaves, *first.values()], dout)
+    exact = [t.detach().double().requires_grad_() for t in (*leaves, *first.values())]
+    reference = written_out(case, *exact[:3], cos.double(), sin.double(), dict(zip(first, exact[3:], strict=True)))
     slopes = torch.autograd.grad(reference, exact, dout.double())
     pairs = zip((out, *gradients), (reference, *slopes), strict=True)
     return [float((a.double() - b).detach().abs().max() / b.detach().abs().max()) for a, b in pairs]
@@ -148,8 +186,13 @@ def _mistakes():
     """Changes of attention.h, each of which some case has to notice."""
     return {
         "a later key is seen": ("v.at + query + 1 - v.tile", "v.at + query + 2 - v.tile", "rows side by side"),
-        "the window is one too wide": ("v.at + query - v.window + 1", "v.at + query - v.window", "a window"),
-        "rotated back the wrong way": ("head, scale, -1)", "head, scale, 1)", "rows side by side"),
+        "the window is one too wide": ("place - window + 1", "place - window", "a window"),
+        "a key after its chunk is seen": ("place - place % chunk", "place - place % chunk - 1", "chunks"),
+        "a gradient from beyond the chunk": ("% v.chunk + v.chunk)", "% v.chunk + v.chunk - 1)", "chunks and virtual tokens"),
+        "rotated back the wrong way": ("to, scale, -1)", "to, scale, 1)", "rows side by side"),
+        "the rest of a head left out": ("i = t->rotary; i < t->head", "i = t->rotary; i < t->rotary", "heads rotated in part"),
+        "neighbours rotated apart": ("two * cos[i + 1] + way * one", "two * cos[i + 1] - way * one", "neighbours rotated"),
+        "a sink counts twice": ("total[i] = sinks ? 1 : 0", "total[i] = sinks ? 2 : 0", "sinks"),
         "a segment's gradient from itself alone": ("to = t->users[own + 1];", "to = from + 1;", "a tree"),
         "no virtual gradient from the last segment": ("to = t->segments;", "to = t->segments - 1;", "virtual tokens"),
         "sums of a tile that do not fade": ("total[i] * fade", "total[i]", "longer than a tile"),

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from trimtab.engine.frozen_cache import FrozenLayerCache
 from trimtab.engine.head import head_of, sequence_logprobs
 from trimtab.engine.layouts import PackLayout
 from trimtab.engine.pass_mode import mode_of
-from trimtab.engine.patching import gradient_checkpointing, patch_layers
+from trimtab.engine.patching import gradient_checkpointing, learn_layers, patch_layers
 from trimtab.engine.state_layers import patch_state_layers
 from trimtab.methods import Routing, routed, switch_of
 
@@ -27,19 +28,35 @@ DIVERGENCE_ROWS = 64
 
 def hidden_states(model: Any, ids: Tensor, positions: Tensor, layout: Layout) -> Tensor:
     """The last hidden states of tokens, which attend as `layout` says: T d, or M d of its `output_at`, if it was `narrowed`."""
-    install_hook(model)
-    patch_state_layers(model)
-    patch_counting_layers(model)
-    layout.materialized = mode_of(model).materialized
     if type(layout) is PackLayout:
-        patch_layers(model)
-    with laid_out(layout):
-        out = trunk_of(model)(input_ids=ids[None], position_ids=positions[None], layout=layout, use_cache=False)
+        prepare(model)
+    else:
+        _patch(model)
+    out = _trunk(model, ids, positions, layout)
     if not layout.reached:
         raise UnsupportedModel(
             f"{type(model).__name__} does not pass keyword arguments of forward on to attention, so examples cannot be packed."
         )
     return out.last_hidden_state[0]
+
+
+def prepare(model: Any) -> None:
+    """Have packed passes computed by hand as far as the model's layers are known, which are learned once, by a small pass."""
+    _patch(model)
+    patch_layers(model)
+    learn_layers(model, partial(_trunk, model))
+
+
+def _patch(model: Any) -> None:
+    install_hook(model)
+    patch_state_layers(model)
+    patch_counting_layers(model)
+
+
+def _trunk(model: Any, ids: Tensor, positions: Tensor, layout: Layout) -> Any:
+    layout.materialized = mode_of(model).materialized
+    with laid_out(layout):
+        return trunk_of(model)(input_ids=ids[None], position_ids=positions[None], layout=layout, use_cache=False)
 
 
 def pack_logprobs(

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from trimtab.data.example import TokenRow
 from trimtab.data.pack import Pack
@@ -23,26 +23,30 @@ class FrozenLayerCache:
             model: With its adapter.
             capacity: Bytes that hidden states may take.
         """
-        self.model, self.lowest, self.free = model, _lowest_trained(model), capacity
+        self.model, self.free = model, capacity
+        self.lowest = _lowest_trained(model)
+        """The lowest trained layer; None where there is nothing to keep."""
         self.rows: dict[int, tuple[TokenRow, Tensor]] = {}
         """By a row's identity: the row, held so that no other gets its identity, and its hidden states, one a token."""
 
     def bytes_for(self, tokens: int) -> float:
         """Bytes that so many tokens would take: none without frozen layers below the lowest trained one."""
         config = self.model.config.get_text_config()
-        return tokens * config.hidden_size * next(self.model.parameters()).element_size() if self.lowest else 0.0
+        return tokens * config.hidden_size * next(self.model.parameters()).element_size() if self.lowest is not None else 0.0
 
     @contextmanager
     def serve(self, pack: Pack) -> Iterator[None]:
         """A forward pass of this pack within the block takes its hidden states from the cache if it has all rows, or adds them."""
-        if not self.lowest:
+        if self.lowest is None:
             yield
             return
         cached = all(id(row) in self.rows for row in pack.rows)
         frozen = FrozenLayers(self.lowest, self._gathered(pack) if cached else None)
         with use_frozen_layers(frozen):
             yield
-        if frozen.recorded is not None:
+        if not frozen.alone:
+            self.lowest = None
+        elif frozen.recorded is not None:
             self._add(pack, frozen.recorded)
 
     def _gathered(self, pack: Pack) -> Tensor:
@@ -61,13 +65,13 @@ class FrozenLayerCache:
                 self.free -= size
 
 
-def _lowest_trained(model: Any) -> int:
-    """The number of the lowest layer with trained parameters; 0 where what is below it is trained or has active dropout."""
+def _lowest_trained(model: Any) -> nn.Module | None:
+    """The lowest layer with trained parameters; None if it is the first, or if what is below it is trained or has active dropout."""
     layers = layers_of(model)
     inside = {id(p): number for number, layer in enumerate(layers) for p in layer.parameters() if p.requires_grad}
     trained = [id(p) for p in model.parameters() if p.requires_grad]
     if not trained or any(parameter not in inside for parameter in trained):  # before the layers, perhaps
-        return 0
+        return None
     lowest = min(inside.values())
     drops = any(module.training for layer in layers[:lowest] for module in layer.modules())
-    return 0 if drops else lowest
+    return None if drops or not lowest else layers[lowest]

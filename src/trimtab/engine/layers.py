@@ -1,4 +1,4 @@
-"""Decoder layers computed by fused operations, for the families of models whose layers Transformers writes alike.
+"""Decoder layers computed by fused operations, part by part, as their structure says.
 
 Fused operations compute each part of a layer where they give the same (frozen norms, matrices with low-rank updates), and its
 module elsewhere. Outside packed passes the model runs its own code, with which tests, and the check pre every run, compare.
@@ -6,7 +6,7 @@ module elsewhere. Outside packed passes the model runs its own code, with which 
 
 from collections.abc import Sequence
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,115 +14,178 @@ from torch import Tensor, nn
 from trimtab.core.attention import Virtual
 from trimtab.core.attention_hook import holding
 from trimtab.engine import operations
-from trimtab.engine.backends import Activation, AttentionInputs, AttentionPlan, Heads, Norm
+from trimtab.engine.backends import AttentionInputs, AttentionPlan, Norm
+from trimtab.engine.structure import (
+    AttentionPart,
+    Branch,
+    LayerStructure,
+    Mixer,
+    MLPPart,
+    NormPart,
+    is_interleaved,
+    rotary_angles,
+)
 from trimtab.engine.tree_attention import attend
-from trimtab.methods import AdapterLayer, Routing
-
-PRE_NORM = {"Llama", "Mistral", "Qwen2", "Qwen3", "Phi3", "Granite"}
-"""Families whose layers are x + attention(norm(x)), then x + mlp(norm(x))."""
-SANDWICH = {"Gemma2", "Gemma3"}
-"""Families that normalize the outputs of attention and of the MLP, too."""
-WINDOW_OF_MODEL = {"Mistral", "Phi3"}
-"""Families whose configuration holds the sliding window; in others that have one, each attention module does."""
-ACTIVATIONS: dict[str, Activation] = {"SiLUActivation": "silu", "SiLU": "silu", "GELUTanh": "gelu_tanh"}
+from trimtab.methods import AdapterLayer, Routing, unwrap
 
 _in_fused_layer: ContextVar[bool] = ContextVar("in_fused_layer", default=False)
 
 
-def is_supported(module: nn.Module, part: str) -> bool:
-    """Whether this is a DecoderLayer, Attention, MLP or RMSNorm of a supported family."""
-    return _family(module, part) in PRE_NORM | SANDWICH
+class _Norm(NamedTuple):
+    module: nn.Module
+    part: NormPart | None
+    """None if the module is called."""
 
 
-def _family(module: nn.Module, part: str) -> str | None:
-    """The prefix of its class's name in Transformers; None for other classes."""
-    kind = type(module)
-    own = kind.__module__.startswith("transformers.models.") and kind.__name__.endswith(part)
-    return kind.__name__.removesuffix(part) if own else None
+class _Pending(NamedTuple):
+    """What a mixer gives, before its last linear layer."""
+
+    y: Tensor
+    linear: nn.Module | None = None
+    """None if there is none to come."""
+    gate: operations.Gate | None = None
 
 
-def compute_layer(layer: Any, hidden: Tensor, kwargs: dict[str, Any], output_at: Tensor | None = None) -> Tensor:
-    """1 T d -> 1 T d; or, in the last layer, 1 M d of the tokens at `output_at`: no layer attends to the others any more."""
-    scale = getattr(layer, "residual_multiplier", 1.0)  # Granite
-    post_attention, pre_mlp, post_mlp = None, layer.post_attention_layernorm, None
-    if _family(layer, "DecoderLayer") in SANDWICH:
-        post_attention, pre_mlp, post_mlp = pre_mlp, layer.pre_feedforward_layernorm, layer.post_feedforward_layernorm
-    x = _attention(hidden[0], layer.input_layernorm, layer.self_attn, post_attention, scale, kwargs, output_at)
-    return _mlp(x, pre_mlp, layer.mlp, post_mlp, scale)[None]
+def compute_layer(
+    layer: Any, structure: LayerStructure, hidden: Tensor, kwargs: dict[str, Any], output_at: Tensor | None = None
+) -> Any:
+    """What the layer returns for 1 T d: 1 T d; or, in the last layer, 1 M d of the tokens at `output_at`: no layer attends to others."""
+    if not structure.branches:
+        with holding(_in_fused_layer, True):
+            return type(layer).forward(layer, hidden, **kwargs)
+    x = hidden[0]
+    for number, branch in enumerate(structure.branches):
+        x = _branch(x, layer, structure, branch, kwargs, output_at if number == structure.narrow_at else None)
+    if structure.factor is not None:
+        x = x * getattr(layer, structure.factor)
+    return structure.result(x[None])
+
+
+def _branch(
+    x: Tensor, layer: Any, structure: LayerStructure, branch: Branch, kwargs: dict[str, Any], at: Tensor | None
+) -> Tensor:
+    """x + scale · post(Σ mixers(pre(x))): T d, or M d of the tokens `at`."""
+    pre, post = (_Norm(getattr(layer, n), structure.norms.get(n)) if n else None for n in (branch.pre, branch.post))
+    if len(branch.mixers) == 1:
+        x, pending = _mix(x, pre, layer, branch.mixers[0], kwargs, at)
+        return _finish(_selected(x, at), pending, post, branch.scale)
+    h, x = x if pre is None else _normalized(x, pre), _selected(x, at)
+    total, scale = (x, branch.scale) if post is None else (None, 1.0)
+    for mixer in branch.mixers:
+        h, pending = _mix(h, None, layer, mixer, kwargs, at)
+        total = _finish(total, pending, None, scale)
+    assert total is not None
+    return total if post is None else _add(x, total, post, branch.scale)
+
+
+def _selected(x: Tensor, at: Tensor | None) -> Tensor:
+    return x if at is None else x.index_select(0, at)
+
+
+def _mix(
+    x: Tensor, pre: _Norm | None, layer: Any, mixer: Mixer, kwargs: dict[str, Any], at: Tensor | None
+) -> tuple[Tensor, _Pending]:
+    """x, for the residual connection, and mixer(pre(x))."""
+    module = getattr(layer, mixer.name)
+    own: Any = _unwrap_inactive(module)
+    if isinstance(mixer.part, AttentionPart) and _is_standard(own, mixer.part, kwargs):
+        return _attention(x, pre, own, mixer.part, kwargs, at)
+    if isinstance(mixer.part, MLPPart) and not isinstance(own, AdapterLayer):
+        x, g, u = _gate_and_up(x, pre, own, mixer.part)
+        if at is not None:
+            g, u = _selected(g, at), _selected(u, at)
+        return x, _Pending(g, getattr(own, mixer.part.output), (u, mixer.part.activation))
+    h = x[None] if pre is None else _normalized(x, pre)[None]
+    with holding(_in_fused_layer, True):
+        out = mixer.call(module, h, kwargs)
+    return x, _Pending(_selected(out[0], at))
 
 
 def _attention(
-    x: Tensor, pre: nn.Module, module: nn.Module, post: nn.Module | None, scale: float, kwargs: Any, output_at: Tensor | None
-) -> Tensor:
-    """x + scale · post(attention(pre(x))): T d, or M d of the tokens at `output_at`."""
-    attention: Any = _unwrap_inactive(module)
-    virtual: Sequence[Virtual] = kwargs.get("virtual", ())
-    cos, sin = (t[0].contiguous() for t in kwargs["position_embeddings"])
-    if not _is_standard(attention, cos, virtual):
-        out = module(hidden_states=_normalized(x, pre)[None], **kwargs)[0][0]
-        return _add(*_select(output_at, x, out), post, scale)
-    layout = kwargs["layout"]
+    x: Tensor, pre: _Norm | None, own: Any, part: AttentionPart, kwargs: dict[str, Any], at: Tensor | None
+) -> tuple[Tensor, _Pending]:
+    layout, heads = kwargs["layout"], part.heads
     layout.reached = True
-    heads, size = attention.config.num_attention_heads, attention.head_dim
-    groups = attention.config.num_key_value_heads
-    if hasattr(attention, "qkv_proj"):  # Phi-3
-        x, q, k, v = _linears(x, pre, [attention.qkv_proj], [heads * size, groups * size, groups * size])
-    else:
-        x, q, k, v = _linears(x, pre, [attention.q_proj, attention.k_proj, attention.v_proj])
-    if hasattr(attention, "q_norm"):  # Qwen3, Gemma 3
-        q, k = (_normalized_heads(t, size, norm) for t, norm in ((q, attention.q_norm), (k, attention.k_norm)))
-    holder = attention.config if _family(attention, "Attention") in WINDOW_OF_MODEL else attention
-    virtual_kv = [t[0] for t in virtual[0].of(attention, x)] if virtual else []
-    window, count = getattr(holder, "sliding_window", None), virtual_kv[0].shape[1] if virtual else 0
-    plan = AttentionPlan(layout.segments, Heads(groups, heads // groups, size), attention.scaling, window, count)
-    out = attend(AttentionInputs(q, k, v, cos, sin, *virtual_kv), plan)
-    return _linear_add(*_select(output_at, x, out), attention.o_proj, post, scale)
+    wide, narrow = heads.groups * heads.per_group * heads.size, heads.groups * heads.size
+    widths = [wide, narrow, narrow] if len(part.inputs) == 1 else None
+    x, q, k, *others = _linears(x, pre, [getattr(own, name) for name in part.inputs], widths)
+    v, *others = others or [k]
+    if part.gate == "within q":
+        q, gate = (t.flatten(1) for t in q.unflatten(1, (-1, 2, heads.size)).unbind(2))
+        others = [gate]
+    q, k, v = (_normalized_heads(t, own, norm, heads.size) for t, norm in zip((q, k, v), part.norms, strict=True))
+    if part.position_scale is not None:
+        q = q * part.position_scale.of(kwargs["position_ids"][0], q)[:, None]
+    virtual: Sequence[Virtual] = kwargs.get("virtual", ())
+    virtual_kv = [t[0] for t in virtual[0].of(own, x)] if virtual else [None, None]
+    mask = kwargs.get("attention_mask")
+    window, chunk = (part.window, None) if mask is None else (mask.window, mask.chunk)
+    count = 0 if virtual_kv[0] is None else virtual_kv[0].shape[1]
+    plan = AttentionPlan(layout.segments, heads, part.scale, window, count, chunk, is_interleaved(part.rotary))
+    cos, sin = rotary_angles(part.rotary, kwargs.get("position_embeddings"), q)
+    sinks = None if part.sinks is None else getattr(own, part.sinks)
+    out = _selected(attend(AttentionInputs(q, k, v, cos, sin, virtual_kv[0], virtual_kv[1], sinks), plan), at)
+    if others:
+        out = out * _selected(others[0], at).sigmoid()
+    return x, _Pending(out, getattr(own, part.output))
 
 
-def _select(output_at: Tensor | None, x: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-    return (x, out) if output_at is None else (x.index_select(0, output_at), out.index_select(0, output_at))
-
-
-def _is_standard(attention: Any, cos: Tensor, virtual: Sequence[Virtual]) -> bool:
-    """Whether `tree_attention` computes this attention."""
+def _is_standard(own: Any, part: AttentionPart, kwargs: dict[str, Any]) -> bool:
+    """Whether `tree_attention` computes this attention in this pass."""
+    virtual: Sequence[Virtual] = kwargs.get("virtual", ())
     return (
-        is_supported(attention, "Attention")
-        and getattr(attention, "attn_logit_softcapping", None) is None
-        and cos.shape[1] == attention.head_dim  # all of a head is rotated
-        and not (attention.training and attention.attention_dropout)
+        not isinstance(own, AdapterLayer)
+        and not isinstance(kwargs.get("attention_mask"), Tensor)
+        and not (own.training and getattr(own, "attention_dropout", 0.0))
         and len(virtual) <= 1
         and all(tokens.acts_on is None for tokens in virtual)
     )
 
 
-def _mlp(x: Tensor, pre: nn.Module, module: nn.Module, post: nn.Module | None, scale: float) -> Tensor:
-    """x + scale · post(mlp(pre(x))): T d."""
-    mlp: Any = _unwrap_inactive(module)
-    if (activation := _activation(mlp)) is None:
-        with holding(_in_fused_layer, True):
-            return _add(x, module(_normalized(x, pre)[None])[0], post, scale)
-    x, g, u = _gate_and_up(x, pre, mlp)
-    return _linear_add(x, g, mlp.down_proj, post, scale, gate=(u, activation))
+class PatchedPartForward:
+    """The forward pass of an MLP, attention or norm, by fused operations where `compute_layer` has its module called."""
+
+    is_patch = True
+
+    def __init__(self, module: Any, part: NormPart | AttentionPart | MLPPart) -> None:
+        self.module, self.part = module, part
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        part, own = self.part, self.module
+        x = args[0] if args else kwargs.get("hidden_states")
+        if not _in_fused_layer.get() or len(args) > 1 or x is None:
+            return type(own).forward(own, *args, **kwargs)
+        if isinstance(part, NormPart):
+            norm = Norm(own.weight, part.offset, part.eps)
+            return operations.rms_norm(x.reshape(-1, x.shape[-1]), norm).view(x.shape)
+        if isinstance(part, MLPPart):
+            _, g, u = _gate_and_up(x[0], None, own, part)
+            return _linear_add(None, g, getattr(own, part.output), None, 1.0, gate=(u, part.activation))[None]
+        if not _is_standard(own, part, kwargs):
+            return type(own).forward(own, *args, **kwargs)
+        _, pending = _attention(x[0], None, own, part, kwargs, None)
+        return _finish(None, pending, None, 1.0)[None], None
 
 
-def compute_mlp(mlp: Any, x: Tensor) -> Tensor | None:
-    """1 T d -> 1 T d, of an MLP inside an adapter that `compute_layer` calls; None elsewhere, and for unsupported MLPs."""
-    if not _in_fused_layer.get() or (activation := _activation(mlp)) is None:
-        return None
-    _, g, u = _gate_and_up(x[0], None, mlp)
-    return _linear_add(None, g, mlp.down_proj, None, 1.0, gate=(u, activation))[None]
+def patch_parts(layer: Any, structure: LayerStructure | None) -> None:
+    """Let the layer's modules compute as the structure says, where they are called; None: as they did before."""
+    found: dict[str, Any] = {}
+    if structure is not None:
+        mixers = (mixer for branch in structure.branches for mixer in branch.mixers)
+        found = {mixer.name: mixer.part for mixer in mixers if isinstance(mixer.part, MLPPart)} | dict(structure.parts)
+    for name, child in layer.named_children():
+        module: Any = unwrap(child)
+        if type(vars(module).get("forward")) is PatchedPartForward:
+            del module.forward
+        if name in found and "forward" not in vars(module):
+            module.forward = PatchedPartForward(module, found[name])
 
 
-def _activation(mlp: Any) -> Activation | None:
-    """The activation function of a supported MLP."""
-    function = getattr(mlp, "act_fn", getattr(mlp, "activation_fn", None))
-    return ACTIVATIONS.get(type(function).__name__) if is_supported(mlp, "MLP") else None
-
-
-def _gate_and_up(x: Tensor, pre: nn.Module | None, mlp: Any) -> Sequence[Tensor]:
-    if hasattr(mlp, "gate_up_proj"):  # Phi-3
-        return _linears(x, pre, [mlp.gate_up_proj], 2 * [mlp.config.intermediate_size])
-    return _linears(x, pre, [mlp.gate_proj, mlp.up_proj])
+def _gate_and_up(x: Tensor, pre: _Norm | None, mlp: Any, part: MLPPart) -> Sequence[Tensor]:
+    modules = [getattr(mlp, name) for name in part.inputs]
+    if len(modules) == 1:  # Phi-3
+        return _linears(x, pre, modules, 2 * [part.width])
+    return _linears(x, pre, modules)
 
 
 def _unwrap_inactive(module: nn.Module) -> nn.Module:
@@ -132,7 +195,14 @@ def _unwrap_inactive(module: nn.Module) -> nn.Module:
     return module
 
 
-def _add(x: Tensor | None, y: Tensor, post: nn.Module | None, scale: float) -> Tensor:
+def _finish(x: Tensor | None, pending: _Pending, post: _Norm | None, scale: float) -> Tensor:
+    """x + scale · post(what is pending)."""
+    if pending.linear is None:
+        return _add(x, pending.y, post, scale)
+    return _linear_add(x, pending.y, pending.linear, post, scale, pending.gate)
+
+
+def _add(x: Tensor | None, y: Tensor, post: _Norm | None, scale: float) -> Tensor:
     """x + scale · post(y)."""
     y = y if post is None else _normalized(y, post)
     if x is None:
@@ -140,21 +210,26 @@ def _add(x: Tensor | None, y: Tensor, post: nn.Module | None, scale: float) -> T
     return x + y if scale == 1.0 else torch.add(x, y, alpha=scale)
 
 
-def _normalized(x: Tensor, module: nn.Module) -> Tensor:
-    norm = _norm(module)
-    return operations.rms_norm(x, norm) if norm is not None else module(x[None])[0]
+def _normalized(x: Tensor, given: _Norm) -> Tensor:
+    norm = _norm(given)
+    return operations.rms_norm(x, norm) if norm is not None else given.module(x[None])[0]
 
 
-def _normalized_heads(x: Tensor, size: int, module: nn.Module) -> Tensor:
-    """Each head of x by itself: T H·K."""
-    if (norm := _norm(module)) is not None:
-        return operations.rms_norm(x.reshape(-1, size), norm).view(x.shape)
-    return module(x.unflatten(1, (-1, size))[None])[0].reshape(x.shape)
+def _normalized_heads(x: Tensor, own: Any, part: NormPart | str | None, size: int) -> Tensor:
+    """Each head of x by itself, or all of x, as the size of the norm's weight says: T H·K."""
+    if part is None:
+        return x
+    module: Any = getattr(own, part if isinstance(part, str) else part.name)
+    if not isinstance(part, str) and (norm := _norm(_Norm(module, part))) is not None:
+        return operations.rms_norm(x.reshape(-1, len(norm.weight)), norm).view(x.shape)
+    weight = getattr(unwrap(module), "weight", None)
+    whole = weight is not None and len(weight) == x.shape[1]
+    return module((x if whole else x.unflatten(1, (-1, size)))[None])[0].reshape(x.shape)
 
 
-def _norm(module: nn.Module) -> Norm | None:
-    """A norm of a supported family; an adapter may train its weight."""
-    weight: Tensor | None = None
+def _norm(given: _Norm) -> Norm | None:
+    """An RMSNorm; an adapter may train its weight."""
+    module, weight = given.module, None
     while isinstance(module, AdapterLayer):
         if state := module.switch.state:
             replaced = None if isinstance(state, Routing) else module.replacement_parameters()
@@ -162,15 +237,14 @@ def _norm(module: nn.Module) -> Norm | None:
                 return None
             weight = replaced["weight"]
         module = module.base
-    own: Any = module
-    if (family := _family(own, "RMSNorm")) not in PRE_NORM | SANDWICH:
+    if given.part is None:
         return None
-    weight = own.weight if weight is None else weight
-    return Norm(weight, 1.0, own.eps) if family in SANDWICH else Norm(weight, 0.0, own.variance_epsilon)
+    own: Any = module
+    return Norm(own.weight if weight is None else weight, given.part.offset, given.part.eps)
 
 
 def _linears(
-    x: Tensor, pre: nn.Module | None, modules: Sequence[nn.Module], widths: Sequence[int] | None = None
+    x: Tensor, pre: _Norm | None, modules: Sequence[nn.Module], widths: Sequence[int] | None = None
 ) -> Sequence[Tensor]:
     """x, for the residual connection, and each module's output for pre(x); or a single one's, split into these widths."""
     layers = [layer for module in modules if (layer := _linear(module)) is not None]
@@ -186,7 +260,7 @@ def _linears(
 
 
 def _linear_add(
-    x: Tensor | None, y: Tensor, module: nn.Module, post: nn.Module | None, scale: float, gate: operations.Gate | None = None
+    x: Tensor | None, y: Tensor, module: nn.Module, post: _Norm | None, scale: float, gate: operations.Gate | None = None
 ) -> Tensor:
     """x + scale · post(module(y)); with a gate (u and activation) of act(y) · u instead of y."""
     layer = _linear(module)

@@ -22,7 +22,7 @@ from trimtab.data.example import TokenRow
 from trimtab.data.pack import Pack, pack_flat
 from trimtab.engine import head
 from trimtab.engine.arena import free_scratch
-from trimtab.engine.forward import one_thread, states_at
+from trimtab.engine.forward import one_thread, prepare, states_at
 from trimtab.engine.layouts import assume_longest_row
 from trimtab.engine.patching import gradient_checkpointing
 from trimtab.methods import adapters
@@ -77,6 +77,7 @@ def profile_packs(
     """
     device = next(model.parameters()).device
     lengths = LENGTHS.get(device.type, LONGER)
+    prepare(model)
     with _training_conditions(model, device), assume_longest_row(longest), torch.set_grad_enabled(backward):
         layers = [_layers(model, _random_pack(model, length, target_share), recompute, device) for length in lengths]
         of_head = [cost._replace(per_token=target_share * cost.per_token) for cost in _head(model, device)] if backward else []

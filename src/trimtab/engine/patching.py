@@ -1,9 +1,10 @@
 """Patched forward passes of a model's layers: in packed passes, by fused operations and with gradient checkpointing where asked."""
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from contextvars import ContextVar, copy_context
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -12,8 +13,11 @@ from torch.utils.checkpoint import checkpoint
 
 from trimtab.core.attention_hook import holding
 from trimtab.engine.backends import backend_for
-from trimtab.engine.layers import compute_layer, compute_mlp, is_supported
+from trimtab.engine.layers import PatchedPartForward, compute_layer, patch_parts
 from trimtab.engine.layouts import PackLayout
+from trimtab.engine.learning import Learned, Lesson, current_lesson, learn
+from trimtab.engine.structure import LayerStructure
+from trimtab.methods import active
 
 _fused: ContextVar[bool] = ContextVar("fused", default=True)
 _checkpointing: ContextVar[bool] = ContextVar("checkpointing", default=False)
@@ -33,25 +37,37 @@ def gradient_checkpointing(enabled: bool = True) -> AbstractContextManager[None]
 class FrozenLayers:
     """The layers below the lowest trained one, in one packed pass: skipped if their output is known, else it is recorded."""
 
-    def __init__(self, count: int, known: Tensor | None) -> None:
+    def __init__(self, lowest: nn.Module, known: Tensor | None) -> None:
         """
         Args:
-            known: T d, their output.
+            lowest: The lowest trained layer.
+            known: T d, its input.
         """
-        self.count, self.known = count, known
-        self.layer = 0
-        """The number of the next layer."""
+        self.lowest, self.known = lowest, known
+        self.below = True
+        """The next layer may be one of the frozen ones."""
         self.recorded: Tensor | None = None
         """T d, their output, if it was not known."""
+        self.alone = True
+        """Hidden states (1 T d) are all that these layers hand on."""
 
-    def enter(self, hidden: Tensor) -> tuple[Tensor, bool]:
-        """The input of the next layer (1 T d), and whether that layer is skipped."""
-        number, self.layer = self.layer, self.layer + 1
+    def enter(self, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, bool]:
+        """The input of the next layer, and whether that layer is skipped."""
+        if not self.below:
+            return hidden, False
+        self.below = layer is not self.lowest
         if self.known is not None:
-            return (self.known[None], False) if number == self.count else (hidden, number < self.count)
-        if number == self.count and not hidden.requires_grad:
+            return (hidden, True) if self.below else (self.known[None], False)
+        shared = any(isinstance(value, Mapping) and len(value) for value in kwargs.values())  # keys and values (Gemma 4)
+        self.alone = self.alone and not shared and hidden.ndim == 3 and len(hidden) == 1
+        if not self.below and self.alone and not hidden.requires_grad:
             self.recorded = hidden[0]
         return hidden, False
+
+    def leave(self, result: Any) -> None:
+        """A layer has returned this."""
+        others = result[1:] if isinstance(result, tuple) else ()
+        self.alone = self.alone and not (self.below and any(value is not None for value in others))
 
 
 def use_frozen_layers(frozen: FrozenLayers) -> AbstractContextManager[None]:
@@ -65,17 +81,50 @@ def layers_of(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if type(vars(module).get("forward")) is PatchedForward]
 
 
+def layers_by_hand(model: nn.Module) -> dict[str, int]:
+    """How the model's decoder layers are computed in packed passes, and how many of them so; empty before the first one."""
+    counts: dict[str, int] = {}
+    for layer in layers_of(model):
+        learned = layer.forward.learned
+        if isinstance(learned, LayerStructure):
+            text = f"{type(layer).__name__}: {', '.join(learned.by_hand)} by hand"
+        else:
+            text = f"{type(layer).__name__}: its own code, because {learned}"
+        if learned is not None:
+            counts[text] = counts.get(text, 0) + 1
+    return counts
+
+
 def patch_layers(model: nn.Module) -> None:
     """Patch the forward passes of the decoder layers, for passes that have a PackLayout. `remove_hook` undoes it."""
-    last = True
     for module in _modules_from_last(model):
         own = module.__dict__.get("forward")
         if own is None and isinstance(getattr(type(module), "gradient_checkpointing", None), bool):
             module.forward = own = PatchedForward(module)  # as Transformers' own layers that can be checkpointed
-        elif own is None and is_supported(module, "MLP"):
-            module.forward = PatchedMLPForward(module)
         if type(own) is PatchedForward:
-            own.hooked, own.last, last = any(map(_is_hooked, _modules_from_last(module))), last, False
+            own.hooked = any(map(_is_hooked, _modules_from_last(module)))
+
+
+def learn_layers(model: Any, run: Callable[[Tensor, Tensor, PackLayout], Any]) -> None:
+    """Learn the structure of patched layers that have not been learned, by a small pass (see `learning`)."""
+    layers = layers_of(model)
+    device, dtype = next((p.device, p.dtype) for p in model.parameters() if p.is_floating_point())
+    like = torch.empty(1, 8, dtype=dtype, device=device)
+    known = any(layer.forward.learned is not None or layer.forward.hooked for layer in layers)
+    if not layers or known or current_lesson() is not None or not backend_for(like).supports_layers(like):
+        return
+    try:
+        with active(model), holding(_checkpointing, False):
+            lesson = learn(run, model.config.get_text_config().vocab_size, device)
+    except Exception as error:  # the real pass will raise it where it is to be seen
+        reason = f"{type(error).__name__}: {error}"
+        lesson = Lesson()
+    for layer in layers:
+        if layer.forward.learned is None:
+            layer.forward.learned = "it is not called" if lesson.order else reason
+    once = len(set(map(id, lesson.order))) == len(lesson.order)
+    for layer in lesson.order[-1:]:
+        layer.forward.last = once
 
 
 class PatchedForward:
@@ -87,43 +136,56 @@ class PatchedForward:
         self.layer = layer
         self.hooked = self.last = False
         """Other code has hooks, or a forward pass, on a module in it; no layer is above it."""
+        self.learned: Learned | None = None
+        self.returns = -1
+        """As in LayerStructure."""
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         layer, layout = self.layer, kwargs.get("layout")
         if type(layout) is not PackLayout:
             return type(layer).forward(layer, hidden_states, *args, **kwargs)
+        kwargs.update(zip(_parameters(layer.__class__), args, strict=False))
+        if (lesson := current_lesson()) is not None:
+            self.learned = lesson.attend_to(layer, hidden_states, kwargs)
+            patch_parts(layer, self.learned if isinstance(self.learned, LayerStructure) else None)
+            return type(layer).forward(layer, hidden_states, **kwargs)
         if (frozen := _frozen_layers.get()) is not None:
-            hidden_states, skipped = frozen.enter(hidden_states)
+            hidden_states, skipped = frozen.enter(layer, hidden_states, kwargs)
             if skipped:
-                return hidden_states
-        if self._is_fused(hidden_states, args):
-            output_at = layout.output_at if self.last else None
+                return hidden_states if self.returns < 0 else (hidden_states, *(None,) * self.returns)
+        result = self._compute(layout, hidden_states, kwargs)
+        self.returns = len(result) - 1 if isinstance(result, tuple) else -1
+        if frozen is not None:
+            frozen.leave(result)
+        return result
+
+    def _compute(self, layout: PackLayout, hidden_states: Tensor, kwargs: dict[str, Any]) -> Any:
+        layer = self.layer
+        if self._is_fused(hidden_states):
+            assert isinstance(self.learned, LayerStructure)
+            output_at = layout.output_at if self.last and self.learned.branches else None
             layout.narrowed = output_at is not None
-            run = partial(compute_layer, layer, kwargs=kwargs, output_at=output_at)
+            run = partial(compute_layer, layer, self.learned, kwargs=kwargs, output_at=output_at)
             if layer.gradient_checkpointing and layer.training and torch.is_grad_enabled():  # as Transformers' own class does
                 return layer._gradient_checkpointing_func(run, hidden_states)
         else:
             run = partial(type(layer).forward, layer, **kwargs)
         if not _checkpointing.get() or not torch.is_grad_enabled():
-            return run(hidden_states, *args)
-        return checkpoint(copy_context().run, run, hidden_states, *args, use_reentrant=False)
+            return run(hidden_states)
+        return checkpoint(copy_context().run, run, hidden_states, use_reentrant=False)
 
-    def _is_fused(self, hidden_states: Tensor, args: Any) -> bool:
-        known = _fused.get() and not self.hooked and is_supported(self.layer, "DecoderLayer")
-        return known and not args and len(hidden_states) == 1 and backend_for(hidden_states).supports_layers(hidden_states)
+    def _is_fused(self, hidden_states: Tensor) -> bool:
+        if not _fused.get() or self.hooked or not isinstance(self.learned, LayerStructure):
+            return False
+        drops = self.learned.drops and any(module.training for module in self.layer.modules())
+        known = not drops and hidden_states.ndim == 3 and len(hidden_states) == 1
+        return known and backend_for(hidden_states).supports_layers(hidden_states)
 
 
-class PatchedMLPForward:
-    """An MLP's forward pass, by fused operations where an adapter around it is called by `compute_layer`."""
-
-    is_patch = True
-
-    def __init__(self, mlp: Any) -> None:
-        self.mlp = mlp
-
-    def __call__(self, x: Tensor) -> Tensor:
-        out = compute_mlp(self.mlp, x)
-        return type(self.mlp).forward(self.mlp, x) if out is None else out
+@cache
+def _parameters(kind: Any) -> tuple[str, ...]:
+    """The names of what a layer's forward pass gets after hidden states."""
+    return tuple(inspect.signature(kind.forward).parameters)[2:]
 
 
 def _modules_from_last(module: nn.Module) -> Iterator[nn.Module]:
@@ -139,4 +201,4 @@ def _is_hooked(module: nn.Module) -> bool:
     """Whether other code has put a hook, or a forward pass of its own, on the module."""
     own = vars(module)
     hooked = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
-    return bool(hooked) or not getattr(own.get("forward", PatchedMLPForward), "is_patch", False)
+    return bool(hooked) or not getattr(own.get("forward", PatchedPartForward), "is_patch", False)

@@ -24,5 +24,5 @@ class _TreeAttention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        dq, dk, dv, dvirtual_k, dvirtual_v = ctx.backend.attend_backward(gradients[0], ctx.saved_tensors, ctx.plan)
-        return None, dq, dk, dv, None, None, dvirtual_k, dvirtual_v
+        dq, dk, dv, *others = ctx.backend.attend_backward(gradients[0], ctx.saved_tensors, ctx.plan)
+        return None, dq, dk, dv, None, None, *others

@@ -50,6 +50,10 @@ class AttentionPlan(NamedTuple):
     """A token attends to at most this many tokens, itself included."""
     virtual: int = 0
     """P, virtual tokens before every segment."""
+    chunk: int | None = None
+    """A row, virtual tokens included, is cut into chunks of this many tokens, and a token attends to its own alone."""
+    interleaved: bool = False
+    """Of the numbers that are rotated, number 2i is paired with its neighbour, and not number i with number R/2 + i."""
 
 
 class AttentionInputs(NamedTuple):
@@ -62,11 +66,13 @@ class AttentionInputs(NamedTuple):
     v: Tensor
     """T G·K."""
     cos: Tensor
-    """T K, of the angles by which q and k are rotated (RoFormer, arXiv:2104.09864)."""
+    """T R, of the angles by which the first R numbers of a head of q and k are rotated (RoFormer, arXiv:2104.09864)."""
     sin: Tensor
     virtual_k: Tensor | None = None
     """G P K, of the virtual tokens."""
     virtual_v: Tensor | None = None
+    sinks: Tensor | None = None
+    """H logits, of which each head's takes part in its softmaxes, without a value (StreamingLLM, arXiv:2309.17453)."""
 
 
 class Recurrence(NamedTuple):
@@ -123,7 +129,7 @@ class Backend(Protocol):
         """Attention with rotary embedding: T H·K, and what its backward pass needs, if there is to be one."""
 
     def attend_backward(self, dout: Tensor, saved: Sequence[Tensor | None], plan: AttentionPlan) -> Sequence[Tensor | None]:
-        """The gradients of q, k, v, virtual_k and virtual_v, from what `attend` gave."""
+        """The gradients of q, k, v, virtual_k, virtual_v and sinks, from what `attend` gave. None for what has no gradient."""
 
     def supports_recurrence(self, inputs: Recurrence) -> bool:
         """Whether it has the next two functions, for such tensors."""

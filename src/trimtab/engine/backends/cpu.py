@@ -66,21 +66,24 @@ def softmax_tile_(logits: Tensor, top: Tensor, total: Tensor) -> Tensor:
 
 
 def attend(inputs: AttentionInputs, plan: AttentionPlan, backward: bool) -> tuple[Tensor, Sequence[Tensor | None]]:
-    (q, *others), virtual = inputs[:5], [None if t is None else t.contiguous() for t in inputs[5:]]
+    (q, *others), rest = inputs[:5], [None if t is None else t.contiguous() for t in inputs[5:]]
     out = activation_like(q, len(q), q.shape[1], backward)
     logsumexp = activation_like(q, q.shape[1] // plan.heads.size, len(q), backward)
-    tensors = (q, *others, *virtual, out, logsumexp)
-    _attention("attend", plan, 0, *tensors)
-    return out, tensors
+    _attention("attend", plan, 0, q, *others, *rest, out, logsumexp)
+    return out, (q, *others, *rest[:2], out, logsumexp, inputs.sinks)
 
 
 def attend_backward(dout: Tensor, saved: Sequence[Tensor | None], plan: AttentionPlan) -> Sequence[Tensor | None]:
-    q, k, v, _, _, virtual_k, virtual_v, *_ = cast(Any, saved)
+    *saved, sinks = saved
+    q, k, v, _, _, virtual_k, virtual_v, out, logsumexp = cast(Any, saved)
     widths = [q.shape[1], k.shape[1], v.shape[1]]
     joint = q.new_empty(len(q), sum(widths))
     gradients = (*joint.split(widths, dim=1), *(None if t is None else torch.empty_like(t) for t in (virtual_k, virtual_v)))
     _attention("attend_backward", plan, joint.stride(0), *saved, dout.contiguous(), *gradients)
-    return gradients
+    if sinks is None or not sinks.requires_grad:
+        return *gradients, None
+    by_head = (dout * out).unflatten(1, (-1, plan.heads.size)).sum(2).T
+    return *gradients, -((sinks[:, None] - logsumexp).exp() * by_head).sum(1)
 
 
 BLOCK = 32
@@ -141,8 +144,8 @@ class _Tree(ctypes.Structure):
     """`Tree` of attention.h."""
 
     _fields_: ClassVar = [
-        *((name, ctypes.c_int64) for name in ("segments", "tokens", "groups", "per_group", "head", "virtual_tokens", "window")),
-        *((name, ctypes.c_int64) for name in ("q_row", "k_row", "v_row", "d_row")),
+        *((name, ctypes.c_int64) for name in ("segments", "tokens", "groups", "per_group", "head", "virtual_tokens")),
+        *((name, ctypes.c_int64) for name in ("window", "chunk", "rotary", "interleaved", "q_row", "k_row", "v_row", "d_row")),
         ("scale", ctypes.c_double),
         *((name, ctypes.c_void_p) for name in ("start", "end", "path", "on_path", "users", "user", "before", "order")),
     ]
@@ -173,10 +176,10 @@ def _arrays(segments: tuple[Segment, ...], virtual: int) -> tuple[Tensor, ...]:
 
 def _attention(name: str, plan: AttentionPlan, d_row: int, *tensors: Tensor | None) -> None:
     arrays = _arrays(plan.segments, plan.virtual)
-    q, k, v = cast(Any, tensors[:3])
-    strides = (q.stride(0), k.stride(0), v.stride(0), d_row)
-    sizes = (len(arrays[0]), len(q), *plan.heads, plan.virtual, plan.window or 0)
-    tree = _Tree(*sizes, *strides, plan.scale, *(array.data_ptr() for array in arrays))
+    q, k, v, cos = cast(Any, tensors[:4])
+    sizes = (len(arrays[0]), len(q), *plan.heads, plan.virtual, plan.window or 0, plan.chunk or 0)
+    columns = (cos.shape[1], int(plan.interleaved), q.stride(0), k.stride(0), v.stride(0), d_row)
+    tree = _Tree(*sizes, *columns, plan.scale, *(array.data_ptr() for array in arrays))
     if _call(name, q.dtype, tree, *tensors):
         raise MemoryError(f"no memory for attention over {len(q):,} tokens: lower train.pack_tokens or data.max_length")
 

@@ -69,6 +69,17 @@ def softmax_tile_(logits: Tensor, top: Tensor, total: Tensor) -> Tensor:
     return rescale
 
 
+class _Local(NamedTuple):
+    """To which of the keys before it a query attends, by their places in the row."""
+
+    window: int | None
+    chunk: int | None
+
+    def first_seen(self, place: int) -> int:
+        first = 0 if self.window is None else max(0, place - self.window + 1)
+        return first if self.chunk is None else max(first, place - place % self.chunk)
+
+
 class ScoreBlock(NamedTuple):
     """Queries `start:end` of a pack attend to `low:high` of their segment's keys."""
 
@@ -90,7 +101,7 @@ class SegmentPlan(NamedTuple):
 
 @lru_cache(maxsize=16)  # every layer asks for the same
 def _segment_plans(plan: AttentionPlan, dtype: torch.dtype) -> tuple[SegmentPlan, ...]:
-    segments, plans = plan.segments, []
+    segments, plans, local = plan.segments, [], _Local(plan.window, plan.chunk)
     for (start, end, _), numbers in zip(segments, paths_of(segments), strict=True):
         path = tuple((segments[n].start, segments[n].end) for n in numbers)
         before = plan.virtual + sum(high - low for low, high in path[:-1])
@@ -99,19 +110,20 @@ def _segment_plans(plan: AttentionPlan, dtype: torch.dtype) -> tuple[SegmentPlan
         for at in range(start, end, size):
             stop = min(at + size, end)
             place, high = before + at - start, before + stop - start
-            low = 0 if plan.window is None else max(0, place - plan.window + 1)
-            blocks.append(ScoreBlock(at, stop, low, high, _mask(place - low, high - low, plan.window, dtype)))
+            low = local.first_seen(place)
+            blocks.append(ScoreBlock(at, stop, low, high, _mask(place, low, high, local, dtype)))
         plans.append(SegmentPlan(path, tuple(blocks)))
     return tuple(plans)
 
 
-def _mask(before: int, keys: int, window: int | None, dtype: torch.dtype) -> Tensor | None:
-    """−∞ at keys to which the queries at places `before` to `keys` do not attend; None for plain causality."""
-    if window is not None and keys > window:
-        return _window_mask(keys - before, keys, window, dtype)
-    if before == 0:
+def _mask(place: int, low: int, high: int, local: _Local, dtype: torch.dtype) -> Tensor | None:
+    """−∞ at keys of `low:high` to which the queries at places `place` to `high` do not attend; None for plain causality."""
+    keys = high - low
+    if local.first_seen(high - 1) > low:
+        return _local_mask(place, low, high, local, dtype)
+    if place == low:
         return None
-    return _causal_mask(keys - before, 1 << (keys - 1).bit_length(), dtype)[:, -keys:]  # to earlier keys, all of them do
+    return _causal_mask(high - place, 1 << (keys - 1).bit_length(), dtype)[:, -keys:]  # to earlier keys, all of them do
 
 
 @lru_cache(maxsize=256)
@@ -121,15 +133,16 @@ def _causal_mask(queries: int, keys: int, dtype: torch.dtype) -> Tensor:
 
 
 @lru_cache(maxsize=256)
-def _window_mask(queries: int, keys: int, window: int, dtype: torch.dtype) -> Tensor:
-    q, k = torch.arange(keys - queries, keys)[:, None], torch.arange(keys)
-    return torch.zeros(queries, keys, dtype=dtype).masked_fill_((k > q) | (k <= q - window), float("-inf"))
+def _local_mask(place: int, low: int, high: int, local: _Local, dtype: torch.dtype) -> Tensor:
+    q, k = torch.arange(place, high)[:, None], torch.arange(low, high)
+    first = torch.tensor([local.first_seen(at) for at in range(place, high)])[:, None]
+    return torch.zeros(high - place, high - low, dtype=dtype).masked_fill_((k > q) | (k < first), float("-inf"))
 
 
 def attend(inputs: AttentionInputs, plan: AttentionPlan, backward: bool) -> tuple[Tensor, Sequence[Tensor | None]]:
-    q, k, v, cos, sin, virtual_k, virtual_v = inputs
+    q, k, v, cos, sin, virtual_k, virtual_v, sinks = inputs
     heads = plan.heads
-    q, k = (_rotated(t, heads.size, cos, sin) for t in (q, k))
+    q, k = (rotated(t, plan, cos, sin) for t in (q, k))
     out, sums = torch.empty_like(q), []
     for segment in _segment_plans(plan, q.dtype):
         keys, values = _gathered(k, segment, virtual_k, heads), _gathered(v, segment, virtual_v, heads)
@@ -138,39 +151,52 @@ def attend(inputs: AttentionInputs, plan: AttentionPlan, backward: bool) -> tupl
                 _queries(q, start, end, heads), keys[..., low:high, :], values[..., low:high, :], 0.0, mask is None,
                 attn_mask=mask, scale=plan.scale,
             )  # fmt: skip
+            if sinks is not None:
+                without, logsumexp = logsumexp, torch.logaddexp(logsumexp, sinks.view(*heads[:2], 1))
+                part = part * (without - logsumexp).exp()[..., None]
             _queries(out, start, end, heads).copy_(part)
             sums.append(logsumexp)
-    return out, (q, k, v, cos, sin, out, virtual_k, virtual_v, *sums)
+    return out, (q, k, v, cos, sin, out, virtual_k, virtual_v, sinks, *sums)
 
 
 def attend_backward(dout: Tensor, saved: Sequence[Tensor | None], plan: AttentionPlan) -> Sequence[Tensor | None]:
-    q, k, v, cos, sin, out, virtual_k, virtual_v, *sums = cast(Any, saved)
+    q, k, v, cos, sin, out, virtual_k, virtual_v, sinks, *sums = cast(Any, saved)
     heads, sum_of = plan.heads, iter(sums)
     dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros(v.shape, dtype=v.dtype)
-    dvirtual_k, dvirtual_v = (None if t is None else torch.zeros_like(t) for t in (virtual_k, virtual_v))
+    dvirtual_k, dvirtual_v, dsinks = (None if t is None else torch.zeros_like(t) for t in (virtual_k, virtual_v, sinks))
     for segment in _segment_plans(plan, q.dtype):
         keys, values = _gathered(k, segment, virtual_k, heads), _gathered(v, segment, virtual_v, heads)
         dkeys, dvalues = (torch.zeros(t.shape[0], t.shape[2], t.shape[3], dtype=t.dtype) for t in (keys, values))
         for start, end, low, high, mask in segment.blocks:
-            of_block = [_queries(t, start, end, heads) for t in (dout, q, out)]
+            of_block, logsumexp = [_queries(t, start, end, heads) for t in (dout, q, out)], next(sum_of)
             of_q, of_k, of_v = _flash_backward(
-                of_block[0], of_block[1], keys[..., low:high, :], values[..., low:high, :], of_block[2], next(sum_of), 0.0,
+                of_block[0], of_block[1], keys[..., low:high, :], values[..., low:high, :], of_block[2], logsumexp, 0.0,
                 mask is None, attn_mask=mask, scale=plan.scale,
             )  # fmt: skip
             _queries(dq, start, end, heads).copy_(of_q)
             dkeys[:, low:high] += of_k.sum(dim=1)
             dvalues[:, low:high] += of_v.sum(dim=1)
+            if dsinks is not None:  # the share of a sink, whose value is zero, takes from all others
+                share = (sinks.view(*heads[:2], 1) - logsumexp).exp()
+                dsinks -= (share * (of_block[0] * of_block[2]).sum(-1)).sum(-1).flatten()
         _scatter_(dkeys, dk, segment, dvirtual_k, heads)
         _scatter_(dvalues, dv, segment, dvirtual_v, heads)
-    dq, dk = (_rotated(t, heads.size, cos, -sin) for t in (dq, dk))
-    return dq, dk, dv, dvirtual_k, dvirtual_v
+    dq, dk = (rotated(t, plan, cos, -sin) for t in (dq, dk))
+    return dq, dk, dv, dvirtual_k, dvirtual_v, dsinks
 
 
-def _rotated(x: Tensor, size: int, cos: Tensor, sin: Tensor) -> Tensor:
-    """Each head of x (T heads·K), rotated by its token's angles (cos and sin T K)."""
-    per_head = x.unflatten(1, (-1, size))
-    first, second = per_head.chunk(2, dim=2)
-    return (per_head * cos[:, None] + torch.cat([-second, first], dim=2) * sin[:, None]).flatten(1)
+def rotated(x: Tensor, plan: AttentionPlan, cos: Tensor, sin: Tensor) -> Tensor:
+    """Each head of x (T heads·K), its first R numbers rotated by its token's angles (cos and sin T R)."""
+    if not cos.shape[1]:
+        return x
+    per_head = x.unflatten(1, (-1, plan.heads.size))
+    turned, rest = per_head[..., : cos.shape[1]], per_head[..., cos.shape[1] :]
+    if plan.interleaved:
+        across = torch.stack([-turned[..., 1::2], turned[..., ::2]], dim=3).flatten(2)
+    else:
+        first, second = turned.chunk(2, dim=2)
+        across = torch.cat([-second, first], dim=2)
+    return torch.cat([turned * cos[:, None] + across * sin[:, None], rest], dim=2).flatten(1)
 
 
 def _queries(t: Tensor, start: int, end: int, heads: Heads) -> Tensor:

@@ -15,7 +15,8 @@ enum { NAME(QUERIES) = 64, NAME(KEYS) = 256 };
 
 typedef struct {
     int64_t segments, tokens, groups, per_group, head, virtual_tokens;
-    int64_t window;                     /* 0 for none */
+    int64_t window, chunk;              /* 0 for none */
+    int64_t rotary, interleaved;        /* how many numbers of a head are rotated, and whether neighbours with each other */
     int64_t q_row, k_row, v_row, d_row; /* between rows of q, of k, of v, and of dq, dk and dv */
     double scale;
     const int64_t *start, *end;    /* of each segment, in tokens */
@@ -56,18 +57,24 @@ static inline __attribute__((always_inline)) void NAME(tile)(const REAL *restric
 
 /* Which keys of a tile a block of queries attends to. Query i stands at place `at + i` among the keys. */
 typedef struct {
-    int64_t at, queries, tile, keys, window;
+    int64_t at, queries, tile, keys, window, chunk;
 } NAME(View);
 
+static inline int64_t NAME(first_seen)(int64_t place, int64_t window, int64_t chunk) { /* of all keys, by the query at a place */
+    return most(window ? place - window + 1 : 0, chunk ? place - place % chunk : 0);
+}
 static inline int64_t NAME(first_key)(NAME(View) v, int64_t query) { /* in the tile, that this query sees */
-    return v.window ? least(most(v.at + query - v.window + 1 - v.tile, 0), v.keys) : 0;
+    return least(most(NAME(first_seen)(v.at + query, v.window, v.chunk) - v.tile, 0), v.keys);
 }
 static inline int64_t NAME(key_end)(NAME(View) v, int64_t query) { return most(least(v.at + query + 1 - v.tile, v.keys), 0); }
 static inline int64_t NAME(first_query)(NAME(View) v, int64_t key) { /* that sees this key of the tile */
     return least(most(v.tile + key - v.at, 0), v.queries);
 }
 static inline int64_t NAME(query_end)(NAME(View) v, int64_t key) {
-    return v.window ? most(least(v.tile + key - v.at + v.window, v.queries), 0) : v.queries;
+    int64_t place = v.tile + key, end = v.at + v.queries;
+    if (v.window) end = least(end, place + v.window);
+    if (v.chunk) end = least(end, place - place % v.chunk + v.chunk);
+    return most(end - v.at, 0);
 }
 
 /* s (QUERIES x KEYS) = a b, where something is seen: a QUERIES x wide; b head x all keys, in panels of COLUMNS. */
@@ -113,8 +120,8 @@ static inline void NAME(zero_rest)(NAME(View) v, REAL *s) {
 }
 
 /* The first tile of keys that a block of queries sees some of. */
-static inline int64_t NAME(first_tile)(int64_t at, int64_t window) {
-    return window ? most(at - window + 1, 0) / KEYS * KEYS : 0;
+static inline int64_t NAME(first_tile)(int64_t at, int64_t window, int64_t chunk) {
+    return most(NAME(first_seen)(at, window, chunk), 0) / KEYS * KEYS;
 }
 
 static inline REAL NAME(largest)(const REAL *x, int64_t n, REAL least_so_far) {
@@ -138,14 +145,26 @@ static inline REAL NAME(sum)(const REAL *x, int64_t n) {
     return sum;
 }
 
-/* `scale` times one head's row, rotated by its angle (RoFormer, arXiv:2104.09864); `way` is -1 in the backward pass. */
-static inline void NAME(rotate)(const REAL *x, const REAL *cos, const REAL *sin, REAL *to, int64_t head, REAL scale, REAL way) {
-    int64_t half = head / 2;
-    for (int64_t i = 0; i < half; i++) {
-        REAL one = x[i], two = x[i + half];
-        to[i] = scale * (one * cos[i] - way * two * sin[i]);
-        to[i + half] = scale * (two * cos[i + half] + way * one * sin[i + half]);
-    }
+/* `scale` times one head's row, of which the first numbers are rotated by their token's angles (RoFormer, arXiv:2104.09864);
+   `way` is -1 in the backward pass. */
+static inline void NAME(rotate)(const NAME(Tree) * t, const REAL *x, const REAL *cos, const REAL *sin, int64_t token, REAL *to,
+                                REAL scale, REAL way) {
+    int64_t half = t->rotary / 2;
+    cos += token * t->rotary;
+    sin += token * t->rotary;
+    if (t->interleaved)
+        for (int64_t i = 0; i < 2 * half; i += 2) {
+            REAL one = x[i], two = x[i + 1];
+            to[i] = scale * (one * cos[i] - way * two * sin[i]);
+            to[i + 1] = scale * (two * cos[i + 1] + way * one * sin[i + 1]);
+        }
+    else
+        for (int64_t i = 0; i < half; i++) {
+            REAL one = x[i], two = x[i + half];
+            to[i] = scale * (one * cos[i] - way * two * sin[i]);
+            to[i + half] = scale * (two * cos[i + half] + way * one * sin[i + half]);
+        }
+    for (int64_t i = t->rotary; i < t->head; i++) to[i] = scale * x[i];
 }
 
 /* A head's keys (rotated, if there are angles) or values of all that a segment attends to, as rows of `wide` numbers. */
@@ -158,7 +177,7 @@ static void NAME(gather)(const NAME(Tree) * t, int64_t segment, int64_t group, c
         for (int64_t i = t->start[t->on_path[n]]; i < t->end[t->on_path[n]]; i++, at++) {
             const REAL *from = x + i * row + group * head;
             if (cos)
-                NAME(rotate)(from, cos + i * head, sin + i * head, to + at * wide, head, 1, 1);
+                NAME(rotate)(t, from, cos, sin, i, to + at * wide, 1, 1);
             else
                 memcpy(to + at * wide, from, head * sizeof(REAL));
         }
@@ -179,10 +198,10 @@ static inline int64_t NAME(heads_per_task)(const NAME(Tree) * t) { return t->seg
 
 static REAL *NAME(memory)(int64_t numbers) { return aligned_alloc(64, round_up(numbers * (int64_t)sizeof(REAL), 64)); }
 
-/* out (T, H K) and, for each head and token, the logarithm of its softmax's sum, sums (H T). Returns how many
-   tasks found no memory. */
+/* out (T, H K) and, for each head and token, the logarithm of its softmax's sum, sums (H T). A head's sink, if there are
+   sinks (H), is one more logit of its softmaxes, without a value. Returns how many tasks found no memory. */
 int64_t NAME(attend)(const NAME(Tree) * t, const REAL *q, const REAL *k, const REAL *v, const REAL *cos, const REAL *sin,
-                     const REAL *virtual_k, const REAL *virtual_v, REAL *out, REAL *sums) {
+                     const REAL *virtual_k, const REAL *virtual_v, const REAL *sinks, REAL *out, REAL *sums) {
     int64_t head = t->head, heads = t->groups * t->per_group, wide = round_up(head, COLUMNS), failed = 0;
     int64_t heads_per_task = NAME(heads_per_task)(t), parts = heads / heads_per_task;
     REAL scale = (REAL)t->scale;
@@ -206,12 +225,12 @@ int64_t NAME(attend)(const NAME(Tree) * t, const REAL *q, const REAL *k, const R
                 memset(a, 0, 2 * QUERIES * wide * sizeof(REAL));
                 for (int64_t i = 0; i < count; i++) {
                     const REAL *from = q + (at + i) * t->q_row + h * head;
-                    NAME(rotate)(from, cos + (at + i) * head, sin + (at + i) * head, a + i * wide, head, scale, 1);
-                    top[i] = LOWEST;
-                    total[i] = 0;
+                    NAME(rotate)(t, from, cos, sin, at + i, a + i * wide, scale, 1);
+                    top[i] = sinks ? sinks[h] : LOWEST;
+                    total[i] = sinks ? 1 : 0;
                 }
-                for (int64_t tile = NAME(first_tile)(before, t->window); tile < before + count; tile += KEYS) {
-                    NAME(View) view = {before, count, tile, least(KEYS, before + count - tile), t->window};
+                for (int64_t tile = NAME(first_tile)(before, t->window, t->chunk); tile < before + count; tile += KEYS) {
+                    NAME(View) view = {before, count, tile, least(KEYS, before + count - tile), t->window, t->chunk};
                     NAME(scores)(view, a, wide, columns, head, scores);
                     for (int64_t i = 0; i < count; i++) {
                         int64_t first = NAME(first_key)(view, i), seen = NAME(key_end)(view, i) - first;
@@ -236,7 +255,8 @@ int64_t NAME(attend)(const NAME(Tree) * t, const REAL *q, const REAL *k, const R
     return failed;
 }
 
-/* The gradients of q, k and v (columns of one matrix) and of the virtual keys and values (G P K), from that of out. */
+/* The gradients of q, k and v (columns of one matrix) and of the virtual keys and values (G P K), from that of out. Sinks are
+   in `sums` already. */
 int64_t NAME(attend_backward)(const NAME(Tree) * t, const REAL *q, const REAL *k, const REAL *v, const REAL *cos,
                               const REAL *sin, const REAL *virtual_k, const REAL *virtual_v, const REAL *out, const REAL *sums,
                               const REAL *dout, REAL *dq, REAL *dk, REAL *dv, REAL *dvirtual_k, REAL *dvirtual_v) {
@@ -281,10 +301,10 @@ int64_t NAME(attend_backward)(const NAME(Tree) * t, const REAL *q, const REAL *k
                     for (int64_t j = 0; j < head; j++) sum += d[j] * o[j];
                     balance[i] = sum;
                     memcpy(b + i * wide, d, head * sizeof(REAL));
-                    NAME(rotate)(from, cos + (at + i) * head, sin + (at + i) * head, a + i * wide, head, scale, 1);
+                    NAME(rotate)(t, from, cos, sin, at + i, a + i * wide, scale, 1);
                 }
-                for (int64_t tile = NAME(first_tile)(before, t->window); tile < before + count; tile += KEYS) {
-                    NAME(View) view = {before, count, tile, least(KEYS, before + count - tile), t->window};
+                for (int64_t tile = NAME(first_tile)(before, t->window, t->chunk); tile < before + count; tile += KEYS) {
+                    NAME(View) view = {before, count, tile, least(KEYS, before + count - tile), t->window, t->chunk};
                     NAME(scores)(view, a, wide, columns, head, scores);
                     NAME(scores)(view, b, wide, of_values, head, slopes);
                     for (int64_t i = 0; i < count; i++) {
@@ -307,7 +327,7 @@ int64_t NAME(attend_backward)(const NAME(Tree) * t, const REAL *q, const REAL *k
                 }
                 for (int64_t i = 0; i < count; i++) {
                     REAL *to = dq + (at + i) * t->d_row + h * head;
-                    NAME(rotate)(c + i * wide, cos + (at + i) * head, sin + (at + i) * head, to, head, scale, -1);
+                    NAME(rotate)(t, c + i * wide, cos, sin, at + i, to, scale, -1);
                 }
             }
         free(rows);
@@ -340,7 +360,7 @@ int64_t NAME(attend_backward)(const NAME(Tree) * t, const REAL *q, const REAL *k
                 memcpy(dvirtual_k + (g * t->virtual_tokens + i + t->virtual_tokens) * head, of_k, sizeof of_k);
                 memcpy(dvirtual_v + (g * t->virtual_tokens + i + t->virtual_tokens) * head, of_v, sizeof of_v);
             } else {
-                NAME(rotate)(of_k, cos + i * head, sin + i * head, dk + i * t->d_row + g * head, head, 1, -1);
+                NAME(rotate)(t, of_k, cos, sin, i, dk + i * t->d_row + g * head, 1, -1);
                 memcpy(dv + i * t->d_row + g * head, of_v, sizeof of_v);
             }
         }

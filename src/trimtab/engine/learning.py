@@ -1,0 +1,185 @@
+"""Learn the structure of a model's decoder layers, at its first packed pass, and prove it.
+
+One small pass of random tokens shows in which order layers run and with which keyword arguments. In it, each kind of layer is
+watched, then computed both ways on random numbers: hidden states and gradient must agree, or the layer is left to its own code.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.core.attention import LocalMask, Rules
+from trimtab.core.attention_hook import holding
+from trimtab.data.prefix_tree import Segment
+from trimtab.engine.explain_layer import structures_of
+from trimtab.engine.layers import compute_layer, patch_parts
+from trimtab.engine.layouts import PackLayout
+from trimtab.engine.structure import AttentionPart, LayerStructure
+from trimtab.engine.watching import CLOSE, Attended, UnknownStructure, Watched, alike, watching
+from trimtab.methods import base_modules
+
+SEGMENTS = (Segment(0, 4, -1), Segment(4, 7, 0), Segment(7, 10, -1))
+POSITIONS = (0, 3, 11, 26, 27, 31, 38, 2, 9, 40)
+"""Far apart, and below the longest position of the tiniest models."""
+FARTHER = 4099
+"""Positions are multiplied by this where a layer gets them as numbers: what depends on long distances shows."""
+WINDOW = 3
+"""Longer windows are cut to this, so that a window matters to so few tokens."""
+GRADIENT = 1e-4
+"""Of the largest number in a row of the gradient: it is a sum of more numbers."""
+
+Learned = LayerStructure | str
+"""The structure of a layer; or why it is left to its own code."""
+
+
+class Lesson:
+    """The small pass in which a model's layers are learned."""
+
+    def __init__(self) -> None:
+        self.kinds: dict[Any, Learned] = {}
+        self.order: list[Any] = []
+        """The layers, as they are called."""
+
+    def attend_to(self, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Learned:
+        """Learn the structure of a layer that is called with these arguments."""
+        self.order.append(layer)
+        if hidden.ndim != 3 or len(hidden) != 1:
+            return "it is not called with hidden states (1 T d)"
+        key = _kind(layer, kwargs)
+        if key not in self.kinds:
+            self.kinds[key] = _learned(layer, hidden, kwargs)
+        return self.kinds[key]
+
+
+_lesson: ContextVar[Lesson | None] = ContextVar("lesson", default=None)
+
+
+def current_lesson() -> Lesson | None:
+    """The lesson that the running pass is."""
+    return _lesson.get()
+
+
+def learn(run: Callable[[Tensor, Tensor, PackLayout], Any], vocabulary: int, device: torch.device) -> Lesson:
+    """Run a small pass, from token ids, positions and a layout, in which `current_lesson` is the lesson that is returned."""
+    ids = torch.arange(len(POSITIONS), device=device) * 7 % vocabulary
+    lesson = Lesson()
+    with torch.no_grad(), holding(_lesson, lesson), torch.random.fork_rng(devices=[]):
+        run(ids, torch.tensor(POSITIONS, device=device), PackLayout(SEGMENTS))
+    return lesson
+
+
+def _kind(layer: nn.Module, kwargs: Mapping[str, Any]) -> Any:
+    """What decides how a layer computes, besides its weights: classes, sizes, and settings of every module in it."""
+    facts: list[Any] = []
+    configs: dict[int, Any] = {}
+    for path, module in base_modules(layer).items():
+        own = vars(module)
+        facts.append((path, type(module), own["training"]))
+        facts += [(n, v) for n, v in own.items() if n not in _NUMBERS and isinstance(v, bool | int | float | str | None)]
+        for name, t in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            facts.append((name, t.shape, t.dtype, t.device, t.numel() == 1 and float(t) in (0.0, 1.0)))
+        if (config := own.get("config")) is not None:
+            configs[id(config)] = config
+    number = next((n for m in base_modules(layer).values() if (n := getattr(m, "layer_idx", None)) is not None), None)
+    for config in configs.values():
+        listed = {name: value for name, value in vars(config).items() if isinstance(value, list | tuple)}
+        facts += [(name, str(value[number])) for name, value in listed.items() if number is not None and number < len(value)]
+    mask = kwargs.get("attention_mask")
+    facts += [("mask", None if isinstance(mask, Tensor) else mask), ("arguments", tuple(kwargs))]
+    return tuple(facts)
+
+
+_NUMBERS = ("layer_idx", "training")
+
+
+def _learned(layer: nn.Module, hidden: Tensor, kwargs: Mapping[str, Any]) -> Learned:
+    try:
+        with torch.enable_grad():
+            return _proved(layer, hidden, dict(kwargs))
+    except UnknownStructure as unknown:
+        return str(unknown)
+    except Exception as error:  # whatever its modules raise when they are called otherwise than they expect
+        return f"{type(error).__name__}: {error}"
+
+
+def _proved(layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> LayerStructure:
+    """The structure of the layer, by which it computes what its own code does.
+
+    Raises:
+        UnknownStructure: Otherwise.
+    """
+    draw = torch.Generator().manual_seed(0)
+    size = torch.logspace(-2, 0.5, hidden.shape[1], dtype=torch.float64)[torch.randperm(hidden.shape[1], generator=draw)]
+    x = torch.randn(hidden.shape, generator=draw, dtype=torch.float64) * size[:, None]
+    x = x.to(hidden).requires_grad_()
+    if isinstance(positions := kwargs.get("position_ids"), Tensor):
+        kwargs["position_ids"] = positions * FARTHER
+    direction = torch.randn(hidden.shape, generator=draw, dtype=torch.float64).to(hidden)
+    held = _held(kwargs)
+    with _watched_attention(kwargs["layout"]) as attended:
+        with watching(layer) as calls:
+            own = type(layer).forward(layer, x, **kwargs)
+        of_own = _gradient(own, x, direction, keep=True)
+        shares = _held(kwargs) != held
+        with torch.no_grad():
+            structures = list(structures_of(Watched(layer, x, kwargs, calls, attended, own, shares)))
+        if isinstance(mask := kwargs.get("attention_mask"), LocalMask):
+            kwargs["attention_mask"] = LocalMask(_short(mask.window), _short(mask.chunk))
+        for structure in structures:
+            short = _with_short_windows(structure)
+            patch_parts(layer, short)
+            ours = compute_layer(layer, short, x, kwargs)
+            if alike(_first(ours), _first(own), CLOSE) and alike(_gradient(ours, x, direction), of_own, GRADIENT):
+                return structure
+    patch_parts(layer, None)
+    raise UnknownStructure("computed by hand it gives something else")
+
+
+def _held(kwargs: Mapping[str, Any]) -> list[Any]:
+    """What is in the mappings among the keyword arguments, by which layers hand things on to each other."""
+    return [[(key, id(item)) for key, item in value.items()] for value in kwargs.values() if isinstance(value, Mapping)]
+
+
+def _first(out: Any) -> Tensor:
+    return out[0] if isinstance(out, tuple) else out
+
+
+def _gradient(out: Any, x: Tensor, direction: Tensor, keep: bool = False) -> Tensor:
+    return torch.autograd.grad(_first(out), x, direction, retain_graph=keep)[0]
+
+
+@contextmanager
+def _watched_attention(layout: PackLayout) -> Iterator[list[Attended]]:
+    """The calls of attention within the block, whose windows and chunks are cut short."""
+    attended: list[Attended] = []
+
+    def attend(layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, rules: Rules, *others: Any) -> Tensor:
+        short = rules._replace(window=_short(rules.window), chunk=_short(rules.chunk))
+        out = PackLayout.attend(layout, layer, query, key, value, short, *others)
+        attended.append(Attended(layer, query[0], key[0], value[0], rules, out[0].flatten(1)))
+        return out
+
+    vars(layout)["attend"] = attend
+    try:
+        yield attended
+    finally:
+        del vars(layout)["attend"]
+
+
+def _short(size: int | None) -> int | None:
+    return None if size is None else min(size, WINDOW)
+
+
+def _with_short_windows(structure: LayerStructure) -> LayerStructure:
+    def short(part: Any) -> Any:
+        return part._replace(window=_short(part.window)) if isinstance(part, AttentionPart) else part
+
+    branches = tuple(
+        branch._replace(mixers=tuple(mixer._replace(part=short(mixer.part)) for mixer in branch.mixers))
+        for branch in structure.branches
+    )
+    return structure._replace(branches=branches, parts={name: short(part) for name, part in structure.parts.items()})

@@ -62,7 +62,7 @@ FUSED = (
     "engine/backends/", "engine/layers.py", "engine/operations.py", "engine/patching.py", "engine/tree_attention.py",
     "engine/structure.py", "engine/watching.py", "engine/explain_", "engine/learning.py",
 )  # fmt: skip
-MOST_LINES_OF_FUSED = 1650
+MOST_LINES_OF_FUSED = 1800
 """Fused layers and what computes them, which repeat for speed what the rest says plainly: counted apart."""
 MOST_LINES_OF_A_MEMBER = 120
 """Of a family, with something on them."""

@@ -9,6 +9,7 @@ from families import perturb, tiny
 from kinds import _COMMON, _EXPERTS, _LOCAL, _MAMBA, KINDS, VOCABULARY, WINDOW, _of, branching_rows, kind
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
 
+from trimtab.core import attention_hook
 from trimtab.core.attention_hook import remove_hook
 from trimtab.data import pack_flat, pack_tree
 from trimtab.engine import FrozenLayerCache, learning, pack_logprobs
@@ -215,7 +216,7 @@ def test_what_is_known_wrong_is_noticed(monkeypatch):
 
         return structures
 
-    for part in ({"window": 2}, {"scale": 0.3}, {"rotary": "none"}, {"rotary": "neighbours of halves"}, {"output": "q_proj"}):
+    for part in ({"scale": 0.3}, {"rotary": "none"}, {"rotary": "neighbours of halves"}, {"output": "q_proj"}):
         monkeypatch.setattr(learning, "structures_of", changed(part))
         model = tiny("llama")
         pack_logprobs(model, pack_flat(ROWS))
@@ -272,3 +273,20 @@ def test_what_frozen_layers_hand_on_is_kept_if_it_is_hidden_states_alone(name, k
     assert bool(cache.rows) == kept
     with torch.no_grad():
         torch.testing.assert_close(found[1], pack_logprobs(model, pack_tree(ROWS[::-1])), rtol=1e-5, atol=0)
+
+
+def test_windows_are_as_they_are_now(monkeypatch):
+    """The check makes windows small for a moment, perhaps the one in which layers are learned."""
+    monkeypatch.setattr(attention_hook, "_mask", lambda *args, own, **kwargs: None)  # then attention alone says them
+    model = tiny("gemma3")
+    pack_logprobs(model, pack_flat(ROWS))
+    attention = model.model.layers[0].self_attn
+    assert attention.sliding_window == 4
+    found = []
+    for window in (4, 9):
+        attention.sliding_window = window
+        ours, own = same_pack(model)
+        torch.testing.assert_close(ours, own, rtol=1e-6, atol=0)
+        found.append(ours)
+    assert "self_attn" in by_hand(model)
+    assert not torch.allclose(*found, rtol=1e-3)

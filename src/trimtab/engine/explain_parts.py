@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from itertools import product
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from trimtab.core.attention import LocalMask
 from trimtab.engine.backends import Activation, AttentionPlan, Heads, Norm
 from trimtab.engine.backends import torch as reference
 from trimtab.engine.structure import (
@@ -97,11 +98,24 @@ def _attention(seen: Watched, call: Call, attended: Attended) -> AttentionPart |
     named = [name for name, parameter in attended.module.named_parameters(recurse=False) if parameter is sinks]
     if sinks is not None and not named:
         return None
+    window = _window_from(attended, seen.kwargs.get("attention_mask"))
+    if window is None:
+        return None
     scale = size**-0.5 if rules.scale is None else float(rules.scale)
     return AttentionPart(
-        names, output.name, Heads(G, H // G, size), scale, rules.window, tuple(norm for norm, _ in norms), *way_q, gate,
+        names, output.name, Heads(G, H // G, size), scale, window, tuple(norm for norm, _ in norms), *way_q, gate,
         named[0] if named else None,
     )  # fmt: skip
+
+
+def _window_from(attended: Attended, mask: Any) -> Literal["nowhere", "module", "config"] | None:
+    """What holds the window that attention was asked for; None if that is not known."""
+    window, module = attended.rules.window, attended.module
+    if isinstance(mask, LocalMask) or window is None:
+        return "nowhere" if attended.rules.chunk is None or isinstance(mask, LocalMask) else None
+    if getattr(module, "sliding_window", None) == window:
+        return "module"
+    return "config" if getattr(getattr(module, "config", None), "sliding_window", None) == window else None
 
 
 def _inputs(linears: Sequence[Call], wide: int, narrow: int) -> tuple[tuple[str, ...], list[Tensor], list[Tensor]] | None:

@@ -119,7 +119,7 @@ def _attention(
     virtual: Sequence[Virtual] = kwargs.get("virtual", ())
     virtual_kv = [t[0] for t in virtual[0].of(own, x)] if virtual else [None, None]
     mask = kwargs.get("attention_mask")
-    window, chunk = (part.window, None) if mask is None else (mask.window, mask.chunk)
+    window, chunk = (part.window(own), None) if mask is None else (mask.window, mask.chunk)
     count = 0 if virtual_kv[0] is None else virtual_kv[0].shape[1]
     plan = AttentionPlan(layout.segments, heads, part.scale, window, count, chunk, is_interleaved(part.rotary))
     cos, sin = rotary_angles(part.rotary, kwargs.get("position_embeddings"), q)

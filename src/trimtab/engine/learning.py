@@ -18,7 +18,7 @@ from trimtab.data.prefix_tree import Segment
 from trimtab.engine.explain_layer import structures_of
 from trimtab.engine.layers import compute_layer, patch_parts
 from trimtab.engine.layouts import PackLayout
-from trimtab.engine.structure import AttentionPart, LayerStructure
+from trimtab.engine.structure import LayerStructure
 from trimtab.engine.watching import CLOSE, Attended, UnknownStructure, Watched, alike, watching
 from trimtab.methods import base_modules
 
@@ -127,12 +127,10 @@ def _proved(layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> LayerSt
         shares = _held(kwargs) != held
         with torch.no_grad():
             structures = list(structures_of(Watched(layer, x, kwargs, calls, attended, own, shares)))
-        if isinstance(mask := kwargs.get("attention_mask"), LocalMask):
-            kwargs["attention_mask"] = LocalMask(_short(mask.window), _short(mask.chunk))
+        kwargs |= _short_mask(attended, kwargs)
         for structure in structures:
-            short = _with_short_windows(structure)
-            patch_parts(layer, short)
-            ours = compute_layer(layer, short, x, kwargs)
+            patch_parts(layer, structure)
+            ours = compute_layer(layer, structure, x, kwargs)
             if alike(_first(ours), _first(own), CLOSE) and alike(_gradient(ours, x, direction), of_own, GRADIENT):
                 return structure
     patch_parts(layer, None)
@@ -174,12 +172,11 @@ def _short(size: int | None) -> int | None:
     return None if size is None else min(size, WINDOW)
 
 
-def _with_short_windows(structure: LayerStructure) -> LayerStructure:
-    def short(part: Any) -> Any:
-        return part._replace(window=_short(part.window)) if isinstance(part, AttentionPart) else part
-
-    branches = tuple(
-        branch._replace(mixers=tuple(mixer._replace(part=short(mixer.part)) for mixer in branch.mixers))
-        for branch in structure.branches
-    )
-    return structure._replace(branches=branches, parts={name: short(part) for name, part in structure.parts.items()})
+def _short_mask(attended: list[Attended], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The mask that says the windows and chunks that attention was asked for, cut short."""
+    sizes = {(one.rules.window, one.rules.chunk) for one in attended} - {(None, None)}
+    if not sizes or isinstance(kwargs.get("attention_mask"), Tensor):
+        return {}
+    if len(sizes) > 1 or "attention_mask" not in kwargs:
+        raise UnknownStructure("it has several windows, or none of its masks says them")
+    return {"attention_mask": LocalMask(*map(_short, *sizes))}

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar, copy_context
 from functools import cache, partial
 from typing import Any
@@ -110,15 +110,17 @@ def learn_layers(model: Any, run: Callable[[Tensor, Tensor, PackLayout], Any]) -
     layers = layers_of(model)
     device, dtype = next((p.device, p.dtype) for p in model.parameters() if p.is_floating_point())
     like = torch.empty(1, 8, dtype=dtype, device=device)
-    known = any(layer.forward.learned is not None or layer.forward.hooked for layer in layers)
+    known = any(layer.forward.learned is not None for layer in layers)
     if not layers or known or current_lesson() is not None or not backend_for(like).supports_layers(like):
         return
-    try:
-        with active(model), holding(_checkpointing, False):
-            lesson = learn(run, model.config.get_text_config().vocab_size, device)
-    except Exception as error:  # the real pass will raise it where it is to be seen
-        reason = f"{type(error).__name__}: {error}"
-        lesson = Lesson()
+    with _without_hooks(model):
+        if any(_is_hooked(module) for layer in layers for module in _modules_from_last(layer)):
+            return  # another forward pass in place of a module's own: perhaps for a moment
+        try:
+            with active(model), holding(_checkpointing, False):
+                lesson = learn(run, model.config.get_text_config().vocab_size, device)
+        except Exception as error:  # the real pass will raise it where it is to be seen
+            reason, lesson = f"{type(error).__name__}: {error}", Lesson()
     for layer in layers:
         if layer.forward.learned is None:
             layer.forward.learned = "it is not called" if lesson.order else reason
@@ -182,6 +184,25 @@ class PatchedForward:
         return known and backend_for(hidden_states).supports_layers(hidden_states)
 
 
+@contextmanager
+def _without_hooks(model: nn.Module) -> Iterator[None]:
+    """Within the block, other code's hooks are not called."""
+    held = []
+    for module in model.modules():
+        own = vars(module)
+        held += [(own, name, own[name]) for name in _HOOKS if own[name]]
+    for own, name, hooks in held:
+        own[name] = type(hooks)()
+    try:
+        yield
+    finally:
+        for own, name, hooks in held:
+            own[name] = hooks
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
 @cache
 def _parameters(kind: Any) -> tuple[str, ...]:
     """The names of what a layer's forward pass gets after hidden states."""
@@ -200,5 +221,4 @@ def _modules_from_last(module: nn.Module) -> Iterator[nn.Module]:
 def _is_hooked(module: nn.Module) -> bool:
     """Whether other code has put a hook, or a forward pass of its own, on the module."""
     own = vars(module)
-    hooked = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
-    return bool(hooked) or not getattr(own.get("forward", PatchedPartForward), "is_patch", False)
+    return any(own[name] for name in _HOOKS) or not getattr(own.get("forward", PatchedPartForward), "is_patch", False)

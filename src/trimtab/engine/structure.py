@@ -51,8 +51,8 @@ class AttentionPart(NamedTuple):
     output: str
     heads: Heads
     scale: float
-    window: int | None
-    """See AttentionPlan; unless the layer's mask says another."""
+    window_from: Literal["nowhere", "module", "config"]
+    """What holds the sliding window, unless the layer's mask says one."""
     norms: tuple[NormPart | str | None, ...]
     """Of q, k and v: of each head, or of all of them, as the size of its weight says; the name of one that is called."""
     rotary: Rotary
@@ -60,6 +60,11 @@ class AttentionPart(NamedTuple):
     gate: Gating
     sinks: str | None
     """The parameter that holds them."""
+
+    def window(self, module: Any) -> int | None:
+        """As it is now: for a moment, the check of a model makes windows small."""
+        holder = {"nowhere": None, "module": module, "config": getattr(module, "config", None)}[self.window_from]
+        return None if holder is None else holder.sliding_window
 
 
 class MLPPart(NamedTuple):

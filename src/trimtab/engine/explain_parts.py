@@ -48,6 +48,8 @@ def mixer_part(seen: Watched, call: Call) -> AttentionPart | MLPPart | None:
     inner, attended = seen.calls[call.name], [one for one in seen.attended if one.module is call.module]
     if len({one.name for one in inner}) != len(inner) or not inner:
         return None
+    if "forward" in vars(call.module):  # patched, to count tokens or keep states by the layout: no plain attention or MLP
+        return None
     if not attended:
         return _mlp(call, inner)
     return _attention(seen, call, attended[0]) if len(attended) == 1 else None

@@ -55,20 +55,34 @@ def write_config(model: Any, folder: Path, facts: Json) -> None:
     text = config.get("text_config")
     parts = [config, *([text] if isinstance(text, dict) else [])]
     for part in parts:
-        part |= {key: value for key, value in facts.items() if key in part} | _as_in_4(part)
+        part |= {key: value for key, value in facts.items() if key in part}
     config |= {key: value for key, value in facts.items() if key.endswith("dtype") or not any(key in part for part in parts)}
+    config = _for_4(type(model.config), config)
     files.write_json(path, config)
+
+
+def _for_4(kind: Any, config: Json) -> Json:
+    """The configuration under 4.57's names too, if Transformers 5 reads it as the same: kinds that 4.57 does not know may use them otherwise."""
+    converted = copy.deepcopy(config)
+    with suppress(Exception):  # whatever conversions meet in a configuration of a new kind
+        text = converted.get("text_config")
+        for part in [converted, *([text] if isinstance(text, dict) else [])]:
+            part |= _as_in_4(part)
+        if _compared(kind.from_dict(copy.deepcopy(converted))) == _compared(kind.from_dict(copy.deepcopy(config))):
+            return converted
+    return config
 
 
 def _same(kind: Any, original: Json, config: Any) -> bool:
     """Whether a config.json still describes the model's configuration."""
 
-    def compared(config: Any) -> Json:
-        return {key: value for key, value in config.to_dict().items() if key not in _NOT_COMPARED}
-
     with suppress(Exception):  # it is then not a configuration of this kind
-        return compared(kind.from_dict(copy.deepcopy(original))) == compared(config)
+        return _compared(kind.from_dict(copy.deepcopy(original))) == _compared(config)
     return False
+
+
+def _compared(config: Any) -> Json:
+    return {key: value for key, value in config.to_dict().items() if key not in _NOT_COMPARED}
 
 
 def _as_in_4(part: Json) -> Json:
@@ -77,11 +91,9 @@ def _as_in_4(part: Json) -> Json:
         {"num_experts": part["num_local_experts"]} if "num_local_experts" in part and "num_experts" not in part else {}
     )
     rotary = part.get("rope_parameters")
-    if not isinstance(rotary, dict) or not rotary or "rope_theta" in part:
+    if not rotary or "rope_theta" in part:
         return renamed
     if "full_attention" in rotary:  # by the kind of layer
-        if not all(isinstance(part, dict) and "rope_theta" in part for part in rotary.values()):
-            return renamed  # no kind of 4.57's
         local = (rotary.get("sliding_attention") or rotary["full_attention"])["rope_theta"]
         rotary = rotary["full_attention"]
         renamed |= {"rope_local_base_freq": local} if rotary.get("rope_type", "default") in _ROPE_TYPES_IN_4 else {}

@@ -1,5 +1,7 @@
 """Adapter layers stand around a model's own modules: how to find those modules, and the paths they have without adapters."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -66,6 +68,25 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
 
     visit(model, "")
     return by_path
+
+
+@contextmanager
+def own_modules_in_place(model: nn.Module) -> Iterator[None]:
+    """Within the block, the model's own modules stand where the adapter layers around them do: for code that looks for its parameters."""
+    layers = [
+        (holder, name, child)
+        for holder in model.modules()
+        for name, child in holder.named_children()
+        if isinstance(child, Wrapper)
+    ]
+    outer = [(holder, name, child) for holder, name, child in layers if not isinstance(holder, Wrapper)]
+    try:
+        for holder, name, child in outer:
+            setattr(holder, name, unwrap(child))
+        yield
+    finally:
+        for holder, name, child in outer:
+            setattr(holder, name, child)
 
 
 def trunk_of(model: Any) -> nn.Module:

@@ -13,6 +13,7 @@ from trimtab.base import Base, write_config, write_processor, write_switches, wr
 from trimtab.core import files
 from trimtab.core.attention import without_cudnn
 from trimtab.core.errors import ArtifactError, NotMergeable
+from trimtab.core.wrapping import own_modules_in_place
 from trimtab.methods import Attached, base_modules, unwrap
 
 MIN_RETAINED = 0.99
@@ -60,7 +61,8 @@ def merge(
         retained = _retained(base, weights, dtype)
         exact = {} if dtype == torch.float32 else dict(weights)
         rounded = _rounded(weights, dtype)
-        type(base.model).save_pretrained(base.model, new, state_dict=rounded)  # which empties it
+        with own_modules_in_place(base.model):
+            type(base.model).save_pretrained(base.model, new, state_dict=rounded)  # which empties it
         write_config(base.model, new, changes)
         _write_stop_tokens(new, base)
         write_processor(base.model, new, own_template=base.chat_template is None)

@@ -9,7 +9,7 @@ from torch.overrides import TorchFunctionMode
 
 import trimtab
 from trimtab.base import Base
-from trimtab.core import attention_hook, randomness
+from trimtab.core import attention, randomness
 from trimtab.data.example import TokenRow
 from trimtab.engine import check_packing, generate
 from trimtab.evaluate import reference, score_loss
@@ -229,6 +229,6 @@ def test_attention_does_without_cudnn_and_the_process_keeps_its_setting(allowed,
 
 def test_the_setting_comes_back_after_an_error():
     before = torch.backends.cuda.cudnn_sdp_enabled()
-    with pytest.raises(ValueError, match="in it"), attention_hook.without_cudnn():
+    with pytest.raises(ValueError, match="in it"), attention.without_cudnn():
         raise ValueError("in it")
     assert torch.backends.cuda.cudnn_sdp_enabled() == before

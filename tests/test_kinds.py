@@ -88,17 +88,26 @@ def test_no_gradient_crosses_rows(name):
     assert float(gradient.abs().max()) == 0
 
 
+@pytest.mark.parametrize("by_batches", [False, True])
 @pytest.mark.parametrize("broken", ["convolution", "scan", "parents"])
-def test_a_state_that_leaks_or_is_lost_is_noticed(broken, monkeypatch):
-    """The negative control: each of these leaves a model that runs, and is refused."""
+def test_a_state_that_leaks_or_is_lost_is_noticed(broken, by_batches, monkeypatch):
+    """The negative control: each of these leaves a model that runs, and is refused; by the recurrence in C, and by Transformers' scan."""
+    scan, batches = state_layers.branching_scan, state_layers.batches
+    if by_batches:
+        monkeypatch.setattr(state_layers, "branching_scan", lambda *_: None)
     if broken == "convolution":
         monkeypatch.setattr(layouts.PackLayout, "before", property(lambda self: torch.arange(-1, self.segments[-1].end - 1)))
     elif broken == "scan":
         monkeypatch.setattr(state_layers, "_scan", lambda function, *args, **kwargs: function(*args, **kwargs))
         state_layers._branching_forward.cache_clear()
+    elif by_batches:
+        monkeypatch.setattr(state_layers, "batches", lambda *given: [batch._replace(depth=0) for batch in batches(*given)])
     else:
-        monkeypatch.setattr(state_layers, "batches", lambda layout, _: [b._replace(depth=0) for b in _batches(layout, _)])
-        _batches = state_layers.batches.__wrapped__ if hasattr(state_layers.batches, "__wrapped__") else _real_batches
+
+        def without_parents(function, arguments, segments):
+            return scan(function, arguments, tuple(segment._replace(parent=-1) for segment in segments))
+
+        monkeypatch.setattr(state_layers, "branching_scan", without_parents)
     try:
         with pytest.raises(UnsupportedModel, match="so it cannot be trained on packed examples exactly"):
             check_packing(kind("gated DeltaNet"))
@@ -106,7 +115,12 @@ def test_a_state_that_leaks_or_is_lost_is_noticed(broken, monkeypatch):
         state_layers._branching_forward.cache_clear()
 
 
-_real_batches = state_layers.batches
+def test_the_recurrence_in_c_and_transformers_scan_agree(monkeypatch):
+    model = kind("gated DeltaNet")
+    with torch.no_grad():
+        ours = pack_logprobs(model, pack_tree(ROWS))
+        monkeypatch.setattr(state_layers, "branching_scan", lambda *_: None)
+        assert relative(ours, pack_logprobs(model, pack_tree(ROWS))) < 1e-6
 
 
 @pytest.mark.parametrize("ignored", ["sinks", "window"])

@@ -39,6 +39,10 @@ KINDS = {
         "GraniteMoeHybrid", **_MAMBA, layer_types=_HYBRID, num_local_experts=4, num_experts_per_tok=2, shared_intermediate_size=16,
         logits_scaling=3.0,
     ),
+    "Mamba 2 with limits": lambda: _of(
+        "NemotronH", num_hidden_layers=None, mamba_num_heads=8, mamba_head_dim=8, ssm_state_size=8, n_groups=1, chunk_size=8,
+        time_step_min=0.4, layers_block_type=["linear_attention", "full_attention", "mlp", "linear_attention"],
+    ),
     "Mamba 2 beside attention": lambda: _of("FalconH1", mamba_d_ssm=64, lm_head_multiplier=0.4, **_MAMBA),
     "Mamba 1": lambda: _of(
         "Jamba", num_experts=4, num_experts_per_tok=2, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2,

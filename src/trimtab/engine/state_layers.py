@@ -27,10 +27,12 @@ from trimtab.core.stateful import called_state_methods
 from trimtab.engine.layouts import DecodeLayout, LayerState, PackLayout, PrefillLayout
 from trimtab.engine.recurrence import branching_scan
 from trimtab.engine.segment_batches import batches
+from trimtab.engine.state_caches import OwnStates, PackStates, stacked
 from trimtab.methods import current_routing, routed
 
 CONVOLUTION = "causal_conv1d_fn"
 """What Transformers calls the causal convolution of every such layer."""
+UNLIMITED = (0.0, float("inf"))
 ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {None: lambda x: x, "silu": F.silu, "swish": F.silu}
 
 
@@ -139,7 +141,7 @@ class PatchedStateForward:
                 outs.append(self._own(x.index_select(1, row), states[-1], options))
             tokens.append(row)
         if isinstance(layout, PrefillLayout):
-            layout.cache.states[id(self.layer)] = _stacked([each.state for each in states])
+            layout.cache.states[id(self.layer)] = stacked([each.state for each in states])
         where = torch.cat(tokens)
         first = torch.empty(x.shape[1], dtype=torch.long, device=x.device)
         first[where.flip(0)] = torch.arange(len(where) - 1, -1, -1, device=x.device)
@@ -147,7 +149,13 @@ class PatchedStateForward:
 
     def _decode(self, x: Tensor, layout: DecodeLayout, options: dict[str, Any]) -> Any:
         states = OwnStates(layout.cache.states[id(self.layer)])
-        return _joined([self._own(x.transpose(0, 1), states, options)], lambda parts: parts[0].transpose(0, 1))
+        limit = tuple(getattr(self.layer, "time_step_limit", UNLIMITED))
+        if limit != UNLIMITED:
+            own: Any = inspect.unwrap(type(self.layer).forward)
+            out = _replaced(own, _limited_steps(own, limit))(self.layer, x.transpose(0, 1), cache=states, **options)
+        else:
+            out = self._own(x.transpose(0, 1), states, options)
+        return _joined([out], lambda parts: parts[0].transpose(0, 1))
 
 
 def _joined(outs: list[Any], join: Callable[[list[Tensor]], Tensor]) -> Any:
@@ -155,77 +163,6 @@ def _joined(outs: list[Any], join: Callable[[list[Tensor]], Tensor]) -> Any:
     if isinstance(outs[0], tuple):
         return tuple(join(list(parts)) if isinstance(parts[0], Tensor) else parts[0] for parts in zip(*outs, strict=True))
     return join(outs)
-
-
-def _stacked(states: list[LayerState]) -> LayerState:
-    conv, recurrent = ({n: torch.cat([each[n] for each in kind]) for n in kind[0]} for kind in
-                       ([each.conv for each in states], [each.recurrent for each in states]))  # fmt: skip
-    return LayerState(conv, recurrent)
-
-
-class OwnStates:
-    """The states of one layer in the place of Transformers' cache, kept as that cache keeps them."""
-
-    def __init__(self, state: LayerState) -> None:
-        self.state = state
-
-    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
-        return self.state.conv.get(state_idx)
-
-    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
-        return self.state.recurrent.get(state_idx)
-
-    def update_conv_state(
-        self, new: Tensor, layer_idx: int, state_idx: int = 0, conv_kernel_size: int | None = None, **_: Any
-    ) -> Tensor:
-        before = self.state.conv.get(state_idx)
-        size = conv_kernel_size or (before if before is not None else new).shape[-1]
-        full = new if before is None else torch.cat([before, new], dim=-1)
-        full = F.pad(full, (max(0, size - full.shape[-1]), 0))
-        self.state.conv[state_idx] = full[..., -size:].clone()  # single steps write over it
-        return full
-
-    def update_recurrent_state(self, new: Tensor, layer_idx: int, state_idx: int = 0, **_: Any) -> Tensor:
-        self.state.recurrent[state_idx] = new
-        return new
-
-    def is_recording_past(self, layer_idx: int) -> bool:
-        return False
-
-
-class PackStates:
-    """The same for a whole pack: no token has a state before it, and what stands at the ends of rows is kept in prefill."""
-
-    def __init__(self, layout: PackLayout) -> None:
-        self.layout = layout
-        self.kept = layout if isinstance(layout, PrefillLayout) else None
-        self.conv: dict[int, Tensor] = {}
-        self.recurrent: dict[int, Tensor] = {}
-        self.after: dict[int, Tensor] = {}
-        """By segment: the recurrent state in which it ended, 1 …, from the last scan."""
-
-    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> None:
-        return None
-
-    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> None:
-        return None
-
-    def update_conv_state(
-        self, new: Tensor, layer_idx: int, state_idx: int = 0, conv_kernel_size: int | None = None, **_: Any
-    ) -> Tensor:
-        if self.kept is not None:
-            size = conv_kernel_size or new.shape[-1]
-            ends = [self.layout.row(leaf)[-size:] for leaf in self.kept.leaves]
-            self.conv[state_idx] = torch.cat([F.pad(new[..., end.to(new.device)], (size - len(end), 0)) for end in ends])
-        return new
-
-    def update_recurrent_state(self, new: Tensor, layer_idx: int, state_idx: int = 0, **_: Any) -> Tensor:
-        if self.kept is not None:
-            self.recurrent[state_idx] = torch.cat([self.after[leaf] for leaf in self.kept.leaves])
-        return new
-
-    def is_recording_past(self, layer_idx: int) -> bool:
-        return True
 
 
 _running: ContextVar[PackStates] = ContextVar("running")
@@ -237,9 +174,29 @@ def _branching_forward(own: Any, methods: StateMethods) -> Callable[..., Any]:
     replaced: dict[str, Any] = {name: partial(_scan, own.__globals__[name]) for name in methods.scans}
     if methods.convolves:
         replaced[CONVOLUTION] = _convolve
-    forward = FunctionType(own.__code__, {**own.__globals__, **replaced}, own.__name__, own.__defaults__, own.__closure__)
-    forward.__kwdefaults__ = own.__kwdefaults__
-    return forward
+    return _replaced(own, replaced)
+
+
+def _replaced(own: Any, functions: dict[str, Any]) -> Callable[..., Any]:
+    """A function in which other functions stand for those of these names."""
+    function = FunctionType(own.__code__, {**own.__globals__, **functions}, own.__name__, own.__defaults__, own.__closure__)
+    function.__kwdefaults__ = own.__kwdefaults__
+    return function
+
+
+def _limited_steps(own: Any, limit: tuple[float, float]) -> dict[str, Any]:
+    """The single steps of Mamba 2 with its limits on dt, which Transformers' scan applies and its steps forget."""
+
+    def step(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        bound = inspect.signature(function).bind(*args, **kwargs)
+        dt, bias = bound.arguments["dt"], bound.arguments.pop("dt_bias", None)
+        dt = dt if bias is None else dt + bias.to(dt.dtype)
+        dt = F.softplus(dt) if bound.arguments.pop("dt_softplus", False) else dt
+        bound.arguments["dt"] = dt.clamp(*limit)
+        return function(*bound.args, **bound.kwargs)
+
+    steps = (name for name in own.__code__.co_names if "selective_state_update" in name and name in own.__globals__)
+    return {name: partial(step, own.__globals__[name]) for name in steps}
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, **_: Any) -> Tensor:

@@ -93,7 +93,7 @@ def called_trunk(model: Any) -> nn.Module:
         return unwrap(trunk_of(model))
     if model not in _trunks:
         called: list[nn.Module] = []
-        candidates = [unwrap(trunk_of(model)), unwrap(model.get_decoder())]
+        candidates = [m for m in (unwrap(trunk_of(model)), unwrap(model.get_decoder())) if m is not model]
         hooks = [module.register_forward_pre_hook(lambda module, _: called.append(module)) for module in candidates]
         try:
             with torch.no_grad(), switched({adapter.switch: False for adapter in adapters(model).values()}):

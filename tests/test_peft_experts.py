@@ -137,3 +137,27 @@ def test_a_router_of_pefts_is_refused_by_name(tmp_path):
     peft.get_peft_model(mixture("olmoe"), config).save_pretrained(tmp_path / "theirs")
     with pytest.raises(ArtifactError, match=r"model.layers.0.mlp.gate"):
         load_adapter(Base(mixture("olmoe")), tmp_path / "theirs")
+
+
+def test_a_mixture_without_the_interface_is_one_for_peft(tmp_path):
+    """PEFT goes by the model's type: it would take LongCat's dense MLPs for its experts, which we leave."""
+    from transformers import LongcatFlashConfig, LongcatFlashForCausalLM
+
+    torch.manual_seed(0)
+    model, plain = (
+        LongcatFlashForCausalLM(
+            LongcatFlashConfig(
+                vocab_size=97, hidden_size=32, ffn_hidden_size=48, expert_ffn_hidden_size=16, num_layers=1, num_attention_heads=4,
+                n_routed_experts=4, moe_topk=2, zero_expert_num=1, q_lora_rank=8, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=8,
+                v_head_dim=8, head_dim=8, max_position_embeddings=64,
+            )
+        ).eval()
+        for _ in range(2)
+    )  # fmt: skip
+    plain.load_state_dict(model.state_dict())
+    base = Base(model.requires_grad_(False))
+    adapter = attach(model, LoRA(rank=2))
+    perturb(adapter.parameters())
+    save_adapter(base, adapter, tmp_path / "adapter")
+    assert any("mlps.0.gate_proj" in path for path in adapter.layers)
+    same(model, peft.PeftModel.from_pretrained(plain, tmp_path / "adapter").eval())

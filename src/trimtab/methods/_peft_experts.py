@@ -27,9 +27,14 @@ def parameters_in_peft(own: Mapping[str, nn.Module], shapes: Mapping[str, Matrix
 
     Besides experts, these are the linear layers of a mixture that it would take for experts by their names: a shared expert's.
     """
-    is_mixture = any(expert_shapes(module) for module in own.values())
+    is_mixture = any(expert_shapes(module) or _has_experts(module) for module in own.values())
     names = {path: path if shape.experts else f"{path}.weight" for path, shape in shapes.items()}
     return {p: name for p, name in names.items() if shapes[p].experts or (is_mixture and p.rpartition(".")[2] in RENAMED)}
+
+
+def _has_experts(module: nn.Module) -> bool:
+    """Whether it has matrices of experts, perhaps without Transformers' interface for them: PEFT asks the model's type alone."""
+    return any(name in IN_ORDER and parameter.ndim == 3 for name, parameter in module.named_parameters(recurse=False))
 
 
 def experts_to_peft(tensors: Mapping[str, Tensor], shapes: Mapping[str, MatrixShape]) -> dict[str, Tensor]:

@@ -9,8 +9,9 @@ from kinds import KINDS, WINDOW, branching_rows, kind
 from trimtab.base import Base, context_length
 from trimtab.core.attention import Rules
 from trimtab.core.errors import DataError, UnsupportedModel
+from trimtab.data.example import TokenRow
 from trimtab.data.pack import pack_flat, pack_tree
-from trimtab.engine import check, check_packing, generate, layouts, pack_logprobs, state_layers
+from trimtab.engine import FrozenLayerCache, check, check_packing, generate, layouts, pack_logprobs, state_layers
 from trimtab.engine.pass_mode import mode_of
 from trimtab.evaluate import score_loss
 from trimtab.methods import Sample, attach
@@ -302,3 +303,26 @@ def test_all_linear_leaves_what_it_would_adapt_in_vain():
         for row, owner, ours in zip(ROWS, owners, routed, strict=True):
             with active(model, *([owner] if owner else [])):
                 assert relative(ours, logprob_alone(model, row.ids, row.target_indices)) < 2e-6
+
+
+def test_a_model_that_restores_the_shape_of_its_input_keeps_all_tokens():
+    """GPT-BigCode views its last hidden states in the shape of its input, so its last layer may not leave tokens out."""
+    torch.manual_seed(0)
+    config = transformers.GPTBigCodeConfig(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    model = transformers.GPTBigCodeForCausalLM(config).eval().requires_grad_(False)
+    row = TokenRow(ROWS[2].ids, [len(ROWS[2].ids) - 1], "its last token alone")
+    with torch.no_grad():
+        assert relative(pack_logprobs(model, pack_flat([row])), logprob_alone(model, row.ids, row.target_indices)) < 2e-6
+
+
+def test_nothing_is_kept_below_layers_that_run_several_times():
+    model = kind("layers that run several times")
+    paths = [path for path, _ in model.named_modules() if path.endswith("q_proj")]
+    adapter = attach(model, LoRA(rank=2, targets=(paths[-1],)))
+    perturb(adapter.parameters())
+    kept = FrozenLayerCache(model, 1e9)
+    pack = pack_flat(ROWS)
+    first, second = (pack_logprobs(model, pack, frozen_cache=kept) for _ in range(2))
+    assert kept.lowest is None
+    assert not kept.rows
+    assert torch.equal(first, second)

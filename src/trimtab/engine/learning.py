@@ -72,6 +72,17 @@ def learn(run: Callable[[Tensor, Tensor, PackLayout], Any], vocabulary: int, dev
     return lesson
 
 
+@torch.no_grad()
+def may_narrow(run: Callable[[Tensor, Tensor, PackLayout], Any], device: torch.device) -> bool:
+    """Whether what comes after the last layer takes fewer tokens than the model was given: some models restore the shape of their input."""
+    ids, at = torch.arange(len(POSITIONS), device=device), torch.tensor([1, 5, 9], device=device)
+    try:
+        whole, narrowed = (run(ids, ids, PackLayout(SEGMENTS, part)).last_hidden_state[0] for part in (None, at))
+    except Exception:  # whatever their code raises
+        return False
+    return narrowed.shape == whole[at].shape and alike(narrowed, whole[at], CLOSE)
+
+
 def _kind(layer: nn.Module, kwargs: Mapping[str, Any]) -> Any:
     """What decides how a layer computes, besides its weights: classes, sizes, and settings of every module in it."""
     facts: list[Any] = []

@@ -15,7 +15,7 @@ from trimtab.core.attention_hook import holding
 from trimtab.engine.backends import backend_for
 from trimtab.engine.layers import PatchedPartForward, compute_layer, patch_parts
 from trimtab.engine.layouts import PackLayout
-from trimtab.engine.learning import Learned, Lesson, current_lesson, learn
+from trimtab.engine.learning import Learned, Lesson, current_lesson, learn, may_narrow
 from trimtab.engine.structure import LayerStructure
 from trimtab.methods import active
 
@@ -49,10 +49,13 @@ class FrozenLayers:
         self.recorded: Tensor | None = None
         """T d, their output, if it was not known."""
         self.alone = True
-        """Hidden states (1 T d) are all that these layers hand on."""
+        """Hidden states (1 T d) are all that these layers hand on, and each runs once."""
+        self.entered: set[int] = set()
 
     def enter(self, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, bool]:
         """The input of the next layer, and whether that layer is skipped."""
+        self.alone = self.alone and id(layer) not in self.entered
+        self.entered.add(id(layer))
         if not self.below:
             return hidden, False
         self.below = layer is not self.lowest
@@ -116,17 +119,19 @@ def learn_layers(model: Any, run: Callable[[Tensor, Tensor, PackLayout], Any]) -
     with _without_hooks(model):
         if any(_is_hooked(module) for layer in layers for module in _modules_from_last(layer)):
             return  # another forward pass in place of a module's own: perhaps for a moment
-        try:
-            with active(model), holding(_checkpointing, False):
+        reason, lesson = "it gets no layout", Lesson()
+        with active(model), holding(_checkpointing, False):
+            try:
                 lesson = learn(run, model.config.get_text_config().vocab_size, device)
-        except Exception as error:  # the real pass will raise it where it is to be seen
-            reason, lesson = f"{type(error).__name__}: {error}", Lesson()
-    for layer in layers:
-        if layer.forward.learned is None:
-            layer.forward.learned = "it is not called" if lesson.order else reason
-    once = len(set(map(id, lesson.order))) == len(lesson.order)
-    for layer in lesson.order[-1:]:
-        layer.forward.last = once
+            except Exception as error:  # the real pass will raise it where it is to be seen
+                reason = f"{type(error).__name__}: {error}"
+            for layer in layers:
+                if layer.forward.learned is None:
+                    layer.forward.learned = "it is not called" if lesson.order else reason
+            once = len(set(map(id, lesson.order))) == len(lesson.order)
+            for layer in lesson.order[-1:] if once else ():
+                layer.forward.last = True
+                layer.forward.last = may_narrow(run, device)
 
 
 class PatchedForward:

@@ -120,7 +120,7 @@ def learn_layers(model: Any, run: Callable[[Tensor, Tensor, PackLayout], Any]) -
         if any(_is_hooked(module) for layer in layers for module in _modules_from_last(layer)):
             return  # another forward pass in place of a module's own: perhaps for a moment
         reason, lesson = "it gets no layout", Lesson()
-        with active(model), holding(_checkpointing, False):
+        with active(model), holding(_checkpointing, False), holding(_frozen_layers, None):
             try:
                 lesson = learn(run, model.config.get_text_config().vocab_size, device)
             except Exception as error:  # the real pass will raise it where it is to be seen

@@ -16,7 +16,9 @@ from trimtab.engine.pass_mode import mode_of
 from trimtab.evaluate import score_loss
 from trimtab.methods import Sample, attach
 from trimtab.methods._attach import active
+from trimtab.methods._base import _token_axis
 from trimtab.methods._matrices import left_frozen
+from trimtab.methods._unsuited import asks_kind
 from trimtab.methods.lora import LoRA
 from trimtab.methods.prefix import PrefixTuning
 from trimtab.methods.prompt import PromptTuning
@@ -326,3 +328,21 @@ def test_nothing_is_kept_below_layers_that_run_several_times():
     assert kept.lowest is None
     assert not kept.rows
     assert torch.equal(first, second)
+
+
+def test_a_module_that_gets_part_of_the_tokens_is_refused_for_rows_of_different_adapters():
+    with pytest.raises(UnsupportedModel, match=r"gets \(1, 1, 8\), which does not hold all 5 tokens"):
+        _token_axis(torch.zeros(1, 1, 8), 5)
+    assert _token_axis(torch.zeros(1, 5, 8), 5) == 1
+
+
+def test_a_block_that_asks_of_which_class_its_mlp_is_has_no_bottleneck():
+    """ERNIE 4.5 VL calls a mixture with more arguments than a dense MLP, and tells them apart by their classes."""
+    from transformers.models.ernie4_5_vl_moe import modeling_ernie4_5_vl_moe
+    from transformers.models.llama import modeling_llama
+
+    asking = object.__new__(modeling_ernie4_5_vl_moe.Ernie4_5_VLMoeDecoderLayer)
+    plain = object.__new__(modeling_llama.LlamaDecoderLayer)
+    assert asks_kind(asking, "mlp")
+    assert not asks_kind(asking, "self_attn")
+    assert not asks_kind(plain, "mlp")

@@ -90,8 +90,10 @@ def own_modules_in_place(model: nn.Module) -> Iterator[None]:
 
 
 def trunk_of(model: Any) -> nn.Module:
-    """The part of a model that makes hidden states, with the adapter layers around it: all but its head."""
-    trunk: nn.Module = model.base_model if model.base_model is not model else model.model
+    """The part of a model that makes hidden states, with the adapter layers around it: all but its head. Raises UnsupportedModel."""
+    trunk = model.base_model if model.base_model is not model else getattr(model, "model", None)
+    if not isinstance(trunk, nn.Module):
+        raise UnsupportedModel(f"{type(model).__name__} has no module that makes hidden states from tokens, beside its head.")
     return trunk
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trimtab.core.config import Choice
-from trimtab.core.errors import NotMergeable
+from trimtab.core.errors import NotMergeable, UnsupportedModel
 from trimtab.core.wrapping import Wrapper, base_modules
 from trimtab.methods._matrices import ALL_LINEAR, MatrixShape, Targets, find_matrices, left_frozen, matrix_modules
 from trimtab.methods._peft import SELECTION_KEYS, check_peft_config, from_peft_names, shortest_names, to_peft_names
@@ -102,7 +102,11 @@ def _token_axis(x: Tensor, count: int) -> int:
     axes = [axis for axis in range(min(x.ndim, 3)) if x.shape[axis] == count]
     if x.ndim == 4 and axes == [1, 2]:  # as many heads as tokens: the heads of a token lie together in memory
         return max(axes, key=x.stride)
-    assert axes, f"an input of the shape {tuple(x.shape)} does not hold {count} tokens"
+    if not axes:
+        raise UnsupportedModel(
+            f"A module with an adapter gets {tuple(x.shape)}, which does not hold all {count} tokens, so rows of different adapters cannot "
+            "share a pass through this model. Run the rows of each adapter by themselves (trimtab.active)."
+        )
     return axes[0]
 
 

@@ -11,6 +11,7 @@ from trimtab.core.errors import NoSuchModule, UnsupportedModel
 from trimtab.core.wrapping import base_modules, text_modules
 from trimtab.methods import ALL_LINEAR, ATTENTION, find_matrices, matrix_shape, unwrap
 from trimtab.methods._matrices import in_attention
+from trimtab.methods._unsuited import asks_kind
 
 OUTPUT_NAMES = {"o_proj", "out_proj", "c_proj", "dense", "Wo"}
 """What Transformers' causal language models call the matrix that attention ends with."""
@@ -79,7 +80,11 @@ def mlps(model: Any) -> dict[str, str]:
         children = _children(inside, block)
         named = [path for path in children if path.rpartition(".")[2] in MLP_NAMES]
         paths[block] = _require_one(named, model, block, "MLP", MLP_NAMES, children)
-        module = inside[paths[block]]
+        module, parent = inside[paths[block]], base_modules(model)[block]
+        if asks_kind(parent, paths[block].rpartition(".")[2]):
+            raise UnsupportedModel(
+                f"{type(parent).__name__} asks of which class {paths[block]} is, and would take a bottleneck adapter there for another one."
+            )
         required = [name for name, p in inspect.signature(module.forward).parameters.items() if _is_required(p)]
         if len(required) > 1 or stream_size(module) != hidden:
             raise UnsupportedModel(

@@ -32,13 +32,34 @@ def _class(module: nn.Module) -> tuple[str, str]:
     return type(module).__module__, type(module).__name__
 
 
+def _code(module: str, kind: str) -> Any:
+    try:
+        return ast.parse(textwrap.dedent(inspect.getsource(getattr(sys.modules[module], kind))))
+    except (OSError, TypeError, AttributeError, KeyError, SyntaxError):  # a class without a file
+        return ast.parse("")
+
+
+def asks_kind(parent: nn.Module, name: str) -> bool:
+    """Whether a module's code asks of which class one in it is, and so would take an adapter layer around that for another one."""
+    return name in _asked_kinds(*_class(parent))
+
+
+@cache
+def _asked_kinds(module: str, kind: str) -> set[str]:
+    asked = {
+        node.args[0].attr
+        for node in ast.walk(_code(module, kind))
+        if isinstance(node, ast.Call)
+        and getattr(node.func, "id", None) == "isinstance"
+        and isinstance(node.args[0], ast.Attribute)
+    }
+    return {str(name) for name in asked}
+
+
 @cache
 def _computed_with(module: str, kind: str) -> set[str]:
     """The attributes whose weight a class's code multiplies by itself, or reads without ever calling them."""
-    try:
-        tree: Any = ast.parse(textwrap.dedent(inspect.getsource(getattr(sys.modules[module], kind))))
-    except (OSError, TypeError, AttributeError, KeyError, SyntaxError):  # a class without a file
-        return set()
+    tree = _code(module, kind)
     parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
     called, read, multiplied = set(), set(), set()
     for node in ast.walk(tree):

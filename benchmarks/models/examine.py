@@ -5,8 +5,7 @@ import re
 import tempfile
 import time
 import traceback
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from models.subject import Subject
 
 import trimtab
 from trimtab.core.errors import TrimtabError
-from trimtab.engine import patching
 
 STATUSES = ("exact by hand", "exact", "refused", "crash", "WRONG", "unbuilt")
 OURS = Path(trimtab.__file__).parent
@@ -47,14 +45,15 @@ def examine(case: Case, only: Collection[str] = ()) -> Result:
 def examine_model(subject: Subject, only: Collection[str] = ()) -> Result:
     """The same of a model that is built."""
     measured: dict[str, Any] = {}
-    with _counted() as by_hand:
-        for name, measure in MEASURES.items():
-            if only and name not in (*only, "check"):
-                continue
-            if measure.trains and "refused" in measured.get("check", {}):
-                continue
-            measured[name] = _taken(measure.of, subject)
-    result: Result = {"measured": measured, "by_hand": sorted(by_hand)}
+    for name, measure in MEASURES.items():
+        if only and name not in (*only, "check"):
+            continue
+        if measure.trains and "refused" in measured.get("check", {}):
+            continue
+        measured[name] = _taken(measure.of, subject)
+    result: Result = {"measured": measured, "by_hand": {}}
+    if "deviation" in measured["check"]:
+        result["by_hand"] = subject.parts_by_hand()
     if subject.limit < LONGEST:
         result["limit"] = subject.limit
     if math.isfinite(measured.get("lora", {}).get("deviation", math.inf)):
@@ -87,24 +86,7 @@ def _status(result: Result) -> tuple[str, str]:
     for name in ("check", "fit", "tree"):
         if reason := measured.get(name, {}).get("refused"):
             return "refused", reason
-    return "exact by hand" if result["by_hand"] else "exact", ""
-
-
-@contextmanager
-def _counted() -> Iterator[set[str]]:
-    """The kinds of layer that are computed by hand within the block."""
-    seen: set[str] = set()
-    compute = patching.compute_layer
-
-    def counting(layer: Any, *args: Any, **kwargs: Any) -> Any:
-        seen.add(type(layer).__name__)
-        return compute(layer, *args, **kwargs)
-
-    patching.compute_layer = counting
-    try:
-        yield seen
-    finally:
-        patching.compute_layer = compute
+    return "exact by hand" if any("norm" not in part for part in result["by_hand"]) else "exact", ""
 
 
 def _told(error: BaseException) -> str:

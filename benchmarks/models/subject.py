@@ -15,6 +15,8 @@ from trimtab.core.errors import TrimtabError
 from trimtab.core.wrapping import base_modules, unwrap
 from trimtab.data import pack_tree
 from trimtab.engine import check_packing, pack_logprobs
+from trimtab.engine.patching import layers_of
+from trimtab.engine.structure import LayerStructure
 
 
 class Adapted(NamedTuple):
@@ -98,6 +100,14 @@ class Subject:
             for (name, p), a, b in zip(parameters.items(), ours, theirs, strict=True)
             if a is not None or b is not None
         }
+
+    def parts_by_hand(self) -> dict[str, int]:
+        """The parts of decoder layers that fused operations compute in a pack, and in how many layers."""
+        model = self.checked().model
+        with torch.no_grad():
+            pack_logprobs(model, pack_tree(self.rows))
+        structures = [layer.forward.learned for layer in layers_of(model)]
+        return dict(Counter(part for one in structures if isinstance(one, LayerStructure) for part in one.by_hand))
 
     def facts(self) -> dict[str, Any]:
         """What the default LoRA adapts, and which matrices of the text model it leaves as they are."""

@@ -19,9 +19,9 @@ A model's windows, chunks, blocks and top-k are 8 tokens or fewer, and the rows 
 is compared with an untouched copy that plain Transformers runs row by row: log-probabilities of packed rows (flat, and as a tree of shared
 beginnings), gradients, the loss of each training step, tokens generated from a cache, the model's own passes with an adapter that is
 switched off (bit for bit), merged models as Transformers loads them, and the gradient from a row to another, which has to be exactly 0.
-*Exact* means that nothing deviates by more than 1e-4 (of gradients, 1e-3 of the largest); *exact by hand*, that Trimtab's own fused
-layers compute it as well. *Refused* means an error that says why. Random weights prove the arithmetic, not that a checkpoint of a real
-size fits into memory or loads quickly; images are never read.
+*Exact* means that nothing deviates by more than 1e-4 (of gradients, 1e-3 of the largest; of logits in each step of generation, 5e-4 of the
+largest); *exact by hand*, that Trimtab's fused operations compute attention or MLPs of it. *Refused* means an error that says why. Random
+weights prove the arithmetic, not that a checkpoint of a real size fits into memory or loads quickly; images are never read.
 
 """
 SHORT, LONGEST = 100, 400
@@ -81,8 +81,8 @@ def _counts(results: Iterable[Result]) -> str:
 def _about(title: str) -> str:
     return {
         "Exact": (
-            "`vl:` marks a class that reads images, `!` a variant. Default LoRA: which weights of the text model `targets: all-linear` leaves "
-            "as they are; or that it is refused, and `attention` adapts the attention alone. PEFT: whether it loads the saved LoRA, to the same "
+            "`vl:` marks a class that reads images, `!` a variant. By hand: the parts of decoder layers that fused operations compute. "
+            "Default LoRA: which weights of the text model `targets: all-linear` leaves as they are; or that it is refused, and `attention` adapts the attention alone. PEFT: whether it loads the saved LoRA, to the same "
             "log-probabilities; – where it loads its own adapters of the model wrongly, or not at all. Last: the largest deviation.\n\n"
         ),
         "Not measured": "These do not run on text by plain Transformers, or not with what is installed here.\n\n",
@@ -174,11 +174,17 @@ def models_table(models: dict[str, Result]) -> str:
     for name, result in models.items():
         deviations = [measure["deviation"] for measure in result["measured"].values() if "deviation" in measure]
         cells = [
-            f"`{name}`", result["class"], _yes(result["status"] == "exact by hand"), _yes(_holds(result, "by name")), _lora(result),
+            f"`{name}`", result["class"], _by_hand(result), _yes(_holds(result, "by name")), _lora(result),
             *(_does(result, measure) for measure in ("merge", "PEFT", "prefix", "bottleneck")), f"{max(deviations):.0e}",
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _by_hand(result: Result) -> str:
+    """The parts of its layers that fused operations compute."""
+    names = dict.fromkeys("norms" if "norm" in part else part for part in result["by_hand"])
+    return ", ".join(sorted(names)) or "no"
 
 
 def reasons_table(models: dict[str, Result]) -> str:

@@ -82,8 +82,9 @@ def _about(title: str) -> str:
     return {
         "Exact": (
             "`vl:` marks a class that reads images, `!` a variant. By hand: the parts of decoder layers that fused operations compute. "
-            "Default LoRA: which weights of the text model `targets: all-linear` leaves as they are; or that it is refused, and `attention` adapts the attention alone. PEFT: whether it loads the saved LoRA, to the same "
-            "log-probabilities; – where it loads its own adapters of the model wrongly, or not at all. Last: the largest deviation.\n\n"
+            "Default LoRA: which weights of the text model `targets: all-linear` leaves as they are; or that it is refused, and `attention` "
+            "adapts the attention alone. PEFT: whether it loads the saved LoRA, to the same log-probabilities; – where it loads its own "
+            "adapters of the model wrongly, or not at all. Last: the largest deviation.\n\n"
         ),
         "Not measured": "These do not run on text by plain Transformers, or not with what is installed here.\n\n",
     }.get(title, "")

@@ -31,7 +31,7 @@ EXPECTED = {
     "granitemoehybrid": "exact by hand",  # Mamba 2
     "deepseek_v3": "exact by hand",  # multi-head latent attention
     "gemma3": "exact by hand",  # a text model in one that reads images
-    "llama4_text": "crash",  # chunks: prefix
+    "llama4_text": "exact",  # chunks
     "deepseek_v32!wide": "exact",  # an indexer
     "bert": "refused",  # a head of several layers
 }

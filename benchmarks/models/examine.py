@@ -103,7 +103,7 @@ def _told(error: BaseException) -> str:
 
 def _without_folders(message: str) -> str:
     """A message without the names of temporary folders, which are different each time."""
-    return re.sub(rf"{re.escape(tempfile.gettempdir())}/\w+", "FOLDER", message)
+    return re.sub(rf"{re.escape(tempfile.gettempdir())}/\w+(/\.writing-\w+(-\w+)?)?", "FOLDER", message)
 
 
 def calm() -> None:

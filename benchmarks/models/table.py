@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ largest); *exact by hand*, that Trimtab's fused operations compute attention or 
 weights prove the arithmetic, not that a checkpoint of a real size fits into memory or loads quickly; images are never read.
 
 """
+NUMBERS = re.compile(r"(?<= )-?\d+\.\d+|(?<=example )\d")
+"""In reasons: those of single models."""
 SHORT, LONGEST = 100, 400
 """Characters of a reason in the table of lines, and of one that is kept."""
 
@@ -192,7 +195,7 @@ def reasons_table(models: dict[str, Result]) -> str:
     """Models by the reason why not, the name of their class aside."""
     by_reason: dict[str, list[str]] = {}
     for name, result in models.items():
-        reason = result["reason"].replace(result["class"], "The model")
+        reason = NUMBERS.sub("…", result["reason"].replace(result["class"], "The model"))
         by_reason.setdefault(_text(reason, 300), []).append(f"`{name}`")
     lines = [
         f"| {', '.join(names)} | {reason} |" for reason, names in sorted(by_reason.items(), key=lambda item: -len(item[1]))

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "measured" / "guards.json"
 GUARDS = {
     "checks of the data": "run.start:preflight",
-    "packed equals unpacked": "run.start:check_packing",
+    "packed equals unpacked": "run.start:ensure_checked",
     "hash of the base model, before (in parallel with reading the data)": "base.fingerprint:weights_hash",
     "hash of the base model, after": "base.model:Base.check_unchanged",
     "which tensors training has moved": "run.script:Optimizer.digests",

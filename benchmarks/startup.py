@@ -21,7 +21,7 @@ from _timing import Marks, note
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "measured" / "startup.json"
 PARTS = {
-    "load": "run.start:Base.load", "packing check": "run.start:check_packing", "data": "run.start:load_data", "attach": "run.start:attach",
+    "load": "run.start:Base.load", "packing check": "run.start:ensure_checked", "data": "run.start:load_data", "attach": "run.start:attach",
     "checks": "run.start:preflight", "plan": "run.start:plan_training_memory",
 }  # fmt: skip
 

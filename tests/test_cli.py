@@ -136,8 +136,11 @@ CARELESS = {
     ),
     "a model of pickles": (
         "train r.yaml output=new", without_weights, 2,
-        "model: tiny holds pickled weights (*.bin), which can run code when they are read. "
-        "Convert them to safetensors first, on a machine where you trust them.",
+        "model: tiny holds pickled weights (pytorch_model.bin), which can run code when they are read, and no *.safetensors. "
+        "If you trust them, convert them once, where nothing else is at stake:\n"
+        "python -c 'from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
+        'M.from_pretrained("tiny", dtype="auto").save_pretrained("tiny-safetensors"); '
+        """T.from_pretrained("tiny").save_pretrained("tiny-safetensors")'\nand use tiny-safetensors.""",
     ),
     "a model without weights": (
         "chat tiny --prompt x", lambda here: (here / "tiny" / "model.safetensors").unlink(), 2, "model: tiny holds no *.safetensors."

@@ -9,6 +9,7 @@ from transformers.models.qwen3_5.modeling_qwen3_5 import torch_chunk_gated_delta
 from trimtab.data.prefix_tree import Segment
 from trimtab.engine import recurrence
 from trimtab.engine.backends import Recurrence, backend_for
+from trimtab.engine.backends import torch as reference
 
 SEGMENTS = (Segment(0, 70, -1), Segment(70, 90, 0), Segment(90, 130, 0), Segment(130, 133, -1), Segment(133, 140, 1))
 TOKENS, GROUPS, HEADS = 140, 2, 4
@@ -45,15 +46,16 @@ def relative(ours, expected):
     return float((ours.detach().double() - expected.detach()).abs().max() / expected.detach().abs().max())
 
 
+@pytest.mark.parametrize("of_reference", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
     ("keys", "values", "by_channel", "delta"), [(16, 32, False, True), (8, 16, True, True), (16, 32, False, False)]
 )
-def test_outputs_states_and_gradients_are_those_of_the_definition(dtype, keys, values, by_channel, delta):
+def test_outputs_states_and_gradients_are_those_of_the_definition(dtype, keys, values, by_channel, delta, of_reference):
     given = inputs(dtype, keys, values, by_channel, delta)
     exact = [None if t is None else t.detach().double().requires_grad_() for t in given]
-    backend = backend_for(*(t for t in given if t is not None))
-    if not backend.supports_recurrence(Recurrence(*given)):
+    backend = reference if of_reference else backend_for(*(t for t in given if t is not None))
+    if not of_reference and not backend.supports_recurrence(Recurrence(*given)):
         pytest.skip("there is no compiler")
     out, ends = recurrence._GatedRecurrence.apply(SEGMENTS, backend, *given)
     expected, expected_ends = by_definition(*exact)

@@ -68,7 +68,8 @@ def _for_4(kind: Any, config: Json) -> Json:
         text = converted.get("text_config")
         for part in [converted, *([text] if isinstance(text, dict) else [])]:
             part |= _as_in_4(part)
-        if _compared(kind.from_dict(copy.deepcopy(converted))) == _compared(kind.from_dict(copy.deepcopy(config))):
+        plain, renamed = (_compared(kind.from_dict(copy.deepcopy(each))) for each in (config, converted))
+        if plain == {key: renamed.get(key) for key in plain}:
             return converted
     return config
 

@@ -140,7 +140,7 @@ class Backend(Protocol):
         """out, T H V; the states in which segments end, each H K V; and what the backward pass needs, if there is to be one."""
 
     def recurrence_backward(
-        self, dout: Tensor, inputs: Recurrence, saved: Tensor, segments: tuple[Segment, ...]
+        self, dout: Tensor, inputs: Recurrence, saved: Tensor | None, segments: tuple[Segment, ...]
     ) -> Sequence[Tensor | None]:
         """The gradients of q, k, v, g and beta."""
 

@@ -104,7 +104,7 @@ def recurrence(inputs: Recurrence, segments: tuple[Segment, ...], backward: bool
 
 
 def recurrence_backward(
-    dout: Tensor, inputs: Recurrence, saved: Tensor, segments: tuple[Segment, ...]
+    dout: Tensor, inputs: Recurrence, saved: Tensor | None, segments: tuple[Segment, ...]
 ) -> Sequence[Tensor | None]:
     q, k, v, g, beta = inputs
     heads, keys = v.shape[1], k.shape[2]

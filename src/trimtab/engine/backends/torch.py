@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trimtab.data.prefix_tree import paths_of
+from trimtab.data.prefix_tree import Segment, paths_of
 from trimtab.engine.backends import Activation, AttentionInputs, AttentionPlan, Heads, Norm, Recurrence
 
 BLOCK = 256
@@ -225,4 +225,31 @@ def _scatter_(gradient: Tensor, to: Tensor, segment: SegmentPlan, virtual: Tenso
 
 
 def supports_recurrence(inputs: Recurrence) -> bool:
-    return False  # Transformers' own functions compute it in chunks
+    """The next two are the reference: Transformers' own functions, which compute in chunks, are faster."""
+    return False
+
+
+def recurrence(inputs: Recurrence, segments: tuple[Segment, ...], backward: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    q, k, v, g, beta = inputs
+    q, k = (t.repeat_interleave(v.shape[1] // t.shape[1], dim=1) for t in (q, k))
+    outs: list[Tensor] = []
+    ends: list[Tensor] = []
+    for start, end, parent in segments:
+        state = v.new_zeros(v.shape[1], k.shape[2], v.shape[2]) if parent < 0 else ends[parent]
+        for t in range(start, end):
+            state = state * g[t].exp().view(v.shape[1], -1, 1)
+            written = v[t] if beta is None else beta[t, :, None] * (v[t] - (state * k[t, :, :, None]).sum(1))
+            state = state + k[t, :, :, None] * written[:, None]
+            outs.append((state * q[t, :, :, None]).sum(1))
+        ends.append(state)
+    return torch.stack(outs), torch.stack(ends), None
+
+
+def recurrence_backward(
+    dout: Tensor, inputs: Recurrence, saved: Tensor | None, segments: tuple[Segment, ...]
+) -> Sequence[Tensor | None]:
+    with torch.enable_grad():
+        leaves = Recurrence(*(None if t is None else t.detach().requires_grad_() for t in inputs))  # type: ignore[arg-type]
+        out = recurrence(leaves, segments, True)[0]
+    gradients = iter(torch.autograd.grad(out, [t for t in leaves if t is not None], dout))
+    return [None if t is None else next(gradients) for t in leaves]

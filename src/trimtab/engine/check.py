@@ -5,7 +5,7 @@ Whatever a model does between tokens that Trimtab does not know of (state, an un
 
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -89,7 +89,7 @@ def check_packing(model: Any) -> None:
     """
     off = {adapter.switch: False for adapter in adapters(model).values()}
     with one_thread(), switched(off):
-        mode, sizes = mode_of(model), local_sizes(model)
+        mode, sizes = mode_of(model), _resizable(model, local_sizes(model))
         with resized(model, sizes, to=max(ROWS)), recording_sizes() as asked:  # packs are longer than that
             fitting = _Rows(model)
             fitting.check(mode)
@@ -119,6 +119,16 @@ def local_sizes(model: Any) -> dict[str, int]:
     config = model.config.get_text_config()
     named = {name: getattr(config, name, None) for name in vars(config) if LOCAL.search(name)}
     return {name: size for name, size in named.items() if type(size) is int and size > SHRUNK}
+
+
+def _resizable(model: Any, sizes: dict[str, int]) -> dict[str, int]:
+    """Those with which the model's own forward pass still runs: buffers may have been made for one of the others."""
+    left = {}
+    for name, size in sizes.items():
+        with suppress(UnsupportedModel), resized(model, {name: size}, to=SHRUNK):
+            _Rows(model)
+            left[name] = size
+    return left
 
 
 @contextmanager

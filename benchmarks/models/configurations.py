@@ -131,7 +131,7 @@ def tiny_config(kind: type[PreTrainedConfig], overrides: dict[str, Any]) -> PreT
             other = inner.pop("model_type", None)
             values[name] = tiny_config(transformers.CONFIG_MAPPING[other] if other else type(value), inner)
         elif isinstance(value, list | tuple) and layers and len(value) == layers > 2:
-            values[name] = _fewer(value, few)
+            values[name] = [small if (small := _smaller(name, one, 0)) is not None else one for one in _fewer(value, few)]
         elif isinstance(value, dict) and "mrope_section" in value:
             values[name] = value | {"mrope_section": _sections(value, usual)}
         elif name == "num_key_value_heads" and "kv_lora_rank" in usual:

@@ -8,7 +8,7 @@ import transformers
 from families import FAMILIES, exact_norms, logprob_alone, perturb, random_rows, tiny
 
 from trimtab.core import attention_hook
-from trimtab.core.attention import Rules, Virtual
+from trimtab.core.attention import AttentionCall, Rules, Virtual
 from trimtab.core.errors import UnsupportedModel
 from trimtab.data import Pack, Segment, pack_all, pack_flat, pack_tree
 from trimtab.data.example import TokenRow
@@ -131,7 +131,7 @@ def test_what_many_rows_see_has_their_gradients_added_up_in_float32():
     for dtype in (torch.bfloat16, torch.float64):
         query, *others = (t.to(dtype, copy=True).requires_grad_() for t in given)
         virtual = Virtual([(others[2][0], others[3][0])])
-        out = PackLayout(segments).attend(layer, query, *others[:2], Rules(None, None, None), [virtual])
+        out = PackLayout(segments).attend(AttentionCall(layer, query, *others[:2], Rules(None), [virtual]))
         (out * pull.to(dtype)).sum().backward()
         found.append([t.grad[:, :, :24].double() for t in others])
     for ours, exact in zip(*found, strict=True):

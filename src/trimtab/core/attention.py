@@ -82,6 +82,19 @@ def refuse_reentrant() -> NoReturn:
     )
 
 
+class AttentionCall(NamedTuple):
+    """One call of a layer's attention in a pass with a layout."""
+
+    layer: nn.Module
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    rules: Rules
+    virtual: Sequence[Virtual] = ()
+    mask: Tensor | None = None
+    """What the model made of the mask that it got from the layout: it says all, the virtual tokens aside."""
+
+
 class Layout(Protocol):
     """To which keys each token of one forward pass attends."""
 
@@ -92,21 +105,8 @@ class Layout(Protocol):
     materialized: bool
     """The model computes with its masks, so it gets them as tensors."""
 
-    def attend(
-        self,
-        layer: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        rules: Rules,
-        virtual: Sequence[Virtual],
-        mask: Tensor | None = None,
-    ) -> Tensor:
-        """Attention as B T H V.
-
-        Args:
-            mask: What the model made of the mask that it got from `mask`: it says all, the virtual tokens aside.
-        """
+    def attend(self, call: AttentionCall) -> Tensor:
+        """Attention as B T H V."""
 
     def mask(self, rules: Rules, device: torch.device) -> Tensor:
         """Which tokens each token attends to: 1 1 T T."""

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trimtab.core.attention import Layout, LocalMask, Rules, Virtual, attend, causal
+from trimtab.core.attention import AttentionCall, Layout, LocalMask, Rules, Virtual, attend, causal
 from trimtab.core.errors import UnsupportedModel
 
 PREFIX = "trimtab-"
@@ -65,7 +65,7 @@ def _attention(
     rules = _rules(module, mask=attention_mask, **options)
     if layout is not None:
         mask = attention_mask if isinstance(attention_mask, Tensor) else None
-        return layout.attend(module, query, key, value, rules, virtual, mask), None
+        return layout.attend(AttentionCall(module, query, key, value, rules, virtual, mask)), None
     return _attend_after_virtual(module, query, key, value, attention_mask, rules, virtual, own), None
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trimtab.core.attention import Rules, Virtual, attend, causal, is_seen
+from trimtab.core.attention import AttentionCall, Rules, Virtual, attend, causal, is_seen
 from trimtab.core.attention_hook import holding
 from trimtab.core.errors import UnsupportedModel
 from trimtab.data.prefix_tree import Segment, Tree, paths_of, token_indices
@@ -58,16 +58,8 @@ class PackLayout:
     def paths(self) -> list[list[int]]:
         return paths_of(self.segments)
 
-    def attend(
-        self,
-        layer: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        rules: Rules,
-        virtual: Sequence[Virtual],
-        mask: Tensor | None = None,
-    ) -> Tensor:
+    def attend(self, call: AttentionCall) -> Tensor:
+        layer, query, key, value, rules, virtual, mask = call
         self.reached = True
         if mask is not None:
             if virtual:
@@ -174,25 +166,16 @@ class PrefillLayout(PackLayout):
         cache.lengths = cache.token_counts = torch.tensor([len(self.row(leaf)) for leaf in tree.leaves], device=device)
         self.calls = Calls()
 
-    def attend(
-        self,
-        layer: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        rules: Rules,
-        virtual: Sequence[Virtual],
-        mask: Tensor | None = None,
-    ) -> Tensor:
-        before, stored = self.virtual_before(layer, key, virtual), []
-        for n, t in enumerate((key, value)):
+    def attend(self, call: AttentionCall) -> Tensor:
+        before, stored = self.virtual_before(call.layer, call.key, call.virtual), []
+        for n, t in enumerate((call.key, call.value)):
             own = t.split(self.lengths, dim=2)
             rows = [_joined([*(f[n] for f in before[leaf]), *(own[s] for s in self.paths[leaf])]) for leaf in self.leaves]
             padded = nn.utils.rnn.pad_sequence([row[0].transpose(0, 1) for row in rows], batch_first=True)
             stored.append(padded.transpose(1, 2))
-        self.cache.layers[self.calls.count(layer)] = (stored[0], stored[1])
-        self.cache.lengths = torch.tensor([row.shape[2] for row in rows], device=key.device)
-        return super().attend(layer, query, key, value, rules, virtual, mask)
+        self.cache.layers[self.calls.count(call.layer)] = (stored[0], stored[1])
+        self.cache.lengths = torch.tensor([row.shape[2] for row in rows], device=call.key.device)
+        return super().attend(call)
 
 
 class Calls:
@@ -220,23 +203,15 @@ class DecodeLayout:
         self.longest = int(cache.lengths.max()) + 1
         self.row = torch.arange(len(cache.lengths), device=cache.lengths.device)
 
-    def attend(
-        self,
-        layer: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        rules: Rules,
-        virtual: Sequence[Virtual],
-        mask: Tensor | None = None,
-    ) -> Tensor:
+    def attend(self, call: AttentionCall) -> Tensor:
+        layer, query, key, value, rules, virtual, _ = call
         assert not virtual, "virtual tokens are in the cache already"
         self.reached = True
-        call = self.calls.count(layer)
-        keys, values = (self._grown(t) for t in self.cache.layers[call])
+        which = self.calls.count(layer)
+        keys, values = (self._grown(t) for t in self.cache.layers[which])
         keys[self.row, :, self.cache.lengths] = key[0].transpose(0, 1)
         values[self.row, :, self.cache.lengths] = value[0].transpose(0, 1)
-        self.cache.layers[call] = (keys, values)
+        self.cache.layers[which] = (keys, values)
         seen = is_seen(self.cache.lengths[:, None], torch.arange(self.longest, device=query.device), rules)
         out = attend(
             query[0].transpose(0, 1)[:, :, None],

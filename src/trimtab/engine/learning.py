@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.core.attention import LocalMask, Rules
+from trimtab.core.attention import AttentionCall, LocalMask
 from trimtab.core.attention_hook import holding
 from trimtab.data.prefix_tree import Segment
 from trimtab.engine.explain_layer import structures_of
@@ -166,10 +166,11 @@ def _watched_attention(layout: PackLayout) -> Iterator[list[Attended]]:
     """The calls of attention within the block, whose windows and chunks are cut short."""
     attended: list[Attended] = []
 
-    def attend(layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, rules: Rules, *others: Any) -> Tensor:
+    def attend(call: AttentionCall) -> Tensor:
+        rules = call.rules
         short = rules._replace(window=_short(rules.window), chunk=_short(rules.chunk))
-        out = PackLayout.attend(layout, layer, query, key, value, short, *others)
-        attended.append(Attended(layer, query[0], key[0], value[0], rules, out[0].flatten(1)))
+        out = PackLayout.attend(layout, call._replace(rules=short))
+        attended.append(Attended(call.layer, call.query[0], call.key[0], call.value[0], rules, out[0].flatten(1)))
         return out
 
     vars(layout)["attend"] = attend

@@ -9,14 +9,14 @@ Shapes: P virtual tokens, N numbers of the table for each, G key-value heads, K 
 """
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from trimtab.core.attention import Layout, Rules, Virtual, attend, causal, refuse_reentrant
+from trimtab.core.attention import AttentionCall, Layout, Rules, Virtual, attend, causal, refuse_reentrant
 from trimtab.core.attention_hook import after_virtual, install_hook, laid_out
 from trimtab.core.errors import RecipeError, UnsupportedModel
 from trimtab.methods import AdapterLayer, Routing, unwrap
@@ -154,16 +154,8 @@ class _KeysValuesRecorder:
         self.by_layer: dict[int, tuple[Tensor, Tensor]] = {}
         self.calls: list[int] = []
 
-    def attend(
-        self,
-        layer: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        rules: Rules,
-        virtual: Sequence[Virtual],
-        mask: Tensor | None = None,
-    ) -> Tensor:
+    def attend(self, call: AttentionCall) -> Tensor:
+        layer, query, key, value, rules, virtual, _ = call
         if virtual:
             raise RecipeError(_ONE_ROW)
         number = int(layer.layer_idx)  # type: ignore[arg-type]

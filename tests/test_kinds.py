@@ -346,3 +346,16 @@ def test_a_block_that_asks_of_which_class_its_mlp_is_has_no_bottleneck():
     assert asks_kind(asking, "mlp")
     assert not asks_kind(asking, "self_attn")
     assert not asks_kind(plain, "mlp")
+
+
+@pytest.mark.parametrize("name", ["a window that masks alone say", "chunks, counted tokens"])
+def test_a_local_mask_that_virtual_tokens_would_exceed_is_refused_in_the_models_own_pass(name):
+    """Transformers counts a window or chunk without the virtual tokens; the layers of these models do not say its size."""
+    model = kind(name)
+    adapter = attach(model, PrefixTuning(tokens=3, width=4), sample=Sample(rows=[ROWS[0].ids]))
+    short, longer = (torch.tensor([ROWS[2].ids[:length]]) for length in (WINDOW - 3, WINDOW - 2))
+    model(input_ids=short, use_cache=False)
+    with pytest.raises(UnsupportedModel, match=rf"Rows of 9 tokens, virtual ones included, exceed .* \({WINDOW}\)"):
+        model(input_ids=longer, use_cache=False)
+    with adapter.disabled():
+        model(input_ids=longer, use_cache=False)

@@ -125,8 +125,10 @@ def _resizable(model: Any, sizes: dict[str, int]) -> dict[str, int]:
     """Those with which the model's own forward pass still runs: buffers may have been made for one of the others."""
     left = {}
     for name, size in sizes.items():
-        with suppress(UnsupportedModel), resized(model, {name: size}, to=SHRUNK):
-            _Rows(model)
+        with suppress(UnsupportedModel):
+            for new in (SHRUNK, max(ROWS)):
+                with resized(model, {name: size}, to=new):
+                    _Rows(model)
             left[name] = size
     return left
 
@@ -169,7 +171,11 @@ class _Rows:
 
     def _alone(self, ids: list[int]) -> Tensor:
         """log p of each token but the first, by the model's own forward pass."""
-        with _explained(self.name, "in its own forward pass"), without_cudnn(), _recording(trunk_of(self.model)) as hidden:
+        with (
+            _explained(self.name, "in its own forward pass", "does not run on plain text"),
+            without_cudnn(),
+            _recording(trunk_of(self.model)) as hidden,
+        ):
             logits = (
                 self.model(input_ids=torch.tensor([ids], device=self.device), use_cache=False).logits[0, :-1].cpu().double()
             )
@@ -221,7 +227,7 @@ class _Rows:
     def _check_packed(self) -> None:
         rows = [TokenRow(ids, list(range(1, len(ids))), f"check:{n}") for n, ids in enumerate(self.rows)]
         pack: Pack = pack_tree(rows).to(self.device)
-        with _explained(self.name, "on packed examples"):
+        with _explained(self.name, "on packed examples", "relates tokens in a way that Trimtab does not know"):
             packed = pack_logprobs(self.model, pack).cpu().double()
         for number, (ours, alone) in enumerate(zip(packed, self.alone, strict=True), start=1):
             if not abs(ours - alone.sum()) <= abs(alone.sum()) * self.tolerance:
@@ -276,12 +282,12 @@ def _difference(a: Tensor, b: Tensor) -> float:
 
 
 @contextmanager
-def _explained(name: str, where: str) -> Iterator[None]:
-    """Raise UnsupportedModel in place of whatever a model's own code raises."""
+def _explained(name: str, where: str, meaning: str) -> Iterator[None]:
+    """Raise UnsupportedModel, with what it means, in place of whatever a model's own code raises."""
     try:
         yield
     except UnsupportedModel:
         raise
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UnsupportedModel(f"{name} fails {where}: {type(error).__name__}: {reason}") from error
+        raise UnsupportedModel(f"{name} {meaning}: its code fails {where} ({type(error).__name__}: {reason}).") from error

@@ -5,9 +5,9 @@
     python benchmarks/models --measures fit,merge
     python benchmarks/models --out runs/models.jsonl --resume
 
-Each model is asked about as `measures.py` says, in a worker process. Every result is a line of JSON in --out; a whole run, and with
---keep any other, goes to docs/measured/models.json, from which `make docs` makes docs/models.md. The exit code is 1 if a model that
-Trimtab accepts is computed wrongly, or if Trimtab crashes.
+Each model is asked about as `measures.py` says, in a worker process. Every result is a line of JSON in --out. A whole run goes to
+docs/measured/models.json, from which `make docs` makes docs/models.md; with --keep, the results of --only take the place of theirs
+there. The exit code is 1 if a model that Trimtab accepts is computed wrongly, or if Trimtab crashes.
 """
 
 import argparse
@@ -140,7 +140,7 @@ def parser() -> argparse.ArgumentParser:
     add("--jobs", metavar="N", type=int, default=len(os.sched_getaffinity(0)), help="how many at a time (default: %(default)s)")
     add("--out", metavar="FILE", type=Path, default=Path("models.jsonl"), help="a line of JSON for each (default: %(default)s)")
     add("--resume", action="store_true", help="leave out those that --out has already")
-    add("--keep", action="store_true", help="put the results into docs/measured/models.json, though some models are left out")
+    add("--keep", action="store_true", help="put the results of --only among those in docs/measured/models.json")
     add("--list", action="store_true", help="list the models")
     add("--verbose", action="store_true", help="print all that was measured")
     return parser
@@ -162,6 +162,8 @@ def main() -> int:
     measures = asked.measures.split(",") if asked.measures else []
     if unknown := [name for name in measures if name not in MEASURES]:
         parser().error(f"no such measure: {', '.join(unknown)}. There are {', '.join(MEASURES)}")
+    if asked.keep and measures:
+        parser().error("--keep takes whole results, and --measures leaves parts of them out")
     if asked.list:
         print("\n".join(f"{name:36} {known[name].model}" for name in names))
         return 0
@@ -180,7 +182,8 @@ def main() -> int:
         f"\n{len(names)} models in {time.monotonic() - started:.0f} s: {', '.join(f'{n} {s}' for s, n in counts.most_common())}"
     )
     if asked.keep or not (asked.only or asked.measures):
-        keep({name: results[name] for name in names}, KEPT)
+        kept: dict[str, Result] = json.loads(KEPT.read_text())["models"] if asked.only else {}
+        keep(kept | {name: results[name] for name in names}, KEPT)
     return min(counts["crash"] + counts["WRONG"], 1)
 
 

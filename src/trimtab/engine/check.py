@@ -55,8 +55,8 @@ def ensure_checked(model: Any) -> None:
     if key not in _checked:
         check_packing(model)
         _checked[key] = mode
-    found = _checked[key]
-    for name, value in vars(found).items():
+    known = _checked[key]
+    for name, value in vars(known).items():
         setattr(mode, name, value)
     if mode.row_limit is not None:
         limit_rows(model, mode.row_limit)

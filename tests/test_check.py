@@ -67,13 +67,16 @@ def test_of_good_rows_everything_is_good(here, trimtab):
     said = json.loads(done.out)
     assert {one["name"]: one["status"] for one in said["findings"]} == {
         "rows": "good", "tokens": "good", "stop tokens": "good", "rendering": "good", "duplicates": "good", "held out": "good",
-        "answers": "good", "special tokens": "good", "capacity": "good", "disk": "good", "memory": "good",
+        "answers": "good", "special tokens": "good", "capacity": "good", "layers": "good", "disk": "good", "memory": "good",
     }  # fmt: skip
     facts = {one["name"]: one["facts"] for one in said["findings"]}
     assert facts["rows"]["rows"] == facts["rows"]["used"] == 30
     assert sum(facts["tokens"]["histogram"].values()) == 26
     assert facts["stop tokens"] == {"share": 1.0, "open_ended": []}
     assert facts["rendering"]["compared"] == 30
+    (kind,) = facts["layers"]
+    assert kind.startswith("LlamaDecoderLayer: ")
+    assert facts["layers"][kind] == 2 or "own code" in kind
     row = said["rows"][0]
     learned = "".join(part["text"] for part in row["parts"] if part["learned"])
     assert learned.startswith("yes, ")
@@ -94,7 +97,7 @@ def test_the_terminal_shows_what_is_learned_and_so_does_the_page(here, trimtab):
     ]  # fmt: skip
     assert re.fullmatch(r"Is \d+ < 7 & so on\?<\|im_end\|>", said[2][9:])
     assert re.fullmatch(r"<b>yes</b> \d+<\|im_end\|>", said[4][9:])
-    assert said[-1] == "Ready to train: all 11 checks are good."
+    assert said[-1] == "Ready to train: all 12 checks are good."
     page = (here / "proof.html").read_text()
     assert "<mark>&lt;b&gt;yes&lt;/b&gt;" in page
     assert "&lt; 7 &amp; so on?" in page

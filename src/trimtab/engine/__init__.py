@@ -4,11 +4,12 @@ from trimtab.engine.arena import ActivationArena
 from trimtab.engine.available_memory import PeakMemory, free_memory
 from trimtab.engine.check import check_packing, ensure_checked, ensure_exact
 from trimtab.engine.decode import Answer, Ended, generate, stream_tokens
-from trimtab.engine.forward import pack_divergences, pack_logprobs
+from trimtab.engine.forward import describe_layers, pack_divergences, pack_logprobs
 from trimtab.engine.frozen_cache import FrozenLayerCache
 from trimtab.engine.memory_plan import MemoryPlan, Recompute, Workload, plan_memory
 
 __all__ = [
     "ActivationArena", "Answer", "Ended", "FrozenLayerCache", "MemoryPlan", "PeakMemory", "Recompute", "Workload", "check_packing",
-    "ensure_checked", "ensure_exact", "free_memory", "generate", "pack_divergences", "pack_logprobs", "plan_memory", "stream_tokens",
+    "describe_layers", "ensure_checked", "ensure_exact", "free_memory", "generate", "pack_divergences", "pack_logprobs", "plan_memory",
+    "stream_tokens",
 ]  # fmt: skip

@@ -18,7 +18,7 @@ from trimtab.engine.frozen_cache import FrozenLayerCache
 from trimtab.engine.head import head_of, sequence_logprobs
 from trimtab.engine.layouts import PackLayout
 from trimtab.engine.pass_mode import mode_of
-from trimtab.engine.patching import gradient_checkpointing, learn_layers, patch_layers
+from trimtab.engine.patching import gradient_checkpointing, layers_by_hand, learn_layers, patch_layers
 from trimtab.engine.state_layers import patch_state_layers
 from trimtab.methods import Routing, routed, switch_of
 
@@ -45,6 +45,12 @@ def prepare(model: Any) -> None:
     _patch(model)
     patch_layers(model)
     learn_layers(model, partial(_trunk, model))
+
+
+def describe_layers(model: Any) -> dict[str, int]:
+    """How the model's decoder layers are computed in packed passes, in words, and how many of them so."""
+    prepare(model)
+    return layers_by_hand(model)
 
 
 def _patch(model: Any) -> None:

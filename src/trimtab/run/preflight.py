@@ -9,6 +9,7 @@ from trimtab.base import Base
 from trimtab.core.errors import RecipeError, StorageError
 from trimtab.data import EXAMPLES_CHECKED, Finding, LoadedData, check_data, first_examples
 from trimtab.data.example import TokenRow
+from trimtab.engine import describe_layers
 from trimtab.methods import Attached
 from trimtab.run.checkpoints import KEPT
 from trimtab.run.recipe import Recipe
@@ -34,7 +35,15 @@ def preflight(opened: OpenedRecipe) -> list[Finding]:
     """Every check. Nothing is refused here: see `data.refuse_problems` and `check_disk`."""
     recipe, data = opened.recipe, opened.data
     examples = first_examples(recipe.absolute().data, EXAMPLES_CHECKED, recipe.objective.data_kind)
-    return [*check_data(data, examples, opened.base), _capacity(opened.adapter, data), _disk(recipe, opened.adapter)]
+    findings = [*check_data(data, examples, opened.base), _capacity(opened.adapter, data), _layers(opened.base.model)]
+    return [*findings, _disk(recipe, opened.adapter)]
+
+
+def _layers(model: Any) -> Finding:
+    """How decoder layers are computed: a model is exact either way, and by fused operations it is faster."""
+    kinds = describe_layers(model)
+    message = "; ".join(f"{count} × {text}" for text, count in kinds.items()) or "the model's own code, attention apart"
+    return Finding("layers", "good", message, kinds)
 
 
 def memory_needed(opened: OpenedRecipe) -> Finding:

@@ -56,13 +56,13 @@ LAZY = {"__init__.py", "core/config.py", "engine/backends/__init__.py"}
 """Files that import what a text names: the package's own names, and the members of a family."""
 
 MOST_LINES_OF_A_FILE = 300
-CORE, MOST_LINES_OF_CORE = FLOORS[0] | FLOORS[1] | FLOORS[2] | {"objectives", "train"}, 9950
+CORE, MOST_LINES_OF_CORE = FLOORS[0] | FLOORS[1] | FLOORS[2] | {"objectives", "train"}, 11000
 """What the loss of a step depends on; lines with something on them, and of families what everybody reads: see `_in_core`."""
 FUSED = (
     "engine/backends/", "engine/layers.py", "engine/operations.py", "engine/patching.py", "engine/tree_attention.py",
     "engine/structure.py", "engine/watching.py", "engine/explain_", "engine/learning.py", "engine/recurrence.py",
 )  # fmt: skip
-MOST_LINES_OF_FUSED = 1950
+MOST_LINES_OF_FUSED = 3200
 """Fused layers and what computes them, which repeat for speed what the rest says plainly: counted apart."""
 MOST_LINES_OF_A_MEMBER = 120
 """Of a family, with something on them."""
@@ -420,13 +420,13 @@ def test_it_notices_a_circle_of_folders_that_is_none_of_files():
 
 def test_it_notices_a_ground_that_grows_too_heavy():
     sources = real()
-    sources |= {f"engine/more{n}.py": "x = 1\n" * 290 for n in range(15)}
+    sources |= {f"engine/more{n}.py": "x = 1\n" * 290 for n in range(20)}
     assert any(problem.startswith("the core has ") for problem in violations(sources))
 
 
 def test_it_notices_fused_layers_that_grow_too_heavy():
     sources = real()
-    sources |= {f"engine/backends/more{n}.py": "x = 1\n" * 200 for n in range(3)}
+    sources |= {f"engine/backends/more{n}.py": "x = 1\n" * 200 for n in range(12)}
     assert any(problem.startswith("the fused layers have ") for problem in violations(sources))
 
 

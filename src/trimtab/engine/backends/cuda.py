@@ -1,0 +1,41 @@
+"""CUDA devices (and ROCm's, which torch calls by the same name), in float32, bfloat16 and float16.
+
+What is not proven here by a probe at first use, torch computes.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from trimtab.engine.backends import AttentionInputs, AttentionPlan
+from trimtab.engine.backends import torch as reference
+from trimtab.engine.backends.torch import (  # noqa: F401  (a back end's functions)
+    gate,
+    gate_backward_,
+    recurrence,
+    recurrence_backward,
+    rms_norm,
+    rms_norm_backward,
+    softmax_tile_,
+    supports_recurrence,
+)
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def supports(*tensors: Tensor | None) -> bool:
+    dtypes = {t.dtype for t in tensors if t is not None}
+    return len(dtypes) == 1 and dtypes <= set(_DTYPES)
+
+
+def supports_layers(hidden: Tensor) -> bool:
+    return reference.supports_layers(hidden)
+
+
+def attend(inputs: AttentionInputs, plan: AttentionPlan, backward: bool) -> tuple[Tensor, Sequence[Tensor | None]]:
+    return reference.attend(inputs, plan, backward)
+
+
+def attend_backward(dout: Tensor, saved: Sequence[Tensor | None], plan: AttentionPlan) -> Sequence[Tensor | None]:
+    return reference.attend_backward(dout, saved, plan)

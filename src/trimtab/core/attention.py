@@ -131,6 +131,10 @@ def is_seen(q: Tensor, k: Tensor, rules: Rules) -> Tensor:
     return seen
 
 
+def at_least_float32(t: Tensor) -> Tensor:
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
 @contextmanager
 def without_cudnn() -> Iterator[None]:
     """Within the block, attention uses flash, memory-efficient or plain kernels; the process's setting is restored after it.
@@ -147,21 +151,22 @@ def without_cudnn() -> Iterator[None]:
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, rules: Rules) -> Tensor:
     """Attention as B H T K. The mask is boolean, or added to the scores; None for plain causality."""
-    grouped = query.shape[1] != key.shape[1]
-    if rules.softcap is None and rules.sinks is None:
+    grouped, plain = query.shape[1] != key.shape[1], rules.softcap is None and rules.sinks is None
+    if grouped and not (plain and query.is_cpu):  # elsewhere, few kernels take groups, and the others keep all scores
+        key, value = (t.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for t in (key, value))
+        grouped = False
+    if plain:
         with without_cudnn():
             return F.scaled_dot_product_attention(
                 query, key, value, attn_mask=mask, is_causal=mask is None, scale=rules.scale, enable_gqa=grouped
             )
-    if grouped:
-        key, value = (t.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for t in (key, value))
-    scores = query @ key.transpose(-1, -2) * (rules.scale if rules.scale is not None else query.shape[-1] ** -0.5)
+    scores = at_least_float32(query @ key.transpose(-1, -2)) * (query.shape[-1] ** -0.5 if rules.scale is None else rules.scale)
     if rules.softcap is not None:
         scores = rules.softcap * torch.tanh(scores / rules.softcap)
     if mask is None:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
     if rules.sinks is None:
-        return scores.softmax(dim=-1) @ value
+        return scores.softmax(dim=-1).to(value.dtype) @ value
     sinks = rules.sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
-    return torch.cat([scores, sinks], dim=-1).softmax(dim=-1)[..., :-1] @ value
+    return torch.cat([scores, sinks], dim=-1).softmax(dim=-1)[..., :-1].to(value.dtype) @ value

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from trimtab.core.attention import at_least_float32
 from trimtab.core.errors import UnsupportedModel
 from trimtab.engine.backends import backend_for
-from trimtab.engine.layouts import at_least_float32
 from trimtab.engine.pass_mode import mode_of
 from trimtab.methods import AdapterLayer, Routing, current_routing, routed, unwrap
 

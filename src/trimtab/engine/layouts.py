@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trimtab.core.attention import AttentionCall, Rules, Virtual, attend, causal, is_seen
+from trimtab.core.attention import AttentionCall, Rules, Virtual, at_least_float32, attend, causal, is_seen
 from trimtab.core.attention_hook import holding
 from trimtab.core.errors import UnsupportedModel
 from trimtab.data.prefix_tree import Segment, Tree, paths_of, token_indices
@@ -120,10 +120,6 @@ class PackLayout:
         """For each segment, the keys and values of the virtual tokens before its row."""
         pairs = [(tokens.acts_on, tokens.of(layer, like)) for tokens in virtual]
         return [[pair for acts_on, pair in pairs if acts_on is None or acts_on(segment.start)] for segment in self.segments]
-
-
-def at_least_float32(t: Tensor) -> Tensor:
-    return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

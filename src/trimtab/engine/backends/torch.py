@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trimtab.data.prefix_tree import Segment
-from trimtab.engine.backends import Activation, Norm, Recurrence
+from trimtab.engine.backends import Activation, AttentionPlan, Heads, Norm, Recurrence
 from trimtab.engine.backends.segments import attend, attend_backward, rotated  # noqa: F401  (a back end's functions)
 
 
@@ -51,10 +51,23 @@ def _activate(g: Tensor, activation: Activation) -> Tensor:
 def softmax_tile_(logits: Tensor, top: Tensor, total: Tensor) -> Tensor:
     new_top = torch.maximum(top, logits.amax(dim=1))
     rescale = (top - new_top).exp_()
-    logits.sub_(new_top[:, None]).exp_()
-    total.mul_(rescale).add_(logits.sum(dim=1))
+    exact = logits if logits.dtype == top.dtype else logits.to(top.dtype)
+    exact.sub_(new_top[:, None]).exp_()
+    total.mul_(rescale).add_(exact.sum(dim=1))
+    if exact is not logits:
+        logits.copy_(exact)
     top.copy_(new_top)
     return rescale
+
+
+def rotate_(x: Tensor, cos: Tensor, sin: Tensor, size: int, interleaved: bool, sign: float = 1.0) -> Tensor:
+    """Rotate each head of x (T heads·size) in place, its first R numbers, by its token's angles (cos and sin T R), or back (−1)."""
+    return x.copy_(rotated(x, AttentionPlan((), Heads(1, 1, size), 1.0, interleaved=interleaved), cos, sin * sign))
+
+
+def summed_by_users(source: Tensor, starts: Tensor, users: Tensor) -> Tensor:
+    """For each of T keys, the sum of the rows of source (T' n) that `users[starts[key]:starts[key + 1]]` names: T n, in float32 inside."""
+    return F.embedding_bag(users, source, starts, mode="sum", include_last_offset=True)
 
 
 def supports_recurrence(inputs: Recurrence) -> bool:

@@ -1,21 +1,42 @@
 """Attention over trees by each way that accelerators have: all give what a softmax over all keys gives."""
 
+import random
+
 import pytest
 import torch
 from accelerators import cuda_backend
-from test_tree_attention import CASES, differences, drawn, ours
+from test_tree_attention import CASES, Case, differences, drawn, ours
+from varlen import VarlenOperations
 
-from trimtab.engine.backends import segments
+from trimtab.data.prefix_tree import Segment, lay_out
+from trimtab.engine.backends import AttentionPlan, Heads, flash, paths, probing, segments, ways
 
 SMALL = [
     "a row alone", "a tree", "virtual tokens and a window", "neighbours rotated", "sinks, virtual tokens and a window",
     "chunks and virtual tokens",
 ]  # fmt: skip
+FLASH, EFFICIENT = (next(way for way in ways.WAYS if way.name == kernel.name) for kernel in (flash.FLASH, flash.EFFICIENT))
 
 
 @pytest.fixture
 def recomputing(monkeypatch):
     monkeypatch.setattr(segments, "_way", lambda q: segments._RECOMPUTING)
+
+
+@pytest.fixture
+def by(monkeypatch):
+    """Attention by one way, as if it were made for every device and number type, with stand-ins for PyTorch's kernels."""
+
+    def choose(way, **mistakes):
+        monkeypatch.setattr(flash, "_aten", VarlenOperations(**mistakes))
+        monkeypatch.setattr(ways, "WAYS", (way._replace(takes=lambda *_: True), ways.WAYS[-1]))
+        monkeypatch.setattr(probing, "_probes", {})
+        monkeypatch.setattr(probing, "_said", set())
+        monkeypatch.setattr(flash, "calls_of", paths.calls_of.__wrapped__)
+        return flash._aten
+
+    with cuda_backend():
+        yield choose
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -33,15 +54,124 @@ def test_a_loop_of_calls_that_sees_a_later_key_is_noticed(recomputing, monkeypat
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.02), (torch.float16, 0.002)], ids=["bfloat16", "float16"])
 @pytest.mark.parametrize("name", ["a tree", "virtual tokens and a window", "sinks"])
-def test_in_few_bits(name, dtype, tolerance):
+def test_in_few_bits(recomputing, by, name, dtype, tolerance):
     with cuda_backend():
         assert max(differences(CASES[name], dtype)) < tolerance
+    by(FLASH)
+    assert max(differences(CASES[name], dtype)) < tolerance
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_nothing_waits_for_the_device(name):
+def test_one_call_of_flash_attention(by, name):
+    operations = by(FLASH)
+    assert max(differences(CASES[name])) < 1e-13
+    assert operations.calls == 4  # forward and backward, and the same for the probe
+
+
+@pytest.mark.parametrize("name", ["a tree", "virtual tokens and a window"])
+def test_one_call_of_memory_efficient_attention(by, name):
+    assert by(EFFICIENT).calls == 0
+    assert max(differences(CASES[name])) < 1e-13
+
+
+def test_random_trees(by):
+    by(FLASH)
+    rng = random.Random(0)
+    for _ in range(12):
+        head = [rng.randrange(4) for _ in range(40)]
+        rows = [
+            head[: rng.randrange(1, 40)] + [rng.randrange(4) for _ in range(rng.randrange(1, 30))]
+            for _ in range(rng.randrange(1, 7))
+        ]
+        heads = Heads(*rng.choice([(1, 3, 8), (2, 2, 8), (3, 1, 16)]))
+        virtual, window, chunk = rng.choice([0, 5]), rng.choice([None, 7, 30]), rng.choice([None, None, 11])
+        case = Case(lay_out(rows).segments, heads, virtual, window, chunk, sinks=rng.random() < 0.3)
+        assert max(differences(case)) < 1e-12, case
+
+
+class TestMistakes:
+    """Negative controls."""
+
+    @pytest.mark.parametrize(
+        ("mistakes", "name"), [({"later": 1}, "a tree"), ({"wider": 1}, "a window")], ids=["a later key", "a wider window"]
+    )
+    @pytest.mark.parametrize("way", [FLASH, EFFICIENT], ids=lambda way: way.name)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+    def test_of_a_kernel_are_found_by_the_probe(self, by, way, mistakes, name, dtype):
+        operations = by(way, **mistakes)
+        with pytest.warns(RuntimeWarning, match=f"{way.name}: not used here, .*the result is off by"):
+            assert max(differences(CASES[name], dtype)) < 0.02
+        assert operations.calls == 2  # of the probe
+
+    def test_a_kernel_that_is_not_there(self, by, monkeypatch):
+        by(FLASH)
+        monkeypatch.setattr(flash, "_aten", torch.ops.aten)
+        with pytest.warns(
+            RuntimeWarning, match="flash attention: not used here, PyTorch's operations are: NotImplementedError"
+        ):
+            assert max(differences(CASES["a tree"])) < 1e-13
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda call: call._replace(rows=call.rows.roll(1)),
+            lambda call: call._replace(starts=torch.cat([call.starts[:9], call.starts[9:10] - 1, call.starts[10:]])),
+            lambda call: call._replace(users=call.users.flip(0)),
+        ],
+        ids=["keys of another place", "a user left out", "users of another key"],
+    )
+    def test_of_the_gathered_keys_are_noticed(self, by, monkeypatch, change):
+        by(FLASH)
+        monkeypatch.setattr(ways, "_is_proved", lambda *_: True)
+        right = flash.calls_of
+        monkeypatch.setattr(flash, "calls_of", lambda *given: tuple(map(change, right(*given))))
+        assert max(differences(CASES["a tree"])) > 1e-3
+
+
+class TestWhatKernelsCanCount:
+    PLAN = AttentionPlan(CASES["a tree"].segments, Heads(2, 3, 20), 1.0)
+
+    @pytest.mark.parametrize("room", [420, 500, 700, 900])
+    def test_too_large_a_pack_is_cut_into_calls(self, by, monkeypatch, room):
+        by(FLASH)
+        monkeypatch.setattr(ways, "_is_proved", lambda *_: True)
+        calls = paths.calls_of(self.PLAN, torch.device("cpu"), room * 120)
+        assert len(calls) > 1
+        assert [call.start for call in calls[1:]] == [call.end for call in calls[:-1]]
+        assert max(call.end - call.start + 128 * (len(call.cu_q) - 1) for call in calls) <= room
+        assert max(int(call.cu_k[-1]) for call in calls) <= room
+        monkeypatch.setattr(flash, "calls_of", lambda plan, device: paths.calls_of(plan, device, room * 120))
+        assert max(differences(CASES["a tree"])) < 1e-13
+
+    def test_too_long_a_row_goes_another_way(self, by, monkeypatch):
+        assert paths.fits(self.PLAN, 372 * 120)
+        assert not paths.fits(self.PLAN, 372 * 120 - 1)
+        operations = by(FLASH)
+        monkeypatch.setattr(ways, "fits", lambda plan: False)
+        assert max(differences(CASES["a tree"])) < 1e-13
+        assert not operations.calls
+
+
+def test_rows_side_by_side_need_nothing_gathered():
+    plan = AttentionPlan(CASES["rows side by side"].segments, Heads(1, 1, 8), 1.0)
+    (call,) = paths.calls_of(plan, torch.device("cpu"))
+    assert call.rows is call.starts is call.users is None
+    assert call.cu_q.tolist() == call.cu_k.tolist() == [0, 30, 31, 180]
+    (call,) = paths.calls_of(plan._replace(virtual=1), torch.device("cpu"))
+    assert call.rows is not None
+
+
+def test_every_layer_of_a_pass_asks_for_one_transfer():
+    plan = AttentionPlan((Segment(0, 7, -1), Segment(7, 9, 0)), Heads(1, 1, 8), 1.0)
+    first = paths.calls_of(plan, torch.device("cpu"))
+    assert paths.calls_of(plan._replace(), torch.device("cpu")) is first
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("name", SMALL)
+def test_nothing_waits_for_the_device(name, dtype):
     """On `meta` there are no numbers to read."""
-    leaves, cos, sin, first, dout = drawn(CASES[name], torch.bfloat16)
+    leaves, cos, sin, first, dout = drawn(CASES[name], dtype)
     leaves, first = (
         [t.detach().to("meta").requires_grad_() for t in leaves],
         {n: t.detach().to("meta") for n, t in first.items()},
@@ -50,4 +180,4 @@ def test_nothing_waits_for_the_device(name):
         out = ours(CASES[name], *leaves, cos.to("meta"), sin.to("meta"), first)
         gradients = torch.autograd.grad(out, leaves, dout.to("meta"))
     assert [t.shape for t in gradients] == [t.shape for t in leaves]
-    assert all(t.dtype == torch.bfloat16 for t in (out, *gradients))
+    assert all(t.dtype == dtype for t in (out, *gradients))

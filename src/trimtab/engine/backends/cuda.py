@@ -20,6 +20,7 @@ from trimtab.engine.backends.passes import (  # noqa: F401  (a back end's functi
     summed_by_users,
 )
 from trimtab.engine.backends.torch import recurrence, recurrence_backward, supports_recurrence  # noqa: F401
+from trimtab.engine.backends.ways import way_of
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -34,8 +35,10 @@ def supports_layers(hidden: Tensor) -> bool:
 
 
 def attend(inputs: AttentionInputs, plan: AttentionPlan, backward: bool) -> tuple[Tensor, Sequence[Tensor | None]]:
-    return reference.attend(inputs, plan, backward)
+    return way_of(inputs.q, plan, inputs.sinks is not None).attend(inputs, plan, backward)
 
 
 def attend_backward(dout: Tensor, saved: Sequence[Tensor | None], plan: AttentionPlan) -> Sequence[Tensor | None]:
-    return reference.attend_backward(dout, saved, plan)
+    q, sinks = saved[0], saved[5]
+    assert q is not None
+    return way_of(q, plan, sinks is not None).attend_backward(dout, saved, plan)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from families import FAMILIES, method_of, perturb, random_rows, tiny
 
-from trimtab.core.errors import DataError
+from trimtab.core.errors import DataError, NonFinite
 from trimtab.engine import decode, generate, layouts, stream_tokens
 from trimtab.engine.decode import _groups
 from trimtab.methods import Sample, adapters, attach
@@ -149,3 +149,74 @@ def test_a_stream_returns_how_it_ended(most, ended):
 def test_no_new_tokens_are_none():
     (answer,) = generate(tiny("llama"), PROMPTS[:1], [], max_new_tokens=0)
     assert (answer, answer.ended) == ([], "length")
+
+
+# As on an accelerator
+
+
+@pytest.fixture
+def as_on_an_accelerator(monkeypatch):
+    monkeypatch.setattr(layouts.DecodeLayout, "on_host", False)
+    monkeypatch.setattr(layouts.DecodeLayout, "grow_by", 8)
+
+
+@pytest.mark.usefixtures("as_on_an_accelerator")
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3", "gpt2"])
+def test_keys_in_blocks_and_heads_in_groups_give_the_same_tokens(family, monkeypatch):
+    model, sizes, attend = adapted(family), set(), layouts.attend
+    expected = [by_full_passes(model, prompt, 20) for prompt in PROMPTS[:2]]
+
+    def watching(query, key, *rest):
+        if len(query) == 2:  # packs and prompts are one
+            sizes.add((query.shape[1] == key.shape[1], key.shape[2]))
+        return attend(query, key, *rest)
+
+    monkeypatch.setattr(layouts, "attend", watching)
+    assert generate(model, PROMPTS[:2], [], max_new_tokens=20) == expected
+    assert sizes == {(True, 8), (True, 16), (True, 24), (True, 32)}
+
+
+@pytest.mark.usefixtures("as_on_an_accelerator")
+def test_a_mask_of_the_whole_block_is_noticed(monkeypatch):
+    """The control: keys that are not there yet."""
+    model = adapted("llama")
+    expected = generate(model, PROMPTS, [], max_new_tokens=10)
+    monkeypatch.setattr(layouts.DecodeLayout, "grow_by", 64)
+    monkeypatch.setattr(layouts, "is_seen", lambda q, k, rules: (k == k) & (q == q))
+    assert generate(model, PROMPTS, [], max_new_tokens=10) != expected
+
+
+def test_draws_are_those_of_multinomial():
+    head = decode.Head(torch.randn(97, 8, generator=torch.Generator().manual_seed(0)), None)
+    hidden = torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
+    mine, theirs = ({n: torch.Generator().manual_seed(n) for n in range(3)} for _ in range(2))
+    for _ in range(20):
+        probabilities = (head.logits(hidden) / 0.7).softmax(dim=-1)
+        expected = [int(torch.multinomial(probabilities[n], 1, generator=theirs[n])) for n in range(3)]
+        assert decode._choose(head, hidden, [0, 1, 2], 0.7, mine).tolist() == expected
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_none_are_said(temperature):
+    model = tiny("llama")
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    with pytest.raises(NonFinite, match="Prompt 0: the logits of the token after it are NaN"):
+        generate(model, PROMPTS[:1], [], max_new_tokens=2, temperature=temperature)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3"])
+def test_a_step_waits_for_nothing(family, monkeypatch):
+    """On `meta` there are no values: whatever the host would read raises."""
+    monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda *_: None)
+    model = adapted(family).to("meta")
+    with torch.no_grad():
+        cache, hidden = decode._prefill(model, PROMPTS, torch.device("meta"), None)
+        for _ in range(3):
+            tokens = decode._choose(decode.head_of(model), hidden, [0, 1, 2, 3], 0.0, None)
+            hidden = decode._step(model, tokens, cache, None)
+        cache.select([0, 2])
+        assert decode._step(model, tokens[:2], cache, None).shape == (2, model.config.hidden_size)
+    assert cache.counts == [len(prompt) + 4 for prompt in (PROMPTS[0], PROMPTS[2])]
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        int(cache.lengths.max())  # what a step did before

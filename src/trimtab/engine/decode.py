@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from trimtab.base import context_length
-from trimtab.core.errors import DataError
+from trimtab.core.errors import DataError, NonFinite
+from trimtab.core.transfer import to_device
 from trimtab.data.prefix_tree import lay_out
 from trimtab.engine.check import ensure_checked
 from trimtab.engine.forward import hidden_states
@@ -54,6 +55,7 @@ def generate(
 
     Raises:
         DataError: A prompt is longer than the context.
+        NonFinite: The model's logits are NaN.
         UnsupportedModel: The model cannot be computed exactly.
     """
     ensure_checked(model)
@@ -124,14 +126,18 @@ def _decode(
     if not rows:
         return
     device = next(model.parameters()).device
-    draws = {n: torch.Generator().manual_seed(seed * 1_000_003 + n) for n in rows} if temperature else None
+    draws = {n: torch.Generator(device).manual_seed(seed * 1_000_003 + n) for n in rows} if temperature else None
     owners = Routing([switches[n] for n in rows]) if switches is not None else None
     texts = [prompts[n] for n in rows]
     cache, hidden = _prefill(model, texts, device, owners)
     for count in itertools.count(1):
         with routed(owners):
-            tokens = _choose(head_of(model), hidden, rows, temperature, draws)
-        unfinished = []
+            chosen = _choose(head_of(model), hidden, rows, temperature, draws)
+        tokens, unfinished = chosen.tolist(), []  # all that is read of the device in a step
+        if -1 in tokens:
+            raise NonFinite(
+                f"Prompt {rows[tokens.index(-1)]}: the logits of the token after it are NaN, so it cannot be continued."
+            )
         for place, (row, token) in enumerate(zip(rows, tokens, strict=True)):
             if token in stops:
                 yield row, "stopped"
@@ -150,12 +156,18 @@ def _decode(
             texts = [[*texts[place], token] for place, token in zip(unfinished, tokens, strict=True)]
             hidden = _prefill(model, texts, device, owners)[1]
             continue
-        if len(unfinished) < len(cache.lengths):
-            cache.select(torch.tensor(unfinished, device=device))
-        layout = DecodeLayout(cache)
-        with routed(owners):
-            hidden = hidden_states(model, torch.tensor(tokens, device=device), cache.lengths, layout)
-        layout.advance()
+        if len(unfinished) < len(cache.counts):
+            chosen = chosen[cache.select(unfinished)]
+        hidden = _step(model, chosen, cache, owners)
+
+
+def _step(model: Any, tokens: Tensor, cache: Cache, owners: Routing | None) -> Tensor:
+    """The hidden states of one more token of each sequence: B d. It does not wait for the device."""
+    layout = DecodeLayout(cache)
+    with routed(owners):
+        hidden = hidden_states(model, tokens, cache.lengths, layout)
+    layout.advance()
+    return hidden
 
 
 def _prefill(model: Any, prompts: list[list[int]], device: torch.device, owners: Routing | None) -> tuple[Cache, Tensor]:
@@ -165,14 +177,17 @@ def _prefill(model: Any, prompts: list[list[int]], device: torch.device, owners:
     ids, positions = (torch.from_numpy(array).to(device) for array in (tree.ids, tree.positions))
     with routed(owners.select(tokens) if owners is not None else None):
         hidden = hidden_states(model, ids, positions, PrefillLayout(tree, cache, device))
-    return cache, hidden[torch.tensor([tree.segments[leaf].end - 1 for leaf in tree.leaves], device=device)]
+    return cache, hidden[to_device([tree.segments[leaf].end - 1 for leaf in tree.leaves], device)]
 
 
 def _choose(
     head: Head, hidden: Tensor, rows: list[int], temperature: float, draws: dict[int, torch.Generator] | None
-) -> list[int]:
-    logits = head.logits(hidden)
-    if draws is None:
-        return logits.argmax(dim=-1).tolist()
-    probabilities = (logits / temperature).softmax(dim=-1).cpu()
-    return [int(torch.multinomial(probabilities[place], 1, generator=draws[number])) for place, number in enumerate(rows)]
+) -> Tensor:
+    """The next token of each sequence: B; -1 where its logits are NaN."""
+    scores = head.logits(hidden)
+    if draws is not None:
+        # As torch.multinomial does: the largest p / e, with e from the exponential distribution; but each row by its own generator.
+        drawn = [torch.empty_like(scores[0]).exponential_(generator=draws[number]) for number in rows]
+        scores = (scores / temperature).softmax(dim=-1) / torch.stack(drawn)
+    largest, tokens = scores.max(dim=-1)
+    return tokens.masked_fill(largest.isnan(), -1)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from trimtab.core.attention import AttentionCall, Rules, Virtual, at_least_float32, attend, causal, is_seen
 from trimtab.core.attention_hook import holding
 from trimtab.core.errors import UnsupportedModel
+from trimtab.core.transfer import to_device
 from trimtab.data.prefix_tree import Segment, Tree, paths_of, token_indices
 
 _longest_row: ContextVar[int] = ContextVar("longest_row", default=0)
@@ -142,14 +143,22 @@ class Cache:
     def __init__(self) -> None:
         self.layers: dict[Any, tuple[Tensor, Tensor]] = {}  # B G capacity K and B G capacity V, by layer and call in a pass
         self.states: dict[int, LayerState] = {}  # of layers that carry state
-        self.lengths = torch.empty(0, dtype=torch.long)  # B, virtual tokens included: the next token's position
-        self.token_counts = self.lengths  # B, without them
+        self.counts: list[int] = []  # B, virtual tokens included, on the host: no step asks the device for them
+        self.lengths = torch.empty(0, dtype=torch.long)  # the same on the device: the next token's position
+        self.token_counts = self.lengths  # B, without virtual tokens
 
-    def select(self, rows: Tensor) -> None:
-        """Drop all sequences but these."""
-        self.layers = {layer: (k[rows], v[rows]) for layer, (k, v) in self.layers.items()}
-        self.states = {layer: state.select(rows) for layer, state in self.states.items()}
-        self.lengths, self.token_counts = self.lengths[rows], self.token_counts[rows]
+    def set_counts(self, counts: list[int], device: torch.device) -> None:
+        if counts != self.counts:
+            self.counts, self.lengths = counts, to_device(counts, device)
+
+    def select(self, rows: list[int]) -> Tensor:
+        """Drop all sequences but these; returns `rows` on the device."""
+        index = to_device(rows, self.lengths.device)
+        self.layers = {layer: (k[index], v[index]) for layer, (k, v) in self.layers.items()}
+        self.states = {layer: state.select(index) for layer, state in self.states.items()}
+        self.counts = [self.counts[row] for row in rows]
+        self.lengths, self.token_counts = self.lengths[index], self.token_counts[index]
+        return index
 
 
 class PrefillLayout(PackLayout):
@@ -159,7 +168,8 @@ class PrefillLayout(PackLayout):
         super().__init__(tree.segments)
         self.leaves = tree.leaves
         self.cache = cache
-        cache.lengths = cache.token_counts = torch.tensor([len(self.row(leaf)) for leaf in tree.leaves], device=device)
+        cache.set_counts([len(self.row(leaf)) for leaf in tree.leaves], device)
+        cache.token_counts = cache.lengths
         self.calls = Calls()
 
     def attend(self, call: AttentionCall) -> Tensor:
@@ -170,7 +180,7 @@ class PrefillLayout(PackLayout):
             padded = nn.utils.rnn.pad_sequence([row[0].transpose(0, 1) for row in rows], batch_first=True)
             stored.append(padded.transpose(1, 2))
         self.cache.layers[self.calls.count(call.layer)] = (stored[0], stored[1])
-        self.cache.lengths = torch.tensor([row.shape[2] for row in rows], device=call.key.device)
+        self.cache.set_counts([row.shape[2] for row in rows], call.key.device)
         return super().attend(call)
 
 
@@ -187,7 +197,10 @@ class Calls:
 
 
 class DecodeLayout:
-    """Decoding: one new token for each of the cache's sequences. The T dimension is B."""
+    """Decoding: one new token for each of the cache's sequences. The T dimension is B.
+
+    Nothing here waits for the device. What the layers share of a step is made once: a mask for each kind of layer.
+    """
 
     continues = True
     grow_by = 64
@@ -196,8 +209,18 @@ class DecodeLayout:
         self.cache = cache
         self.calls = Calls()
         self.reached = self.materialized = False
-        self.longest = int(cache.lengths.max()) + 1
-        self.row = torch.arange(len(cache.lengths), device=cache.lengths.device)
+        self.longest = max(cache.counts) + 1
+        self.row = torch.arange(len(cache.counts), device=cache.lengths.device)
+        self.seen: dict[tuple[int | None, int | None], Tensor] = {}
+
+    @cached_property
+    def on_host(self) -> bool:
+        return self.cache.lengths.is_cpu
+
+    @cached_property
+    def keys(self) -> int:
+        """So many are read, of which some may be masked: an accelerator's kernels want multiples, and sizes that stay."""
+        return self.longest if self.on_host else -(-self.longest // self.grow_by) * self.grow_by
 
     def attend(self, call: AttentionCall) -> Tensor:
         layer, query, key, value, rules, virtual, _ = call
@@ -208,23 +231,29 @@ class DecodeLayout:
         keys[self.row, :, self.cache.lengths] = key[0].transpose(0, 1)
         values[self.row, :, self.cache.lengths] = value[0].transpose(0, 1)
         self.cache.layers[which] = (keys, values)
-        seen = is_seen(self.cache.lengths[:, None], torch.arange(self.longest, device=query.device), rules)
-        out = attend(
-            query[0].transpose(0, 1)[:, :, None],
-            keys[:, :, : self.longest],
-            values[:, :, : self.longest],
-            seen[:, None, None],
-            rules,
-        )
-        return out[:, :, 0][None]  # 1 B H V
+        one, keys, values = query[0].transpose(0, 1), keys[:, :, : self.keys], values[:, :, : self.keys]  # B H K, B G L K
+        if rules.sinks is None and not self.on_host:
+            # The heads of a group are queries that see the same keys, so that these are read once, and not copied for each.
+            out = attend(one.unflatten(1, (keys.shape[1], -1)), keys, values, self._seen(rules), rules).flatten(1, 2)
+        else:
+            out = attend(one[:, :, None], keys, values, self._seen(rules), rules)[:, :, 0]
+        return out[None]  # 1 B H V
 
     def mask(self, rules: Rules, device: torch.device) -> Tensor:
         raise UnsupportedModel("This model computes with its masks, so it cannot continue from a key-value cache.")
 
+    def _seen(self, rules: Rules) -> Tensor:
+        """Which keys each new token attends to: B 1 1 L."""
+        if (size := (rules.window, rules.chunk)) not in self.seen:
+            places = torch.arange(self.keys, device=self.cache.lengths.device)
+            self.seen[size] = is_seen(self.cache.lengths[:, None], places, rules)[:, None, None]
+        return self.seen[size]
+
     def _grown(self, stored: Tensor) -> Tensor:
-        missing = self.longest - stored.shape[2]
+        missing = self.keys - stored.shape[2]
         return F.pad(stored, (0, 0, 0, missing + self.grow_by)) if missing > 0 else stored
 
     def advance(self) -> None:
         """Count the new tokens, after every layer has stored them."""
+        self.cache.counts = [count + 1 for count in self.cache.counts]
         self.cache.lengths, self.cache.token_counts = self.cache.lengths + 1, self.cache.token_counts + 1

@@ -4,6 +4,7 @@ import json
 from typing import get_args
 
 import pytest
+import torch
 import transformers
 from families import method_of
 from pydantic import BaseModel
@@ -22,8 +23,6 @@ from trimtab.run.script import run_recipe
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
     """Two tiny models, and data that each key can act on."""
-    import torch
-
     work = tmp_path_factory.mktemp("work")
     for seed, name in enumerate(("tiny", "other")):
         torch.manual_seed(seed)
@@ -250,6 +249,50 @@ def test_recompute_says_whether_layers_are_computed_again_and_changes_nothing_th
     assert found[0][1] == found[1][1] == found[2][1]
 
 
+def test_deterministic_refuses_what_depends_on_the_moment_and_changes_nothing_else(work, monkeypatch):
+    """On a CPU every operation is deterministic already. What is left is memory: sizes of packs, and outputs kept from other packs."""
+    from trimtab.train import loop
+
+    modes, kept, whole = [], [], loop.pack_logprobs
+
+    def watching(model, pack, frozen_cache, **others):
+        modes.append(torch.get_deterministic_debug_mode())
+        kept.append(frozen_cache is not None)
+        return whole(model, pack, frozen_cache=frozen_cache, **others)
+
+    monkeypatch.setattr(loop, "pack_logprobs", watching)
+    given, found = {"train.pack_tokens": 1024, "train.recompute": "none", "train.epochs": 2}, []
+    for deterministic in (False, True):
+        modes.clear()
+        kept.clear()
+        result = outcome(work, f"deterministic-{deterministic}", **given, **{"train.deterministic": deterministic})
+        found.append((set(modes), set(kept), result))
+        assert torch.get_deterministic_debug_mode() == 0
+    assert found == [({0}, {True}, found[0][2]), ({2}, {False}, found[0][2])]
+    with pytest.raises(RecipeError, match="pack_tokens and recompute must be given"):
+        plain_recipe(work, **{"train.deterministic": True})
+
+
+def test_deterministic_names_the_operation_that_is_not(work, monkeypatch):
+    from trimtab.train import loop
+
+    whole = loop.pack_logprobs
+
+    def unordered(model, pack, **others):
+        pooled = torch.nn.functional.max_pool1d(torch.ones(1, 1, 8), 2, return_indices=True)
+        torch.nn.functional.max_unpool1d(*pooled, 2)
+        return whole(model, pack, **others)
+
+    monkeypatch.setattr(loop, "pack_logprobs", unordered)
+    changes = {"train.pack_tokens": 1024, "train.recompute": "none", "train.deterministic": True}
+    with pytest.raises(
+        RecipeError, match=r"train\.deterministic: max_unpooling2d_forward_out has no deterministic algorithm here"
+    ):
+        outcome(work, "unordered", **changes)
+    assert torch.get_deterministic_debug_mode() == 0
+    outcome(work, "ordered", **changes | {"train.deterministic": False})
+
+
 def test_the_adapter_handed_over_is_the_best_one_and_both_it_and_the_last_are_kept(work, monkeypatch):
     from trimtab.evaluate import Loss
 
@@ -396,6 +439,7 @@ def test_no_key_is_left_out_here():
         "data.bad_rows",
         "train.pack_tokens",
         "train.recompute",
+        "train.deterministic",
         "start",
         "certify",
         "resume",

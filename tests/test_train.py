@@ -187,7 +187,7 @@ def test_the_steps_of_a_run_are_as_many_as_that_makes(settings, steps, rows):
 
 @pytest.mark.parametrize(("settings", "repeats"), [({}, True), ({"epochs": 1.5}, True), ({"epochs": 1}, False)])
 def test_what_is_learned_once_is_known_before_the_rows_are(settings, repeats):
-    assert TrainConfig(**settings).repeats is repeats
+    assert TrainConfig(**settings).keeps_frozen_outputs is repeats
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])

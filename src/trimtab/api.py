@@ -4,6 +4,7 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any
 
 from trimtab.base import Base, Message, ModelConfig
+from trimtab.core.determinism import deterministic
 from trimtab.core.errors import DataError, RecipeError
 from trimtab.data import DataConfig, Kind, load_data, tokenize_prompt
 from trimtab.data.example import TokenRow
@@ -55,7 +56,8 @@ def fit(
     ensure_exact(base.model, rows)
     _check_rows(base, rows)
     most = max_row_length(base.model, base.context_length)
-    objective, (rows, _), _ = prepare_objective(objective or SFT(), base, adapter, (list(rows), []), config.seed, most)
+    with deterministic(config.deterministic):
+        objective, (rows, _), _ = prepare_objective(objective or SFT(), base, adapter, (list(rows), []), config.seed, most)
     memory = plan_training_memory(base, config, rows)
     steps = TrainingSteps(rows, config, memory)
     rate, _ = peak_learning_rate(config, base, adapter.method, objective, steps.rows_per_step)

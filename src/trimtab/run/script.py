@@ -7,6 +7,7 @@ from trimtab.artifacts.run_folder import ADAPTER, DATA, RECIPE, START
 from trimtab.certify.certificate import canaries, certify, refuse_failed
 from trimtab.certify.fresh_process import PACK_TOKENS
 from trimtab.core import files
+from trimtab.core.determinism import deterministic
 from trimtab.core.errors import NotMoved, StorageError, listing
 from trimtab.core.interrupts import interrupts_deferred
 from trimtab.deploy import copy_adapter, save_adapter
@@ -33,7 +34,7 @@ def run_recipe(recipe: Recipe, observer: RunObserver | None = None) -> Run:
         KeyboardInterrupt: After a checkpoint has been saved.
     """
     observer = observer or RunObserver()
-    with claim_output(recipe, observer.on_notice) as unfinished:
+    with claim_output(recipe, observer.on_notice) as unfinished, deterministic(recipe.train.deterministic):
         if unfinished is not None:
             unfinished.check_recipe(recipe)
         prepared = prepare(recipe, unfinished, observer)

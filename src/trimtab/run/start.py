@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+import torch
+
 from trimtab.artifacts import read_adapter
 from trimtab.base import Base, locate_model
 from trimtab.core import files
@@ -69,7 +71,7 @@ def prepare(recipe: Recipe, unfinished: UnfinishedRun | None, observer: RunObser
             observer.on_notice(f"{finding.name}: {finding.message}")
     if unfinished is not None:
         unfinished.check(recipe, facts, data.plain()["files"], observer.on_notice)
-        if recipe.train.repeats and FrozenLayerCache(base.model, 0).lowest:
+        if recipe.train.keeps_frozen_outputs and FrozenLayerCache(base.model, 0).lowest:
             observer.on_notice("the cache of frozen layers' outputs starts empty: results may differ by rounding from here on")
         observer.on_notice(f"resuming {unfinished.folder} after step {unfinished.step} of {len(steps)}")
     return PreparedRun(recipe, base, adapter, data, steps, facts, findings)
@@ -177,6 +179,11 @@ def prepare_objective(
     return objective, (train, held_out), facts
 
 
+def _device(device: torch.device) -> str:
+    """With the name of the card, on which the last bits depend."""
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+
+
 def _facts(recipe: Recipe, base: Base, adapter: Attached, data: LoadedData, steps: TrainingSteps) -> dict[str, Any]:
     """What is known before the first step, as JSON data."""
     rate, formula = peak_learning_rate(recipe.train, base, recipe.method, recipe.objective, steps.rows_per_step)
@@ -196,7 +203,7 @@ def _facts(recipe: Recipe, base: Base, adapter: Attached, data: LoadedData, step
         "memory": steps.memory.summary,
         "plan": steps.memory.plain(),
         "threads": threads(),
-        "device": str(base.device),
+        "device": _device(base.device),
         "peak_lr": rate,
         "lr_formula": formula,
         "learned_tokens": sum(len(row.target_indices) for row in data.train if row.side != "mismatched"),

@@ -49,6 +49,10 @@ class TrainConfig(Config):
     """Steps between evaluations, after each of which a checkpoint is saved; a quarter of the run unless given."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Of the adapter's initial values, the validation split, the order of examples and dropout."""
+    deterministic: bool = False
+    """Whether a GPU, too, gives the same adapter to the last bit when the run is repeated on the same card with the same versions. It
+    takes the slower backward pass of attention, refuses operations without a deterministic algorithm, and needs `pack_tokens` and
+    `recompute` to be given. See docs/gpu.md."""
 
     @model_validator(mode="after")
     def _one_measure(self) -> Any:
@@ -56,10 +60,19 @@ class TrainConfig(Config):
             raise ValueError("rows_per_step and tokens_per_step both set the effective batch size: give one of them.")
         return self
 
+    @model_validator(mode="after")
+    def _nothing_from_memory(self) -> Any:
+        if self.deterministic and "auto" in (self.pack_tokens, self.recompute):
+            raise ValueError(
+                "deterministic: pack_tokens and recompute must be given, because auto depends on the memory that happens to be free; "
+                "such as train.pack_tokens=1024 train.recompute=none."
+            )
+        return self
+
     @property
-    def repeats(self) -> bool:
-        """Whether there is more than one epoch."""
-        return self.epochs == "auto" or self.epochs > 1
+    def keeps_frozen_outputs(self) -> bool:
+        """Whether frozen layers' outputs are kept for later epochs: how many depends on the free memory, their rounding on the pack."""
+        return (self.epochs == "auto" or self.epochs > 1) and not self.deterministic
 
     def epochs_and_rows(self, rows: int) -> tuple[float, int | None]:
         """The epochs over so many rows, and the rows of a step; None if steps are measured in tokens."""

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from trimtab.base import Base
+from trimtab.core.determinism import deterministic
 from trimtab.core.errors import DataError, NonFinite
 from trimtab.core.process import never_keep_freed_memory
 from trimtab.core.randomness import seeded
@@ -125,13 +126,19 @@ class _Passes:
     def __init__(self, base: Base, objective: Objective, config: TrainConfig, memory: MemoryPlan | None) -> None:
         never_keep_freed_memory()
         self.base, self.objective, self.seed = base, objective, config.seed
-        self.memory = memory
+        self.memory, self.deterministic = memory, config.deterministic
         self.arena = ActivationArena(memory.arena_bytes * 1.01) if memory and base.device.type == "cpu" else None
         capacity = memory.frozen_cache_bytes if memory else free_memory(base.device) / 4
-        self.frozen_cache = FrozenLayerCache(base.model, capacity) if config.repeats else None
+        self.frozen_cache = FrozenLayerCache(base.model, capacity) if config.keeps_frozen_outputs else None
 
     def gradients(self, number: int, packs: list[Pack], items: int) -> tuple[list[torch.Tensor], list[dict[str, torch.Tensor]]]:
         """Add the gradients of a step's packs to the parameters', and return the losses and other measures."""
+        with deterministic(self.deterministic):
+            return self._gradients(number, packs, items)
+
+    def _gradients(
+        self, number: int, packs: list[Pack], items: int
+    ) -> tuple[list[torch.Tensor], list[dict[str, torch.Tensor]]]:
         device, measures, losses = self.base.device, list[dict[str, torch.Tensor]](), list[torch.Tensor]()
         estimate = KLEstimate(self.objective)
         for part, pack in enumerate(packs):

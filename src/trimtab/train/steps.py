@@ -60,7 +60,7 @@ def plan_training_memory(
 
     steps = _plan(rows, config) if rows else []
     all_tokens = sum(len(row.ids) for row in rows)
-    frozen_output_bytes = FrozenLayerCache(base.model, 0).bytes_for(all_tokens) if config.repeats else 0.0
+    frozen_output_bytes = FrozenLayerCache(base.model, 0).bytes_for(all_tokens) if config.keeps_frozen_outputs else 0.0
     longest_evaluated = max((len(row.ids) - 1 for row in held_out), default=0)  # nothing is predicted from the last token
     work = Workload(largest_group_tokens(rows), target_share, fullest if rows else None, frozen_output_bytes, longest_evaluated)
     return plan_memory(base.model, work, config.pack_tokens, config.recompute)

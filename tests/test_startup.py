@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from trimtab.core.process import OPENMP_WAIT, environment
+from trimtab.core.process import ALLOCATOR, OPENMP_WAIT, environment
 
 NAMES = (*OPENMP_WAIT, "KMP_BLOCKTIME")
 OURS = " ".join(OPENMP_WAIT.values())
@@ -73,3 +73,14 @@ def test_one_word_of_the_users_about_waiting_is_enough(name, monkeypatch):
     assert {key: value for key, value in environment().items() if key in NAMES} == {name: "7"}
     monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "info")
     assert environment()["TRANSFORMERS_VERBOSITY"] == "info"
+
+
+@pytest.mark.parametrize("name", [None, *ALLOCATOR])
+def test_the_allocator_of_a_device_grows_its_segments_unless_a_user_says_something_of_it(name, monkeypatch):
+    for other in ALLOCATOR:
+        monkeypatch.delenv(other, raising=False)
+    if name is not None:
+        monkeypatch.setenv(name, "max_split_size_mb:64")
+    given = {other: value for other, value in environment().items() if other in ALLOCATOR}
+    ours = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"} if sys.platform == "linux" else {}
+    assert given == ({name: "max_split_size_mb:64"} if name is not None else ours)

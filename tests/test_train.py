@@ -92,6 +92,39 @@ def test_two_rates_are_those_of_torchs_groups_and_weights_decay_by_them():
         torch.testing.assert_close(tensor, trained[1][name], rtol=1e-5, atol=1e-6)
 
 
+def test_where_torch_has_no_fused_kernel_steps_are_the_same_and_a_state_goes_on_there(monkeypatch):
+    values, state = [], None
+    for fused in (True, False):
+        if not fused:
+            monkeypatch.setattr(torch.optim.Adam, "__init__", refusing(torch.optim.Adam.__init__))
+        adapter = attach(Base(tiny("llama")).model, LoRA(rank=3))
+        perturb(adapter.parameters(), 0.1)
+        optimizer = Optimizer(adapter, 0.1)
+        assert optimizer.fused is fused
+        for step in range(4):
+            if step == 2 and state is not None:
+                optimizer.load(state, 2)
+            for n, parameter in enumerate(adapter.parameters().values()):
+                parameter.grad.fill_((n % 5 - 2) * (step + 1))
+            optimizer.step(0.01)
+            if step == 1:
+                state = {name: tensor.clone() for name, tensor in optimizer.state().items()}
+        values.append(adapter.state())
+    for name, tensor in values[0].items():
+        torch.testing.assert_close(tensor, values[1][name], rtol=1e-5, atol=1e-6)
+
+
+def refusing(real):
+    """As torch does on devices without a kernel."""
+
+    def init(self, *args, fused=None, **others):
+        if fused:
+            raise RuntimeError("`fused=True` requires all the params to be floating point Tensors of supported devices")
+        real(self, *args, **others)
+
+    return init
+
+
 def test_a_step_says_how_many_tokens_its_rows_have_and_how_many_it_computed():
     base, adapter = adapted()
     rows = [TokenRow([*range(3, 19), token], [16], f"row:{token}", 20) for token in (3, 4, 5)]

@@ -43,15 +43,24 @@ OPENMP_WAIT = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"}
 """How OpenMP's threads wait for each other: asleep; GNU's, which has a finer setting, after spinning 1,000 times (about 10 µs)."""
 
 
+ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+"""Settings of the allocator of CUDA devices. torch 2.9 ignores expandable segments under the second name (pytorch #183387)."""
+
+
 def environment() -> dict[str, str]:
     """The environment of Trimtab's processes: this one's, and defaults for variables that libraries read on import.
 
     By default, OpenMP's threads spin for milliseconds while they wait. If other processes use the cores, the thread that is
     waited for has none meanwhile, at every small operation, and two threads are many times slower than one.
+
+    By default, CUDA's allocator holds blocks of the sizes that it was once asked for. Packs are of many sizes, and what one has
+    left is of no use to the next; segments that grow are.
     """
     defaults = {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
     if not any(name in os.environ for name in (*OPENMP_WAIT, "KMP_BLOCKTIME")):
         defaults |= OPENMP_WAIT
+    if sys.platform == "linux" and not any(name in os.environ for name in ALLOCATOR):
+        defaults[ALLOCATOR[0]] = "expandable_segments:True"
     return defaults | os.environ
 
 

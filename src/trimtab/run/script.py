@@ -100,6 +100,10 @@ def _train(run: Run, prepared: PreparedRun, state: State | None, observer: RunOb
     """What was saved, and the names of the tensors that training has not moved."""
     recipe, steps = prepared.recipe, prepared.steps
     optimizer, first_values, peak = _optimizer(prepared, state)
+    if not optimizer.fused:
+        observer.on_notice(
+            f"torch has no fused AdamW on {prepared.base.device}: each of its operations runs by itself, on all tensors"
+        )
     between = _BetweenSteps(run, prepared, optimizer, state, observer)
     between.before_training(state)
     logged: Step | None = None

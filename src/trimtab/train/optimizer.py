@@ -30,7 +30,9 @@ class Optimizer:
             # If they were made later, among the temporary tensors of a backward pass, gradients would fragment memory.
             parameter.grad = torch.zeros_like(parameter)
         by_rate = [{"params": group, "lr_multiplier": multiplier} for multiplier, group in groups.items()]
-        self._adamw = torch.optim.AdamW(by_rate, lr=0.0, weight_decay=weight_decay, fused=True)
+        self.fused = _has_fused_adamw(next(iter(self.named.values())).device)
+        kernels = {"fused": True} if self.fused else {"foreach": True}
+        self._adamw = torch.optim.AdamW(by_rate, lr=0.0, weight_decay=weight_decay, **kernels)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -91,8 +93,18 @@ class Optimizer:
             state: dict[str, Any] = {
                 theirs: tensors[f"{ours}/{name}"].to(parameter.device, copy=True) for ours, theirs in MOMENTS.items()
             }
-            self._adamw.state[parameter] = {"step": torch.tensor(float(taken - skipped), device=parameter.device), **state}
+            at = parameter.device if self.fused else torch.device("cpu")  # else each step would wait for the device to read it
+            self._adamw.state[parameter] = {"step": torch.tensor(float(taken - skipped), device=at), **state}
         self.taken, self.skipped = taken, skipped
+
+
+def _has_fused_adamw(device: torch.device) -> bool:
+    """Whether torch has one kernel for AdamW's step on the device; else it takes one for each operation, of all tensors at once."""
+    try:
+        torch.optim.AdamW([torch.zeros(1, device=device, requires_grad=True)], fused=True)
+    except RuntimeError:
+        return False
+    return True
 
 
 def _form(tensor: Tensor) -> tuple[Any, ...]:

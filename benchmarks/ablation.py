@@ -26,10 +26,11 @@ from trimtab.data.order import shuffled
 from trimtab.engine import head, pack_logprobs
 from trimtab.engine.backends import cpu
 from trimtab.engine.backends import torch as torch_backend
-from trimtab.engine.memory_plan import FLAT
 from trimtab.engine.patching import unfused
+from trimtab.engine.recompute import Level
 
 ROOT = Path(__file__).parents[1]
+PACK_TOKENS = 1024
 
 
 @contextmanager
@@ -86,7 +87,7 @@ def main() -> None:
             parameter.add_(0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
     adapter.train()
 
-    def step(packs: list[Any], recompute: bool = False) -> tuple[float, torch.Tensor]:
+    def step(packs: list[Any], recompute: Level = "none") -> tuple[float, torch.Tensor]:
         started = time.perf_counter()
         for pack in packs:
             (-pack_logprobs(base.model, pack, recompute=recompute).sum() / 1000).backward()
@@ -96,7 +97,7 @@ def main() -> None:
             parameter.grad = None
         return seconds, gradient
 
-    packs = pack_all(rows, FLAT)
+    packs = pack_all(rows, PACK_TOKENS)
     names = asked.only or [*OFF, *PACKS, "no gradient checkpointing"]
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     apart: dict[str, float] = {}
@@ -105,8 +106,8 @@ def main() -> None:
         for name in names:
             on, reference = step(packs)
             with OFF[name][1]() if name in OFF else contextlib.nullcontext():
-                other = PACKS[name][1](rows, FLAT) if name in PACKS else packs
-                off, gradient = step(other, recompute=name == "no gradient checkpointing")
+                other = PACKS[name][1](rows, PACK_TOKENS) if name in PACKS else packs
+                off, gradient = step(other, recompute="full" if name == "no gradient checkpointing" else "none")
             times[name].append((on, off))
             apart[name] = float((gradient - reference).norm() / reference.norm())
             print(f"{name:22} {on:6.2f} s on, {off:6.2f} s off, gradients differ by {apart[name]:.1e}", flush=True)

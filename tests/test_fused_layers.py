@@ -307,7 +307,7 @@ def test_the_last_layer_ends_with_the_tokens_that_predict(family, name, monkeypa
     assert_equal(ours, reference)
     assert [n for n in seen if n in (tokens, predicting)] == [tokens, tokens, tokens, predicting]
     seen.clear()
-    pack_logprobs(model, pack, recompute=True).sum().backward()
+    pack_logprobs(model, pack, recompute="full").sum().backward()
     assert seen.count(predicting) == 2
     seen.clear()
     handle = model.model.layers[-1].self_attn.register_forward_hook(lambda *_: None)

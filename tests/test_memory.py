@@ -15,9 +15,9 @@ import trimtab
 from trimtab.core.errors import RecipeError
 from trimtab.data import TokenRow, pack_flat, pack_tree
 from trimtab.data.mismatched import with_mismatched
-from trimtab.engine import MemoryPlan, Workload, head, memory_plan, pack_logprobs, plan_memory
+from trimtab.engine import MemoryPlan, Workload, head, layers, memory_plan, pack_logprobs, plan_memory, recompute
 from trimtab.engine.arena import free_scratch
-from trimtab.engine.memory_probe import Meter, profile_packs
+from trimtab.engine.memory_probe import CountedPacks, Meter, profile_packs
 from trimtab.engine.patching import unfused
 from trimtab.methods import Method, Sample, active, attach
 from trimtab.methods.lora import LoRA
@@ -35,14 +35,48 @@ def gradients(model, adapter, recompute):
     return logprobs.detach(), torch.autograd.grad(logprobs.sum(), list(adapter.parameters().values()))
 
 
+@pytest.mark.parametrize(("dtype", "dropout"), [(torch.float32, 0.3), (torch.float64, 0.0)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_recomputation_changes_nothing_to_the_last_bit(family):
-    model = tiny(family)
-    adapter = attach(model, LoRA(rank=2, dropout=0.3))
+def test_recomputation_changes_nothing_to_the_last_bit(family, dtype, dropout):
+    model = tiny(family, dtype)
+    adapter = attach(model, LoRA(rank=2, dropout=dropout))
     perturb(adapter.parameters())
-    (ours, ours_back), (plain, plain_back) = gradients(model, adapter, True), gradients(model, adapter, False)
+    plain, plain_back = gradients(model, adapter, "none")
+    for level in ("mlp", "full"):
+        ours, ours_back = gradients(model, adapter, level)
+        assert torch.equal(ours, plain)
+        assert all(torch.equal(a, b) for a, b in zip(ours_back, plain_back, strict=True))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_mlps_that_are_recomputed_wrongly_are_noticed(dropout, monkeypatch):
+    """Other random numbers, or the tensors in another order, are other gradients."""
+    model = tiny("llama")
+    adapter = attach(model, LoRA(rank=2, dropout=dropout))
+    perturb(adapter.parameters())
+    plain, right = gradients(model, adapter, "none")
+    if dropout:
+        monkeypatch.setattr(recompute, "replay_from_here", lambda device: nullcontext)
+    else:
+        real = layers._gate_and_up
+
+        def swapped(*args, **kwargs):
+            x, g, u = real(*args, **kwargs)
+            return (x, g, u) if torch.is_grad_enabled() else (x, u, g)
+
+        monkeypatch.setattr(layers, "_gate_and_up", swapped)
+    ours, wrong = gradients(model, adapter, "mlp")
     assert torch.equal(ours, plain)
-    assert all(torch.equal(a, b) for a, b in zip(ours_back, plain_back, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(wrong, right, strict=True))
+
+
+def test_a_graph_whose_mlps_are_recomputed_may_be_gone_through_twice():
+    model = tiny("llama")
+    adapter = attach(model, LoRA(rank=2))
+    perturb(adapter.parameters())
+    total = pack_logprobs(model, pack_tree(ROWS), recompute="mlp").sum()
+    first, second = (torch.autograd.grad(total, list(adapter.parameters().values()), retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize("name", ["bottleneck", "prefix", "prompt", "ia3", "dora", "oft"])
@@ -52,9 +86,11 @@ def test_every_kind_of_method_is_recomputed(name):
         model, Method.member(name)(**({"block_size": 16} if name == "oft" else {})), sample=Sample(random_rows(30))
     )
     perturb(adapter.parameters(), 0.05)
-    (ours, ours_back), (plain, plain_back) = gradients(model, adapter, True), gradients(model, adapter, False)
-    torch.testing.assert_close(ours, plain)
-    torch.testing.assert_close(ours_back, plain_back)
+    plain, plain_back = gradients(model, adapter, "none")
+    for level in ("mlp", "full"):
+        ours, ours_back = gradients(model, adapter, level)
+        torch.testing.assert_close(ours, plain)
+        torch.testing.assert_close(ours_back, plain_back)
 
 
 def test_what_acts_in_a_block_acts_when_it_is_recomputed_after_it():
@@ -62,14 +98,14 @@ def test_what_acts_in_a_block_acts_when_it_is_recomputed_after_it():
     for n, name in enumerate(("one", "two")):
         perturb(attach(model, LoRA(rank=2), name=name).parameters(), seed=n)
     found = []
-    for recompute in (True, False):
+    for level in ("mlp", "full", "none"):
         with active(model, "one"):
-            logprobs = pack_logprobs(model, pack_flat(ROWS), recompute=recompute)
+            logprobs = pack_logprobs(model, pack_flat(ROWS), recompute=level)
         logprobs.sum().backward()  # outside, where "two" acts
         found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None and p.grad.any()})
         model.zero_grad()
-    assert found[0].keys() == found[1].keys()
-    assert all(torch.equal(found[0][n], found[1][n]) for n in found[0])
+    assert found[0].keys() == found[1].keys() == found[2].keys()
+    assert all(torch.equal(found[0][n], found[2][n]) and torch.equal(found[1][n], found[2][n]) for n in found[0])
 
 
 # What a pack takes
@@ -85,7 +121,7 @@ def rows_of(*lengths):
     return [TokenRow(ids, list(range(1, len(ids))), f"row:{n}") for n, ids in enumerate(random_rows(*(n + 1 for n in lengths)))]
 
 
-def kept(model, pack, recompute=False):
+def kept(model, pack, recompute="none"):
     """Bytes that a pass leaves for its backward pass, by what it asks autograd to save."""
     storages = {}
 
@@ -99,7 +135,7 @@ def kept(model, pack, recompute=False):
     return sum(size for at, (_, size) in storages.items() if at not in weights)
 
 
-def held(model, pack, recompute=False):
+def held(model, pack, recompute="none"):
     """The most that a pass and its backward pass hold at a time."""
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
@@ -109,7 +145,7 @@ def held(model, pack, recompute=False):
     return max(meter.levels)
 
 
-def planned(model, pack, longest, recompute=False):
+def planned(model, pack, longest, recompute="none"):
     profile = profile_packs(model, longest, 1.0, recompute=recompute)
     size = len(pack.ids), sum(pack.pairs)
     return profile.activations.bytes_of(*size), profile.peak_bytes(*size)
@@ -119,14 +155,14 @@ PACKS = {"one long row": [60], "several rows": [60, 40, 55, 50]}
 """Longer than every window, and than what is measured."""
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", ["none", "mlp", "full"])
 @pytest.mark.parametrize("lengths", PACKS.values(), ids=PACKS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_pack_takes_what_short_rows_say(family, lengths, recompute, one_thread, small_tiles):
     model, pack = tiny(family), pack_flat(rows_of(*lengths))
     attach(model, LoRA(rank=2))
     of_kept, of_most = planned(model, pack, max(lengths), recompute)
-    if not recompute:  # what layers keep that are computed again, autograd is not asked for by name
+    if recompute == "none":  # what layers keep that are computed again, autograd is not asked for by name
         assert of_kept == pytest.approx(kept(model, pack), rel=0.08)
     assert of_most == pytest.approx(held(model, pack, recompute), rel=0.05)
 
@@ -217,12 +253,12 @@ def plan(longest=50, pack_tokens="auto", recompute="auto", free=math.inf, family
     return plan_memory(model, Workload(longest, **work), pack_tokens, recompute, free)
 
 
-def enough(tokens, longest=50, recompute=False):
+def enough(tokens, longest=50, recompute="none"):
     """Free memory in which a pack of so many tokens just fits."""
     model = tiny("llama")
     trained = sum(p.nbytes for p in attach(model, LoRA(rank=2)).parameters().values())
     profile = profile_packs(model, longest, 1.0, recompute=recompute)
-    return (profile.peak_bytes(tokens, 0) + 3 * trained) / memory_plan.SHARE
+    return (profile.peak_bytes(tokens, 0) + 3 * trained) / CountedPacks(None).share
 
 
 def pack_of(tokens):
@@ -231,7 +267,7 @@ def pack_of(tokens):
 
 def test_with_room_nothing_is_recomputed():
     made = plan(free=1e12)
-    assert (made.pack_tokens, made.recomputes(pack_of(1024))) == (1024, False)
+    assert (made.pack_tokens, made.recomputed(pack_of(1024))) == (1024, "none")
     assert re.fullmatch(
         r"micro-batches of up to 1,024 tokens; 0\.0\d GB beside the model, of 1000\.0 GB free; gradient checkpointing off",
         made.summary,
@@ -243,17 +279,20 @@ def test_with_room_nothing_is_recomputed():
 def test_with_less_room_packs_are_smaller_and_long_rows_recomputed():
     made = plan(longest=150, free=enough(100))
     assert made.pack_tokens == 100
-    assert (made.recomputes(pack_of(100)), made.recomputes(pack_of(101))) == (False, True)
+    assert [made.recomputed(pack_of(n)) for n in (100, 101, 150)] == ["none", "mlp", "full"]
     assert made.summary.endswith("gradient checkpointing for micro-batches that do not fit")
     asked = plan(longest=50, pack_tokens=150, free=enough(100))
-    assert (asked.pack_tokens, asked.recomputes(pack_of(100)), asked.recomputes(pack_of(101))) == (150, False, True)
+    assert (asked.pack_tokens, *map(asked.recomputed, map(pack_of, (100, 101, 150)))) == (150, "none", "mlp", "full")
 
 
 def test_what_is_asked_for_is_done():
     made = plan(recompute="full")
-    assert made.recomputes(pack_of(1))
+    assert made.recomputed(pack_of(1)) == "full"
     assert made.summary.endswith("gradient checkpointing on")
-    assert not plan(recompute="none", pack_tokens=500, free=enough(100)).recomputes(pack_of(500))
+    for level, free in (("none", enough(100)), ("mlp", enough(100)), ("mlp", 1e12)):
+        asked = plan(recompute=level, pack_tokens=500, free=free)
+        assert asked.recomputed(pack_of(500)) == level
+    assert asked.summary.endswith("gradient checkpointing of MLPs on")
 
 
 def test_a_row_that_cannot_fit_is_refused_before_it_is_tried():
@@ -272,7 +311,7 @@ def test_gradients_and_moments_that_do_not_fit_are_refused(small_tiles):
         RecipeError,
         match=r"Gradients, AdamW's two moments and a copy of the trained parameters to save take 0\.00 GB, .*a lower method\.rank",
     ):
-        plan(free=4 * trained / memory_plan.SHARE - 1)
+        plan(free=4 * trained / CountedPacks(None).share - 1)
 
 
 def test_what_is_trained_counts_twelve_bytes_each_and_a_copy_to_save_it():
@@ -302,7 +341,7 @@ def test_all_that_is_planned_fits(kind, free, monkeypatch, small_tiles):
     except RecipeError:
         assert free < 1e6
         return
-    assert made.peak_bytes <= memory_plan.SHARE * free
+    assert made.peak_bytes <= CountedPacks(None).share * free
     assert made.frozen_cache_bytes <= len(rows) * 40 * 32 * 4
     if free >= 1e9:
         assert made.frozen_cache_bytes == len(rows) * 40 * 32 * 4
@@ -366,8 +405,8 @@ def test_training_recomputes_what_does_not_fit_and_learns_the_same(monkeypatch):
         monkeypatch.setattr(memory_plan, "free_memory", lambda device, free=free: free)
         losses.append([step.loss for step in trimtab.fit(base, adapter, ROWS, epochs=2, rows_per_step=2, lr=1e-2)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    assert {size > 30 for size, recompute in asked if recompute} == {True}
-    assert {recompute for _, recompute in asked} == {True, False}
+    assert {size > 30 for size, recompute in asked if recompute != "none"} == {True}
+    assert "none" in {recompute for _, recompute in asked} != {"none"}
 
 
 def test_a_run_that_another_version_began_is_planned_anew(here, trimtab):

@@ -12,7 +12,6 @@ from trimtab.data import pack_all
 from trimtab.data.example import TokenRow
 from trimtab.data.mismatched import with_mismatched
 from trimtab.engine import MemoryPlan
-from trimtab.engine.memory_probe import MemoryCost
 from trimtab.evaluate import score_loss
 from trimtab.methods import Sample, attach
 from trimtab.methods.lora import LoRA
@@ -62,7 +61,7 @@ def test_a_step_is_the_same_however_rows_are_packed(method, family, monkeypatch,
     exact_norms(monkeypatch)
     expected, values = step(method, family, 1000)
     assert expected.measures["kl"] > 0.1, "the estimate counts"
-    recomputed = MemoryPlan(1, MemoryCost(0.0, 1.0), -1.0, 1e6, math.inf, 0.0, "")
+    recomputed = MemoryPlan(1, (), None, 1e6, math.inf, 0.0, "")
     for limit, memory in ((1, None), (24, None), (1, recomputed)):
         done, trained = step(method, family, limit, memory)
         assert done.loss == pytest.approx(expected.loss, rel=1e-9)

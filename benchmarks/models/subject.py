@@ -16,6 +16,7 @@ from trimtab.core.wrapping import base_modules, unwrap
 from trimtab.data import pack_tree
 from trimtab.engine import check_packing, pack_logprobs
 from trimtab.engine.patching import layers_of
+from trimtab.engine.recompute import Level
 from trimtab.engine.structure import LayerStructure
 
 
@@ -89,7 +90,7 @@ class Subject:
     def gradients(self) -> dict[str, tuple[Tensor, Tensor]]:
         return self.compared_gradients()
 
-    def compared_gradients(self, *, recompute: bool = False) -> dict[str, tuple[Tensor, Tensor]]:
+    def compared_gradients(self, *, recompute: Level = "none") -> dict[str, tuple[Tensor, Tensor]]:
         """By the LoRA's parameters that have any: their gradients from a pack, and from the rows alone."""
         model, parameters = self.lora.model, self.lora.adapter.parameters()
         sums = (pack_logprobs(model, pack_tree(self.rows), recompute=recompute).sum(), alone(model, self.rows).sum())

@@ -63,7 +63,7 @@ def gradient(subject: Subject) -> float:
 @measure("recomputed", GRADIENT_TOLERANCE)
 def recomputed(subject: Subject) -> float:
     """The same with gradient checkpointing."""
-    return _difference(subject.compared_gradients(recompute=True))
+    return _difference(subject.compared_gradients(recompute="full"))
 
 
 def _difference(gradients: dict[str, tuple[Tensor, Tensor]]) -> float:

@@ -1,7 +1,7 @@
 """Random numbers determined by a seed alone, without changing the process's generators."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
@@ -14,15 +14,41 @@ def seeded(seed: int, device: torch.device = CPU) -> Iterator[None]:
 
     torch.manual_seed would seed the generators of every device, permanently.
     """
-    generators = [torch.default_generator] if device.type == "cpu" else [torch.default_generator, _generator(device)]
+    generators = _generators(device)
+    with _restored(generators):
+        for generator in generators:
+            generator.manual_seed(seed)
+        yield
+
+
+def replay_from_here(device: torch.device) -> Callable[[], AbstractContextManager[None]]:
+    """A block in which the random numbers on the CPU and this device are those that are drawn after this call, as often as it is entered."""
+    generators = _generators(device)
+    states = [generator.get_state() for generator in generators]
+
+    @contextmanager
+    def replayed() -> Iterator[None]:
+        with _restored(generators):
+            for generator, state in zip(generators, states, strict=True):
+                generator.set_state(state)
+            yield
+
+    return replayed
+
+
+@contextmanager
+def _restored(generators: Sequence[torch.Generator]) -> Iterator[None]:
     before = [generator.get_state() for generator in generators]
-    for generator in generators:
-        generator.manual_seed(seed)
     try:
         yield
     finally:
         for generator, state in zip(generators, before, strict=True):
             generator.set_state(state)
+
+
+def _generators(device: torch.device) -> list[torch.Generator]:
+    """The default ones of the CPU and of an accelerator; `meta` has none."""
+    return [torch.default_generator] if device.type in ("cpu", "meta") else [torch.default_generator, _generator(device)]
 
 
 def _generator(device: torch.device) -> torch.Generator:

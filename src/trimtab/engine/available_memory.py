@@ -40,9 +40,10 @@ GROUPS = {
 
 def free_memory(device: torch.device, root: Path = ROOT) -> float:
     """Bytes that this process may still take on the device, or of the host's memory; inf if unknown."""
-    if device.type == "cuda":
-        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return float(torch.cuda.mem_get_info(device)[0] + held)
+    module: Any = getattr(torch, device.type, None)
+    if device.type != "cpu" and all(hasattr(module, name) for name in ("mem_get_info", "memory_reserved", "memory_allocated")):
+        held = module.memory_reserved(device) - module.memory_allocated(device)  # by the allocator, for tensors to come
+        return float(module.mem_get_info(device)[0] + held)
     return max(0.0, min([math.inf, *_limits(root)]))
 
 

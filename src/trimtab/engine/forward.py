@@ -18,7 +18,8 @@ from trimtab.engine.frozen_cache import FrozenLayerCache
 from trimtab.engine.head import head_of, sequence_logprobs
 from trimtab.engine.layouts import PackLayout
 from trimtab.engine.pass_mode import mode_of
-from trimtab.engine.patching import gradient_checkpointing, layers_by_hand, learn_layers, patch_layers
+from trimtab.engine.patching import layers_by_hand, learn_layers, patch_layers
+from trimtab.engine.recompute import Level, recomputing
 from trimtab.engine.state_layers import patch_state_layers
 from trimtab.methods import Routing, routed, switch_of
 
@@ -70,7 +71,7 @@ def pack_logprobs(
     pack: Pack,
     owners: Sequence[str | None] | None = None,
     *,
-    recompute: bool = False,
+    recompute: Level = "none",
     frozen_cache: FrozenLayerCache | None = None,
 ) -> Tensor:
     """Σ log p over the target tokens of each of the pack's rows: S. Differentiable.
@@ -78,7 +79,7 @@ def pack_logprobs(
     Args:
         owners: For each of the pack's segments, the name of the adapter that acts on it, or None for the base alone; unless
             given, the adapters that are on act on all of them.
-        recompute: With gradient checkpointing: slower, in less memory.
+        recompute: How much is computed again in the backward pass: slower, in less memory.
         frozen_cache: Has the frozen layers' outputs of earlier passes, and gets those of this one.
     """
     routing = None
@@ -88,7 +89,7 @@ def pack_logprobs(
         routing = Routing([switch for switch, length in zip(switches, lengths, strict=True) for _ in range(length)])
     at, row = pack.target_at.unique(return_inverse=True)
     cached = frozen_cache.serve(pack) if frozen_cache is not None else nullcontext()
-    with routed(routing), gradient_checkpointing(recompute), cached:
+    with routed(routing), recomputing(recompute), cached:
         hidden = states_at(model, pack, at, routing)
     with routed(routing.select(at.tolist()) if routing else None):
         return sequence_logprobs(hidden, row, head_of(model), pack.target_token, pack.target_row, len(pack.rows))

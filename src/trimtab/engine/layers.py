@@ -5,7 +5,9 @@ module elsewhere. Outside packed passes the model runs its own code, with which 
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +17,7 @@ from trimtab.core.attention import Virtual
 from trimtab.core.attention_hook import holding
 from trimtab.engine import operations
 from trimtab.engine.backends import AttentionInputs, AttentionPlan, Norm
+from trimtab.engine.recompute import recomputable
 from trimtab.engine.structure import (
     AttentionPart,
     Branch,
@@ -44,6 +47,8 @@ class _Pending(NamedTuple):
     linear: nn.Module | None = None
     """None if there is none to come."""
     gate: operations.Gate | None = None
+    saving: AbstractContextManager[Any] = nullcontext()
+    """Around the operations that are left: what they need not keep for the backward pass is computed again."""
 
 
 def compute_layer(
@@ -91,10 +96,7 @@ def _mix(
     if isinstance(mixer.part, AttentionPart) and _is_standard(own, mixer.part, kwargs):
         return _attention(x, pre, own, mixer.part, kwargs, at)
     if isinstance(mixer.part, MLPPart) and not isinstance(own, AdapterLayer):
-        x, g, u = _gate_and_up(x, pre, own, mixer.part)
-        if at is not None:
-            g, u = _selected(g, at), _selected(u, at)
-        return x, _Pending(g, getattr(own, mixer.part.output), (u, mixer.part.activation))
+        return _mlp(x, pre, own, mixer.part, at)
     h = x[None] if pre is None else _normalized(x, pre)[None]
     with holding(_in_fused_layer, True):
         out = mixer.call(module, h, kwargs)
@@ -159,8 +161,7 @@ class PatchedPartForward:
             norm = Norm(own.weight, part.offset, part.eps)
             return operations.rms_norm(x.reshape(-1, x.shape[-1]), norm).view(x.shape)
         if isinstance(part, MLPPart):
-            _, g, u = _gate_and_up(x[0], None, own, part)
-            return _linear_add(None, g, getattr(own, part.output), None, 1.0, gate=(u, part.activation))[None]
+            return _finish(None, _mlp(x[0], None, own, part, None)[1], None, 1.0)[None]
         if not _is_standard(own, part, kwargs):
             return type(own).forward(own, *args, **kwargs)
         _, pending = _attention(x[0], None, own, part, kwargs, None)
@@ -181,11 +182,15 @@ def patch_parts(layer: Any, structure: LayerStructure | None) -> None:
             module.forward = PatchedPartForward(module, found[name])
 
 
-def _gate_and_up(x: Tensor, pre: _Norm | None, mlp: Any, part: MLPPart) -> Sequence[Tensor]:
+def _mlp(x: Tensor, pre: _Norm | None, own: Any, part: MLPPart, at: Tensor | None) -> tuple[Tensor, _Pending]:
+    (x, g, u), saving = recomputable(partial(_gate_and_up, pre=pre, mlp=own, part=part, at=at), x, own)
+    return x, _Pending(g, getattr(own, part.output), (u, part.activation), saving)
+
+
+def _gate_and_up(x: Tensor, pre: _Norm | None, mlp: Any, part: MLPPart, at: Tensor | None) -> Sequence[Tensor]:
     modules = [getattr(mlp, name) for name in part.inputs]
-    if len(modules) == 1:  # Phi-3
-        return _linears(x, pre, modules, 2 * [part.width])
-    return _linears(x, pre, modules)
+    x, g, u = _linears(x, pre, modules, 2 * [part.width] if len(modules) == 1 else None)  # one: Phi-3
+    return x, _selected(g, at), _selected(u, at)
 
 
 def _unwrap_inactive(module: nn.Module) -> nn.Module:
@@ -199,7 +204,8 @@ def _finish(x: Tensor | None, pending: _Pending, post: _Norm | None, scale: floa
     """x + scale · post(what is pending)."""
     if pending.linear is None:
         return _add(x, pending.y, post, scale)
-    return _linear_add(x, pending.y, pending.linear, post, scale, pending.gate)
+    with pending.saving:
+        return _linear_add(x, pending.y, pending.linear, post, scale, pending.gate)
 
 
 def _add(x: Tensor | None, y: Tensor, post: _Norm | None, scale: float) -> Tensor:

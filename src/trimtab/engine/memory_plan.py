@@ -1,21 +1,48 @@
-"""How many tokens a micro-batch has, and which need gradient checkpointing, so that training fits into the free memory."""
+"""How many tokens a micro-batch has, and how much of it is computed again in its backward pass, so that training fits into the free memory."""
 
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Protocol, Self
 
 from trimtab.core.errors import RecipeError
 from trimtab.data.pack import Pack
 from trimtab.engine.available_memory import free_memory
-from trimtab.engine.memory_probe import MemoryCost, MemoryProfile, profile_packs
+from trimtab.engine.memory_probe import CountedPacks, MemoryCost, MemoryProfile
+from trimtab.engine.memory_trial import TriedPacks, device_memory
+from trimtab.engine.recompute import Level
 
-Recompute = Literal["auto", "none", "full"]
-ENOUGH_TOKENS = 1024
-"""Tokens of a micro-batch from which more are hardly faster: see docs/performance.md."""
+Recompute = Literal["auto", "none", "mlp", "full"]
+LEVELS: tuple[Level, ...] = ("none", "mlp", "full")
+"""The cheapest first."""
 FEWEST_TOKENS = 16
-SHARE = 0.9
-"""Of the free memory, what all of training may take; the rest is for other processes."""
+
+
+class Measure(Protocol):
+    """How the memory of packs is found out on a kind of device, and which packs suit it."""
+
+    @property
+    def share(self) -> float:
+        """Of the free memory, what all of training may take; the rest is for other processes."""
+
+    @property
+    def most(self) -> int:
+        """Tokens of a micro-batch from which more are hardly faster."""
+
+    def enough(self) -> int:
+        """Tokens of a micro-batch below which computing more of it again is cheaper than making it smaller. Known after a profile."""
+
+    def profile(self, longest: int, target_share: float, *, recompute: Level = "none", backward: bool = True) -> MemoryProfile:
+        """What packs in training take, or those without a backward pass; rows have at most `longest` tokens."""
+
+    def confirm(self, pack: Pack, recompute: Level) -> float | None:
+        """Bytes that this pack takes when it is run: inf if more than there are, None if the profile is all that is known."""
+
+
+def measure_for(model: Any) -> Measure:
+    """That of the model's device."""
+    memory = device_memory(next(model.parameters()).device)
+    return CountedPacks(model) if memory is None else TriedPacks(model, memory)
 
 
 class Workload(NamedTuple):
@@ -38,31 +65,33 @@ class MemoryPlan(NamedTuple):
 
     pack_tokens: int
     """The most tokens of a pack."""
-    cost: MemoryCost
-    """Of a pack."""
+    costs: tuple[tuple[Level, MemoryCost], ...]
+    """Of a pack, by how much of it is computed again; the cheapest first, and without all of it, which is what remains."""
     pack_limit: float | None
-    """Bytes that a pack may take, if there is a limit; one that would take more uses gradient checkpointing."""
+    """Bytes that a pack may take, if there is a limit."""
     arena_bytes: float
-    """Of the arena for the saved activations of packs without gradient checkpointing."""
+    """Of the arena for the saved activations of packs of which nothing is computed again."""
     frozen_cache_bytes: float
     """That the cache of the frozen layers' outputs may take."""
     peak_bytes: float
     """That training takes at most, all in all, beside what is held when it is planned."""
     summary: str
 
-    def recomputes(self, pack: Pack) -> bool:
-        """Whether the pack uses gradient checkpointing."""
-        return self.pack_limit is not None and self.cost.bytes_of(*_size(pack)) > self.pack_limit
+    def recomputed(self, pack: Pack) -> Level:
+        """How much of the pack is computed again: the least by which it fits."""
+        limit = math.inf if self.pack_limit is None else self.pack_limit
+        return next((level for level, cost in self.costs if cost.bytes_of(*_size(pack)) <= limit), "full")
 
     def plain(self) -> dict[str, Any]:
         """As JSON data."""
-        return {**self._asdict(), "cost": [*self.cost]}
+        return {**self._asdict(), "costs": [[level, [*cost]] for level, cost in self.costs]}
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> Self | None:
         """The plan of which `plain` is the JSON data; None if another version wrote it."""
-        known = plain.keys() == set(cls._fields)
-        return cls(**{**plain, "cost": MemoryCost(*plain["cost"])}) if known else None
+        if plain.keys() != set(cls._fields):
+            return None
+        return cls(**{**plain, "costs": tuple((level, MemoryCost(*cost)) for level, cost in plain["costs"])})
 
 
 Size = tuple[int, int]
@@ -70,60 +99,153 @@ Size = tuple[int, int]
 
 
 def plan_memory(
-    model: Any, work: Workload, pack_tokens: int | Literal["auto"], recompute: Recompute, free: float | None = None
+    model: Any,
+    work: Workload,
+    pack_tokens: int | Literal["auto"],
+    recompute: Recompute,
+    free: float | None = None,
+    measure: Measure | None = None,
 ) -> MemoryPlan:
-    """Choose the most tokens of a pack, and which packs use gradient checkpointing, so that they fit.
+    """Choose the most tokens of a pack, and how much of each pack is computed again, so that they fit.
 
     Args:
         model: With its adapter.
         free: Bytes that may be taken; measured unless given.
+        measure: The device's, unless given.
 
     Raises:
-        RecipeError: The gradients and the optimizer do not fit, or not even the longest row with gradient checkpointing; or a
+        RecipeError: The gradients and the optimizer do not fit, or not even the longest row if all is computed again; or a
             validation row.
     """
+    measure = measure or measure_for(model)
     free = free_memory(next(model.parameters()).device) if free is None else free
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    budget = SHARE * free - 3 * trained  # gradients, and two moments of them
+    budget = _budget(measure, free, trained)
+    asked = pack_tokens if pack_tokens != "auto" else None
+    advice = f"and {budget / 1e9:.2f} GB are left for it, of {free / 1e9:.2f} GB free. Lower data.max_length"
+    advice += " or train.pack_tokens." if asked else "."
+    levels = _Levels(measure, work, LEVELS if recompute == "auto" else (recompute,))
+    taken, scale = math.inf, 1.0
+    while taken > budget:
+        within = scale * budget
+        tokens = asked or levels.most_tokens(within)
+        tokens, steps, forward_bytes = _fit_forward(measure, work, tokens, budget, None if asked else FEWEST_TOKENS, advice)
+        packs = [pack for step in steps for pack in step if not pack.mismatched]
+        passes = levels.fit([_size(pack) for pack in packs] or [_full(tokens, work.longest)], within, advice)
+        taken = _confirmed(measure, packs, passes) if recompute in ("auto", "full") else 0.0
+        scale *= max(0.5, 0.98 * budget / taken) if taken > budget else 1.0
+    elsewhere = max(trained, forward_bytes)  # while an adapter is saved, there is a copy of it
+    arena = min(levels.saved(*_full(tokens, work.longest)), budget - elsewhere)
+    peak = max(passes.peak, min(passes.saved, arena) + elsewhere)
+    cache = min(work.frozen_output_bytes, max(0.0, budget - peak)) if math.isfinite(budget) else work.frozen_output_bytes
+    total = 3 * trained + peak + cache
+    limit = within if recompute == "auto" and math.isfinite(budget) else None
+    of_free = f", of {free / 1e9:.1f} GB free" if math.isfinite(free) else ""
+    summary = (
+        f"micro-batches of up to {tokens:,} tokens; {total / 1e9:.2f} GB beside the model{of_free}; {_words(recompute, passes)}"
+    )
+    costs = tuple((level, cost) for level, cost in passes.costs if level != "full")
+    return MemoryPlan(tokens, costs, limit, arena, cache, total, summary)
+
+
+def _budget(measure: Measure, free: float, trained: float) -> float:
+    """Bytes for packs, beside gradients and two moments of them. Raises RecipeError if there are not enough for a copy to save."""
+    budget = measure.share * free - 3 * trained
     if budget <= trained:
         raise RecipeError(
             f"Gradients, AdamW's two moments and a copy of the trained parameters to save take {4 * trained / 1e9:.2f} GB, and "
             f"{free / 1e9:.2f} GB are free: train fewer parameters (a lower method.rank, fewer method.targets)."
         )
-    asked = pack_tokens if pack_tokens != "auto" else None
-    advice = f"and {budget / 1e9:.2f} GB are left for it, of {free / 1e9:.2f} GB free. Lower data.max_length"
-    advice += " or train.pack_tokens." if asked else "."
-    profile = profile_packs(model, work.longest, work.target_share)
-    tokens = asked or _most_tokens(profile, work.longest, budget)
-    tokens, steps, forward_bytes = _fit_forward(model, work, tokens, budget, None if asked else FEWEST_TOKENS, advice)
-    full = _full(tokens, work.longest)
-    sizes = [_size(pack) for step in steps for pack in step if not pack.mismatched] or [full]
-    limit = {"auto": budget, "none": math.inf, "full": -1.0}[recompute]
-    cost = profile.peak_cost(*max(sizes, key=lambda size: profile.peak_bytes(*size)))
-    saved = [size for size in sizes if cost.bytes_of(*size) <= limit]
-    recomputed = [size for size in sizes if cost.bytes_of(*size) > limit]
-    activations = max((profile.activations.bytes_of(*size) for size in saved), default=0.0)
-    peak = max((cost.bytes_of(*size) for size in saved), default=0.0)
-    if recomputed:
-        peak = max(peak, _recomputed_bytes(model, work, recomputed, math.inf if recompute == "none" else budget, advice))
-    elsewhere = max(trained, forward_bytes)  # while an adapter is saved, there is a copy of it
-    arena = min(profile.activations.bytes_of(*full), budget - elsewhere) if recompute != "full" else 0.0
-    peak = max(peak, min(activations, arena) + elsewhere)
-    cache = min(work.frozen_output_bytes, max(0.0, budget - peak)) if math.isfinite(budget) else work.frozen_output_bytes
-    total = 3 * trained + peak + cache
-    checkpointing = "on" if recompute == "full" else "for micro-batches that do not fit" if recomputed else "off"
-    of_free = f", of {free / 1e9:.1f} GB free" if math.isfinite(free) else ""
-    summary = f"micro-batches of up to {tokens:,} tokens; {total / 1e9:.2f} GB beside the model{of_free}; gradient checkpointing {checkpointing}"
-    return MemoryPlan(tokens, cost, limit if math.isfinite(limit) else None, arena, cache, total, summary)
+    return budget
 
 
-def _most_tokens(profile: MemoryProfile, longest: int, budget: float) -> int:
-    """The most tokens, up to ENOUGH_TOKENS, of which a full pack fits."""
+class _Passes(NamedTuple):
+    """What the packs of the fullest steps take."""
+
+    costs: Sequence[tuple[Level, MemoryCost]]
+    """By how much is computed again, at the moment at which the largest pack takes most."""
+    largest: Sequence[tuple[Level, Size]]
+    """The largest pack of which so much is computed again."""
+    peak: float
+    """Bytes; the most of all packs."""
+    saved: float
+    """Bytes that packs of which nothing is computed again save for their backward pass, at most."""
+
+
+class _Levels:
+    """What packs take, by how much of them is computed again, measured as far as it is asked for."""
+
+    def __init__(self, measure: Measure, work: Workload, levels: Sequence[Level]) -> None:
+        self.measure, self.work, self.levels = measure, work, levels
+        self.profiles: dict[Level, MemoryProfile] = {}
+
+    def profile(self, level: Level) -> MemoryProfile:
+        if level not in self.profiles:
+            self.profiles[level] = self.measure.profile(self.work.longest, self.work.target_share, recompute=level)
+        return self.profiles[level]
+
+    def most_tokens(self, budget: float) -> int:
+        """The most tokens of a pack that is worth it, with as little computed again as leaves enough of them."""
+        tokens = 0
+        for level in self.levels:
+            tokens = _most_tokens(self.profile(level), self.work.longest, budget, self.measure.most)
+            if tokens >= self.measure.enough():
+                break
+        return max(FEWEST_TOKENS, tokens)
+
+    def fit(self, sizes: Sequence[Size], budget: float, advice: str) -> _Passes:
+        """The least to be computed again of each pack. Raises RecipeError if even all of it is too little."""
+        costs: list[tuple[Level, MemoryCost]] = []
+        largest: list[tuple[Level, Size]] = []
+        peak = saved = 0.0
+        left = sizes
+        for level in self.levels:
+            profile = self.profile(level)
+            most = max(left, key=lambda size: profile.peak_bytes(*size))
+            cost = profile.peak_cost(*most)
+            costs.append((level, cost))
+            last = level == self.levels[-1]
+            here = left if last else [size for size in left if cost.bytes_of(*size) <= budget]
+            left = [] if last else [size for size in left if cost.bytes_of(*size) > budget]
+            if here:
+                peak = max(peak, *(profile.peak_bytes(*size) if level == "full" else cost.bytes_of(*size) for size in here))
+                largest.append((level, max(here, key=lambda size: profile.peak_bytes(*size))))
+                saved = max(saved, *(self.saved(*size) for size in here)) if level == "none" else saved
+            if level == "full" and peak > budget:
+                raise RecipeError(
+                    f"A micro-batch of {most[0]:,} tokens needs {peak / 1e9:.2f} GB for its activations, "
+                    f"even with gradient checkpointing, {advice}"
+                )
+            if not left:
+                break
+        return _Passes(costs, largest, peak, saved)
+
+    def saved(self, tokens: int, pairs: int) -> float:
+        """Bytes that a pack saves for its backward pass if nothing is computed again; 0 if that is not measured."""
+        return self.profiles["none"].activations.bytes_of(tokens, pairs) if "none" in self.profiles else 0.0
+
+
+def _confirmed(measure: Measure, packs: Sequence[Pack], passes: _Passes) -> float:
+    """Bytes that the largest packs have taken when they were run; 0 if none was."""
+    largest = ((level, next((pack for pack in packs if _size(pack) == size), None)) for level, size in passes.largest)
+    return max((measure.confirm(pack, level) or 0.0 for level, pack in largest if pack is not None), default=0.0)
+
+
+def _words(recompute: Recompute, passes: _Passes) -> str:
+    kinds = {level for level, _ in passes.largest}
+    of = "" if "full" in kinds else " of MLPs"
+    if kinds == {"none"}:
+        return "gradient checkpointing off"
+    return f"gradient checkpointing{of} " + ("for micro-batches that do not fit" if recompute == "auto" else "on")
+
+
+def _most_tokens(profile: MemoryProfile, longest: int, budget: float, most: int) -> int:
+    """The most tokens, up to `most`, of which a full pack fits."""
 
     def needed(tokens: int) -> float:
         return profile.peak_bytes(*_full(tokens, min(tokens, longest)))
 
-    return max(FEWEST_TOKENS, bisect_right(range(ENOUGH_TOKENS + 1), budget, key=needed) - 1)
+    return bisect_right(range(most + 1), budget, key=needed) - 1
 
 
 def _full(tokens: int, longest: int) -> Size:
@@ -136,19 +258,8 @@ def _size(pack: Pack) -> Size:
     return len(pack.ids), sum(pack.pairs)
 
 
-def _recomputed_bytes(model: Any, work: Workload, sizes: Sequence[Size], budget: float, advice: str) -> float:
-    """The most that packs take with gradient checkpointing. Raises RecipeError if one does not fit."""
-    profile = profile_packs(model, work.longest, work.target_share, recompute=True)
-    most, tokens = max((profile.peak_bytes(*size), size[0]) for size in sizes)
-    if most > budget:
-        raise RecipeError(
-            f"A micro-batch of {tokens:,} tokens needs {most / 1e9:.2f} GB for its activations, even with gradient checkpointing, {advice}"
-        )
-    return most
-
-
 def _fit_forward(
-    model: Any, work: Workload, tokens: int, budget: float, fewest: int | None, advice: str
+    measure: Measure, work: Workload, tokens: int, budget: float, fewest: int | None, advice: str
 ) -> tuple[int, Sequence[Sequence[Pack]], float]:
     """The most tokens of a pack, as far as packs without a backward pass need fewer; the fullest steps; the most that such packs take.
 
@@ -168,7 +279,7 @@ def _fit_forward(
             sizes.append((max(tokens, work.longest_evaluated), work.longest_evaluated**2))
         if not sizes:
             return tokens, steps, 0.0
-        profile = profile or profile_packs(model, max(work.longest, work.longest_evaluated), work.target_share, backward=False)
+        profile = profile or measure.profile(max(work.longest, work.longest_evaluated), work.target_share, backward=False)
         most, largest = max((profile.peak_bytes(*size), size[0]) for size in sizes)
         if most <= budget:
             return tokens, steps, most

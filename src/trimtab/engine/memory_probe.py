@@ -1,5 +1,7 @@
 """The memory that a pack takes, measured on three short rows of random tokens, whose tensors are counted as they are made and freed.
 
+So it is on a CPU, whose malloc tells no peak, and on accelerators that don't either; on others see `memory_trial`.
+
 A row of n tokens takes c + a·n + b·n² bytes: a for each token, b where attention saves a number for each pair of them, c for
 copies of weights. Three rows determine a, b and c.
 """
@@ -24,7 +26,7 @@ from trimtab.engine import head
 from trimtab.engine.arena import free_scratch
 from trimtab.engine.forward import one_thread, prepare, states_at
 from trimtab.engine.layouts import assume_longest_row
-from trimtab.engine.patching import gradient_checkpointing
+from trimtab.engine.recompute import Level, recomputing
 from trimtab.methods import adapters
 
 LENGTHS = {"cpu": (8, 16, 32)}
@@ -64,8 +66,28 @@ class MemoryProfile(NamedTuple):
         return self.peak_cost(tokens, pairs).bytes_of(tokens, pairs)
 
 
+class CountedPacks(NamedTuple):
+    """The measure of the devices whose tensors are counted (see `memory_plan.Measure`)."""
+
+    model: Any
+    share: float = 0.9
+
+    @property
+    def most(self) -> int:
+        return 1024 if next(self.model.parameters()).is_cpu else 4096  # a CPU's: see docs/performance.md
+
+    def enough(self) -> int:
+        return 16
+
+    def profile(self, longest: int, target_share: float, *, recompute: Level = "none", backward: bool = True) -> MemoryProfile:
+        return profile_packs(self.model, longest, target_share, recompute=recompute, backward=backward)
+
+    def confirm(self, pack: Pack, recompute: Level) -> float | None:
+        return None
+
+
 def profile_packs(
-    model: Any, longest: int, target_share: float, *, recompute: bool = False, backward: bool = True
+    model: Any, longest: int, target_share: float, *, recompute: Level = "none", backward: bool = True
 ) -> MemoryProfile:
     """Measure the memory of packs in training, or of those without a backward pass.
 
@@ -73,25 +95,25 @@ def profile_packs(
         model: With its adapter.
         longest: Tokens of the longest row that there will be: beyond a sliding window, attention needs more.
         target_share: The share of tokens that are trained on.
-        recompute: With gradient checkpointing.
+        recompute: How much is computed again.
     """
     device = next(model.parameters()).device
     lengths = LENGTHS.get(device.type, LONGER)
     prepare(model)
-    with _training_conditions(model, device), assume_longest_row(longest), torch.set_grad_enabled(backward):
-        layers = [_layers(model, _random_pack(model, length, target_share), recompute, device) for length in lengths]
+    with training_conditions(model, device), assume_longest_row(longest), torch.set_grad_enabled(backward):
+        layers = [_layers(model, random_pack(model, [length], target_share), recompute, device) for length in lengths]
         of_head = [cost._replace(per_token=target_share * cost.per_token) for cost in _head(model, device)] if backward else []
-    moments = _fit_parabolas(lengths, [levels for _, levels in layers])
+    moments = fit_parabolas(lengths, [levels for _, levels in layers])
     if not backward:
         return MemoryProfile(MemoryCost(0.0, 0.0), moments)
-    saved = MemoryCost(*map(float, _fit_parabolas(lengths, [[activations] for activations, _ in layers])[0]))
+    saved = MemoryCost(*map(float, fit_parabolas(lengths, [[activations] for activations, _ in layers])[0]))
     saved_by_all = saved.plus(of_head[0])
     of_head_moments = np.array([saved.plus(of_head[1]), saved_by_all.plus(of_head[2])])
     return MemoryProfile(saved_by_all, np.vstack([moments, of_head_moments]))
 
 
 @contextmanager
-def _training_conditions(model: Any, device: torch.device) -> Iterator[None]:
+def training_conditions(model: Any, device: torch.device) -> Iterator[None]:
     """Within the block, dropout is on, and there are gradients already, as in training: their memory is counted apart."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     before = [parameter.grad for parameter in trained]
@@ -114,19 +136,22 @@ def _training_conditions(model: Any, device: torch.device) -> Iterator[None]:
                 parameter.grad = gradient
 
 
-def _random_pack(model: Any, length: int, target_share: float) -> Pack:
+def random_pack(model: Any, lengths: Sequence[int], target_share: float) -> Pack:
+    """Rows of so many random tokens, of which this share are trained on."""
     draw, vocabulary = random.Random(0), model.config.get_text_config().vocab_size
-    first = length + 1 - max(1, round(target_share * length))
-    row = TokenRow([draw.randrange(vocabulary) for _ in range(length + 1)], list(range(first, length + 1)), "random tokens")
-    return pack_flat([row])
+    rows = []
+    for length in lengths:
+        targets = range(length + 1 - max(1, round(target_share * length)), length + 1)
+        rows.append(TokenRow([draw.randrange(vocabulary) for _ in range(length + 1)], list(targets), "random tokens"))
+    return pack_flat(rows)
 
 
-def _layers(model: Any, pack: Pack, recompute: bool, device: torch.device) -> tuple[float, list[float]]:
+def _layers(model: Any, pack: Pack, recompute: Level, device: torch.device) -> tuple[float, list[float]]:
     """Bytes that the layers save for the backward pass; and all that is held, each time that it changes, in both passes."""
     pack = pack.to(device)
     at = pack.target_at.unique()
     free_scratch()  # so that each pass makes the same tensors in the same order
-    with gradient_checkpointing(recompute), Meter() as meter:
+    with recomputing(recompute), Meter() as meter:
         total = states_at(model, pack, at).sum()
         activations = meter.now
         if total.requires_grad:
@@ -155,7 +180,7 @@ def _head(model: Any, device: torch.device) -> list[MemoryCost]:
     return [MemoryCost(max(0.0, first - slope * 2 * few), slope) for slope, first in slopes]
 
 
-def _fit_parabolas(lengths: Sequence[int], levels: Sequence[Sequence[float]]) -> NDArray[np.float64]:
+def fit_parabolas(lengths: Sequence[int], levels: Sequence[Sequence[float]]) -> NDArray[np.float64]:
     """The parabola through three points, for each of many: three lines of numbers -> a line of three each, as in `MemoryCost`."""
     if len({len(moments) for moments in levels}) > 1:  # longer rows run other code; then only the peaks can be compared
         levels = [[max(moments)] for moments in levels]

@@ -16,22 +16,17 @@ from trimtab.engine.backends import backend_for
 from trimtab.engine.layers import PatchedPartForward, compute_layer, patch_parts
 from trimtab.engine.layouts import PackLayout
 from trimtab.engine.learning import Learned, Lesson, current_lesson, learn, may_narrow
+from trimtab.engine.recompute import recomputed_level, recomputing
 from trimtab.engine.structure import LayerStructure
 from trimtab.methods import active
 
 _fused: ContextVar[bool] = ContextVar("fused", default=True)
-_checkpointing: ContextVar[bool] = ContextVar("checkpointing", default=False)
 _frozen_layers: ContextVar["FrozenLayers | None"] = ContextVar("frozen_layers", default=None)
 
 
 def unfused() -> AbstractContextManager[None]:
     """Packed passes within the block, in this thread, run the model's own code except for attention: the reference."""
     return holding(_fused, False)
-
-
-def gradient_checkpointing(enabled: bool = True) -> AbstractContextManager[None]:
-    """Packed passes within the block, in this thread, save the layers' inputs alone and recompute layers in the backward pass."""
-    return holding(_checkpointing, enabled)
 
 
 class FrozenLayers:
@@ -120,7 +115,7 @@ def learn_layers(model: Any, run: Callable[[Tensor, Tensor, PackLayout], Any]) -
         if any(_is_hooked(module) for layer in layers for module in _modules_from_last(layer)):
             return  # another forward pass in place of a module's own: perhaps for a moment
         reason, lesson = "it gets no layout", Lesson()
-        with active(model), holding(_checkpointing, False), holding(_frozen_layers, None):
+        with active(model), recomputing("none"), holding(_frozen_layers, None):
             try:
                 lesson = learn(run, model.config.get_text_config().vocab_size, device)
             except Exception as error:  # the real pass will raise it where it is to be seen
@@ -177,7 +172,7 @@ class PatchedForward:
                 return layer._gradient_checkpointing_func(run, hidden_states)
         else:
             run = partial(type(layer).forward, layer, **kwargs)
-        if not _checkpointing.get() or not torch.is_grad_enabled():
+        if recomputed_level() != "full" or not torch.is_grad_enabled():
             return run(hidden_states)
         return checkpoint(copy_context().run, run, hidden_states, use_reentrant=False)
 

@@ -32,9 +32,11 @@ class TrainConfig(Config):
     tokens_per_step: Annotated[int, Field(ge=1)] | None = None
     """The effective batch size in tokens, instead of examples."""
     pack_tokens: Literal["auto"] | Annotated[int, Field(ge=16)] = "auto"
-    """The most tokens of a micro-batch; auto is 1,024, or what fits. More take memory and are a little faster; results are the same."""
+    """The most tokens of a micro-batch; auto is 1,024 on a CPU, and up to 32,768 on an accelerator, as far as they fit. More take memory and
+    are a little faster; results are the same."""
     recompute: Recompute = "auto"
-    """Gradient checkpointing: none, full, or auto, which uses it for micro-batches that would not fit into memory otherwise."""
+    """Gradient checkpointing: none, mlp (of the MLPs alone, which take most of the memory), full, or auto, which uses as little as
+    micro-batches need to fit into memory."""
     lr: Literal["auto"] | Annotated[float, Field(gt=0)] = "auto"
     """Peak learning rate; auto is the method's formula, which the run prints."""
     schedule: Schedule = "cosine"

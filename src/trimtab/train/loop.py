@@ -84,7 +84,7 @@ def train(
         optimizer: The adapter's, after the steps that it has taken; a new one unless given.
         steps: The packs of each optimizer step.
         peak_lr: The learning rate after warm-up.
-        memory: Says which packs use gradient checkpointing; none does unless given.
+        memory: Says how much of each pack is computed again in its backward pass; nothing unless given.
 
     Raises:
         NonFinite: Losses or gradients are NaN or Inf in `PATIENCE` steps in a row; the adapter is as it was before them.
@@ -154,8 +154,8 @@ class _Passes:
         return losses, measures
 
     def _logprobs(self, pack: Pack) -> torch.Tensor:
-        recompute = self.memory is not None and self.memory.recomputes(pack)
-        in_arena = self.arena is not None and torch.is_grad_enabled() and not recompute
+        recompute = self.memory.recomputed(pack) if self.memory is not None else "none"
+        in_arena = self.arena is not None and torch.is_grad_enabled() and recompute == "none"
         with self.arena.reuse() if in_arena and self.arena else nullcontext():
             return pack_logprobs(self.base.model, pack, recompute=recompute, frozen_cache=self.frozen_cache)
 

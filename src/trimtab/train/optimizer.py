@@ -31,8 +31,8 @@ class Optimizer:
             parameter.grad = torch.zeros_like(parameter)
         by_rate = [{"params": group, "lr_multiplier": multiplier} for multiplier, group in groups.items()]
         self.fused = _has_fused_adamw(next(iter(self.named.values())).device)
-        kernels = {"fused": True} if self.fused else {"foreach": True}
-        self._adamw = torch.optim.AdamW(by_rate, lr=0.0, weight_decay=weight_decay, **kernels)
+        fused, foreach = self.fused, not self.fused
+        self._adamw = torch.optim.AdamW(by_rate, lr=0.0, weight_decay=weight_decay, fused=fused, foreach=foreach)
 
     @property
     def parameters(self) -> list[nn.Parameter]:

@@ -230,7 +230,7 @@ def test_a_layer_keeps_only_what_cannot_be_made_again_cheaply():
     assert numbers <= config.num_hidden_layers * (layer + single) + ends
 
 
-def dropped_change(x, frozen, factors, *others, _real=operations._product):
+def dropped_change(x, frozen, factors, *others, _real=operations.product):
     without = _real(x, frozen, [None] * len(factors), *others)[0]
     return without, _real(x, frozen, factors, *others)[1]
 
@@ -255,7 +255,7 @@ def straight_gate(dh, g, u, activation):
 BROKEN = {
     "a norm's gradient": (BACKEND, "rms_norm_backward", half_a_norm),
     "what goes beside a norm": (BACKEND, "rms_norm_backward", no_residual),
-    "a change left out": (operations, "_product", dropped_change),
+    "a change left out": (operations, "product", dropped_change),
     "later keys that are seen": (layers, "attend", later_keys),
     "a gate's gradient": (BACKEND, "gate_backward_", straight_gate),
 }

@@ -96,6 +96,13 @@ def make_exact(model: nn.Module) -> None:
             module.bias.data = module.bias.data.to(module.compute_dtype)  # as its first forward pass would
 
 
+def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """Have quantized layers compute in this dtype."""
+    for module in quantized_layers(model):
+        if getattr(module, "compute_dtype", None) is not None:
+            module.compute_dtype = dtype
+
+
 def _multiply(module: Any, x: Tensor) -> Tensor:
     dtype = getattr(module, "compute_dtype", None) or x.dtype
     y = _Dequantized.apply(x.to(dtype), module)

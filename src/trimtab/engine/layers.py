@@ -29,7 +29,7 @@ from trimtab.engine.structure import (
     rotary_angles,
 )
 from trimtab.engine.tree_attention import attend
-from trimtab.methods import AdapterLayer, Routing, unwrap
+from trimtab.methods import AdapterLayer, LowRankUpdate, Routing, unwrap
 
 _in_fused_layer: ContextVar[bool] = ContextVar("in_fused_layer", default=False)
 
@@ -246,7 +246,9 @@ def _norm(given: _Norm) -> Norm | None:
     if given.part is None:
         return None
     own: Any = module
-    return Norm(own.weight if weight is None else weight, given.part.offset, given.part.eps)
+    if weight is None or not weight.requires_grad:
+        weight = own.weight if weight is None else weight.to(own.weight.dtype)
+    return Norm(weight, given.part.offset, given.part.eps)
 
 
 def _linears(
@@ -279,18 +281,20 @@ def _linear_add(
 
 def _linear(module: nn.Module) -> operations.Linear | None:
     """A frozen linear layer with the low-rank updates that act on it; None for anything else."""
-    updates: list[tuple[Tensor, Tensor]] = []
+    updates: list[LowRankUpdate] = []
     while isinstance(module, AdapterLayer):
         if state := module.switch.state:
             update = None if isinstance(state, Routing) else module.low_rank_factors()
             if update is None:
                 return None
-            updates.append(update)
+            updates.append(LowRankUpdate(*update))
         module = module.base
     if type(module) is not nn.Linear or any(p is not None and p.requires_grad for p in (module.weight, module.bias)):
         return None
-    if any(factor.dtype != module.weight.dtype for update in updates for factor in update):
-        return None
     if len(updates) > 1:
-        updates = [(torch.cat([A for A, _ in updates]), torch.cat([B for _, B in updates], dim=1))]
+        if any(update.dropout for update in updates):
+            return None
+        updates = [LowRankUpdate(torch.cat([A for A, _, _ in updates]), torch.cat([B for _, B, _ in updates], dim=1))]
+    if updates and (p := updates[0].dropout):
+        updates = [updates[0]._replace(B=updates[0].B / (1 - p))]
     return operations.Linear(module.weight, module.bias, *(updates[0] if updates else ()))

@@ -2,25 +2,30 @@
 
 One small pass of random tokens shows in which order layers run and with which keyword arguments. In it, each kind of layer is
 watched, then computed both ways on random numbers: hidden states and gradient must agree, or the layer is left to its own code.
+Of a layer in 16 bits, whose rounding would hide differences, a float32 copy is watched and computed; then in 16 bits, by hand must
+be as near to that copy as its own code is.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from trimtab.base.quantized import compute_in
 from trimtab.core.attention import AttentionCall, LocalMask
 from trimtab.core.attention_hook import holding
 from trimtab.data.prefix_tree import Segment
 from trimtab.engine.explain_layer import structures_of
 from trimtab.engine.layers import compute_layer, patch_parts
 from trimtab.engine.layouts import PackLayout
+from trimtab.engine.low_rank import HALF
 from trimtab.engine.structure import LayerStructure
 from trimtab.engine.watching import CLOSE, Attended, UnknownStructure, Watched, alike, watching
-from trimtab.methods import base_modules
+from trimtab.methods import AdapterLayer, base_modules
 
 SEGMENTS = (Segment(0, 4, -1), Segment(4, 7, 0), Segment(7, 10, -1))
 POSITIONS = (0, 3, 11, 26, 27, 31, 38, 2, 9, 40)
@@ -31,6 +36,8 @@ WINDOW = 3
 """Longer windows are cut to this, so that a window matters to so few tokens."""
 GRADIENT = 1e-4
 """Of the largest number in a row of the gradient: it is a sum of more numbers."""
+NEAR = 1.5
+"""In 16 bits, times the distance of the layer's own code from float32: chance alone makes a third, among so few tokens."""
 
 Learned = LayerStructure | str
 """The structure of a layer; or why it is left to its own code."""
@@ -110,26 +117,39 @@ _NUMBERS = ("layer_idx", "training")
 def _learned(layer: nn.Module, hidden: Tensor, kwargs: Mapping[str, Any]) -> Learned:
     try:
         with torch.enable_grad():
-            return _proved(layer, hidden, dict(kwargs))
+            if hidden.dtype not in HALF:
+                return _proved(layer, _inputs(hidden), dict(kwargs))
+            return _proved_in_half(layer, _inputs(hidden), dict(kwargs))
     except UnknownStructure as unknown:
         return str(unknown)
     except Exception as error:  # whatever its modules raise when they are called otherwise than they expect
         return f"{type(error).__name__}: {error}"
 
 
-def _proved(layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> LayerStructure:
+class _Inputs(NamedTuple):
+    """Random hidden states, 1 T d, and the direction of their gradient."""
+
+    x: Tensor
+    direction: Tensor
+
+
+def _inputs(like: Tensor) -> _Inputs:
+    draw = torch.Generator().manual_seed(0)
+    size = torch.logspace(-2, 0.5, like.shape[1], dtype=torch.float64)[torch.randperm(like.shape[1], generator=draw)]
+    x = torch.randn(like.shape, generator=draw, dtype=torch.float64) * size[:, None]
+    direction = torch.randn(like.shape, generator=draw, dtype=torch.float64)
+    return _Inputs(x.to(like).requires_grad_(), direction.to(like))
+
+
+def _proved(layer: nn.Module, inputs: _Inputs, kwargs: dict[str, Any]) -> LayerStructure:
     """The structure of the layer, by which it computes what its own code does.
 
     Raises:
         UnknownStructure: Otherwise.
     """
-    draw = torch.Generator().manual_seed(0)
-    size = torch.logspace(-2, 0.5, hidden.shape[1], dtype=torch.float64)[torch.randperm(hidden.shape[1], generator=draw)]
-    x = torch.randn(hidden.shape, generator=draw, dtype=torch.float64) * size[:, None]
-    x = x.to(hidden).requires_grad_()
+    x, direction = inputs
     if isinstance(positions := kwargs.get("position_ids"), Tensor):
         kwargs["position_ids"] = positions * FARTHER
-    direction = torch.randn(hidden.shape, generator=draw, dtype=torch.float64).to(hidden)
     held = _held(kwargs)
     with _watched_attention(kwargs["layout"]) as attended:
         with watching(layer) as calls:
@@ -146,6 +166,51 @@ def _proved(layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> LayerSt
                 return structure
     patch_parts(layer, None)
     raise UnknownStructure("computed by hand it gives something else")
+
+
+def _proved_in_half(layer: nn.Module, inputs: _Inputs, kwargs: dict[str, Any]) -> LayerStructure:
+    """The structure that is proved on a float32 copy of the layer, which is as near to it in 16 bits as its own code.
+
+    Raises:
+        UnknownStructure: Otherwise.
+    """
+    switches = {id(m.switch): m.switch for m in layer.modules() if isinstance(m, AdapterLayer)}
+    wide = copy.deepcopy(layer, dict(switches)).float()
+    compute_in(wide, torch.float32)
+    wide_inputs, wide_kwargs = _Inputs(inputs.x.detach().float().requires_grad_(), inputs.direction.float()), _widened(kwargs)
+    structure = _proved(wide, wide_inputs, wide_kwargs)
+    kwargs |= {name: wide_kwargs[name] for name in ("position_ids", "attention_mask") if name in wide_kwargs}
+    with _watched_attention(kwargs["layout"]):
+        exact = _computed(type(wide).forward(wide, wide_inputs.x, **wide_kwargs), wide_inputs)
+        own = _computed(type(layer).forward(layer, inputs.x, **kwargs), inputs)
+    patch_parts(layer, structure)
+    ours = _computed(compute_layer(layer, structure, inputs.x, kwargs), inputs)
+    for one, other, truth in zip(ours, own, exact, strict=True):
+        if one.dtype != other.dtype or not _distance(one, truth) <= NEAR * _distance(other, truth):
+            raise UnknownStructure(
+                f"in {str(one.dtype).removeprefix('torch.')}, by hand it is farther from float32 than its own code"
+            )
+    return structure
+
+
+def _computed(out: Any, inputs: _Inputs) -> tuple[Tensor, Tensor]:
+    """Hidden states and gradient, each 1 T d."""
+    return _first(out).detach(), _gradient(out, *inputs)
+
+
+def _distance(a: Tensor, truth: Tensor) -> float:
+    """‖a − truth‖ / ‖truth‖, of all rows alike."""
+    size = truth.norm(dim=-1, keepdim=True)
+    return float(((a.float() - truth) / size).norm())
+
+
+def _widened(value: Any) -> Any:
+    """Tensors of 16 bits in float32, those in tuples, lists and dictionaries too."""
+    if isinstance(value, Tensor):
+        return value.float() if value.dtype in HALF else value
+    if type(value) is dict:
+        return {key: _widened(item) for key, item in value.items()}
+    return type(value)(map(_widened, value)) if type(value) in (tuple, list) else value
 
 
 def _held(kwargs: Mapping[str, Any]) -> list[Any]:

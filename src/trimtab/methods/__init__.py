@@ -13,7 +13,7 @@ from trimtab.methods._attach import (
     require_free_name,
     switch_of,
 )
-from trimtab.methods._base import AdapterLayer, LearningRateContext, MatrixMethod, Method, Sample
+from trimtab.methods._base import AdapterLayer, LearningRateContext, LowRankUpdate, MatrixMethod, Method, Sample
 from trimtab.methods._combine import Combined, combine
 from trimtab.methods._matrices import (
     ALL,
@@ -45,7 +45,7 @@ from trimtab.methods._switch import Routing, Switch, current_routing, routed
 
 __all__ = [
     "ALL", "ALL_LINEAR", "ATTENTION", "BASE_TENSOR_PREFIX", "AdapterLayer", "Attached", "ByTarget", "Combined",
-    "LearningRateContext", "MatrixMethod", "MatrixShape", "Method", "Patterns", "Routing", "Sample", "Switch", "Targets",
+    "LearningRateContext", "LowRankUpdate", "MatrixMethod", "MatrixShape", "Method", "Patterns", "Routing", "Sample", "Switch", "Targets",
     "activate", "active", "adapters", "attach", "attach_uninitialized", "base_modules", "check_peft_config", "combine",
     "current_routing", "find_matrices", "left_frozen", "matches_target", "matrix_modules", "matrix_shape", "max_row_length",
     "replace_method", "require_free_name", "require_matrix_shape", "routed", "select_modules", "shortest_names", "switch_of",

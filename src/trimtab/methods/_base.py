@@ -16,6 +16,17 @@ from trimtab.methods._peft import SELECTION_KEYS, check_peft_config, from_peft_n
 from trimtab.methods._switch import Routing, Switch, only_active
 
 
+class LowRankUpdate(NamedTuple):
+    """y + drop(x) Aᵀ Bᵀ of a matrix's input x and output y."""
+
+    A: Tensor
+    """rank inputs."""
+    B: Tensor
+    """outputs rank, scale included."""
+    dropout: float = 0.0
+    """Probability with which an input of A is dropped now; the others are divided by 1 minus it."""
+
+
 class AdapterLayer(Wrapper):
     """A frozen `base` module together with the trainable parameters that adapt it.
 
@@ -68,11 +79,11 @@ class AdapterLayer(Wrapper):
         return torch.cat(parts, dim=axis).index_select(axis, back)
 
     def replacement_parameters(self) -> Mapping[str, Tensor] | None:
-        """What acts in place of the base's own parameters, by name, if that is all the layer does."""
+        """What acts in place of the base's own parameters, rounded to their dtype, by name, if that is all the layer does."""
         return None
 
-    def low_rank_factors(self) -> tuple[Tensor, Tensor] | None:
-        """A (rank, inputs) and B (outputs, rank), scale included, if the layer is now its base matrix plus B A, and nothing else."""
+    def low_rank_factors(self) -> LowRankUpdate | None:
+        """The update, in the dtype that it is trained in, if the layer is now its base matrix with it, and nothing else."""
         return None
 
     def merge(self) -> nn.Module:

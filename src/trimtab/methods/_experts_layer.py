@@ -140,7 +140,7 @@ class ExpertsLayer(AdapterLayer):
                 if isinstance(layer, ExpertsLayer):
                     layers.insert(0, layer)
                 elif (replaced := layer.replacement_parameters()) is not None:
-                    parameters |= replaced
+                    parameters |= {name: value.to(parameters[name].dtype) for name, value in replaced.items()}
                 else:
                     raise UnsupportedModel(
                         f"{type(layer).__name__} and {type(self).__name__} cannot act on the same experts at once: switch one of them off."

@@ -28,10 +28,11 @@ class WeightCopyLayer(AdapterLayer):
             self.register_parameter(name, nn.Parameter(weight.detach().to(trainable_dtype(weight), copy=True)))
 
     def adapt(self, *args: Any, **kwargs: Any) -> Any:
-        return with_parameters(self.base, self.replacement_parameters())(*args, **kwargs)
+        values = {name: self._parameters[name].to(weight.dtype) for name, weight in own_weights(unwrap(self.base))}  # type: ignore[union-attr]
+        return with_parameters(self.base, values)(*args, **kwargs)
 
     def replacement_parameters(self) -> Mapping[str, Tensor]:
-        return {name: self._parameters[name].to(weight.dtype) for name, weight in own_weights(unwrap(self.base))}  # type: ignore[union-attr]
+        return dict(own_weights(self))
 
     def merge(self) -> nn.Module:
         return with_parameters(unwrap(self.base), dict(own_weights(self)))

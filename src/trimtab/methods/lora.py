@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.core.errors import RecipeError
-from trimtab.methods import AdapterLayer, MatrixShape, Method, Sample
+from trimtab.methods import AdapterLayer, LowRankUpdate, MatrixShape, Method, Sample
 from trimtab.methods._lora_init import init_from_inputs, principal_factors
 from trimtab.methods._lowrank import LowRank, LowRankExperts, LowRankLayer
 
@@ -73,11 +73,9 @@ class LoRALayer(LowRankLayer):
     def adapt(self, x: Tensor) -> Tensor:
         return self.add(self.base(x), x, *self.factors())
 
-    def low_rank_factors(self) -> tuple[Tensor, Tensor] | None:
-        if self.dropout.training and self.dropout.p:
-            return None
+    def low_rank_factors(self) -> LowRankUpdate:
         A, B = self.factors()
-        return A, B if self.scale == 1.0 else self.scale * B
+        return LowRankUpdate(A, B if self.scale == 1.0 else self.scale * B, self.dropout.p if self.dropout.training else 0.0)
 
 
 class PiSSALayer(LoRALayer):

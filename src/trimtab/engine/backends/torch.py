@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trimtab.core.attention import at_least_float32
 from trimtab.data.prefix_tree import Segment
 from trimtab.engine.backends import Activation, AttentionPlan, Heads, Norm, Recurrence
 from trimtab.engine.backends.segments import attend, attend_backward, rotated  # noqa: F401  (a back end's functions)
@@ -16,32 +17,34 @@ def supports(*tensors: Tensor | None) -> bool:
 
 
 def supports_layers(hidden: Tensor) -> bool:
-    return hidden.dtype in (torch.float32, torch.float64)
+    return hidden.dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def rms_norm(x: Tensor, norm: Norm, scratch: bool = False) -> tuple[Tensor, Tensor]:
-    rstd = torch.rsqrt(x.square().mean(1) + norm.eps)
-    return x * rstd[:, None] * (norm.offset + norm.weight), rstd
+    wide, weight = at_least_float32(x), norm.offset + at_least_float32(norm.weight)
+    rstd = torch.rsqrt(wide.square().mean(1) + norm.eps)
+    return (wide * rstd[:, None] * weight).to(x.dtype), rstd
 
 
 def rms_norm_backward(dy: Tensor, x: Tensor, norm: Norm, rstd: Tensor, residual: Tensor | None = None) -> Tensor:
-    g, xhat = dy * (norm.offset + norm.weight), x * rstd[:, None]
+    g, xhat = at_least_float32(dy) * (norm.offset + at_least_float32(norm.weight)), at_least_float32(x) * rstd[:, None]
     dx = rstd[:, None] * (g - xhat * (g * xhat).mean(1, keepdim=True))
-    return dx if residual is None else dx + residual
+    return (dx if residual is None else dx + residual).to(x.dtype)
 
 
 def gate(g: Tensor, u: Tensor, activation: Activation, scratch: bool = False) -> Tensor:
-    return _activate(g, activation) * u
+    return (_activate(at_least_float32(g), activation) * u).to(g.dtype)
 
 
 def gate_backward_(dh: Tensor, g: Tensor, u: Tensor, activation: Activation) -> tuple[Tensor, Tensor, Tensor]:
     dg, du = g.new_empty(len(g), 2 * g.shape[1]).chunk(2, dim=1)
+    wide = at_least_float32(dh)
     with torch.enable_grad():
-        leaf = g.detach().requires_grad_()
+        leaf = at_least_float32(g.detach()).requires_grad_()
         activated = _activate(leaf, activation)
-    torch.mul(torch.autograd.grad(activated, leaf, dh * u)[0], 1, out=dg)
-    torch.mul(dh, activated.detach(), out=du)
-    return dg, du, activated.detach() * u
+    dg.copy_(torch.autograd.grad(activated, leaf, wide * u)[0])
+    du.copy_(wide * activated.detach())
+    return dg, du, (activated.detach() * u).to(g.dtype)
 
 
 def _activate(g: Tensor, activation: Activation) -> Tensor:

@@ -24,7 +24,10 @@ VARIANTS = {
     "_gate": [{"GELU": True, "BLOCK": 2048}],
     "_gate_backward": [{"GELU": False, "BLOCK": 1024}, {"GELU": True, "BLOCK": 1024}],
     "_softmax_tile": [{"BLOCKS": 38, "BLOCK": 4096}],
-    "_rotate": [{"HEADS": 16, "PAIRS": 64, "INTERLEAVED": False}, {"HEADS": 16, "PAIRS": 64, "INTERLEAVED": True}],
+    "_rotate": [
+        {"HEADS": 16, "PAIRS": 64, "REST": 0, "INTERLEAVED": False},
+        {"HEADS": 16, "PAIRS": 16, "REST": 128, "INTERLEAVED": True},
+    ],
     "_sum_users": [{"BLOCK": 1024}],
 }
 

@@ -147,12 +147,14 @@ def check_rotary(module, dtype):
                     across = torch.cat([-t[..., turned // 2 :], t[..., : turned // 2]], dim=2)
                 cos, sin = (a.double()[:, None] for a in angles)
                 exact = torch.cat([t * cos + sign * across * sin, rest], dim=2).flatten(1)
+                rounded_once(module.rotate(x, *angles, size, interleaved, sign), exact)
                 ours = x.new_full((rows, x.shape[1] + 3), 7.0)
-                ours[:, : x.shape[1]] = x
-                turning = ours[:, : x.shape[1]]
-                assert module.rotate_(turning, *angles, size, interleaved, sign) is turning
-                rounded_once(turning, exact)
-                assert bool((ours[:, x.shape[1] :] == 7).all())
+                beside = ours[:, : x.shape[1]]
+                for given in (x, beside.copy_(x)):  # beside others, and in place
+                    assert module.rotate(given, *angles, size, interleaved, sign, beside) is beside
+                    rounded_once(beside, exact)
+                    assert bool((ours[:, x.shape[1] :] == 7).all())
+                    beside.copy_(x)
 
 
 def check_sums(module, dtype):
@@ -193,6 +195,7 @@ FAULTS = {
         ("* sign\n    s2", "\n    s2"),
         ("(head < heads)", "(head < heads - 1)"),
         ("tl.load(cos + row * cos_row + second", "tl.load(cos + row * cos_row + first"),
+        ("(rest < size)", "(rest < size - 1)"),
     ],
     "sums": [
         ("place < end", "place + 1 < end"),
@@ -264,7 +267,7 @@ def check_all_probes():
             passes.gate_backward_(x.clone(), x, x, activation)
         passes.softmax_tile_(x.clone(), torch.zeros(5), torch.zeros(5))
         for interleaved in (False, True):
-            passes.rotate_(x.clone(), x[:, :8], x[:, 8:16], 16, interleaved)
+            passes.rotate(x, x[:, :8], x[:, 8:16], 16, interleaved)
         passes.summed_by_users(x, torch.tensor([0, 5], dtype=torch.int32), torch.arange(5, dtype=torch.int32))
     assert len(probing.probes()) == 3 * 7
     return "; ".join(f"{probe.what} {probe.key}: {probe.problem}" for probe in probing.probes() if probe.problem)

@@ -10,6 +10,7 @@ from varlen import VarlenOperations
 
 from trimtab.data.prefix_tree import Segment, lay_out
 from trimtab.engine.backends import AttentionPlan, Heads, flash, paths, probing, segments, ways
+from trimtab.engine.operations import join_columns
 
 SMALL = [
     "a row alone", "a tree", "virtual tokens and a window", "neighbours rotated", "sinks, virtual tokens and a window",
@@ -87,6 +88,15 @@ def test_random_trees(by):
         virtual, window, chunk = rng.choice([0, 5]), rng.choice([None, 7, 30]), rng.choice([None, None, 11])
         case = Case(lay_out(rows).segments, heads, virtual, window, chunk, sinks=rng.random() < 0.3)
         assert max(differences(case)) < 1e-12, case
+
+
+@pytest.mark.parametrize("name", ["a tree", "virtual tokens and a window"])
+def test_gradients_of_queries_keys_and_values_lie_side_by_side(by, name):
+    """As the gradient of one matrix, without a copy."""
+    by(FLASH)
+    leaves, cos, sin, first, dout = drawn(CASES[name])
+    gradients = torch.autograd.grad(ours(CASES[name], *leaves, cos, sin, first), leaves[:3], dout)
+    assert join_columns(gradients).data_ptr() == gradients[0].data_ptr()
 
 
 class TestMistakes:

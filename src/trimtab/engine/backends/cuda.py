@@ -15,7 +15,7 @@ from trimtab.engine.backends.passes import (  # noqa: F401  (a back end's functi
     gate_backward_,
     rms_norm,
     rms_norm_backward,
-    rotate_,
+    rotate,
     softmax_tile_,
     summed_by_users,
 )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from trimtab.core.attention import at_least_float32
 from trimtab.engine.backends import AttentionInputs, AttentionPlan
-from trimtab.engine.backends.passes import rotate_, summed_by_users
+from trimtab.engine.backends.passes import rotate, summed_by_users
 from trimtab.engine.backends.paths import Call, calls_of
 
 _aten = torch.ops.aten
@@ -36,7 +36,7 @@ def attend(
     """As a back end's function, by this kernel."""
     q, k, v, cos, sin, virtual_k, virtual_v, sinks = inputs
     if cos.shape[1]:
-        q, k = (rotate_(t.clone(), cos, sin, plan.heads.size, plan.interleaved) for t in (q, k))
+        q, k = (rotate(t, cos, sin, plan.heads.size, plan.interleaved) for t in (q, k))
     queries, outs, kept = q.unflatten(1, (-1, plan.heads.size)), list[Tensor](), list[Tensor]()
     keys, values = _rows(k, virtual_k, plan), _rows(v, virtual_v, plan)
     for call in calls_of(plan, q.device):
@@ -69,12 +69,15 @@ def attend_backward(
             taken = (at_least_float32(dout[own]) * joint[own]).sum(2)
             dsinks.append(-((at_least_float32(sinks) - logsumexp.T).exp() * taken).sum(0))
     dk, dv = (parts[0] if len(parts) == 1 else _total(parts) for parts in zip(*sums, strict=True))
-    dq, of_tokens = (dqs[0] if len(dqs) == 1 else torch.cat(dqs)).flatten(1), dk[plan.virtual :]
-    for gradient in (dq, of_tokens) if cos.shape[1] else ():
-        rotate_(gradient, cos, sin, plan.heads.size, plan.interleaved, -1.0)
+    dq = (dqs[0] if len(dqs) == 1 else torch.cat(dqs)).flatten(1)
+    of_tokens = dq, dk[plan.virtual :], dv[plan.virtual :]
+    beside = dq.new_empty(len(dq), sum(t.shape[1] for t in of_tokens)).split([t.shape[1] for t in of_tokens], dim=1)
+    for gradient, out in zip(of_tokens[:2], beside, strict=False):
+        rotate(gradient, cos, sin, plan.heads.size, plan.interleaved, -1.0, out)
+    beside[2].copy_(of_tokens[2])
     virtual = [t[: plan.virtual].unflatten(1, (plan.heads.groups, -1)).transpose(0, 1) for t in (dk, dv)]
     dvirtual = virtual if plan.virtual else [None, None]
-    return dq, of_tokens, dv[plan.virtual :], *dvirtual, torch.stack(dsinks).sum(0).to(sinks.dtype) if dsinks else None
+    return *beside, *dvirtual, torch.stack(dsinks).sum(0).to(sinks.dtype) if dsinks else None
 
 
 def _rows(t: Tensor, virtual: Tensor | None, plan: AttentionPlan) -> Tensor:

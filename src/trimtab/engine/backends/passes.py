@@ -46,15 +46,23 @@ def softmax_tile_(logits: Tensor, top: Tensor, total: Tensor) -> Tensor:
     return (_proved("softmax", key, probe, logits, top, total) or reference).softmax_tile_(logits, top, total)
 
 
-def rotate_(x: Tensor, cos: Tensor, sin: Tensor, size: int, interleaved: bool, sign: float = 1.0) -> Tensor:
-    """Rotate each head of x (T heads·size), its first R numbers, in place, by its token's angles (cos and sin T R), or back (−1)."""
+def rotate(
+    x: Tensor, cos: Tensor, sin: Tensor, size: int, interleaved: bool, sign: float = 1.0, out: Tensor | None = None
+) -> Tensor:
+    """x, T heads·size, with the first R numbers of each head rotated by its token's angles (cos and sin T R), or back (−1).
+
+    Args:
+        out: Where it is written, perhaps x itself; rows may be strided.
+    """
 
     def probe(way: Any, draw: _Draw) -> Sequence[Tensor]:
-        angles = draw(cos, 6)
-        return [way.rotate_(draw(x, 3), angles[:3], angles[3:], size, interleaved, s) for s in (1.0, -1.0)]
+        heads, angles = draw(x, 3), draw(cos, 6)
+        turned = way.rotate(heads, angles[:3], angles[3:], size, interleaved)
+        return turned, way.rotate(heads, angles[:3], angles[3:], size, interleaved, -1.0, heads)
 
     key = x.device, x.dtype, cos.dtype, x.shape[1], size, cos.shape[1], interleaved
-    return (_proved("rotary embedding", key, probe, x, cos, sin) or reference).rotate_(x, cos, sin, size, interleaved, sign)
+    kernels = _proved("rotary embedding", key, probe, x, cos, sin, out) if cos.shape[1] else None
+    return (kernels or reference).rotate(x, cos, sin, size, interleaved, sign, out)
 
 
 def summed_by_users(source: Tensor, starts: Tensor, users: Tensor) -> Tensor:

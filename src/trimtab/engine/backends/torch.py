@@ -63,9 +63,12 @@ def softmax_tile_(logits: Tensor, top: Tensor, total: Tensor) -> Tensor:
     return rescale
 
 
-def rotate_(x: Tensor, cos: Tensor, sin: Tensor, size: int, interleaved: bool, sign: float = 1.0) -> Tensor:
-    """Rotate each head of x (T heads·size) in place, its first R numbers, by its token's angles (cos and sin T R), or back (−1)."""
-    return x.copy_(rotated(x, AttentionPlan((), Heads(1, 1, size), 1.0, interleaved=interleaved), cos, sin * sign))
+def rotate(
+    x: Tensor, cos: Tensor, sin: Tensor, size: int, interleaved: bool, sign: float = 1.0, out: Tensor | None = None
+) -> Tensor:
+    """x, T heads·size, with the first R numbers of each head rotated by its token's angles (cos and sin T R), or back (−1)."""
+    turned = rotated(x, AttentionPlan((), Heads(1, 1, size), 1.0, interleaved=interleaved), cos, sin * sign)
+    return turned if out is None else out.copy_(turned)
 
 
 def summed_by_users(source: Tensor, starts: Tensor, users: Tensor) -> Tensor:

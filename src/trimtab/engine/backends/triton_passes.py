@@ -105,8 +105,8 @@ def _softmax_tile(logits, top, total, rescale, n, row_size, BLOCKS: tl.constexpr
 
 @triton.jit
 def _rotate(
-    x, cos, sin, heads, size, pairs, x_row, cos_row, sin_row, sign,
-    HEADS: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr,
+    x, cos, sin, out, heads, size, pairs, x_row, cos_row, sin_row, out_row, sign,
+    HEADS: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
     row, pair = tl.program_id(0).to(tl.int64), tl.arange(0, PAIRS)[None, :]
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
@@ -118,11 +118,15 @@ def _rotate(
     c2 = tl.load(cos + row * cos_row + second, mask=exists, other=0.0).to(tl.float32)
     s1 = tl.load(sin + row * sin_row + first, mask=exists, other=0.0).to(tl.float32) * sign
     s2 = tl.load(sin + row * sin_row + second, mask=exists, other=0.0).to(tl.float32) * sign
-    at = x + row * x_row + head * size
+    at, to = x + row * x_row + head * size, out + row * out_row + head * size
     a = tl.load(at + first, mask=inside, other=0.0).to(tl.float32)
     b = tl.load(at + second, mask=inside, other=0.0).to(tl.float32)
-    tl.store(at + first, (a * c1 - b * s1).to(x.dtype.element_ty), mask=inside)
-    tl.store(at + second, (b * c2 + a * s2).to(x.dtype.element_ty), mask=inside)
+    tl.store(to + first, (a * c1 - b * s1).to(out.dtype.element_ty), mask=inside)
+    tl.store(to + second, (b * c2 + a * s2).to(out.dtype.element_ty), mask=inside)
+    if REST:
+        rest = 2 * pairs + tl.arange(0, REST)[None, :]
+        inside = (rest < size) & (head < heads)
+        tl.store(to + rest, tl.load(at + rest, mask=inside, other=0.0).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -185,16 +189,17 @@ def softmax_tile_(logits: Tensor, top: Tensor, total: Tensor) -> Tensor:
     return rescale
 
 
-def rotate_(x: Tensor, cos: Tensor, sin: Tensor, size: int, interleaved: bool, sign: float = 1.0) -> Tensor:
-    """Rotate each head of x (T heads·size), its first R numbers, in place, by its token's angles (cos and sin T R), or back."""
+def rotate(
+    x: Tensor, cos: Tensor, sin: Tensor, size: int, interleaved: bool, sign: float = 1.0, out: Tensor | None = None
+) -> Tensor:
+    to = x.new_empty(x.shape) if out is None else out
     heads, pairs = x.shape[1] // size, cos.shape[1] // 2
+    rest = 0 if to is x or size == 2 * pairs else triton.next_power_of_2(size - 2 * pairs)
     columns = triton.next_power_of_2(max(1, pairs))
-    rows = max(1, min(_TILE // columns, triton.next_power_of_2(max(1, heads))))
-    strides = x.stride(0), cos.stride(0), sin.stride(0)
-    arguments = x, cos, sin, heads, size, pairs, *strides, float(sign)
-    grid = (len(x), -(-heads // rows)) if pairs else (0,)
-    _launch(_rotate, x, grid, *arguments, HEADS=rows, PAIRS=columns, INTERLEAVED=interleaved)
-    return x
+    rows = max(1, min(_TILE // max(columns, rest), triton.next_power_of_2(max(1, heads))))
+    arguments = x, cos, sin, to, heads, size, pairs, x.stride(0), cos.stride(0), sin.stride(0), to.stride(0), float(sign)
+    _launch(_rotate, x, (len(x), -(-heads // rows)), *arguments, HEADS=rows, PAIRS=columns, REST=rest, INTERLEAVED=interleaved)
+    return to
 
 
 def summed_by_users(source: Tensor, starts: Tensor, users: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from trimtab.data.pack import pack_tree
 from trimtab.engine import pack_logprobs
 from trimtab.engine.backends import Norm, passes, probing, triton_passes
 from trimtab.engine.backends import torch as reference
+from trimtab.engine.backends.survey import survey
 from trimtab.methods import attach
 from trimtab.methods.lora import LoRA
 
@@ -273,6 +274,15 @@ def check_all_probes():
     return "; ".join(f"{probe.what} {probe.key}: {probe.problem}" for probe in probing.probes() if probe.problem)
 
 
+def check_survey():
+    """What is said to compute is these kernels."""
+    with cuda_backend():
+        ways = list(survey(torch.device("cpu")))
+    assert {(way.dtype, way.by) for way in ways if "attention" not in way.operation} == {
+        (dtype, "Triton") for dtype in ("float32", "bfloat16", "float16")
+    }
+
+
 def check_model():
     """A tiny model's log-probabilities and gradients, on a tree of rows, by the CUDA back end with these kernels."""
     model = tiny("qwen3")
@@ -308,7 +318,7 @@ def main():
             for dtype in DTYPES:
                 results[f"{name} {str(dtype).removeprefix('torch.')}"] = problem(check, triton_passes, dtype)
             results[f"faults {name}"] = problem(unnoticed_fault, name, folder)
-        results |= {"all probes": problem(check_all_probes), "a model": problem(check_model)}
+        results |= {"all probes": problem(check_all_probes), "a model": problem(check_model), "survey": problem(check_survey)}
         results["probes"] = problem(check_probes, folder)
     print(json.dumps(results))
 

@@ -27,6 +27,7 @@ def test_every_method_is_well_here(trimtab):
     assert said["tried"] == len(Method.names()) * len(TRIALS)
     assert done.code == 0
     assert "torch" in said["versions"]
+    assert {(way["device"], way["by"]) for way in said["ways"] if way["dtype"] == "float32"} == {("cpu", "C")}
 
 
 def only(monkeypatch, *names):

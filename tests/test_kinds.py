@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers
+from accelerators import cuda_backend
 from families import logprob_alone, perturb
 from kinds import KINDS, WINDOW, branching_rows, kind
 
@@ -125,6 +126,16 @@ def test_the_recurrence_in_c_and_transformers_scan_agree(monkeypatch):
         ours = pack_logprobs(model, pack_tree(ROWS))
         monkeypatch.setattr(state_layers, "branching_scan", lambda *_: None)
         assert relative(ours, pack_logprobs(model, pack_tree(ROWS))) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["gated DeltaNet", "Mamba 2"])
+def test_state_on_an_accelerator_goes_through_transformers_scans(name):
+    """Which call fla's and mamba-ssm's kernels where those are installed."""
+    model = kind(name)
+    with torch.no_grad():
+        on_cpu = pack_logprobs(model, pack_tree(ROWS))
+        with cuda_backend():
+            assert relative(pack_logprobs(model, pack_tree(ROWS)), on_cpu) < 2e-6
 
 
 @pytest.mark.parametrize("ignored", ["sinks", "window"])

@@ -1,4 +1,4 @@
-"""Tests every method on a small random model with the library versions that are installed.
+"""Tests every method on a small random model with the library versions that are installed, and says what computes on which device.
 
 Each method must act in packs, in cached decoding and in Transformers' own `generate()` alike (the prefixes of other libraries silently do
 nothing in `generate()` with some versions of Transformers); its gradient must be the loss's slope; it must be saved and merged without
@@ -19,6 +19,7 @@ from trimtab.data import pack_tree
 from trimtab.data.example import TokenRow
 from trimtab.deploy import load_adapter, merge, save_adapter
 from trimtab.engine import generate, pack_logprobs
+from trimtab.engine.backends.survey import Way, survey
 from trimtab.methods import Attached, Method, Sample, attach
 from trimtab.testing import tiny_model
 from trimtab.testing.tiny import VOCABULARY
@@ -49,6 +50,17 @@ def run_trials() -> Iterator[TrialResult]:
                 yield TrialResult(method, name, trial(case) or "")
             except Exception as error:  # whatever it is, a run would meet it
                 yield TrialResult(method, name, f"{type(error).__name__}: {error}")
+
+
+def devices() -> list[torch.device]:
+    """The CPU, and the accelerator that `model.device: auto` means, if there is one."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return [torch.device("cpu"), *([found] if found is not None else [])]
+
+
+def ways() -> list[Way]:
+    """By what layers are computed on each device; probes of what failed say why. Their warnings are left to the caller's filters."""
+    return [way for device in devices() for way in survey(device)]
 
 
 def _rows() -> list[TokenRow]:

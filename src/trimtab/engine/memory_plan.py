@@ -125,8 +125,8 @@ def plan_memory(
     advice = f"and {budget / 1e9:.2f} GB are left for it, of {free / 1e9:.2f} GB free. Lower data.max_length"
     advice += " or train.pack_tokens." if asked else "."
     levels = _Levels(measure, work, LEVELS if recompute == "auto" else (recompute,))
-    taken, scale = math.inf, 1.0
-    while taken > budget:
+    taken, scale = None, 1.0
+    while taken is None or taken > budget:
         within = scale * budget
         tokens = asked or levels.most_tokens(within)
         tokens, steps, forward_bytes = _fit_forward(measure, work, tokens, budget, None if asked else FEWEST_TOKENS, advice)

@@ -8,8 +8,11 @@ from accelerators import cuda_backend
 from test_tree_attention import CASES, Case, differences, drawn, ours
 from varlen import VarlenOperations
 
+from trimtab.core.attention import AttentionCall, Rules, Virtual
 from trimtab.data.prefix_tree import Segment, lay_out
+from trimtab.engine import tree_attention
 from trimtab.engine.backends import AttentionPlan, Heads, flash, paths, probing, segments, ways
+from trimtab.engine.layouts import PackLayout
 from trimtab.engine.operations import join_columns
 
 SMALL = [
@@ -191,3 +194,54 @@ def test_nothing_waits_for_the_device(name, dtype):
         gradients = torch.autograd.grad(out, leaves, dout.to("meta"))
     assert [t.shape for t in gradients] == [t.shape for t in leaves]
     assert all(t.dtype == dtype for t in (out, *gradients))
+
+
+RULES = {
+    "plain": Rules(None),
+    "a window": Rules(0.3, window=33),
+    "chunks": Rules(None, chunk=40),
+    "sinks": Rules(None, sinks=torch.linspace(-1, 3, 4).double()),
+}
+
+
+class TestModelsOwnCode:
+    """Where a model's own code calls attention with a layout, on an accelerator."""
+
+    def call(self, rules, virtual, like):
+        draw = torch.Generator().manual_seed(0)
+        q, k, v = (torch.randn(1, heads, 340, 8, generator=draw, dtype=torch.float64).to(like) for heads in (4, 2, 2))
+        given = [t.requires_grad_() for t in (q, k, v)]
+        layer = torch.nn.Linear(1, 1)
+        layer.layer_idx = 0
+        if virtual:
+            given += [torch.randn(2, 3, 8, generator=draw, dtype=torch.float64).to(like).requires_grad_() for _ in range(2)]
+        tokens = [Virtual({0: (given[3], given[4])}, acts_on=virtual if callable(virtual) else None)] if virtual else []
+        return given, AttentionCall(layer, q, k, v, rules, tokens)
+
+    @pytest.mark.parametrize("virtual", [False, True], ids=["", "virtual tokens"])
+    @pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
+    def test_at_once_it_is_what_it_is_by_segments(self, by, rules, virtual):
+        by(FLASH)
+        layout, results = PackLayout(CASES["a tree"].segments), []
+        for attend in (layout.attend, layout.attend_at_once):
+            given, call = self.call(rules, virtual, "cpu")
+            out = attend(call)
+            results.append([out, *torch.autograd.grad(out.sin().sum(), given)])
+        assert out.shape == (1, 340, 4, 8)
+        assert max(float((a - b).detach().abs().max()) for a, b in zip(*results, strict=True)) < 1e-12
+
+    def test_accelerators_attend_at_once_where_all_rows_are_alike(self, monkeypatch):
+        calls, right = [], tree_attention.attend
+        monkeypatch.setattr(tree_attention, "attend", lambda *given: calls.append(given) or right(*given))
+        layout = PackLayout(CASES["a tree"].segments)
+        for rules, virtual, at_once in (
+            (Rules(None), True, True), (Rules(None, softcap=5.0), False, False), (Rules(None), lambda at: at > 100, False),
+        ):  # fmt: skip
+            calls.clear()
+            given, call = self.call(rules, virtual, "meta")
+            with cuda_backend():
+                torch.autograd.grad(layout.attend(call).sum(), given)
+            assert bool(calls) == at_once
+        calls.clear()
+        layout.attend(self.call(Rules(None), False, "cpu")[1])
+        assert not calls  # CPUs compute as they did

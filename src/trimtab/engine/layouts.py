@@ -21,6 +21,8 @@ from trimtab.core.attention_hook import holding
 from trimtab.core.errors import UnsupportedModel
 from trimtab.core.transfer import to_device
 from trimtab.data.prefix_tree import Segment, Tree, paths_of, token_indices
+from trimtab.engine import tree_attention
+from trimtab.engine.backends import AttentionInputs, AttentionPlan, Heads
 
 _longest_row: ContextVar[int] = ContextVar("longest_row", default=0)
 
@@ -73,6 +75,8 @@ class PackLayout:
         for name in ("window", "chunk"):
             if (size := getattr(rules, name)) is not None and _longest_row.get() > size:
                 rules = rules._replace(**{name: min(size, half)})
+        if not query.is_cpu and _is_of_one_kind(call):
+            return self.attend_at_once(call._replace(rules=rules))
         # split, rather than slicing, so that the backward pass writes each gradient once instead of summing padded ones
         queries = query.split(self.lengths, dim=2)
         # In float32 until they are joined: keys of many segments have as many gradients, which bfloat16 would sum inexactly.
@@ -84,6 +88,20 @@ class PackLayout:
             k, v = (_joined(part).to(q.dtype) for part in parts)
             outputs.append(attend(q, k, v, causal(q.shape[2], k.shape[2], rules, q.device), rules))
         return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()  # models may `view` it
+
+    def attend_at_once(self, call: AttentionCall) -> Tensor:
+        """By the device's own attention over trees, in few calls."""
+        layer, query, key, value, rules, virtual, _ = call
+        q, k, v = (t[0].transpose(0, 1).flatten(1) for t in (query, key, value))
+        first_k, first_v = (t[0] for t in virtual[0].of(layer, key)) if virtual else (None, None)
+        heads = Heads(key.shape[1], query.shape[1] // key.shape[1], query.shape[3])
+        scale = heads.size**-0.5 if rules.scale is None else rules.scale
+        count = 0 if first_k is None else first_k.shape[1]
+        plan = AttentionPlan(self.segments, heads, scale, rules.window, count, rules.chunk)
+        none = q.new_empty(len(q), 0)  # queries and keys are rotated already
+        return tree_attention.attend(AttentionInputs(q, k, v, none, none, first_k, first_v, rules.sinks), plan).view(
+            1, len(q), query.shape[1], heads.size
+        )
 
     def mask(self, rules: Rules, device: torch.device) -> Tensor:
         """Which tokens each token attends to: 1 1 T T. It takes T² memory, so only models that compute with their masks get it."""
@@ -121,6 +139,17 @@ class PackLayout:
         """For each segment, the keys and values of the virtual tokens before its row."""
         pairs = [(tokens.acts_on, tokens.of(layer, like)) for tokens in virtual]
         return [[pair for acts_on, pair in pairs if acts_on is None or acts_on(segment.start)] for segment in self.segments]
+
+
+def _is_of_one_kind(call: AttentionCall) -> bool:
+    """Whether back ends have such attention: the same for all rows, of values as long as keys."""
+    everywhere = len(call.virtual) <= 1 and all(tokens.acts_on is None for tokens in call.virtual)
+    return (
+        everywhere
+        and call.rules.softcap is None
+        and call.key.shape == call.value.shape
+        and call.key.shape[3] == call.query.shape[3]
+    )
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -1,19 +1,25 @@
 """Attention over trees by each way that accelerators have: all give what a softmax over all keys gives."""
 
 import random
+from contextlib import nullcontext
 
 import pytest
 import torch
 from accelerators import cuda_backend
+from families import exact_norms, perturb, tiny
+from test_fused_layers import assert_equal, both, counted, learned, rows
 from test_tree_attention import CASES, Case, differences, drawn, ours
 from varlen import VarlenOperations
 
 from trimtab.core.attention import AttentionCall, Rules, Virtual
+from trimtab.data import pack_tree
 from trimtab.data.prefix_tree import Segment, lay_out
 from trimtab.engine import tree_attention
 from trimtab.engine.backends import AttentionPlan, Heads, flash, paths, probing, segments, ways
 from trimtab.engine.layouts import PackLayout
 from trimtab.engine.operations import join_columns
+from trimtab.methods import attach
+from trimtab.methods.lora import LoRA
 
 SMALL = [
     "a row alone", "a tree", "virtual tokens and a window", "neighbours rotated", "sinks, virtual tokens and a window",
@@ -24,7 +30,7 @@ FLASH, EFFICIENT = (next(way for way in ways.WAYS if way.name == kernel.name) fo
 
 @pytest.fixture
 def recomputing(monkeypatch):
-    monkeypatch.setattr(segments, "_way", lambda q: segments._RECOMPUTING)
+    monkeypatch.setattr(segments, "_way", lambda *_: segments._RECOMPUTING)
 
 
 @pytest.fixture
@@ -33,7 +39,7 @@ def by(monkeypatch):
 
     def choose(way, **mistakes):
         monkeypatch.setattr(flash, "_aten", VarlenOperations(**mistakes))
-        monkeypatch.setattr(ways, "WAYS", (way._replace(takes=lambda *_: True), ways.WAYS[-1]))
+        monkeypatch.setattr(ways, "WAYS", (way._replace(takes=lambda q, plan, sinks: plan.softcap is None), ways.WAYS[-1]))
         monkeypatch.setattr(probing, "_probes", {})
         monkeypatch.setattr(probing, "_said", set())
         monkeypatch.setattr(flash, "calls_of", paths.calls_of.__wrapped__)
@@ -47,6 +53,29 @@ def by(monkeypatch):
 def test_a_loop_of_calls(recomputing, name):
     with cuda_backend():
         assert max(differences(CASES[name])) < 1e-13
+
+
+@pytest.mark.parametrize("case", [CASES["a row alone"], CASES["virtual tokens and a window"]])
+def test_capped_scores(case):
+    capped = case._replace(softcap=1.5)
+    with cuda_backend():
+        assert max(differences(capped)) < 1e-13
+        for wrong in (None, 1.501):
+            assert max(differences(capped, computed=case._replace(softcap=wrong))) > 1e-5
+
+
+def test_layers_with_capped_scores_by_hand(monkeypatch):
+    exact_norms(monkeypatch)
+    for within, attentions in ((nullcontext, 0), (cuda_backend, 2)):  # CPUs run the model's own code
+        model = tiny("gemma2", torch.float64)
+        adapter = attach(model, LoRA(rank=3, alpha=6.0))
+        perturb(adapter.parameters())
+        with within(), monkeypatch.context() as patch:
+            learned(model)
+            calls = counted(patch)
+            ours, reference = both(model, adapter, pack_tree(rows()))
+        assert calls["attend"] == attentions
+        assert_equal(ours, reference)
 
 
 def test_a_loop_of_calls_that_sees_a_later_key_is_noticed(recomputing, monkeypatch):
@@ -200,6 +229,7 @@ RULES = {
     "plain": Rules(None),
     "a window": Rules(0.3, window=33),
     "chunks": Rules(None, chunk=40),
+    "a soft-cap": Rules(None, softcap=2.0),
     "sinks": Rules(None, sinks=torch.linspace(-1, 3, 4).double()),
 }
 
@@ -235,7 +265,7 @@ class TestModelsOwnCode:
         monkeypatch.setattr(tree_attention, "attend", lambda *given: calls.append(given) or right(*given))
         layout = PackLayout(CASES["a tree"].segments)
         for rules, virtual, at_once in (
-            (Rules(None), True, True), (Rules(None, softcap=5.0), False, False), (Rules(None), lambda at: at > 100, False),
+            (Rules(None), True, True), (Rules(None, softcap=5.0), False, True), (Rules(None), lambda at: at > 100, False),
         ):  # fmt: skip
             calls.clear()
             given, call = self.call(rules, virtual, "meta")

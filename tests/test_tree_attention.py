@@ -35,6 +35,7 @@ class Case(NamedTuple):
     """All numbers of a head are rotated, unless given."""
     interleaved: bool = False
     sinks: bool = False
+    softcap: float | None = None
 
 
 CASES = {
@@ -79,13 +80,13 @@ def drawn(case, dtype=torch.float64):
 
 
 def ours(case, q, k, v, cos, sin, first):
-    segments, heads, virtual, window, chunk, _, interleaved, _ = case
-    plan = AttentionPlan(segments, heads, heads.size**-0.5, window, virtual, chunk, interleaved)
+    segments, heads, virtual, window, chunk, _, interleaved, _, softcap = case
+    plan = AttentionPlan(segments, heads, heads.size**-0.5, window, virtual, chunk, interleaved, softcap)
     return attend(AttentionInputs(q, k, v, cos, sin, **first), plan)
 
 
 def written_out(case, q, k, v, cos, sin, first):
-    segments, (_, each, head), virtual, window, chunk, _, interleaved, _ = case
+    segments, (_, each, head), virtual, window, chunk, _, interleaved, _, softcap = case
     tokens = len(q)
     sees = torch.zeros(tokens, virtual + tokens, dtype=torch.bool)
     for number, (start, end, _) in enumerate(segments):
@@ -115,16 +116,17 @@ def written_out(case, q, k, v, cos, sin, first):
         k, v = torch.cat([first["virtual_k"], k], dim=1), torch.cat([first["virtual_v"], v], dim=1)
     k, v = (t.repeat_interleave(each, dim=0) for t in (k, v))
     scores = torch.einsum("thk,hsk->hts", q, k) / math.sqrt(head)
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~sees, float("-inf"))
     if "sinks" in first:
         scores = torch.cat([scores, first["sinks"][:, None, None].expand(-1, tokens, 1)], dim=2)
     return torch.einsum("hts,hsk->thk", scores.softmax(-1)[..., : virtual + tokens], v).flatten(1)
 
 
-def differences(case, dtype=torch.float64):
-    """Of what comes out, and of each gradient, relative to the largest."""
+def differences(case, dtype=torch.float64, computed=None):
+    """Of what comes out, and of each gradient, relative to the largest; of another case's than the reference, where one is given."""
     leaves, cos, sin, first, dout = drawn(case, dtype)
-    out = ours(case, *leaves, cos, sin, first)
+    out = ours(computed or case, *leaves, cos, sin, first)
     gradients = torch.autograd.grad(out, [*leaves, *first.values()], dout)
     exact = [t.detach().double().requires_grad_() for t in (*leaves, *first.values())]
     reference = written_out(case, *exact[:3], cos.double(), sin.double(), dict(zip(first, exact[3:], strict=True)))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.core.attention import LocalMask
-from trimtab.engine.backends import Activation, AttentionPlan, Heads, Norm
+from trimtab.engine.backends import Activation, AttentionPlan, Heads, Norm, backend_for
 from trimtab.engine.backends import torch as reference
 from trimtab.engine.structure import (
     AttentionPart,
@@ -74,7 +74,9 @@ def _mlp(call: Call, inner: Sequence[Call]) -> MLPPart | None:
 def _attention(seen: Watched, call: Call, attended: Attended) -> AttentionPart | None:
     inner, rules = seen.calls[call.name], attended.rules
     H, G, size = len(attended.query), len(attended.key), attended.query.shape[2]
-    if attended.value.shape != attended.key.shape or attended.key.shape[2] != size or H % G or rules.softcap is not None:
+    if attended.value.shape != attended.key.shape or attended.key.shape[2] != size or H % G:
+        return None
+    if rules.softcap is not None and not backend_for(attended.query).supports_softcap(attended.query):
         return None
     if seen.shares or call.kwargs.get("position_embeddings") is not seen.kwargs.get("position_embeddings"):
         return None
@@ -105,7 +107,7 @@ def _attention(seen: Watched, call: Call, attended: Attended) -> AttentionPart |
         return None
     scale = size**-0.5 if rules.scale is None else float(rules.scale)
     return AttentionPart(
-        names, output.name, Heads(G, H // G, size), scale, window, tuple(norm for norm, _ in norms), *way_q, gate,
+        names, output.name, Heads(G, H // G, size), scale, rules.softcap, window, tuple(norm for norm, _ in norms), *way_q, gate,
         named[0] if named else None,
     )  # fmt: skip
 

@@ -123,7 +123,7 @@ def _attention(
     mask = kwargs.get("attention_mask")
     window, chunk = (part.window(own), None) if mask is None else (mask.window, mask.chunk)
     count = 0 if virtual_kv[0] is None else virtual_kv[0].shape[1]
-    plan = AttentionPlan(layout.segments, heads, part.scale, window, count, chunk, is_interleaved(part.rotary))
+    plan = AttentionPlan(layout.segments, heads, part.scale, window, count, chunk, is_interleaved(part.rotary), part.softcap)
     cos, sin = rotary_angles(part.rotary, kwargs.get("position_embeddings"), q)
     sinks = None if part.sinks is None else getattr(own, part.sinks)
     out = _selected(attend(AttentionInputs(q, k, v, cos, sin, virtual_kv[0], virtual_kv[1], sinks), plan), at)

@@ -97,7 +97,7 @@ class PackLayout:
         heads = Heads(key.shape[1], query.shape[1] // key.shape[1], query.shape[3])
         scale = heads.size**-0.5 if rules.scale is None else rules.scale
         count = 0 if first_k is None else first_k.shape[1]
-        plan = AttentionPlan(self.segments, heads, scale, rules.window, count, rules.chunk)
+        plan = AttentionPlan(self.segments, heads, scale, rules.window, count, rules.chunk, softcap=rules.softcap)
         none = q.new_empty(len(q), 0)  # queries and keys are rotated already
         return tree_attention.attend(AttentionInputs(q, k, v, none, none, first_k, first_v, rules.sinks), plan).view(
             1, len(q), query.shape[1], heads.size
@@ -144,12 +144,7 @@ class PackLayout:
 def _is_of_one_kind(call: AttentionCall) -> bool:
     """Whether back ends have such attention: the same for all rows, of values as long as keys."""
     everywhere = len(call.virtual) <= 1 and all(tokens.acts_on is None for tokens in call.virtual)
-    return (
-        everywhere
-        and call.rules.softcap is None
-        and call.key.shape == call.value.shape
-        and call.key.shape[3] == call.query.shape[3]
-    )
+    return everywhere and call.key.shape == call.value.shape and call.key.shape[3] == call.query.shape[3]
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

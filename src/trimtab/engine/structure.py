@@ -51,6 +51,8 @@ class AttentionPart(NamedTuple):
     output: str
     heads: Heads
     scale: float
+    softcap: float | None
+    """Of the scores."""
     window_from: Literal["nowhere", "module", "config"]
     """What holds the sliding window, unless the layer's mask says one."""
     norms: tuple[NormPart | str | None, ...]

@@ -54,6 +54,8 @@ class AttentionPlan(NamedTuple):
     """A row, virtual tokens included, is cut into chunks of this many tokens, and a token attends to its own alone."""
     interleaved: bool = False
     """Of the numbers that are rotated, number 2i is paired with its neighbour, and not number i with number R/2 + i."""
+    softcap: float | None = None
+    """Scores s become softcap · tanh(s / softcap), where a back end `supports_softcap`."""
 
 
 class AttentionInputs(NamedTuple):
@@ -97,6 +99,9 @@ class Backend(Protocol):
 
     def supports_layers(self, hidden: Tensor) -> bool:
         """Whether decoder layers of such hidden states can be computed by these functions."""
+
+    def supports_softcap(self, hidden: Tensor) -> bool:
+        """Whether `attend` takes plans with a soft-cap, in layers of such hidden states."""
 
     def rms_norm(self, x: Tensor, norm: Norm, scratch: bool = False) -> tuple[Tensor, Tensor]:
         """norm(x), T n, and 1 / rms(x), T.

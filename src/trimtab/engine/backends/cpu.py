@@ -32,6 +32,10 @@ def supports_layers(hidden: Tensor) -> bool:
     return supports(hidden)
 
 
+def supports_softcap(hidden: Tensor) -> bool:
+    return False
+
+
 def rms_norm(x: Tensor, norm: Norm, scratch: bool = False) -> tuple[Tensor, Tensor]:
     y, rstd = scratch_like(x) if scratch else x.new_empty(x.shape), activation_like(x, 1, len(x))[0]
     _call("norm", x.dtype, x, norm.weight, y, rstd, *x.shape, x.stride(0), y.stride(0), float(norm.offset), float(norm.eps))

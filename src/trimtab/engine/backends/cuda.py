@@ -34,6 +34,10 @@ def supports_layers(hidden: Tensor) -> bool:
     return reference.supports_layers(hidden)
 
 
+def supports_softcap(hidden: Tensor) -> bool:
+    return True
+
+
 def attend(inputs: AttentionInputs, plan: AttentionPlan, backward: bool) -> tuple[Tensor, Sequence[Tensor | None]]:
     return way_of(inputs.q, plan, inputs.sinks is not None).attend(inputs, plan, backward)
 

@@ -73,7 +73,7 @@ def _segment_plans(plan: AttentionPlan, most: int | None) -> tuple[SegmentPlan, 
     for (start, end, _), numbers in zip(segments, paths_of(segments), strict=True):
         path = tuple((segments[n].start, segments[n].end) for n in numbers)
         before = plan.virtual + sum(high - low for low, high in path[:-1])
-        whole = most is None and not before and not local.first_seen(end - start - 1)
+        whole = most is None and plan.softcap is None and not before and not local.first_seen(end - start - 1)
         size = -(-(end - start) // (1 if whole else -(-(end - start) // (most or BLOCK))))
         blocks = []
         for at in range(start, end, size):
@@ -87,14 +87,14 @@ def _segment_plans(plan: AttentionPlan, most: int | None) -> tuple[SegmentPlan, 
 
 def attend(inputs: AttentionInputs, plan: AttentionPlan, backward: bool) -> tuple[Tensor, Sequence[Tensor | None]]:
     q, k, v, cos, sin, virtual_k, virtual_v, sinks = inputs
-    heads, way = plan.heads, _way(q)
+    heads, way = plan.heads, _way(q, plan)
     q, k = (rotated(t, plan, cos, sin) for t in (q, k))
     out, sums = torch.empty_like(q), list[Tensor | None]()
     for segment in _segment_plans(plan, way.most):
         keys, values = _gathered(k, segment, virtual_k, heads), _gathered(v, segment, virtual_v, heads)
         for block in segment.blocks:
             seen = (t[..., block.low : block.high, :] for t in (keys, values))
-            part, kept = way.forward(_queries(q, block, heads), *seen, sinks, block, plan.scale)
+            part, kept = way.forward(_queries(q, block, heads), *seen, sinks, block, plan)
             _queries(out, block, heads).copy_(part)
             sums.append(kept)
     return out, (q, k, v, virtual_k, virtual_v, sinks, cos, sin, out, *sums)
@@ -103,7 +103,7 @@ def attend(inputs: AttentionInputs, plan: AttentionPlan, backward: bool) -> tupl
 def attend_backward(dout: Tensor, saved: Sequence[Tensor | None], plan: AttentionPlan) -> Sequence[Tensor | None]:
     *inputs, cos, sin, out = cast(Any, saved[:9])
     q, k, v, virtual_k, virtual_v, sinks = inputs
-    heads, way, sums = plan.heads, _way(q), iter(saved[9:])
+    heads, way, sums = plan.heads, _way(q, plan), iter(saved[9:])
     exact = torch.promote_types(q.dtype, torch.float32)  # in which the gradients of a key that many segments share are summed
     gradients = [None if t is None else t.new_zeros(t.shape, dtype=exact) for t in inputs]
     dq, dk, dv, dvirtual_k, dvirtual_v, dsinks = cast(Any, gradients)
@@ -114,7 +114,7 @@ def attend_backward(dout: Tensor, saved: Sequence[Tensor | None], plan: Attentio
             low, high = block.low, block.high
             of_out, out_of, of_q = (_queries(t, block, heads) for t in (dout, out, q))
             seen = (t[..., low:high, :] for t in (keys, values))
-            of_q, of_k, of_v, of_sinks = way.backward(of_out, out_of, next(sums), of_q, *seen, sinks, block, plan.scale)
+            of_q, of_k, of_v, of_sinks = way.backward(of_out, out_of, next(sums), of_q, *seen, sinks, block, plan)
             _queries(dq, block, heads).copy_(of_q)
             dkeys[:, low:high] += of_k.sum(dim=1, dtype=exact)
             dvalues[:, low:high] += of_v.sum(dim=1, dtype=exact)
@@ -137,15 +137,15 @@ class _Way(NamedTuple):
     """Queries in a block; None: as many as need no mask, else BLOCK."""
 
 
-def _way(q: Tensor) -> _Way:
-    return _KEEPING if q.is_cpu and q.dtype in (torch.float32, torch.float64) else _RECOMPUTING
+def _way(q: Tensor, plan: AttentionPlan) -> _Way:
+    return _KEEPING if q.is_cpu and q.dtype in (torch.float32, torch.float64) and plan.softcap is None else _RECOMPUTING
 
 
 def _keeping(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, block: ScoreBlock, scale: float
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, block: ScoreBlock, plan: AttentionPlan
 ) -> tuple[Tensor, Tensor | None]:
     mask = _mask(block, q.dtype)
-    out, logsumexp = _flash(q, k, v, 0.0, mask is None, attn_mask=mask, scale=scale)
+    out, logsumexp = _flash(q, k, v, 0.0, mask is None, attn_mask=mask, scale=plan.scale)
     if sinks is not None:
         without, logsumexp = logsumexp, torch.logaddexp(logsumexp, sinks.view(*q.shape[:2], 1))
         out = out * (without - logsumexp).exp()[..., None]
@@ -154,10 +154,10 @@ def _keeping(
 
 def _keeping_backward(
     dout: Tensor, out: Tensor, logsumexp: Tensor,
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, block: ScoreBlock, scale: float,
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, block: ScoreBlock, plan: AttentionPlan,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     mask = _mask(block, q.dtype)
-    gradients = _flash_backward(dout, q, k, v, out, logsumexp, 0.0, mask is None, attn_mask=mask, scale=scale)
+    gradients = _flash_backward(dout, q, k, v, out, logsumexp, 0.0, mask is None, attn_mask=mask, scale=plan.scale)
     if sinks is None:
         return *gradients, None
     share = (sinks.view(*q.shape[:2], 1) - logsumexp).exp()  # of a sink, whose value is zero: it takes from all others
@@ -187,9 +187,9 @@ def _local_mask(place: int, low: int, high: int, local: _Local, dtype: torch.dty
 
 
 def _recomputing(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, block: ScoreBlock, scale: float
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, block: ScoreBlock, plan: AttentionPlan
 ) -> tuple[Tensor, Tensor | None]:
-    mask, rules = None, (block.local or _Local(None, None)).rules._replace(scale=scale, sinks=sinks)
+    mask, rules = None, (block.local or _Local(None, None)).rules._replace(scale=plan.scale, softcap=plan.softcap, sinks=sinks)
     if not block.is_causal:
         place, low = (torch.arange(first, block.high, device=q.device) for first in (block.place, block.low))
         mask = is_seen(place[:, None], low, rules)
@@ -201,11 +201,11 @@ def _recomputing(
 
 def _recomputing_backward(
     dout: Tensor, out: Tensor, kept: None,
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, block: ScoreBlock, scale: float,
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, block: ScoreBlock, plan: AttentionPlan,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     leaves: Any = [None if t is None else t.detach().requires_grad_() for t in (q, k, v, sinks)]
     with torch.enable_grad():
-        again, _ = _recomputing(*leaves, block, scale)  # type: ignore[call-arg]
+        again, _ = _recomputing(*leaves, block, plan)  # type: ignore[call-arg]
     gradients = iter(torch.autograd.grad(again, [t for t in leaves if t is not None], dout))
     return cast(Any, tuple(None if t is None else next(gradients) for t in leaves))
 

@@ -20,6 +20,10 @@ def supports_layers(hidden: Tensor) -> bool:
     return hidden.dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
+def supports_softcap(hidden: Tensor) -> bool:
+    return not hidden.is_cpu  # where models' own code, which recomputes nothing, is faster
+
+
 def rms_norm(x: Tensor, norm: Norm, scratch: bool = False) -> tuple[Tensor, Tensor]:
     wide, weight = at_least_float32(x), norm.offset + at_least_float32(norm.weight)
     rstd = torch.rsqrt(wide.square().mean(1) + norm.eps)

@@ -54,7 +54,7 @@ def _takes_efficient(q: Tensor, plan: AttentionPlan, sinks: bool) -> bool:
 
 
 def _has_plain_heads(plan: AttentionPlan) -> bool:
-    return plan.heads.size % 8 == 0 and plan.heads.size <= 256
+    return plan.softcap is None and plan.heads.size % 8 == 0 and plan.heads.size <= 256
 
 
 @cache
@@ -75,7 +75,7 @@ WAYS = (
 
 
 def _is_proved(way: Way, q: Tensor, plan: AttentionPlan, sinks: bool) -> bool:
-    key: tuple[Hashable, ...] = (q.device, q.dtype, plan.heads[1:], plan.window is not None, sinks)
+    key: tuple[Hashable, ...] = (q.device, q.dtype, plan.heads[1:], plan.window is not None, plan.softcap is not None, sinks)
     probe = partial(_problem, way, q, plan, sinks)
     while way.name == flash.FLASH.name and (newer := _newer_flash(q.device)) is not None:
         if proved(f"{way.name} by {newer}", key, probe):

@@ -5,7 +5,7 @@ docs/methods.md from the methods and from docs/methods.json, which benchmarks/me
 docs/performance.md from docs/measured, which benchmarks/peers (`trimtab bench`) and the scripts in benchmarks fill; those in
 docs/preference.md from docs/preference.json, which benchmarks/preference.py measures; docs/faults.md from tests/fault_catalogue.py
 and from docs/measured/peer_faults.json, which benchmarks/peer_faults measures; docs/models.md from docs/measured/models.json, which
-benchmarks/models measures.
+benchmarks/models measures; the tables in docs/gpu.md from what the back ends say that they take.
 """
 
 import ast
@@ -13,7 +13,9 @@ import json
 import sys
 from pathlib import Path
 from statistics import median
-from typing import Any, get_args
+from types import SimpleNamespace
+from typing import Any, NamedTuple, get_args
+from unittest.mock import patch
 
 import torch
 import transformers
@@ -31,6 +33,7 @@ PERFORMANCE, RESULTS = ROOT / "docs" / "performance.md", ROOT / "docs" / "measur
 FAULTS = ROOT / "docs" / "faults.md"
 TEMPLATES = ROOT / "docs" / "templates.md"
 MODELS = ROOT / "docs" / "models.md"
+GPU = ROOT / "docs" / "gpu.md"
 PREFERENCE, COMPARED = ROOT / "docs" / "preference.md", ROOT / "docs" / "preference.json"
 FLOORS = (
     ("the command line", ("cli.py", "commands", "__main__.py", "__init__.py")),
@@ -416,6 +419,91 @@ def models() -> str:
 _MARKS = "¹²³⁴⁵⁶⁷⁸⁹"
 
 
+class _Card(NamedTuple):
+    """A kind of device, which need not be there, as far as ways of computing ask about it."""
+
+    name: str
+    kind: str
+    capability: tuple[int, int] = (0, 0)
+    hip: str | None = None
+
+
+CARDS = (
+    _Card("CPU", "cpu"),
+    _Card("CUDA, capability 8.0 and later (A100, L4, RTX 30, H100, …)", "cuda", (8, 0)),
+    _Card("CUDA, capability 7 (V100, T4, RTX 20)", "cuda", (7, 5)),
+    _Card("ROCm", "cuda", (9, 4), hip="6"),
+    _Card("MPS, XPU and others", "mps"),
+)
+
+
+def gpu() -> str:
+    """docs/gpu.md with current tables, from what the back ends say that they take."""
+    page = _filled(GPU.read_text(encoding="utf-8"), "ways", ways_table())
+    return _filled(page, "by-hand", by_hand_table())
+
+
+def ways_table() -> str:
+    """Device by dtype: by what passes over memory and attention are computed."""
+    from trimtab.engine.backends import AttentionPlan, Heads, cpu, passes, ways
+
+    plain = AttentionPlan((), Heads(2, 4, 64), 1.0)
+    kinds = {
+        "attention, also with virtual tokens, chunks": (plain, False),
+        "windows": (plain._replace(window=4), False),
+        "sinks": (plain, True),
+        "other head sizes": (plain._replace(heads=Heads(2, 4, 60)), False),
+    }
+    lines = [f"| device | dtype | norms, gates, softmax, rotary | {' | '.join(kinds)} |", f"|---|---|---|{'---|' * len(kinds)}"]
+    for card in CARDS:
+        by = dict[tuple[str, ...], list[str]]()
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            q: Any = SimpleNamespace(is_cuda=card.kind == "cuda", is_meta=False, dtype=dtype, device=None)
+            row = ["C"] * (1 + len(kinds))
+            if card.kind != "cpu" or dtype not in cpu._PREFIXES:
+                own = q.is_cuda and dtype in passes._DTYPES
+                with (
+                    patch.object(ways, "_capability", lambda _, card=card: card.capability),
+                    patch("torch.version.hip", card.hip),
+                ):
+                    taken = [
+                        next(w.name for w in ways.WAYS if (q.is_cuda or w is ways.WAYS[-1]) and w.takes(q, *kind))
+                        for kind in kinds.values()
+                    ]
+                row = ["Triton" if own else "PyTorch", *taken]
+            by.setdefault(tuple(row), []).append(str(dtype).removeprefix("torch."))
+        mark = "" if card.kind == "cpu" else " †"
+        lines += [
+            f"| {card.name} | {', '.join(dtypes)} | {' | '.join(f'{cell}{mark}' for cell in row)} |"
+            for row, dtypes in by.items()
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def by_hand_table() -> str:
+    """What each method adds to decoder layers by hand, in 16 bits, on a small Llama."""
+    from trimtab.certify.doctor import NEEDED, _Case
+    from trimtab.engine.layers import _linear
+    from trimtab.engine.patching import layers_of
+    from trimtab.methods import AdapterLayer, unwrap
+
+    found = dict[str, list[str]]()
+    for name in Method.names():
+        base, _ = _Case(Method.member(name)(**NEEDED.get(name, {}))).adapted(torch.bfloat16)
+        parents = [m for layer in layers_of(base.model) for m in layer.modules() if not isinstance(m, AdapterLayer)]
+        adapted = [child for parent in parents for child in parent.children() if isinstance(child, AdapterLayer)]
+        linear = [child for child in adapted if isinstance(unwrap(child), torch.nn.Linear)]
+        if not adapted:
+            words = "layers are as without it; virtual keys take part in the call of attention"
+        elif linear and all(_linear(child) is not None for child in linear):
+            words = "its products, dropout included, are part of the operation of the frozen matrix"
+        else:
+            words = "its own operations at the modules that it adapts; norms, gates and attention around them by hand"
+        found.setdefault(words, []).append(f"`{name}`")
+    lines = [f"| {', '.join(names)} | {words} |" for words, names in found.items()]
+    return "| methods | within a layer |\n|---|---|\n" + "\n".join(lines) + "\n"
+
+
 def templates() -> str:
     """docs/templates.md with current tables, from what the tests expect of real templates."""
     sys.path.insert(0, str(ROOT / "tests"))
@@ -498,3 +586,4 @@ if __name__ == "__main__":
     FAULTS.write_text(faults(), encoding="utf-8")
     TEMPLATES.write_text(templates(), encoding="utf-8")
     MODELS.write_text(models(), encoding="utf-8")
+    GPU.write_text(gpu(), encoding="utf-8")

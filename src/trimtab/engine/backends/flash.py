@@ -37,6 +37,7 @@ def attend(
     q, k, v, cos, sin, virtual_k, virtual_v, sinks = inputs
     if cos.shape[1]:
         q, k = (rotate(t, cos, sin, plan.heads.size, plan.interleaved) for t in (q, k))
+        v = _alone(v) if backward else v
     queries, outs, kept = q.unflatten(1, (-1, plan.heads.size)), list[Tensor](), list[Tensor]()
     keys, values = _rows(k, virtual_k, plan), _rows(v, virtual_v, plan)
     for call in calls_of(plan, q.device):
@@ -78,6 +79,11 @@ def attend_backward(
     virtual = [t[: plan.virtual].unflatten(1, (plan.heads.groups, -1)).transpose(0, 1) for t in (dk, dv)]
     dvirtual = virtual if plan.virtual else [None, None]
     return *beside, *dvirtual, torch.stack(dsinks).sum(0).to(sinks.dtype) if dsinks else None
+
+
+def _alone(t: Tensor) -> Tensor:
+    """Not in memory that holds other tensors, too: what is saved for the backward pass keeps all of it (here q and k as they were)."""
+    return t if t.untyped_storage().nbytes() == t.nbytes else t.clone(memory_format=torch.contiguous_format)
 
 
 def _rows(t: Tensor, virtual: Tensor | None, plan: AttentionPlan) -> Tensor:

@@ -11,6 +11,7 @@ benchmarks/models measures; the tables in docs/gpu.md from what the back ends sa
 import ast
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -445,39 +446,47 @@ def gpu() -> str:
 
 def ways_table() -> str:
     """Device by dtype: by what passes over memory and attention are computed."""
-    from trimtab.engine.backends import AttentionPlan, Heads, cpu, passes, ways
+    from trimtab.engine.backends import AttentionPlan, Heads, ways
 
     plain = AttentionPlan((), Heads(2, 4, 64), 1.0)
     kinds = {
         "attention, also with virtual tokens, chunks": (plain, False),
         "windows": (plain._replace(window=4), False),
         "sinks": (plain, True),
+        "soft-capped scores": (plain._replace(softcap=30.0), False),
         "other head sizes": (plain._replace(heads=Heads(2, 4, 60)), False),
     }
     lines = [f"| device | dtype | norms, gates, softmax, rotary | {' | '.join(kinds)} |", f"|---|---|---|{'---|' * len(kinds)}"]
     for card in CARDS:
         by = dict[tuple[str, ...], list[str]]()
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            q: Any = SimpleNamespace(is_cuda=card.kind == "cuda", is_meta=False, dtype=dtype, device=None)
-            row = ["C"] * (1 + len(kinds))
-            if card.kind != "cpu" or dtype not in cpu._PREFIXES:
-                own = q.is_cuda and dtype in passes._DTYPES
-                with (
-                    patch.object(ways, "_capability", lambda _, card=card: card.capability),
-                    patch("torch.version.hip", card.hip),
-                ):
-                    taken = [
-                        next(w.name for w in ways.WAYS if (q.is_cuda or w is ways.WAYS[-1]) and w.takes(q, *kind))
-                        for kind in kinds.values()
-                    ]
-                row = ["Triton" if own else "PyTorch", *taken]
-            by.setdefault(tuple(row), []).append(str(dtype).removeprefix("torch."))
+        with patch.object(ways, "_capability", lambda _, card=card: card.capability), patch("torch.version.hip", card.hip):
+            for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                by.setdefault(_ways(card, dtype, kinds.values()), []).append(str(dtype).removeprefix("torch."))
         mark = "" if card.kind == "cpu" else " †"
         lines += [
             f"| {card.name} | {', '.join(dtypes)} | {' | '.join(f'{cell}{mark}' for cell in row)} |"
             for row, dtypes in by.items()
         ]
     return "\n".join(lines) + "\n"
+
+
+def _ways(card: _Card, dtype: torch.dtype, kinds: Iterable[Any]) -> tuple[str, ...]:
+    from trimtab.engine.backends import cpu, cuda, passes, ways
+    from trimtab.engine.backends import torch as reference
+
+    kind = card.kind
+    q: Any = SimpleNamespace(
+        is_cuda=kind == "cuda", is_cpu=kind == "cpu", is_meta=False, dtype=dtype, device=torch.device(kind)
+    )
+    backend: Any = cuda if q.is_cuda else cpu if q.is_cpu and dtype in cpu._PREFIXES else reference
+    known = ways.WAYS if q.is_cuda else ways.WAYS[-1:]
+    found = ["C" if backend is cpu else "Triton" if q.is_cuda and dtype in passes._DTYPES else "PyTorch"]
+    for plan, sinks in kinds:
+        if plan.softcap is not None and not backend.supports_softcap(q):
+            found.append("the model's own code")
+        else:
+            found.append("C" if backend is cpu else next(way.name for way in known if way.takes(q, plan, sinks)))
+    return tuple(found)
 
 
 def by_hand_table() -> str:

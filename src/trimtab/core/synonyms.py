@@ -47,6 +47,7 @@ SAME = {
     "truncation_strategy": "data.overlong", "field_messages": "data.columns", "dataset_text_field": "data.columns.text",
     "output_dir": "output", "overwrite_output_dir": "output (nothing is overwritten: give another)",
     "resume_from_checkpoint": "resume (the same command resumes a run)", "auto_resume_from_checkpoints": "resume",
+    "full_determinism": "train.deterministic", "use_deterministic_algorithms": "train.deterministic",
     "stage": "objective.name", "rl": "objective.name", "rlhf_type": "objective.name", "loss_type": "objective.loss_type",
     "beta": "objective.beta", "pref_beta": "objective.beta", "dpo_beta": "objective.beta", "rl_beta": "objective.beta",
     "ref_model": "objective.reference", "pref_loss": "objective.loss_type", "label_smoothing": "objective.label_smoothing",

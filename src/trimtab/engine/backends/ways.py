@@ -13,7 +13,7 @@ import torch.nn.attention
 from torch import Tensor
 
 from trimtab.data.prefix_tree import Segment
-from trimtab.engine.backends import AttentionInputs, AttentionPlan, Heads, flash, segments
+from trimtab.engine.backends import AttentionInputs, AttentionPlan, Heads, flash, flex, segments
 from trimtab.engine.backends.paths import fits
 from trimtab.engine.backends.probing import proved
 
@@ -53,6 +53,10 @@ def _takes_efficient(q: Tensor, plan: AttentionPlan, sinks: bool) -> bool:
     return q.dtype in (torch.float32, torch.float16) or (q.dtype == torch.bfloat16 and _capability(q.device) >= (8, 0))
 
 
+def _takes_flex(q: Tensor, plan: AttentionPlan, sinks: bool) -> bool:
+    return q.is_cuda and not sinks and (plan.softcap is not None or q.dtype == torch.float32) and flex.takes(plan)
+
+
 def _has_plain_heads(plan: AttentionPlan) -> bool:
     return plan.softcap is None and plan.heads.size % 8 == 0 and plan.heads.size <= 256
 
@@ -69,6 +73,7 @@ def _by(kernel: flash.Kernel, takes: Callable[[Tensor, AttentionPlan, bool], boo
 WAYS = (
     _by(flash.FLASH, _takes_flash),
     _by(flash.EFFICIENT, _takes_efficient),
+    Way("FlexAttention", _takes_flex, flex.attend, flex.attend_backward),
     Way("a call for each segment", lambda q, plan, sinks: True, segments.attend, segments.attend_backward),
 )
 """The best first; the last takes everything."""

@@ -42,13 +42,14 @@ class Sight(NamedTuple):
     """M: in its row, virtual tokens included."""
 
 
+@lru_cache(maxsize=32)
 def takes(plan: AttentionPlan) -> bool:
     """Whether segments stand depth first, in a pack that has a size."""
     depth_first, path = True, [-1]
     for number, (_, _, parent) in enumerate(plan.segments):
         depth_first &= parent in path
         path = [*path[: path.index(parent) + 1], number] if depth_first else path
-    return depth_first and plan.segments[-1].end <= SIZES[-1]
+    return depth_first and all(end <= SIZES[-1] for _, end, _ in plan.segments)
 
 
 def attend(inputs: AttentionInputs, plan: AttentionPlan, backward: bool) -> tuple[Tensor, Sequence[Tensor | None]]:

@@ -53,6 +53,7 @@ class _Piece(NamedTuple):
     """Of [virtual; tokens], from the first that one of them sees to the last query's own."""
 
 
+@lru_cache(maxsize=32)  # every layer of a kind asks for the same
 def fits(plan: AttentionPlan, most: int = MOST) -> bool:
     """Whether each segment alone is small enough to be counted."""
     heads, lengths = plan.heads, list[int]()
@@ -61,7 +62,7 @@ def fits(plan: AttentionPlan, most: int = MOST) -> bool:
     return max(lengths) * heads.groups * heads.per_group * heads.size <= most
 
 
-@lru_cache(maxsize=32)  # every layer of a kind asks for the same
+@lru_cache(maxsize=32)
 def calls_of(plan: AttentionPlan, device: torch.device, most: int = MOST) -> tuple[Call, ...]:
     """The calls that compute a plan: one, unless it would be too large to be counted."""
     heads = plan.heads

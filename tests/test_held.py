@@ -1,6 +1,7 @@
 """A base is held as it was when an adapter was trained on it: its number type, device, quantization and template's switches."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -144,12 +145,35 @@ def test_a_model_that_is_compared_with_is_held_as_the_policy_is(here):
         assert (other.base.config.device, other.base.config.template) == ("cpu", {})
 
 
-def test_small_gradients_vanish_in_float16_so_no_recipe_trains_in_it(here, trimtab):
-    for word in ("train", "check"):
-        refused = trimtab(word, "r.yaml", "model.dtype=float16", "output=new")
-        assert (refused.code, refused.err) == (
-            2, "trimtab: model.dtype: small gradients underflow in float16 silently. Use bfloat16 or float32.\n"
-        )  # fmt: skip
+@pytest.mark.parametrize(("native", "chosen"), [(True, torch.bfloat16), (False, torch.float16)])
+def test_auto_is_what_the_card_computes_in_and_is_said_where_it_is_float16(native, chosen, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext(asked.append(device)))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native and not including_emulation)
+    card = torch.device("cuda", 1)
+    assert config.resolve_dtype(ModelConfig(name="x"), card) == chosen
+    assert asked == [card]
+    said = config.dtype_note(ModelConfig(name="x"), card)
+    assert (said is None) == native
+    assert said is None or "float16, because cuda here does not compute in bfloat16" in said
+    for dtype in ("bfloat16", "float16", "float32"):
+        assert config.resolve_dtype(ModelConfig(name="x", dtype=dtype), card) == getattr(torch, dtype)
+        assert config.dtype_note(ModelConfig(name="x", dtype=dtype), card) is None
+
+
+def test_auto_is_float16_where_tensors_of_bfloat16_cannot_be_made(monkeypatch):
+    ones = torch.ones
+    monkeypatch.setattr(
+        torch, "ones", lambda *size, dtype, device: ones(*size, dtype=dtype) if dtype != torch.bfloat16 else 1 / 0
+    )
+    with pytest.raises(ZeroDivisionError):  # not every error is taken for an answer
+        config.resolve_dtype(ModelConfig(name="x"), torch.device("mps"))
+
+    def refuse(*size, dtype, device):
+        raise TypeError("BFloat16 is not supported on MPS")
+
+    monkeypatch.setattr(torch, "ones", refuse)
+    assert config.resolve_dtype(ModelConfig(name="x"), torch.device("mps")) == torch.float16
 
 
 def test_the_base_is_let_go_of_before_another_process_loads_it(here, monkeypatch):

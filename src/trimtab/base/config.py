@@ -16,8 +16,8 @@ class ModelConfig(Config):
     name: Annotated[str, Field(min_length=1)]
     """A local folder, a GGUF file, a hub name (`org/model`, or `org/model@revision` for a branch, tag or commit), or `smollm2-135m-instruct`."""
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
-    """Dtype of the frozen weights; auto is float32 on a CPU and bfloat16 on an accelerator. float16 is for using adapters that were
-    trained in it elsewhere: no recipe trains in it, because small gradients silently vanish."""
+    """Dtype of the frozen weights; auto is float32 on a CPU, bfloat16 on an accelerator that computes in it, and float16 on others.
+    In float16 small gradients would vanish, so the loss is scaled; a model whose activations overflow in it is refused."""
     quantize: Quantize = "none"
     """Quantize the matrices of its blocks to 4 bits a weight (nf4, as QLoRA does) or 8 (int8): pip install 'trimtab[quantized]'."""
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
@@ -43,9 +43,34 @@ def resolve_device(config: ModelConfig) -> torch.device:
 
 def resolve_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
     """The dtype of the frozen weights on this device."""
-    name = config.dtype if config.dtype != "auto" else "float32" if device.type == "cpu" else "bfloat16"
-    dtype: torch.dtype = getattr(torch, name)
+    if config.dtype == "auto":
+        if device.type == "cpu":
+            return torch.float32
+        return torch.bfloat16 if _computes_bfloat16(device) else torch.float16
+    dtype: torch.dtype = getattr(torch, config.dtype)
     return dtype
+
+
+def dtype_note(config: ModelConfig, device: torch.device) -> str | None:
+    """Why the weights have a dtype that was not to be expected; None if they have not."""
+    if config.dtype != "auto" or resolve_dtype(config, device) != torch.float16:
+        return None
+    return (
+        f"model.dtype: float16, because {device.type} here does not compute in bfloat16 itself. The loss is scaled, so that small "
+        "gradients do not vanish; float32 takes twice the memory, and more time."
+    )
+
+
+def _computes_bfloat16(device: torch.device) -> bool:
+    """Whether the device has instructions for bfloat16, which others emulate, slowly, or lack."""
+    if device.type == "cuda":  # sm80 and later; ROCm
+        with torch.cuda.device(device):
+            return torch.cuda.is_bf16_supported(including_emulation=False)
+    try:
+        one = torch.ones(1, 1, dtype=torch.bfloat16, device=device)
+        return (one @ one).dtype == torch.bfloat16  # MPS before macOS 14 has no such tensors
+    except (RuntimeError, TypeError):
+        return False
 
 
 def fit_to_machine(config: ModelConfig) -> tuple[ModelConfig, str | None]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from trimtab.base import locate, quantized, vocabulary
-from trimtab.base.config import ModelConfig, nearest_config, resolve_device, resolve_dtype
+from trimtab.base.config import ModelConfig, dtype_note, nearest_config, resolve_device, resolve_dtype
 from trimtab.base.fingerprint import Fingerprint, fingerprint, own_weights, tokenizing_hash, weights_hash
 from trimtab.base.loading import explaining_failure, read_skeleton, read_tokenizer, refuse_partly_initialized
 from trimtab.base.quantized import Quantize
@@ -87,7 +87,7 @@ class Base:
         base = cls.load_folder(
             place, dtype, device, quantize=config.quantize, template=config.template, chat_template=chat_template
         )
-        base.notes = (note,) if note is not None else ()
+        base.notes = tuple(said for said in (dtype_note(config, device), note) if said is not None)
         # Its name, rather than the cache folder that a GGUF file was converted into.
         local = isinstance(place, Path) and config.name != locate.EMBEDDED
         base.source = str(expand_user(config.name).absolute()) if local else config.name

@@ -8,11 +8,13 @@ import torch
 import transformers
 from families import _COMMON, exact_norms, method_of, perturb, random_rows
 
+from trimtab.core.errors import UnsupportedModel
 from trimtab.data import TokenRow, pack_tree
-from trimtab.engine import low_rank, operations
+from trimtab.engine import check_packing, forward, low_rank, operations, own_passes
 from trimtab.engine.backends import Norm
 from trimtab.engine.backends import torch as torch_backend
 from trimtab.engine.forward import describe_layers, states_at
+from trimtab.engine.layouts import PackLayout
 from trimtab.engine.patching import unfused
 from trimtab.methods import LowRankUpdate, Method, Sample, adapters, attach
 from trimtab.methods.lora import LoRA
@@ -218,3 +220,48 @@ def test_a_product_is_rounded_once_beside_a_bias_a_change_and_a_residual(dtype):
         assert off <= (1.5 if given is None else 1.02) * best
     twice = (residual + 0.5 * (x @ linear.weight.T + bias)) + 0.5 * (x @ A.T @ B.T)
     assert (twice - exact).norm() > 1.1 * best
+
+
+class Mistaken(PackLayout):
+    """Its tokens see a little of all others."""
+
+    share = 0.0
+
+    def attend(self, call):
+        out = super().attend(call)
+        return out + self.share * out.mean(1, keepdim=True)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_the_check_of_packing_measures_rounding_and_sees_smaller_mistakes_than_it_had_to_allow(dtype, monkeypatch):
+    monkeypatch.setattr(forward, "PackLayout", Mistaken)
+    model, _ = made("llama", dtype, LoRA(rank=4))
+    with unfused(), torch.no_grad():
+        passes = own_passes.OwnPasses(model, random_rows(15, 14, 20))
+        check_packing(model)
+        held = [p.data_ptr() for p in model.parameters()]
+        wide = torch.cat(passes._in_float32)
+        exact = torch.cat(
+            [
+                own_passes._of_tokens(copy.deepcopy(model).float()(torch.tensor([ids])).logits[0, :-1].double(), ids)
+                for ids in passes.rows
+            ]
+        )
+        assert float((wide - exact).abs().max()) < 1e-5
+        assert float((torch.cat(passes.logprobs) - exact).abs().max()) > 1e-4
+        assert held == [p.data_ptr() for p in model.parameters()]
+        monkeypatch.setattr(Mistaken, "share", 0.3)
+        with pytest.raises(UnsupportedModel, match="cannot be trained on packed examples exactly"):
+            check_packing(model)
+        monkeypatch.setattr(own_passes.OwnPasses, "_in_float32", None)
+        check_packing(model)  # without the measurement, nothing is noticed
+
+
+def test_a_model_that_overflows_is_refused_by_that_name():
+    model, _ = made("llama", torch.float16, LoRA(rank=4))
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.base.weight.fill_(6e4)
+    with pytest.raises(
+        UnsupportedModel, match=r"gives NaN in float16, in its own forward pass: its numbers overflow.*bfloat16 and float32"
+    ):
+        check_packing(model)

@@ -12,6 +12,7 @@ which depend on every token of a batch, are left out.
 import copy
 import importlib.util
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
 
@@ -96,11 +97,17 @@ def make_exact(model: nn.Module) -> None:
             module.bias.data = module.bias.data.to(module.compute_dtype)  # as its first forward pass would
 
 
-def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
-    """Have quantized layers compute in this dtype."""
-    for module in quantized_layers(model):
-        if getattr(module, "compute_dtype", None) is not None:
+@contextmanager
+def computing_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Within the block, quantized layers compute in this dtype."""
+    held = [(m, m.compute_dtype) for m in quantized_layers(model) if getattr(m, "compute_dtype", None) is not None]
+    try:
+        for module, _ in held:
             module.compute_dtype = dtype
+        yield
+    finally:
+        for module, own in held:
+            module.compute_dtype = own
 
 
 def _multiply(module: Any, x: Tensor) -> Tensor:

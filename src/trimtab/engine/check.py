@@ -12,16 +12,15 @@ import torch
 from torch import Tensor
 
 from trimtab.base import limit_rows
-from trimtab.core.attention import without_cudnn
 from trimtab.core.attention_hook import recording_sizes
 from trimtab.core.errors import DataError, UnsupportedModel
-from trimtab.core.wrapping import trunk_of
 from trimtab.data.example import TokenRow
 from trimtab.data.pack import Pack, pack_tree
 from trimtab.data.prefix_tree import lay_out
 from trimtab.engine.forward import hidden_states, one_thread, pack_logprobs
 from trimtab.engine.head import head_of
 from trimtab.engine.layouts import Cache, DecodeLayout, PrefillLayout
+from trimtab.engine.own_passes import OwnPasses, explained
 from trimtab.engine.pass_mode import PassMode, mode_of
 from trimtab.methods import adapters, unwrap
 from trimtab.methods._switch import switched
@@ -159,32 +158,15 @@ class _Rows:
     def __init__(self, model: Any, longest: int = 0) -> None:
         self.model, self.name = model, type(model).__name__
         self.device, vocabulary = next(model.parameters()).device, model.config.get_text_config().vocab_size
-        exact = unwrap(model.get_input_embeddings()).weight.dtype in (torch.float32, torch.float64)
-        self.tolerance = 1e-4 if exact else 3e-2
         generator = torch.Generator().manual_seed(0)
         first, second, other = (torch.randint(vocabulary, (n,), generator=generator).tolist() for n in ROWS)
         more = torch.randint(vocabulary, (longest,), generator=generator).tolist()
         self.rows = [first, first[:SHARED] + second[SHARED:], other + more]
-        self.ratios: list[float] = []
-        """Of logits and what the head's matrix makes of the trunk's hidden states, by row."""
-        self.alone = [self._alone(ids) for ids in self.rows]
+        self.own = OwnPasses(model, self.rows)
 
-    def _alone(self, ids: list[int]) -> Tensor:
-        """log p of each token but the first, by the model's own forward pass."""
-        with (
-            _explained(self.name, "in its own forward pass", "does not run on plain text"),
-            without_cudnn(),
-            _recording(trunk_of(self.model)) as hidden,
-        ):
-            logits = (
-                self.model(input_ids=torch.tensor([ids], device=self.device), use_cache=False).logits[0, :-1].cpu().double()
-            )
-        if hidden:
-            raw = head_of(self.model)._replace(scale=1.0, softcap=None).logits(hidden[0][:-1]).cpu().double()
-            cap = head_of(self.model).softcap
-            uncapped = logits if cap is None else cap * torch.atanh(logits / cap)
-            self.ratios.append(float((uncapped / raw).nanmedian()))
-        return logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+    @property
+    def alone(self) -> list[Tensor]:
+        return self.own.logprobs
 
     def check(self, mode: PassMode) -> None:
         """Compare, and set what is found out. Raises UnsupportedModel."""
@@ -213,24 +195,26 @@ class _Rows:
 
     def _head_scale(self) -> float | None:
         """The number in the configuration, or the inverse of one, by which logits are multiplied; None if it is none of them."""
-        if not self.ratios:
+        if not self.own.ratios:
             return None
         config = self.model.config
         numbers = [
             v for part in (config.get_text_config(), config) for n, v in vars(part).items() if "scal" in n or "multipl" in n
         ]
         known = [float(v) for v in numbers if isinstance(v, int | float) and v and type(v) is not bool]
-        measured = self.ratios[0]
-        close = [s for s in (1.0, *known, *(1 / v for v in known)) if abs(s - measured) <= 10 * self.tolerance * abs(measured)]
+        measured = self.own.ratios[0]
+        close = [
+            s for s in (1.0, *known, *(1 / v for v in known)) if abs(s - measured) <= 10 * self.own.tolerance * abs(measured)
+        ]
         return min(close, key=lambda s: abs(s - measured), default=None)
 
     def _check_packed(self) -> None:
         rows = [TokenRow(ids, list(range(1, len(ids))), f"check:{n}") for n, ids in enumerate(self.rows)]
         pack: Pack = pack_tree(rows).to(self.device)
-        with _explained(self.name, "on packed examples", "relates tokens in a way that Trimtab does not know"):
+        with explained(self.name, "on packed examples", "relates tokens in a way that Trimtab does not know"):
             packed = pack_logprobs(self.model, pack).cpu().double()
         for number, (ours, alone) in enumerate(zip(packed, self.alone, strict=True), start=1):
-            if not abs(ours - alone.sum()) <= abs(alone.sum()) * self.tolerance:
+            if not self.own.is_near(ours, number - 1):
                 raise UnsupportedModel(
                     f"{self.name} gives example {number} of {len(rows)} the log-probability {ours:.6g} packed and {alone.sum():.6g} "
                     "alone, so it cannot be trained on packed examples exactly."
@@ -253,41 +237,12 @@ class _Rows:
                 decoded.append(head_of(self.model).logits(hidden).cpu().double().log_softmax(-1))
         except Exception:  # whatever a model's own code raises where there are no earlier tokens
             return False
-        for number, (row, cut, alone) in enumerate(zip(rows, cuts, self.alone[1:], strict=True)):
-            ours = sum(decoded[step][number, row[cut + step + 1]] for step in range(DECODED - 1))
-            reference = alone[cut : cut + DECODED - 1].sum()
-            if not abs(ours - reference) <= abs(reference) * self.tolerance:
+        for number, (row, cut) in enumerate(zip(rows, cuts, strict=True)):
+            ours = torch.stack([decoded[step][number, row[cut + step + 1]] for step in range(DECODED - 1)]).sum()
+            if not self.own.is_near(ours, number + 1, slice(cut, cut + DECODED - 1)):
                 return False
         return True
 
 
-@contextmanager
-def _recording(trunk: torch.nn.Module) -> Iterator[list[Tensor]]:
-    """The last hidden states that the trunk returns within the block, each T d."""
-    seen: list[Tensor] = []
-
-    def keep(module: object, given: object, out: Any) -> None:
-        if isinstance(hidden := getattr(out, "last_hidden_state", None), Tensor):
-            seen.append(hidden[0])
-
-    handle = trunk.register_forward_hook(keep)
-    try:
-        yield seen
-    finally:
-        handle.remove()
-
-
 def _difference(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max())
-
-
-@contextmanager
-def _explained(name: str, where: str, meaning: str) -> Iterator[None]:
-    """Raise UnsupportedModel, with what it means, in place of whatever a model's own code raises."""
-    try:
-        yield
-    except UnsupportedModel:
-        raise
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UnsupportedModel(f"{name} {meaning}: its code fails {where} ({type(error).__name__}: {reason}).") from error

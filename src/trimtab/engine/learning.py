@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from trimtab.base.quantized import compute_in
+from trimtab.base.quantized import computing_in
 from trimtab.core.attention import AttentionCall, LocalMask
 from trimtab.core.attention_hook import holding
 from trimtab.data.prefix_tree import Segment
@@ -176,12 +176,13 @@ def _proved_in_half(layer: nn.Module, inputs: _Inputs, kwargs: dict[str, Any]) -
     """
     switches = {id(m.switch): m.switch for m in layer.modules() if isinstance(m, AdapterLayer)}
     wide = copy.deepcopy(layer, dict(switches)).float()
-    compute_in(wide, torch.float32)
     wide_inputs, wide_kwargs = _Inputs(inputs.x.detach().float().requires_grad_(), inputs.direction.float()), _widened(kwargs)
-    structure = _proved(wide, wide_inputs, wide_kwargs)
+    with computing_in(wide, torch.float32):
+        structure = _proved(wide, wide_inputs, wide_kwargs)
+        with _watched_attention(kwargs["layout"]):
+            exact = _computed(type(wide).forward(wide, wide_inputs.x, **wide_kwargs), wide_inputs)
     kwargs |= {name: wide_kwargs[name] for name in ("position_ids", "attention_mask") if name in wide_kwargs}
     with _watched_attention(kwargs["layout"]):
-        exact = _computed(type(wide).forward(wide, wide_inputs.x, **wide_kwargs), wide_inputs)
         own = _computed(type(layer).forward(layer, inputs.x, **kwargs), inputs)
     patch_parts(layer, structure)
     ours = _computed(compute_layer(layer, structure, inputs.x, kwargs), inputs)

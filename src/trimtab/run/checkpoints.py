@@ -54,6 +54,8 @@ class Progress:
     computed: int = 0
     skipped: int = 0
     """Steps that were not taken, because the loss or gradient was NaN or Inf."""
+    loss_scale: dict[str, Any] = field(default_factory=dict)
+    """Of the next step, on a base model in float16."""
     evaluated_before_training: bool = False
 
 
@@ -110,6 +112,7 @@ class Checkpointer:
         seconds = time.perf_counter() - self.started
         best = last if better else progress.best
         progress = replace(progress, best=best, last=last, skipped=self.optimizer.skipped, seconds=seconds)
+        progress = replace(progress, loss_scale=asdict(self.optimizer.loss_scale))
         facts |= {key: self.run.record[key] for key in ("data_digest", "objective", "reference", "start")}
         with interrupts_deferred():
             if not (folder / name).exists():  # it does if writing the state failed before

@@ -19,7 +19,7 @@ from trimtab.run.checkpoints import Checkpointer, Progress, Run, keep_adapters, 
 from trimtab.run.recipe import Recipe
 from trimtab.run.resume import IDENTIFIED, UnfinishedRun, claim_output
 from trimtab.run.start import PreparedRun, prepare
-from trimtab.train import Optimizer, Step, train
+from trimtab.train import LossScale, Optimizer, Step, train
 
 MOVED_BY = 3
 """Steps by which every trained tensor must have moved: of two factors, the second one moves the first a step later."""
@@ -212,7 +212,8 @@ def _optimizer(prepared: PreparedRun, state: State | None) -> tuple[Optimizer, d
     optimizer, already = Optimizer(prepared.adapter, prepared.recipe.train.weight_decay), 0
     first_values = optimizer.digests()
     if state is not None:
-        optimizer.load(state.tensors, state.step, state.facts["skipped"])
+        scale = LossScale(**state.facts["loss_scale"]) if state.facts.get("loss_scale") else None
+        optimizer.load(state.tensors, state.step, state.facts["skipped"], scale)
         already = sum(tensor.nbytes for name, tensor in state.tensors.items() if not name.startswith("value/"))
         state.tensors.clear()  # they are the optimizer's by now
     return optimizer, first_values, PeakMemory(prepared.base.device, already)

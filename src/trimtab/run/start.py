@@ -87,8 +87,6 @@ def open_recipe(
         on_stage: Is told what is being done.
     """
     on_stage("reading the recipe and the first examples")
-    if recipe.model.dtype == "float16":
-        raise RecipeError("model.dtype: small gradients underflow in float16 silently. Use bfloat16 or float32.")
     locate_model(recipe.model.name)
     check_first_examples(recipe.data, recipe.objective.data_kind)
     recipe, start = with_start(recipe)

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +24,7 @@ from trimtab.engine import ActivationArena, FrozenLayerCache, MemoryPlan, free_m
 from trimtab.methods import Attached, LearningRateContext, Method
 from trimtab.objectives import KLEstimate, Objective, mean_measures
 from trimtab.train.config import TrainConfig, learning_rate
+from trimtab.train.loss_scale import LossScale
 from trimtab.train.optimizer import Optimizer
 
 PATIENCE = 3
@@ -59,13 +60,22 @@ class Step:
     """The objective's other measures, as means over the step's rows."""
     skipped: str | None = None
     """Why the step was not taken: its loss or gradient is NaN or Inf."""
+    loss_scale: float | None = None
+    """By which the loss was multiplied for the backward pass, on a base model in float16."""
 
     @property
     def values(self) -> dict[str, Any]:
         """What is logged."""
         names = ("loss", "lr", "grad_norm", "items", "tokens", "computed")
         skipped = {"skipped": self.skipped} if self.skipped else {}
-        return {name: getattr(self, name) for name in names} | {"seconds": round(self.seconds, 4)} | skipped | self.measures
+        scale = {"loss_scale": self.loss_scale} if self.loss_scale is not None else {}
+        return (
+            {name: getattr(self, name) for name in names}
+            | {"seconds": round(self.seconds, 4)}
+            | scale
+            | skipped
+            | self.measures
+        )
 
 
 def train(
@@ -101,20 +111,22 @@ def train(
         items = sum(objective.items(pack) for pack in packs if not pack.mismatched)
         if items == 0:
             raise DataError(f"step {number}: none of its examples has a target token.")
+        scale = replace(optimizer.loss_scale)
         adapter.train(not objective.needs_reference)
-        losses, measures = passes.gradients(number, packs, items)
+        loss, norm, measures = passes.clipped_gradients(number, packs, items, optimizer, scale)
         adapter.train(False)
-        norm = torch.nn.utils.clip_grad_norm_(optimizer.parameters, config.clip if config.clip is not None else float("inf"))
-        mean = torch.stack(losses).cpu().double().sum().item() / items  # in float64 on the host: not every device has it
         rows = [row for pack in packs if not pack.mismatched for row in pack.rows]
-        skipped = _not_finite(number, mean, norm.item(), rows)
+        skipped = _not_finite(number, loss, norm, rows)
         skipped_in_a_row = _count_skipped(skipped_in_a_row, skipped)
+        optimizer.loss_scale = optimizer.loss_scale if skipped else scale
         try:
             optimizer.skip() if skipped else optimizer.step(lr)
         except KeyboardInterrupt as error:
             late_interrupt = error
         counts = items, sum(row.full_length for row in rows), sum(len(pack.ids) for pack in packs)
-        yield Step(number, mean, *counts, time.perf_counter() - started, norm.item(), lr, mean_measures(measures), skipped)
+        yield Step(
+            number, loss, *counts, time.perf_counter() - started, norm, lr, mean_measures(measures), skipped, scale.value
+        )
         if late_interrupt is not None:
             raise late_interrupt
     optimizer.release()
@@ -125,19 +137,38 @@ class _Passes:
 
     def __init__(self, base: Base, objective: Objective, config: TrainConfig, memory: MemoryPlan | None) -> None:
         never_keep_freed_memory()
-        self.base, self.objective, self.seed = base, objective, config.seed
+        self.base, self.objective, self.seed, self.clip = base, objective, config.seed, config.clip
         self.memory, self.deterministic = memory, config.deterministic
         self.arena = ActivationArena(memory.arena_bytes * 1.01) if memory and base.device.type == "cpu" else None
         capacity = memory.frozen_cache_bytes if memory else free_memory(base.device) / 4
         self.frozen_cache = FrozenLayerCache(base.model, capacity) if config.keeps_frozen_outputs else None
 
-    def gradients(self, number: int, packs: list[Pack], items: int) -> tuple[list[torch.Tensor], list[dict[str, torch.Tensor]]]:
-        """Add the gradients of a step's packs to the parameters', and return the losses and other measures."""
+    def clipped_gradients(
+        self, number: int, packs: list[Pack], items: int, optimizer: Optimizer, scale: LossScale
+    ) -> tuple[float, float, list[dict[str, torch.Tensor]]]:
+        """Make the gradients of a step, clip them, and return the loss, their norm before, and other measures.
+
+        What overflows in float16 is computed again, with a smaller `scale`.
+        """
+        while True:
+            losses, measures = self.gradients(number, packs, items, scale)
+            scale.unscale_(parameter.grad for parameter in optimizer.parameters)
+            clip = self.clip if self.clip is not None else float("inf")
+            norm = torch.nn.utils.clip_grad_norm_(optimizer.parameters, clip).item()
+            loss = torch.stack(losses).cpu().double().sum().item() / items  # in float64 on the host: not every device has it
+            if not scale.lower(loss, norm):
+                return loss, norm, measures
+            optimizer.clear()
+
+    def gradients(
+        self, number: int, packs: list[Pack], items: int, scale: LossScale
+    ) -> tuple[list[torch.Tensor], list[dict[str, torch.Tensor]]]:
+        """Add the scaled gradients of a step's packs to the parameters', and return the losses and other measures."""
         with deterministic(self.deterministic):
-            return self._gradients(number, packs, items)
+            return self._gradients(number, packs, items, scale)
 
     def _gradients(
-        self, number: int, packs: list[Pack], items: int
+        self, number: int, packs: list[Pack], items: int, scale: LossScale
     ) -> tuple[list[torch.Tensor], list[dict[str, torch.Tensor]]]:
         device, measures, losses = self.base.device, list[dict[str, torch.Tensor]](), list[torch.Tensor]()
         estimate = KLEstimate(self.objective)
@@ -148,7 +179,7 @@ class _Passes:
                 estimate.add(pack, logprobs)
                 continue
             loss = self.objective.loss(logprobs, pack, estimate.value)
-            (loss / items).backward()
+            scale.scaled(loss / items).backward()
             measures.append(self.objective.measures(logprobs.detach(), pack, estimate.value))
             losses.append(loss.detach())  # read once, after the step: .item() waits for the device
         return losses, measures

@@ -1,6 +1,7 @@
 """AdamW on an adapter's parameters: uninterrupted steps, and optimizer state by the parameters' names."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from trimtab.artifacts import sha256_tensor
 from trimtab.core.errors import ArtifactError
 from trimtab.core.interrupts import interrupts_deferred
 from trimtab.methods import Attached
+from trimtab.train.loss_scale import LossScale
 
 MOMENTS = {"mean": "exp_avg", "square": "exp_avg_sq"}
 """Ours and torch's names."""
@@ -24,6 +26,8 @@ class Optimizer:
         self.taken = 0
         """Steps, skipped ones included."""
         self.skipped = 0
+        self.loss_scale = LossScale.of(adapter.model)
+        """Of the gradients that `step` takes; of the next step's, afterwards."""
         groups: dict[float, list[nn.Parameter]] = {}
         for name, parameter in self.named.items():
             groups.setdefault(adapter.method.lr_multiplier(name.rpartition(".")[2]), []).append(parameter)
@@ -46,6 +50,7 @@ class Optimizer:
             self._adamw.step()
             self.clear()
             self.taken += 1
+            self.loss_scale = self.loss_scale.after_step()
             self.adapter.trained = True
 
     def skip(self) -> None:
@@ -79,7 +84,7 @@ class Optimizer:
                 held[f"{ours}/{name}"] = torch.zeros_like(parameter) if moment is None else moment
         return {name: tensor.to("cpu").contiguous() for name, tensor in held.items()}
 
-    def load(self, tensors: Mapping[str, Tensor], taken: int, skipped: int = 0) -> None:
+    def load(self, tensors: Mapping[str, Tensor], taken: int, skipped: int = 0, scale: LossScale | None = None) -> None:
         """Resume from a state. Raises ArtifactError, changing nothing, if the names, shapes or types are not these parameters'."""
         expected = {f"{kind}/{name}": p for kind in ("value", *MOMENTS) for name, p in self.named.items()}
         wrong = sorted(tensors.keys() ^ expected.keys())
@@ -96,6 +101,7 @@ class Optimizer:
             at = parameter.device if self.fused else torch.device("cpu")  # else each step would wait for the device to read it
             self._adamw.state[parameter] = {"step": torch.tensor(float(taken - skipped), device=at), **state}
         self.taken, self.skipped = taken, skipped
+        self.loss_scale = replace(scale) if scale is not None else self.loss_scale
 
 
 def _has_fused_adamw(device: torch.device) -> bool:

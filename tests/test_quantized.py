@@ -1,6 +1,7 @@
 """A quantized base is its dequantized self: every method that leaves weights alone computes, trains and decodes on it as there."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -9,12 +10,14 @@ from families import logprob_alone, method_of, perturb, random_rows, tiny
 
 from trimtab.base import Base, ModelConfig, quantized
 from trimtab.base.fingerprint import own_weights, weights_hash
+from trimtab.base.quantized import StoredMatrix
 from trimtab.core.errors import ArtifactError, BaseChanged, NotMergeable, RecipeError, UnsupportedModel
 from trimtab.data import pack_flat
 from trimtab.data.example import TokenRow
 from trimtab.deploy import load_adapter, load_model, merge, save_adapter
-from trimtab.engine import check_packing, generate, pack_logprobs
+from trimtab.engine import check_packing, describe_layers, generate, pack_logprobs
 from trimtab.methods import Method, Sample, attach, weight_matrix
+from trimtab.methods.lora import LoRA
 
 pytest.importorskip("bitsandbytes")
 pytest.importorskip("accelerate")
@@ -259,3 +262,66 @@ def test_without_bitsandbytes_it_says_what_to_install(monkeypatch, folder):
     monkeypatch.setattr(quantized.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RecipeError, match=r"nf4 needs bitsandbytes and accelerate.*trimtab\[quantized\]"):
         Base.load_folder(folder("llama"), torch.float32, torch.device("cpu"), quantize="nf4")
+
+
+# By hand
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "phi3"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_its_layers_are_computed_by_hand_from_the_matrices_that_its_bits_stand_for(kind, family, dtype, folder, monkeypatch):
+    """Compared with float64 on the same matrices; never with a copy of all of them."""
+    base = Base.load_folder(folder(family), dtype, torch.device("cpu"), quantize=kind)
+    (words,) = describe_layers(base.model)
+    assert words.endswith("self_attn, mlp by hand")
+    pack = pack_flat(TokenRow(ids, list(range(1, len(ids))), "row") for ids in ROWS)
+    calls, found = [], []
+    real = StoredMatrix.dense
+    monkeypatch.setattr(StoredMatrix, "dense", lambda self: calls.append(self) or real(self))
+    for model in (base.model, dequantized(family, base).double()):
+        adapter = attach(model, LoRA(rank=2))
+        if not found:
+            perturb(adapter.parameters(), 0.05)
+            state = adapter.state()
+        adapter.load_state(state)
+        logprobs = pack_logprobs(model, pack)
+        gradients = torch.autograd.grad(logprobs.sum(), list(adapter.parameters().values()))
+        found.append((logprobs.detach(), *gradients))
+    matrices = sum(1 for _ in quantized.quantized_layers(base.model))
+    assert len(calls) in (
+        2 * matrices - 3,
+        2 * matrices - 1,
+    )  # forward and backward; what the first layer's input gets, nobody needs
+    limit = 1e-5 if dtype == torch.float32 else 0.3
+    for ours, exact in zip(*found, strict=True):
+        assert float((ours.double() - exact).norm()) <= limit * float(exact.norm())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_dequantized_matrix_outlives_its_product(kind, load, monkeypatch):
+    base, pack = load(kind), pack_flat(TokenRow(ids, list(range(1, len(ids))), "row") for ids in ROWS)
+    adapted(base, "lora")
+    pack_logprobs(base.model, pack)
+
+    def most():
+        held, alive = [], []
+        real = StoredMatrix.dense
+
+        def dense(self):
+            made = real(self)
+            alive.append(weakref.ref(made))
+            held.append(sum(one() is not None for one in alive))
+            return made
+
+        with monkeypatch.context() as patched:
+            patched.setattr(StoredMatrix, "dense", dense)
+            total = pack_logprobs(base.model, pack).sum()
+            held.append(sum(one() is not None for one in alive))
+            total.backward()
+        return max(held)
+
+    assert most() == 1
+    kept, real = [], StoredMatrix.dense
+    monkeypatch.setattr(StoredMatrix, "dense", lambda self: kept.append(real(self)) or kept[-1])
+    assert most() > 1, "the negative control"

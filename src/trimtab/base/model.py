@@ -136,6 +136,7 @@ class Base:
         _ = self.fingerprint
         for tensor in [*self.model.parameters(), *self._frozen_weights.values()]:
             tensor.data = tensor.data.new_empty(0)
+        quantized.release(self.model)
         give_back_freed_memory()
         if torch.accelerator.is_available():
             torch.accelerator.empty_cache()

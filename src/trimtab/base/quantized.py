@@ -13,7 +13,6 @@ import copy
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -65,6 +64,15 @@ def quantization_identity(model: nn.Module) -> dict[str, str]:
     return {"bitsandbytes": ", ".join(sorted(layers))} if layers else {}
 
 
+def release(model: nn.Module) -> None:
+    """Free the scales of quantized matrices, which are not among a model's parameters."""
+    for module in quantized_layers(model):
+        if type(module).__name__ == EIGHT:
+            module.state.SCB = module.weight.SCB = None
+        else:
+            module.weight.quant_state = None
+
+
 def refuse_unknown_quantization(model: Any) -> None:
     """Raise UnsupportedModel for a model that is not quantized in bitsandbytes' 4-bit or 8-bit layers."""
     layers = list(quantized_layers(model))
@@ -86,13 +94,11 @@ def make_exact(model: nn.Module) -> None:
     """Have every quantized layer compute exactly x Ŵᵀ on any device, without changing its weights."""
     for module in quantized_layers(model):
         if type(module).__name__ == EIGHT:
-            module.forward = partial(_multiply, module)
+            module.forward = ExactForward(module)
             continue
         module.support_avx512bf16_for_cpu = False  # it would reorder the weights in place, and then pass no gradient
         if module.in_features % module.weight.quant_state.blocksize:
-            module.forward = partial(
-                _multiply, module
-            )  # on CPUs with AVX-512 its own forward dequantizes these wrongly (0.50.2)
+            module.forward = ExactForward(module)  # on CPUs with AVX-512 its own dequantizes these wrongly (0.50.2)
         if module.bias is not None and module.compute_dtype is not None:
             module.bias.data = module.bias.data.to(module.compute_dtype)  # as its first forward pass would
 
@@ -110,10 +116,38 @@ def computing_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
             module.compute_dtype = own
 
 
-def _multiply(module: Any, x: Tensor) -> Tensor:
-    dtype = getattr(module, "compute_dtype", None) or x.dtype
-    y = _Dequantized.apply(x.to(dtype), module)
-    return (y if module.bias is None else y + module.bias.to(y.dtype)).to(x.dtype)
+class StoredMatrix:
+    """The matrix of a quantized layer, where it is multiplied without the layer's own code."""
+
+    def __init__(self, module: Any, dtype: torch.dtype) -> None:
+        self._module, self.dtype = module, dtype
+
+    def __len__(self) -> int:
+        outputs: int = self._module.out_features
+        return outputs
+
+    def dense(self) -> Tensor:
+        """Ŵ, (outputs, inputs): made for this call."""
+        return _dequantized(self._module, self.dtype)
+
+
+def stored_matrix(module: Any, dtype: torch.dtype) -> StoredMatrix | None:
+    """None for modules that are not quantized, or compute in another dtype."""
+    if type(module).__name__ not in (FOUR, EIGHT) or type(module).__module__.partition(".")[0] != "bitsandbytes":
+        return None
+    return StoredMatrix(module, dtype) if getattr(module, "compute_dtype", None) in (None, dtype) else None
+
+
+class ExactForward:
+    """The forward pass of a quantized layer, for as long as the base lives: passes by hand compute the same."""
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+
+    def __call__(self, x: Tensor) -> Tensor:
+        module, dtype = self.module, getattr(self.module, "compute_dtype", None) or x.dtype
+        y = _Dequantized.apply(x.to(dtype), module)
+        return (y if module.bias is None else y + module.bias.to(y.dtype)).to(x.dtype)
 
 
 def _dequantized(module: Any, dtype: torch.dtype) -> Tensor:

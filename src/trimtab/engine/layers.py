@@ -17,6 +17,7 @@ from trimtab.core.attention import Virtual
 from trimtab.core.attention_hook import holding
 from trimtab.engine import operations
 from trimtab.engine.backends import AttentionInputs, AttentionPlan, Norm
+from trimtab.engine.low_rank import linear_of
 from trimtab.engine.recompute import recomputable
 from trimtab.engine.structure import (
     AttentionPart,
@@ -29,7 +30,7 @@ from trimtab.engine.structure import (
     rotary_angles,
 )
 from trimtab.engine.tree_attention import attend
-from trimtab.methods import AdapterLayer, LowRankUpdate, Routing, unwrap
+from trimtab.methods import AdapterLayer, Routing, unwrap
 
 _in_fused_layer: ContextVar[bool] = ContextVar("in_fused_layer", default=False)
 
@@ -255,7 +256,7 @@ def _linears(
     x: Tensor, pre: _Norm | None, modules: Sequence[nn.Module], widths: Sequence[int] | None = None
 ) -> Sequence[Tensor]:
     """x, for the residual connection, and each module's output for pre(x); or a single one's, split into these widths."""
-    layers = [layer for module in modules if (layer := _linear(module)) is not None]
+    layers = [layer for module in modules if (layer := linear_of(module, x.dtype)) is not None]
     fused, norm = len(layers) == len(modules), _norm(pre) if pre is not None else None
     if norm is not None and norm.weight.requires_grad:
         norm = None  # then the norm is an operation of its own
@@ -271,30 +272,9 @@ def _linear_add(
     x: Tensor | None, y: Tensor, module: nn.Module, post: _Norm | None, scale: float, gate: operations.Gate | None = None
 ) -> Tensor:
     """x + scale · post(module(y)); with a gate (u and activation) of act(y) · u instead of y."""
-    layer = _linear(module)
+    layer = linear_of(module, y.dtype)
     if layer is None:
         return _add(x, module((operations.gate(y, *gate) if gate else y)[None])[0], post, scale)
     if post is None:
         return operations.linear_add(x, y, layer, scale, gate)
     return _add(x, operations.linear_add(None, y, layer, 1.0, gate), post, scale)
-
-
-def _linear(module: nn.Module) -> operations.Linear | None:
-    """A frozen linear layer with the low-rank updates that act on it; None for anything else."""
-    updates: list[LowRankUpdate] = []
-    while isinstance(module, AdapterLayer):
-        if state := module.switch.state:
-            update = None if isinstance(state, Routing) else module.low_rank_factors()
-            if update is None:
-                return None
-            updates.append(LowRankUpdate(*update))
-        module = module.base
-    if type(module) is not nn.Linear or any(p is not None and p.requires_grad for p in (module.weight, module.bias)):
-        return None
-    if len(updates) > 1:
-        if any(update.dropout for update in updates):
-            return None
-        updates = [LowRankUpdate(torch.cat([A for A, _, _ in updates]), torch.cat([B for _, B, _ in updates], dim=1))]
-    if updates and (p := updates[0].dropout):
-        updates = [updates[0]._replace(B=updates[0].B / (1 - p))]
-    return operations.Linear(module.weight, module.bias, *(updates[0] if updates else ()))

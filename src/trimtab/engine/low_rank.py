@@ -9,13 +9,15 @@ Shapes: T tokens, d numbers in, N out, r rank.
 
 from collections.abc import Callable, Sequence
 from functools import cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from trimtab.base.quantized import StoredMatrix, stored_matrix
 from trimtab.engine.arena import activation_like
 from trimtab.engine.dropout import draw, kept
+from trimtab.methods import AdapterLayer, LowRankUpdate, Routing
 
 HALF = (torch.bfloat16, torch.float16)
 """The dtypes of 16 bits."""
@@ -24,7 +26,7 @@ HALF = (torch.bfloat16, torch.float16)
 class Linear(NamedTuple):
     """A frozen linear layer with its low-rank update."""
 
-    weight: Tensor
+    weight: Tensor | StoredMatrix
     """N d."""
     bias: Tensor | None
     """N."""
@@ -34,6 +36,38 @@ class Linear(NamedTuple):
     """N r, scale included."""
     dropout: float = 0.0
     """Probability with which an input of A is dropped. The others are not scaled: B holds the 1 / (1 − p), too."""
+
+
+def linear_of(module: nn.Module, dtype: torch.dtype) -> Linear | None:
+    """A frozen linear layer with the low-rank updates that act on it; None for anything else.
+
+    Args:
+        dtype: Of what it is given.
+    """
+    updates: list[LowRankUpdate] = []
+    while isinstance(module, AdapterLayer):
+        if state := module.switch.state:
+            update = None if isinstance(state, Routing) else module.low_rank_factors()
+            if update is None:
+                return None
+            updates.append(LowRankUpdate(*update))
+        module = module.base
+    weight: Any = module.weight if type(module) is nn.Linear else stored_matrix(module, dtype)
+    if weight is None or any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
+        return None
+    if len(updates) > 1:
+        if any(update.dropout for update in updates):
+            return None
+        updates = [LowRankUpdate(torch.cat([A for A, _, _ in updates]), torch.cat([B for _, B, _ in updates], dim=1))]
+    if updates and (p := updates[0].dropout):
+        updates = [updates[0]._replace(B=updates[0].B / (1 - p))]
+    bias: Any = module.bias
+    return Linear(weight, bias, *(updates[0] if updates else ()))
+
+
+def dense(layer: Linear) -> Tensor:
+    """Its matrix, N d; if that is quantized, for a product that keeps it no longer: allocators then give its memory to the next."""
+    return layer.weight if isinstance(layer.weight, Tensor) else layer.weight.dense()
 
 
 Factors = Sequence[Tensor | None]
@@ -71,10 +105,10 @@ def product(
         return out, inner
     if residual is not None:
         assert len(layers) == 1, "the layers at a residual connection's end have one matrix"
-        torch.addmm(residual, x, layers[0].weight.T, alpha=scale, out=out)
+        torch.addmm(residual, x, dense(layers[0]).T, alpha=scale, out=out)
     else:
         for layer, part in zip(layers, _columns(out, rows), strict=True):
-            torch.mm(x, layer.weight.T, out=part)
+            torch.mm(x, dense(layer).T, out=part)
         if scale != 1.0:
             out.mul_(scale)
     place = 0
@@ -106,11 +140,11 @@ def _product_in_half_(
             u, changed = inner[:, place : (place := place + B.shape[1])], True
             start = torch.mm(u, B.T, out=part) if start is None else torch.addmm(start, u, B.T, out=part)
         if start is not None:
-            torch.addmm(start, x, layer.weight.T, out=part)
+            torch.addmm(start, x, dense(layer).T, out=part)
         elif residual is None:
-            torch.mm(x, layer.weight.T, out=part)
+            torch.mm(x, dense(layer).T, out=part)
     if residual is not None and not changed and layers[0].bias is None:
-        torch.addmm(residual, x, layers[0].weight.T, alpha=scale, out=out)
+        torch.addmm(residual, x, dense(layers[0]).T, alpha=scale, out=out)
     elif residual is not None:
         torch.add(residual, out, alpha=scale, out=out)
     elif scale != 1.0:
@@ -120,9 +154,9 @@ def _product_in_half_(
 def input_gradient(dy: Tensor, layers: Sequence[Linear], factors: Factors, masks: Masks) -> tuple[Tensor, Tensor | None]:
     """T N -> T d; and dy B of all factors side by side."""
     parts = _columns(dy, [len(layer.weight) for layer in layers])
-    dx = parts[0] @ layers[0].weight
+    dx = parts[0] @ dense(layers[0])
     for part, layer in zip(parts[1:], layers[1:], strict=True):
-        dx.addmm_(part, layer.weight)
+        dx.addmm_(part, dense(layer))
     A = _stacked_A(factors)
     if A is None:
         return dx, None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from trimtab.base.quantized import ExactForward
 from trimtab.core.attention_hook import holding
 from trimtab.engine.backends import backend_for
 from trimtab.engine.layers import PatchedPartForward, compute_layer, patch_parts
@@ -221,4 +222,5 @@ def _modules_from_last(module: nn.Module) -> Iterator[nn.Module]:
 def _is_hooked(module: nn.Module) -> bool:
     """Whether other code has put a hook, or a forward pass of its own, on the module."""
     own = vars(module)
-    return any(own[name] for name in _HOOKS) or not getattr(own.get("forward", PatchedPartForward), "is_patch", False)
+    forward = own.get("forward", PatchedPartForward)
+    return any(own[name] for name in _HOOKS) or not (type(forward) is ExactForward or getattr(forward, "is_patch", False))

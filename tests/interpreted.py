@@ -85,6 +85,13 @@ def check_norms(module, dtype):
         (dx,) = torch.autograd.grad(exact, leaf, dy.double())
         rounded_once(module.rms_norm_backward(dy, x, norm, rstd), dx)
         rounded_once(module.rms_norm_backward(dy, x, norm, rstd, residual), dx + residual.double())
+        if rows == 2:  # each head by itself, of some columns of a matrix
+            several = [drawn(3, 4 * n, dtype=dtype, seed=seed, columns=8).unflatten(1, (4, n)) for seed in (4, 5, 6)]
+            apart = [t.reshape(-1, n) for t in several]
+            ours, sums = module.rms_norm(several[0], norm)
+            assert torch.equal(ours.flatten(0, 1), module.rms_norm(apart[0], norm)[0])
+            ours = module.rms_norm_backward(several[1], several[0], norm, sums, several[2])
+            assert torch.equal(ours.flatten(0, 1), module.rms_norm_backward(apart[1], apart[0], norm, sums.flatten(), apart[2]))
         wide = torch.full((rows, n + 5), 7.0, dtype=dtype)
         module.rms_norm(x, norm, out=wide[:, :n])
         assert torch.equal(wide[:, :n], y)
@@ -177,6 +184,8 @@ FAULTS = {
         ("/ n + eps", "/ BLOCK + eps"),
         ("d += tl", "d = tl"),
         ("x + at * x_row", "x + at * n"),
+        ("(row % heads)[:, None] * n + column\n    a =", "column\n    a ="),
+        ("(row % heads)[:, None] * n + column\n    r =", "column\n    r ="),
         ("r * (g - xhat", "r * (g + xhat"),
         ("* r[:, None] * scale)", "* r[:, None]).to(y.dtype.element_ty) * scale"),
     ],

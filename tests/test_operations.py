@@ -43,6 +43,20 @@ def test_rms_norm_and_its_gradient(backend, dtype, tolerance, offset):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), KINDS)
+def test_norms_of_heads_in_place_are_those_of_a_copy(dtype, tolerance, monkeypatch):
+    """As accelerators take them: columns of a matrix, of which the gradient is asked, too."""
+    monkeypatch.setattr(cpu, "load_library", lambda: None)
+    results = []
+    for rows in (lambda x: x.unflatten(1, (-1, 6)), lambda x: x.reshape(-1, 6)):
+        x, weight, dy = drawn(11, 18, dtype=dtype, columns=4), drawn(6, dtype=dtype, seed=1), drawn(11, 18, dtype=dtype, seed=2)
+        x.requires_grad_(), weight.requires_grad_()
+        y = operations.rms_norm(rows(x), Norm(weight, 1.0, 1e-5)).view(11, 18)
+        results.append([y.detach(), *torch.autograd.grad(y, (x, weight), dy)])
+    for ours, exact in zip(*results, strict=True):
+        close(ours, exact.double(), tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), KINDS)
 @pytest.mark.parametrize(("kind", "act"), [("silu", F.silu), ("gelu_tanh", lambda x: F.gelu(x, approximate="tanh"))])
 def test_gates_and_their_gradients(backend, dtype, tolerance, kind, act):
     both = 4 * drawn(23, 34, dtype=dtype)

@@ -228,7 +228,9 @@ def _normalized_heads(x: Tensor, own: Any, part: NormPart | str | None, size: in
         return x
     module: Any = getattr(own, part if isinstance(part, str) else part.name)
     if not isinstance(part, str) and (norm := _norm(_Norm(module, part))) is not None:
-        return operations.rms_norm(x.reshape(-1, len(norm.weight)), norm).view(x.shape)
+        n = len(norm.weight)  # heads side by side, which C takes from a copy
+        rows = x if n == x.shape[1] else x.reshape(-1, n) if x.is_cpu else x.unflatten(1, (-1, n))
+        return operations.rms_norm(rows, norm).view(x.shape)
     weight = getattr(unwrap(module), "weight", None)
     whole = weight is not None and len(weight) == x.shape[1]
     return module((x if whole else x.unflatten(1, (-1, size)))[None])[0].reshape(x.shape)

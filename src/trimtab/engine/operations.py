@@ -72,7 +72,7 @@ class _RMSNorm(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = backend_for(gradients[0], x, weight).rms_norm_backward(gradients[0], x, norm, rstd)
         if ctx.needs_input_grad[1]:
-            dweight = (at_least_float32(gradients[0]) * x).mul_(rstd[:, None]).sum(0).to(ctx.dtype)
+            dweight = (at_least_float32(gradients[0]) * x).mul_(rstd[..., None]).flatten(0, -2).sum(0).to(ctx.dtype)
         return dx, dweight, None
 
 

@@ -104,7 +104,7 @@ class Backend(Protocol):
         """Whether `attend` takes plans with a soft-cap, in layers of such hidden states."""
 
     def rms_norm(self, x: Tensor, norm: Norm, scratch: bool = False) -> tuple[Tensor, Tensor]:
-        """norm(x), T n, and 1 / rms(x), T.
+        """norm(x), T n, and 1 / rms(x), T; on accelerators also of each head by itself: T heads n, and T heads.
 
         Args:
             scratch: The first is needed only until this thread asks for its next scratch result, which may overwrite it.

@@ -83,14 +83,17 @@ def summed_by_users(source: Tensor, starts: Tensor, users: Tensor) -> Tensor:
 
 def _norms(x: Tensor, norm: Norm, *others: Tensor | None) -> Any:
     def probe(way: Any, draw: _Draw) -> Sequence[Tensor]:
-        rows, weight = draw(x, 9), draw(norm.weight[None], 1)[0]
+        heads = 2 if x.ndim == 3 else 1
+        rows, weight = draw(x, 9 * heads), draw(norm.weight[None], 1)[0]
+        given, dy, beside = (t.unflatten(0, (3, heads)) if heads > 1 else t for t in rows.split(3 * heads))
         own = norm._replace(weight=weight)
-        y, rstd = way.rms_norm(rows[:3], own)
-        gradients = [way.rms_norm_backward(rows[3:6], rows[:3], own, rstd, residual) for residual in (None, rows[6:])]
-        return y, rstd, *gradients
+        y, rstd = way.rms_norm(given, own)
+        return y, rstd, *(way.rms_norm_backward(dy, given, own, rstd, residual) for residual in (None, beside))
 
-    key = x.device, x.dtype, norm.weight.dtype, x.shape[1]
-    return _proved("norms", key, probe, x, norm.weight, *others) if x.shape[1] <= _LONGEST else None
+    if x.shape[-1] > _LONGEST or any(t is not None and t.ndim == 3 and t.stride(1) != t.shape[2] for t in (x, *others)):
+        return None
+    key = x.device, x.dtype, norm.weight.dtype, x.shape[-1], x.ndim
+    return _proved("norms", key, probe, x, norm.weight, *others)
 
 
 def _gates(activation: Activation, *tensors: Tensor) -> Any:

@@ -26,13 +26,13 @@ def supports_softcap(hidden: Tensor) -> bool:
 
 def rms_norm(x: Tensor, norm: Norm, scratch: bool = False) -> tuple[Tensor, Tensor]:
     wide, weight = at_least_float32(x), norm.offset + at_least_float32(norm.weight)
-    rstd = torch.rsqrt(wide.square().mean(1) + norm.eps)
-    return (wide * rstd[:, None] * weight).to(x.dtype), rstd
+    rstd = torch.rsqrt(wide.square().mean(-1) + norm.eps)
+    return (wide * rstd[..., None] * weight).to(x.dtype), rstd
 
 
 def rms_norm_backward(dy: Tensor, x: Tensor, norm: Norm, rstd: Tensor, residual: Tensor | None = None) -> Tensor:
-    g, xhat = at_least_float32(dy) * (norm.offset + at_least_float32(norm.weight)), at_least_float32(x) * rstd[:, None]
-    dx = rstd[:, None] * (g - xhat * (g * xhat).mean(1, keepdim=True))
+    g, xhat = at_least_float32(dy) * (norm.offset + at_least_float32(norm.weight)), at_least_float32(x) * rstd[..., None]
+    dx = rstd[..., None] * (g - xhat * (g * xhat).mean(-1, keepdim=True))
     return (dx if residual is None else dx + residual).to(x.dtype)
 
 

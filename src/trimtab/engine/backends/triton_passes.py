@@ -19,31 +19,33 @@ _TILE = 2048
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _norm(x, weight, y, rstd, rows, n, x_row, y_row, offset, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _norm(x, weight, y, rstd, rows, heads, n, x_row, y_row, offset, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)[None, :]
-    at, inside = row.to(tl.int64)[:, None], (row[:, None] < rows) & (column < n)
-    a = tl.load(x + at * x_row + column, mask=inside, other=0.0).to(tl.float32)
+    at, inside = (row // heads).to(tl.int64)[:, None], (row[:, None] < rows) & (column < n)
+    of_head = (row % heads)[:, None] * n + column
+    a = tl.load(x + at * x_row + of_head, mask=inside, other=0.0).to(tl.float32)
     r = 1.0 / tl.sqrt_rn(tl.sum(a * a, axis=1) / n + eps)
     scale = tl.load(weight + column, mask=column < n, other=0.0).to(tl.float32) + offset
-    tl.store(y + at * y_row + column, (a * r[:, None] * scale).to(y.dtype.element_ty), mask=inside)
+    tl.store(y + at * y_row + of_head, (a * r[:, None] * scale).to(y.dtype.element_ty), mask=inside)
     tl.store(rstd + row, r, mask=row < rows)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _norm_backward(
-    dy, x, weight, rstd, residual, dx, rows, n, dy_row, x_row, residual_row, dx_row, offset,
+    dy, x, weight, rstd, residual, dx, rows, heads, n, dy_row, x_row, residual_row, dx_row, offset,
     RESIDUAL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)[None, :]
-    at, inside = row.to(tl.int64)[:, None], (row[:, None] < rows) & (column < n)
+    at, inside = (row // heads).to(tl.int64)[:, None], (row[:, None] < rows) & (column < n)
+    of_head = (row % heads)[:, None] * n + column
     r = tl.load(rstd + row, mask=row < rows, other=0.0)[:, None]
-    xhat = tl.load(x + at * x_row + column, mask=inside, other=0.0).to(tl.float32) * r
+    xhat = tl.load(x + at * x_row + of_head, mask=inside, other=0.0).to(tl.float32) * r
     scale = tl.load(weight + column, mask=column < n, other=0.0).to(tl.float32) + offset
-    g = tl.load(dy + at * dy_row + column, mask=inside, other=0.0).to(tl.float32) * scale
+    g = tl.load(dy + at * dy_row + of_head, mask=inside, other=0.0).to(tl.float32) * scale
     d = r * (g - xhat * (tl.sum(g * xhat, axis=1) / n)[:, None])
     if RESIDUAL:
-        d += tl.load(residual + at * residual_row + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(dx + at * dx_row + column, d.to(dx.dtype.element_ty), mask=inside)
+        d += tl.load(residual + at * residual_row + of_head, mask=inside, other=0.0).to(tl.float32)
+    tl.store(dx + at * dx_row + of_head, d.to(dx.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -144,10 +146,10 @@ def _sum_users(source, starts, users, to, n, source_row, BLOCK: tl.constexpr):
 def rms_norm(x: Tensor, norm: Norm, scratch: bool = False, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """As in `Backend`; perhaps into `out`, whose rows may be strided."""
     y = x.new_empty(x.shape) if out is None else out
-    rstd = torch.empty(len(x), dtype=torch.float32, device=x.device)
-    rows, block = _row_blocks(x)
-    arguments = x, norm.weight, y, rstd, len(x), x.shape[1], x.stride(0), y.stride(0), float(norm.offset), float(norm.eps)
-    _launch(_norm, x, (-(-len(x) // rows),), *arguments, ROWS=rows, BLOCK=block, num_warps=_warps(rows * block))
+    rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+    grid, sizes, options = _whole_rows(x)
+    arguments = x, norm.weight, y, rstd, *sizes, x.stride(0), y.stride(0), float(norm.offset), float(norm.eps)
+    _launch(_norm, x, grid, *arguments, **options)
     return y, rstd
 
 
@@ -155,11 +157,9 @@ def rms_norm_backward(dy: Tensor, x: Tensor, norm: Norm, rstd: Tensor, residual:
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     beside = dy if residual is None else residual
     strides = dy.stride(0), x.stride(0), beside.stride(0), dx.stride(0)
-    rows, block = _row_blocks(x)
-    _launch(
-        _norm_backward, x, (-(-len(x) // rows),), dy, x, norm.weight, rstd, beside, dx, *x.shape, *strides, float(norm.offset),
-        RESIDUAL=residual is not None, ROWS=rows, BLOCK=block, num_warps=_warps(rows * block),
-    )  # fmt: skip
+    grid, sizes, options = _whole_rows(x)
+    arguments = dy, x, norm.weight, rstd, beside, dx, *sizes, *strides, float(norm.offset)
+    _launch(_norm_backward, x, grid, *arguments, RESIDUAL=residual is not None, **options)
     return dx
 
 
@@ -210,10 +210,13 @@ def summed_by_users(source: Tensor, starts: Tensor, users: Tensor) -> Tensor:
     return to
 
 
-def _row_blocks(x: Tensor) -> tuple[int, int]:
-    """Rows of a program that holds whole rows, and the numbers for which it has room in each."""
-    block = triton.next_power_of_2(max(1, x.shape[1]))
-    return max(1, 1024 // block), block
+def _whole_rows(x: Tensor) -> tuple[tuple[int], tuple[int, int, int], dict[str, int]]:
+    """Of programs that hold whole rows of T n or T heads n: the grid; rows, heads and n; and constants."""
+    n = x.shape[-1]
+    rows, heads, block = x.numel() // max(1, n), x.shape[1] if x.ndim == 3 else 1, triton.next_power_of_2(max(1, n))
+    together = max(1, 1024 // block)
+    options = {"ROWS": together, "BLOCK": block, "num_warps": _warps(together * block)}
+    return (-(-rows // together),), (rows, heads, n), options
 
 
 def _warps(numbers: int) -> int:

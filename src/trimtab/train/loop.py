@@ -116,17 +116,15 @@ def train(
         loss, norm, measures = passes.clipped_gradients(number, packs, items, optimizer, scale)
         adapter.train(False)
         rows = [row for pack in packs if not pack.mismatched for row in pack.rows]
-        skipped = _not_finite(number, loss, norm, rows)
-        skipped_in_a_row = _count_skipped(skipped_in_a_row, skipped)
+        skipped_in_a_row = _count_skipped(skipped_in_a_row, skipped := _not_finite(number, loss, norm, rows))
         optimizer.loss_scale = optimizer.loss_scale if skipped else scale
         try:
             optimizer.skip() if skipped else optimizer.step(lr)
         except KeyboardInterrupt as error:
             late_interrupt = error
         counts = items, sum(row.full_length for row in rows), sum(len(pack.ids) for pack in packs)
-        yield Step(
-            number, loss, *counts, time.perf_counter() - started, norm, lr, mean_measures(measures), skipped, scale.value
-        )
+        means, seconds = mean_measures(measures), time.perf_counter() - started
+        yield Step(number, loss, *counts, seconds, norm, lr, means, skipped, scale.value)
         if late_interrupt is not None:
             raise late_interrupt
     optimizer.release()

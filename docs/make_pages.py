@@ -492,7 +492,7 @@ def _ways(card: _Card, dtype: torch.dtype, kinds: Iterable[Any]) -> tuple[str, .
 def by_hand_table() -> str:
     """What each method adds to decoder layers by hand, in 16 bits, on a small Llama."""
     from trimtab.certify.doctor import NEEDED, _Case
-    from trimtab.engine.layers import _linear
+    from trimtab.engine.low_rank import linear_of
     from trimtab.engine.patching import layers_of
     from trimtab.methods import AdapterLayer, unwrap
 
@@ -504,7 +504,7 @@ def by_hand_table() -> str:
         linear = [child for child in adapted if isinstance(unwrap(child), torch.nn.Linear)]
         if not adapted:
             words = "layers are as without it; virtual keys take part in the call of attention"
-        elif linear and all(_linear(child) is not None for child in linear):
+        elif linear and all(linear_of(child, torch.bfloat16) is not None for child in linear):
             words = "its products, dropout included, are part of the operation of the frozen matrix"
         else:
             words = "its own operations at the modules that it adapts; norms, gates and attention around them by hand"

@@ -2,23 +2,25 @@
 
 import random
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerators import cuda_backend
-from families import exact_norms, perturb, tiny
-from test_fused_layers import assert_equal, both, counted, learned, rows
+from families import exact_norms, method_of, perturb, tiny
+from test_fused_layers import SAMPLE, assert_equal, both, counted, learned, rows
 from test_tree_attention import CASES, Case, differences, drawn, ours
+from torch.utils._python_dispatch import TorchDispatchMode
 from varlen import VarlenOperations
 
 from trimtab.core.attention import AttentionCall, Rules, Virtual
 from trimtab.data import pack_tree
 from trimtab.data.prefix_tree import Segment, lay_out
 from trimtab.engine import tree_attention
-from trimtab.engine.backends import AttentionPlan, Heads, flash, paths, probing, segments, ways
+from trimtab.engine.backends import AttentionInputs, AttentionPlan, Heads, flash, paths, probing, segments, ways
 from trimtab.engine.layouts import PackLayout
 from trimtab.engine.operations import join_columns
-from trimtab.methods import attach
+from trimtab.methods import Sample, attach
 from trimtab.methods.lora import LoRA
 
 SMALL = [
@@ -120,6 +122,92 @@ def test_random_trees(by):
         virtual, window, chunk = rng.choice([0, 5]), rng.choice([None, 7, 30]), rng.choice([None, None, 11])
         case = Case(lay_out(rows).segments, heads, virtual, window, chunk, sinks=rng.random() < 0.3)
         assert max(differences(case)) < 1e-12, case
+
+
+@pytest.mark.parametrize(("family", "method"), [("gemma3", "lora"), ("qwen3", "prefix")])
+def test_layers_by_flash_attention_are_the_models_own(by, monkeypatch, family, method):
+    exact_norms(monkeypatch)
+    model = tiny(family, torch.float64)
+    adapter = attach(model, method_of(method), sample=Sample(SAMPLE))
+    perturb(adapter.parameters(), 0.05)
+    operations = by(FLASH)
+    learned(model)
+    operations.calls = 0
+    assert_equal(*both(model, adapter, pack_tree(rows())))
+    assert operations.calls == 4  # of two layers, forward and backward
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["by flash attention", "by segments"])
+def test_how_many_kernels_are_launched(dtype):
+    """One call a layer, however many segments there are."""
+    counts = []
+    for segments_of in (3, 40):
+        plan = AttentionPlan(
+            tuple(Segment(9 * n, 9 * n + 9, 0 if n else -1) for n in range(segments_of)), Heads(2, 2, 16), 0.25
+        )
+        q, k, v = (torch.empty(9 * segments_of, n, dtype=dtype, device="meta", requires_grad=True) for n in (64, 32, 32))
+        angles = q.new_empty(len(q), 16)
+        with cuda_backend(), OperationCounter() as counter:
+            out = tree_attention.attend(AttentionInputs(q, k, v, angles, angles), plan)
+            torch.autograd.grad(out, [q, k, v], torch.empty_like(out))
+        counts.append(counter.count)
+    assert (counts[0] == counts[1]) == (dtype == torch.bfloat16)
+
+
+class OperationCounter(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        self.count += 1
+        return function(*arguments, **(named or {}))
+
+
+class TestNewerFlashAttention:
+    """FlashAttention-3 and 4 take the place of PyTorch's own where they are installed, and where they are right."""
+
+    PLAN = AttentionPlan(CASES["a tree"].segments, Heads(2, 3, 64), 1.0)
+    QUERIES = SimpleNamespace(device=torch.device("cuda:0"), dtype=torch.bfloat16)
+
+    @pytest.fixture
+    def installed(self, monkeypatch):
+        """Activates those of these names."""
+        names, active = {"FA3"}, [""]
+
+        def activate(name):
+            if name not in names:
+                raise ModuleNotFoundError(name)
+            active[0] = name
+
+        monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", activate, raising=False)
+        monkeypatch.setattr(
+            torch.nn.attention, "restore_flash_attention_impl", lambda: active.__setitem__(0, ""), raising=False
+        )
+        monkeypatch.setattr(ways, "_newer", {})
+        monkeypatch.setattr(ways, "_capability", lambda device: (9, 0))
+        monkeypatch.setattr(probing, "_probes", {})
+        monkeypatch.setattr(probing, "_said", set())
+        return active
+
+    def test_one_that_is_right_is_used(self, installed, monkeypatch):
+        monkeypatch.setattr(ways, "_problem", lambda *_: None)
+        assert ways._is_proved(FLASH, self.QUERIES, self.PLAN, False)
+        assert installed == ["FA3"]
+        assert [probe.what for probe in probing.probes()] == ["flash attention by FA3"]
+
+    def test_one_that_is_wrong_is_taken_back(self, installed, monkeypatch):
+        monkeypatch.setattr(ways, "_problem", lambda *_: "wrong" if installed[0] else None)
+        with pytest.warns(RuntimeWarning, match="flash attention by FA3: not used here"):
+            assert ways._is_proved(FLASH, self.QUERIES, self.PLAN, False)
+        assert installed == [""]
+        assert [probe.what for probe in probing.probes()] == ["flash attention by FA3", "flash attention"]
+        assert ways._is_proved(FLASH, self.QUERIES, self.PLAN, True)  # and not tried again
+        assert installed == [""]
+
+    def test_none_is_tried_on_cards_that_it_is_not_made_for(self, installed, monkeypatch):
+        monkeypatch.setattr(ways, "_capability", lambda device: (8, 0))
+        monkeypatch.setattr(ways, "_problem", lambda *_: None)
+        assert ways._is_proved(FLASH, self.QUERIES, self.PLAN, False)
+        assert installed == [""]
 
 
 @pytest.mark.parametrize("name", ["a tree", "virtual tokens and a window"])

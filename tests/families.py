@@ -21,7 +21,12 @@ FAMILIES = {
     "mistral": lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**_COMMON, sliding_window=4)),
     "gemma2": lambda: transformers.Gemma2ForCausalLM(  # soft-caps, alternate sliding windows
         transformers.Gemma2Config(
-            **_COMMON, head_dim=8, sliding_window=4, attn_logit_softcapping=2.0, final_logit_softcapping=3.0
+            **_COMMON,
+            head_dim=8,
+            sliding_window=4,
+            attn_logit_softcapping=2.0,
+            final_logit_softcapping=3.0,
+            attn_implementation="eager",  # before Transformers 5.23 its others leave the cap out
         )
     ),
     "gemma3": lambda: transformers.Gemma3ForCausalLM(  # two rotary bases, sliding and full layers
@@ -105,3 +110,8 @@ def exact_norms(monkeypatch) -> None:
         ("gemma2.modeling_gemma2.Gemma2RMSNorm", shifted), ("gemma3.modeling_gemma3.Gemma3RMSNorm", shifted),
     ):  # fmt: skip
         monkeypatch.setattr(f"transformers.models.{name}.forward", forward)
+
+
+def recomputing(model, arguments=None):
+    """Turn the model's gradient checkpointing on, by the name that this version of Transformers has for it."""
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)(arguments)

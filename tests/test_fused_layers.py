@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from families import FAMILIES, exact_norms, method_of, perturb, random_rows, tiny
+from families import FAMILIES, exact_norms, method_of, perturb, random_rows, recomputing, tiny
 
 from trimtab.data import TokenRow, pack_flat, pack_tree
 from trimtab.engine import layers, operations, pack_logprobs, tree_attention
@@ -167,7 +167,7 @@ def test_recomputed_layers_are_recomputed_by_hand(family):
     adapter = attach(model, LoRA(rank=3))
     perturb(adapter.parameters())
     plain, reference = both(model, adapter, pack_tree(rows()), train=True)
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    recomputing(model, {"use_reentrant": False})
     again, _ = both(model, adapter, pack_tree(rows()), train=True)
     assert_equal(again, reference)
     assert_equal(plain, reference)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from families import FAMILIES, exact_norms, logprob_alone, perturb, random_rows, tiny
+from families import FAMILIES, exact_norms, logprob_alone, perturb, random_rows, recomputing, tiny
 
 from trimtab.core.errors import RecipeError, UnsupportedModel
 from trimtab.data import pack_flat
@@ -297,7 +297,7 @@ def test_recomputed_activations_leave_gradients_alone_bit_for_bit(family, packed
     model, adapter = perturbed(family, method)
     model.base_model.train()
     expected, calls = gradients(model, adapter, packed)
-    model.activation_checkpointing_enable()
+    recomputing(model)
     model.base_model.train()
     got, more = gradients(model, adapter, packed)
     assert more == 2 * calls  # it was recomputed
@@ -309,7 +309,7 @@ def test_recomputed_activations_leave_gradients_alone_bit_for_bit(family, packed
 @pytest.mark.parametrize("packed", [True, False])
 def test_recomputation_that_would_lose_gradients_is_refused(packed, method):
     model, adapter = perturbed("llama", method)
-    model.activation_checkpointing_enable({"use_reentrant": True})
+    recomputing(model, {"use_reentrant": True})
     model.enable_input_require_grads()
     model.base_model.train()
     with pytest.raises(UnsupportedModel, match="get no gradient through reentrant gradient checkpointing"):

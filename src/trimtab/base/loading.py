@@ -48,6 +48,8 @@ def read_model(place: Path | str, **arguments: Any) -> Any:
         config = read_config(place) if "gguf_file" not in arguments else {}
         AutoModel, (name, revision) = auto_class(config), parse_hub_name(str(place))
         arguments |= {"revision": revision} if revision else {}
+        if config.get("attn_logit_softcapping") is not None:  # before Transformers 5.22 its sdpa leaves the cap out silently
+            arguments.setdefault("attn_implementation", "eager")
         arguments |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # refused below, by name
         with _load_report() as lines:
             try:

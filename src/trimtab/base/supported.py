@@ -10,12 +10,15 @@ from weakref import WeakKeyDictionary
 from trimtab.base.quantized import refuse_unknown_quantization
 from trimtab.core.attention_hook import uses_interface
 from trimtab.core.errors import UnsupportedModel
-from trimtab.core.stateful import carries_state
+from trimtab.core.stateful import carries_state, updates_state
+
+STATES_SINCE = (5, 21)
+"""The version of Transformers from which on layers that carry state ask its cache for it by methods."""
 
 
 def refuse_unsupported(model: Any, tokenizer: Any) -> None:
     """Raise UnsupportedModel, with the reason, for a model or tokenizer that Trimtab can't train exactly."""
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, __version__
 
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
@@ -28,6 +31,12 @@ def refuse_unsupported(model: Any, tokenizer: Any) -> None:
         raise UnsupportedModel(f"{name} is an encoder-decoder model; Trimtab trains causal language models.")
     if model.get_output_embeddings() is None:
         raise UnsupportedModel(f"{name} has no language model head; load it with AutoModelForCausalLM.")
+    states = next((type(module).__name__ for module in model.modules() if updates_state(type(module))), None)
+    if states and tuple(int(part) for part in __version__.split(".")[:2]) < STATES_SINCE:
+        raise UnsupportedModel(
+            f"{name} has layers that carry state ({states}), which are supported from Transformers "
+            f"{'.'.join(map(str, STATES_SINCE))} on; this is {__version__}: pip install -U transformers"
+        )
     if not any(uses_interface(type(module)) for module in model.modules()) and not carries_state(model):
         raise UnsupportedModel(
             f"{name} does not use Transformers' attention interface, so packed examples would attend to each other."

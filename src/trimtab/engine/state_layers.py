@@ -23,8 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trimtab.core.attention_hook import current_layout, holding
-from trimtab.core.errors import UnsupportedModel
-from trimtab.core.stateful import called_state_methods, updates_state
+from trimtab.core.stateful import called_state_methods
 from trimtab.engine.layouts import DecodeLayout, LayerState, PackLayout, PrefillLayout
 from trimtab.engine.recurrence import branching_scan
 from trimtab.engine.segment_batches import batches
@@ -75,29 +74,11 @@ def _initial_state(function: Callable[..., Any]) -> str | None:
 _state_layers: WeakKeyDictionary[nn.Module, list[nn.Module]] = WeakKeyDictionary()
 
 
-SINCE = (5, 21)
-"""The version of Transformers from which on layers that carry state ask a cache for it by methods."""
-
-
 def state_layers(model: nn.Module) -> list[nn.Module]:
-    """The model's layers that carry state. Raises UnsupportedModel where an older Transformers keeps it otherwise."""
+    """The model's layers that carry state."""
     if model not in _state_layers:
-        _refuse_older(model)
         _state_layers[model] = [module for module in model.modules() if state_methods(type(module)) is not None]
     return _state_layers[model]
-
-
-def _refuse_older(model: nn.Module) -> None:
-    import transformers
-
-    if tuple(int(part) for part in transformers.__version__.split(".")[:2]) >= SINCE:
-        return
-    for module in model.modules():
-        if updates_state(type(module)):
-            raise UnsupportedModel(
-                f"{type(model).__name__} has layers that carry state ({type(module).__name__}), which are supported from "
-                f"Transformers {'.'.join(map(str, SINCE))} on. This is {transformers.__version__}: pip install -U transformers"
-            )
 
 
 def patch_state_layers(model: nn.Module) -> None:

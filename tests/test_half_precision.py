@@ -11,7 +11,7 @@ from families import _COMMON, exact_norms, method_of, perturb, random_rows
 from trimtab.core.errors import UnsupportedModel
 from trimtab.data import TokenRow, pack_tree
 from trimtab.engine import check_packing, forward, low_rank, operations, own_passes
-from trimtab.engine.backends import Norm
+from trimtab.engine.backends import Norm, cuda
 from trimtab.engine.backends import torch as torch_backend
 from trimtab.engine.forward import describe_layers, states_at
 from trimtab.engine.layouts import PackLayout
@@ -265,3 +265,10 @@ def test_a_model_that_overflows_is_refused_by_that_name():
         UnsupportedModel, match=r"gives NaN in float16, in its own forward pass: its numbers overflow.*bfloat16 and float32"
     ):
         check_packing(model)
+
+
+def test_products_on_cuda_keep_partial_sums_in_float32():
+    """Read from the process's settings, which the CUDA back end makes when it is loaded."""
+    assert cuda._DTYPES
+    assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+    assert not torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction

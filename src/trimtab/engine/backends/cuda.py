@@ -22,6 +22,10 @@ from trimtab.engine.backends.passes import (  # noqa: F401  (a back end's functi
 from trimtab.engine.backends.torch import recurrence, recurrence_backward, supports_recurrence  # noqa: F401
 from trimtab.engine.backends.ways import way_of
 
+# Products of 16 bits are summed in float32: partial sums would be rounded to 16 bits otherwise, where cuBLAS splits them.
+torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 

@@ -1,5 +1,6 @@
 """Checkpoints as people have them: sharded, pickled, quantized, at a revision; read exactly, or refused by name."""
 
+import importlib.util
 import json
 import shutil
 
@@ -211,6 +212,88 @@ def test_fp8_of_which_transformers_would_misplace_scales_is_refused(tmp_path):
     settings = transformers.FineGrainedFP8Config(dequantize=True)
     wrong = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=settings).state_dict()
     assert any(not torch.equal(wrong[name].float(), tensor) for name, tensor in meant.items())  # why
+
+
+def compressed(folder, preset, form):
+    """A Llama whose matrices in blocks compressed-tensors has stored, and what they stand for, from the formats' definitions."""
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config, preset_name_to_scheme
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    model = tiny("llama", torch.bfloat16)
+    groups = {"group_0": preset_name_to_scheme(preset, ["Linear"])}
+    if groups["group_0"].weights.group_size:
+        groups["group_0"].weights.group_size = 16
+    settings = QuantizationConfig(config_groups=groups, ignore=["lm_head"], format=form, quantization_status="frozen")
+    apply_quantization_config(model, settings)
+    for module in model.modules():
+        if (scheme := getattr(module, "quantization_scheme", None)) is not None:
+            rows = module.weight.unflatten(1, (-1, scheme.weights.group_size or module.in_features))
+            scale, zero = calculate_qparams(rows.amin(2), rows.amax(2), scheme.weights)
+            module.weight_scale.data = scale.to(torch.bfloat16)
+            if not scheme.weights.symmetric:
+                module.weight_zero_point.data = zero.to(module.weight_zero_point.dtype)
+    ModelCompressor(quantization_config=settings).compress_model(model)
+    model.save_pretrained(folder)
+    ModelCompressor(quantization_config=settings).update_config(folder)
+    return stands_for(load_file(folder / "model.safetensors"), groups["group_0"].weights.num_bits)
+
+
+def stands_for(tensors, bits):
+    """(steps − zero) · scale, of steps that lie in 32-bit words, the first in the lowest bits, or in numbers of their own."""
+
+    def unpacked(words):
+        steps = (words.long()[:, :, None] >> torch.arange(0, 32, bits)) & (2**bits - 1)
+        return (steps.flatten(1) - 2 ** (bits - 1)).float()
+
+    meant = {}
+    for name in [name.removesuffix("_scale") for name in tensors if name.endswith("weight_scale")]:
+        scale = tensors[f"{name}_scale"].float()[..., None]
+        steps = tensors[name].float() if name in tensors else unpacked(tensors[f"{name}_packed"])
+        zero = unpacked(tensors[f"{name}_zero_point"].T).T[..., None] if f"{name}_zero_point" in tensors else 0.0
+        meant[name] = ((steps.unflatten(1, (scale.shape[1], -1)) - zero) * scale).flatten(1).to(torch.bfloat16).float()
+    return meant
+
+
+COMPRESSED = [
+    ("W4A16", "pack-quantized"), ("W4A16_ASYM", "pack-quantized"), ("W8A16", "pack-quantized"), ("W8A8", "int-quantized"),
+    ("FP8_DYNAMIC", "float-quantized"), ("FP8_DYNAMIC", "naive-quantized"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("preset", "form"), COMPRESSED)
+def test_compressed_tensors_are_dequantized_to_what_their_numbers_stand_for(preset, form, tmp_path):
+    meant = compressed(tmp_path / "stored", preset, form)
+    base = load(tmp_path / "stored")
+    own = base.model.state_dict()
+    assert len(meant) == 14
+    assert all(torch.equal(own[name], tensor) for name, tensor in meant.items())
+    plain = tiny("llama").state_dict()
+    assert all(not torch.equal(own[name], plain[name]) for name in meant)
+    assert {type(module) for module in base.model.modules() if hasattr(module, "in_features")} == {torch.nn.Linear}
+    assert "quantization_config" not in base.model.config.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"format": "marlin-24"}, "format marlin-24"),
+        ({"format": "pack-quantized", "strategy": "block"}, "scales by ['block']"),
+        ({"format": "pack-quantized", "second": {"strategy": "group", "num_bits": 8}}, "in several forms at once"),
+        ({"format": "pack-quantized", "sparsity_config": {"format": "sparse-24"}}, "in several forms at once"),
+    ],
+)
+def test_what_of_compressed_tensors_is_not_proved_is_refused(settings, said, tmp_path, monkeypatch):
+    tiny("llama").save_pretrained(tmp_path)
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name, *a: object() if name == "compressed_tensors" else found(name, *a)
+    )
+    groups = {"group_0": {"weights": {"strategy": settings.pop("strategy", "group"), "num_bits": 4}}}
+    groups |= {"group_1": {"weights": settings.pop("second")}} if "second" in settings else {}
+    with_quantization(tmp_path, quant_method="compressed-tensors", config_groups=groups, **settings)
+    assert said in refused(tmp_path, UnsupportedModel)
 
 
 @pytest.mark.parametrize("quantize", ["nf4", "int8"])

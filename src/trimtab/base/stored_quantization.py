@@ -1,9 +1,11 @@
 """Checkpoints that are stored quantized, known by their config.json before any weight is read: loaded as they are, dequantized, or refused.
 
-bitsandbytes' are loaded as they are (see `quantized`). MXFP4 (GPT-OSS) and block-wise FP8 are dequantized while they are read, into the
-dtype of the base: what is computed is what their numbers stand for, in more memory. All others are refused by name.
+bitsandbytes' are loaded as they are (see `quantized`). MXFP4 (GPT-OSS), block-wise FP8 and compressed-tensors are dequantized while they
+are read, into the dtype of the base: what is computed is what their numbers stand for, in more memory. All others are refused by name.
 """
 
+import importlib.util
+import inspect
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,11 +17,15 @@ import torch
 from trimtab.base.loading import find_file, read_config, read_model, read_skeleton
 from trimtab.core.errors import RecipeError, UnsupportedModel
 
-DEQUANTIZED = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}
+COMPRESSED = "compressed-tensors"
+DEQUANTIZED = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config", COMPRESSED: "CompressedTensorsConfig"}
 """How a checkpoint may be stored and is dequantized from -> Transformers' class that says so."""
+_PROVED_FORMATS = {"pack-quantized", "int-quantized", "float-quantized", "naive-quantized"}
+_PROVED_STRATEGIES = {"tensor", "channel", "group"}
+"""Those of compressed-tensors of which every number was compared with what its bits stand for."""
 BITSANDBYTES = "bitsandbytes"
 _NAMES = {
-    "gptq": "GPTQ", "awq": "AWQ", "compressed-tensors": "compressed-tensors (llm-compressor)", "fbgemm_fp8": "FP8 by row (fbgemm)",
+    "gptq": "GPTQ", "awq": "AWQ", COMPRESSED: "compressed-tensors (llm-compressor)", "fbgemm_fp8": "FP8 by row (fbgemm)",
     "aqlm": "AQLM", "hqq": "HQQ", "torchao": "torchao", "quanto": "Quanto", "vptq": "VPTQ", "higgs": "HIGGS", "spqr": "SpQR",
     "bitnet": "BitNet", "nvfp4": "NVFP4", "mxfp8": "MXFP8", "auto-round": "AutoRound", "quark": "Quark", "eetq": "EETQ", "fp_quant": "FP-Quant",
 }  # fmt: skip
@@ -43,11 +49,12 @@ def stored_quantization(place: Path | str, quantize: str = "none") -> str | None
     stored = str(settings.get("quant_method") or (BITSANDBYTES if _by_bitsandbytes(settings) else "an unnamed method"))
     if stored.startswith(BITSANDBYTES):
         return BITSANDBYTES
-    if stored not in DEQUANTIZED:
+    reason = _why_not_compressed(settings) if stored == COMPRESSED else "which is made for generating, not for training"
+    if stored not in DEQUANTIZED or (stored == COMPRESSED and reason):
         raise UnsupportedModel(
-            f"model: {place} is stored quantized by {_NAMES.get(stored, stored)} (quantization_config in config.json), which is made for "
-            "generating, not for training: nothing was loaded. Use the checkpoint that it was made from, in bfloat16; model.quantize: nf4 or "
-            "int8 holds that in as little memory."
+            f"model: {place} is stored quantized by {_NAMES.get(stored, stored)} (quantization_config in config.json), {reason}: "
+            "nothing was loaded. Use the checkpoint that it was made from, in bfloat16; model.quantize: nf4 or int8 holds that in as "
+            "little memory."
         )
     if quantize != "none":
         raise RecipeError(
@@ -55,6 +62,27 @@ def stored_quantization(place: Path | str, quantize: str = "none") -> str | None
             "and it is dequantized; or use a checkpoint in bfloat16."
         )
     return stored
+
+
+def _why_not_compressed(settings: dict[str, Any]) -> str | None:
+    """Why a checkpoint of compressed-tensors is not dequantized, in words; None if it is."""
+    import transformers
+
+    config: Any = getattr(transformers, DEQUANTIZED[COMPRESSED], None)
+    if importlib.util.find_spec("compressed_tensors") is None:
+        return "which the package of that name dequantizes (pip install compressed-tensors), and it is not installed"
+    if config is None or "dequantize" not in inspect.signature(config.__init__).parameters:
+        return f"which Transformers {transformers.__version__} does not dequantize, as later versions do"
+    schemes = [
+        group.get("weights") or {} for group in (settings.get("config_groups") or {}).values() if isinstance(group, dict)
+    ]
+    wrong = [scheme.get("strategy") for scheme in schemes if scheme.get("strategy") not in _PROVED_STRATEGIES]
+    if settings.get("format") not in _PROVED_FORMATS or wrong or not schemes:
+        form = f"format {settings.get('format')}, scales by {wrong or 'nothing'}"
+        return f"in a form ({form}) of which it is not proved that it can be dequantized"
+    if any(scheme != schemes[0] for scheme in schemes) or settings.get("sparsity_config"):
+        return "in several forms at once, of which it is not proved that they can be dequantized"
+    return None
 
 
 def read_stored(place: Path | str, quantize: str, **arguments: Any) -> Any:

@@ -6,7 +6,11 @@ from families import tiny
 
 from trimtab.core.errors import UnsupportedModel
 from trimtab.engine import head as head_module
-from trimtab.engine.head import Head, head_of, sequence_logprobs
+from trimtab.engine.head import Head, Targets, head_of
+
+
+def sequence_logprobs(hidden, at, head, token, row, rows):
+    return head_module.sequence_logprobs(hidden, head, Targets(at, token, row, rows))
 
 
 def reference(hidden, row, head, token, sequence, count):

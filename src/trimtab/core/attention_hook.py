@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from functools import cache, partial
+from functools import cache, partial, wraps
 from typing import Any, NoReturn
 
 import torch
@@ -205,6 +205,7 @@ def install_hook(model: nn.Module) -> None:
     from transformers.masking_utils import AttentionMaskInterface
     from transformers.modeling_utils import AttentionInterface
 
+    _skip_search()
     names = [(config, config._attn_implementation) for config in _configs(model)]
     if all(own is None or own.startswith(PREFIX) for _, own in names):
         return
@@ -214,6 +215,21 @@ def install_hook(model: nn.Module) -> None:
             AttentionMaskInterface.register(PREFIX + own, partial(_mask, own=own))
             own = HookedName(PREFIX + own)
         config._attn_implementation = own
+
+
+def _skip_search() -> None:
+    """Let Transformers not look for rows in the positions of a pass with a layout: it waits for the device, and `_mask` needs none."""
+    from transformers import masking_utils
+
+    own = getattr(masking_utils, "find_packed_sequence_indices", None)
+    if own is None or hasattr(own, "__wrapped__"):
+        return
+
+    @wraps(own)
+    def find_packed_sequence_indices(*args: Any, **kwargs: Any) -> Any:
+        return own(*args, **kwargs) if current_layout() is None else None
+
+    masking_utils.find_packed_sequence_indices = find_packed_sequence_indices
 
 
 def remove_hook(model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Values made on the host, sent to a device without waiting for it."""
+"""Values made on the host, sent to a device without waiting for it; and values of a device, read by a single wait."""
 
 from collections.abc import Sequence
 
@@ -12,3 +12,17 @@ def to_device(values: Tensor | Sequence[int], device: torch.device) -> Tensor:
     if device.type == "cuda" and held.device.type == "cpu":
         held = held.pin_memory()
     return held.to(device, non_blocking=True)
+
+
+def numbers_like(values: Sequence[float], like: Tensor) -> Tensor:
+    """Numbers known on the host, in the type and on the device of a tensor."""
+    return to_device(torch.tensor(values, dtype=like.dtype), like.device)
+
+
+def read(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors of floating point on the host, in the widest of their types: all by one copy, since each waits for the device."""
+    if not tensors:
+        return []
+    widest = max((t.dtype for t in tensors), key=lambda dtype: torch.finfo(dtype).bits)
+    flat = torch.cat([t.detach().flatten().to(widest) for t in tensors]).cpu()
+    return [part.view(t.shape) for part, t in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)]

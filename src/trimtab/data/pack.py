@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from trimtab.core.process import gc_paused
+from trimtab.core.transfer import to_device
 from trimtab.data.bin_packing import first_fit_decreasing, in_lexical_order
 from trimtab.data.example import TokenRow, row_groups
 from trimtab.data.prefix_tree import Numbers, Segment, as_array, lay_out, token_indices
@@ -19,6 +20,8 @@ class Pack:
 
     A target says "the token after this one is `token`, in row `row`". There are targets rather than a label for each token,
     because the last token of a shared prompt is followed by the first of each answer.
+
+    It is made on the host, with everything that a pass needs to know there, so that no pass waits for the device.
     """
 
     ids: Tensor
@@ -26,8 +29,10 @@ class Pack:
     positions: Tensor
     """T, int64: each token's place in its own row."""
     segments: tuple[Segment, ...]
-    target_at: Tensor
-    """N, int64: the index of the pack's token that predicts."""
+    predicts: Tensor
+    """M, int64, rising: the indices of the pack's tokens that predict."""
+    place: Tensor
+    """N, int64: which of those predicts each target."""
     target_token: Tensor
     """N, int64."""
     target_row: Tensor
@@ -36,6 +41,17 @@ class Pack:
     """S."""
     leaves: tuple[int, ...]
     """S, the segment in which each row ends."""
+    on_host: "Pack | None" = None
+    """Of a pack on a device, the same on the host."""
+
+    @property
+    def host(self) -> "Pack":
+        return self.on_host or self
+
+    @property
+    def target_at(self) -> Tensor:
+        """N, int64: the index of the pack's token that predicts each target."""
+        return self.predicts[self.place]
 
     @property
     def mismatched(self) -> bool:
@@ -59,8 +75,13 @@ class Pack:
         return torch.from_numpy(token_indices(self.segments, self.leaves[row]))
 
     def to(self, device: torch.device) -> "Pack":
-        names = ("ids", "positions", "target_at", "target_token", "target_row")
-        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
+        """The pack on a device, to which it is sent in one piece, and without waiting for it."""
+        if device.type == self.ids.device.type:
+            return self
+        names = ("ids", "positions", "predicts", "place", "target_token", "target_row")
+        tensors = [getattr(self.host, name) for name in names]
+        sent = to_device(torch.cat(tensors), device).split([len(tensor) for tensor in tensors])
+        return replace(self, on_host=self.host, **dict(zip(names, sent, strict=True)))
 
 
 def pack_flat(rows: Iterable[TokenRow]) -> Pack:
@@ -82,10 +103,12 @@ def _pack(rows: tuple[TokenRow, ...], share: bool, tokens: Sequence[Numbers] | N
     tree = lay_out([array[:-1] for array in tokens], share=share)  # a last token predicts nothing
     by_row = zip(rows, tokens, tree.leaves, strict=True)
     targets = [_targets(tree.segments, leaf, array, row.target_indices) for row, array, leaf in by_row]
-    at, token = (torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*targets, strict=True))
-    target_row = torch.from_numpy(np.repeat(np.arange(len(targets)), [len(indices) for indices, _ in targets]))
-    ids, positions = torch.from_numpy(tree.ids), torch.from_numpy(tree.positions)
-    return Pack(ids, positions, tree.segments, at, token, target_row, rows, tree.leaves)
+    at, token = (np.concatenate(arrays) for arrays in zip(*targets, strict=True))
+    target_row = np.repeat(np.arange(len(targets)), [len(indices) for indices, _ in targets])
+    predicts, place = np.unique(at, return_inverse=True)
+    tensor = torch.from_numpy
+    ids, positions, of_targets = tensor(tree.ids), tensor(tree.positions), (tensor(token), tensor(target_row))
+    return Pack(ids, positions, tree.segments, tensor(predicts), tensor(place), *of_targets, rows, tree.leaves)
 
 
 def _targets(segments: tuple[Segment, ...], leaf: int, tokens: Numbers, target_indices: list[int]) -> tuple[Numbers, Numbers]:

@@ -5,7 +5,8 @@ passes run with a `torch` whose arange, asked for as many numbers as there are t
 """
 
 import inspect
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from types import FunctionType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -44,26 +45,27 @@ class PatchedCountingForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         layout = kwargs.get("layout") or current_layout()
         if isinstance(layout, PackLayout):
-            positions = layout.positions
+            counting = _TorchByPositions(len(layout.positions), partial(layout.sent, "positions"))
         elif isinstance(layout, DecodeLayout):
-            positions = layout.cache.token_counts
+            counting = _TorchByPositions(len(layout.cache.token_counts), layout.cache.token_counts.to)
         else:
             return type(self.layer).forward(self.layer, *args, **kwargs)
         own: Any = inspect.unwrap(type(self.layer).forward)
-        counting = {**own.__globals__, "torch": _TorchByPositions(positions)}
-        forward = FunctionType(own.__code__, counting, own.__name__, own.__defaults__, own.__closure__)
+        forward = FunctionType(
+            own.__code__, {**own.__globals__, "torch": counting}, own.__name__, own.__defaults__, own.__closure__
+        )
         forward.__kwdefaults__ = own.__kwdefaults__
         return forward(self.layer, *args, **kwargs)
 
 
 class _TorchByPositions:
-    def __init__(self, positions: Tensor) -> None:
-        self.positions = positions
+    def __init__(self, tokens: int, positions: Callable[[torch.device], Tensor]) -> None:
+        self.tokens, self.positions = tokens, positions
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
 
     def arange(self, *given: Any, device: Any = None, **options: Any) -> Tensor:
-        if given == (len(self.positions),) and not options:
-            return self.positions.to(device)
+        if given == (self.tokens,) and not options:
+            return self.positions(torch.device("cpu" if device is None else device))
         return torch.arange(*given, device=device, **options)

@@ -15,7 +15,7 @@ from trimtab.core.wrapping import trunk_of
 from trimtab.data.pack import Pack
 from trimtab.engine.counting_layers import patch_counting_layers
 from trimtab.engine.frozen_cache import FrozenLayerCache
-from trimtab.engine.head import head_of, sequence_logprobs
+from trimtab.engine.head import Targets, head_of, sequence_logprobs
 from trimtab.engine.layouts import PackLayout
 from trimtab.engine.pass_mode import mode_of
 from trimtab.engine.patching import layers_by_hand, learn_layers, patch_layers
@@ -87,12 +87,11 @@ def pack_logprobs(
         switches = [switch_of(model, owner) for owner in owners]
         lengths = [end - start for start, end, _ in pack.segments]
         routing = Routing([switch for switch, length in zip(switches, lengths, strict=True) for _ in range(length)])
-    at, row = pack.target_at.unique(return_inverse=True)
     cached = frozen_cache.serve(pack) if frozen_cache is not None else nullcontext()
     with routed(routing), recomputing(recompute), cached:
-        hidden = states_at(model, pack, at, routing)
-    with routed(routing.select(at.tolist()) if routing else None):
-        return sequence_logprobs(hidden, row, head_of(model), pack.target_token, pack.target_row, len(pack.rows))
+        hidden = states_at(model, pack, pack.predicts, routing)
+    with routed(routing.select(pack.host.predicts.tolist()) if routing else None):
+        return sequence_logprobs(hidden, head_of(model), Targets.of(pack))
 
 
 @torch.no_grad()
@@ -102,24 +101,23 @@ def pack_divergences(model: Any, other: Any, as_other: Callable[[], AbstractCont
     Args:
         other: May be the same model, with other adapters on in the blocks of `as_other`.
     """
-    at, row = pack.target_at.unique(return_inverse=True)
-    hidden, head = states_at(model, pack, at), head_of(model)
+    hidden, head = states_at(model, pack, pack.predicts), head_of(model)
     with as_other():
-        other_hidden, other_head = states_at(other, pack, at), head_of(other)
+        other_hidden, other_head = states_at(other, pack, pack.predicts), head_of(other)
     vocabulary, parts = min(len(head.weight), len(other_head.weight)), []  # either may be padded
     for p_part, q_part in zip(hidden.split(DIVERGENCE_ROWS), other_hidden.split(DIVERGENCE_ROWS), strict=True):
         p = head.logits(p_part)[:, :vocabulary].log_softmax(dim=1)
         with as_other():
             q = other_head.logits(q_part)[:, :vocabulary].log_softmax(dim=1)
         parts.append(torch.where(p == float("-inf"), 0.0, p.exp() * (p - q)).sum(dim=1))
-    return torch.cat(parts)[row]
+    return torch.cat(parts)[pack.place]
 
 
 def states_at(model: Any, pack: Pack, at: Tensor, routing: Routing | None = None) -> Tensor:
     """The last hidden states of the pack's tokens at M indices: M d."""
-    layout = PackLayout(pack.segments, at if routing is None else None)
+    layout = PackLayout(pack.segments, at if routing is None else None, int(pack.host.ids.max()))
     hidden = hidden_states(model, pack.ids, pack.positions, layout)
-    return hidden if layout.narrowed else hidden[at]
+    return hidden if layout.narrowed else hidden.index_select(0, at)
 
 
 @contextmanager

@@ -4,8 +4,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
+from trimtab.core.transfer import to_device
 from trimtab.data.example import TokenRow
 from trimtab.data.pack import Pack
 from trimtab.engine.patching import FrozenLayers, layers_of, use_frozen_layers
@@ -50,19 +53,26 @@ class FrozenLayerCache:
             self._add(pack, frozen.recorded)
 
     def _gathered(self, pack: Pack) -> Tensor:
-        first = self.rows[id(pack.rows[0])][1]
-        hidden = first.new_empty(len(pack.ids), first.shape[1])
-        for number, row in enumerate(pack.rows):
-            hidden[pack.token_indices(number)] = self.rows[id(row)][1]
-        return hidden
+        source, end = np.empty(len(pack.ids), dtype=np.int64), 0
+        for number in range(len(pack.rows)):  # a token that several rows share is taken from the last of them
+            indices = pack.token_indices(number)
+            start, end = end, end + len(indices)
+            source[indices] = np.arange(start, end)
+        hidden = torch.cat([self.rows[id(row)][1] for row in pack.rows])
+        return hidden.index_select(0, to_device(torch.from_numpy(source), hidden.device))
 
     def _add(self, pack: Pack, hidden: Tensor) -> None:
+        added: list[tuple[TokenRow, Tensor]] = []
         for number, row in enumerate(pack.rows):
             indices = pack.token_indices(number)
             size = len(indices) * hidden[0].nbytes
             if id(row) not in self.rows and size <= self.free:
-                self.rows[id(row)] = row, hidden[indices]
+                added.append((row, indices))
                 self.free -= size
+        if added:
+            at = to_device(torch.cat([indices for _, indices in added]), hidden.device)
+            states = hidden.index_select(0, at).split([len(indices) for _, indices in added])
+            self.rows |= {id(row): (row, of_row) for (row, _), of_row in zip(added, states, strict=True)}
 
 
 def _lowest_trained(model: Any) -> nn.Module | None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -37,13 +37,14 @@ class PackLayout:
 
     continues = False
 
-    def __init__(self, segments: tuple[Segment, ...], output_at: Tensor | None = None) -> None:
+    def __init__(self, segments: tuple[Segment, ...], output_at: Tensor | None = None, largest_id: int | None = None) -> None:
         """
         Args:
             output_at: The indices of M of the T tokens, whose last hidden states are needed; all of them unless given.
+            largest_id: Of the tokens, if known.
         """
         self.segments = segments
-        self.output_at = output_at
+        self.output_at, self.largest_id = output_at, largest_id
         self.narrowed = False
         """The last layer has left out all other tokens after its attention."""
         self.reached = False
@@ -52,6 +53,7 @@ class PackLayout:
         """The model computes with its masks, so it gets them as tensors."""
         self.batches: list[Any] | None = None
         """Segments that layers which carry state go through together."""
+        self._sent: dict[tuple[str, torch.device], Tensor] = {}
 
     @cached_property
     def lengths(self) -> list[int]:
@@ -112,13 +114,19 @@ class PackLayout:
         for number, path in enumerate(self.paths):
             visible[number, path] = True
         seen = visible[segment[:, None], segment] & is_seen(self.positions[:, None], self.positions, rules)
-        return seen[None, None].to(device)
+        return to_device(seen[None, None], device)
 
     @cached_property
     def positions(self) -> Tensor:
         """Of each token in its row: T."""
         starts = [sum(self.lengths[ancestor] for ancestor in path[:-1]) for path in self.paths]
         return torch.cat([torch.arange(start, start + n) for start, n in zip(starts, self.lengths, strict=True)])
+
+    def sent(self, name: Literal["positions", "before"], device: torch.device) -> Tensor:
+        """A number of each token on the device, to which it is sent once: T."""
+        if (name, device) not in self._sent:
+            self._sent[name, device] = to_device(getattr(self, name), device)
+        return self._sent[name, device]
 
     @cached_property
     def ends(self) -> list[int]:

@@ -22,7 +22,7 @@ from trimtab.data.prefix_tree import Segment
 from trimtab.engine.explain_layer import structures_of
 from trimtab.engine.layers import compute_layer, patch_parts
 from trimtab.engine.layouts import PackLayout
-from trimtab.engine.low_rank import HALF
+from trimtab.engine.products import HALF
 from trimtab.engine.structure import LayerStructure
 from trimtab.engine.watching import CLOSE, Attended, UnknownStructure, Watched, alike, watching
 from trimtab.methods import AdapterLayer, base_modules

@@ -8,7 +8,7 @@ Shapes: T tokens, d numbers in, N out, r rank.
 """
 
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,10 +17,8 @@ from torch import Tensor, nn
 from trimtab.base.quantized import StoredMatrix, stored_matrix
 from trimtab.engine.arena import activation_like
 from trimtab.engine.dropout import draw, kept
+from trimtab.engine.products import HALF, sums_of_products
 from trimtab.methods import AdapterLayer, LowRankUpdate, Routing
-
-HALF = (torch.bfloat16, torch.float16)
-"""The dtypes of 16 bits."""
 
 
 class Linear(NamedTuple):
@@ -183,27 +181,6 @@ def factor_gradients(
     # (uᵀ dy)ᵀ takes a quarter of the time of dyᵀ u.
     dB = iter([sums_of_products(u.T, part).T for part, u in zip(adapted, _columns(inner, ranks), strict=True)])
     return [None if factor is None else next(dA if n % 2 == 0 else dB) for n, factor in enumerate(factors)]
-
-
-def sums_of_products(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, in at least float32: factors of 16 bits have products that are not rounded."""
-    if a.dtype not in HALF:
-        return a @ b
-    if _has_float32_results(a.device.type):
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
-
-
-@cache
-def _has_float32_results(device_type: str) -> bool:
-    """Whether torch (2.8 and later, on CUDA) has products of 16-bit matrices in float32."""
-    if device_type != "cuda":
-        return False
-    one = torch.ones(8, 8, dtype=torch.float16, device=device_type)
-    try:
-        return torch.mm(one, one, out_dtype=torch.float32).dtype == torch.float32
-    except (TypeError, RuntimeError):
-        return False
 
 
 def join_columns(parts: Sequence[Tensor]) -> Tensor:

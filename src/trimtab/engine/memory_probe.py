@@ -149,10 +149,9 @@ def random_pack(model: Any, lengths: Sequence[int], target_share: float) -> Pack
 def _layers(model: Any, pack: Pack, recompute: Level, device: torch.device) -> tuple[float, list[float]]:
     """Bytes that the layers save for the backward pass; and all that is held, each time that it changes, in both passes."""
     pack = pack.to(device)
-    at = pack.target_at.unique()
     free_scratch()  # so that each pass makes the same tensors in the same order
     with recomputing(recompute), Meter() as meter:
-        total = states_at(model, pack, at).sum()
+        total = states_at(model, pack, pack.predicts).sum()
         activations = meter.now
         if total.requires_grad:
             total.backward()
@@ -169,10 +168,10 @@ def _head(model: Any, device: torch.device) -> list[MemoryCost]:
     measured = []
     for count in (2 * few, 3 * few):
         hidden = torch.zeros(count, own.weight.shape[1], dtype=own.weight.dtype, device=device).requires_grad_()
-        at = torch.arange(count, device=device)
-        token, sequence = at % len(own.weight), torch.zeros_like(at)
+        at = torch.arange(count)
+        targets = head.Targets(at, at % len(own.weight), torch.zeros_like(at), 1).to(device)
         with Meter() as meter:
-            total = head.sequence_logprobs(hidden, at, own, token, sequence, 1)
+            total = head.sequence_logprobs(hidden, own, targets)
             saved, before = meter.now, len(meter.levels)
             total.sum().backward()
             measured.append((saved, max(meter.levels[:before]), max(meter.levels[before:])))

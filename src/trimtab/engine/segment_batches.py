@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from trimtab.core.transfer import to_device
 from trimtab.engine.layouts import PackLayout
 
 
@@ -29,10 +30,11 @@ CHUNK = 64
 """Tokens that scans go through at once: segments of as many chunks are a batch without waste."""
 
 
-def batches(layout: PackLayout, all_states: bool) -> Iterator[Batch]:
-    """All segments, parents first."""
+def batches(layout: PackLayout, all_states: bool, device: torch.device) -> Iterator[Batch]:
+    """All segments, parents first; their tensors on the device."""
     if layout.batches is None:
-        layout.batches = list(_make_batches(layout, all_states))
+        made = _make_batches(layout, all_states)
+        layout.batches = [b._replace(tokens=to_device(b.tokens, device), real=to_device(b.real, device)) for b in made]
     yield from layout.batches
 
 

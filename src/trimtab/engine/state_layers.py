@@ -18,12 +18,14 @@ from types import FunctionType
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trimtab.core.attention_hook import current_layout, holding
 from trimtab.core.stateful import called_state_methods
+from trimtab.core.transfer import to_device
 from trimtab.engine.layouts import DecodeLayout, LayerState, PackLayout, PrefillLayout
 from trimtab.engine.recurrence import branching_scan
 from trimtab.engine.segment_batches import batches
@@ -133,18 +135,15 @@ class PatchedStateForward:
     def _rows(self, x: Tensor, layout: PackLayout, options: dict[str, Any]) -> Any:
         """Each row by itself, shared tokens once more with each row."""
         ends = layout.leaves if isinstance(layout, PrefillLayout) else layout.ends
-        outs, tokens, states, routing = [], [], [], current_routing()
-        for end in ends:
-            row = layout.row(end).to(x.device)
+        outs, states, routing = [], [], current_routing()
+        rows = [layout.row(end) for end in ends]
+        for row in rows:
             states.append(OwnStates(LayerState({}, {})))
             with routed(routing.select(row.tolist()) if routing is not None else None):
-                outs.append(self._own(x.index_select(1, row), states[-1], options))
-            tokens.append(row)
+                outs.append(self._own(x.index_select(1, to_device(row, x.device)), states[-1], options))
         if isinstance(layout, PrefillLayout):
             layout.cache.states[id(self.layer)] = stacked([each.state for each in states])
-        where = torch.cat(tokens)
-        first = torch.empty(x.shape[1], dtype=torch.long, device=x.device)
-        first[where.flip(0)] = torch.arange(len(where) - 1, -1, -1, device=x.device)
+        first = to_device(torch.from_numpy(np.unique(torch.cat(rows).numpy(), return_index=True)[1]), x.device)
         return _joined(outs, lambda parts: torch.cat(parts, dim=1).index_select(1, first))
 
     def _decode(self, x: Tensor, layout: DecodeLayout, options: dict[str, Any]) -> Any:
@@ -201,7 +200,7 @@ def _limited_steps(own: Any, limit: tuple[float, float]) -> dict[str, Any]:
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, **_: Any) -> Tensor:
     """act(bias + Σ_k weight[k] · x[the token K−1−k before]) along each row: 1 C T -> 1 C T; weight C K."""
-    before = _running.get().layout.before.to(x.device)
+    before = _running.get().layout.sent("before", x.device)
     rows = F.pad(x[0].T, (0, 0, 0, 1))  # T+1 C; index −1 is what stands before a row
     at = torch.arange(len(before), device=x.device)
     before = torch.cat([before, before.new_full((1,), -1)])
@@ -226,8 +225,9 @@ def _scan(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     sequences = {n: a for n, a in bound.arguments.items() if isinstance(a, Tensor) and a.ndim > 2 and a.shape[:2] == (1, count)}
     parts, tokens = [], []
     states.after.clear()
-    for batch in batches(states.layout, isinstance(states.layout, PrefillLayout)):
-        index = batch.tokens.to(next(iter(sequences.values())).device)
+    device = next(iter(sequences.values())).device
+    for batch in batches(states.layout, isinstance(states.layout, PrefillLayout), device):
+        index = batch.tokens
         for name, sequence in sequences.items():
             bound.arguments[name] = sequence[0].index_select(0, index.flatten()).unflatten(0, index.shape)
         before = [states.after[states.layout.segments[number].parent] for number in batch.segments if batch.depth]
@@ -235,7 +235,6 @@ def _scan(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         out, last = function(*bound.args, **bound.kwargs)
         if batch.exact:
             states.after.update(zip(batch.segments, last.split(1), strict=True))
-        parts.append(out.flatten(0, 1)[batch.real.to(out.device)])
-        tokens.append(batch.tokens.flatten()[batch.real])
-    order = torch.cat(tokens).argsort().to(out.device)
-    return torch.cat(parts).index_select(0, order)[None], last
+        parts.append(out.flatten(0, 1).index_select(0, batch.real))
+        tokens.append(index.flatten().index_select(0, batch.real))
+    return torch.cat(parts).index_select(0, torch.cat(tokens).argsort())[None], last

@@ -22,6 +22,7 @@ from trimtab.artifacts import sha256_tensor
 from trimtab.base import Base
 from trimtab.core import cache, files
 from trimtab.core.errors import ArtifactError, NonFinite, RecipeError, StorageError, WrongReference
+from trimtab.core.transfer import read
 from trimtab.data import pack_all
 from trimtab.data.example import TokenRow
 from trimtab.deploy import adapter_folder, load_adapter, versions
@@ -121,13 +122,11 @@ def divergence(base: Base, adapter: Attached, kind: str, rows: Sequence[TokenRow
         kind: `base`, an adapter or run folder, or a model.
     """
     ensure_exact(base.model, rows)
-    total, tokens = 0.0, 0
     with _open(base, adapter, kind) as reference:
-        for pack in pack_all(rows, pack_tokens):
-            values = pack_divergences(base.model, reference.base.model, reference.active, pack.to(base.device))
-            total += float(values.cpu().double().sum())
-            tokens += pack.targets
-    return total / max(1, tokens)
+        packs = (pack.to(base.device) for pack in pack_all(rows, pack_tokens))
+        of_packs = [pack_divergences(base.model, reference.base.model, reference.active, pack) for pack in packs]
+        values = read(of_packs)  # all at once: no pass waits for another
+    return sum(float(of_pack.double().sum()) for of_pack in values) / max(1, sum(map(len, values)))
 
 
 class _ReferenceModel(NamedTuple):
@@ -197,9 +196,10 @@ def logprobs(base: Base, rows: Sequence[TokenRow], pack_tokens: int) -> list[flo
     by_row: dict[int, float] = {}
     # Without their sides, so that a mismatched answer can share its prompt with the row's own.
     rows = [TokenRow(row.ids, row.target_indices, row.where) for row in rows]
-    for pack in pack_all(rows, pack_tokens):
-        for row, value in zip(pack.rows, pack_logprobs(base.model, pack.to(base.device)).tolist(), strict=True):
-            by_row[id(row)] = value
+    packs = pack_all(rows, pack_tokens)
+    computed = [pack_logprobs(base.model, pack.to(base.device)) for pack in packs]
+    for pack, logprobs in zip(packs, read(computed), strict=True):  # all at once: no pass waits for another
+        by_row |= {id(row): value for row, value in zip(pack.rows, logprobs.tolist(), strict=True)}
     return [by_row[id(row)] for row in rows]
 
 

@@ -36,7 +36,8 @@ class Rows(NamedTuple):
     def sort(cls, experts: Tensor, count: int) -> "Rows":
         """By the experts of each token, T k."""
         expert, order = experts.flatten().sort()
-        return cls(order, expert, torch.bincount(expert, minlength=count).cumsum(0).int())
+        ends = torch.searchsorted(expert, torch.arange(count, device=expert.device), right=True, out_int32=True)
+        return cls(order, expert, ends)
 
     def times(self, x: Tensor, matrices: Tensor) -> Tensor:
         """Each row of x (S n) times the transposed matrix of its expert (E m n): S m.

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from trimtab.core.transfer import to_device
+
 
 class Switch:
     """Whether an adapter acts. Each adapter has one, which all of its layers share."""
@@ -40,7 +42,7 @@ class Routing:
         key = (owner, device, None if owner else frozenset(among))
         if key not in self._indices:
             indices = [n for n, switch in enumerate(self.owners) if switch is owner or (owner is None and switch not in among)]
-            self._indices[key] = torch.tensor(indices, dtype=torch.long, device=device)
+            self._indices[key] = to_device(indices, device)
         return self._indices[key]
 
     def select(self, tokens: Sequence[int]) -> "Routing":

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trimtab.core.attention_hook import current_layout
 from trimtab.core.errors import DataError, RecipeError, UnsupportedModel
 from trimtab.methods import AdapterLayer, Sample, base_modules, trainable_dtype, unwrap, with_weight
 from trimtab.methods._matrices import embedding_and_head_shapes
@@ -74,11 +75,16 @@ class InputEmbeddings(TokenEmbeddings):
     def _scaled(self, rows: Tensor) -> Tensor:
         """Gemma 3 multiplies by √d as it looks up."""
         scale = getattr(unwrap(self.base), "embed_scale", None)
-        return rows if scale is None else rows * torch.as_tensor(scale, device=rows.device).to(rows.dtype)
+        if scale is None:
+            return rows
+        scale = scale if isinstance(scale, Tensor) else torch.full((), scale, device=rows.device)
+        return rows * scale.to(rows.device, rows.dtype)
 
     def _look_up(self, ids: Tensor) -> Tensor:
         """By the base, or by another adapter below, which may have these tokens."""
-        if not isinstance(self.base, AdapterLayer) and bool((ids >= self.vocabulary).any()):
+        largest = getattr(current_layout(), "largest_id", None)  # known where nobody has to wait for it
+        known = largest is not None and largest < self.vocabulary
+        if not known and not isinstance(self.base, AdapterLayer) and bool((ids >= self.vocabulary).any()):
             raise DataError(
                 f"A text holds token {int(ids.max())}, which an adapter added to the tokenizer; the base has no embedding for it, "
                 "and that adapter does not act here."
@@ -95,16 +101,28 @@ class InputEmbeddings(TokenEmbeddings):
 class OutputEmbeddings(TokenEmbeddings):
     """The logit of token t is row · h, in place of the base's; of ids from V on after them, and −∞ where no token has an id between."""
 
+    inside: Tensor
+    """Which of these tokens the base has …"""
+    beyond: Tensor
+    """… and which it has not."""
+
+    def __init__(self, base: Any, ids: Sequence[int], new: Sequence[int] = ()) -> None:
+        super().__init__(base, ids, new)
+        for name, has in (("inside", True), ("beyond", False)):
+            numbers = [n for n, token in enumerate(ids) if (token < self.vocabulary) == has]
+            self.register_buffer(name, torch.tensor(numbers, dtype=torch.long, device=base.weight.device), persistent=False)
+
     def adapt(self, x: Tensor) -> Tensor:
         y = self.base(x)
-        inside = self.ids < self.vocabulary
-        known = self.ids[inside]
+        known = self.ids.index_select(0, self.inside)
         # The difference from the base's row, and not the row, so that an untrained row adds exactly zero.
-        y = y.index_add(-1, known, F.linear(x, (self.rows[inside] - self.weight[known]).to(x.dtype)).to(y.dtype))
+        change = self.rows.index_select(0, self.inside) - self.weight.index_select(0, known)
+        y = y.index_add(-1, known, F.linear(x, change.to(x.dtype)).to(y.dtype))
         if self.size == self.vocabulary:
             return y
         y = F.pad(y, (0, max(0, self.size - y.shape[-1])), value=float("-inf"))
-        return y.index_copy(-1, self.ids[~inside], F.linear(x, self.rows[~inside].to(x.dtype)).to(y.dtype))
+        beyond, rows = (t.index_select(0, self.beyond) for t in (self.ids, self.rows))
+        return y.index_copy(-1, beyond, F.linear(x, rows.to(x.dtype)).to(y.dtype))
 
     @torch.no_grad()
     def merge(self) -> nn.Module:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from trimtab.core.attention import AttentionCall, Layout, Rules, Virtual, attend, causal, refuse_reentrant
 from trimtab.core.attention_hook import after_virtual, install_hook, laid_out
 from trimtab.core.errors import RecipeError, UnsupportedModel
+from trimtab.core.transfer import to_device
 from trimtab.methods import AdapterLayer, Routing, unwrap
 from trimtab.methods._switch import only_active
 
@@ -72,7 +73,7 @@ class VirtualLayer(AdapterLayer):
             raise RecipeError(_ONE_ROW)
         if position_ids is None:
             position_ids = _default_positions(input_ids if input_ids is not None else kwargs["inputs_embeds"], kwargs)
-        shift = self.count if owned is None else self.count * torch.tensor(owned, device=position_ids.device)
+        shift = self.count if owned is None else to_device([self.count * owns for owns in owned], position_ids.device)
         with only_active(self.switch) if owned is not None else nullcontext():
             own = Virtual(self.keys_values(), acts_on=owned.__getitem__ if owned is not None else None)
         with after_virtual(self.count) if layout is None else nullcontext():
@@ -123,8 +124,6 @@ def record_keys_values(trunk: nn.Module, ids: Tensor | None = None, embeddings: 
         tokens, count = {"input_ids": ids[None]}, len(ids)
     device = next(trunk.parameters()).device
     tokens["position_ids"] = torch.arange(count, device=device)[None]
-    if device.type == "meta":  # else Transformers would compare positions, which have no values here
-        tokens["attention_mask"] = torch.ones(1, count, device=device)
     with laid_out(recorder):
         try:
             trunk(**tokens, layout=recorder, use_cache=False)

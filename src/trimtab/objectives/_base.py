@@ -10,6 +10,8 @@ from trimtab.core.config import Choice
 from trimtab.data import Kind, Pack
 from trimtab.data.example import TokenRow
 
+KL = Tensor | float
+"""A divergence. While it is a tensor without dimensions, nobody has to wait for it."""
 TIE = 1e-3
 """Rewards this close are equal but for rounding: a model that is its own reference has no preference."""
 
@@ -47,14 +49,14 @@ class Objective(Choice):
         """How many items each unit has: U."""
 
     @abstractmethod
-    def losses(self, logprobs: Tensor, pack: Pack, kl: float) -> Tensor:
+    def losses(self, logprobs: Tensor, pack: Pack, kl: KL) -> Tensor:
         """The sum over each unit's items, from Σ log p of each of the pack's sequences: S -> U."""
 
-    def measures(self, logprobs: Tensor, pack: Pack, kl: float) -> dict[str, Tensor]:
+    def measures(self, logprobs: Tensor, pack: Pack, kl: KL) -> dict[str, Tensor]:
         """Metrics beside the loss: a value for each unit that has one. A step's or a data set's is their mean."""
         return {}
 
-    def kl_estimate(self, log_ratios: Tensor) -> float:
+    def kl_estimate(self, log_ratios: Tensor) -> KL:
         """The KL estimate, from log p / p_reference of the step's mismatched answers."""
         return 0.0
 
@@ -62,7 +64,7 @@ class Objective(Choice):
         """How many terms the pack's loss sums."""
         return sum(self.counts(pack))
 
-    def loss(self, logprobs: Tensor, pack: Pack, kl: float) -> Tensor:
+    def loss(self, logprobs: Tensor, pack: Pack, kl: KL) -> Tensor:
         """The sum of those terms, a scalar, from Σ log p of each of the pack's sequences (S)."""
         return self.losses(logprobs, pack, kl).sum()
 

@@ -1,14 +1,16 @@
 """What an objective makes of several packs together: of an optimizer step, or of all held-out rows."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from trimtab.core.transfer import numbers_like, read
 from trimtab.data import Pack
 from trimtab.engine import pack_logprobs
-from trimtab.objectives._base import Objective
+from trimtab.objectives._base import KL, Objective
 
 
 class KLEstimate:
@@ -23,25 +25,29 @@ class KLEstimate:
         Args:
             logprobs: Σ log p of each of the pack's mismatched answers.
         """
-        reference = torch.tensor([row.reference for row in pack.rows], dtype=torch.float64)
-        self.log_ratios.append(logprobs.detach().cpu().double() - reference)
+        logprobs = logprobs.detach()
+        if logprobs.is_cpu:
+            logprobs = logprobs.cpu().double()  # not every device has it
+        self.log_ratios.append(logprobs - numbers_like([row.reference for row in pack.rows], logprobs))
 
-    @property
-    def value(self) -> float:
-        return self.objective.kl_estimate(torch.cat([torch.zeros(0), *self.log_ratios]))
+    @cached_property
+    def value(self) -> KL:
+        """On all that were added."""
+        return self.objective.kl_estimate(torch.cat(self.log_ratios) if self.log_ratios else torch.zeros(0))
 
 
 @torch.no_grad()
 def score_packs(model: Any, objective: Objective, packs: Sequence[Pack]) -> tuple[list[tuple[Pack, Tensor]], float]:
-    """Each pack that has a loss, with Σ log p of its rows; and the objective's KL estimate on the others."""
-    estimate, scored, device = KLEstimate(objective), list[tuple[Pack, Tensor]](), next(model.parameters()).device
-    for pack in packs:
-        logprobs = pack_logprobs(model, pack.to(device))  # one pack at a time is on the device
+    """Each pack that has a loss, with Σ log p of its rows, on the host; and the objective's KL estimate on the others."""
+    device = next(model.parameters()).device
+    computed = [pack_logprobs(model, pack.to(device)) for pack in packs]  # all read at once: no pass waits for another
+    estimate, scored = KLEstimate(objective), list[tuple[Pack, Tensor]]()
+    for pack, logprobs in zip(packs, read(computed), strict=True):
         if pack.mismatched:
             estimate.add(pack, logprobs)
         else:
             scored.append((pack, logprobs))
-    return scored, estimate.value
+    return scored, float(estimate.value)
 
 
 def mean_measures(measures: Sequence[dict[str, Tensor]]) -> dict[str, float]:

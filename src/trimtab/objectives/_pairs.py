@@ -6,11 +6,11 @@ Shapes: U pairs in a pack.
 from abc import abstractmethod
 from typing import ClassVar, NamedTuple
 
-import torch
 from torch import Tensor
 
+from trimtab.core.transfer import numbers_like
 from trimtab.data import Kind, Pack
-from trimtab.objectives._base import Objective, correctness
+from trimtab.objectives._base import KL, Objective, correctness
 
 
 class Answers(NamedTuple):
@@ -50,10 +50,10 @@ class Pairwise(Objective):
     def counts(self, pack: Pack) -> list[int]:
         return [1] * (len(pack.rows) // 2)
 
-    def losses(self, logprobs: Tensor, pack: Pack, kl: float) -> Tensor:
+    def losses(self, logprobs: Tensor, pack: Pack, kl: KL) -> Tensor:
         return self.pair_losses(*split_pairs(logprobs, pack))
 
-    def measures(self, logprobs: Tensor, pack: Pack, kl: float) -> dict[str, Tensor]:
+    def measures(self, logprobs: Tensor, pack: Pack, kl: KL) -> dict[str, Tensor]:
         chosen, rejected = split_pairs(logprobs, pack)
         margin = self.reward(chosen) - self.reward(rejected)
         return {
@@ -73,8 +73,6 @@ def split_pairs(logprobs: Tensor, pack: Pack) -> tuple[Answers, Answers]:
     def side(start: int) -> Answers:
         rows = pack.rows[start::2]
         reference, tokens = ([row.reference for row in rows], [len(row.target_indices) for row in rows])
-        return Answers(
-            logprobs[start::2], *(torch.tensor(x, dtype=logprobs.dtype, device=logprobs.device) for x in (reference, tokens))
-        )
+        return Answers(logprobs[start::2], numbers_like(reference, logprobs), numbers_like(tokens, logprobs))
 
     return side(0), side(1)

@@ -9,9 +9,10 @@ from pydantic import Field
 from torch import Tensor
 
 from trimtab.core.errors import DataError
+from trimtab.core.transfer import numbers_like, to_device
 from trimtab.data import Kind, Pack
 from trimtab.data.example import TokenRow
-from trimtab.objectives._base import ReferenceObjective, correctness
+from trimtab.objectives._base import KL, ReferenceObjective, correctness
 
 Weight = Literal["auto"] | Annotated[float, Field(gt=0)]
 
@@ -46,33 +47,34 @@ class KTO(ReferenceObjective):
     def counts(self, pack: Pack) -> list[int]:
         return [1] * len(pack.rows)
 
-    def losses(self, logprobs: Tensor, pack: Pack, kl: float) -> Tensor:
+    def losses(self, logprobs: Tensor, pack: Pack, kl: KL) -> Tensor:
         sign, weight = self._of_sides(pack, logprobs)
         margin = sign * self.beta * (_ratio(logprobs, pack) - kl)
         return weight * F.logsigmoid(-margin).exp()  # 1 − σ(margin), where that and its slope would round to 0 and 1, too
 
-    def measures(self, logprobs: Tensor, pack: Pack, kl: float) -> dict[str, Tensor]:
+    def measures(self, logprobs: Tensor, pack: Pack, kl: KL) -> dict[str, Tensor]:
         sign, _ = self._of_sides(pack, logprobs)
         reward = self.beta * _ratio(logprobs, pack)
+        places = {side: [n for n, row in enumerate(pack.rows) if row.side == side] for side in ("good", "bad")}
         sides = {
-            f"{name}_{what}": value[sign == s]
-            for s, name in ((1, "good"), (-1, "bad"))
+            f"{side}_{what}": value.index_select(0, to_device(numbers, value.device))
+            for side, numbers in places.items()
             for what, value in (("reward", reward), ("logp", logprobs))
         }
-        return {"accuracy": correctness(sign * (reward - self.beta * kl)), "kl": torch.full_like(reward, kl), **sides}
+        return {"accuracy": correctness(sign * (reward - self.beta * kl)), "kl": torch.zeros_like(reward) + kl, **sides}
 
-    def kl_estimate(self, log_ratios: Tensor) -> float:
-        return max(0.0, float(log_ratios.double().mean())) if len(log_ratios) else 0.0
+    def kl_estimate(self, log_ratios: Tensor) -> KL:
+        return log_ratios.mean().clamp(min=0) if len(log_ratios) else 0.0
 
     def _of_sides(self, pack: Pack, like: Tensor) -> tuple[Tensor, Tensor]:
         """Of each answer, 1 if it is good and −1 if it is bad; and its weight."""
         assert self.desirable != "auto", "resolve_auto was not called"
         assert self.undesirable != "auto", "resolve_auto was not called"
         known = {"good": (1.0, self.desirable), "bad": (-1.0, self.undesirable)}
-        both = torch.tensor([known[row.side or ""] for row in pack.rows], dtype=like.dtype, device=like.device)
-        return both[:, 0], both[:, 1]
+        sign, weight = zip(*(known[row.side or ""] for row in pack.rows), strict=True)
+        return numbers_like(sign, like), numbers_like(weight, like)
 
 
 def _ratio(logprobs: Tensor, pack: Pack) -> Tensor:
     """log π / π_reference of each answer."""
-    return logprobs - torch.tensor([row.reference for row in pack.rows], dtype=logprobs.dtype, device=logprobs.device)
+    return logprobs - numbers_like([row.reference for row in pack.rows], logprobs)

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from trimtab.data.pack import Pack
-from trimtab.objectives._base import Objective
+from trimtab.objectives._base import KL, Objective
 
 
 class SFT(Objective):
@@ -12,5 +12,5 @@ class SFT(Objective):
     def counts(self, pack: Pack) -> list[int]:
         return [len(row.target_indices) for row in pack.rows]
 
-    def losses(self, logprobs: Tensor, pack: Pack, kl: float) -> Tensor:
+    def losses(self, logprobs: Tensor, pack: Pack, kl: KL) -> Tensor:
         return -logprobs

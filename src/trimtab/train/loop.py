@@ -6,36 +6,32 @@ Logging, evaluating, saving and stopping are the body of the caller's `for` loop
 import hashlib
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from trimtab.base import Base
 from trimtab.core.determinism import deterministic
 from trimtab.core.errors import DataError, NonFinite
 from trimtab.core.process import never_keep_freed_memory
 from trimtab.core.randomness import seeded
+from trimtab.core.transfer import read
 from trimtab.data import Pack
 from trimtab.data.example import TokenRow
 from trimtab.engine import ActivationArena, FrozenLayerCache, MemoryPlan, free_memory, pack_logprobs
 from trimtab.methods import Attached, LearningRateContext, Method
 from trimtab.objectives import KLEstimate, Objective, mean_measures
+from trimtab.train.ahead import SentPacks, Steps
 from trimtab.train.config import TrainConfig, learning_rate
 from trimtab.train.loss_scale import LossScale
 from trimtab.train.optimizer import Optimizer
 
 PATIENCE = 3
 """So many steps in a row that would be skipped end the run."""
-
-
-class Steps(Protocol):
-    """The packs of each optimizer step; a list of lists will do."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, number: int, /) -> Iterable[Pack]: ...
 
 
 @dataclass(frozen=True)
@@ -102,18 +98,18 @@ def train(
         DataError: A step has no targets.
     """
     optimizer = optimizer or Optimizer(adapter, config.weight_decay)
-    passes, late_interrupt, skipped_in_a_row = _Passes(base, objective, config, memory), None, 0
+    passes, late_interrupt, skipped_in_a_row = _Passes(base, objective, steps, config, memory), None, 0
     optimizer.clear()
     for number in range(optimizer.taken + 1, len(steps) + 1):
         started = time.perf_counter()
-        packs = [pack.to(base.device) for pack in steps[number - 1]]
+        packs = passes.sent.take(number)
         lr = learning_rate(number, len(steps), peak_lr, config.warmup, config.schedule)
         items = sum(objective.items(pack) for pack in packs if not pack.mismatched)
         if items == 0:
             raise DataError(f"step {number}: none of its examples has a target token.")
         scale = replace(optimizer.loss_scale)
         adapter.train(not objective.needs_reference)
-        loss, norm, measures = passes.clipped_gradients(number, packs, items, optimizer, scale)
+        loss, norm, means = passes.clipped_gradients(number, packs, items, optimizer, scale)
         adapter.train(False)
         rows = [row for pack in packs if not pack.mismatched for row in pack.rows]
         skipped_in_a_row = _count_skipped(skipped_in_a_row, skipped := _not_finite(number, loss, norm, rows))
@@ -123,8 +119,7 @@ def train(
         except KeyboardInterrupt as error:
             late_interrupt = error
         counts = items, sum(row.full_length for row in rows), sum(len(pack.ids) for pack in packs)
-        means, seconds = mean_measures(measures), time.perf_counter() - started
-        yield Step(number, loss, *counts, seconds, norm, lr, means, skipped, scale.value)
+        yield Step(number, loss, *counts, time.perf_counter() - started, norm, lr, means, skipped, scale.value)
         if late_interrupt is not None:
             raise late_interrupt
     optimizer.release()
@@ -133,9 +128,10 @@ def train(
 class _Passes:
     """Forward and backward passes, with the arena and the cache that packs share."""
 
-    def __init__(self, base: Base, objective: Objective, config: TrainConfig, memory: MemoryPlan | None) -> None:
+    def __init__(self, base: Base, objective: Objective, steps: Steps, config: TrainConfig, memory: MemoryPlan | None) -> None:
         never_keep_freed_memory()
         self.base, self.objective, self.seed, self.clip = base, objective, config.seed, config.clip
+        self.sent = SentPacks(steps, base.device)
         self.memory, self.deterministic = memory, config.deterministic
         self.arena = ActivationArena(memory.arena_bytes * 1.01) if memory and base.device.type == "cpu" else None
         capacity = memory.frozen_cache_bytes if memory else free_memory(base.device) / 4
@@ -143,32 +139,32 @@ class _Passes:
 
     def clipped_gradients(
         self, number: int, packs: list[Pack], items: int, optimizer: Optimizer, scale: LossScale
-    ) -> tuple[float, float, list[dict[str, torch.Tensor]]]:
-        """Make the gradients of a step, clip them, and return the loss, their norm before, and other measures.
+    ) -> tuple[float, float, dict[str, float]]:
+        """Make the gradients of a step, clip them, and return the loss, their norm before, and the means of other measures.
 
         What overflows in float16 is computed again, with a smaller `scale`.
         """
         while True:
             losses, measures = self.gradients(number, packs, items, scale)
             scale.unscale_(parameter.grad for parameter in optimizer.parameters)
-            clip = self.clip if self.clip is not None else float("inf")
-            norm = torch.nn.utils.clip_grad_norm_(optimizer.parameters, clip).item()
-            loss = torch.stack(losses).cpu().double().sum().item() / items  # in float64 on the host: not every device has it
-            if not scale.lower(loss, norm):
-                return loss, norm, measures
+            norm = optimizer.clip(self.clip)
+            self.sent.send_ahead(number + 1)
+            total, grad_norm, means = _read(losses, norm, measures)  # only here, the device is waited for
+            if not scale.lower(total / items, grad_norm):
+                return total / items, grad_norm, means
             optimizer.clear()
 
     def gradients(
         self, number: int, packs: list[Pack], items: int, scale: LossScale
-    ) -> tuple[list[torch.Tensor], list[dict[str, torch.Tensor]]]:
+    ) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
         """Add the scaled gradients of a step's packs to the parameters', and return the losses and other measures."""
         with deterministic(self.deterministic):
             return self._gradients(number, packs, items, scale)
 
     def _gradients(
         self, number: int, packs: list[Pack], items: int, scale: LossScale
-    ) -> tuple[list[torch.Tensor], list[dict[str, torch.Tensor]]]:
-        device, measures, losses = self.base.device, list[dict[str, torch.Tensor]](), list[torch.Tensor]()
+    ) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+        device, measures, losses = self.base.device, list[dict[str, Tensor]](), list[Tensor]()
         estimate = KLEstimate(self.objective)
         for part, pack in enumerate(packs):
             with seeded(_dropout_seed(self.seed, number, part), device), torch.set_grad_enabled(not pack.mismatched):
@@ -179,14 +175,27 @@ class _Passes:
             loss = self.objective.loss(logprobs, pack, estimate.value)
             scale.scaled(loss / items).backward()
             measures.append(self.objective.measures(logprobs.detach(), pack, estimate.value))
-            losses.append(loss.detach())  # read once, after the step: .item() waits for the device
+            losses.append(loss.detach())
         return losses, measures
 
-    def _logprobs(self, pack: Pack) -> torch.Tensor:
+    def _logprobs(self, pack: Pack) -> Tensor:
         recompute = self.memory.recomputed(pack) if self.memory is not None else "none"
         in_arena = self.arena is not None and torch.is_grad_enabled() and recompute == "none"
         with self.arena.reuse() if in_arena and self.arena else nullcontext():
             return pack_logprobs(self.base.model, pack, recompute=recompute, frozen_cache=self.frozen_cache)
+
+
+def _read(
+    losses: Sequence[Tensor], norm: Tensor, measures: Sequence[dict[str, Tensor]]
+) -> tuple[float, float, dict[str, float]]:
+    """The sum of the losses, the norm, and the means of the measures: by one read."""
+    named = [(number, name, values) for number, of_pack in enumerate(measures) for name, values in of_pack.items()]
+    *on_host, grad_norm = read([*losses, *(values for _, _, values in named), norm])
+    found: list[dict[str, Tensor]] = [{} for _ in measures]
+    for (number, name, _), values in zip(named, on_host[len(losses) :], strict=True):
+        found[number][name] = values
+    # In float64, which not every device has.
+    return torch.stack(on_host[: len(losses)]).double().sum().item(), grad_norm.item(), mean_measures(found)
 
 
 def peak_learning_rate(

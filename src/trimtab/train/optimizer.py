@@ -59,9 +59,17 @@ class Optimizer:
         self.taken += 1
         self.skipped += 1
 
+    def clip(self, most: float | None) -> Tensor:
+        """The norm of the gradients, which are scaled so that it is at most this; nothing is read from the device."""
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        if most is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, most, norm)
+        return norm
+
     def not_finite(self) -> list[str]:
         """The names of parameters with a NaN or Inf."""
-        return [name for name, parameter in self.named.items() if not bool(parameter.isfinite().all())]
+        finite = torch.stack([parameter.isfinite().all() for parameter in self.named.values()]).tolist()  # by one read
+        return [name for name, is_finite in zip(self.named, finite, strict=True) if not is_finite]
 
     def digests(self) -> dict[str, str]:
         """A hash of each parameter's values, by its name."""

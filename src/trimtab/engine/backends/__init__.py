@@ -119,12 +119,16 @@ class Backend(Protocol):
     def gate_backward_(self, dh: Tensor, g: Tensor, u: Tensor, activation: Activation) -> tuple[Tensor, Tensor, Tensor]:
         """dg and du, which are columns of one tensor, and act(g) · u once more, perhaps over `dh`."""
 
+    def splits_rows(self, hidden: Tensor) -> bool:
+        """Whether the head best forms logits of some hidden states over the whole vocabulary at a time; else it takes all of
+        them over a part of the vocabulary, that stays in a cache."""
+
     def softmax_tile_(self, logits: Tensor, top: Tensor, total: Tensor) -> Tensor:
-        """Add one tile of logits (T n) to a running softmax: they become exp(logits − top).
+        """Add one tile of logits (T n) to a running softmax: they become exp(logits − top), summed before they are rounded.
 
         Args:
-            top: T, the largest logit so far.
-            total: T, the sum so far of exp(logits − top).
+            top: T, at least float32: the largest logit so far.
+            total: T, at least float32: the sum so far of exp(logits − top).
 
         Returns:
             T, by which sums over earlier tiles have to be multiplied: exp(top before − top now).

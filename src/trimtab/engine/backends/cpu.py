@@ -63,6 +63,10 @@ def gate_backward_(dh: Tensor, g: Tensor, u: Tensor, activation: Activation) -> 
     return dg, du, dh
 
 
+def splits_rows(hidden: Tensor) -> bool:
+    return False
+
+
 def softmax_tile_(logits: Tensor, top: Tensor, total: Tensor) -> Tensor:
     rescale = torch.empty_like(top)
     _call("softmax_tile", logits.dtype, logits, top, total, rescale, *logits.shape)

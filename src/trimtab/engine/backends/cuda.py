@@ -42,6 +42,10 @@ def supports_softcap(hidden: Tensor) -> bool:
     return True
 
 
+def splits_rows(hidden: Tensor) -> bool:
+    return True
+
+
 def attend(inputs: AttentionInputs, plan: AttentionPlan, backward: bool) -> tuple[Tensor, Sequence[Tensor | None]]:
     return way_of(inputs.q, plan, inputs.sinks is not None).attend(inputs, plan, backward)
 

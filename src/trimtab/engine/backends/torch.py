@@ -55,6 +55,10 @@ def _activate(g: Tensor, activation: Activation) -> Tensor:
     return F.silu(g) if activation == "silu" else F.gelu(g, approximate="tanh")
 
 
+def splits_rows(hidden: Tensor) -> bool:
+    return not hidden.is_cpu
+
+
 def softmax_tile_(logits: Tensor, top: Tensor, total: Tensor) -> Tensor:
     new_top = torch.maximum(top, logits.amax(dim=1))
     rescale = (top - new_top).exp_()

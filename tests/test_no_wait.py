@@ -1,0 +1,216 @@
+"""A step never waits for the device: it runs on `meta`, where whatever asks for a number raises, by the code for accelerators."""
+
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from accelerators import cuda_backend
+from families import method_of, random_rows, tiny
+from kinds import kind
+from torch.overrides import TorchFunctionMode
+
+from trimtab import Base
+from trimtab.data import TokenRow, pack_all, pack_flat
+from trimtab.data.mismatched import with_mismatched
+from trimtab.engine import FrozenLayerCache, forward, pack_logprobs
+from trimtab.engine.forward import prepare
+from trimtab.engine.pass_mode import mode_of
+from trimtab.engine.patching import layers_by_hand
+from trimtab.methods import Method, Sample, adapters, attach
+from trimtab.methods.lora import LoRA
+from trimtab.objectives import Objective
+from trimtab.train import TrainConfig, loop, train
+from trimtab.train.optimizer import Optimizer
+
+META = torch.device("meta")
+UPPER = LoRA(rank=2, targets=(r".*layers\.1\..*_proj",))
+
+
+class NoWait(TorchFunctionMode):
+    """Refuses what passes on `meta` and waits on a device: numbers that are copied to it from memory that is not pinned."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function in (torch.tensor, torch.as_tensor) and kwargs.get("device") is not None:
+            assert torch.device(kwargs["device"]).type != "meta" or isinstance(args[0], torch.Tensor), "a list is sent"
+        if function in (torch.Tensor.__getitem__, torch.Tensor.__setitem__) and args[0].is_meta:
+            for index in args[1] if isinstance(args[1], tuple) else (args[1],):
+                assert not isinstance(index, list), "a list is an index"
+                assert not isinstance(index, torch.Tensor) or index.is_meta, "an index is on the host"
+        if function is torch.Tensor.to and not args[0].is_meta:
+            places = [one for one in (kwargs.get("device"), *args[1:]) if isinstance(one, str | torch.device)]
+            sent = any(torch.device(place).type == "meta" for place in places)
+            assert not sent or kwargs.get("non_blocking"), "a copy is waited for"
+        return function(*args, **kwargs)
+
+
+def rows_of(kind):
+    """Four rows, of which two share a prompt."""
+    sides, made = {"answers": [None, None], "pairs": ["chosen", "rejected"], "judged": ["good", "bad"]}[kind], []
+    for number in range(2):
+        prompt = random_rows(9, seed=number)[0]
+        for side in sides:
+            ids = [*prompt, *random_rows(3 + number, seed=len(made) + 9)[0]]
+            made.append(TokenRow(ids, list(range(9, len(ids))), f"row:{number}", len(ids), side, -20.0 if side else None))
+    return [replace(row, reference=-20.0) for row in with_mismatched(made, 0)] if kind == "judged" else made
+
+
+def on_meta(model, dtype=torch.float32, **methods):
+    """Moved there when its layers are known, with adapters."""
+    for name, method in methods.items():
+        attach(model, method, name=name, sample=Sample(rows=random_rows(30)))
+    prepare(model)
+    return model.to(META, dtype)
+
+
+@cache
+def with_lora():
+    return on_meta(tiny("llama"), first=LoRA(rank=2))
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """How many tensors each read of a step wants; what it gets are zeros. A device without numbers has no generator either."""
+    asked = []
+
+    def read(tensors):
+        assert all(tensor.is_meta for tensor in tensors)
+        asked.append(len(tensors))
+        return [torch.zeros(tensor.shape) for tensor in tensors]
+
+    monkeypatch.setattr(loop, "read", read)
+    monkeypatch.setattr(loop, "seeded", lambda *_: nullcontext())
+    monkeypatch.setattr(Optimizer, "step", lambda self, lr: self.skip())
+    return asked
+
+
+class Recomputes:
+    """As a MemoryPlan, for packs that do not fit otherwise."""
+
+    arena_bytes, frozen_cache_bytes = 0, 1e9
+
+    def __init__(self, level):
+        self.level = level
+
+    def recomputed(self, pack):
+        return self.level
+
+
+def steps_of(model, objective="sft", recompute="none", count=1, epochs=1):
+    made = Objective.pick(objective)
+    made = made.resolve_auto(rows_of(made.data_kind))
+    packs = pack_all(rows_of(made.data_kind), 20)
+    assert len(packs) > 1
+    config = TrainConfig(epochs=epochs, schedule="constant", warmup=0.0)
+    with cuda_backend(), NoWait():
+        return list(train(Base(model), adapters(model)["first"], made, [packs] * count, config, 1e-3, Recomputes(recompute)))
+
+
+@pytest.mark.parametrize("objective", Objective.names())
+def test_a_step_of_any_objective_waits_once(objective, reads):
+    """For the loss, its measures and the gradient's norm together."""
+    steps = steps_of(with_lora(), objective, count=2)
+    assert len(reads) == len(steps) == 2
+    assert min(reads) > (2 if objective == "sft" else 10)
+
+
+@pytest.mark.parametrize("name", Method.names())
+def test_no_methods_passes_wait(name, reads):
+    model = on_meta(tiny("llama"), first=method_of(name))
+    assert any("by hand" in text for text in layers_by_hand(model))
+    steps_of(model)
+    assert len(reads) == 1
+
+
+@pytest.mark.parametrize("recompute", ["mlp", "layer"])
+def test_what_is_computed_again_does_not_wait(recompute, reads):
+    steps_of(with_lora(), recompute=recompute)
+
+
+def test_an_adapted_head_does_not_wait(reads):
+    """Here one with a cap, on layers by their own code."""
+    model = on_meta(tiny("gemma2"), first=LoRA(rank=2, targets=(".*q_proj", "lm_head")))
+    with cuda_backend():
+        assert forward.head_of(model).adapted is not None
+    steps_of(model)
+
+
+@pytest.mark.parametrize("name", ["gated DeltaNet", "a window that masks alone say", "masks with learned numbers", "MLA"])
+def test_layers_of_other_kinds_do_not_wait(name, reads):
+    """With state, experts, and masks with which the model computes."""
+    model = kind(name)
+    mode_of(model).materialized = name == "masks with learned numbers"  # as `check_packing` finds out
+    steps_of(on_meta(model, torch.bfloat16, first=LoRA(rank=8)))
+
+
+def test_outputs_of_frozen_layers_are_kept_and_used_without_waiting(reads):
+    model = on_meta(tiny("llama"), first=UPPER)
+    cache = FrozenLayerCache(model, 1e9)
+    packs = pack_all(rows_of("answers"), 20)
+    with cuda_backend(), NoWait():
+        for pack in packs * 2:
+            pack_logprobs(model, pack.to(META), frozen_cache=cache).sum().backward()
+    assert len(cache.rows) == 4
+
+
+def test_rows_of_several_adapters_share_a_pass_that_does_not_wait():
+    model = on_meta(
+        tiny("llama"), first=LoRA(rank=2), second=LoRA(rank=3, targets=(".*q_proj", "lm_head")), third=method_of("prefix")
+    )
+    pack = pack_flat(rows_of("answers")).to(META)
+    with cuda_backend(), NoWait():
+        pack_logprobs(model, pack, ["first", "second", None, "third"]).sum().backward()
+
+
+def waits(t):
+    """Ways to wait for a device, or for what was sent to it."""
+    return {
+        "item": lambda: t.sum().item(),
+        "float": lambda: float(t.sum()),
+        "tolist": lambda: t.flatten().tolist(),
+        "bool": lambda: bool(t.any()),
+        "unique": lambda: t.unique(),
+        "nonzero": lambda: t.nonzero(),
+        "a mask": lambda: t[t > 0],
+        "cpu": lambda: t.cpu(),
+        "a list": lambda: torch.tensor([1, 2], device=t.device),
+        "a list as index": lambda: t[[0]],
+        "an index on the host": lambda: t[torch.tensor([0])],
+        "a copy": lambda: torch.ones(2).to(t.device),
+    }
+
+
+@pytest.mark.parametrize(
+    ("where", "how"),
+    [("trunk", how) for how in waits(torch.zeros(1))]
+    + [(where, how) for where in ("head", "loss", "backward") for how in ("item", "tolist", "bool", "unique", "a list")],
+)
+def test_waiting_is_noticed(where, how, monkeypatch, reads):
+    """The control."""
+
+    def wait(t):
+        waits(t)[how]()
+        return t
+
+    if where == "trunk":
+        own = forward.hidden_states
+        monkeypatch.setattr(forward, "hidden_states", lambda *given: wait(own(*given)))
+    elif where == "backward":
+        own = forward.hidden_states
+
+        def hooked(*given):
+            out = own(*given)
+            out.register_hook(lambda gradient: wait(gradient) and None)
+            return out
+
+        monkeypatch.setattr(forward, "hidden_states", hooked)
+    elif where == "head":
+        own = forward.head_of
+        monkeypatch.setattr(forward, "head_of", lambda model: own(model)._replace(weight=wait(own(model).weight)))
+    else:
+        own = Objective.loss
+        monkeypatch.setattr(Objective, "loss", lambda self, *given: wait(own(self, *given)[None])[0])
+    with pytest.raises((RuntimeError, AssertionError, NotImplementedError)):
+        steps_of(with_lora())

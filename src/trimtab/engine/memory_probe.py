@@ -103,10 +103,10 @@ def profile_packs(
     with training_conditions(model, device), assume_longest_row(longest), torch.set_grad_enabled(backward):
         layers = [_layers(model, random_pack(model, [length], target_share), recompute, device) for length in lengths]
         of_head = [cost._replace(per_token=target_share * cost.per_token) for cost in _head(model, device)] if backward else []
-    moments = fit_parabolas(lengths, [levels for _, levels in layers])
+    moments = _fit_parabolas(lengths, [levels for _, levels in layers])
     if not backward:
         return MemoryProfile(MemoryCost(0.0, 0.0), moments)
-    saved = MemoryCost(*map(float, fit_parabolas(lengths, [[activations] for activations, _ in layers])[0]))
+    saved = MemoryCost(*map(float, _fit_parabolas(lengths, [[activations] for activations, _ in layers])[0]))
     saved_by_all = saved.plus(of_head[0])
     of_head_moments = np.array([saved.plus(of_head[1]), saved_by_all.plus(of_head[2])])
     return MemoryProfile(saved_by_all, np.vstack([moments, of_head_moments]))
@@ -179,7 +179,7 @@ def _head(model: Any, device: torch.device) -> list[MemoryCost]:
     return [MemoryCost(max(0.0, first - slope * 2 * few), slope) for slope, first in slopes]
 
 
-def fit_parabolas(lengths: Sequence[int], levels: Sequence[Sequence[float]]) -> NDArray[np.float64]:
+def _fit_parabolas(lengths: Sequence[int], levels: Sequence[Sequence[float]]) -> NDArray[np.float64]:
     """The parabola through three points, for each of many: three lines of numbers -> a line of three each, as in `MemoryCost`."""
     if len({len(moments) for moments in levels}) > 1:  # longer rows run other code; then only the peaks can be compared
         levels = [[max(moments)] for moments in levels]

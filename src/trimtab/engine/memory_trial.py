@@ -19,13 +19,13 @@ from trimtab.core.wrapping import trunk_of
 from trimtab.data.pack import Pack
 from trimtab.engine.forward import pack_logprobs, prepare
 from trimtab.engine.layouts import assume_longest_row
-from trimtab.engine.memory_probe import MemoryCost, MemoryProfile, fit_parabolas, random_pack, training_conditions
+from trimtab.engine.memory_probe import MemoryCost, MemoryProfile, random_pack, training_conditions
 from trimtab.engine.recompute import Level
 
 TOKENS = (512, 1024, 2048)
 """Of the packs that are tried."""
-LONG = 512
-"""Tokens of a row from which its square may matter; a pack of shorter ones is taken to grow along a line."""
+LONG = 1024
+"""Tokens of a row from which its square may matter, two of `TOKENS` at least; packs of shorter ones grow along a line."""
 A_SCORE = 8.0
 """Bytes a pair of tokens below which there are no scores, of several heads or in several layers: the rest is rounding."""
 SECONDS = 0.1
@@ -98,17 +98,17 @@ class TriedPacks:
 
     def _profile(self, longest: int, target_share: float, recompute: Level, backward: bool) -> MemoryProfile:
         prepare(self.model)
-        sizes, peaks = list[int](), list[list[float]]()
+        sizes, peaks = list[tuple[int, int]](), list[list[float]]()
         with training_conditions(self.model, self._device), assume_longest_row(longest), torch.set_grad_enabled(backward):
             for tokens in TOKENS:
-                lengths = [tokens] if longest > LONG else [longest] * -(-tokens // longest)
-                pack = random_pack(self.model, lengths, target_share)
+                row = longest if longest < LONG else max(n for n in TOKENS if n <= min(longest, tokens))
+                pack = random_pack(self.model, [row] * -(-tokens // row), target_share)
                 if (found := self._run(pack, recompute)) is None:
                     return MemoryProfile(MemoryCost(0.0, 0.0), np.array([[math.inf, 0.0, 0.0]]))
-                sizes.append(len(pack.ids))
+                sizes.append((len(pack.ids), sum(pack.pairs)))
                 peaks.append(found)
             self._time(pack, recompute)
-        return MemoryProfile(MemoryCost(0.0, 0.0), _growth(sizes, peaks, square=longest > LONG))
+        return MemoryProfile(MemoryCost(0.0, 0.0), _growth(sizes, peaks, square=longest >= LONG))
 
     def confirm(self, pack: Pack, recompute: Level) -> float | None:
         with training_conditions(self.model, self._device):
@@ -165,12 +165,13 @@ def _marked(model: Any, mark: Any) -> Iterator[None]:
         handle.remove()
 
 
-def _growth(sizes: Sequence[int], peaks: Sequence[Sequence[float]], square: bool) -> NDArray[np.float64]:
-    """Each peak of packs of so many tokens as a line of fixed bytes, bytes a token and bytes a pair, as in MemoryCost."""
-    (n1, n2), (y1, y2) = sizes[-2:], np.array(peaks[-2:], dtype=np.float64)
+def _growth(sizes: Sequence[tuple[int, int]], peaks: Sequence[Sequence[float]], square: bool) -> NDArray[np.float64]:
+    """Each peak of packs of so many tokens and pairs as fixed bytes, bytes a token and bytes a pair, as in MemoryCost."""
+    ((n1, _), (n2, _)), (y1, y2) = sizes[-2:], np.array(peaks[-2:], dtype=np.float64)
     per_token = np.maximum(0.0, (y2 - y1) / (n2 - n1))
     lines = np.stack([np.maximum(0.0, y2 - per_token * n2), per_token, np.zeros_like(per_token)], axis=1)
     if not square:
         return lines
-    parabolas = fit_parabolas(sizes, peaks)
-    return np.where(parabolas[:, 2:] > A_SCORE, parabolas, lines)
+    terms = np.array([[1.0, tokens, pairs] for tokens, pairs in sizes])
+    with_pairs = np.linalg.solve(terms, np.array(peaks, dtype=np.float64)).T
+    return np.where(with_pairs[:, 2:] > A_SCORE, with_pairs, lines)

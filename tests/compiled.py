@@ -1,7 +1,7 @@
 """Triton's kernels, compiled for GPUs that need not be there: a process of its own, which prints what is wrong as JSON.
 
-A kernel that the interpreter runs may still not compile. ptxas, which is part of Triton, says whether numbers did not fit into
-registers, too.
+What the interpreter runs may still not compile, or compile anew for every size of a pack. Functions are called as ever, on the
+CPU; in the place of a launch, Triton compiles what it would launch. Its ptxas says whether numbers did not fit into registers.
 """
 
 import json
@@ -10,46 +10,104 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime import driver
 
-from trimtab.engine.backends import triton_passes
+from trimtab.engine.backends import Norm, triton_passes
 
-POINTERS = {"rstd": "fp32", "top": "fp32", "total": "fp32", "rescale": "fp32", "starts": "i32", "users": "i32"}
-FLOATS = ("offset", "eps", "sign")
-VARIANTS = {
-    "_norm": [{"ROWS": 1, "BLOCK": 4096}, {"ROWS": 8, "BLOCK": 128}],
-    "_norm_backward": [{"RESIDUAL": True, "ROWS": 1, "BLOCK": 4096}, {"RESIDUAL": False, "ROWS": 8, "BLOCK": 128}],
-    "_gate": [{"GELU": True, "BLOCK": 2048}],
-    "_gate_backward": [{"GELU": False, "BLOCK": 1024}, {"GELU": True, "BLOCK": 1024}],
-    "_softmax_tile": [{"BLOCKS": 38, "BLOCK": 4096}],
-    "_rotate": [
-        {"HEADS": 16, "PAIRS": 64, "REST": 0, "INTERLEAVED": False},
-        {"HEADS": 16, "PAIRS": 16, "REST": 128, "INTERLEAVED": True},
-    ],
-    "_sum_users": [{"BLOCK": 1024}],
-}
+TOKENS = (48, 33, 1)
 
 
-def kind(name, like):
-    if name in FLOATS:
-        return "fp32"
-    sizes = name == "n" or name.endswith("_row") or name in ("rows", "heads", "size", "pairs", "row_size")
-    return "i32" if sizes else f"*{POINTERS.get(name, like)}"
+class Card:
+    """As much of a driver as compiling asks for."""
+
+    def __init__(self, capability):
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=None):
+        return 0
 
 
-def problem(kernel, constants, capability):
-    names = [name for name in kernel.arg_names if name not in constants]
-    signature = {name: kind(name, "bf16") for name in names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name] != "fp32" and name != "rows"}
-    numbers = constants.get("ROWS", 0) * constants["BLOCK"] if "ROWS" in constants else 0
-    options = {"num_warps": triton_passes._warps(numbers) if numbers else 8 if "BLOCKS" in constants else 4}
-    source = ASTSource(kernel, signature | dict.fromkeys(constants, "constexpr"), constexprs=constants, attrs=aligned)
-    text = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"]
+def norms(tokens, dtype, n):
+    x = torch.ones(tokens, n + 16, dtype=dtype)[:, :n]
+    norm = Norm(torch.ones(n, dtype=dtype), 0.0, 1e-6)
+    triton_passes.rms_norm_backward(x, x, norm, triton_passes.rms_norm(x, norm)[1], x)
+
+
+def heads(tokens, dtype, n):
+    x = torch.ones(tokens, 6 * n, dtype=dtype)[:, : 4 * n].unflatten(1, (4, n))
+    norm = Norm(torch.ones(n, dtype=dtype), 0.0, 1e-6)
+    triton_passes.rms_norm_backward(x, x, norm, triton_passes.rms_norm(x, norm)[1])
+
+
+def gates(tokens, dtype, n):
+    g, u = torch.ones(tokens, 2 * n, dtype=dtype).chunk(2, dim=1)
+    for activation in ("silu", "gelu_tanh"):
+        triton_passes.gate(g, u, activation)
+        triton_passes.gate_backward_(g.clone(), g, u, activation)
+
+
+def softmax(tokens, dtype, n):
+    sums = torch.zeros(2, tokens)
+    triton_passes.softmax_tile_(torch.ones(tokens, n, dtype=dtype), sums[0], sums[0].clone())
+
+
+def rotary(tokens, dtype, n):
+    x, angles = torch.ones(tokens, 32 * 128, dtype=dtype), torch.ones(tokens, n, dtype=dtype)
+    for interleaved in (False, True):
+        triton_passes.rotate(x, angles, angles, 128, interleaved)
+        triton_passes.rotate(x, angles, angles, 128, interleaved, -1.0, x)
+
+
+def sums(tokens, dtype, n):
+    places = torch.zeros(tokens + 1, dtype=torch.int32)
+    triton_passes.summed_by_users(torch.ones(tokens, n, dtype=dtype), places, places.clone())
+
+
+CALLS = [
+    (norms, 3584),
+    (norms, 16_384),
+    (heads, 128),
+    (gates, 9728),
+    (softmax, 152_064),
+    (rotary, 128),
+    (rotary, 32),
+    (sums, 1024),
+]
+
+
+def compiled(call, dtype, n, tokens=TOKENS):
+    """What is launched: kernels by their names, the compiled code by its identity."""
+    found = {}
+
+    def compile_only(kernel, on, grid, *arguments, **constants):
+        code = kernel.warmup(*arguments, grid=grid, **constants)
+        found.setdefault((kernel.__name__, *constants.values()), {})[id(code)] = code
+
+    launch, triton_passes._launch = triton_passes._launch, compile_only
+    try:
+        for count in tokens:
+            call(count, dtype, n)
+    finally:
+        triton_passes._launch = launch
+    return found
+
+
+def problem(codes, capability):
+    if len(codes) > 1:
+        return f"compiled {len(codes)} times for {len(TOKENS)} sizes of a pack"
+    (code,) = codes.values()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.ptx"
-        file.write_text(text, encoding="utf-8")
+        file.write_text(code.asm["ptx"], encoding="utf-8")
         ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
         architecture = f"sm_{capability}{'a' if capability >= 90 else ''}"
         command = [str(ptxas), "-v", f"--gpu-name={architecture}", str(file), "-o", str(file.with_suffix(".cubin"))]
@@ -57,19 +115,27 @@ def problem(kernel, constants, capability):
     return "" if " 0 bytes spill stores, 0 bytes spill loads" in said else said.strip()
 
 
-def main():
-    found = {}
-    for capability in [int(one) for one in sys.argv[1:]]:
-        for name, variants in VARIANTS.items():
-            for constants in variants:
-                try:
-                    found[f"{name} {constants} sm_{capability}"] = problem(getattr(triton_passes, name), constants, capability)
-                except Exception as error:
-                    found[f"{name} {constants} sm_{capability}"] = f"{type(error).__name__}: {error}"
+def main(capability):
+    driver.set_active(Card(capability))
+    results, names = {}, set()
+    for call, n in CALLS:
+        for dtype in (torch.bfloat16,) if call is not norms else (torch.bfloat16, torch.float32):
+            name = f"{call.__name__} {n} {str(dtype).removeprefix('torch.')}"
+            try:
+                found = compiled(call, dtype, n)
+                results[name] = "; ".join(filter(None, (problem(codes, capability) for codes in found.values())))
+                names |= {kernel for kernel, *_ in found}
+            except Exception as error:
+                results[name] = f"{type(error).__name__}: {error}"
     kernels = {name for name, one in vars(triton_passes).items() if isinstance(one, triton.runtime.JITFunction)}
-    found["every kernel"] = ", ".join(sorted(kernels - {"_activated"} - set(VARIANTS)))
-    print(json.dumps(found))
+    results["every kernel"] = ", ".join(sorted(kernels - {"_activated"} - names))
+    every = triton.jit(triton_passes._norm.fn)  # as if the number of rows were a constant to compile for
+    triton_passes._norm = every
+    found = compiled(norms, torch.bfloat16, 256)
+    several = any(len(codes) > 1 for (kernel, *_), codes in found.items() if kernel == "_norm")
+    results["a kernel that compiles anew is noticed"] = "" if several else "it is not"
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main(int(sys.argv[1]))

@@ -34,7 +34,7 @@ def test_kernels_are_the_exact_numbers_rounded_once_and_planted_faults_are_found
     assert {name: problem for name, problem in found.items() if problem} == {}
 
 
-def test_kernels_compile_and_keep_their_numbers_in_registers(tmp_path):
+def test_kernels_compile_once_for_packs_of_all_sizes_and_keep_their_numbers_in_registers(tmp_path):
     found = problems("compiled.py", "90", tmp_path=tmp_path)
     assert len(found) == 12
     assert {name: problem for name, problem in found.items() if problem} == {}

@@ -9,7 +9,7 @@ import torch
 from accelerators import cuda_backend
 from families import exact_norms, method_of, perturb, tiny
 from test_fused_layers import SAMPLE, assert_equal, both, counted, learned, rows
-from test_tree_attention import CASES, Case, differences, drawn, ours
+from test_tree_attention import CASES, FLAT, Case, differences, drawn, ours
 from torch.utils._python_dispatch import TorchDispatchMode
 from varlen import VarlenOperations
 
@@ -152,6 +152,14 @@ def test_how_many_kernels_are_launched(dtype):
             torch.autograd.grad(out, [q, k, v], torch.empty_like(out))
         counts.append(counter.count)
     assert (counts[0] == counts[1]) == (dtype == torch.bfloat16)
+
+
+def test_sinks_go_another_way_where_flash_attention_gives_no_sums_by_token(monkeypatch):
+    q, plan = torch.empty(9, 64, dtype=torch.bfloat16, device="meta"), AttentionPlan(FLAT, Heads(2, 2, 16), 1.0)
+    for given in (True, False):
+        monkeypatch.setattr(flash, "gives_sums_by_token", lambda given=given: given)
+        assert ways.way_of(q, plan, sinks=False).name == flash.FLASH.name
+        assert (ways.way_of(q, plan, sinks=True).name == flash.FLASH.name) == given
 
 
 class OperationCounter(TorchDispatchMode):

@@ -93,8 +93,8 @@ def test_trees_that_are_not_depth_first_are_not_taken():
 @pytest.fixture
 def eager(monkeypatch):
     """FlexAttention as plain operations, with gradients on CPUs, in the place of what would be compiled."""
-    monkeypatch.setattr(pytorch, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
-    monkeypatch.setattr(pytorch, "_validate_device", lambda *_: None)
+    monkeypatch.setattr(pytorch, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True, raising=False)
+    monkeypatch.setattr(pytorch, "_validate_device", lambda *_: None, raising=False)
     monkeypatch.setattr(flex, "_flex_attention", lambda: pytorch.flex_attention)
     monkeypatch.setattr(flex, "SIZES", (384, 1280))
     by = next(way for way in ways.WAYS if way.name == "FlexAttention")
@@ -112,7 +112,8 @@ def eager(monkeypatch):
     [("a tree", None), ("a window", 1.5), ("virtual tokens", 1.5), ("chunks", None), ("neighbours rotated", 1.5)],
 )
 def test_it_is_a_softmax_over_what_is_seen(eager, name, softcap):
-    assert max(differences(CASES[name]._replace(softcap=softcap))) < 1e-13
+    case = CASES[name]._replace(softcap=softcap, heads=CASES[name].heads._replace(size=16))  # older versions take powers of two
+    assert max(differences(case)) < 1e-13
 
 
 def test_in_bfloat16(eager):
@@ -128,7 +129,7 @@ def test_what_is_wrong_fails_the_probe(eager, monkeypatch, what):
     }
     monkeypatch.setattr(flex, what, wrong[what])
     with pytest.warns(RuntimeWarning, match="FlexAttention: not used here"):
-        assert max(differences(CASES["a tree"]._replace(softcap=1.5))) < 1e-13
+        assert max(differences(CASES["virtual tokens"]._replace(softcap=1.5))) < 1e-13
 
 
 def test_a_mask_is_made_without_waiting_for_the_device():

@@ -7,6 +7,7 @@ Shapes: T tokens, P virtual tokens, L gathered keys of a call; H = G · R query 
 """
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -129,6 +130,14 @@ def _flash_mask(plan: AttentionPlan) -> tuple[bool, dict[str, Any]]:
     """Whether it is plain causality, and how many keys before a query's own place it attends to."""
     left = -1 if plan.window is None else plan.window - 1
     return plan.window is None, {"scale": plan.scale, "window_size_left": left, "window_size_right": 0}
+
+
+@cache
+def gives_sums_by_token() -> bool:
+    """Whether the log-sum-exp is H T, as sinks need it: before PyTorch 2.7 it was S H, padded to the longest sequence."""
+    q, ends = torch.empty(3, 2, 8, dtype=torch.float16, device="meta"), torch.empty(3, dtype=torch.int32, device="meta")
+    logsumexp = _aten._flash_attention_forward(q, q, q, ends, ends, 2, 2, 0.0, True, False)[1]
+    return bool(logsumexp.shape == (2, 3))
 
 
 _LOWER_RIGHT = 2

@@ -44,7 +44,7 @@ def way_of(q: Tensor, plan: AttentionPlan, sinks: bool) -> Way:
 
 def _takes_flash(q: Tensor, plan: AttentionPlan, sinks: bool) -> bool:
     made_for = q.is_meta or (q.is_cuda and (torch.version.hip is not None or _capability(q.device) >= (8, 0)))
-    return made_for and q.dtype in _HALVES and _has_plain_heads(plan)
+    return made_for and q.dtype in _HALVES and _has_plain_heads(plan) and (not sinks or flash.gives_sums_by_token())
 
 
 def _takes_efficient(q: Tensor, plan: AttentionPlan, sinks: bool) -> bool:

@@ -7,9 +7,10 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
+import torch
 from families import tiny
-from peers import run_trimtab
-from peers.compare import PEERS, Settings, compare, load_rows, prepare, summary
+from peers import run_peer, run_trimtab
+from peers.compare import PEERS, Settings, compare, load_rows, only, prepare, summary
 from peers.floor import least_work, multiplying_rate
 from peers.report import comparison_chart, comparison_table
 from templates import saved_base
@@ -177,3 +178,28 @@ def test_every_run_makes_its_own_pass_of_the_reference(folder, tmp_path, monkeyp
     losses = [run_trimtab.run(spec)["losses"] for _ in range(2)]
     assert computed == [8, 8]
     assert losses[0] == losses[1]
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_in_16_bits_all_train_from_the_same_weights(folder, tmp_path):
+    """As on an accelerator: the model in bfloat16, LoRA's matrices in float32."""
+    settings = Settings(data="demo/train.jsonl", model=str(folder), rows=6, rows_per_step=2)
+    base = Base.load(ModelConfig(name=str(folder), dtype="bfloat16"))
+    rows = load_rows(settings, base, Objective.pick("sft"))
+    spec = prepare(settings, base, rows, LoRA(rank=2, alpha=64.0), tmp_path) | {
+        "objective": Objective.pick("sft").plain(),
+        "lr": 2e-3,
+    }
+    assert (spec["dtype"], spec["device"]) == ("bfloat16", "cpu")
+    ours = run_trimtab.run(spec)
+    theirs = run_peer.run(spec | PEERS["hf-peft-no-recompute"])
+    assert ours["losses"] == pytest.approx(theirs["losses"], rel=2e-3)
+    assert len({round(loss, 3) for loss in ours["losses"]}) == 3
+
+
+def test_a_run_sees_one_device():
+    assert only(torch.device("cpu"), "0,1") == {}
+    assert only(torch.device("cuda"), None) == {"CUDA_VISIBLE_DEVICES": "0"}
+    assert only(torch.device("cuda", 1), None) == {"CUDA_VISIBLE_DEVICES": "1"}
+    assert only(torch.device("cuda", 1), "4,GPU-7") == {"CUDA_VISIBLE_DEVICES": "GPU-7"}

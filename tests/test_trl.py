@@ -44,7 +44,7 @@ def step(*given, **named):
 trainer.training_step = step
 trainer.train()
 save_file(gradients, sys.argv[3])
-json.dump(losses, open(sys.argv[4], "w"))
+json.dump([float(loss) for loss in losses], open(sys.argv[4], "w"))
 """
 SETTINGS = [
     {"name": "dpo", "beta": 0.2},
@@ -98,6 +98,8 @@ def test_ten_steps_are_trls(tmp_path, monkeypatch, how):
 
 def _trl(folder, rows, objective):
     spec = {
+        "device": "cpu",
+        "dtype": "float32",
         "model": str(folder / "tiny"), "start": str(folder / "start"), "scratch": str(folder / "scratch"),
         "rows": [{"ids": row.ids, "targets": row.target_indices, "side": row.side} for row in rows],
         "rows_per_step": 4, "lr": 5e-3, "objective": objective.plain(), "recompute": False, "grouped": False,

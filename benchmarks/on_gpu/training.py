@@ -169,12 +169,15 @@ def _fitting(machine: Machine, model: Any, steps: list[list[TokenRow]], by_lengt
 def _losses(model: Any, steps: list[list[TokenRow]], each: int, by_length: bool) -> Iterable[float]:
     """Of each step of a plain loop: padded micro-batches, gradients summed, the loss a mean over the step's targets."""
     parameters = [p for p in model.parameters() if p.requires_grad]
+    device = parameters[0].device
     optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0, fused=True)
     for step in steps:
         ordered = sorted(step, key=lambda row: -len(row.ids)) if by_length else step
-        items, total = sum(len(row.target_indices) for row in step), torch.zeros((), device=parameters[0].device)
+        items, total = sum(len(row.target_indices) for row in step), torch.zeros((), device=device)
         for at in range(0, len(ordered), each):
-            loss = model(**_batch(ordered[at : at + each], parameters[0].device), num_items_in_batch=items).loss
+            batch = _batch(ordered[at : at + each], device)
+            with torch.autocast(device.type, torch.bfloat16):  # as Trainer's bf16: LoRA's matrices are float32
+                loss = model(**batch, num_items_in_batch=items).loss
             loss.backward()
             total += loss.detach()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -26,6 +26,8 @@ def parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--data", metavar="FILE", help="examples to train on; random ones of chat-like lengths unless given")
     add("--model", metavar="NAME", default="smollm2-135m-instruct", help=MODEL)
+    add("--device", metavar="NAME", default="auto", help="auto, cpu, cuda, cuda:1, …, where every run computes (default: auto)")
+    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the model (default: auto)")
     add("--rows", metavar="N", type=integer(1), default=64, help="how many examples (default: %(default)s)")
     add("--rows-per-step", metavar="N", type=integer(1), default=8, help="the effective batch size (default: %(default)s)")
     add("--rank", metavar="N", type=integer(1), default=8, help="of the LoRA that is trained (default: %(default)s)")
@@ -53,7 +55,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     if arguments.output is not None:
         files.refuse_existing(arguments.output)
-    names = ("data", "model", "rows", "rows_per_step", "rank", "objective", "pairs", "python")
+    names = ("data", "model", "device", "dtype", "rows", "rows_per_step", "rank", "objective", "pairs", "python")
     settings = Settings(
         **{name: getattr(arguments, name) for name in names},
         targets=tuple(arguments.targets),

@@ -10,11 +10,13 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from peers.floor import least_work, multiplying_rate
 
 from trimtab.base import Base, ModelConfig
+from trimtab.base.config import resolve_device, resolve_dtype
 from trimtab.core import files
 from trimtab.core.errors import RecipeError
 from trimtab.core.process import environment
@@ -49,6 +51,9 @@ class Settings:
     data: str | None = None
     """The training examples; unless given, random ones of chat-like lengths."""
     model: str = "smollm2-135m-instruct"
+    device: str = "auto"
+    """Where every run computes, and in which dtype the model is: see ModelConfig."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     rows: int = 64
     """How many examples each run trains on, once."""
     rows_per_step: int = 8
@@ -85,22 +90,25 @@ def compare(settings: Settings, on_run: Callable[[str, dict[str, Any]], None]) -
         if settings.objective != "sft" and PEERS[name]["library"] != "trl":
             raise RecipeError(f"--against: {name} has no {settings.objective}; trl and trl-no-recompute have.")
         _check_installed(settings.python, PEERS[name]["library"])
-    base = Base.load(ModelConfig(name=settings.model))
+    asked = ModelConfig(name=settings.model, device=settings.device, dtype=settings.dtype)
+    device = resolve_device(asked)
+    place = {"device": device.type, "dtype": str(resolve_dtype(asked, device)).removeprefix("torch.")}
+    base = Base.load(ModelConfig(name=settings.model, device="cpu", dtype=place["dtype"]))  # the device is for the runs
     objective = Objective.pick(settings.objective)
     rows = load_rows(settings, base, objective)
     objective = objective.resolve_auto(rows)
     method = LoRA(rank=settings.rank, alpha=2.0 * settings.rank, targets=settings.targets)
     with tempfile.TemporaryDirectory() as folder:
-        spec = {**prepare(settings, base, rows, method, Path(folder)), "objective": objective.plain()}
+        spec = {**prepare(settings, base, rows, method, Path(folder)), "objective": objective.plain(), **place}
         steps = [rows[at : at + settings.rows_per_step] for at in range(0, len(rows), settings.rows_per_step)]
         work = least_work(base.model, steps, method) if settings.objective == "sft" else None
         tokens = sum(row.full_length for row in rows if row.side != "mismatched")
         done: dict[str, list[dict[str, Any]]] = {TRIMTAB: [], **{name: [] for name in settings.against}}
         for number in range(settings.pairs):
             for name, results in done.items():
-                before = multiplying_rate(base.model)
-                result = _run(name, spec, settings.python, Path(folder))
-                rate = max(before, multiplying_rate(base.model))
+                before = multiplying_rate(base.model, device=device)
+                result = _run(name, spec, settings.python, Path(folder), device)
+                rate = max(before, multiplying_rate(base.model, device=device))
                 result |= {
                     "trainer": name,
                     "round": number + 1,
@@ -173,7 +181,7 @@ def prepare(settings: Settings, base: Base, rows: list[TokenRow], method: LoRA, 
     base.model.save_pretrained(folder / "model")
     if base.tokenizer is not None:
         base.tokenizer.save_pretrained(folder / "model")
-    base = Base.load(ModelConfig(name=str(folder / "model")))
+    base = Base.load(ModelConfig(name=str(folder / "model"), device="cpu", dtype=_name_of(base)))
     adapter = attach(base.model, method)
     save_adapter(base, adapter, folder / "start")
     adapter.detach()
@@ -184,7 +192,13 @@ def prepare(settings: Settings, base: Base, rows: list[TokenRow], method: LoRA, 
         "rows": [{"ids": row.ids, "targets": list(row.target_indices), "side": row.side} for row in rows],
         "rows_per_step": settings.rows_per_step,
         "lr": 2e-4,
+        "device": "cpu",
+        "dtype": _name_of(base),
     }
+
+
+def _name_of(base: Base) -> Any:
+    return str(next(base.model.parameters()).dtype).removeprefix("torch.")
 
 
 def _check_installed(python: str, library: str) -> None:
@@ -207,11 +221,24 @@ def _safe_environment() -> dict[str, str]:
     return environment() | {"PYTHONSAFEPATH": "1"}
 
 
-def _run(name: str, spec: dict[str, Any], python: str, folder: Path) -> dict[str, Any]:
+def only(device: torch.device, visible: str | None) -> dict[str, str]:
+    """The environment in which a process sees no other CUDA device: Trainer would train on all of them.
+
+    Args:
+        visible: CUDA_VISIBLE_DEVICES here.
+    """
+    if device.type != "cuda":
+        return {}
+    number = device.index or 0
+    return {"CUDA_VISIBLE_DEVICES": visible.split(",")[number] if visible else str(number)}
+
+
+def _run(name: str, spec: dict[str, Any], python: str, folder: Path, device: torch.device) -> dict[str, Any]:
     path = folder / f"{name}.json"
     files.write_json(path, {**spec, **PEERS.get(name, {})})
     command = [sys.executable, str(HERE), "one"] if name == TRIMTAB else [python, str(HERE / "run_peer.py")]
-    done = subprocess.run([*command, str(path)], capture_output=True, text=True, check=False, env=_safe_environment())
+    own = _safe_environment() | only(device, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    done = subprocess.run([*command, str(path)], capture_output=True, text=True, check=False, env=own)
     if done.returncode:
         raise RecipeError(f"{name} failed: {(done.stderr.strip().splitlines() or ['it said nothing'])[-1]}")
     return json.loads(done.stdout.strip().splitlines()[-1])

@@ -19,7 +19,7 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
     import transformers
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(spec["model"], trust_remote_code=False)
-    losses: list[float] = []
+    losses: list[torch.Tensor] = []
     if spec["objective"]["name"] == "sft":
         model = _model(spec)
         model = peft.PeftModel.from_pretrained(model, spec["start"], is_trainable=True)
@@ -29,14 +29,16 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
         trainer = preference_trainer(spec, tokenizer, losses)
     started = time.perf_counter()
     trainer.train()
+    read = torch.stack(losses).tolist()  # all at once, when the device has done its work
     seconds = time.perf_counter() - started
-    return {"losses": losses, "seconds": seconds, "peak_gb": peak_gb()}
+    return {"losses": read, "seconds": seconds, "peak_gb": peak_gb()}
 
 
 def _model(spec: dict[str, Any]) -> Any:
     import transformers
 
-    return transformers.AutoModelForCausalLM.from_pretrained(spec["model"], dtype=torch.float32, trust_remote_code=False)
+    dtype = getattr(torch, spec["dtype"])
+    return transformers.AutoModelForCausalLM.from_pretrained(spec["model"], dtype=dtype, trust_remote_code=False)
 
 
 def peak_gb() -> float:
@@ -54,7 +56,7 @@ def _labelled(row: dict[str, Any]) -> dict[str, Any]:
     return {"input_ids": row["ids"], "labels": [t if place in targets else -100 for place, t in enumerate(row["ids"])]}
 
 
-def preference_trainer(spec: dict[str, Any], tokenizer: Any, losses: list[float]) -> Any:
+def preference_trainer(spec: dict[str, Any], tokenizer: Any, losses: list[torch.Tensor]) -> Any:
     """TRL's trainer for pairs or judged answers; its reference is the model without the adapter, which is new."""
     import datasets
     import peft
@@ -62,7 +64,7 @@ def preference_trainer(spec: dict[str, Any], tokenizer: Any, losses: list[float]
     from safetensors.torch import load_file
 
     objective, of_pairs = dict(spec["objective"]), spec["objective"]["name"] == "dpo"
-    settings = {**_settings(spec), "bf16": False, "max_length": None, "beta": objective["beta"]}
+    settings = {**_settings(spec), "max_length": None, "beta": objective["beta"]}
     trainer: Any
     config: Any
     if of_pairs:
@@ -119,21 +121,25 @@ def _settings(spec: dict[str, Any]) -> dict[str, Any]:
         "save_strategy": "no",
         "logging_steps": 10_000,
         "disable_tqdm": True,
-        "use_cpu": not torch.cuda.is_available(),
+        "use_cpu": spec["device"] == "cpu",
+        "bf16": spec["dtype"] == "bfloat16",  # LoRA's matrices are float32, and multiplied in 16 bits
+        "fp16": spec["dtype"] == "float16",
     }
 
 
-def _recording(kind: Any, losses: list[float]) -> type:
+def _recording(kind: Any, losses: list[torch.Tensor]) -> type:
     class Recording(kind):
         def training_step(self, *args: Any, **kwargs: Any) -> Any:
             loss = super().training_step(*args, **kwargs)
-            losses.append(loss.item())
+            losses.append(loss.detach())
             return loss
 
     return Recording
 
 
-def _transformers(spec: dict[str, Any], model: Any, tokenizer: Any, data: list[dict[str, Any]], losses: list[float]) -> Any:
+def _transformers(
+    spec: dict[str, Any], model: Any, tokenizer: Any, data: list[dict[str, Any]], losses: list[torch.Tensor]
+) -> Any:
     import transformers
 
     settings = transformers.TrainingArguments(**_settings(spec))
@@ -141,11 +147,11 @@ def _transformers(spec: dict[str, Any], model: Any, tokenizer: Any, data: list[d
     return _recording(transformers.Trainer, losses)(model=model, args=settings, train_dataset=data, data_collator=collator)
 
 
-def _trl(spec: dict[str, Any], model: Any, tokenizer: Any, data: list[dict[str, Any]], losses: list[float]) -> Any:
+def _trl(spec: dict[str, Any], model: Any, tokenizer: Any, data: list[dict[str, Any]], losses: list[torch.Tensor]) -> Any:
     import datasets
     import trl
 
-    settings = trl.SFTConfig(**_settings(spec), bf16=False, max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
+    settings = trl.SFTConfig(**_settings(spec), max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
     rows = datasets.Dataset.from_list(data)
     return _recording(trl.SFTTrainer, losses)(model=model, args=settings, train_dataset=rows, processing_class=tokenizer)
 

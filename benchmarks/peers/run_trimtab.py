@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from peers.floor import synchronize
 from peers.run_peer import peak_gb
 
 from trimtab.base import Base, ModelConfig
@@ -19,7 +20,7 @@ from trimtab.train import TrainConfig, plan_training_memory, train
 
 
 def run(spec: dict[str, Any]) -> dict[str, Any]:
-    base = Base.load(ModelConfig(name=spec["model"]))
+    base = Base.load(ModelConfig(name=spec["model"], device=spec["device"], dtype=spec["dtype"]))
     adapter = load_adapter(base, Path(spec["start"]))
     config = TrainConfig(schedule="constant", warmup=0.0)
     rows = [
@@ -27,6 +28,8 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
     ]
     objective, each = Objective.pick(spec["objective"]), spec["rows_per_step"]
     check_packing(base.model)  # compiles what has not been yet
+    if base.device.type != "cpu":
+        plan_training_memory(base, config, rows)  # so does this there, with packs as large as those to come
     os.makedirs(spec["scratch"], exist_ok=True)
     os.environ["TRIMTAB_CACHE"] = tempfile.mkdtemp(dir=spec["scratch"])  # which knows no reference, not even the last run's
     started = time.perf_counter()
@@ -39,4 +42,5 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
         for at in range(0, len(whole), each)
     ]
     losses = [step.loss for step in train(base, adapter, objective, steps, config, spec["lr"], memory)]
+    synchronize(base.device)
     return {"losses": losses, "seconds": time.perf_counter() - started, "peak_gb": peak_gb()}

@@ -8,6 +8,8 @@ import torch
 import transformers
 from families import _COMMON, exact_norms, method_of, perturb, random_rows
 
+from trimtab.base import Base
+from trimtab.base.quantized import computing_in
 from trimtab.core.errors import UnsupportedModel
 from trimtab.data import TokenRow, pack_tree
 from trimtab.engine import check_packing, forward, low_rank, operations, own_passes
@@ -47,14 +49,18 @@ def rows():
 PACK = pack_tree(rows())
 
 
-def made(family, dtype, method):
-    """A model with an adapter off its first values."""
+def drawn(family):
     torch.manual_seed(0)
     model = FAMILIES[family]()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.1) if parameter.ndim > 1 else parameter.add_(0.1 * torch.randn_like(parameter))
-    model = model.eval().requires_grad_(False).to(dtype)
+    return model
+
+
+def made(family, dtype, method):
+    """A model with an adapter off its first values."""
+    model = drawn(family).eval().requires_grad_(False).to(dtype)
     adapter = attach(model, method, sample=Sample(random_rows(30, seed=3)))
     perturb(adapter.parameters(), 0.02)
     return model, adapter
@@ -96,6 +102,24 @@ def test_a_family_by_hand_is_no_farther_from_float64_than_its_own_code(family, d
     (how,) = describe_layers(model)
     assert "self_attn, mlp by hand" in how
     assert max(ratios(model, monkeypatch)) <= 1.1
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_neither_is_a_quantized_one(kind, tmp_path):
+    """From what its dequantized weights give in float32: by hand or not, they are rounded to 16 bits first."""
+    pytest.importorskip("bitsandbytes")
+    drawn("qwen2").save_pretrained(tmp_path)
+    model = Base.load_folder(tmp_path, torch.bfloat16, torch.device("cpu"), quantize=kind, with_tokenizer=False).model
+    perturb(attach(model, LoRA(rank=4)).parameters(), 0.02)
+    (how,) = describe_layers(model)
+    assert "self_attn, mlp by hand" in how
+    wide = copy.deepcopy(model)
+    for tensor in (*wide.parameters(), *wide.buffers()):
+        tensor.data = tensor.data.float() if tensor.dtype == torch.bfloat16 else tensor.data
+    with computing_in(wide, torch.float32):
+        exact = computed(wide, unfused)
+    own, ours = computed(model, unfused), computed(model)
+    assert max(a / b for a, b in zip(distances(ours, exact), distances(own, exact), strict=True)) <= 1.1
 
 
 @pytest.mark.parametrize("name", [name for name in Method.names() if name not in ("lora", "tokens")])

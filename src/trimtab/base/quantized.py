@@ -105,15 +105,19 @@ def make_exact(model: nn.Module) -> None:
 
 @contextmanager
 def computing_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Within the block, quantized layers compute in this dtype."""
-    held = [(m, m.compute_dtype) for m in quantized_layers(model) if getattr(m, "compute_dtype", None) is not None]
+    """Within the block, quantized layers compute in this dtype, and are dequantized in it."""
+    held: list[tuple[Any, str, torch.dtype]] = []
+    for module in quantized_layers(model):
+        state = getattr(module.weight, "quant_state", None)
+        held += [(module, "compute_dtype", module.compute_dtype)] if getattr(module, "compute_dtype", None) is not None else []
+        held += [(state, "dtype", state.dtype)] if state is not None else []
     try:
-        for module, _ in held:
-            module.compute_dtype = dtype
+        for holder, name, _ in held:
+            setattr(holder, name, dtype)
         yield
     finally:
-        for module, own in held:
-            module.compute_dtype = own
+        for holder, name, own in held:
+            setattr(holder, name, own)
 
 
 class StoredMatrix:

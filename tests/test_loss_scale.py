@@ -38,7 +38,7 @@ def adapted(dtype, wide=False):
 def gradients(dtype, items, scale, wide=False):
     base, adapter = adapted(dtype, wide)
     adapter.train()
-    loop._Passes(base, SFT(), FLAT, None).gradients(1, PACKS, items, scale)
+    loop._Passes(base, SFT(), [PACKS], FLAT, None).gradients(1, PACKS, items, scale)
     found = [p.grad for p in adapter.parameters().values()]
     assert {g.dtype for g in found} == {torch.float32}
     scale.unscale_(found)

@@ -386,10 +386,15 @@ CANDIDATES = [
 ]  # fmt: skip
 
 
+TOGETHER = {(TrainConfig, "deterministic"): {"pack_tokens": 64, "recompute": "none"}}
+"""What else a key's other value asks for."""
+
+
 def others(kind, key):
     """Values for a key that it takes and that are not its default: found by trying, so that a new key needs no list."""
     required = {name: "x" for name, field in kind.model_fields.items() if field.is_required() and field.annotation is not None}
     required |= {name: value for name, value in NEEDED.get(_member(kind), {}).items() if name != key}
+    required |= TOGETHER.get((kind, key), {})
     default = {} if key in required else {key: kind.model_fields[key].get_default(call_default_factory=True)}
     for candidate in [*CANDIDATES, *literals(kind.model_fields[key].annotation)]:
         try:
@@ -422,6 +427,7 @@ def test_every_key_survives_the_round_trip_with_each_value_it_takes(kind, path, 
     assert tried, f"no other value found for {path}.{key}: add one to CANDIDATES"
     for value in tried:
         section = {name: "x" for name, field in kind.model_fields.items() if field.is_required()} | {key: value}
+        section |= TOGETHER.get((kind, key), {})
         if issubclass(kind, Choice):
             section = NEEDED.get(_member(kind), {}) | section | {"name": _member(kind)}
         made = Recipe.parse({"data": {"train": "a.jsonl"}, "output": "/abs/run", path: section})

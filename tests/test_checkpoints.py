@@ -87,6 +87,7 @@ def test_other_quantizations_are_refused_by_name_before_any_weight_is_read(metho
     load(tmp_path)
     with_quantization(tmp_path, quant_method=method, bits=4)
     monkeypatch.setattr("safetensors.safe_open", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None)  # no package would dequantize it
     (tmp_path / "model.safetensors").write_bytes(b"never read")
     said = refused(tmp_path, UnsupportedModel)
     assert f"is stored quantized by {REFUSED[method]} (quantization_config in config.json)" in said
@@ -273,6 +274,31 @@ def test_compressed_tensors_are_dequantized_to_what_their_numbers_stand_for(pres
     assert all(not torch.equal(own[name], plain[name]) for name in meant)
     assert {type(module) for module in base.model.modules() if hasattr(module, "in_features")} == {torch.nn.Linear}
     assert "quantization_config" not in base.model.config.to_dict()
+
+
+@pytest.mark.parametrize("kind", ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig", "Float8WeightOnlyConfig"])
+def test_torchaos_tensors_are_dequantized_once_they_are_compared_with_what_its_layers_compute(kind, tmp_path, monkeypatch):
+    quantization = pytest.importorskip("torchao.quantization")
+    tiny("llama", torch.bfloat16).save_pretrained(tmp_path / "plain")
+    settings = transformers.TorchAoConfig(getattr(quantization, kind)())
+    quantized = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "plain", quantization_config=settings, dtype=torch.bfloat16, device_map={"": "cpu"}
+    )
+    quantized.save_pretrained(tmp_path / "stored")
+    base = Base.load_folder(tmp_path / "stored", torch.bfloat16, torch.device("cpu"), with_tokenizer=False)
+    plain, stored = load(tmp_path / "plain").model, dict(quantized.named_parameters())
+    for name, parameter in base.model.named_parameters():
+        assert type(parameter.data) is torch.Tensor
+        assert torch.equal(parameter, plain.get_parameter(name).bfloat16()) == (not name.endswith("_proj.weight"))
+        if name.endswith("_proj.weight"):
+            data = stored[name].data
+            meant = data.qdata.float() * data.scale.float()
+            assert float((parameter - meant).abs().max()) <= 2**-7 * float(meant.abs().max())
+    assert "quantization_config" not in base.model.config.to_dict()
+    if kind.startswith("Float8"):
+        return  # whose layers compute with what is dequantized
+    monkeypatch.setattr(type(data), "dequantize", lambda self: torch.zeros(self.shape, dtype=torch.bfloat16))
+    assert "is not the matrix of a product" in refused(tmp_path / "stored", UnsupportedModel)
 
 
 @pytest.mark.parametrize(

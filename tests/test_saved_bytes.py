@@ -22,12 +22,6 @@ REAL = {"hidden_size": D, "intermediate_size": F, "num_attention_heads": 28, "nu
 TINY = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 50}
 
 
-@pytest.fixture(autouse=True)
-def _no_masks(monkeypatch):
-    """Transformers' look at the positions, for a mask that is not used, would read them."""
-    monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda *_: None)
-
-
 def model_of(layers, device, sizes):
     config = transformers.Qwen2Config(**sizes, num_hidden_layers=layers, max_position_embeddings=32768)
     with torch.device(device):

@@ -1,7 +1,8 @@
 """Checkpoints that are stored quantized, known by their config.json before any weight is read: loaded as they are, dequantized, or refused.
 
 bitsandbytes' are loaded as they are (see `quantized`). MXFP4 (GPT-OSS), block-wise FP8 and compressed-tensors are dequantized while they
-are read, into the dtype of the base: what is computed is what their numbers stand for, in more memory. All others are refused by name.
+are read, into the dtype of the base: what is computed is what their numbers stand for, in more memory. torchao's are, as soon as they
+are read, and what its layers compute is compared. All others are refused by name.
 """
 
 import importlib.util
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from trimtab.base.loading import find_file, read_config, read_model, read_skeleton
 from trimtab.core.errors import RecipeError, UnsupportedModel
@@ -20,6 +22,9 @@ from trimtab.core.errors import RecipeError, UnsupportedModel
 COMPRESSED = "compressed-tensors"
 DEQUANTIZED = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config", COMPRESSED: "CompressedTensorsConfig"}
 """How a checkpoint may be stored and is dequantized from -> Transformers' class that says so."""
+TORCHAO = "torchao"
+AS_ITS_LAYERS = 0.03
+"""By how much, in proportion, torchao's own product may differ from that with the dequantized matrix: some round activations to 8 bits."""
 _PROVED_FORMATS = {"pack-quantized", "int-quantized", "float-quantized", "naive-quantized"}
 _PROVED_STRATEGIES = {"tensor", "channel", "group"}
 """Those of compressed-tensors of which every number was compared with what its bits stand for."""
@@ -49,8 +54,7 @@ def stored_quantization(place: Path | str, quantize: str = "none") -> str | None
     stored = str(settings.get("quant_method") or (BITSANDBYTES if _by_bitsandbytes(settings) else "an unnamed method"))
     if stored.startswith(BITSANDBYTES):
         return BITSANDBYTES
-    reason = _why_not_compressed(settings) if stored == COMPRESSED else "which is made for generating, not for training"
-    if stored not in DEQUANTIZED or (stored == COMPRESSED and reason):
+    if (reason := _why_not(stored, settings)) is not None:
         raise UnsupportedModel(
             f"model: {place} is stored quantized by {_NAMES.get(stored, stored)} (quantization_config in config.json), {reason}: "
             "nothing was loaded. Use the checkpoint that it was made from, in bfloat16; model.quantize: nf4 or int8 holds that in as "
@@ -64,13 +68,19 @@ def stored_quantization(place: Path | str, quantize: str = "none") -> str | None
     return stored
 
 
+def _why_not(stored: str, settings: dict[str, Any]) -> str | None:
+    """Why a checkpoint that is stored so is not dequantized, in words; None if it is."""
+    if stored not in (*DEQUANTIZED, TORCHAO):
+        return "which is made for generating, not for training"
+    if stored in (COMPRESSED, TORCHAO) and importlib.util.find_spec(stored.replace("-", "_")) is None:
+        return f"which the package of that name dequantizes (pip install {stored}), and it is not installed"
+    return _why_not_compressed(settings) if stored == COMPRESSED else None
+
+
 def _why_not_compressed(settings: dict[str, Any]) -> str | None:
-    """Why a checkpoint of compressed-tensors is not dequantized, in words; None if it is."""
     import transformers
 
     config: Any = getattr(transformers, DEQUANTIZED[COMPRESSED], None)
-    if importlib.util.find_spec("compressed_tensors") is None:
-        return "which the package of that name dequantizes (pip install compressed-tensors), and it is not installed"
     if config is None or "dequantize" not in inspect.signature(config.__init__).parameters:
         return f"which Transformers {transformers.__version__} does not dequantize, as later versions do"
     schemes = [
@@ -96,7 +106,30 @@ def read_stored(place: Path | str, quantize: str, **arguments: Any) -> Any:
         model = read_model(place, use_safetensors=True, **arguments)
     if stored == "fp8":
         _refuse_uneven_blocks(place)
+    if stored == TORCHAO:
+        _dequantize_tensors(model, place)
     return model
+
+
+@torch.no_grad()
+def _dequantize_tensors(model: Any, place: Path | str) -> None:
+    """Put plain tensors in the place of torchao's. Raises UnsupportedModel for one that its layer does not multiply with."""
+    for path, module in model.named_modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if not type(parameter.data).__module__.startswith(TORCHAO):
+                continue
+            stored: Any = parameter.data
+            dense = nn.Parameter(stored.dequantize().to(parameter.dtype), requires_grad=False)
+            dense._is_hf_initialized = True  # type: ignore[attr-defined]
+            x = torch.linspace(-1, 1, dense.shape[-1], dtype=dense.dtype, device=dense.device).cos()[None]
+            own = module(x) if isinstance(module, nn.Linear) and name == "weight" else None
+            setattr(module, name, dense)
+            if own is None or float((own - module(x)).norm()) > AS_ITS_LAYERS * float(own.norm()):
+                raise UnsupportedModel(
+                    f"model: {place}: {path}.{name}, a {type(stored).__name__} of torchao, is not the matrix of a product. "
+                    "Use the checkpoint that it was made from, in bfloat16."
+                )
+    model.hf_quantizer.remove_quantization_config(model)
 
 
 @contextmanager
@@ -114,7 +147,7 @@ def _without_warnings() -> Iterator[None]:
 def dequantization_note(place: Path | str, quantize: str, dtype: torch.dtype) -> str | None:
     """What dequantizing a checkpoint costs, in words; None for one that is not dequantized. Raises as `stored_quantization` does."""
     stored = stored_quantization(place, quantize)
-    if stored not in DEQUANTIZED:
+    if stored not in (*DEQUANTIZED, TORCHAO):
         return None
     size = sum(p.numel() for p in read_skeleton(place).parameters()) * dtype.itemsize / 1e9
     kind = str(dtype).removeprefix("torch.")

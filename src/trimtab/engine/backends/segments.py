@@ -3,7 +3,7 @@
 A segment's keys are those of the virtual tokens, of its ancestors, and its own, side by side. Its queries go in blocks, and a
 block's keys end with its last query, so that nearly half of the hidden scores are not computed.
 
-CPUs, in float32 and float64, use flash attention (Dao 2023, arXiv:2307.08691), which keeps one number a query and head for the
+CPUs use flash attention (Dao 2023, arXiv:2307.08691), which keeps one number a query and head for the
 backward pass, not the scores. Elsewhere nothing is kept but queries, keys and values: the backward pass computes each block again.
 """
 
@@ -138,7 +138,7 @@ class _Way(NamedTuple):
 
 
 def _way(q: Tensor, plan: AttentionPlan) -> _Way:
-    return _KEEPING if q.is_cpu and q.dtype in (torch.float32, torch.float64) and plan.softcap is None else _RECOMPUTING
+    return _KEEPING if q.is_cpu and plan.softcap is None else _RECOMPUTING
 
 
 def _keeping(
@@ -161,7 +161,7 @@ def _keeping_backward(
     if sinks is None:
         return *gradients, None
     share = (sinks.view(*q.shape[:2], 1) - logsumexp).exp()  # of a sink, whose value is zero: it takes from all others
-    return *gradients, -(share * (dout * out).sum(-1)).sum(-1).flatten()
+    return *gradients, -(share * (at_least_float32(dout) * out).sum(-1)).sum(-1).flatten()
 
 
 def _mask(block: ScoreBlock, dtype: torch.dtype) -> Tensor | None:

@@ -1,15 +1,21 @@
 """What an accelerator asks for, tried on the CPU: no float64 there, no cuDNN in attention, and every generator left alone."""
 
 import random
+from contextlib import nullcontext
 
 import pytest
 import torch
+from accelerators import cuda_backend
 from families import perturb, random_rows, tiny
 from torch.overrides import TorchFunctionMode
 
 import trimtab
-from trimtab.base import Base
+from trimtab.base import Base, ModelConfig
+from trimtab.base.config import resolve_device
 from trimtab.core import attention, randomness
+from trimtab.core.errors import RecipeError
+from trimtab.core.transfer import to_device
+from trimtab.data import pack_tree
 from trimtab.data.example import TokenRow
 from trimtab.engine import check_packing, generate
 from trimtab.evaluate import reference, score_loss
@@ -18,6 +24,7 @@ from trimtab.methods.lora import LoRA
 from trimtab.objectives import Objective
 from trimtab.run.start import prepare_objective
 from trimtab.train import TrainConfig
+from trimtab.train.ahead import SentPacks
 
 MAKERS = {torch.tensor, torch.zeros, torch.empty, torch.ones, torch.full, torch.arange, torch.from_numpy, torch.frombuffer}
 
@@ -72,10 +79,16 @@ def home(tmp_path, monkeypatch):
     monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "cache"))
 
 
+@pytest.fixture(params=["float32", "bfloat16, by an accelerator's back end"])
+def dtype(request):
+    with cuda_backend() if "," in request.param else nullcontext():
+        yield getattr(torch, request.param.partition(",")[0])
+
+
 @pytest.mark.parametrize("name", ["sft", "dpo", "kto", "orpo"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_training_and_evaluating_need_no_float64_on_the_device(name, family, home):
-    base, objective = Base(tiny(family)), Objective.pick(name)
+def test_training_and_evaluating_need_no_float64_on_the_device(name, family, dtype, home):
+    base, objective = Base(tiny(family, dtype)), Objective.pick(name)
     with WithoutFloat64():
         check_packing(base.model)
         adapter = attach(base.model, LoRA(rank=2, dropout=0.1 if name == "sft" else 0.0))
@@ -108,6 +121,46 @@ def test_float64_on_the_device_is_noticed():
         ):
             with pytest.raises(TypeError, match="a device that has none"):
                 made()
+
+
+# Devices that lack something
+
+
+def test_what_is_made_on_the_host_is_sent_without_pinning_where_there_is_none(monkeypatch):
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(1) or pytest.fail("pinned"))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda *_: pytest.fail("a stream of CUDA's"))
+    sent = to_device([1, 2, 3], torch.device("meta"))
+    assert (sent.device.type, sent.dtype) == ("meta", torch.int64)
+    packs = SentPacks([[pack_tree(rows_of("answers"))]], torch.device("meta"))
+    packs.send_ahead(1)
+    (pack,) = packs.take(1)
+    assert pack.ids.is_meta
+    with pytest.raises(pytest.fail.Exception, match="pinned"):  # the control
+        to_device([1], torch.device("cuda"))
+    assert pinned == [1]
+
+
+def test_a_device_that_is_missing_or_lacks_the_dtype_is_refused_with_the_reason(monkeypatch):
+    for name in ("mps", "xpu", "xpu:1", "cuda:77"):
+        with pytest.raises(RecipeError, match=f"model.device: {name} cannot be used here: [A-Z]..."):
+            resolve_device(ModelConfig(name="x", device=name))
+    with pytest.raises(RecipeError, match="device"):
+        ModelConfig(name="x", device="xpu-1")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cpu", 7))
+    assert resolve_device(ModelConfig(name="x")) == torch.device("cpu", 7)  # the control
+    real = torch.ones
+
+    def without_float64(*size, dtype=None, **settings):
+        if dtype == torch.float64:
+            raise RuntimeError("Required aspect fp64 is not supported on the device")
+        return real(*size, dtype=dtype, **settings)
+
+    monkeypatch.setattr(torch, "ones", without_float64)
+    assert resolve_device(ModelConfig(name="x", dtype="float64")) == torch.device("cpu")
+    with pytest.raises(RecipeError, match="cpu cannot be used here: Required aspect fp64"):
+        resolve_device(ModelConfig(name="x", dtype="float64", device="cpu"))
 
 
 # Generators

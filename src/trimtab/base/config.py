@@ -20,8 +20,8 @@ class ModelConfig(Config):
     In float16 small gradients would vanish, so the loss is scaled; a model whose activations overflow in it is refused."""
     quantize: Quantize = "none"
     """Quantize the matrices of its blocks to 4 bits a weight (nf4, as QLoRA does) or 8 (int8): pip install 'trimtab[quantized]'."""
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
-    """Where the model runs; auto is the first accelerator, or the CPU."""
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|(cuda|xpu)(:\d+)?)$")] = "auto"
+    """Where the model runs; auto is the first accelerator, if it computes in `dtype`, or the CPU. ROCm's devices are called cuda, too."""
     template: dict[str, bool | int | float | str | list[str]] = Field(default={})
     """Switches of its chat template, such as {enable_thinking: false}; `trimtab check` lists them."""
     chat_template: Annotated[str, Field(min_length=1)] | None = None
@@ -32,13 +32,24 @@ def resolve_device(config: ModelConfig) -> torch.device:
     """The device that a config means on this machine. Raises RecipeError if it cannot be used."""
     if config.device == "auto":
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        supports = accelerator is not None and not (accelerator.type == "mps" and config.dtype == "float64")
-        return accelerator if accelerator is not None and supports else torch.device("cpu")
+        supported = accelerator is not None and _problem(accelerator, config.dtype) is None
+        return accelerator if accelerator is not None and supported else torch.device("cpu")
     try:
-        torch.empty(0, device=config.device, dtype=getattr(torch, config.dtype, None))
-    except (RuntimeError, AssertionError, TypeError) as error:
-        raise RecipeError(f"model.device: {config.device} cannot be used here: {str(error).splitlines()[0]}") from None
-    return torch.device(config.device)
+        device = torch.device(config.device)
+    except RuntimeError as error:
+        raise RecipeError(f"model.device: {config.device} is unknown to this PyTorch: {str(error).splitlines()[0]}") from None
+    if problem := _problem(device, config.dtype):
+        raise RecipeError(f"model.device: {config.device} cannot be used here: {problem}")
+    return device
+
+
+def _problem(device: torch.device, dtype: str) -> str | None:
+    """Why the device does not compute in this dtype: it is not there, or some (MPS, many of XPU) have no float64."""
+    try:
+        float(torch.ones(1, device=device, dtype=getattr(torch, dtype, None)) + 1)  # making one is not enough
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+        return str(error).splitlines()[0]
+    return None
 
 
 def resolve_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:

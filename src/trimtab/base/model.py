@@ -138,8 +138,9 @@ class Base:
             tensor.data = tensor.data.new_empty(0)
         quantized.release(self.model)
         give_back_freed_memory()
-        if torch.accelerator.is_available():
-            torch.accelerator.empty_cache()
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        if accelerator is not None:
+            torch.get_device_module(accelerator).empty_cache()
 
     # Identity
 

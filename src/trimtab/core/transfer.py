@@ -7,11 +7,15 @@ from torch import Tensor
 
 
 def to_device(values: Tensor | Sequence[int], device: torch.device) -> Tensor:
-    """Values on the host (numbers become int64) on the device. A copy from pinned memory does not wait for what the device computes."""
+    """Values on the host (numbers become int64) on the device.
+
+    A copy from pinned memory does not wait for what the device computes. Only CUDA's (and ROCm's) is taken: elsewhere there may be
+    none, and a copy that does not wait might read memory that has been freed.
+    """
     held = values if isinstance(values, Tensor) else torch.tensor(values, dtype=torch.int64)
-    if device.type == "cuda" and held.device.type == "cpu":
-        held = held.pin_memory()
-    return held.to(device, non_blocking=True)
+    if device.type == "cuda" and held.is_cpu:
+        return held.pin_memory().to(device, non_blocking=True)
+    return held.to(device)
 
 
 def numbers_like(values: Sequence[float], like: Tensor) -> Tensor:

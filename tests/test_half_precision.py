@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from families import _COMMON, exact_norms, method_of, perturb, random_rows
+from kinds import kind
 
 from trimtab.base import Base
 from trimtab.base.quantized import computing_in
@@ -296,3 +297,9 @@ def test_products_on_cuda_keep_partial_sums_in_float32():
     assert cuda._DTYPES
     assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
     assert not torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction
+
+
+def test_a_residual_stream_may_be_wider_than_the_head():
+    model = kind("state alone", torch.bfloat16)
+    assert model.backbone(torch.tensor([[1, 2]])).last_hidden_state.dtype == torch.float32
+    check_packing(model)

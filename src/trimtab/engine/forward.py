@@ -11,7 +11,7 @@ from torch import Tensor
 from trimtab.core.attention import Layout
 from trimtab.core.attention_hook import install_hook, laid_out
 from trimtab.core.errors import UnsupportedModel
-from trimtab.core.wrapping import trunk_of
+from trimtab.core.wrapping import trunk_of, unwrap
 from trimtab.data.pack import Pack
 from trimtab.engine.counting_layers import patch_counting_layers
 from trimtab.engine.frozen_cache import FrozenLayerCache
@@ -38,7 +38,9 @@ def hidden_states(model: Any, ids: Tensor, positions: Tensor, layout: Layout) ->
         raise UnsupportedModel(
             f"{type(model).__name__} does not pass keyword arguments of forward on to attention, so examples cannot be packed."
         )
-    return out.last_hidden_state[0]
+    hidden: Tensor = out.last_hidden_state[0]
+    weight = getattr(unwrap(model.get_output_embeddings()), "weight", hidden)
+    return hidden.to(weight.dtype)  # a residual stream may be float32 in a model of 16 bits (Mamba 2)
 
 
 def prepare(model: Any) -> None:

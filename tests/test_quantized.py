@@ -325,3 +325,18 @@ def test_no_dequantized_matrix_outlives_its_product(kind, load, monkeypatch):
     kept, real = [], StoredMatrix.dense
     monkeypatch.setattr(StoredMatrix, "dense", lambda self: kept.append(real(self)) or kept[-1])
     assert most() > 1, "the negative control"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_base_that_is_released_holds_nothing(kind, load):
+    """The certificate's process loads it again on the same card; scales are in no parameter."""
+    base = load(kind)
+
+    def held():
+        layers = list(quantized.quantized_layers(base.model))
+        scales = [m.weight.quant_state if kind == "nf4" else (m.weight.SCB, m.state.SCB) for m in layers]
+        return sum(p.nbytes for p in base.model.parameters()), sum(one not in (None, (None, None)) for one in scales)
+
+    assert min(held()) > 0
+    base.release()
+    assert held() == (0, 0)

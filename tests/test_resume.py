@@ -665,6 +665,7 @@ def test_what_differs_is_named_by_its_place_where_one_of_both_has_nothing():
 def test_a_run_has_begun_with_nothing_done():
     assert asdict(checkpoints.Progress()) == {
         "best": None, "last": {}, "seconds": 0.0, "tokens": 0, "computed": 0, "skipped": 0, "evaluated_before_training": False,
+        "loss_scale": {},
     }  # fmt: skip
 
 

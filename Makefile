@@ -48,7 +48,7 @@ $(COMPAT)/.ready: constraints.txt
 	touch $@
 
 # The oldest versions that pyproject.toml allows, with torch's CUDA libraries (about 3 GB), which the CPU's wheels do without.
-# Left out: tests of layers that carry state and of experts in Transformers' later form, of TRL, and of this machine's speed.
+# Left out: what needs newer ones (layers that carry state, experts, FP8 and MXFP4), bitsandbytes or TRL.
 test-oldest: $(OLDEST)/.ready  ## test with the oldest supported versions of torch, Transformers and the rest (about 15 minutes)
 	$(OLDEST)/bin/python -m pytest -n 2 --dist worksteal $$(cat tests/oldest.txt)
 

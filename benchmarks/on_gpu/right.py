@@ -1,12 +1,13 @@
 """Is it exact on this device? Each thing compared with float64, beside what Transformers or PyTorch themselves are off by."""
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import product
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from on_gpu.machine import Machine
+from on_gpu.machine import Machine, tried
 from torch import Tensor
 
 import trimtab
@@ -37,9 +38,10 @@ def attention(machine: Machine, _: str) -> dict[str, Any]:
             continue
         segments = tuple(Segment(*each) for each in TREES[tree])
         plan = AttentionPlan(segments, shape, shape.size**-0.5, window=window, virtual=virtual)
-        found[f"{tree}, {heads}, {virtual} virtual, window {window}"] = _attention(machine, plan)
-    apart = [value for case in found.values() for name, value in case.items() if name != "way"]
-    return {"worst": max(apart), "ways": sorted({case["way"] for case in found.values()}), "cases": found}
+        found[f"{tree}, {heads}, {virtual} virtual, window {window}"] = tried(partial(_attention, machine, plan))
+    apart = [value for case in found.values() for value in case.values() if isinstance(value, float)]
+    ways = sorted({case.get("way", "failed") for case in found.values()})
+    return {"worst": max(apart, default=None), "ways": ways, "cases": found}
 
 
 def drawn(plan: AttentionPlan) -> tuple[list[Tensor], Tensor]:
@@ -112,16 +114,20 @@ def layers(machine: Machine, _: str) -> dict[str, Any]:
     for name, settings in FAMILIES.items():
         if machine.left < 5:
             break
-        exact, adapter = _model(machine, name, settings, torch.float64)
-        truth = _alone(exact, adapter, _rows(machine))
-        half, adapter = _model(machine, name, settings, machine.dtype)
-        theirs = _alone(half, adapter, _rows(machine))
-        ours = _packed(half, adapter, _rows(machine))
-        case: dict[str, Any] = {"layers": describe_layers(half)}
-        for what in ("logprobs", "gradients"):
-            mine, hf = distance(ours[what], truth[what]), distance(theirs[what], truth[what])
-            case[what] = {"ours": mine, "transformers": hf, "ratio": mine / hf if hf else None}
-        found[name] = case
+        found[name] = tried(partial(_distances, machine, name, settings))
+    return found
+
+
+def _distances(machine: Machine, name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    exact, adapter = _model(machine, name, settings, torch.float64)
+    truth = _alone(exact, adapter, _rows(machine))
+    half, adapter = _model(machine, name, settings, machine.dtype)
+    theirs = _alone(half, adapter, _rows(machine))
+    ours = _packed(half, adapter, _rows(machine))
+    found: dict[str, Any] = {"layers": describe_layers(half)}
+    for what in ("logprobs", "gradients"):
+        mine, hf = distance(ours[what], truth[what]), distance(theirs[what], truth[what])
+        found[what] = {"ours": mine, "transformers": hf, "ratio": mine / hf if hf else None}
     return found
 
 

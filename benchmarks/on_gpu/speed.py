@@ -1,13 +1,14 @@
 """How fast the device is, and Trimtab's parts on it."""
 
 import platform
+from functools import partial
 from importlib import metadata
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from on_gpu.machine import SHAPES, Machine, made
+from on_gpu.machine import SHAPES, Machine, made, tried
 from on_gpu.right import drawn, way
 from on_gpu.rows import Load, rows
 
@@ -95,7 +96,7 @@ def micro(machine: Machine, _: str) -> dict[str, Any]:
         "rows of 4k": [(4096, None)] * (tokens // 4096), "2,000 and 32 of 200": [(2000, None)] + [(200, 0)] * 32,
     }  # fmt: skip
     for name, lengths in ({"rows of 16": [(16, None)] * 2} if machine.tiny else loads).items():
-        found["attention"][name] = _attention(machine, lengths)
+        found["attention"][name] = tried(partial(_attention, machine, lengths))
     found["attention"]["PyTorch's causal attention, 2 of 4k"] = _causal(machine)
     found["head"] = _head(machine)
     return found

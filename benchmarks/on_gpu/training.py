@@ -5,17 +5,19 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-from on_gpu.machine import Machine, made
+from on_gpu.machine import Machine, made, tried
 from on_gpu.rows import LOADS, TINY, Load, rows, tokens
 from peers.floor import least_work, multiplying_rate
+from safetensors.torch import load_file, save_file
 
 from trimtab.base import Base
 from trimtab.data import pack_all
 from trimtab.data.example import TokenRow
-from trimtab.deploy import save_adapter
 from trimtab.engine import check_packing, describe_layers
 from trimtab.methods import attach
 from trimtab.methods.lora import LoRA
@@ -29,6 +31,11 @@ DENSE = 989e12
 WARM = 3
 ROWS = 8
 """Of a peer's micro-batch; fewer where they do not fit."""
+
+
+def _start(machine: Machine, size: str) -> Path:
+    """The file with the adapter that every trainer begins with."""
+    return machine.out / f"start {size}.safetensors"
 
 
 def _steps(machine: Machine, load: Load, vocabulary: int, count: int) -> list[list[TokenRow]]:
@@ -54,7 +61,7 @@ def ours(machine: Machine, name: str) -> dict[str, Any]:
     size = name.split()[0]
     base = Base(made(machine, size))
     adapter = attach(base.model, METHOD)
-    save_adapter(base, adapter, machine.out / f"start {size}")
+    save_file({name: p.detach().cpu() for name, p in adapter.parameters().items()}, _start(machine, size))
     started = time.perf_counter()
     check_packing(base.model)
     found: dict[str, Any] = {"check_s": time.perf_counter() - started, "layers": describe_layers(base.model)}
@@ -63,7 +70,10 @@ def ours(machine: Machine, name: str) -> dict[str, Any]:
         machine.clear()
         steps = _steps(machine, load, base.model.config.vocab_size, WARM + machine.size(10, 2))
         until = time.time() + 0.8 * machine.left / (len(loads) - number)
-        result = _ours(machine, base, adapter, steps, until)
+        result = tried(partial(_ours, machine, base, adapter, steps, until))
+        if "error" in result:
+            found[load.name] = result
+            continue
         measured = steps[WARM : result["steps"]]
         work = least_work(base.model, measured, METHOD) / len(measured)
         result |= {"tflops": work / result["median_step_s"] / 1e12, "of_products": work / rate / result["median_step_s"]}
@@ -119,16 +129,16 @@ def peers(machine: Machine, name: str) -> dict[str, Any]:
             if machine.left < (0 if machine.tiny else 5):
                 found[key] = {"skipped": "no time is left"}
                 continue
-            model = None
-            try:
-                model = _peer(machine, name.split()[0], **settings)
-                steps = _steps(machine, load, model.config.vocab_size, WARM + machine.size(5, 2))
-                found[key] = _fitting(machine, model, steps, by_length, time.time() + 0.6 * machine.left / runs)
-            except (ImportError, torch.OutOfMemoryError) as error:
-                found[key] = {"error": str(error).splitlines()[0][:200]}
-            del model
+            until = time.time() + 0.6 * machine.left / runs
+            found[key] = tried(partial(_peers_run, machine, name.split()[0], load, by_length, until, **settings))
             machine.clear()
     return found
+
+
+def _peers_run(machine: Machine, size: str, load: Load, by_length: bool, until: float, **settings: bool) -> dict[str, Any]:
+    model = _peer(machine, size, **settings)
+    steps = _steps(machine, load, model.config.vocab_size, WARM + machine.size(5, 2))
+    return _fitting(machine, model, steps, by_length, until)
 
 
 def _peer(machine: Machine, size: str, recompute: bool = False, liger: bool = False) -> Any:
@@ -140,10 +150,14 @@ def _peer(machine: Machine, size: str, recompute: bool = False, liger: bool = Fa
     model: Any = made(machine, size)
     if liger:
         apply_liger_kernel_to_qwen2(model=model)
-    if (start := machine.out / f"start {size}").exists():
-        model = peft.PeftModel.from_pretrained(model, start, is_trainable=True)
-    else:
-        model = peft.get_peft_model(model, peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
+    model = peft.get_peft_model(model, peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
+    if (start := _start(machine, size)).exists():
+        own = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        for name, value in load_file(start).items():
+            path, _, factor = name.rpartition(".")
+            with torch.no_grad():
+                own.pop(f"base_model.model.{path}.lora_{factor}.default.weight").copy_(value)
+        assert not own, f"PEFT adapts more than Trimtab: {next(iter(own))}"
     if recompute:
         own = model.base_model.model
         enable = getattr(own, "activation_checkpointing_enable", None) or own.gradient_checkpointing_enable

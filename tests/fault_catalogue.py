@@ -223,6 +223,15 @@ FAULTS = {
         "it is excluded from the attention kernels",
         ("test_device::test_attention_does_without_cudnn_and_the_process_keeps_its_setting",),
     ),
+    "A29": Fault(
+        "small gradients vanish in float16, or examples are left out where large ones overflow",
+        "impossible",
+        "the loss is scaled by a power of two, and a step that overflows is computed again with a smaller one",
+        (
+            "test_loss_scale::test_small_gradients_vanish_in_float16_unless_the_loss_is_scaled",
+            "test_loss_scale::test_a_scale_that_is_too_large_costs_passes_and_neither_steps_nor_examples",
+        ),
+    ),
     # Examples, tokens, labels
     "B01": Fault(
         "padding is the end token, so the end is never trained on",

@@ -2,11 +2,13 @@
 
 import copy
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
 from families import perturb, random_rows, tiny
 
+from trimtab.artifacts import State
 from trimtab.base import Base
 from trimtab.core.errors import NonFinite
 from trimtab.data import pack_flat
@@ -147,3 +149,12 @@ def test_a_recipe_trains_in_float16_and_its_checkpoints_hold_the_scale(here):
     for progress in kept:
         assert LossScale(**progress.loss_scale) == LossScale(loss_scale.FIRST, progress.last["step"])
         assert Progress(**dataclasses.asdict(progress)) == progress
+
+
+def test_a_resumed_run_goes_on_with_the_saved_scale():
+    base, adapter = adapted(torch.float16)
+    prepared = SimpleNamespace(base=base, adapter=adapter, recipe=SimpleNamespace(train=FLAT))
+    for saved, expected in (({"value": 2.0**9, "steps": 7}, LossScale(2.0**9, 7)), ({}, LossScale(loss_scale.FIRST))):
+        facts = dataclasses.asdict(Progress(loss_scale=saved))
+        optimizer, *_ = running._optimizer(prepared, State(4, Optimizer(adapter, 0.0).state(), facts))
+        assert optimizer.loss_scale == expected

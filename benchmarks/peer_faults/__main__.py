@@ -26,6 +26,7 @@ CHAPTERS = ("learning", "shaping", "comparing", "rows", "messages", "packing", "
 PEERS = ("peft", "transformers", "trl")
 NOT_TRIED = {
     "A28": "needs a GPU on which torch takes cuDNN for attention (H100, H200)",
+    "A29": "needs a GPU: Accelerate refuses float16 training on a CPU",
     "B04": "TRL 1.16 has nothing any more that searches for an answer's marker",
 }
 """Faults of tests/fault_catalogue.py that are not tried here, and why."""

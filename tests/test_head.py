@@ -2,11 +2,16 @@
 
 import pytest
 import torch
-from families import tiny
+from accelerators import cuda_backend
+from families import perturb, random_rows, tiny
 
 from trimtab.core.errors import UnsupportedModel
+from trimtab.data import TokenRow, pack_tree
+from trimtab.engine import forward, pack_logprobs, sums
 from trimtab.engine import head as head_module
 from trimtab.engine.head import Head, Targets, head_of
+from trimtab.methods import attach
+from trimtab.methods.lora import LoRA
 
 
 def sequence_logprobs(hidden, at, head, token, row, rows):
@@ -207,3 +212,104 @@ def test_a_head_that_is_no_matrix_is_refused():
     model.lm_head = torch.nn.Sequential(model.lm_head)
     with pytest.raises(UnsupportedModel, match="The head of LlamaForCausalLM is a Sequential, not a matrix"):
         head_of(model)
+
+
+# Rows by the whole vocabulary, as on accelerators
+
+
+@pytest.fixture
+def few_rows(monkeypatch):
+    """So that several times some rows are taken."""
+    monkeypatch.setattr(head_module, "ROWS", 3)
+    monkeypatch.setattr(head_module, "SPLIT_ROWS", 8)
+
+
+def drawn(head, dtype=torch.float64):
+    """Hidden states, some of which predict many targets, and their sums' weights."""
+    hidden = (0.3 * torch.randn(30, head.weight.shape[1])).to(dtype).requires_grad_()
+    row = torch.cat([torch.arange(30), torch.randint(5, (40,)), torch.full((9,), 17)])[torch.randperm(79)]
+    token, sequence = torch.randint(len(head.weight), (79,)), torch.randint(4, (79,)).sort().values
+    return hidden, row, head, token, sequence, 6  # two rows have no target
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("shaped", [False, True])
+def test_rows_by_the_whole_vocabulary_equal_parts_of_it(shaped, softcap, few_rows, monkeypatch):
+    """In float64, values and gradients."""
+    monkeypatch.setattr(head_module, "TILE", 30 * 7)
+    torch.manual_seed(0)
+    head = Head(torch.randn(41, 16).double(), torch.randn(41).double() if shaped else None, 0.3 if shaped else 1.0, softcap)
+    given, weights = drawn(head), torch.randn(6).double()
+    shapes, real = [], torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b, **more: shapes.append((len(a), b.shape[1])) or real(a, b, **more))
+    parts = sequence_logprobs(*given)
+    assert set(shapes) == {(30, 7), (30, 6)}
+    shapes.clear()
+    with cuda_backend():
+        rows = sequence_logprobs(*given)
+        of_rows = torch.autograd.grad(rows @ weights, given[0])[0]
+    assert shapes == [(8, 41)] * 3 + [(6, 41)]
+    torch.testing.assert_close(rows, parts, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(of_rows, torch.autograd.grad(parts @ weights, given[0])[0], rtol=1e-10, atol=1e-12)
+    with cuda_backend(), pytest.raises(AssertionError):  # the control
+        torch.testing.assert_close(sequence_logprobs(*given[:3], given[3].roll(1), *given[4:]), parts, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["llama-tied", "gemma2", "granite"])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_so_do_those_of_models(family, adapted, few_rows):
+    """Tied, with a cap, and scaled; and adapted, where rows are fewer."""
+    model = tiny(family, torch.float64)
+    adapter = attach(model, LoRA(rank=2, targets=(".*q_proj", "lm_head") if adapted else (".*q_proj",)))
+    perturb(adapter.parameters())
+    prompt, *answers = random_rows(9, 5, 6, 7)
+    pack = pack_tree([TokenRow([*prompt, *ids], list(range(4, 9 + len(ids))), "row") for ids in answers])
+
+    def both():
+        logprobs = pack_logprobs(model, pack)
+        return [logprobs, *torch.autograd.grad(logprobs @ torch.arange(1.0, 4.0).double(), list(adapter.parameters().values()))]
+
+    parts = both()
+    assert (forward.head_of(model).adapted is not None) == adapted
+    with cuda_backend():
+        torch.testing.assert_close(both(), parts, rtol=1e-10, atol=1e-10)
+
+
+def test_in_few_bits_rows_round_no_more_than_logits_in_one_piece(few_rows, monkeypatch):
+    """Values and gradients in bfloat16, against float64 of the same numbers; by products that leave in float32, as on CUDA."""
+    monkeypatch.setattr(head_module, "has_float32_results", lambda device_type: True)
+    monkeypatch.setattr(head_module, "sums_of_products", lambda a, b: a.float() @ b.float())
+    torch.manual_seed(0)
+    head = Head(torch.randn(3_000, 32).bfloat16(), None)
+    given = drawn(head, torch.bfloat16)
+    truth = given[0].detach().double().requires_grad_()
+    exact = reference(truth, given[1], head._replace(weight=head.weight.double()), *given[3:])
+    (gradient,), exact = torch.autograd.grad(exact.sum(), truth), exact.detach()
+
+    def off(value, found):
+        (of_it,) = torch.autograd.grad(value.sum(), given[0])
+        return [float((a.double() - b).norm() / b.norm()) for a, b in ((value.detach(), exact), (of_it, gradient))]
+
+    logprobs = (given[0] @ head.weight.T).float().log_softmax(-1)[given[1], given[3]]
+    one_piece = off(torch.zeros(6).index_add(0, given[4], logprobs), gradient)
+    with cuda_backend():
+        rows = off(sequence_logprobs(*given), gradient)
+    assert rows[0] <= 1.01 * one_piece[0]
+    assert rows[1] <= 1.01 * one_piece[1]
+
+
+def test_sums_are_added_in_an_order_of_their_own():
+    """Not in that of their members, which on a device have none; and they are the sums."""
+    torch.manual_seed(0)
+    group = torch.cat([torch.zeros(1_000), torch.randint(3, 40, (500,)), torch.tensor([50])]).long()[torch.randperm(1_501)]
+    values = torch.randn(1_501, 3).double()
+    order = sums.sum_order(group.numpy(), values.device)
+    found = sums.add_sums_(torch.ones(60, 3).double(), values.clone(), order)
+    torch.testing.assert_close(found, torch.ones(60, 3).double().index_add(0, group, values), rtol=1e-13, atol=1e-13)
+    for to, added in zip(order.to.split(order.rounds), order.added.split(order.rounds), strict=True):
+        places = torch.cat([to, added])
+        assert len(places.unique()) == len(places)  # so no two of them meet
+    assert len(order.rounds) == 10
+    assert len(order.groups.unique()) == len(order.groups)
+    nothing = sums.sum_order(group[:0].numpy(), values.device)
+    assert sums.add_sums_(torch.ones(2), torch.zeros(0), nothing).tolist() == [1.0, 1.0]

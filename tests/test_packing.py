@@ -98,9 +98,9 @@ def test_a_tree_of_segments_equals_its_paths_as_flat_rows(family):
     ]
     at, token, of = (torch.tensor(column) for column in zip(*targets, strict=True))
     positions = torch.tensor([*range(9), *range(9, 13), *range(9, 11), *range(6, 11)])
-    tree = Pack(
-        torch.tensor(prompt + common + left + right + other), positions, segments, at, token, of, tuple(rows), (2, 3, 4)
-    )
+    ids = torch.tensor(prompt + common + left + right + other)
+    predicts, place = at.unique(return_inverse=True)
+    tree = Pack(ids, positions, segments, predicts, place, token, of, tuple(rows), (2, 3, 4))
     shared = pack_logprobs(model, tree)
     assert relative(shared, flat) < TOLERANCE[family]
     weights = torch.tensor([1.0, -2.0, 0.5], dtype=shared.dtype)

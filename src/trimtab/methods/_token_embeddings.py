@@ -29,7 +29,7 @@ class TokenEmbeddings(AdapterLayer):
     def __init__(self, base: Any, ids: Sequence[int], new: Sequence[int] = ()) -> None:
         """`new` are those ids that the base need not have."""
         super().__init__(base)
-        self.vocabulary = len(base.weight)
+        self.tokens, self.vocabulary = tuple(ids), len(base.weight)
         if missing := [token for token in ids if token >= self.vocabulary and token not in new]:
             raise RecipeError(f"tokens: {missing[0]} is no token: this model has {self.vocabulary:,}, numbered from 0.")
         self.size = max(self.vocabulary, *(token + 1 for token in ids), 0)
@@ -108,9 +108,13 @@ class OutputEmbeddings(TokenEmbeddings):
 
     def __init__(self, base: Any, ids: Sequence[int], new: Sequence[int] = ()) -> None:
         super().__init__(base, ids, new)
+        self.divide(self.tokens)
+
+    def divide(self, tokens: Sequence[int]) -> None:
+        """Note which of these, its tokens, the base has."""
         for name, has in (("inside", True), ("beyond", False)):
-            numbers = [n for n, token in enumerate(ids) if (token < self.vocabulary) == has]
-            self.register_buffer(name, torch.tensor(numbers, dtype=torch.long, device=base.weight.device), persistent=False)
+            numbers = [n for n, token in enumerate(tokens) if (token < self.vocabulary) == has]
+            self.register_buffer(name, torch.tensor(numbers, dtype=torch.long, device=self.ids.device), persistent=False)
 
     def adapt(self, x: Tensor) -> Tensor:
         y = self.base(x)
@@ -149,9 +153,10 @@ def tie_head(layers: dict[str, AdapterLayer]) -> None:
     embeddings, *heads = layers.values()
     for head in heads:
         assert isinstance(embeddings, TokenEmbeddings)
-        assert isinstance(head, TokenEmbeddings)
+        assert isinstance(head, OutputEmbeddings)
         if head.weight is embeddings.weight:
             head.ids, head.rows, head.size = embeddings.ids, embeddings.rows, embeddings.size
+            head.divide(embeddings.tokens)
 
 
 def initialize_new(new: Mapping[str, int | None], layers: dict[str, AdapterLayer], sample: Sample) -> None:

@@ -319,7 +319,7 @@ def test_dropout_is_that_of_each_experts_inputs():
     path, _, x, chosen, _ = routing(model, tokens=400)
     adapter = attach(model, LoRA(rank=4, dropout=0.5, targets="experts.gate_up_proj"))
     perturb(adapter.parameters())
-    part, rows = adapter.layers[path].gate_up_proj, Rows.sort(chosen, 4)
+    part, rows = adapter.layers[path].gate_up_proj, Rows.sort(chosen, 4, False)
     at, inputs = ExpertMatrices(torch.empty(0), None, rows), x[rows.order // 2]
 
     def change():

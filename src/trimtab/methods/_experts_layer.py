@@ -33,9 +33,15 @@ class Rows(NamedTuple):
     """Where each expert's rows end: E."""
 
     @classmethod
-    def sort(cls, experts: Tensor, count: int) -> "Rows":
-        """By the experts of each token, T k."""
-        expert, order = experts.flatten().sort()
+    def sort(cls, experts: Tensor, count: int, eager: bool) -> "Rows":
+        """By the experts of each token, T k.
+
+        Args:
+            eager: One expert's rows in the order of Transformers' eager code, not of its grouped code: it decides the last bits.
+        """
+        expert, order = (experts.T if eager else experts).flatten().sort(stable=eager)
+        if eager:
+            order = order % len(experts) * experts.shape[1] + order // len(experts)
         ends = torch.searchsorted(expert, torch.arange(count, device=expert.device), right=True, out_int32=True)
         return cls(order, expert, ends)
 
@@ -105,7 +111,8 @@ class ExpertsLayer(AdapterLayer):
     def adapt(self, hidden: Tensor, experts: Tensor, routing_weights: Tensor) -> Tensor:
         """T d, and each token's experts and their weights (T k): T d."""
         own: Any = unwrap(self)
-        rows = Rows.sort(experts, len(own.down_proj))
+        eager = own.config._experts_implementation == "eager"
+        rows = Rows.sort(experts, len(own.down_proj), eager)
         token = rows.order // experts.shape[1]
         parameters, layers = self._acting()
 
@@ -127,7 +134,7 @@ class ExpertsLayer(AdapterLayer):
         if getattr(own, "has_post_expert_norm", False):
             y = own.post_expert_norm(y)
         y = y * routing_weights.flatten()[rows.order, None]
-        if own.config._experts_implementation == "eager":  # summed in its order: a fresh adapter changes no bit
+        if eager:  # summed in its order: a fresh adapter changes no bit
             return torch.zeros_like(hidden).index_add(0, token, y.to(hidden.dtype))
         return y[rows.order.argsort()].view(*experts.shape, -1).sum(dim=1).to(hidden.dtype)
 

@@ -150,7 +150,7 @@ CARELESS = {
     ),
     "a device that is not there": (
         "train r.yaml output=new model.device=gpu", None, 2,
-        r"r.yaml: model.device: expected a text of the form ^(auto|cpu|mps|cuda(:\d+)?)$, got 'gpu'.",
+        r"r.yaml: model.device: expected a text of the form ^(auto|cpu|mps|(cuda|xpu)(:\d+)?)$, got 'gpu'.",
     ),
     # The data
     "data that are not there": (

@@ -9,6 +9,7 @@ benchmarks/models measures; the tables in docs/gpu.md from what the back ends sa
 """
 
 import ast
+import inspect
 import json
 import sys
 from collections.abc import Iterable
@@ -22,6 +23,7 @@ import torch
 import transformers
 from pydantic import BaseModel
 
+from trimtab.data import DataConfig, Source
 from trimtab.methods import Method
 from trimtab.objectives import Objective
 from trimtab.report.methods import methods_facts
@@ -361,6 +363,8 @@ def page() -> str:
                 parts.append(f"\n### `{key}: {{name: {name}}}`\n\n{summary}\n{_table(member)}")
         else:
             parts.append(_table(kind))
+        if kind is DataConfig:
+            parts.append(f"\n### `{key}: {{train: {{NAME: {{path: …}}}}}}`\n\n{inspect.getdoc(Source)}\n{_table(Source)}")
     return "".join(parts)
 
 

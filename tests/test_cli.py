@@ -175,7 +175,7 @@ CARELESS = {
     "an answer beyond max_length": (
         "train r.yaml output=new data.eval=0 data.max_length=20", lines(GOOD, {"prompt": "a", "completion": "xyz " * 9}), 3,
         "data: examples that can't be used:\n  HERE/rows.jsonl:2: has TOKENS tokens up to the end of its last answer, more than max_length 20\n"
-        f"HERE/rows.jsonl: 2 examples: 1 used, 1 rejected\n{FIX} (or truncate long ones with data.overlong=truncate).",
+        f"HERE/rows.jsonl: 2 examples: 1 used, 1 rejected\n{FIX} (or truncate or drop long ones with data.overlong).",
     ),
     "nothing left to learn from": (
         "train r.yaml output=new data.eval=100", None, 3,

@@ -13,7 +13,7 @@ from trimtab.base import ModelConfig
 from trimtab.core import yaml12
 from trimtab.core.config import Choice, Config
 from trimtab.core.errors import RecipeError
-from trimtab.data import DataConfig
+from trimtab.data import DataConfig, Source
 from trimtab.methods import Method
 from trimtab.methods.lora import LoRA
 from trimtab.objectives import Objective
@@ -87,7 +87,7 @@ def refusal(text, *words):
         ("data: {train: 3}", "data.train: expected a list, got 3."),
         ("data: {train: a, columns: q}", "data.columns: expected a mapping, got 'q'."),
         ("data: {train: a, columns: {prompt: 3}}", "data.columns.prompt: expected a text, got 3."),
-        ("data: {train: a, overlong: no}", "data.overlong: expected 'refuse' or 'truncate', got 'no'."),
+        ("data: {train: a, overlong: no}", "data.overlong: expected 'refuse', 'truncate', 'drop' or 'split', got 'no'."),
         (DATA + "output: ", "output: expected a path, got null."),
         (DATA + "output: 3", "output: expected a path, got 3."),
         (DATA + "output: ''", "output: expected a path, got ''."),
@@ -131,7 +131,7 @@ def test_all_problems_are_listed_each_once():
     assert refusal(text) == (
         "r.yaml:\n"
         "  data.max_length: expected a whole number, got '3' (a text: leave the quotes out).\n"
-        "  data.overlong: expected 'refuse' or 'truncate', got 'f'.\n"
+        "  data.overlong: expected 'refuse', 'truncate', 'drop' or 'split', got 'f'.\n"
         "  data.bad_rows: expected 'stop' or 'skip', got 'x'.\n"
         "  train.epochs: expected 'auto' or a number above 0, got 0.\n"
         "  train.lr: expected 'auto' or a number above 0, got 0.\n"
@@ -278,7 +278,7 @@ def test_a_word_can_replace_a_short_form_and_a_whole_section():
         ("train.lrr=3", "r.yaml: train.lrr: no such key. Did you mean 'lr'?"),
         ("train.lr=fast", "r.yaml: train.lr: expected 'auto' or a number, got 'fast'."),
         ("data=b", "r.yaml: data: expected a mapping with keys such as train, got 'b'."),
-        ("data.train.x=3", "r.yaml: data.train: expected a list, got a mapping."),
+        ("data.train.x=3", "r.yaml: data.train: it is 'a.jsonl' in the recipe, which has no name: give every source one."),
         ("trian.lr=3", "r.yaml: trian: no such key. Did you mean 'train'?"),
         ("output=", "r.yaml: output: expected a path, got null."),
     ],
@@ -419,8 +419,8 @@ def literals(annotation):
 
 @pytest.mark.parametrize(
     ("kind", "path", "key"),
-    [k for k in KEYS if k[0] is not Recipe],
-    ids=[n for k, n in zip(KEYS, NAMES, strict=True) if k[0] is not Recipe],
+    [k for k in KEYS if k[0] not in (Recipe, Source)],
+    ids=[n for k, n in zip(KEYS, NAMES, strict=True) if k[0] not in (Recipe, Source)],
 )
 def test_every_key_survives_the_round_trip_with_each_value_it_takes(kind, path, key):
     tried = list(others(kind, key))
@@ -437,6 +437,41 @@ def test_every_key_survives_the_round_trip_with_each_value_it_takes(kind, path, 
         assert getattr(getattr(again, path), key) != getattr(
             getattr(Recipe.parse({"data": {"train": "other.jsonl"}}), path), key, ...
         )
+
+
+def test_a_source_survives_the_round_trip_with_every_key():
+    whole = {
+        "path": "org/name", "subset": "a", "split": "test", "revision": "v1", "weight": 2.0, "limit": 3, "columns": {"prompt": "q"}
+    }  # fmt: skip
+    assert whole.keys() == Source.model_fields.keys()
+    held = {"b": {key: value for key, value in whole.items() if key != "weight"}}
+    made = Recipe.parse({"data": {"train": {"a": whole}, "eval": held}, "output": "/abs/run"})
+    assert_survives(made)
+    assert made.data.train["a"].model_dump() == whole
+    named = recipe("data: {train: {a: x.jsonl, b: y.jsonl}}", "data.train.a.weight=2", "data.train.b.weight=1").data.train
+    assert named == {"a": Source(path="x.jsonl", weight=2.0), "b": Source(path="y.jsonl", weight=1.0)}
+    assert_survives(Recipe.parse({"data": {"train": {"a": "x.jsonl", "b-2": "y.jsonl"}}, "output": "/abs/run"}))
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        ("{}", "train: an empty mapping names no source."),
+        ("{path: a}", "train.path: path is a key of a source, and sources have names here: write {NAME: {path: …}}."),
+        ("{a.b: x}", "train.a.b: expected a name of letters, digits, - and _ that begins with a letter, got 'a.b'."),
+        ("{a: 3}", "train.a: expected a mapping with keys such as path, got 3."),
+        ("{a: {split: b}}", "train.a.path: missing, and it has no default."),
+        ("{a: {path: x, wieght: 2}}", "train.a.wieght: no such key. Did you mean 'weight'?"),
+        ("{a: {path: x, weight: 0}}", "train.a.weight: expected a number above 0, got 0."),
+        ("{a: {path: x, weight: -1}}", "train.a.weight: expected a number above 0, got -1."),
+        ("{a: {path: x, limit: 0}}", "train.a.limit: expected a number of at least 1, got 0."),
+        ("{a: {path: x, weight: 1}, b: y}", "train: a has a weight, and b has none: give one to every source, or to none."),
+        ("a, eval: {b: {path: y, weight: 1}}", "eval: weight: validation examples are all evaluated, once. Leave it out."),
+        ("a, eval: {b: {path: y, limit: x}}", "eval.b.limit: expected a whole number, got 'x'."),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_a_source_is_named_by_its_path(train, message):
+    assert refusal(f"data: {{train: {train}}}") == f"r.yaml: data.{message}"
 
 
 def assert_survives(made):

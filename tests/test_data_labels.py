@@ -637,9 +637,9 @@ def test_a_longer_row_is_cut_when_told_to_and_never_empty(name):
         expected = [t for t in whole.target_indices if t < limit]
         if not expected:
             reason = f"has no token to train on within max_length {limit}"
-            assert refusal(long_conversation(), base, tokens=limit, truncate=True) == reason
+            assert refusal(long_conversation(), base, tokens=limit, overlong="truncate") == reason
             continue
-        (cut,) = sequences_of(long_conversation(), base, tokens=limit, truncate=True)
+        (cut,) = sequences_of(long_conversation(), base, tokens=limit, overlong="truncate")
         assert cut.target_indices == expected
         assert cut.ids == whole.ids[: expected[-1] + 1]
         assert cut.full_length == whole.full_length
@@ -651,7 +651,7 @@ def test_a_row_in_turns_keeps_the_turns_that_fit():
     example = conversation("one", f"{thought}a", "two " * 40, f"{thought}b", "three", "c")
     first, second, third = sequences_of(example, base)
     limit = len(first.ids)
-    assert sequences_of(example, base, tokens=limit, truncate=True) == [first]
+    assert sequences_of(example, base, tokens=limit, overlong="truncate") == [first]
     assert refusal(example, base, tokens=limit) == (
         f"has {max(len(s.ids) for s in (second, third))} tokens up to the end of its last answer, more than max_length {limit}"
     )

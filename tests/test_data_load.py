@@ -152,6 +152,7 @@ def test_rows_that_cannot_be_used_are_left_out_when_told_to_and_remembered(tmp_p
     assert len(data.train) == 18
     assert data.plain()["sources"] == [
         {
+            "name": "",
             "source": source,
             "rows": 20,
             "used": 18,
@@ -162,6 +163,11 @@ def test_rows_that_cannot_be_used_are_left_out_when_told_to_and_remembered(tmp_p
                 },
                 {"where": f"{source}:7", "reason": "messages[0] (user) holds the model's control token <|im_end|> as text"},
             ],
+            "dropped": [],
+            "duplicates": [],
+            "held_out_too": [],
+            "split": 0,
+            "blocks": 0,
             "columns_not_read": [],
             "nulls_left_out": 0,
         }
@@ -191,7 +197,7 @@ def test_rows_that_are_too_long_are_refused_with_the_way_out(tmp_path):
         assert message_of(source, **limits) == (
             f"data: examples that can't be used:\n  {source}:2: has {longest} tokens up to the end of its last answer, more than "
             f"{called}\n{source}: 3 examples: 2 used, 1 rejected\n"
-            "Fix them, or leave them out with data.bad_rows=skip (or truncate long ones with data.overlong=truncate)."
+            "Fix them, or leave them out with data.bad_rows=skip (or truncate or drop long ones with data.overlong)."
         )
     with pytest.raises(DataError, match="more than the 60 tokens that 20 virtual ones leave of the context"):
         load_data(DataConfig(train=source, eval=0), BASE(), 80, 0, positions=20)

@@ -13,10 +13,9 @@ from hypothesis import strategies as st
 from templates import FAMILIES
 
 from trimtab.core.errors import DataError, StorageError, TrimtabError
-from trimtab.data import DataConfig, RejectedExample, load_data, load_examples, text_files
+from trimtab.data import DataConfig, RejectedExample, Source, load_data, load_examples, read, text_files
 from trimtab.data import read as reading
 from trimtab.data.arrow_files import without_padding
-from trimtab.data.read import read_rows
 from trimtab.data.strict_json import parse_json
 
 ROWS = [{"prompt": f"question {n}", "completion": f"answer {n}"} for n in range(3)]
@@ -26,6 +25,10 @@ def written(folder: Path, name: str, content: str | bytes) -> str:
     path = folder / name
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     return str(path)
+
+
+def read_rows(path, report=None, seed=0, **settings):
+    return read.read_rows(Source(path=str(path), **settings), report, seed)
 
 
 def places(source: str) -> list[tuple[str, object]]:
@@ -180,15 +183,20 @@ def test_a_hub_name_is_fetched_with_its_split(monkeypatch):
 
     asked = []
 
-    def load_dataset(name, split, **more):
-        assert more == {"trust_remote_code": False}
-        asked.append((name, split))
+    def load_dataset(name, subset, **more):
+        assert more.pop("trust_remote_code") is False
+        asked.append((name, subset, *more.values()))
         return datasets.Dataset.from_list(ROWS[:1])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert list(read_rows("org/some-name.v2")) == [("org/some-name.v2:1", ROWS[0])]
     assert list(read_rows("org/name:validation")) == [("org/name:validation:1", ROWS[0])]
-    assert asked == [("org/some-name.v2", "train"), ("org/name", "validation")]
+    assert list(read_rows("org/name", subset="tiny", split="train[:10%]", revision="v1")) == [("org/name:1", ROWS[0])]
+    assert asked == [
+        ("org/some-name.v2", None, "train", None), ("org/name", None, "validation", None), ("org/name", "tiny", "train[:10%]", "v1")
+    ]  # fmt: skip
+    with pytest.raises(DataError, match="names the split a, and split: b another: leave one out"):
+        list(read_rows("org/name:a", split="b"))
 
 
 def test_a_hub_name_without_a_network_is_a_storage_error(monkeypatch):
@@ -231,9 +239,9 @@ def test_a_missing_file_is_never_looked_for_on_the_hub(monkeypatch, tmp_path):
 def test_files_that_cannot_be_read_at_all_say_why(tmp_path):
     empty = written(tmp_path, "empty.jsonl", "")
     assert message_of(empty) == f"data: {empty} is empty."
-    other = written(tmp_path, "rows.txt", "x")
-    endings = ".json, .jsonl, .ndjson, .csv, .tsv, .parquet"
-    assert message_of(other) == f"data: {other}: the ending '.txt' is not one of {endings}."
+    other = written(tmp_path, "rows.rtf", "x")
+    endings = ".json, .jsonl, .ndjson, .csv, .tsv, .parquet, .txt, .md"
+    assert message_of(other) == f"data: {other}: the ending '.rtf' is not one of {endings}."
     none = written(tmp_path, "rows", "x")
     assert message_of(none) == f"data: {none}: the ending '' is not one of {endings}."
     torn = written(tmp_path, "rows.parquet", b"PAR1 and no more PAR1")
@@ -314,7 +322,7 @@ def test_a_parquet_value_that_python_has_no_type_for_says_which_row(tmp_path):
     path = tmp_path / "rows.parquet"
     when = pyarrow.array([0, 9 * 10**18], pyarrow.timestamp("us"))
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a", "b"], "when": when}), path)
-    assert message_of(str(path)) == f"data: {path}: row 1 cannot be read: date value out of range"
+    assert message_of(str(path)) == f"data: {path}:1 cannot be read: date value out of range"
 
 
 # What is wrong with a row

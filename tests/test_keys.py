@@ -12,12 +12,25 @@ from templates import CHATML, base_of, bytes_tokenizer
 
 from trimtab.base import Base, ModelConfig
 from trimtab.core.errors import ArtifactError, DataError, RecipeError
+from trimtab.data import Source
 from trimtab.deploy import load_adapter, load_model, merge
 from trimtab.methods import Method
 from trimtab.objectives import Objective
 from trimtab.run import script
 from trimtab.run.recipe import Recipe
 from trimtab.run.script import run_recipe
+
+PARTS = """---
+configs:
+- config_name: first
+  data_files:
+  - {split: train, path: first.jsonl}
+  - {split: test, path: first_test.jsonl}
+- config_name: second
+  data_files: second.jsonl
+---
+"""
+"""A dataset's card, as on the hub."""
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +62,14 @@ def work(tmp_path_factory):
     }
     for name, content in files.items():
         (work / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    (work / "texts").mkdir()
+    for n in range(6):
+        (work / "texts" / f"{n}.txt").write_text(f"Once upon {n} times. " * (16 if n == 3 else 2))
+    (work / "parts").mkdir()
+    for n, part in enumerate(("first", "second", "first_test")):
+        content = "".join(json.dumps({"prompt": f"{part} {k}", "completion": f"{n}"}) + "\n" for k in range(9))
+        (work / "parts" / f"{part}.jsonl").write_text(content)
+    (work / "parts" / "README.md").write_text(PARTS)
     return work
 
 
@@ -353,6 +374,12 @@ def test_max_length_overlong_and_bad_rows_decide_about_rows(work):
         run_recipe(plain_recipe(work, output=str(work / "runs" / "never"), **long))
     *_, data = outcome(work, "truncate", **long, **{"data.overlong": "truncate"})
     assert json.loads(data)["sources"][0]["used"] == 25
+    *_, data = outcome(work, "drop", **long, **{"data.overlong": "drop"})
+    (account,) = json.loads(data)["sources"]
+    assert (account["rows"], account["used"], account["dropped"]) == (25, 24, [f"{work}/long.jsonl:25"])
+    *_, data = outcome(work, "split", **{"data.train": str(work / "texts"), "data.max_length": 60, "data.overlong": "split"})
+    (account,) = json.loads(data)["sources"]
+    assert (account["used"], account["split"], account["blocks"]) == (6, 1, 5)
     bad = {"data.train": str(work / "bad.jsonl")}
     with pytest.raises(DataError, match="completion is empty"):
         run_recipe(plain_recipe(work, output=str(work / "runs" / "never"), **bad))
@@ -360,6 +387,55 @@ def test_max_length_overlong_and_bad_rows_decide_about_rows(work):
     (account,) = json.loads(data)["sources"]
     assert (account["rows"], account["used"], len(account["refused"])) == (25, 24, 1)
     assert not (work / "runs" / "never").exists()
+
+
+def test_duplicates_are_removed_on_request(work, plain):
+    twice = {"data.train": [str(work / "rows.jsonl"), str(work / "other_rows.jsonl")], "data.eval": str(work / "held.jsonl")}
+    accounts = [
+        json.loads(outcome(work, f"duplicates-{how}", **twice, **{"data.duplicates": how})[2]) for how in ("keep", "remove")
+    ]
+    assert [account["sources"][0]["used"] for account in accounts] == [48, 24]
+    assert len(accounts[1]["sources"][0]["duplicates"]) == 24
+
+
+SOURCE_KEYS = {
+    "path": lambda work: {"path": str(work / "other_rows.jsonl")},
+    "subset": lambda work: {"path": str(work / "parts"), "subset": "second"},
+    "split": lambda work: {"path": str(work / "parts"), "subset": "first", "split": "test"},
+    "revision": lambda work: {"path": "org/name", "revision": "v2"},
+    "weight": lambda work: {"weight": 3.0},
+    "limit": lambda work: {"limit": 12},
+    "columns": lambda work: {"path": str(work / "renamed.jsonl"), "columns": {"prompt": "question"}},
+}
+"""Of each key of a source, another value."""
+
+
+@pytest.mark.parametrize("key", Source.model_fields)
+def test_another_value_of_a_sources_key_gives_another_result(key, work, monkeypatch):
+    import datasets
+
+    rows = [{"prompt": f"Say {n}", "completion": f"{n}!"} for n in range(24)]
+    real = datasets.load_dataset
+    on_hub = {"v1": datasets.Dataset.from_list(rows), "v2": datasets.Dataset.from_list(rows[:20])}
+    monkeypatch.setattr(
+        datasets,
+        "load_dataset",
+        lambda name, *a, revision, **k: on_hub[revision] if name == "org/name" else real(name, *a, **k),
+    )
+    before = {
+        "subset": {"path": str(work / "parts"), "subset": "first"},
+        "split": {"path": str(work / "parts"), "subset": "first", "split": "train"},
+        "revision": {"path": "org/name", "revision": "v1"},
+        "columns": {"path": str(work / "renamed.jsonl"), "columns": {"prompt": "completion", "completion": "question"}},
+    }
+    first = {"path": str(work / "rows.jsonl"), "weight": 1.0, **before.get(key, {})}
+
+    def of(value, name):
+        train = {"a": first | value, "b": {"path": str(work / "held.jsonl"), "weight": 1.0}}
+        return outcome(work, f"source-{key}-{name}", **{"data.train": train, "data.eval": 4})[:2]
+
+    assert of({}, "before") == of({}, "again")
+    assert of({}, "before-") != of(SOURCE_KEYS[key](work), "after")
 
 
 def test_a_switch_of_the_template_decides_what_is_trained_on_and_is_kept_with_the_run(work):
@@ -437,6 +513,7 @@ def test_no_key_is_left_out_here():
         "data.max_length",
         "data.overlong",
         "data.bad_rows",
+        "data.duplicates",
         "train.pack_tokens",
         "train.recompute",
         "train.deterministic",

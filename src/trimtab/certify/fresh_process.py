@@ -66,7 +66,7 @@ def general(base: Base) -> list[TokenRow]:
         examples,
         base,
         SourceReport(("general.txt",)),
-        LengthLimit(max_row_length(base.model, base.context_length), truncate=True),
+        LengthLimit(max_row_length(base.model, base.context_length), "truncate"),
     )
 
 

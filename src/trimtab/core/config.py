@@ -25,6 +25,11 @@ else:
     _ModelMetaclass = type(BaseModel)
 
 
+SHORT = ""
+"""What an override's text stands under in a mapping that it had been alone for: `model: NAME` is short for {name: NAME}, and a source
+for {path: SOURCE}."""
+
+
 class _RaisesRecipeError(_ModelMetaclass):
     """Metaclass by which `LoRA(rank=0)` in Python raises the same RecipeError as the recipe does."""
 
@@ -46,8 +51,10 @@ class Config(BaseModel, metaclass=_RaisesRecipeError):
     @classmethod
     def _report_unknown_keys(cls, raw: Any, handler: Any) -> Any:
         """Validate, and report unknown keys together with every other problem."""
+        first = next(iter(cls.model_fields), "name")
+        if isinstance(raw, dict) and SHORT in raw:
+            raw = {first: raw[SHORT], **{key: value for key, value in raw.items() if key != SHORT}}
         if not isinstance(raw, dict | cls):
-            first = next(iter(cls.model_fields), "name")
             raise PydanticCustomError("not_keys", "a mapping with keys such as {first}", {"first": first})
         unknown = [key for key in raw if key not in cls.model_fields] if isinstance(raw, dict) else []
         if not unknown or not isinstance(raw, dict):
@@ -136,6 +143,7 @@ class Choice(Config):
             return raw
         if not isinstance(raw, dict):
             raise PydanticCustomError("not_keys", "one of {names}, or a mapping with a name", {"names": ", ".join(cls.names())})
+        raw = {"name" if key == SHORT else key: value for key, value in raw.items()}
         name = raw.get("name", cls.default)
         if name not in cls.names():
             context = {"key": "name", "got": _format(name), "hint": suggest(name, cls.names(), translate_choice)}
@@ -169,8 +177,8 @@ def _apply_override(raw: dict[str, Any], text: str) -> None:
     node: Any = raw
     for parent in parents:
         inner = node.get(parent)
-        if isinstance(inner, str):  # `model: NAME` and `method: NAME` are short for {name: NAME}
-            inner = {"name": inner}
+        if isinstance(inner, str):
+            inner = {SHORT: inner}
         if inner is None:
             inner = {}
         if not isinstance(inner, dict):

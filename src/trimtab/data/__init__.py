@@ -2,6 +2,7 @@
 
 from trimtab.data.bin_packing import largest_group_tokens
 from trimtab.data.checks import EXAMPLES_CHECKED, Finding, check_data, refuse_problems
+from trimtab.data.config import DataConfig
 from trimtab.data.example import (
     Conversation,
     Example,
@@ -14,8 +15,8 @@ from trimtab.data.example import (
     TokenRow,
     row_groups,
 )
+from trimtab.data.lengths import LengthLimit
 from trimtab.data.load import (
-    DataConfig,
     LoadedData,
     check_first_examples,
     first_examples,
@@ -26,8 +27,8 @@ from trimtab.data.load import (
 from trimtab.data.order import plan_steps
 from trimtab.data.pack import Pack, pack_all, pack_flat, pack_tree
 from trimtab.data.prefix_tree import Segment, Tree, lay_out
-from trimtab.data.read import absolute_source
-from trimtab.data.token_rows import LengthLimit, last_answer_start, tokenize_answers, tokenize_examples, tokenize_prompt
+from trimtab.data.source import Source
+from trimtab.data.token_rows import last_answer_start, tokenize_answers, tokenize_examples, tokenize_prompt
 
 __all__ = [
     "EXAMPLES_CHECKED",
@@ -43,11 +44,11 @@ __all__ = [
     "Preference",
     "RejectedExample",
     "Segment",
+    "Source",
     "SourceReport",
     "Text",
     "TokenRow",
     "Tree",
-    "absolute_source",
     "check_data",
     "check_first_examples",
     "first_examples",

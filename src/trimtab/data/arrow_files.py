@@ -4,12 +4,15 @@ All objects of an Arrow column have the same keys: one that lacks a key has a nu
 would be rendered with these nulls, and trained on.
 """
 
-from collections.abc import Iterable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from trimtab.core.errors import DataError, StorageError
 from trimtab.data.example import RawRow, RejectedExample, SourceReport
+from trimtab.data.order import sampled
+from trimtab.data.source import Source
 from trimtab.data.strict_json import row_of
 from trimtab.data.text_files import refuse_repeated
 
@@ -24,51 +27,82 @@ def parquet(path: Path, report: SourceReport) -> Iterator[RawRow | RejectedExamp
     with file:
         refuse_repeated(file.schema_arrow.names, str(path))
         rows = (row for batch in file.iter_batches(batch_size=1024) for row in batch.to_pylist())
-        yield from _numbered(str(path), rows, report)
+        yield from numbered(rows, lambda n: f"{path}:{n + 1}", report)
 
 
 def is_saved_dataset(path: Path) -> bool:
     return any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
-def saved_dataset(path: Path, report: SourceReport) -> Iterator[RawRow | RejectedExample]:
+def saved_dataset(path: Path, source: Source) -> Any:
+    """A dataset that `datasets` saved in a folder, or one of several splits."""
     import datasets
 
     try:
         dataset = datasets.load_from_disk(str(path))
     except Exception as error:  # a damaged folder raises many kinds
         raise DataError(f"data: {path} is not a folder that `datasets` saved: {_first_line(error)}") from None
-    if isinstance(dataset, datasets.DatasetDict):
-        if "train" not in dataset:
-            splits = ", ".join(dataset)
-            raise DataError(f"data: {path} has the splits {splits}; give one, for example {path}/{next(iter(dataset))}.")
-        dataset = dataset["train"]
-    yield from _numbered(str(path), dataset, report)
+    for key in ("subset", "revision"):
+        if getattr(source, key) is not None:
+            raise DataError(f"data: {path} is a folder that `datasets` saved, which has no {key}: leave it out.")
+    if not isinstance(dataset, datasets.DatasetDict):
+        if source.split is not None:
+            raise DataError(f"data: {path} has a single split: leave split ({source.split}) out.")
+        return dataset
+    split = source.split or "train"
+    if split not in dataset:
+        lacking = f"has no split {split}, but" if source.split else "has the splits"
+        raise DataError(f"data: {path} {lacking} {', '.join(dataset)}; give one, for example {path}/{next(iter(dataset))}.")
+    return dataset[split]
 
 
-def hub_dataset(name: str, report: SourceReport) -> Iterator[RawRow | RejectedExample]:
+def hub_dataset(name: str, subset: str | None = None, split: str | None = None, revision: str | None = None) -> Any:
+    """A split of a dataset on the hub, or of a folder with the files of one.
+
+    Raises:
+        DataError: It has no such subset or split; the message has those that there are.
+        StorageError: It could not be fetched.
+    """
     import datasets
 
-    repository, _, split = name.partition(":")
     try:
-        dataset = datasets.load_dataset(repository, split=split or "train", trust_remote_code=False)
+        return datasets.load_dataset(name, subset, split=split or "train", revision=revision, trust_remote_code=False)
     except Exception as error:  # the network, the hub and the dataset's layout raise many kinds
+        message = _first_line(error)
+        if isinstance(error, ValueError) and any(words in message for words in _NO_SUCH_PART):
+            raise DataError(f"data: {name}: {message} (Set subset and split of the source.)") from None
+        if Path(name).is_dir():
+            raise DataError(f"data: {name} cannot be read as a dataset: {message}") from None
         raise StorageError(
-            f"data: {name} is no local file or folder, and it could not be fetched from the hub: {_first_line(error)}"
+            f"data: {name} is no local file or folder, and it could not be fetched from the hub: {message}"
         ) from error
-    yield from _numbered(name, dataset, report)
 
 
-def _numbered(name: str, values: Iterable[Any], report: SourceReport) -> Iterator[RawRow | RejectedExample]:
-    number = 0
+_NO_SUCH_PART = ("Unknown split", "BuilderConfig", "Config name is missing")
+"""How errors of `datasets` begin that list the subsets or splits that there are."""
+
+
+def numbered(
+    rows: Any, place: Callable[[int], str], report: SourceReport, limit: int | None = None, seed: int = 0
+) -> Iterator[RawRow | RejectedExample]:
+    """The rows of a dataset, a list or a stream, or a random sample of them; of a stream, which may be endless, the first ones.
+
+    Args:
+        place: The place of a row, by its index.
+    """
+    indices: Iterable[int] = itertools.count()
+    if limit is not None and hasattr(rows, "__len__"):
+        indices = sampled(range(len(rows)), limit, seed)
+        rows = rows.select(indices) if hasattr(rows, "select") else [rows[n] for n in indices]
+    n = -1
     try:
-        for number, value in enumerate(values, start=1):
-            if isinstance(value, dict):
-                value, removed = without_padding(value)
+        for n, row in itertools.islice(zip(indices, rows, strict=False), limit):
+            if isinstance(row, dict):
+                row, removed = without_padding(row)
                 report.removed_nulls += removed
-            yield row_of(f"{name}:{number}", value)
+            yield row_of(place(n), row)
     except Exception as error:  # damage, or a value without a type in Python
-        raise DataError(f"data: {name}: row {number + 1} cannot be read: {_first_line(error)}") from None
+        raise DataError(f"data: {place(n + 1)} cannot be read: {_first_line(error)}") from None
 
 
 def _first_line(error: Exception) -> str:

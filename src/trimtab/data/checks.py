@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from trimtab.core.errors import DataError
+from trimtab.data.duplicates import by_example, digest, repeated
 from trimtab.data.example import Conversation, Example, SourceReport, TokenRow, parts_of
-from trimtab.data.leakage import digest, find_leaks
+from trimtab.data.leakage import find_leaks
 from trimtab.data.load import LoadedData
 from trimtab.data.rendering import Tokenizing, template_messages, trained_turns
 from trimtab.data.template_output import message_texts, normalized, notations, split_reasoning
@@ -84,15 +85,17 @@ def _lengths(rows: Sequence[TokenRow]) -> Finding:
 
 def _stops(rows: Sequence[TokenRow], base: Tokenizing) -> Finding:
     """Whether the last target token of each row is one that ends a generation (B01, B02)."""
-    open_ended = [row.where for row in rows if row.ids[row.target_indices[-1]] not in base.stop_ids]
-    facts = {"share": 1 - len(open_ended) / len(rows), "open_ended": open_ended[:20]}
+    # A row that another one of its example follows, as the next block of a text, need not end.
+    ends = [row for group in by_example(rows) for row in (group if group[0].side else group[-1:])]
+    open_ended = [row.where for row in ends if row.ids[row.target_indices[-1]] not in base.stop_ids]
+    facts = {"share": 1 - len(open_ended) / len(ends), "open_ended": open_ended[:20]}
     if not open_ended:
         return Finding("stop tokens", "good", "every example's last target token is one that ends a generation", facts)
     message = (
-        f"{len(open_ended):,} of {len(rows):,} examples do not end with a stop token (the first: {open_ended[0]}), "
+        f"{len(open_ended):,} of {len(ends):,} examples do not end with a stop token (the first: {open_ended[0]}), "
         "because they were truncated"
     )
-    if len(open_ended) == len(rows):
+    if len(open_ended) == len(ends):
         message += ", and the model would never learn to stop. Raise data.max_length."
         return Finding("stop tokens", "problem", message, facts)
     return Finding("stop tokens", "note", f"{message}, and teach the model to stop later, or never", facts)
@@ -100,14 +103,14 @@ def _stops(rows: Sequence[TokenRow], base: Tokenizing) -> Finding:
 
 def _rendering(rows: Sequence[TokenRow], examples: Sequence[Example], base: Tokenizing) -> Finding:
     """Whether target tokens, decoded, say what the message says, after the prompt that generation uses (B03, B05)."""
-    by_place: dict[str, list[TokenRow]] = {}
+    by_place: dict[tuple[str, str], list[TokenRow]] = {}
     for row in rows:
-        by_place.setdefault(row.where, []).append(row)
+        by_place.setdefault((row.source, row.where), []).append(row)
     different, turn_by_turn, compared = list[str](), 0, 0
     for example in examples:
-        own = by_place.get(example.where, [])
+        own = by_place.get((example.source, example.where), [])
         compared += bool(own)
-        turn_by_turn += len(own) > 1 and all(row.side is None for row in own)
+        turn_by_turn += isinstance(example, Conversation) and len(own) > 1
         conversations = _conversations(example)
         pairs = zip(conversations, own if len(own) == len(conversations) else own[-1:], strict=False)
         different += [example.where for conversation, row in pairs if not _says(row, conversation, base)]
@@ -167,14 +170,13 @@ def _conversations(example: Example) -> list[Conversation]:
 
 
 def _duplicates(rows: Sequence[TokenRow]) -> Finding:
-    first: dict[bytes, str] = {}
-    repeated = [(row.where, first[key]) for row in rows if first.setdefault(key := digest(row.ids), row.where) != row.where]
-    facts = {"rows": len(repeated), "first": repeated[:20]}
-    if not repeated:
+    twice, total = repeated(rows), sum(1 for _ in by_example(rows))
+    facts = {"rows": len(twice), "first": twice[:20]}
+    if not twice:
         return Finding("duplicates", "good", "no training example is there twice", facts)
     message = (
-        f"{len(repeated):,} of {len(rows):,} training examples repeat an earlier one, and weigh as much again "
-        f"({repeated[0][0]} is {repeated[0][1]})"
+        f"{len(twice):,} of {total:,} training examples repeat an earlier one, and weigh as much again "
+        f"({twice[0][0]} is {twice[0][1]}). data.duplicates=remove leaves them out"
     )
     return Finding("duplicates", "note", message, facts)
 
@@ -194,7 +196,9 @@ def _leaks(rows: Sequence[TokenRow], held_out: Sequence[TokenRow]) -> Finding:
     }
     total = f"{len(held_out):,} validation examples"
     if len(leaks.exact) == len(held_out):
-        message = f"all {total} are trained on as well, so their loss would mean nothing: remove the duplicates"
+        message = (
+            f"all {total} are trained on as well, so their loss would mean nothing: use others, or set data.duplicates=remove"
+        )
         return Finding("held out", "problem", message, facts)
     counts = [
         (f"{len(leaks.exact):,} are trained on as well", leaks.exact[:1]),
@@ -203,6 +207,8 @@ def _leaks(rows: Sequence[TokenRow], held_out: Sequence[TokenRow]) -> Finding:
     ]
     if leaked := [f"{count} (the first: {first[0]})" for count, first in counts if first]:
         message = f"of {total}, {' and '.join(leaked)}: their loss looks better than it is"
+        if leaks.exact:
+            message += ". data.duplicates=remove trains on none of the former"
         return Finding("held out", "note", message, facts)
     return Finding("held out", "good", f"none of {total} is trained on: exactly, nearly or by its prompt", facts)
 

@@ -31,6 +31,8 @@ class Conversation:
     """Indices of assistant messages that are in the context but not trained on."""
     is_completion: bool = False
     """It came as prompt and completion: for a base without a chat template, the second continues the first."""
+    source: str = ""
+    """The name of its source in the recipe; empty where sources have no names."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Text:
 
     text: str
     where: str
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class Preference:
     where: str
     as_judged: bool = False
     """It is trained on as a good and a bad answer, each by itself."""
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -59,12 +63,17 @@ class Judged:
     conversation: Conversation
     good: bool
     where: str
+    source: str = ""
 
 
 Example = Conversation | Text | Preference | Judged
 
 Kind = Literal["answers", "pairs", "judged"]
 """What an objective trains on: conversations and texts, compared answers, or answers that are judged one by one."""
+
+
+Overlong = Literal["refuse", "truncate", "drop", "split"]
+"""What becomes of an example that is longer than examples may be. Only plain texts can be split."""
 
 
 def parts_of(example: Example) -> tuple[Conversation | Text, ...]:
@@ -76,6 +85,10 @@ def parts_of(example: Example) -> tuple[Conversation | Text, ...]:
 
 class InvalidExample(Exception):
     """Why an example can't be used; becomes a RejectedExample with its place."""
+
+
+class TooLong(InvalidExample):
+    """It is longer than examples may be, and such are dropped on request."""
 
 
 class RejectedExample(NamedTuple):
@@ -108,6 +121,8 @@ class TokenRow:
     """What its answer is, where answers are compared or judged."""
     reference: float = 0.0
     """Σ log p of the target tokens in the reference model, in nats, for objectives that have one."""
+    source: str = ""
+    """The name of its source in the recipe; empty where sources have no names."""
 
 
 def row_groups(rows: Iterable[TokenRow]) -> list[list[int]]:
@@ -125,11 +140,23 @@ def row_groups(rows: Iterable[TokenRow]) -> list[list[int]]:
 
 @dataclass
 class SourceReport:
-    """What became of every example of a data source: each is used or rejected."""
+    """What became of every example of a data source: each is used, or rejected, dropped or removed."""
 
     sources: tuple[str, ...]
+    label: str = ""
+    """Its name in the recipe, if it has one."""
     used: int = 0
     rejected: list[RejectedExample] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+    """Places of examples that were longer than allowed, and were dropped for it."""
+    duplicates: list[str] = field(default_factory=list)
+    """Places of examples that were removed because an earlier one is the same."""
+    held_out_too: list[str] = field(default_factory=list)
+    """Places of training examples that were removed because they are validation examples as well."""
+    split: int = 0
+    """Texts that were longer than allowed, and were split …"""
+    blocks: int = 0
+    """… into so many blocks."""
     ignored_columns: set[str] = field(default_factory=set)
     """Columns that the data has and no format reads."""
     removed_nulls: int = 0
@@ -137,22 +164,36 @@ class SourceReport:
 
     @property
     def name(self) -> str:
-        return ", ".join(self.sources)
+        paths = ", ".join(self.sources)
+        return f"{self.label} ({paths})" if self.label else paths
 
     @property
     def total(self) -> int:
-        return self.used + len(self.rejected)
+        return self.used + len(self.rejected) + len(self.dropped) + len(self.duplicates) + len(self.held_out_too)
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.total:,} examples: {self.used:,} used, {len(self.rejected):,} rejected"
+        counts = {
+            "too long and dropped": len(self.dropped),
+            "removed as duplicates": len(self.duplicates),
+            "removed because they are validation examples": len(self.held_out_too),
+        }
+        more = "".join(f", {count:,} {words}" for words, count in counts.items() if count)
+        cut = f"; {self.split:,} long texts split into {self.blocks:,} blocks" if self.split else ""
+        return f"{self.name}: {self.total:,} examples: {self.used:,} used, {len(self.rejected):,} rejected{more}{cut}"
 
     def plain(self) -> dict[str, Any]:
         """The report as JSON data."""
         return {
-            "source": self.name,
+            "name": self.label,
+            "source": ", ".join(self.sources),
             "rows": self.total,
             "used": self.used,
             "refused": [example._asdict() for example in self.rejected],
+            "dropped": self.dropped,
+            "duplicates": self.duplicates,
+            "held_out_too": self.held_out_too,
+            "split": self.split,
+            "blocks": self.blocks,
             "columns_not_read": sorted(self.ignored_columns),
             "nulls_left_out": self.removed_nulls,
         }

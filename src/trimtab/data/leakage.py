@@ -1,6 +1,5 @@
 """Validation rows that are trained on as well: exactly, by their prompt, or nearly."""
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from trimtab.data.duplicates import digest
 from trimtab.data.example import TokenRow
 
 WINDOW = 8
@@ -43,10 +43,6 @@ def find_leaks(rows: Sequence[TokenRow], held_out: Sequence[TokenRow]) -> Leaks:
     known = {id(row) for row in (*repeated, *prompted)}
     near = _near(rows, [row for row in held_out if id(row) not in known])
     return Leaks([row.where for row in repeated], [row.where for row in prompted], near)
-
-
-def digest(ids: Sequence[int]) -> bytes:
-    return hashlib.blake2b(str(ids).encode(), digest_size=16).digest()
 
 
 def _near(rows: Sequence[TokenRow], held_out: Sequence[TokenRow]) -> list[tuple[str, str]]:

@@ -1,59 +1,30 @@
 """The data of a run: read, tokenized and split into training and validation, with a report of every example."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from itertools import islice
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain, islice
+from typing import Any
 
-from pydantic import BeforeValidator, Field
-
-from trimtab.core.config import Config, as_tuple
 from trimtab.core.errors import DataError, listing
 from trimtab.core.files import expand_user, sha256_file
+from trimtab.data.config import DataConfig
+from trimtab.data.duplicates import without_repeated, without_texts_of
 from trimtab.data.example import Column, Example, Kind, SourceReport, TokenRow
 from trimtab.data.formats import read_examples
-from trimtab.data.order import split
+from trimtab.data.held_out import places_held_out
+from trimtab.data.lengths import LengthLimit
 from trimtab.data.preference_formats import FORMATS
 from trimtab.data.read import is_local, local_files, read_rows
 from trimtab.data.rendering import Tokenizing
+from trimtab.data.source import Source
 from trimtab.data.token_cache import TokenCache
-from trimtab.data.token_rows import LengthLimit, tokenize_examples
+from trimtab.data.token_rows import tokenize_examples
 
 FIRST = 20
 """Examples that are checked before anything else."""
-
-
-def _count_or_fraction(raw: Any) -> Any:
-    if isinstance(raw, float) and raw > 1 and raw % 1:
-        raise ValueError(f"expected a fraction below 1 or a whole count, got {raw}.")
-    return int(raw) if isinstance(raw, float) and raw >= 1 else raw
-
-
-class DataConfig(Config):
-    """What to train on."""
-
-    train: Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(as_tuple)]
-    """Files (JSON, JSONL, CSV, TSV, Parquet), patterns such as data/*.jsonl, folders, or datasets on the hub; several are joined."""
-    eval: Annotated[str | Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0)], BeforeValidator(_count_or_fraction)] = (
-        0.05
-    )
-    """Validation examples: another file, a fraction of the training examples (below 1), a count of them, or 0 for none."""
-    columns: dict[Column, str] = Field(default={})
-    """Trimtab's name of a column: your file's name of it; for example {prompt: question, completion: answer}."""
-    ignore: Annotated[tuple[str, ...], BeforeValidator(as_tuple)] = ()
-    """Columns, and keys of messages, to ignore; without this, those that would be lost are an error."""
-    max_length: Annotated[int, Field(ge=2)] | None = None
-    """The most tokens an example may have; the model's context length unless set."""
-    overlong: Literal["refuse", "truncate"] = "refuse"
-    """What happens to a longer example. A truncated one teaches the model to stop mid-sentence, or never."""
-    bad_rows: Literal["stop", "skip"] = "stop"
-    """Whether examples that can't be used stop the run before it starts, or are left out and listed in the run's data.json."""
-
-    @property
-    def sources(self) -> tuple[str, ...]:
-        """Every source that is named, validation's too."""
-        return (*self.train, self.eval) if isinstance(self.eval, str) else self.train
+Sources = Mapping[str, tuple[Source, ...]]
+"""Sources by name, as `DataConfig` has them."""
 
 
 @dataclass
@@ -64,13 +35,18 @@ class LoadedData:
     eval: list[TokenRow]
     reports: list[SourceReport]
     digest: str
-    """SHA-256 over every token and target, in order, of training and validation."""
+    """SHA-256 over every token and target, in order, of training and validation; and over what else decides the order of training."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """Of each training source, by name; empty where every example is trained on once an epoch."""
+    seed: int = 0
+    """What decided which examples are held out, and which are in the sample of a source."""
 
     def plain(self) -> dict[str, Any]:
         """What a run stores about its data, as JSON data."""
         paths = dict.fromkeys(path for report in self.reports for name in report.sources for path in local_files(name))
         return {
             "digest": self.digest,
+            "seed": self.seed,
             "sources": [report.plain() for report in self.reports],
             "files": {str(path): sha256_file(path) for path in paths},
             "held_out": sorted({row.where for row in self.eval}),
@@ -84,36 +60,75 @@ def load_examples(
     ignore: tuple[str, ...] = (),
 ) -> tuple[list[Example], SourceReport]:
     """Every usable example of one or more sources. See `data.read.read_rows` for what a source can be."""
-    report = SourceReport((sources,) if isinstance(sources, str) else sources)
-    return list(_examples(report, columns or {}, kind, ignore)), report
+    config = DataConfig(train=sources, columns=dict(columns or {}), ignore=ignore)
+    (named,) = config.train_sources.items()
+    report = _report(named)
+    return list(_examples(named, config, kind, 0, report)), report
+
+
+def _report(named: tuple[str, tuple[Source, ...]]) -> SourceReport:
+    name, sources = named
+    return SourceReport(tuple(source.path for source in sources), name)
 
 
 def _examples(
-    report: SourceReport, columns: Mapping[Column, str], kind: Kind, ignore: tuple[str, ...], first: int | None = None
+    named: tuple[str, tuple[Source, ...]],
+    config: DataConfig,
+    kind: Kind,
+    seed: int,
+    report: SourceReport | None = None,
+    first: int | None = None,
 ) -> Iterator[Example]:
-    """The usable examples of the report's sources, read lazily, from the first so many rows; the report is filled meanwhile."""
-    rows = islice((row for source in report.sources for row in read_rows(source, report)), first)
-    return read_examples(rows, columns, report, FORMATS[kind], ignore)
+    """The usable examples of a named source, read lazily, from its first so many rows; the report is filled meanwhile."""
+    name, sources = named
+    report = report or _report(named)
+    for source in sources:
+        own = config.of(source)
+        rows = read_rows(source if first is None else source.model_copy(update={"limit": None}), report, seed)
+        for example in read_examples(islice(rows, first), own.columns, report, FORMATS[kind], own.ignore):
+            yield replace(example, source=name) if name else example
 
 
-def first_examples(config: DataConfig, count: int, kind: Kind = "answers") -> list[Example]:
-    """The first so many usable training examples, and as many of a validation file."""
+def first_examples(config: DataConfig, count: int, seed: int, kind: Kind = "answers") -> list[Example]:
+    """The first so many usable training examples of each source, and as many for validation."""
     return [
         example
-        for sources in (config.train, config.sources[len(config.train) :])
-        for example in islice(_examples(SourceReport(sources), config.columns, kind, config.ignore), count)
+        for named in (*config.train_sources.items(), *config.eval_sources.items())
+        for example in islice(_examples(named, config, kind, seed), count)
     ]
 
 
 def check_first_examples(config: DataConfig, kind: Kind = "answers") -> None:
-    """Read the first examples of every local source, before anything that takes longer. Raises DataError if none can be used."""
-    for source in filter(is_local, config.sources):
-        report = SourceReport((source,))
-        usable = next(_examples(report, config.columns, kind, config.ignore, FIRST), None)
-        if usable is None and config.bad_rows == "stop":
-            raise DataError(
-                f"data: none of the first {len(report.rejected)} examples of {source} can be used:\n{_reasons(report)}"
-            )
+    """Read the first examples of every local source, before anything that takes longer.
+
+    Raises:
+        DataError: None of a source can be used, or two sources are the same.
+    """
+    _refuse_same(config)
+    for name, sources in (*config.train_sources.items(), *config.eval_sources.items()):
+        for source in sources:
+            if not is_local(source.path):
+                continue
+            report = SourceReport((source.path,), name)
+            usable = next(_examples((name, (source,)), config, kind, 0, report, FIRST), None)
+            if usable is None and config.bad_rows == "stop":
+                raise DataError(
+                    f"data: none of the first {len(report.rejected)} examples of {report.name} can be used:\n{_reasons(report)}"
+                )
+
+
+def _refuse_same(config: DataConfig) -> None:
+    """Raise DataError for named training sources that read the same examples in the same way."""
+    named = config.train if isinstance(config.train, dict) else {}
+    first: dict[Any, str] = {}
+    for name, source in named.items():
+        read = (source.subset, source.split, source.revision, str(config.of(source).reading))
+        for path in [*map(str, local_files(source.path))] or [source.path]:
+            if (other := first.setdefault((path, read), name)) != name:
+                raise DataError(
+                    f"data.train: {other} and {name} both read {path}, so its examples would be there twice. Give it once; "
+                    "to have its examples more often, give it a greater weight."
+                )
 
 
 def load_data(
@@ -128,54 +143,98 @@ def load_data(
     """The token rows of everything that `config` names.
 
     Args:
+        seed: Decides which examples are held out, and which are in the sample of a source.
         kind: What the objective trains on.
         positions: How many positions of the context virtual tokens take.
 
     Raises:
         DataError: A source can't be read, nothing in it can be used, or (unless `bad_rows` is skip) some of it can't.
     """
-    limit = _length_limit(config, context_length, positions)
-    rows, report = _load_rows(config.train, config, base, limit, kind)
-    if isinstance(config.eval, str):
-        validation, validation_report = _load_rows((config.eval,), config, base, limit, kind)
-        return LoadedData(rows, validation, [report, validation_report], _digest(rows, validation))
-    places = list(dict.fromkeys(row.where for row in rows))  # an example that is listed twice is held out in both places
-    chosen = _held_out(config.eval, places, seed)
-    train = [row for row in rows if row.where not in chosen]
-    validation = [row for row in rows if row.where in chosen]
-    return LoadedData(train, validation, [report], _digest(train, validation))
+    loader = _Loader(config, base, length_limit(config, context_length, positions), seed, kind)
+    train = [loader.load(named) for named in config.train_sources.items()]
+    validation = [loader.load(named) for named in config.eval_sources.items()]
+    if config.duplicates == "remove":
+        _remove_duplicates(train, validation)
+    rows = [row for of_source, _ in train for row in of_source]
+    held_out = [row for of_source, _ in validation for row in of_source]
+    if not validation:
+        places = places_held_out(config.eval, rows, seed)
+        rows, held_out = ([row for row in rows if (row.where in places) is chosen] for chosen in (False, True))
+    reports = [report for _, report in (*train, *validation)]
+    return LoadedData(rows, held_out, reports, _digest(config.weights, rows, held_out), config.weights, seed)
 
 
-def _length_limit(config: DataConfig, context_length: int | None, positions: int) -> LengthLimit:
-    truncate, left = config.overlong == "truncate", (context_length or 0) - positions
+def length_limit(config: DataConfig, context_length: int | None, positions: int = 0) -> LengthLimit:
+    """How long token rows may be; virtual tokens take some `positions` of the context."""
+    left = (context_length or 0) - positions
     if context_length is None or (config.max_length is not None and config.max_length <= left):
-        return LengthLimit(config.max_length, truncate)
+        return LengthLimit(config.max_length, config.overlong)
     taken = f"the {left:,} tokens that {positions} virtual ones leave of the context"
-    return LengthLimit(left, truncate, taken if positions else f"the context length {left:,}")
+    return LengthLimit(left, config.overlong, taken if positions else f"the context length {left:,}")
 
 
-def _load_rows(
-    sources: tuple[str, ...], config: DataConfig, base: Tokenizing, limit: LengthLimit, kind: Kind
-) -> tuple[list[TokenRow], SourceReport]:
-    """The token rows of these sources, from the cache if it has them, and the report of their examples."""
-    settings = {"kind": kind, "columns": config.columns, "ignore": config.ignore, "limit": limit}
-    cache = TokenCache(sources, settings, base)
-    if (cached := cache.read()) is not None:
-        rows, report = cached
-    else:
-        report = SourceReport(sources)
-        rows = tokenize_examples(_examples(report, config.columns, kind, config.ignore), base, report, limit)
-        cache.write(rows, report)
-    if report.used == 0:
-        raise DataError(f"data: no example of {report.name} can be used:\n{_reasons(report)}\n{report}")
-    if report.rejected and config.bad_rows == "stop":
-        too_long = any("up to the end of its last answer, more than" in example.reason for example in report.rejected)
-        cut = " (or truncate long ones with data.overlong=truncate)" if too_long else ""
-        raise DataError(
-            f"data: examples that can't be used:\n{_reasons(report)}\n{report}\n"
-            f"Fix them, or leave them out with data.bad_rows=skip{cut}."
-        )
-    return rows, report
+Loaded = tuple[list[TokenRow], SourceReport]
+
+
+@dataclass
+class _Loader:
+    """Loads sources, each by itself, so that its tokens are kept whatever it is mixed with."""
+
+    config: DataConfig
+    base: Tokenizing
+    limit: LengthLimit
+    seed: int
+    kind: Kind
+
+    def load(self, named: tuple[str, tuple[Source, ...]]) -> Loaded:
+        """The token rows of a source, from the cache if it has them, and the report of its examples."""
+        name, sources = named
+        cache = TokenCache(sources, self._settings(sources), self.base)
+        if (cached := cache.read()) is not None:
+            rows, report = cached
+        else:
+            report = _report(("", sources))
+            examples = _examples(("", sources), self.config, self.kind, self.seed, report)
+            rows = tokenize_examples(examples, self.base, report, self.limit)
+            cache.write(rows, report)
+        report.label = name
+        self._refuse_unusable(report)
+        return [replace(row, source=name) for row in rows] if name else rows, report
+
+    def _settings(self, sources: Sequence[Source]) -> dict[str, Any]:
+        """What decides the tokens of a source besides its files."""
+        parts = [
+            (source.subset, source.split, source.limit, source.limit and self.seed, self.config.of(source).reading)
+            for source in sources
+        ]
+        return {"kind": self.kind, "limit": self.limit, "sources": parts}
+
+    def _refuse_unusable(self, report: SourceReport) -> None:
+        if report.used == 0:
+            why = _reasons(report) or f"  all are longer than {self.limit}: raise data.max_length, or truncate them"
+            raise DataError(f"data: no example of {report.name} can be used:\n{why}\n{report}")
+        if report.rejected and self.config.bad_rows == "stop":
+            too_long = any("up to the end of its last answer, more than" in example.reason for example in report.rejected)
+            cut = " (or truncate or drop long ones with data.overlong)" if too_long else ""
+            raise DataError(
+                f"data: examples that can't be used:\n{_reasons(report)}\n{report}\n"
+                f"Fix them, or leave them out with data.bad_rows=skip{cut}."
+            )
+
+
+def _remove_duplicates(train: list[Loaded], validation: list[Loaded]) -> None:
+    """Remove examples that repeat an earlier one of their part, and training examples that are validation examples, in place."""
+    held_out = [row for rows, _ in validation for row in rows]
+    for part in (train, validation):
+        seen: set[bytes] = set()
+        for number, (rows, report) in enumerate(part):
+            rows, report.duplicates = without_repeated(rows, seen)
+            if part is train:
+                rows, report.held_out_too = without_texts_of(held_out, rows)
+            report.used -= len(report.duplicates) + len(report.held_out_too)
+            if not rows:
+                raise DataError(f"data: no example of {report.name} is left without duplicates:\n{report}")
+            part[number] = rows, report
 
 
 def held_out_examples(config: DataConfig, stored: dict[str, Any], kind: Kind = "answers") -> list[Example]:
@@ -190,23 +249,13 @@ def held_out_examples(config: DataConfig, stored: dict[str, Any], kind: Kind = "
             raise DataError(
                 f"data: {name} has changed since the run or is gone, so its validation examples are not known. Give examples with --data."
             )
-    sources = config.eval if isinstance(config.eval, str) else config.train
+    sources: Sources = config.eval_sources or config.train_sources
+    examples = chain.from_iterable(_examples(named, config, kind, stored["seed"]) for named in sources.items())
     held_out = set(stored["held_out"])
-    examples, _ = load_examples(sources, config.columns, kind, config.ignore)
-    return [example for example in examples if example.where in held_out]
-
-
-def _held_out(wanted: float, places: list[str], seed: int) -> set[str]:
-    """Places of validation examples: a fraction of all, or a count of them."""
-    count = round(wanted * len(places)) if wanted < 1 else round(wanted)
-    if wanted:
-        count = max(count, 1)
-        if count >= len(places):
-            raise DataError(
-                f"data.eval: {wanted:g} would hold out {count} of {len(places)} usable examples and leave none to train on. "
-                "Give a smaller fraction or count, a file of its own, or 0."
-            )
-    return {places[n] for n in split(len(places), count, seed)[1]}
+    chosen = [example for example in examples if example.where in held_out]
+    if config.duplicates == "remove":  # a file that is given twice has each of its places once
+        chosen = list({(example.source, example.where): example for example in chosen}.values())
+    return chosen
 
 
 def _reasons(report: SourceReport) -> str:
@@ -217,10 +266,10 @@ def _reasons(report: SourceReport) -> str:
     return listing([f"{where}{f' and {len(more)} more' if more else ''}: {why}" for why, (where, *more) in places.items()])
 
 
-def _digest(*parts: list[TokenRow]) -> str:
-    digest = hashlib.sha256()
+def _digest(weights: Mapping[str, float], *parts: list[TokenRow]) -> str:
+    digest = hashlib.sha256(str(sorted(weights.items())).encode() if weights else b"")
     for part in parts:
         digest.update(b"part")
         for row in part:
-            digest.update(f"{row.ids}{row.target_indices}{row.side or ''}".encode())
+            digest.update(f"{row.ids}{row.target_indices}{row.side or ''}{row.source}".encode())
     return digest.hexdigest()

@@ -31,7 +31,7 @@ def with_mismatched(rows: Sequence[TokenRow], seed: int, max_length: int | None 
     for row, prompt, giver in zip(rows, prompts, givers, strict=True):
         answer = rows[giver].ids[rows[giver].target_indices[0] :]
         ids = [*prompt, *answer][:max_length]
-        mixed += [row, TokenRow(ids, list(range(len(prompt), len(ids))), row.where, len(ids), "mismatched")]
+        mixed += [row, TokenRow(ids, list(range(len(prompt), len(ids))), row.where, len(ids), "mismatched", source=row.source)]
     return mixed
 
 

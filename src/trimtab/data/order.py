@@ -1,37 +1,71 @@
 """The order of training: a pure function of (seed, epoch), so nothing needs to be stored to resume."""
 
+import heapq
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import TypeVar
 
 from trimtab.data.example import TokenRow, row_groups
 
+Value = TypeVar("Value")
 
-def shuffled(count: int, seed: int, epoch: int) -> list[int]:
+
+def shuffled(count: int, seed: int | str, epoch: int) -> list[int]:
     """The order of `count` rows in an epoch (0-based). The same on every machine and every version of torch."""
     order = list(range(count))
     random.Random(f"{seed}/{epoch}").shuffle(order)
     return order
 
 
-def split(count: int, held_out: int, seed: int) -> tuple[list[int], list[int]]:
+def split(count: int, held_out: int, seed: int | str) -> tuple[list[int], list[int]]:
     """Indices of (training, validation), each increasing."""
     order = random.Random(f"{seed}/split").sample(range(count), held_out)
     chosen = set(order)
     return [n for n in range(count) if n not in chosen], sorted(chosen)
 
 
+def sampled(values: Iterable[Value], count: int, seed: int) -> list[Value]:
+    """So many of the values at random, in their order. They are read once, and no more are kept than are returned."""
+    draw = random.Random(f"{seed}/sample").random
+    chosen = heapq.nsmallest(count, ((draw(), number, value) for number, value in enumerate(values)))
+    return [value for _, _, value in sorted(chosen, key=lambda one: one[1])]
+
+
+def apportion(total: int, shares: Mapping[str, float]) -> dict[str, int]:
+    """A whole number divided by shares, by the largest remainders: each part is within 1 of its exact value."""
+    whole = math.fsum(shares.values())
+    exact = {name: total * share / whole for name, share in shares.items()}
+    parts = {name: math.floor(value) for name, value in exact.items()}
+    for name in sorted(exact, key=lambda name: parts[name] - exact[name])[: total - sum(parts.values())]:
+        parts[name] += 1
+    return parts
+
+
 def plan_steps(
-    rows: Sequence[TokenRow], *, epochs: float, seed: int, examples: int | None = None, tokens: int | None = None
+    rows: Sequence[TokenRow],
+    *,
+    epochs: float,
+    seed: int,
+    examples: int | None = None,
+    tokens: int | None = None,
+    weights: Mapping[str, float] | None = None,
 ) -> list[list[int]]:
     """The indices of the rows of each optimizer step. The rows of an example stay together and count once.
 
     The epochs' orders follow each other without a break, so that every step but the last is full: it has so many `examples`, or
     as many as fit into `tokens` (a longer one has a step of its own).
+
+    Args:
+        weights: Of each source, by name; without any, an epoch has every example once.
     """
     all_groups = row_groups(rows)
     total = math.ceil(round(epochs * len(all_groups), 9))  # 0.07 epochs of 100 rows are 7, not 7.000000000000001
-    stream = [all_groups[n] for epoch in range(math.ceil(epochs)) for n in shuffled(len(all_groups), seed, epoch)][:total]
+    by_source: dict[str, list[list[int]]] = {}
+    for group in all_groups:
+        by_source.setdefault(rows[group[0]].source if weights else "", []).append(group)
+    stream = list(islice(_mixed(by_source, seed, weights) if weights else _in_epochs(all_groups, seed), total))
     if examples is not None:
         return [[n for group in stream[i : i + examples] for n in group] for i in range(0, total, examples)]
     assert tokens is not None, "a step is measured in examples or in tokens"
@@ -45,3 +79,22 @@ def plan_steps(
         steps[-1] += group
         room -= length
     return steps
+
+
+def _in_epochs(groups: Sequence[Value], seed: int | str) -> Iterator[Value]:
+    """All groups in the order of the first epoch, then in that of the second, and so on."""
+    epoch = 0
+    while groups:
+        yield from (groups[n] for n in shuffled(len(groups), seed, epoch))
+        epoch += 1
+
+
+def _mixed(by_source: Mapping[str, Sequence[Value]], seed: int, weights: Mapping[str, float]) -> Iterator[Value]:
+    """Epochs of as many groups as all sources have, to which each source contributes its share.
+
+    A source is gone through again and again, each time in another order, from where the epoch before stopped.
+    """
+    endless = {name: _in_epochs(groups, f"{seed}/{name}") for name, groups in by_source.items()}
+    parts = apportion(sum(map(len, by_source.values())), weights)
+    places = [name for name, part in parts.items() for _ in range(part)]
+    yield from (next(endless[name]) for name in _in_epochs(places, seed))

@@ -6,50 +6,82 @@ import re
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from trimtab.core.errors import DataError, listing
 from trimtab.core.files import expand_user
-from trimtab.data.arrow_files import hub_dataset, is_saved_dataset, parquet, saved_dataset
+from trimtab.data.arrow_files import hub_dataset, is_saved_dataset, numbered, parquet, saved_dataset
 from trimtab.data.example import RawRow, RejectedExample, SourceReport
 from trimtab.data.json_files import json_file
-from trimtab.data.text_files import COMPRESSED, csv_file, not_utf8
+from trimtab.data.order import sampled
+from trimtab.data.source import Source
+from trimtab.data.text_files import COMPRESSED, PLAIN, csv_file, not_utf8, plain_file
 
-SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
+TABLES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
+"""Endings of files that hold rows with columns."""
+SUFFIXES = (*TABLES, *PLAIN)
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(:\w+)?")
 _SPLITS = re.compile(r"(?<![a-z])(train|training|test|testing|valid|validation|dev|val|eval|evaluation)(?![a-z])")
 _METADATA = {"dataset_infos.json", "dataset_info.json", "config.json", "metadata.json", "package.json"}
 """Files of a folder that describe its rows."""
+_ABOUT = re.compile(r"(readme|licen[cs]e|copying|notice|changelog|citation|requirements)[^/]*", re.IGNORECASE)
+"""Names of text files that say something about the tables beside them."""
 
 
-def read_rows(source: str, report: SourceReport | None = None) -> Iterator[RawRow | RejectedExample]:
-    """Every row of a source, in its order; one that can't be read is a RejectedExample.
+def read_rows(source: Source, report: SourceReport | None = None, seed: int = 0) -> Iterator[RawRow | RejectedExample]:
+    """Every row of a source, or the sample that its limit allows, in the source's order; one that can't be read is a RejectedExample.
 
     Args:
-        source: A file (JSON, JSONL, CSV, TSV, Parquet; the text ones also as .gz or .zst), a pattern of files such as
-            `data/*.jsonl`, a folder of such files or one that `datasets` saved, or a dataset on the hub (`org/name` or
+        source: Its path is a file (JSON, JSONL, CSV, TSV, Parquet, plain text; all but Parquet also as .gz or .zst), a pattern of
+            files such as `data/*.jsonl`, a folder of such files or one that `datasets` saved, or a dataset on the hub (`org/name` or
             `org/name:split`; the split is `train` unless given).
         report: Counts what is left out while reading.
+        seed: Decides the sample.
 
     Raises:
         DataError: There is no such source, it holds no rows, or it can't be read at all.
         StorageError: It could not be fetched from the hub.
     """
-    report = report or SourceReport((source,))
-    path = expand_user(source)
-    if path.is_dir() and is_saved_dataset(path):
-        rows = saved_dataset(path, report)
-    elif files := _files(source):
+    report = report or SourceReport((source.path,))
+    path = expand_user(source.path)
+    if (dataset := _dataset(source)) is not None:
+        rows = numbered(dataset, lambda n: f"{source.path}:{n + 1}", report, source.limit, seed)
+    elif files := _files(source.path):
+        _refuse_parts(source, files[0])
         rows = chain.from_iterable(_read_file(file, report) for file in files)
-    elif _on_hub(source):
-        rows = hub_dataset(source, report)
+        rows = iter(sampled(rows, source.limit, seed)) if source.limit is not None else rows
     else:
-        raise DataError(f"data: {source}: no such file or folder (looked in {Path.cwd()}{_near(path)}).")
+        raise DataError(f"data: {source.path}: no such file or folder (looked in {Path.cwd()}{_near(path)}).")
     empty = True
     for row in rows:
         empty = False
         yield row
     if empty:
-        raise DataError(f"data: {source} holds no examples.")
+        raise DataError(f"data: {source.path} holds no examples.")
+
+
+def _dataset(source: Source) -> Any:
+    """What `datasets` reads of a source; None if that is files, or nothing."""
+    path = expand_user(source.path)
+    if path.is_dir() and is_saved_dataset(path):
+        return saved_dataset(path, source)
+    if path.is_dir() and (source.subset or source.split) and source.revision is None:
+        return hub_dataset(str(path), source.subset, source.split)
+    if not _files(source.path) and _on_hub(source.path):
+        name, _, split = source.path.partition(":")
+        if split and source.split:
+            raise DataError(f"data: {source.path} names the split {split}, and split: {source.split} another: leave one out.")
+        return hub_dataset(name, source.subset, source.split or split, source.revision)
+    return None
+
+
+def _refuse_parts(source: Source, file: Path) -> None:
+    """Raise DataError for settings of a dataset that files don't have."""
+    for key in ("subset", "split", "revision"):
+        if getattr(source, key) is not None:
+            raise DataError(
+                f"data: {source.path}: {key} chooses a part of a dataset on the hub or of a folder, and {file} is a file: leave {key} out."
+            )
 
 
 def _near(path: Path) -> str:
@@ -101,9 +133,11 @@ def _folder_files(folder: Path) -> list[Path]:
     """The files of a folder, which have to be shards of one data set."""
     visible = (p for p in sorted(folder.rglob("*")) if not any(part.startswith(".") for part in p.relative_to(folder).parts))
     files = [p for p in visible if p.is_file() and _suffix(p) in SUFFIXES and p.name not in _METADATA]
+    if any(_suffix(p) in TABLES for p in files):
+        files = [p for p in files if _suffix(p) in TABLES or not _ABOUT.fullmatch(p.name)]
     if not files:
         raise DataError(f"data: {folder} holds no data file ({', '.join(SUFFIXES)}), and is no folder that `datasets` saved.")
-    for differing, kind_of in (("kinds of files", _suffix), ("splits", lambda file: _split(file.relative_to(folder)))):
+    for differing, kind_of in (("kinds of files", _kind), ("splits", lambda file: _split(file.relative_to(folder)))):
         kinds = {kind_of(file): file for file in files if kind_of(file)}
         if len(kinds) > 1:
             settings = [f"data.train='{_pattern(file, folder)}'" for _, file in sorted(kinds.items())]
@@ -113,9 +147,14 @@ def _folder_files(folder: Path) -> list[Path]:
     return files
 
 
+def _kind(file: Path) -> str:
+    """Files of one kind may be read together: documents of several endings, but not different tables."""
+    return "plain text" if _suffix(file) in PLAIN else _suffix(file)
+
+
 def _split(file: Path) -> str:
-    """The split that the name of a file or its folder says; empty if none."""
-    splits = _SPLITS.findall(str(file).lower())
+    """The split that the name of a file or its folder says; empty if none. The name of a document says what it is about."""
+    splits = _SPLITS.findall(str(file.parent if _suffix(file) in PLAIN else file).lower())
     return splits[-1] if splits else ""
 
 
@@ -141,6 +180,8 @@ def _read_file(path: Path, report: SourceReport) -> Iterator[RawRow | RejectedEx
             yield from csv_file(path, "\t" if suffix == ".tsv" else None)
         elif suffix == ".parquet":
             yield from parquet(path, report)
+        elif suffix in PLAIN:
+            yield from plain_file(path)
         else:
             yield from json_file(path, report)
     except UnicodeError:

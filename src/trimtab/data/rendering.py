@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 from trimtab.core.chat import Message, common_length
 from trimtab.core.errors import DataError
-from trimtab.data.example import Conversation, InvalidExample, Text
+from trimtab.data.example import Conversation, InvalidExample
 from trimtab.data.template_output import REASONING, Template, explain_ignored, ignored_key, split_reasoning
 from trimtab.data.turns import Turn
 
@@ -67,10 +67,8 @@ class RenderedText(NamedTuple):
         return self.answers[0].end is not None
 
 
-def render_whole(example: Conversation | Text, base: Tokenizing) -> list[RenderedText]:
+def render_whole(example: Conversation, base: Tokenizing) -> list[RenderedText]:
     """The example as one text. Raises NotAPrefix if it has to be rendered turn by turn, and InvalidExample."""
-    if isinstance(example, Text):
-        return [RenderedText(example.text, [Answer(0, len(example.text))])]
     if not base.has_template:
         return [_render_completion(example, base)]
     messages, last = template_messages(example, base), len(example.messages) - 1
@@ -90,9 +88,8 @@ def render_whole(example: Conversation | Text, base: Tokenizing) -> list[Rendere
     return [RenderedText(text, answers)]
 
 
-def render_turn_by_turn(example: Conversation | Text, base: Tokenizing) -> list[RenderedText]:
+def render_turn_by_turn(example: Conversation, base: Tokenizing) -> list[RenderedText]:
     """A text for each trained turn that ends with it, as the model has it when it generates that turn."""
-    assert isinstance(example, Conversation)
     texts, messages = [], template_messages(example, base)
     for n in trained_turns(example):
         turn = Turn(base.template, messages, n, example.tools)

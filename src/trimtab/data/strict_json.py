@@ -34,6 +34,14 @@ def value_at(text: str, start: int) -> tuple[Any, int]:
     return value, end
 
 
+def is_object(text: str) -> bool:
+    """Whether a text is one JSON object, and nothing else."""
+    try:
+        return text.lstrip().startswith("{") and isinstance(parse_json(text), dict)
+    except ValueError:
+        return False
+
+
 def end_of(text: str, start: int) -> int | None:
     """Where an ambiguous value ends; None for what is not JSON, whose end cannot be known."""
     try:

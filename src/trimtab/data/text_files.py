@@ -1,15 +1,21 @@
-"""Text files, compressed or not, in UTF-8 or UTF-16, and CSV tables."""
+"""Text files, compressed or not, in UTF-8 or UTF-16: documents, and CSV tables."""
 
 import csv
 import gzip
 import io
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, TextIO, cast
 
 from trimtab.core.errors import DataError
 from trimtab.data.example import RawRow, RejectedExample
+from trimtab.data.strict_json import is_object
 
+PLAIN = (".txt", ".md")
+"""Endings of files whose whole content is text."""
+SEPARATOR = re.compile(r"^[ \t]*<\|endoftext\|>[ \t]*$", re.MULTILINE)
+"""A line that separates documents in one file, as GPT-2's tools and TinyStories write it."""
 COMPRESSED = (".gz", ".zst")
 _DELIMITERS = (",", ";", "\t", "|")
 
@@ -42,6 +48,25 @@ def not_utf8(path: Path) -> str:
         line, wrong = len((content[: error.start] + b".").splitlines()), f"{content[error.start]:#04x}"
         return f"data: {path}:{line} is not UTF-8 text: byte {error.start:,} of the file is {wrong}. Convert it to UTF-8."
     return f"data: {path} changed while it was read."
+
+
+def plain_file(path: Path) -> Iterator[RawRow | RejectedExample]:
+    """The documents of a plain-text file, without the line breaks at their ends: the whole file, or what its separators part."""
+    with open_text(path) as file:
+        text = file.read()
+    if is_object(text[: text.find("\n")] if "\n" in text else text):
+        raise DataError(f"data: {path} holds JSON objects, a line each, and not plain text: name it {path.stem}.jsonl.")
+    line = start = 0
+    for match in [*SEPARATOR.finditer(text), None]:
+        end = match.start() if match else len(text)
+        document = text[start:end]
+        content = document.lstrip("\r\n")
+        before = len(document) - len(content)  # line breaks, after which the document begins
+        if content.strip() or not (start or match):
+            yield f"{path}:{line + document.count(chr(10), 0, before) + 1}", {"text": content.rstrip("\r\n")}
+        if match:
+            line += text.count("\n", start, match.end())
+            start = match.end()
 
 
 def csv_file(path: Path, delimiter: str | None) -> Iterator[RawRow | RejectedExample]:

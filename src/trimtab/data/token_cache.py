@@ -5,7 +5,9 @@ import json
 import os
 import sys
 from array import array
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +21,22 @@ from trimtab.core.cache import cache_folder, code_hash, keep_newest
 from trimtab.core.errors import StorageError
 from trimtab.core.files import sha256_file, write_bytes
 from trimtab.data.example import RejectedExample, SourceReport, TokenRow
+from trimtab.data.lengths import interned
 from trimtab.data.read import local_files
 from trimtab.data.rendering import Tokenizing
-from trimtab.data.token_rows import interned
+from trimtab.data.source import Source
 
 MIN_BYTES = 1_000_000
 """Bytes of data from which on its tokens are kept; less is tokenized in a second."""
-MAX_FILES = 16
+MAX_FILES = 32
 """How many files of tokens are kept; the least recently used one goes first."""
 
 
 class TokenCache:
     """The file that keeps the token rows of some sources, read with some settings, by one tokenizer and template."""
 
-    def __init__(self, sources: tuple[str, ...], settings: dict[str, Any], base: Tokenizing) -> None:
-        self._sources, self._settings, self._base = sources, settings, base
+    def __init__(self, sources: Sequence[Source], settings: dict[str, Any], base: Tokenizing) -> None:
+        self._sources, self._settings, self._base = [source.path for source in sources], settings, base
         self._key = self._hash()
 
     def _hash(self) -> str | None:
@@ -83,8 +86,10 @@ class TokenCache:
             targets = interned([n for n, is_target in enumerate(mask[start : start + size]) if is_target])
             rows.append(TokenRow(ids, targets, where, full_length, side))
             start += size
-        rejected = [RejectedExample(*example) for example in facts["refused"]]
-        return rows, SourceReport(tuple(facts["sources"]), facts["used"], rejected, set(facts["unread"]), facts["nulls"])
+        report = SourceReport(**facts["report"])
+        report.sources, report.ignored_columns = tuple(report.sources), set(report.ignored_columns)
+        report.rejected = [RejectedExample(*example) for example in report.rejected]
+        return rows, report
 
     def write(self, rows: list[TokenRow], report: SourceReport) -> None:
         """Keep rows, unless a file has changed while it was read. A failure to write is not an error."""
@@ -99,11 +104,7 @@ def _as_bytes(rows: list[TokenRow], report: SourceReport) -> bytes:
     facts = {
         "where": [row.where for row in rows],
         "side": [row.side for row in rows],
-        "sources": report.sources,
-        "used": report.used,
-        "refused": report.rejected,
-        "unread": sorted(report.ignored_columns),
-        "nulls": report.removed_nulls,
+        "report": {**asdict(report), "ignored_columns": sorted(report.ignored_columns)},
     }
     mask = bytearray()
     for row in rows:

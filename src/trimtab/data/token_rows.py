@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 from trimtab.core.chat import Message
 from trimtab.core.errors import DataError
@@ -25,55 +25,59 @@ from trimtab.data.example import (
     SourceReport,
     Text,
     TokenRow,
+    TooLong,
     parts_of,
 )
+from trimtab.data.lengths import NO_LIMIT, LengthLimit, limit_length
+from trimtab.data.plain_texts import WINDOW, tokenize_texts
 from trimtab.data.rendering import Answer, NotAPrefix, RenderedText, Tokenizing, render_turn_by_turn, render_whole
 
 BATCH = 1000
 """Examples that are tokenized at a time: a tokenizer's result takes a hundred times the memory of its tokens."""
-
-_interned: dict[int, int] = {}
-"""Every token id once, however many rows have it: a new int of Python's takes four times a reference's memory."""
-
-
-class LengthLimit(NamedTuple):
-    """How long token rows may be, and what becomes of longer ones."""
-
-    tokens: int | None = None
-    truncate: bool = False
-    """Truncate longer rows instead of rejecting them; one without a target before the limit is rejected all the same."""
-    name: str = ""
-    """What messages call it; `max_length` with its number unless given."""
-
-    def __str__(self) -> str:
-        return self.name or f"max_length {self.tokens or 0:,}"
-
-
-NO_LIMIT = LengthLimit()
 
 
 def tokenize_examples(
     examples: Iterable[Example], base: Tokenizing, report: SourceReport, limit: LengthLimit = NO_LIMIT
 ) -> list[TokenRow]:
     """Examples as token rows, in their order; the report lists those that can't be used, with their reasons."""
-    examples, rows = iter(examples), []
-    while batch := list(islice(examples, BATCH)):
+    rows: list[TokenRow] = []
+    for batch in _batches(examples):
         of_parts = iter(_tokenize_parts([part for example in batch for part in parts_of(example)], base, limit))
         for example in batch:
             try:
-                rows += _join_parts(example, [next(of_parts) for _ in parts_of(example)])
-                report.used += 1
+                made = _join_parts(example, [next(of_parts) for _ in parts_of(example)])
+            except TooLong:
+                report.dropped.append(example.where)
             except InvalidExample as invalid:
                 report.rejected.append(RejectedExample(example.where, str(invalid)))
+            else:
+                rows += [replace(row, source=example.source) for row in made] if example.source else made
+                report.used += 1
+                if isinstance(example, Text) and len(made) > 1:
+                    report.split, report.blocks = report.split + 1, report.blocks + len(made)
     return rows
 
 
-def _join_parts(example: Example, parts: list[list[TokenRow] | str]) -> list[TokenRow]:
+def _batches(examples: Iterable[Example]) -> Iterator[list[Example]]:
+    """BATCH examples at a time, or fewer if they hold long texts."""
+    batch: list[Example] = []
+    characters = 0
+    for example in examples:
+        batch.append(example)
+        characters += len(example.text) if isinstance(example, Text) else 0
+        if len(batch) == BATCH or characters > WINDOW:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _join_parts(example: Example, parts: list[list[TokenRow] | InvalidExample]) -> list[TokenRow]:
     """The rows of an example, from those of its parts or why these can't be used. Raises InvalidExample."""
     rows: list[TokenRow] = []
     for name, part in zip(("chosen", "rejected"), parts, strict=False):
-        if isinstance(part, str):
-            raise InvalidExample(f"{name}: {part}" if isinstance(example, Preference) else part)
+        if isinstance(part, InvalidExample):
+            raise type(part)(f"{name}: {part}") if isinstance(example, Preference) else part
         rows += part
     if isinstance(example, Judged):
         return [replace(rows[0], side="good" if example.good else "bad")]
@@ -90,28 +94,29 @@ def _join_parts(example: Example, parts: list[list[TokenRow] | str]) -> list[Tok
 
 def _tokenize_parts(
     parts: Sequence[Conversation | Text], base: Tokenizing, limit: LengthLimit = NO_LIMIT
-) -> list[list[TokenRow] | str]:
+) -> list[list[TokenRow] | InvalidExample]:
     """Of each part its token rows, or why it can't be used."""
-    results: dict[int, list[TokenRow] | str] = {}
+    plain = {number: part for number, part in enumerate(parts) if isinstance(part, Text)}
+    results = dict(zip(plain, tokenize_texts([*plain.values()], base, limit), strict=True))
     for render in (render_whole, render_turn_by_turn):
         rendered: dict[int, list[RenderedText]] = {}
         for number, part in enumerate(parts):
-            if number not in results:
+            if number not in results and isinstance(part, Conversation):
                 try:
                     with suppress(NotAPrefix):
                         rendered[number] = render(part, base)
                 except (InvalidExample, DataError) as error:
-                    results[number] = str(error)
+                    results[number] = InvalidExample(str(error))
         encoded = _encode([text for texts in rendered.values() for text in texts], base)
         for number, texts in rendered.items():
             encodings = list(islice(encoded, len(texts)))
             try:
                 with suppress(NotAPrefix):
                     rows = [_token_row(text, e, base, parts[number].where) for text, e in zip(texts, encodings, strict=True)]
-                    results[number] = _limit_length(rows, limit)
+                    results[number] = limit_length(rows, limit)
             except InvalidExample as invalid:
-                results[number] = str(invalid)
-    unending = "the chat template does not end every answer with the token that the model stops at"
+                results[number] = invalid
+    unending = InvalidExample("the chat template does not end every answer with the token that the model stops at")
     return [results.get(number, unending) for number in range(len(parts))]
 
 
@@ -134,7 +139,7 @@ def tokenize_answers(examples: Iterable[Conversation], base: Tokenizing) -> list
     """
     answers, examples = [], list(examples)
     for example, rows in zip(examples, _tokenize_parts(examples, base), strict=True):
-        if isinstance(rows, str):
+        if isinstance(rows, InvalidExample):
             raise DataError(f"{example.where}: {rows}")
         start = last_answer_start(rows[-1])
         answers.append((rows[-1].ids[:start], rows[-1].ids[start:]))
@@ -211,25 +216,3 @@ def _split_at_answers(text: RenderedText, encodings: list[Any], base: Tokenizing
             "the tokenizer joins the end of the prompt with the start of the answer, and cannot write them separately"
         )
     return split, [*(end for _, end in prompts[0].offsets), *(start + end for _, end in rest.offsets)], firsts
-
-
-def _limit_length(rows: list[TokenRow], limit: LengthLimit) -> list[TokenRow]:
-    """The rows of one example up to their last target, within the limit. Raises InvalidExample."""
-    needed = max((row.target_indices[-1] + 1 for row in rows if row.target_indices), default=0)
-    if limit.tokens is not None and needed > limit.tokens:
-        if not limit.truncate:
-            raise InvalidExample(f"has {needed:,} tokens up to the end of its last answer, more than {limit}")
-        rows = [replace(row, target_indices=[t for t in row.target_indices if t < limit.tokens]) for row in rows]
-    limited = [
-        replace(row, ids=interned(row.ids[: row.target_indices[-1] + 1]), target_indices=interned(row.target_indices))
-        for row in rows
-        if row.target_indices
-    ]
-    if not limited:
-        raise InvalidExample("has no token to train on" + (f" within {limit}" if needed else ""))
-    return limited
-
-
-def interned(numbers: list[int]) -> list[int]:
-    """The same numbers, as objects that all rows share."""
-    return [_interned.setdefault(n, n) for n in numbers]

@@ -34,7 +34,7 @@ class OpenedRecipe:
 def preflight(opened: OpenedRecipe) -> list[Finding]:
     """Every check. Nothing is refused here: see `data.refuse_problems` and `check_disk`."""
     recipe, data = opened.recipe, opened.data
-    examples = first_examples(recipe.absolute().data, EXAMPLES_CHECKED, recipe.objective.data_kind)
+    examples = first_examples(recipe.absolute().data, EXAMPLES_CHECKED, data.seed, recipe.objective.data_kind)
     findings = [*check_data(data, examples, opened.base), _capacity(opened.adapter, data), _layers(opened.base.model)]
     return [*findings, _disk(recipe, opened.adapter)]
 
@@ -49,7 +49,8 @@ def _layers(model: Any) -> Finding:
 def memory_needed(opened: OpenedRecipe) -> Finding:
     """The memory that training would take now; it is planned again when training starts."""
     try:
-        plan = plan_training_memory(opened.base, opened.recipe.train, opened.data.train, opened.data.eval)
+        data = opened.data
+        plan = plan_training_memory(opened.base, opened.recipe.train, data.train, data.eval, data.weights)
     except RecipeError as error:
         return Finding("memory", "problem", str(error))
     return Finding("memory", "good", plan.summary, {"pack_tokens": plan.pack_tokens, "most": plan.peak_bytes})

@@ -9,7 +9,7 @@ from pydantic_core import PydanticCustomError
 from trimtab.base import ModelConfig
 from trimtab.core import files, yaml12
 from trimtab.core.config import Config
-from trimtab.data import DataConfig, absolute_source
+from trimtab.data import DataConfig
 from trimtab.methods import Method
 from trimtab.methods.lora import LoRA
 from trimtab.objectives import Objective, ReferenceObjective
@@ -55,12 +55,10 @@ class Recipe(Config):
 
     def absolute(self) -> "Recipe":
         """The same recipe with every local path absolute."""
-        held_out = absolute_source(self.data.eval) if isinstance(self.data.eval, str) else self.data.eval
-        data = self.data.model_copy(update={"train": tuple(map(absolute_source, self.data.train)), "eval": held_out})
         model = self.model.model_copy(update={"name": _absolute(self.model.name)})
         if model.chat_template is not None:
             model = model.model_copy(update={"chat_template": _absolute(model.chat_template)})
-        news: dict[str, Any] = {"model": model, "data": data, "output": self.output.absolute()}
+        news: dict[str, Any] = {"model": model, "data": self.data.absolute(), "output": self.output.absolute()}
         if self.start is not None:
             news["start"] = _absolute(self.start)
         if isinstance(self.objective, ReferenceObjective) and self.objective.reference not in ("auto", "base", "start"):

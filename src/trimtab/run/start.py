@@ -59,8 +59,8 @@ def prepare(recipe: Recipe, unfinished: UnfinishedRun | None, observer: RunObser
     recipe = recipe.model_copy(update={"objective": objective})
     observer.on_stage("planning the memory")
     memory = unfinished.memory() if unfinished is not None else None
-    memory = memory or plan_training_memory(base, recipe.train, data.train, data.eval)
-    steps = TrainingSteps(data.train, recipe.train, memory)
+    memory = memory or plan_training_memory(base, recipe.train, data.train, data.eval, data.weights)
+    steps = TrainingSteps(data.train, recipe.train, memory, data.weights)
     facts = {**_facts(recipe, base, adapter, data, steps), "start": opened.start, "reference": reference}
     observer.on_plan(facts, data.reports, len(row_groups(data.train)), len(row_groups(data.eval)))
     for note in base.notes:

@@ -1,7 +1,7 @@
 """The packs of each optimizer step of a run, and the plan of the memory that they take."""
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from trimtab.base import Base
 from trimtab.core.errors import DataError
@@ -15,12 +15,18 @@ from trimtab.train.config import TrainConfig
 class TrainingSteps:
     """The packs of each optimizer step, made when it is taken; which rows it has is a function of the seed alone."""
 
-    def __init__(self, rows: Sequence[TokenRow], config: TrainConfig, memory: MemoryPlan) -> None:
+    def __init__(
+        self, rows: Sequence[TokenRow], config: TrainConfig, memory: MemoryPlan, weights: Mapping[str, float] | None = None
+    ) -> None:
+        """
+        Args:
+            weights: Of the rows' sources, if an epoch is a mixture of them.
+        """
         if not rows:
             raise DataError("data: there is nothing to train on.")
         self._rows, self.memory = rows, memory
         self.epochs, self.rows = config.epochs_and_rows(len(row_groups(rows)))
-        self._indices = _plan(rows, config)
+        self._indices = _plan(rows, config, weights)
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -37,12 +43,17 @@ class TrainingSteps:
 
 
 def plan_training_memory(
-    base: Base, config: TrainConfig, rows: Sequence[TokenRow], held_out: Sequence[TokenRow] = ()
+    base: Base,
+    config: TrainConfig,
+    rows: Sequence[TokenRow],
+    held_out: Sequence[TokenRow] = (),
+    weights: Mapping[str, float] | None = None,
 ) -> MemoryPlan:
     """How many tokens a micro-batch has, and which need gradient checkpointing, so that training on these rows fits into memory.
 
     Args:
         held_out: Validation rows.
+        weights: Of the rows' sources, if an epoch is a mixture of them.
 
     Raises:
         RecipeError: It does not fit.
@@ -58,7 +69,7 @@ def plan_training_memory(
         chosen = [*heapq.nlargest(FULLEST, sizes), max(sizes, key=lambda size: size[1])]
         return [pack_all([rows[n] for n in step], pack_tokens) for _, _, step in chosen]
 
-    steps = _plan(rows, config) if rows else []
+    steps = _plan(rows, config, weights) if rows else []
     all_tokens = sum(len(row.ids) for row in rows)
     frozen_output_bytes = FrozenLayerCache(base.model, 0).bytes_for(all_tokens) if config.keeps_frozen_outputs else 0.0
     longest_evaluated = max((len(row.ids) - 1 for row in held_out), default=0)  # nothing is predicted from the last token
@@ -70,7 +81,9 @@ FULLEST = 8
 """How many of the steps with most tokens are packed to find the largest pack."""
 
 
-def _plan(rows: Sequence[TokenRow], config: TrainConfig) -> list[list[int]]:
+def _plan(rows: Sequence[TokenRow], config: TrainConfig, weights: Mapping[str, float] | None) -> list[list[int]]:
     """The indices of each step's rows."""
     epochs, rows_per_step = config.epochs_and_rows(len(row_groups(rows)))
-    return plan_steps(rows, epochs=epochs, seed=config.seed, examples=rows_per_step, tokens=config.tokens_per_step)
+    return plan_steps(
+        rows, epochs=epochs, seed=config.seed, examples=rows_per_step, tokens=config.tokens_per_step, weights=weights
+    )

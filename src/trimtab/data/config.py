@@ -1,0 +1,128 @@
+"""The recipe's section `data`."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter
+
+from trimtab.core.config import SHORT, Config, as_tuple
+from trimtab.data.example import Column, Overlong
+from trimtab.data.read import absolute_source
+from trimtab.data.source import Source
+
+OWN = ("columns",)
+"""Keys of the section that a source may have of its own."""
+READING = ("columns", "ignore")
+"""Keys of the section that decide how a row is read."""
+
+
+def _name(name: str) -> str:
+    if name in Source.model_fields:
+        raise ValueError(f"{name} is a key of a source, and sources have names here: write {{NAME: {{{name}: …}}}}.")
+    if not name.replace("-", "_").isidentifier():
+        raise ValueError(f"expected a name of letters, digits, - and _ that begins with a letter, got {name!r}.")
+    return name
+
+
+_NAMED: TypeAdapter[dict[str, Source]] = TypeAdapter(dict[Annotated[str, AfterValidator(_name)], Source])
+
+_LISTED: TypeAdapter[tuple[str, ...]] = TypeAdapter(Annotated[tuple[str, ...], Field(min_length=1)])
+
+
+def _sources(raw: Any) -> Any:
+    """Paths as a tuple; or sources by their names, each of which may be a path alone."""
+    if not isinstance(raw, Mapping):
+        return _LISTED.validate_python(as_tuple(raw), strict=True)
+    if not raw:
+        raise ValueError("an empty mapping names no source.")
+    if SHORT in raw:
+        raise ValueError(f"it is {raw[SHORT]!r} in the recipe, which has no name: give every source one.")
+    named = _NAMED.validate_python({name: {"path": value} if isinstance(value, str) else value for name, value in raw.items()})
+    weighted = [name for name, source in named.items() if source.weight is not None]
+    if weighted and len(weighted) < len(named):
+        other = next(name for name in named if name not in weighted)
+        raise ValueError(f"{weighted[0]} has a weight, and {other} has none: give one to every source, or to none.")
+    return named
+
+
+def _held_out(raw: Any) -> Any:
+    if isinstance(raw, Mapping):
+        named = _sources(raw)
+        if any(source.weight is not None for source in named.values()):
+            raise ValueError("weight: validation examples are all evaluated, once. Leave it out.")
+        return named
+    if isinstance(raw, float) and raw > 1 and raw % 1:
+        raise ValueError(f"expected a fraction below 1 or a whole count, got {raw}.")
+    return int(raw) if isinstance(raw, float) and raw >= 1 else raw
+
+
+class DataConfig(Config):
+    """What to train on."""
+
+    train: Annotated[tuple[str, ...] | dict[str, Source], BeforeValidator(_sources)]
+    """Files (JSON, JSONL, CSV, TSV, Parquet; or plain text, TXT and MD, a document each), patterns such as data/*.jsonl, folders, or
+    datasets on the hub (`org/name` or `org/name:split`); several are joined. Or sources by name, {NAME: source}, each a path or a
+    mapping with the keys below: they may have weights and limits, and are reported by name."""
+    eval: Annotated[
+        str | Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0)] | dict[str, Source], BeforeValidator(_held_out)
+    ] = 0.05
+    """Validation examples: another file, a fraction of the training examples (below 1), a count of them, or 0 for none; of named
+    sources, each gives its part. Or sources by name, as in `train`. The loss is also reported for each named source."""
+    columns: dict[Column, str] = Field(default={})
+    """Trimtab's name of a column: your file's name of it; for example {prompt: question, completion: answer}."""
+    ignore: Annotated[tuple[str, ...], BeforeValidator(as_tuple)] = ()
+    """Columns, and keys of messages, to ignore; without this, those that would be lost are an error."""
+    max_length: Annotated[int, Field(ge=2)] | None = None
+    """The most tokens an example may have; the model's context length unless set."""
+    overlong: Overlong = "refuse"
+    """What happens to a longer example. A truncated one teaches the model to stop mid-sentence, or never; dropped ones are left out, and
+    counted. `split` cuts a plain text into blocks of at most so many tokens, each token a target once; conversations can't be split."""
+    duplicates: Literal["keep", "remove"] = "keep"
+    """Whether examples that repeat an earlier one exactly, token by token, are trained on again or removed, and counted. A training
+    example that is also a validation example is removed, too."""
+    bad_rows: Literal["stop", "skip"] = "stop"
+    """Whether examples that can't be used stop the run before it starts, or are left out and listed in the run's data.json."""
+
+    @property
+    def train_sources(self) -> dict[str, tuple[Source, ...]]:
+        """The training sources by name; those of a list have none, and stand together under an empty one."""
+        return _by_name(self.train)
+
+    @property
+    def eval_sources(self) -> dict[str, tuple[Source, ...]]:
+        """The validation sources by name; none if validation examples are held out of the training sources."""
+        return _by_name((self.eval,) if isinstance(self.eval, str) else self.eval if isinstance(self.eval, dict) else ())
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of each training source; none where all examples are trained on once an epoch."""
+        named = self.train if isinstance(self.train, dict) else {}
+        return {name: source.weight for name, source in named.items() if source.weight is not None}
+
+    def of(self, source: Source) -> "DataConfig":
+        """These settings, with the source's own in their place."""
+        own = {key: value for key in OWN if (value := getattr(source, key)) is not None}
+        return self.model_copy(update=own)
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """What decides how a row is read, as JSON data."""
+        return {key: value for key, value in self.plain().items() if key in READING}
+
+    def absolute(self) -> "DataConfig":
+        """The same with every local path absolute."""
+        return self.model_copy(update={"train": _absolute(self.train), "eval": _absolute(self.eval)})
+
+
+def _by_name(sources: tuple[str, ...] | dict[str, Source]) -> dict[str, tuple[Source, ...]]:
+    if isinstance(sources, dict):
+        return {name: (source,) for name, source in sources.items()}
+    return {"": tuple(Source(path=path) for path in sources)} if sources else {}
+
+
+def _absolute(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: source.model_copy(update={"path": absolute_source(source.path)}) for name, source in value.items()}
+    if isinstance(value, tuple):
+        return tuple(map(absolute_source, value))
+    return absolute_source(value) if isinstance(value, str) else value

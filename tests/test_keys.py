@@ -368,6 +368,39 @@ def test_columns_names_what_the_file_calls_otherwise(work, plain):
     assert (adapter, metrics) == plain[:2]
 
 
+def test_prompt_and_completion_are_written_from_columns(work, plain):
+    columns = {"data.train": str(work / "renamed.jsonl"), "data.prompt": "{question}", "data.completion": "{completion}"}
+    assert outcome(work, "templates", **columns)[:2] == plain[:2]
+    assert outcome(work, "prompted", **columns | {"data.prompt": "Please: {question}"})[0] != plain[0]
+    assert outcome(work, "completed", **columns | {"data.completion": "{completion}!"})[0] != plain[0]
+
+
+def test_a_source_has_templates_of_its_own(work, plain):
+    source = {"path": str(work / "renamed.jsonl"), "prompt": "{question}", "completion": "{completion}"}
+    others = {"data.prompt": "Never: {x}", "data.completion": "{x}"}
+    changes = ({}, {"prompt": "Please: {question}"}, {"completion": "{completion}!"})
+    found = [
+        outcome(work, f"own-{n}", **others, **{"data.train": {"one": source | change}})[0] for n, change in enumerate(changes)
+    ]
+    assert found[0] == plain[0]
+    assert len(set(found)) == 3
+
+
+def test_system_messages_are_set_and_dropped(work, plain):
+    rows = [json.loads(line) for line in (work / "rows.jsonl").read_text().splitlines()]
+    file = work / "with_system.jsonl"
+    file.write_text("".join(json.dumps({**row, "system": "Be kind."}) + "\n" for row in rows))
+    own = {"data.train": str(file)}
+    kind = outcome(work, "system-own", **own)[0]
+    assert outcome(work, "system-set", **{"data.system": "Be kind."})[0] == kind != plain[0]
+    assert outcome(work, "system-kept", **own, **{"data.system": "Be brief."})[0] == kind
+    assert outcome(work, "system-dropped", **own, **{"data.drop_system": True})[0] == plain[0]
+    assert outcome(work, "system-replaced", **own, **{"data.drop_system": True, "data.system": "Be brief."})[0] not in (
+        kind,
+        plain[0],
+    )
+
+
 def test_max_length_overlong_and_bad_rows_decide_about_rows(work):
     long = {"data.train": str(work / "long.jsonl"), "data.max_length": 60}
     with pytest.raises(DataError, match="more than max_length 60"):
@@ -509,6 +542,10 @@ def test_no_key_is_left_out_here():
         "model.template",
         "model.chat_template",
         "data.columns",
+        "data.prompt",
+        "data.completion",
+        "data.system",
+        "data.drop_system",
         "data.ignore",
         "data.max_length",
         "data.overlong",

@@ -16,7 +16,8 @@ from trimtab.base.loading import explaining_failure, read_skeleton, read_tokeniz
 from trimtab.base.quantized import Quantize
 from trimtab.base.stored_quantization import dequantization_note, read_stored, stored_quantization
 from trimtab.base.supported import context_length, refuse_unsupported
-from trimtab.base.template import ChatTemplate, Switches
+from trimtab.base.switches import Switches
+from trimtab.base.template import ChatTemplate
 from trimtab.base.template_file import read_template
 from trimtab.base.vocabulary import Encoded
 from trimtab.core.errors import ArtifactError, BaseChanged, RecipeError

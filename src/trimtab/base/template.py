@@ -2,29 +2,25 @@
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import datetime
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 from trimtab.base import render_limits
+from trimtab.base.switches import Switches, switches_of
 from trimtab.core.chat import CLOSES, OPENS, Message, common_length
 from trimtab.core.errors import DataError, RecipeError
 
-Switches = Mapping[str, Any]
-"""Variables of a template that the user can set, such as `enable_thinking`."""
-
 CALL_ID = "abcdefghi"
 """Mistral's templates want nine letters."""
+BY_EXAMPLE = "chat_template_kwargs"
+"""The column in which an example sets switches; TRL has it, too."""
+MOST_SWITCHED = 64
+"""How many sets of switches are kept with what probing the template found."""
 PROBE = "Zanzibar"
 """A word that no template writes by itself."""
-STANDARD_VARIABLES = {
-    "messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", "unk_token", "pad_token", "sep_token",
-    "cls_token", "mask_token", "raise_exception", "strftime_now", "namespace", "range", "dict", "lipsum", "cycler", "joiner",
-    "continue_final_message",
-}  # fmt: skip
-"""Variables that Transformers and Jinja pass to every template."""
 
 
 class Ending(NamedTuple):
@@ -41,16 +37,20 @@ class ChatTemplate:
     Args:
         switches: Values of the template's own variables.
         stops: Tokens that end a generation.
+        by_example: Names of the switches that an example sets.
     """
 
     moment: datetime
     """The present moment, for templates that write the date."""
 
-    def __init__(self, tokenizer: Any, switches: Switches, stops: frozenset[int]) -> None:
-        self.tokenizer, self.switches, self.stops = tokenizer, switches, stops
+    def __init__(
+        self, tokenizer: Any, switches: Switches, stops: frozenset[int], by_example: frozenset[str] = frozenset()
+    ) -> None:
+        self.tokenizer, self.switches, self.stops, self.by_example = tokenizer, switches, stops, by_example
         self.source = tokenizer.chat_template
         self.frames: set[tuple[str, ...]] = set()
         """What the template is known to write around any text; see `data.template_output`."""
+        self._by_switches: dict[str, ChatTemplate] = {}
 
     def render(
         self,
@@ -133,7 +133,7 @@ class ChatTemplate:
     def switch_names(self) -> list[str]:
         """The names of its switches: variables that it reads, and does not set itself or only where they are not set."""
         templates = self.source.values() if isinstance(self.source, dict) else [self.source]
-        return sorted({name for template in templates for name in _switches(template)})
+        return sorted({name for template in templates for name in switches_of(template)})
 
     def switch_for(self, wanted: Callable[["ChatTemplate"], bool]) -> str | None:
         """A setting of one of its switches that has a wanted effect, as it is written on the command line."""
@@ -147,20 +147,43 @@ class ChatTemplate:
     @cached_property
     def _switched(self) -> dict[str, "ChatTemplate"]:
         """Setting of one switch -> this template with it."""
-        return {
-            f"model.template.{name}={str(value).lower()}": ChatTemplate(
-                self.tokenizer, {**self.switches, name: value}, self.stops
-            )
-            for name in self.switch_names
-            for value in (True, False)
-        }
+        settings: dict[str, ChatTemplate] = {}
+        for name in self.switch_names:
+            form = f"{BY_EXAMPLE}={{{name}: {{}}}}" if name in self.by_example else f"model.template.{name}={{}}"
+            for value in (True, False):
+                switched = ChatTemplate(self.tokenizer, {**self.switches, name: value}, self.stops, self.by_example)
+                settings[form.replace("{}", str(value).lower())] = switched
+        return settings
+
+    def with_switches(self, switches: Switches) -> "ChatTemplate":
+        """This template with the switches that an example sets; the same object for the same ones, so that it is probed once.
+
+        Raises:
+            DataError: It does not read one of them.
+        """
+        if not switches:
+            return self
+        template = self._by_switches.get(key := json.dumps(switches, sort_keys=True))
+        if template is None:
+            template = ChatTemplate(self.tokenizer, {**self.switches, **switches}, self.stops, frozenset(switches))
+            if problem := template.unread_switch(switches):
+                raise DataError(f"{BY_EXAMPLE}.{problem}")
+            if len(self._by_switches) >= MOST_SWITCHED:
+                self._by_switches.pop(next(iter(self._by_switches)))
+            self._by_switches[key] = template
+        template.moment = self.moment
+        return template
+
+    def unread_switch(self, switches: Switches) -> str | None:
+        """A message that names one of these switches which the template does not read; None if it reads all."""
+        known = self.switch_names
+        reads = f"reads {', '.join(known)}" if known else "has no switches"
+        return next((f"{name}: the chat template does not read it: it {reads}" for name in switches if name not in known), None)
 
     def check_switches(self) -> None:
         """Raise RecipeError for a switch that the template does not read."""
-        for name in self.switches:
-            if name not in (known := self.switch_names):
-                switches = f"reads {', '.join(known)}" if known else "has no switches"
-                raise RecipeError(f"model.template.{name}: the chat template does not read it: it {switches}.")
+        if problem := self.unread_switch(self.switches):
+            raise RecipeError(f"model.template.{problem}.")
 
     # How it ends a turn
 
@@ -256,24 +279,6 @@ def _in_form(message: Message, parts: bool, json_arguments: bool) -> Message:
         ]
         message = {**message, "tool_calls": calls}
     return message
-
-
-def _switches(template: str) -> set[str]:
-    from jinja2 import meta, nodes
-
-    tree = render_limits.parse_template(template)
-    if tree is None:
-        return set()
-    optional = {
-        t.node.name for t in tree.find_all(nodes.Test) if t.name in ("defined", "undefined") and isinstance(t.node, nodes.Name)
-    }
-    optional |= {
-        f.node.name for f in tree.find_all(nodes.Filter) if f.name in ("default", "d") and isinstance(f.node, nodes.Name)
-    }
-    optional -= {argument.name for macro in tree.find_all(nodes.Macro) for argument in macro.args}
-    own = {name.name for name in tree.find_all(nodes.Name) if name.ctx == "store"}
-    read = meta.find_undeclared_variables(tree)
-    return {name for name in read - STANDARD_VARIABLES if (name not in own or name in optional) and not name.startswith("_")}
 
 
 @lru_cache(maxsize=8)

@@ -2,7 +2,7 @@
 
 from trimtab.data.bin_packing import largest_group_tokens
 from trimtab.data.checks import EXAMPLES_CHECKED, Finding, check_data, refuse_problems
-from trimtab.data.config import DataConfig
+from trimtab.data.config import READING, DataConfig
 from trimtab.data.example import (
     Conversation,
     Example,
@@ -32,6 +32,7 @@ from trimtab.data.token_rows import last_answer_start, tokenize_answers, tokeniz
 
 __all__ = [
     "EXAMPLES_CHECKED",
+    "READING",
     "Conversation",
     "DataConfig",
     "Example",

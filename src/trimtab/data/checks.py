@@ -10,7 +10,7 @@ from trimtab.data.duplicates import by_example, digest, repeated
 from trimtab.data.example import Conversation, Example, SourceReport, TokenRow, parts_of
 from trimtab.data.leakage import find_leaks
 from trimtab.data.load import LoadedData
-from trimtab.data.rendering import Tokenizing, template_messages, trained_turns
+from trimtab.data.rendering import Tokenizing, template_messages, template_of, trained_turns
 from trimtab.data.template_output import message_texts, normalized, notations, split_reasoning
 from trimtab.data.token_rows import tokenize_prompt
 
@@ -133,7 +133,7 @@ def _says(row: TokenRow, conversation: Conversation, base: Tokenizing) -> bool:
     """Whether a row's tokens are the prompt of its last answer, and then all that the answer says."""
     turn = trained_turns(conversation)[-1]
     messages = template_messages(conversation, base) if base.has_template else list(conversation.messages)
-    prompt = tokenize_prompt(messages[:turn], base, conversation.tools)
+    prompt = tokenize_prompt(messages[:turn], base, conversation.tools, conversation.switches)
     targets = [row.ids[t] for t in row.target_indices if t >= len(prompt)]
     text = normalized(base.tokenizer.decode(targets, clean_up_tokenization_spaces=False))
     if row.ids[: len(prompt)] != prompt:
@@ -150,14 +150,17 @@ def _says(row: TokenRow, conversation: Conversation, base: Tokenizing) -> bool:
 
 def _reasoning(examples: Sequence[Example], base: Tokenizing) -> list[Finding]:
     """Whether the trained answers have reasoning, where the template's prompt opens it."""
-    if not (base.has_template and base.template.opens_reasoning):
+    if not base.has_template:
         return []
-    conversations = [conversation for example in examples for conversation in _conversations(example)]
+    every = [conversation for example in examples for conversation in _conversations(example)]
+    conversations = [conversation for conversation in every if template_of(conversation, base).opens_reasoning]
+    if not conversations:
+        return []
     turns = [template_messages(talk, base)[n] for talk in conversations for n in trained_turns(talk)]
     without = sum(not split_reasoning(turn, opened=True)[0] for turn in turns)
     message = f"the prompt opens the reasoning, and all of {len(turns):,} answers continue with some"
     if without:
-        switch = base.template.switch_for(lambda template: not template.opens_reasoning)
+        switch = template_of(conversations[0], base).switch_for(lambda template: not template.opens_reasoning)
         message = (
             f"the prompt opens the reasoning, and {without:,} of {len(turns):,} answers have none: the model learns to end it at once. "
             f"If it is to reason, give messages their reasoning_content{f'; if not, set {switch}' if switch else ''}"

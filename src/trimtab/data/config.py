@@ -1,18 +1,20 @@
 """The recipe's section `data`."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from itertools import chain
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter
+from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, model_validator
 
 from trimtab.core.config import SHORT, Config, as_tuple
+from trimtab.data.column_templates import ColumnTemplate, columns_of
 from trimtab.data.example import Column, Overlong
 from trimtab.data.read import absolute_source
 from trimtab.data.source import Source
 
-OWN = ("columns",)
+OWN = ("columns", "prompt", "completion")
 """Keys of the section that a source may have of its own."""
-READING = ("columns", "ignore")
+READING = ("columns", "prompt", "completion", "system", "drop_system", "ignore")
 """Keys of the section that decide how a row is read."""
 
 
@@ -70,6 +72,15 @@ class DataConfig(Config):
     sources, each gives its part. Or sources by name, as in `train`. The loss is also reported for each named source."""
     columns: dict[Column, str] = Field(default={})
     """Trimtab's name of a column: your file's name of it; for example {prompt: question, completion: answer}."""
+    prompt: ColumnTemplate | None = None
+    """A prompt that is written from columns: a text with their names in braces, such as "Translate: {source}". Numbers, lists and objects
+    are written as JSON has them; {{ is a brace. Without `completion`, the completion (or chosen and rejected) is a column as usual."""
+    completion: ColumnTemplate | None = None
+    """The same for the completion, such as "{target}"."""
+    system: Annotated[str, Field(min_length=1)] | None = None
+    """The system message of examples that have none."""
+    drop_system: bool = False
+    """Whether the examples' own system messages are left out; with `system`, it stands in their place."""
     ignore: Annotated[tuple[str, ...], BeforeValidator(as_tuple)] = ()
     """Columns, and keys of messages, to ignore; without this, those that would be lost are an error."""
     max_length: Annotated[int, Field(ge=2)] | None = None
@@ -98,6 +109,25 @@ class DataConfig(Config):
         """The weight of each training source; none where all examples are trained on once an epoch."""
         named = self.train if isinstance(self.train, dict) else {}
         return {name: source.weight for name, source in named.items() if source.weight is not None}
+
+    @model_validator(mode="after")
+    def _templates_are_alone(self) -> Self:
+        for source in (*chain(*self.train_sources.values()), *chain(*self.eval_sources.values())):
+            own = self.of(source)
+            for name, template in own.templates.items():
+                if name in own.columns:
+                    raise ValueError(f"data.{name} and data.columns.{name} both say what the {name} is: keep one of them.")
+                if ignored := sorted(columns_of(template) & set(self.ignore)):
+                    raise ValueError(
+                        f"data.ignore leaves out {ignored[0]}, which data.{name} reads: take it out of one of them."
+                    )
+        return self
+
+    @property
+    def templates(self) -> dict[str, str]:
+        """Name of a column -> the template that writes it."""
+        written = {"prompt": self.prompt, "completion": self.completion}
+        return {name: template for name, template in written.items() if template is not None}
 
     def of(self, source: Source) -> "DataConfig":
         """These settings, with the source's own in their place."""

@@ -1,6 +1,6 @@
 """Training examples, their token rows, and the report of what became of every example of a data source."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -8,7 +8,7 @@ from trimtab.core.chat import Message
 
 Column = Literal[
     "messages", "conversations", "instruction", "input", "output", "system", "history", "tools", "prompt", "completion", "text",
-    "chosen", "rejected", "label", "kto_tag",
+    "chosen", "rejected", "label", "kto_tag", "chat_template_kwargs",
 ]  # fmt: skip
 COLUMNS = frozenset(get_args(Column))
 """Every column that some format reads."""
@@ -33,6 +33,8 @@ class Conversation:
     """It came as prompt and completion: for a base without a chat template, the second continues the first."""
     source: str = ""
     """The name of its source in the recipe; empty where sources have no names."""
+    switches: Mapping[str, Any] = field(default_factory=dict)
+    """Switches of the chat template that this example sets, such as `enable_thinking`; the model's hold for the others."""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@
 | Alpaca / BELLE | `instruction`, `input`, `output`, `system`, `tools`, `history`: [[question, answer]] |
 | prompt and completion | `prompt`, `completion`: both texts or both lists of messages; `system`, `tools` |
 | text | `text` |
+
+Conversations of any format may have `chat_template_kwargs`, switches of the chat template for this one example.
 """
 
 import difflib
@@ -14,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 from trimtab.core.chat import Message
+from trimtab.data.column_templates import columns_of, fill
 from trimtab.data.example import (
     COLUMNS,
     Conversation,
@@ -25,7 +28,8 @@ from trimtab.data.example import (
     Text,
     parts_of,
 )
-from trimtab.data.messages import MEDIA, TEXT_ALONE, read_messages, read_tools, text_of
+from trimtab.data.messages import MEDIA, TEXT_ALONE, read_messages, read_switches, read_tools, text_of
+from trimtab.data.system_message import AS_IT_IS, SystemMessage, with_system
 
 
 class Format(NamedTuple):
@@ -42,6 +46,9 @@ class Format(NamedTuple):
 PAIR = {"chosen", "rejected"}
 PAIR_ELSEWHERE = "compares two answers, which this objective does not train on: dpo does, for one"
 LABELS = {"label", "kto_tag"}
+THINKING = "enable_thinking"
+OF_ANY = ("system", "tools", "chat_template_kwargs")
+"""Columns that conversations of every format may have."""
 
 PROMPTS = ("question", "query", "problem", "input", "source", "user", "human", "instruction", "prompt")
 COMPLETIONS = ("answer", "response", "solution", "output", "target", "assistant", "bot", "gpt", "reply", "completion")
@@ -54,6 +61,8 @@ def read_examples(
     report: SourceReport,
     formats: Sequence[Format] | None = None,
     ignore: Iterable[str] = (),
+    templates: Mapping[str, str] | None = None,
+    system: SystemMessage = AS_IT_IS,
 ) -> Iterator[Example]:
     """Rows as examples, one by one; the report lists those that can't be used, with their reasons.
 
@@ -61,22 +70,28 @@ def read_examples(
         columns: Trimtab's name of a column -> the data's name of it.
         formats: What a row can be read as; `ANSWERS` unless given.
         ignore: Columns, and keys of messages, that are left out.
+        templates: Name of a column -> the template that writes it from others.
+        system: What becomes of system messages.
     """
-    formats, ignored = formats or ANSWERS, set(ignore)
+    formats, ignored, templates = formats or ANSWERS, set(ignore), templates or {}
+    filled = {column for template in templates.values() for column in columns_of(template)}
     for row in rows:
         if isinstance(row, RejectedExample):
             report.rejected.append(row)
             continue
         where, values = row
         try:
-            format, renamed = _match(_without(values, ignored) if ignored else values, columns, formats)
+            kept = _without(values, ignored) if ignored else values
+            kept = fill(templates, kept, set(columns.values())) if templates else kept
+            format, renamed = _match(kept, columns, [one for one in formats if templates.keys() <= one.columns])
             example = format.read(renamed, where)
             _refuse_lost(renamed, format, example, MEDIA if columns else MEDIA | COLUMNS)
+            example = with_system(example, system)
         except InvalidExample as invalid:
             pair_elsewhere = PAIR.issubset(values) and not any(PAIR.issubset(format.required) for format in formats)
             report.rejected.append(RejectedExample(where, PAIR_ELSEWHERE if pair_elsewhere else str(invalid)))
             continue
-        read = {columns.get(column, column) for column in format.columns}
+        read = {columns.get(column, column) for column in format.columns} | filled
         report.ignored_columns.update(name for name in values.keys() - read - ignored if _our_name(name, values) not in read)
         yield example
 
@@ -94,6 +109,11 @@ def _without(row: dict[str, Any], ignored: set[str]) -> dict[str, Any]:
 
 def _refuse_lost(row: dict[str, Any], format: Format, example: Example, known: Set[str]) -> None:
     """Raise InvalidExample for a known column of another format, unless what it says is in the example all the same."""
+    if row.get(THINKING) is not None:
+        raise InvalidExample(
+            f'has {THINKING}, a switch of chat templates, which a column of that name does not set: write {{"{THINKING}": …}} into a column '
+            f"chat_template_kwargs, or ignore it with data.ignore=[{THINKING}]"
+        )
     for name in sorted(row.keys() & known - format.columns):
         value = row[name]
         if value in (None, "", [], {}) or (isinstance(value, str) and value.strip() in _texts(example)):
@@ -127,6 +147,10 @@ def _match(row: dict[str, Any], columns: Mapping[Any, str], formats: Sequence[Fo
         column = matches[0].required[0]
         raise InvalidExample(f"could be read as {both}: keep the columns of one, or say which (data.columns.{column}={column})")
     if not allowed:
+        if not columns:
+            raise InvalidExample(
+                "data.prompt and data.completion are for prompts and completions, and this objective has no such format"
+            )
         raise InvalidExample(f"data.columns names {', '.join(columns)}, which no format has together")
     raise InvalidExample(_mismatch(renamed, allowed))
 
@@ -188,7 +212,8 @@ def _conversation(
         raise InvalidExample("no message is the assistant's, so there is nothing to train on")
     if context_only.issuperset(answers):
         raise InvalidExample("every assistant message has weight 0, so there is nothing to train on")
-    return Conversation(tuple(messages), where, read_tools(row.get("tools")), context_only, is_completion)
+    switches = read_switches(row.get("chat_template_kwargs"))
+    return Conversation(tuple(messages), where, read_tools(row.get("tools")), context_only, is_completion, switches=switches)
 
 
 def _system(row: dict[str, Any], messages: Sequence[Message] = (), column: str = "") -> list[Message]:
@@ -256,9 +281,9 @@ def _text(row: dict[str, Any], where: str) -> Example:
 
 
 ANSWERS = (
-    Format(("messages",), ("system", "tools"), _turns("messages")),
-    Format(("conversations",), ("system", "tools"), _turns("conversations")),
-    Format(("instruction", "output"), ("input", "system", "history", "tools"), _alpaca),
-    Format(("prompt", "completion"), ("system", "tools"), _prompt_completion),
+    Format(("messages",), OF_ANY, _turns("messages")),
+    Format(("conversations",), OF_ANY, _turns("conversations")),
+    Format(("instruction", "output"), ("input", "history", *OF_ANY), _alpaca),
+    Format(("prompt", "completion"), OF_ANY, _prompt_completion),
     Format(("text",), (), _text),
 )

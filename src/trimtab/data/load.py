@@ -18,6 +18,7 @@ from trimtab.data.preference_formats import FORMATS
 from trimtab.data.read import is_local, local_files, read_rows
 from trimtab.data.rendering import Tokenizing
 from trimtab.data.source import Source
+from trimtab.data.system_message import SystemMessage, check_system
 from trimtab.data.token_cache import TokenCache
 from trimtab.data.token_rows import tokenize_examples
 
@@ -57,10 +58,14 @@ def load_examples(
     sources: tuple[str, ...] | str,
     columns: Mapping[Column, str] | None = None,
     kind: Kind = "answers",
-    ignore: tuple[str, ...] = (),
+    **reading: Any,
 ) -> tuple[list[Example], SourceReport]:
-    """Every usable example of one or more sources. See `data.read.read_rows` for what a source can be."""
-    config = DataConfig(train=sources, columns=dict(columns or {}), ignore=ignore)
+    """Every usable example of one or more sources. See `data.read.read_rows` for what a source can be.
+
+    Args:
+        reading: The other keys of `data` that decide how a row is read, such as `ignore` and `system`.
+    """
+    config = DataConfig(train=sources, columns=dict(columns or {}), **reading)
     (named,) = config.train_sources.items()
     report = _report(named)
     return list(_examples(named, config, kind, 0, report)), report
@@ -85,7 +90,9 @@ def _examples(
     for source in sources:
         own = config.of(source)
         rows = read_rows(source if first is None else source.model_copy(update={"limit": None}), report, seed)
-        for example in read_examples(islice(rows, first), own.columns, report, FORMATS[kind], own.ignore):
+        system = SystemMessage(own.system, own.drop_system)
+        read = read_examples(islice(rows, first), own.columns, report, FORMATS[kind], own.ignore, own.templates, system)
+        for example in read:
             yield replace(example, source=name) if name else example
 
 
@@ -149,7 +156,9 @@ def load_data(
 
     Raises:
         DataError: A source can't be read, nothing in it can be used, or (unless `bad_rows` is skip) some of it can't.
+        RecipeError: The base's chat template has no system messages, and `config` wants one.
     """
+    check_system(config.system, base)
     loader = _Loader(config, base, length_limit(config, context_length, positions), seed, kind)
     train = [loader.load(named) for named in config.train_sources.items()]
     validation = [loader.load(named) for named in config.eval_sources.items()]

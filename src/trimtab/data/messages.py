@@ -115,6 +115,15 @@ def read_tools(raw: Any) -> tuple[Any, ...]:
     return tuple(raw or ())
 
 
+def read_switches(raw: Any) -> dict[str, Any]:
+    """The switches of the chat template that an example sets, without those that are null."""
+    if isinstance(raw, str):
+        raw = _parsed(raw, "chat_template_kwargs") if raw.strip() else {}
+    if raw is not None and not isinstance(raw, dict):
+        raise InvalidExample(f'chat_template_kwargs is {kind(raw)}, not an object such as {{"enable_thinking": false}}')
+    return {name: value for name, value in (raw or {}).items() if value is not None}
+
+
 def _parsed(text: str, name: str) -> Any:
     try:
         return parse_json(text)

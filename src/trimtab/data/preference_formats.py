@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from trimtab.data.example import Conversation, Example, InvalidExample, Judged, Kind, Preference
-from trimtab.data.formats import ANSWERS, Format
+from trimtab.data.formats import ANSWERS, OF_ANY, Format
 from trimtab.data.messages import ROLES
 from trimtab.data.strict_json import kind
 
@@ -42,12 +42,17 @@ def _pair_of_conversations(row: dict[str, Any], where: str) -> Example:
     for side in SIDES:
         if not isinstance(row[side], list):
             raise InvalidExample(f"{side} is {_shown(row[side])}, not a list of messages, and no other column holds a prompt")
-        conversation = {"messages": row[side], "system": row.get("system"), "tools": row.get("tools")}
+        conversation = {"messages": row[side], **_of_any(row)}
         both.append(_read_side(("messages",), conversation, where, side))
     prompt = row.get("prompt")
     if isinstance(prompt, str) and all(prompt.strip() != m["content"].strip() for m in both[0].messages[:-1]):
         raise InvalidExample("chosen and rejected are whole conversations, and the prompt is in neither of them")
     return _pair(where, *both)
+
+
+def _of_any(row: dict[str, Any]) -> dict[str, Any]:
+    """The columns that conversations of every format may have."""
+    return {name: row.get(name) for name in OF_ANY}
 
 
 def _read_side(columns: tuple[str, ...], row: dict[str, Any], where: str, side: str) -> Conversation:
@@ -91,7 +96,7 @@ def _complete(row: dict[str, Any], answer: Any, side: str) -> dict[str, Any]:
         prompt = [{"role": "user", "content": prompt}]
     if isinstance(prompt, list) and isinstance(answer, str):
         answer = [{"role": "assistant", "content": answer}]
-    return {"prompt": prompt, "completion": answer, "system": row.get("system"), "tools": row.get("tools")}
+    return {"prompt": prompt, "completion": answer, **_of_any(row)}
 
 
 def _follow_instruction(row: dict[str, Any], answer: Any, side: str) -> dict[str, Any]:
@@ -144,15 +149,15 @@ def _shown(value: Any) -> str:
 
 
 PAIRS = (
-    Format(("prompt", *SIDES), ("system", "tools"), _pair_after(("prompt", "completion"), _complete)),
-    Format(("messages", *SIDES), ("system", "tools"), _pair_after(("messages",), _append_turn("messages"))),
-    Format(("conversations", *SIDES), ("system", "tools"), _pair_after(("conversations",), _append_turn("conversations"))),
+    Format(("prompt", *SIDES), OF_ANY, _pair_after(("prompt", "completion"), _complete)),
+    Format(("messages", *SIDES), OF_ANY, _pair_after(("messages",), _append_turn("messages"))),
+    Format(("conversations", *SIDES), OF_ANY, _pair_after(("conversations",), _append_turn("conversations"))),
     Format(
         ("instruction", *SIDES),
-        ("input", "system", "history", "tools"),
+        ("input", "history", *OF_ANY),
         _pair_after(("instruction", "output"), _follow_instruction),
     ),
-    Format(SIDES, ("system", "tools"), _pair_of_conversations),
+    Format(SIDES, OF_ANY, _pair_of_conversations),
 )
 JUDGED = tuple(_judged(format, label) for format in ANSWERS if format.required != ("text",) for label in ("label", "kto_tag"))
 

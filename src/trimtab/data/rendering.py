@@ -71,12 +71,12 @@ def render_whole(example: Conversation, base: Tokenizing) -> list[RenderedText]:
     """The example as one text. Raises NotAPrefix if it has to be rendered turn by turn, and InvalidExample."""
     if not base.has_template:
         return [_render_completion(example, base)]
-    messages, last = template_messages(example, base), len(example.messages) - 1
+    template, messages, last = template_of(example, base), template_messages(example, base), len(example.messages) - 1
     _check_conversation(example, base)
-    text = base.template.render(messages, example.tools)
-    turns = {n: Turn(base.template, messages, n, example.tools) for n in trained_turns(example)}
+    text = template.render(messages, example.tools)
+    turns = {n: Turn(template, messages, n, example.tools) for n in trained_turns(example)}
     _check_nothing_ignored(example, messages, [text, *(turn.prompt for turn in turns.values())], base)
-    if messages[last]["role"] == "assistant" and (ending := base.template.ending_of(messages[last])) is not None:
+    if messages[last]["role"] == "assistant" and (ending := template.ending_of(messages[last])) is not None:
         text += ending.text
     answers = []
     for n, turn in turns.items():
@@ -90,9 +90,9 @@ def render_whole(example: Conversation, base: Tokenizing) -> list[RenderedText]:
 
 def render_turn_by_turn(example: Conversation, base: Tokenizing) -> list[RenderedText]:
     """A text for each trained turn that ends with it, as the model has it when it generates that turn."""
-    texts, messages = [], template_messages(example, base)
+    texts, template, messages = [], template_of(example, base), template_messages(example, base)
     for n in trained_turns(example):
-        turn = Turn(base.template, messages, n, example.tools)
+        turn = Turn(template, messages, n, example.tools)
         text = turn.prompt + turn.answer()
         texts.append(RenderedText(text, [Answer(len(turn.prompt), len(text), turn.ending.token, turn.calls)]))
     return texts
@@ -110,18 +110,28 @@ def _render_completion(example: Conversation, base: Tokenizing) -> RenderedText:
             "is a conversation, and this model has no chat template to write it with. Either give it one (model.chat_template: a file with the "
             "template of a model that was trained like it), or give prompt/completion or text examples, which a base model reads as they are"
         )
+    if example.switches:
+        raise InvalidExample(
+            "has chat_template_kwargs, and this model has no chat template: ignore the column with data.ignore=[chat_template_kwargs]"
+        )
     if base.end_of_text is None:
         raise InvalidExample("the tokenizer has no end-of-text token, so the model could not learn to stop: set its eos_token")
     prompt, completion = (message["content"] for message in example.messages)
     return RenderedText(prompt + completion, [Answer(len(prompt), len(prompt) + len(completion))])
 
 
+def template_of(example: Conversation, base: Tokenizing) -> Template:
+    """The base's chat template with the switches that the example sets. Raises DataError for one that it does not read."""
+    return base.template.with_switches(example.switches)
+
+
 def template_messages(example: Conversation, base: Tokenizing) -> list[Message]:
     """The messages as the template reads them: reasoning at the beginning of a content is moved to the key that it reads."""
-    if not base.template.reads_reasoning:
+    template = template_of(example, base)
+    if not template.reads_reasoning:
         return list(example.messages)
     return [
-        _with_reasoning_key(message, base.template.opens_reasoning) if message["role"] == "assistant" else message
+        _with_reasoning_key(message, template.opens_reasoning) if message["role"] == "assistant" else message
         for message in example.messages
     ]
 
@@ -136,9 +146,10 @@ def _with_reasoning_key(message: Message, opened: bool) -> Message:
 def _check_conversation(example: Conversation, base: Tokenizing) -> None:
     if trained_turns(example)[0] == 0:
         raise InvalidExample("messages[0] is the assistant's, without a prompt: begin with another role, or give it weight 0")
+    template = template_of(example, base)
     for n in trained_turns(example):
-        if base.template.ending_of(example.messages[n]) is None:
-            base.template.render(example.messages[: n + 1], example.tools)  # the template may say why
+        if template.ending_of(example.messages[n]) is None:
+            template.render(example.messages[: n + 1], example.tools)  # the template may say why
             raise InvalidExample(NO_CALLS.format(n) if example.messages[n].get("tool_calls") else NO_END)
     named = {f"messages[{n}] ({message['role']})": message for n, message in enumerate(example.messages)}
     for name, value in {**named, "tools": example.tools}.items():
@@ -172,9 +183,11 @@ def _check_nothing_ignored(example: Conversation, messages: list[Message], texts
         texts: The conversation as the template writes it, and the prompt of each trained turn.
     """
 
+    template = template_of(example, base)
+
     def rendered(messages: Sequence[Message], tools: Any) -> str | None:
         try:
-            return base.template.render(messages, tools)
+            return template.render(messages, tools)
         except DataError:
             return None
 
@@ -192,5 +205,5 @@ def _check_nothing_ignored(example: Conversation, messages: list[Message], texts
             changed = [*messages[:n], {**message, key: value}, *messages[n + 1 :]]
             if rendered(changed, example.tools) == texts[0]:
                 raise InvalidExample(f"messages[{n}] ({message['role']}): the model's chat template leaves out its {key}")
-        if ignored := ignored_key(messages, n, n in trained, lambda talk: base.template.render(talk, example.tools)):
-            raise InvalidExample(f"messages[{n}] ({message['role']}): {explain_ignored(ignored, base.template)}")
+        if ignored := ignored_key(messages, n, n in trained, lambda talk: template.render(talk, example.tools)):
+            raise InvalidExample(f"messages[{n}] ({message['role']}): {explain_ignored(ignored, template)}")

@@ -5,6 +5,7 @@ from typing import Annotated
 from pydantic import Field
 
 from trimtab.core.config import Config
+from trimtab.data.column_templates import ColumnTemplate
 from trimtab.data.example import Column
 
 
@@ -25,3 +26,7 @@ class Source(Config):
     """The most examples that are taken from it: a random sample, decided by the seed; of a stream, the first ones."""
     columns: dict[Column, str] | None = None
     """As `data.columns`, which it stands in the place of."""
+    prompt: ColumnTemplate | None = None
+    """As `data.prompt`, which it stands in the place of."""
+    completion: ColumnTemplate | None = None
+    """As `data.completion`, which it stands in the place of."""

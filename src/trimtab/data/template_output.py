@@ -6,7 +6,7 @@ it wrote between the texts, and a mark that is missing is a text that it leaves 
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple, Protocol
 
@@ -43,6 +43,7 @@ class Template(Protocol):
     def render(self, messages: Sequence[Message], tools: Sequence[Any] | None = None, *, prompt: bool = False) -> str: ...
     def ending_of(self, message: Message) -> Any: ...
     def switch_for(self, wanted: Any) -> str | None: ...
+    def with_switches(self, switches: Mapping[str, Any]) -> "Template": ...
 
 
 def split_reasoning(message: Message, *, opened: bool) -> tuple[str, Message]:

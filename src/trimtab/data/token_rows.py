@@ -6,7 +6,7 @@ second must begin those of the first, or the conversation is rendered turn by tu
 an answer are exactly the tokens of the prompt that generation uses, and the answer says what the message says (see `template_output`).
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
@@ -120,10 +120,17 @@ def _tokenize_parts(
     return [results.get(number, unending) for number in range(len(parts))]
 
 
-def tokenize_prompt(messages: Sequence[Message], base: Tokenizing, tools: Iterable[Any] = ()) -> list[int]:
-    """The tokens of the prompt for the next message, as training has them; without a template, those of the only message's text."""
+def tokenize_prompt(
+    messages: Sequence[Message], base: Tokenizing, tools: Iterable[Any] = (), switches: Mapping[str, Any] | None = None
+) -> list[int]:
+    """The tokens of the prompt for the next message, as training has them; without a template, those of the only message's text.
+
+    Args:
+        switches: Those of the chat template that the example sets.
+    """
     if base.has_template:
-        (encoded,) = base.encode([base.template.render(messages, list(tools), prompt=True)])
+        template = base.template.with_switches(switches or {})
+        (encoded,) = base.encode([template.render(messages, list(tools), prompt=True)])
     else:
         (encoded,) = base.encode([messages[0]["content"]], special=True)
     if problem := base.embedding_problem(encoded.ids):

@@ -8,12 +8,13 @@ from trimtab.artifacts import is_run, read_record
 from trimtab.artifacts.run_folder import DATA, RECIPE, START
 from trimtab.core import files
 from trimtab.core.errors import ArtifactError, DataError, RecipeError, listing
+from trimtab.data import READING as READING_KEYS
 from trimtab.data import DataConfig, Example, Kind, held_out_examples, load_examples
 from trimtab.evaluate.preferences import Reference
 from trimtab.objectives import Objective, ReferenceObjective
 from trimtab.run.recipe import Recipe
 
-READING = ("data.columns", "data.ignore")
+READING = tuple(f"data.{key}" for key in READING_KEYS)
 """Keys of a recipe that say how a file is read."""
 
 
@@ -46,11 +47,11 @@ def kind_of_data(target: Path) -> Kind:
 def examples_of_file(target: Path, source: str, words: Sequence[str] = ()) -> tuple[list[Example], Kind]:
     """The examples of a file to evaluate a model on, and what they are.
 
-    They are read as a run's own were: with its `data.columns` and `data.ignore`, or, if no example fits those, by the columns' own
+    They are read as a run's own were: with the keys of its `data` that say how, or, if no example fits those, by the columns' own
     names; as what its objective was trained on, or as answers, which any model can be asked for.
 
     Args:
-        words: Those two keys of a recipe, given anew.
+        words: Those keys of a recipe, given anew.
 
     Raises:
         RecipeError: Other keys.
@@ -58,17 +59,18 @@ def examples_of_file(target: Path, source: str, words: Sequence[str] = ()) -> tu
     """
     for word in words:
         if not word.startswith(tuple(f"{key}{mark}" for key in READING for mark in "=.")):
-            raise RecipeError(f"{word}: of a recipe's keys, eval takes only {' and '.join(READING)}.")
+            raise RecipeError(f"{word}: of a recipe's keys, eval takes only {', '.join(READING)}.")
     if is_run(target):
         data = Recipe.read(target / RECIPE, words).data
     else:
         data = DataConfig.parse({"train": source}, [word.removeprefix("data.") for word in words], "data:")
     kinds: list[Kind] = list(dict.fromkeys((kind_of_data(target), "answers")))
-    readings = [(data.columns, data.ignore), *([({}, ())] if not words else [])]
+    own_names = {key: value for key, value in data.reading.items() if key in ("system", "drop_system")}
+    readings = [data.reading, *([own_names] if not words else [])]
     first = None
-    for columns, ignore in readings:
+    for reading in readings:
         for kind in kinds:
-            examples, report = load_examples(source, columns, kind, ignore)
+            examples, report = load_examples(source, kind=kind, **reading)
             first = first or report
             if examples and not report.rejected:
                 return examples, kind

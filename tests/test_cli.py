@@ -645,7 +645,9 @@ def test_other_rows_are_read_as_the_runs_own_were(here, trimtab):
     assert (refused.code, bool(advice)) == (3, True), refused.err
     refused = trimtab("eval", "run", "--data", "rows.jsonl", "train.lr=3")
     assert (refused.code, refused.err) == (
-        2, "trimtab: train.lr=3: of a recipe's keys, eval takes only data.columns and data.ignore.\n"
+        2,
+        "trimtab: train.lr=3: of a recipe's keys, eval takes only data.columns, data.prompt, data.completion, data.system, "
+        "data.drop_system, data.ignore.\n",
     )  # fmt: skip
     refused = trimtab("eval", "run", "data.ignore=[x]")
     assert (refused.code, "says how the examples of a file are read, and a run's own are read as they were" in refused.err) == (

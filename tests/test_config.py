@@ -53,7 +53,7 @@ def refusal(text, *words):
         (DATA + "objective: {name: sft, beta: 2}", "objective.beta: no such key. It has none."),
         ("data: {train: a, columns: {promt: q}}",
          "data.columns.promt: expected 'messages', 'conversations', 'instruction', 'input', 'output', 'system', 'history', 'tools', "
-         "'prompt', 'completion', 'text', 'chosen', 'rejected', 'label' or 'kto_tag', got 'promt'."),
+         "'prompt', 'completion', 'text', 'chosen', 'rejected', 'label', 'kto_tag' or 'chat_template_kwargs', got 'promt'."),
         # Keys that are missing
         ("", "data: missing, and it has no default."),
         ("model: x", "data: missing, and it has no default."),
@@ -382,7 +382,7 @@ def test_every_key_says_what_it_is_for(kind, path, key):
 
 CANDIDATES = [
     1, 2, 3, 64, 100, 0.5, 0.25, 1e-5, 3.0, "cpu", "no", "1e5", ["q_proj"], ["a: b", "#c"], {"prompt": "1e5"}, {"q": "x"},
-    {"q_proj": 3}, True, False, None,
+    {"q_proj": 3}, True, False, None, "Say {q}: {{}}",
 ]  # fmt: skip
 
 
@@ -441,7 +441,8 @@ def test_every_key_survives_the_round_trip_with_each_value_it_takes(kind, path, 
 
 def test_a_source_survives_the_round_trip_with_every_key():
     whole = {
-        "path": "org/name", "subset": "a", "split": "test", "revision": "v1", "weight": 2.0, "limit": 3, "columns": {"prompt": "q"}
+        "path": "org/name", "subset": "a", "split": "test", "revision": "v1", "weight": 2.0, "limit": 3, "columns": {"messages": "q"},
+        "prompt": "Say {q}", "completion": "{a}",
     }  # fmt: skip
     assert whole.keys() == Source.model_fields.keys()
     held = {"b": {key: value for key, value in whole.items() if key != "weight"}}

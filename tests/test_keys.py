@@ -375,17 +375,6 @@ def test_prompt_and_completion_are_written_from_columns(work, plain):
     assert outcome(work, "completed", **columns | {"data.completion": "{completion}!"})[0] != plain[0]
 
 
-def test_a_source_has_templates_of_its_own(work, plain):
-    source = {"path": str(work / "renamed.jsonl"), "prompt": "{question}", "completion": "{completion}"}
-    others = {"data.prompt": "Never: {x}", "data.completion": "{x}"}
-    changes = ({}, {"prompt": "Please: {question}"}, {"completion": "{completion}!"})
-    found = [
-        outcome(work, f"own-{n}", **others, **{"data.train": {"one": source | change}})[0] for n, change in enumerate(changes)
-    ]
-    assert found[0] == plain[0]
-    assert len(set(found)) == 3
-
-
 def test_system_messages_are_set_and_dropped(work, plain):
     rows = [json.loads(line) for line in (work / "rows.jsonl").read_text().splitlines()]
     file = work / "with_system.jsonl"
@@ -439,6 +428,8 @@ SOURCE_KEYS = {
     "weight": lambda work: {"weight": 3.0},
     "limit": lambda work: {"limit": 12},
     "columns": lambda work: {"path": str(work / "renamed.jsonl"), "columns": {"prompt": "question"}},
+    "prompt": lambda work: {"prompt": "Please: {question}"},
+    "completion": lambda work: {"completion": "{completion}!"},
 }
 """Of each key of a source, another value."""
 
@@ -460,6 +451,8 @@ def test_another_value_of_a_sources_key_gives_another_result(key, work, monkeypa
         "split": {"path": str(work / "parts"), "subset": "first", "split": "train"},
         "revision": {"path": "org/name", "revision": "v1"},
         "columns": {"path": str(work / "renamed.jsonl"), "columns": {"prompt": "completion", "completion": "question"}},
+        "prompt": {"path": str(work / "renamed.jsonl"), "prompt": "{question}"},
+        "completion": {"path": str(work / "renamed.jsonl"), "columns": {"prompt": "question"}, "completion": "{completion}"},
     }
     first = {"path": str(work / "rows.jsonl"), "weight": 1.0, **before.get(key, {})}
 

@@ -129,14 +129,20 @@ def _files(source: str) -> list[Path]:
     return [file for file in sorted(map(Path, _matching(source))) if file.is_file()]
 
 
-def _folder_files(folder: Path) -> list[Path]:
-    """The files of a folder, which have to be shards of one data set."""
+def _all_files(folder: Path) -> list[Path]:
+    """The data files of a folder. Raises DataError if it has none."""
     visible = (p for p in sorted(folder.rglob("*")) if not any(part.startswith(".") for part in p.relative_to(folder).parts))
     files = [p for p in visible if p.is_file() and _suffix(p) in SUFFIXES and p.name not in _METADATA]
     if any(_suffix(p) in TABLES for p in files):
         files = [p for p in files if _suffix(p) in TABLES or not _ABOUT.fullmatch(p.name)]
     if not files:
         raise DataError(f"data: {folder} holds no data file ({', '.join(SUFFIXES)}), and is no folder that `datasets` saved.")
+    return files
+
+
+def _folder_files(folder: Path) -> list[Path]:
+    """The files of a folder, which have to be shards of one data set."""
+    files = _all_files(folder)
     for differing, kind_of in (("kinds of files", _kind), ("splits", lambda file: _split(file.relative_to(folder)))):
         kinds = {kind_of(file): file for file in files if kind_of(file)}
         if len(kinds) > 1:
@@ -145,6 +151,21 @@ def _folder_files(folder: Path) -> list[Path]:
                 f"data: {folder} holds several {differing} ({', '.join(sorted(kinds))}). Choose one, for example:\n{listing(settings)}"
             )
     return files
+
+
+def splits(path: str) -> dict[str, str]:
+    """The splits of a folder's files, or of the files beside one that is called train: name of the split -> its source."""
+    file = expand_user(path)
+    if file.is_file():
+        own = _split(Path(file.name))
+        beside = [other for other in sorted(file.parent.iterdir()) if other.is_file()] if own.startswith("train") else []
+        alike = file.name.lower().replace(own, "", 1)
+        found = {split: other for other in beside if (split := _split(Path(other.name))) and _suffix(other) == _suffix(file)}
+        return {split: str(other) for split, other in found.items() if other.name.lower().replace(split, "", 1) == alike}
+    if not file.is_dir() or is_saved_dataset(file):
+        return {}
+    named = {_split(other.relative_to(file)): other for other in _all_files(file)}
+    return {split: _pattern(other, file) for split, other in named.items()} if len(named) > 1 and "" not in named else {}
 
 
 def _kind(file: Path) -> str:

@@ -47,18 +47,18 @@ def nested(folder, rows):
 
 
 def split_folder(folder, rows):
-    for split in ("train", "valid", "test"):
-        jsonl(folder, rows, f"set/{split}.jsonl")
+    for split, part in (("train", rows[4:]), ("valid", rows[:2]), ("test", rows[2:4])):
+        jsonl(folder, part, f"set/{split}.jsonl")
     return "set"
 
 
 def beside(folder, rows):
-    jsonl(folder, rows, "x-valid.jsonl")
-    return jsonl(folder, rows, "x-train.jsonl")
+    jsonl(folder, rows[:2], "x-valid.jsonl")
+    return jsonl(folder, rows[2:], "x-train.jsonl")
 
 
 def saved(folder, rows):
-    parts = {"train": rows, "validation": rows[:2]}
+    parts = {"train": rows[2:], "validation": rows[:2]}
     datasets.DatasetDict({name: datasets.Dataset.from_list(part) for name, part in parts.items()}).save_to_disk(
         folder / "saved"
     )
@@ -78,6 +78,7 @@ def rows(**columns):
 
 TURNS = [{"role": "user", "content": "Q#"}, {"role": "assistant", "content": "A#"}]
 SHARED = [{"from": "human", "value": "Q#"}, {"from": "gpt", "value": "A#"}]
+OTHER = {"from": "gpt", "value": "B#"}
 CASES = {
     "openai": (lambda f: jsonl(f, rows(messages=TURNS)), "sft", {}),
     "sharegpt": (lambda f: jsonl(f, rows(conversations=SHARED, system="Be brief.")), "sft", {}),
@@ -99,7 +100,7 @@ CASES = {
     ),
     "prompt and completion": (lambda f: jsonl(f, rows(prompt="Q#", completion="A#")), "sft", {}),
     "pairs": (lambda f: jsonl(f, rows(prompt="Q#", chosen="A#", rejected="B#")), "dpo", {}),
-    "pairs after turns": (lambda f: jsonl(f, rows(conversations=SHARED[:1], chosen=SHARED[1], rejected={"from": "gpt", "value": "B#"})), "dpo", {}),
+    "pairs after turns": (lambda f: jsonl(f, rows(conversations=SHARED[:1], chosen=SHARED[1], rejected=OTHER)), "dpo", {}),
     "pairs of conversations": (
         lambda f: jsonl(f, rows(chosen=TURNS, rejected=[TURNS[0], {"role": "assistant", "content": "B#"}])), "dpo", {}
     ),
@@ -107,10 +108,17 @@ CASES = {
         lambda f: jsonl(f, rows(question="Q#", chosen="A#", rejected="B#")), "dpo", {"columns": {"prompt": "question"}}
     ),
     "judged": (lambda f: jsonl(f, rows(prompt="Q#", completion="A#", label=...)), "kto", {}),
+    "classes": (
+        lambda f: jsonl(f, [{"text": f"T{n}", "label": n % 3} for n in NUMBERS]), "sft", {"prompt": "{text}", "completion": "{label}"}
+    ),
+    "dolly": (
+        lambda f: jsonl(f, rows(instruction="Q#", context="", response="A#", category="x")), "sft",
+        {"prompt": "{instruction}\n\n{context}", "completion": "{response}"},
+    ),
     "text": (lambda f: jsonl(f, rows(text="Once upon a time #.")), "sft", {}),
-    "splits": (lambda f: split_folder(f, rows(prompt="Q#", completion="A#")), "sft", {}),
+    "splits": (lambda f: split_folder(f, rows(prompt="Q#", completion="A#")), "sft", {"eval": "set/*valid*.jsonl"}),
     "splits beside": (lambda f: beside(f, rows(prompt="Q#", completion="A#")), "sft", {"eval": "x-valid.jsonl"}),
-    "saved": (lambda f: saved(f, rows(prompt="Q#", completion="A#")), "sft", {}),
+    "saved": (lambda f: saved(f, rows(prompt="Q#", completion="A#")), "sft", {"eval": {"validation": {"path": "saved", "split": "validation"}}}),
     "some unusable": (
         lambda f: jsonl(f, [*rows(prompt="Q#", completion="A#"), {"prompt": "Q", "completion": ""}]), "sft", {"bad_rows": "skip"}
     ),
@@ -129,7 +137,7 @@ def test_the_recipe_passes_its_checks(case, model, tmp_path, monkeypatch, capsys
     recipe = Recipe.read(Path("new.yaml"))
     assert recipe.objective.name == objective
     found = recipe.data.model_dump(include={"columns", "ignore", "bad_rows", "duplicates", *keys}, exclude_defaults=True)
-    assert found == ({"eval": found["eval"]} if "eval" in found and "eval" not in keys else {}) | keys
+    assert found == keys
     assert cli.main(["check", "new.yaml"]) == 0, capsys.readouterr().err
 
 
@@ -162,6 +170,11 @@ def test_tools_thinking_and_what_was_inferred_are_said(model, tmp_path, monkeypa
     [
         ([{"a": 1, "b": 2, "c": 3}], 3, "nothing says what in it is to be trained on. It has the columns a, b, c"),
         ([{"messages": [{"role": "user", "content": "Q"}]}], 3, "no message is the assistant's"),
+        (
+            rows(messages=TURNS, tools=[{"type": "function", "function": {"name": "f"}}]),
+            3,
+            "the model's chat template leaves out tools",
+        ),
         (None, 3, "no such file or folder"),
     ],
 )

@@ -12,11 +12,16 @@ from trimtab.core import files, yaml12
 from trimtab.core.errors import DataError, listing
 from trimtab.data import DataConfig, Example, Kind, SourceReport, load_data, load_examples
 from trimtab.data.example import Text, parts_of
-from trimtab.data.formats import COMPLETIONS, PROMPTS
+from trimtab.data.formats import COMPLETIONS, PROMPTS, read_examples
+from trimtab.data.preference_formats import FORMATS
 from trimtab.data.read import read_rows, splits
 from trimtab.data.source import Source
 from trimtab.run.recipe import Recipe
 
+LABELS = ("label", "label_text", "category", "class", "sentiment", "intent", "topic")
+"""What people call the class of a text."""
+CONTEXTS = ("context", "passage", "document", "article", "schema")
+"""What people call a text that a question is about."""
 FIRST = 50
 """Rows on which readings are tried."""
 TRAINING, VALIDATION, TESTS = (
@@ -77,11 +82,13 @@ def draft(path: str, model: str, output: str) -> Draft:
     drafted = Draft([f"{count:,} examples with the columns {', '.join(_columns(rows))}"], [*_shown(examples[0])])
     objective = OBJECTIVES[reading.kind]
     drafted.found.append(f"read as {_named(examples)}: objective {objective}")
+    if report.ignored_columns:
+        drafted.found.append(f"columns that are not read: {', '.join(sorted(report.ignored_columns))}")
     if reading.reason:
         drafted.found.append(f"inferred: {reading.reason}")
     lines, notes = _measured(train, model, reading, report)
     drafted.found += [*_contents(examples), *notes]
-    held = _held_out(held_out, len(examples))
+    held = _held_out(held_out, len(examples), reading.kind)
     drafted.found.append(held[1])
     data = [("train", train, f"{count:,} examples"), ("eval", *held), *_reading_lines(reading, train, rows), *lines]
     drafted.recipe = _yaml(path, model, data, objective, output, tests, drafted.example)
@@ -131,12 +138,9 @@ def _reading(path: str, train: str, rows: list[Any]) -> Reading:
 
 def _works(reading: Reading, train: str) -> bool:
     """Whether most of the first rows can be used so."""
-    from trimtab.data.formats import read_examples
-    from trimtab.data.preference_formats import FORMATS
-
-    report, keys = SourceReport((train,)), reading.keys
-    rows = islice(read_rows(_source(train)), FIRST)
-    used = sum(1 for _ in read_examples(rows, keys.get("columns", {}), report, FORMATS[reading.kind], keys.get("ignore", ())))
+    report, config = SourceReport((train,)), DataConfig(train=(train,), **reading.keys)
+    rows, formats = islice(read_rows(_source(train)), FIRST), FORMATS[reading.kind]
+    used = sum(1 for _ in read_examples(rows, config.columns, report, formats, config.ignore, config.templates))
     return used > len(report.rejected)
 
 
@@ -147,6 +151,13 @@ def _readings(rows: list[Any]) -> Iterator[Reading]:
     low = {name.strip().lower(): name for name in names}
     if {"chosen", "rejected"} <= low.keys() and (prompt := _first(PROMPTS, low)):
         yield Reading("pairs", {"columns": {"prompt": prompt}}, f"{prompt} is the prompt, by its name")
+    label = _first(LABELS, low)
+    if "text" in low and label:
+        classes = {"prompt": f"{{{low['text']}}}", "completion": f"{{{label}}}"}
+        yield Reading("answers", classes, f"{low['text']} is the prompt and {label} the answer, by their names")
+    for spare in (name for name in SPARE if name in low):
+        reason = f"the column {low[spare]} is ignored, because examples of this format have no such column"
+        yield from (Reading(kind, {"ignore": (low[spare],)}, reason) for kind in kinds)
     prompt, completion = _first(PROMPTS, low), _first(COMPLETIONS, low)
     why = "by their names"
     texts = [name for name in names if all(isinstance(row.get(name), str) and row[name].strip() for _, row in rows)]
@@ -154,12 +165,12 @@ def _readings(rows: list[Any]) -> Iterator[Reading]:
         prompt, completion = texts
         why = "the only columns that hold texts, in their order"
     if prompt and completion:
-        guess = {"columns": {"prompt": prompt, "completion": completion}}
         reason = f"{prompt} is the prompt and {completion} the completion, {why}"
-        yield from (Reading(kind, guess, reason) for kind in ("judged", "answers"))
-    for spare in (name for name in SPARE if name in low):
-        reason = f"the column {low[spare]} is ignored, because examples of this format have no such column"
-        yield from (Reading(kind, {"ignore": (low[spare],)}, reason) for kind in kinds)
+        if context := _first(CONTEXTS, low):
+            with_context = {"prompt": f"{{{prompt}}}\n\n{{{context}}}", "completion": f"{{{completion}}}"}
+            yield Reading("answers", with_context, f"{reason}; {context} belongs to the prompt")
+        columns = {"columns": {"prompt": prompt, "completion": completion}}
+        yield from (Reading(kind, columns, reason) for kind in kinds[1:])
 
 
 def _named(examples: list[Example]) -> str:
@@ -216,12 +227,14 @@ def _measured(train: str, model: str, reading: Reading, report: SourceReport) ->
     return lines, notes
 
 
-def _held_out(source: Any, count: int) -> tuple[Any, str]:
+def _held_out(source: Any, count: int, kind: Kind) -> tuple[Any, str]:
     """The value of data.eval, and why."""
     if source is not None:
         return source, "the validation examples beside it"
     if count < 2:
         return 0, "none: a single example leaves nothing to validate on"
+    if kind == "judged" and count < 30:
+        return 2, "that many are held out as validation examples, because there is no file of them and KTO compares two prompts"
     share = 0.05 if count >= 400 else 0.1
     return share, f"{share:.0%} of them are held out as validation examples, because there is no file of them"
 

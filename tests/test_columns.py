@@ -8,6 +8,7 @@ import pytest
 from chat_templates import NAMES, TAUGHT, base, row
 from templates import base_of, bytes_tokenizer
 
+from trimtab.base.template_file import read_template
 from trimtab.core.errors import RecipeError
 from trimtab.data import (
     DataConfig,
@@ -269,3 +270,37 @@ def test_pairs_have_switches_too():
     assert refused == []
     assert examples[0].chosen.switches == examples[0].rejected.switches == {"enable_thinking": False}
     assert rows == tokens({**raw, "chat_template_kwargs": None}, base("qwen3", enable_thinking=False), kind="pairs")[1]
+
+
+# A chat template of the user's
+
+
+@pytest.mark.parametrize("name", ["a.jinja", "tokenizer_config.json", "chat_template.json"])
+def test_a_template_of_the_users_is_read_from_what_people_have(name, tmp_path):
+    source = base("qwen3").tokenizer.chat_template
+    base("qwen3").tokenizer.save_pretrained(tmp_path / "saved")
+    file = tmp_path / name
+    file.write_text(source if name == "a.jinja" else json.dumps({"chat_template": source, "eos_token": "<|im_end|>"}))
+    assert read_template(file) == read_template(tmp_path / "saved" / "chat_template.jinja") == source
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        (
+            "a.json",
+            {"chat_template": [{"name": "default", "template": "x"}, {"name": "tool_use", "template": "y"}]},
+            "(default, tool_use)",
+        ),
+        ("a.json", {"eos_token": "x"}, "has no chat_template"),
+        ("a.json", [1], "has no chat_template"),
+        ("a.json", {"chat_template": "{% if %}"}, "is not a Jinja template that can be parsed"),
+        ("a.json", None, "is not valid JSON"),
+        ("a.jinja", None, "is not a Jinja template that can be parsed"),
+    ],
+)
+def test_what_holds_no_single_template_is_refused(name, content, reason, tmp_path):
+    (tmp_path / name).write_text("{% if %}" if content is None else json.dumps(content))
+    with pytest.raises(RecipeError) as refused:
+        read_template(tmp_path / name)
+    assert reason in str(refused.value)

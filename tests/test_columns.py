@@ -8,6 +8,7 @@ import pytest
 from chat_templates import NAMES, TAUGHT, base, row
 from templates import base_of, bytes_tokenizer
 
+from trimtab import api, cli
 from trimtab.base.template_file import read_template
 from trimtab.core.errors import RecipeError
 from trimtab.data import (
@@ -25,6 +26,9 @@ from trimtab.data.formats import read_examples
 from trimtab.data.load import LoadedData
 from trimtab.data.preference_formats import FORMATS
 from trimtab.data.system_message import SystemMessage, check_system
+from trimtab.run.recipe import Recipe
+from trimtab.run.script import run_recipe
+from trimtab.testing import tiny_base
 
 
 def read(raw, *, kind="answers", **reading):
@@ -188,6 +192,22 @@ def test_data_system_is_refused_where_it_would_be_lost(tmp_path):
         load_data(config, silent, None, 0)
     with pytest.raises(RecipeError, match="has no chat template"):
         load_data(config, base_of(bytes_tokenizer(("<e>",)), None, eos_token="<e>"), None, 0)
+
+
+def test_chat_begins_with_the_system_message_that_was_trained_with(tmp_path, monkeypatch, capsys):
+    tiny_base().model.save_pretrained(tmp_path / "tiny")
+    tiny_base().tokenizer.save_pretrained(tmp_path / "tiny")
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"prompt": f"q{n}", "completion": "a"}) + "\n" for n in range(4)))
+    run = tmp_path / "run"
+    raw = {"model": str(tmp_path / "tiny"), "data": {"train": str(tmp_path / "a.jsonl"), "eval": 0, "system": "Be brief."}}
+    run_recipe(Recipe.parse({**raw, "output": str(run), "certify": False, "train": {"epochs": 1, "lr": 1e-3}}))
+    asked = []
+    monkeypatch.setattr(api, "_prompt", lambda base, messages: asked.append(messages) or [1, 2])
+    user = {"role": "user", "content": "q"}
+    for words, system in (((), "Be brief."), (("--system", "Other."), "Other."), (("--system", ""), None)):
+        assert cli.main(["chat", str(run), "--prompt", "q", "--max-new-tokens", "1", *words]) == 0
+        assert asked.pop() == ([{"role": "system", "content": system}] if system else []) + [user]
+        assert ("with the run's system message" in capsys.readouterr().err) == (not words)
 
 
 # Switches by example

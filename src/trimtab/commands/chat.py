@@ -1,6 +1,7 @@
 """`trimtab chat`: chat with a model, or ask it one question."""
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trimtab.commands._parser import TARGET, add_model, integer
@@ -25,7 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="TARGET", help=TARGET)
     parser.add_argument("--prompt", metavar="TEXT", help="ask this one question and exit")
     parser.add_argument("--base", action="store_true", help="show the base model's answer beside the adapter's")
-    parser.add_argument("--system", metavar="TEXT", help="the system message")
+    parser.add_argument(
+        "--system", metavar="TEXT", help="the system message; the run's data.system unless given, and none if it is empty"
+    )
     parser.add_argument("--max-new-tokens", metavar="N", type=integer(1), default=512, help="default: %(default)s")
     text = "sampling temperature; 0 (the default) is greedy decoding"
     parser.add_argument("--temperature", metavar="T", type=_temperature, default=0.0, help=text)
@@ -47,9 +50,8 @@ def run(arguments: argparse.Namespace) -> None:
     from rich.markup import escape
 
     target = open_to_compare(arguments)
-    conversation: list[dict[str, str]] = (
-        [{"role": "system", "content": replace_surrogates(arguments.system)}] if arguments.system else []
-    )
+    system = _system(arguments)
+    conversation: list[dict[str, str]] = [{"role": "system", "content": replace_surrogates(system)}] if system else []
     if arguments.prompt is not None:
         _answer(target, [*conversation, {"role": "user", "content": replace_surrogates(arguments.prompt)}], arguments)
         return
@@ -77,6 +79,17 @@ def run(arguments: argparse.Namespace) -> None:
                 console.print(f"[yellow]{escape(str(error))}[/] [dim]/new starts a new conversation.[/]")
                 continue
             conversation += [message, {"role": "assistant", "content": answer}]
+
+
+def _system(arguments: argparse.Namespace) -> str | None:
+    """The system message that is asked for, or that the run was trained with, which is said."""
+    from trimtab.run.evaluation import system_of
+
+    given: str | None = arguments.system
+    if given is None and (own := system_of(Path(arguments.target))) is not None:
+        write_stderr(f"with the run's system message (--system '' for none): {own}")
+        return own
+    return given
 
 
 def _answer(target: "LoadedModel", conversation: list[dict[str, str]], arguments: argparse.Namespace) -> str:

@@ -44,6 +44,11 @@ def kind_of_data(target: Path) -> Kind:
     return Recipe.read(target / RECIPE).objective.data_kind if is_run(target) else "answers"
 
 
+def system_of(target: Path) -> str | None:
+    """The system message that a run gave to examples without one; None for anything that is no run."""
+    return Recipe.read(target / RECIPE).data.system if is_run(target) else None
+
+
 def examples_of_file(target: Path, source: str, words: Sequence[str] = ()) -> tuple[list[Example], Kind]:
     """The examples of a file to evaluate a model on, and what they are.
 

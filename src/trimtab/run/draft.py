@@ -90,7 +90,7 @@ def draft(path: str, model: str, output: str) -> Draft:
     drafted.found += [*_contents(examples), *notes]
     held = _held_out(held_out, len(examples), reading.kind)
     drafted.found.append(held[1])
-    data = [("train", train, f"{count:,} examples"), ("eval", *held), *_reading_lines(reading, train, rows), *lines]
+    data = [("train", train, f"{count:,} examples"), ("eval", *held), *_reading_lines(reading), *lines]
     drafted.recipe = _yaml(path, model, data, objective, output, tests, drafted.example)
     Recipe.parse(yaml12.load(drafted.recipe, "the drafted recipe"))
     return drafted
@@ -239,7 +239,7 @@ def _held_out(source: Any, count: int, kind: Kind) -> tuple[Any, str]:
     return share, f"{share:.0%} of them are held out as validation examples, because there is no file of them"
 
 
-def _reading_lines(reading: Reading, train: str, rows: list[Any]) -> Iterator[Line]:
+def _reading_lines(reading: Reading) -> Iterator[Line]:
     for key, value in reading.keys.items():
         yield key, list(value) if isinstance(value, tuple) else value, f"inferred: {reading.reason}"
 

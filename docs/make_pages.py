@@ -1,7 +1,8 @@
 """Generate the pages and tables that follow from the code and from measurements: python docs/make_pages.py. A test checks that they are current.
 
 docs/recipe.md comes from the recipe's own declarations, the tree in README.md from the files' first lines, the tables in
-docs/methods.md from the methods and from docs/methods.json, which benchmarks/methods.py measures, and those in
+docs/methods.md from the methods, from docs/methods.json, which benchmarks/methods.py measures, and from docs/measured/regret.jsonl,
+which benchmarks/regret.py measures, and those in
 docs/performance.md from docs/measured, which benchmarks/peers (`trimtab bench`) and the scripts in benchmarks fill; those in
 docs/preference.md from docs/preference.json, which benchmarks/preference.py measures; docs/faults.md from tests/fault_catalogue.py
 and from docs/measured/peer_faults.json, which benchmarks/peer_faults measures; docs/models.md from docs/measured/models.json, which
@@ -82,7 +83,8 @@ def readme() -> str:
 def methods() -> str:
     """docs/methods.md with current tables."""
     page = METHODS.read_text(encoding="utf-8")
-    for name, table in (("methods", methods_table()), ("measured", measured_table()), ("search", search_table())):
+    tables = {"methods": methods_table(), "measured": measured_table(), "search": search_table(), "regret": regret_table()}
+    for name, table in tables.items():
         page = _filled(page, name, table)
     return page
 
@@ -96,12 +98,8 @@ def _filled(page: str, name: str, content: str) -> str:
 
 def methods_table() -> str:
     """What each method would train on a model of SmolLM2-135M's sizes."""
-    config = transformers.LlamaConfig(
-        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
-        tie_word_embeddings=True,
-    )  # fmt: skip
     with torch.device("meta"):
-        model = transformers.LlamaForCausalLM(config)
+        model = transformers.LlamaForCausalLM(_smollm2())
     lines = [
         "| method | | parameters | merges | positions | starts as the base | objectives | PEFT |",
         "|---|---|--:|---|--:|---|---|---|",
@@ -115,6 +113,21 @@ def methods_table() -> str:
             f"| {facts['peft'] or '–'} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _smollm2() -> transformers.LlamaConfig:
+    return transformers.LlamaConfig(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+
+
+def regret_table() -> str:
+    """Today's defaults beside the best of what benchmarks/regret.py tried in their place."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from regret import results, table
+
+    return table(results(), _smollm2())
 
 
 def measured_table() -> str:

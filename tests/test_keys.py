@@ -356,8 +356,8 @@ def test_lr_auto_is_the_methods_formula(work):
     folder = work / "runs" / "auto"
     run_recipe(plain_recipe(work, **{"train.lr": "auto", "output": str(folder)}))
     state = json.loads((folder / "run.json").read_text())
-    assert state["peak_lr"] == 2e-3  # 5e-4 · (2000/32)^0.781 · √(4/32) is more
-    assert state["lr_formula"] == "5e-4·(2000/32)^0.781·√(4 examples per step/32), at most 2e-3"
+    assert state["peak_lr"] == 2e-3  # 5e-4 · (2000/32)^0.781 is more
+    assert state["lr_formula"] == "5e-4·(2000/32)^0.781, at most 2e-3"
 
 
 def test_columns_names_what_the_file_calls_otherwise(work, plain):

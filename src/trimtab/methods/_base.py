@@ -13,6 +13,7 @@ from trimtab.core.errors import NotMergeable, UnsupportedModel
 from trimtab.core.wrapping import Wrapper, base_modules
 from trimtab.methods._matrices import ALL_LINEAR, MatrixShape, Targets, find_matrices, left_frozen, matrix_modules
 from trimtab.methods._peft import SELECTION_KEYS, check_peft_config, from_peft_names, shortest_names, to_peft_names
+from trimtab.methods._rates import LearningRateContext
 from trimtab.methods._switch import Routing, Switch, only_active
 
 
@@ -132,15 +133,6 @@ def _evaluate(module: nn.Module, mode: bool) -> None:
             _evaluate(child, mode)
 
 
-class LearningRateContext(NamedTuple):
-    """What the formula behind `lr: auto` may depend on."""
-
-    model_type: str
-    """The architecture's name in Transformers, such as "llama"."""
-    hidden_size: int
-    rows_per_step: float
-
-
 class Sample(NamedTuple):
     """Data that an adapter's initial values can be computed from, besides the model."""
 
@@ -190,7 +182,7 @@ class Method(Choice):
 
     def learning_rate(self, at: LearningRateContext) -> tuple[float, str]:
         """The learning rate that `lr: auto` means, and the formula in words."""
-        return float(self.auto_lr), self.auto_lr
+        return float(self.auto_lr), f"the best of a search for {self.name}"
 
     @property
     def virtual_token_count(self) -> int:

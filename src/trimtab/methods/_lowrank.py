@@ -102,17 +102,16 @@ class LowRank(Method):
         return self.b_rate if name == "B" else 1.0
 
     def learning_rate(self, at: LearningRateContext) -> tuple[float, str]:
-        """lr = 5e-4 · (2000 / hidden)^p · √(rows per step / 32), at most 2e-3.
+        """lr = 5e-4 · (2000 / hidden)^p, at most 2e-3.
 
-        The first two factors are fitted by the Tinker cookbook (`hyperparam_utils.py`) for alpha 32 with p = 0.0775 for
-        Qwen and 0.781 for Llama; for other families 3e-4 stands in their place. The third is the square-root rule for
-        the batch, anchored at 32 rows rather than at their 128: see the measurement in docs/log.md.
+        Fitted by the Tinker cookbook (`hyperparam_utils.py`) for alpha 32 with p = 0.0775 for Qwen and 0.781 for Llama; for
+        other families it is 3e-4. Neither the rank nor the rows of a step change it: see docs/decisions/052.
         """
         exponent = next((p for name, p in (("qwen", 0.0775), ("llama", 0.781)) if name in at.model_type), None)
-        fitted = 3e-4 if exponent is None else 5e-4 * (2000 / at.hidden_size) ** exponent
-        formula = "3e-4" if exponent is None else f"5e-4·(2000/{at.hidden_size})^{exponent}"
-        rate = min(2e-3, fitted * math.sqrt(at.rows_per_step / 32))
-        return float(f"{rate:.2e}"), f"{formula}·√({at.rows_per_step:.3g} examples per step/32), at most 2e-3"
+        if exponent is None:
+            return 3e-4, "3e-4 for this architecture"
+        rate = min(2e-3, 5e-4 * (2000 / at.hidden_size) ** exponent)
+        return float(f"{rate:.2e}"), f"5e-4·(2000/{at.hidden_size})^{exponent}, at most 2e-3"
 
     @classmethod
     def recognizes(cls, config: dict[str, Any]) -> bool:

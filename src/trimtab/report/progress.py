@@ -82,7 +82,7 @@ class Terminal(RunObserver):
         if facts["start"] is not None:
             self._line("", f"starts from the adapter in {facts['start']['folder']}")
         epochs = "epoch" if facts["epochs"] == 1 else "epochs"
-        auto = "" if facts["lr_formula"] == "given" else " (auto)"
+        auto = "" if facts["lr_formula"] == "given" else f" (auto: {facts['lr_formula']})"
         self._line(
             "training",
             f"{facts['steps']:,} steps of {facts['rows_per_step']:.3g} examples in {facts['epochs']:g} {epochs}, "

@@ -38,7 +38,7 @@ class TrainConfig(Config):
     """Gradient checkpointing: none, mlp (of the MLPs alone, which take most of the memory), full, or auto, which uses as little as
     micro-batches need to fit into memory."""
     lr: Literal["auto"] | Annotated[float, Field(gt=0)] = "auto"
-    """Peak learning rate; auto is the method's formula, which the run prints."""
+    """Peak learning rate; auto is by the method's rule, which the run prints. The rules are in docs/methods.md."""
     schedule: Schedule = "cosine"
     """How the learning rate decays after its warm-up: to zero along a cosine or a line, or not at all."""
     warmup: Annotated[float, Field(ge=0, le=1), BeforeValidator(_fraction)] = 0.05

@@ -393,7 +393,10 @@ def test_it_notices(path, text, expected):
             "a circle: core/config.py -> core/errors.py -> core/yaml12.py",
         ),
         ({"run/recipe.py": "def f():\n    from trimtab.run.script import run_recipe"}, "run/script.py"),
-        ({"data/order.py": "def f():\n    from trimtab.data.load import load_data"}, "data/load.py -> data/order.py"),
+        (
+            {"data/order.py": "def f():\n    from trimtab.data.load import load_data"},
+            "data/load.py -> data/mixture.py -> data/order.py",
+        ),
         ({"train/config.py": "from trimtab.train.loop import Step"}, "a circle: train/config.py -> train/loop.py"),
         ({"core/files.py": "import trimtab.core.files"}, "a circle: core/files.py"),
         ({"methods/_base.py": "from trimtab.methods import attach"}, "a circle: methods/__init__.py"),

@@ -1,12 +1,13 @@
 """The Python API: the steps of a run as functions, for a model in memory or one loaded by name."""
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from trimtab.base import Base, Message, ModelConfig
 from trimtab.core.determinism import deterministic
 from trimtab.core.errors import DataError, RecipeError
-from trimtab.data import DataConfig, Kind, load_data, tokenize_prompt
+from trimtab.data import DataConfig, Kind, Objects, Source, load_rows, tokenize_prompt
 from trimtab.data.example import TokenRow
 from trimtab.engine import Ended, ensure_exact, stream_tokens
 from trimtab.methods import Attached, Method, max_row_length
@@ -30,18 +31,40 @@ def method(name: str, **hyperparameters: Any) -> Method:
     return Method.member(name)(**hyperparameters)
 
 
-def rows(source: str, base: Base, kind: Kind = "answers", **settings: Any) -> list[TokenRow]:
+def rows(source: Any, base: Base, kind: Kind = "answers", *, seed: int = 0, **settings: Any) -> list[TokenRow]:
     """Every example of a data source as a token row with its target tokens.
 
     Args:
+        source: A file, folder or dataset on the hub by its path or name; a list of dicts; or a `datasets.Dataset` or `IterableDataset`.
         kind: What the objective trains on: `answers`, `pairs` or `judged`.
-        settings: `columns`, `max_length`, `overlong` and `bad_rows`, as in a recipe's `data`.
+        seed: Decides which examples a `limit` leaves.
+        settings: As in a recipe's `data` (`columns`, `max_length`, `overlong`, `duplicates`, `bad_rows`, …); and as of a source there:
+            `subset`, `split`, `revision` and `limit`, of which objects in memory have the last alone.
 
     Raises:
         DataError: It can't be read, or has examples that can't be used.
+        RecipeError: It is nothing of that kind, or there is no such setting.
     """
-    config = DataConfig(train=(source,), eval=0.0, **settings)
-    return load_data(config, base, base.context_length, seed=0, kind=kind).train
+    own: dict[str, Any] = {key: settings.pop(key) for key in ("subset", "split", "revision", "limit") if key in settings}
+    config = DataConfig(train=("rows",), eval=0, **settings)
+    given = Source(path=str(source), **own) if isinstance(source, str | Path) else _objects(source, own)
+    return load_rows(given, config, base, base.context_length, seed, kind)
+
+
+def _objects(source: Any, own: dict[str, Any]) -> Objects:
+    """Rows in memory as a source. Raises RecipeError for what is none."""
+    if isinstance(source, Mapping):  # a DatasetDict is one, too
+        names = ", ".join(map(str, source))
+        raise RecipeError(
+            f"rows: {type(source).__name__} with {names} is a mapping: choose one of its values, for example the split ['train'], or give "
+            "a list of dicts, one for each example."
+        )
+    if not isinstance(source, Iterable):
+        raise RecipeError(f"rows: expected a path, a list of dicts or a dataset, got {type(source).__name__}.")
+    if other := own.keys() - {"limit"}:
+        raise RecipeError(f"rows: {', '.join(sorted(other))}: objects in memory have no such parts. Choose them beforehand.")
+    limit = Source(path="rows", **own).limit  # which checks it
+    return Objects(source, "rows" if isinstance(source, list | tuple) else "dataset", limit)
 
 
 def fit(

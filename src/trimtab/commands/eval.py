@@ -50,13 +50,15 @@ def _evaluate_answers(arguments: argparse.Namespace, target: "LoadedModel", exam
     from trimtab.evaluate import score
     from trimtab.report import AnsweringBar
     from trimtab.report.scores import answers_table, scores_table
+    from trimtab.run.evaluation import block_of_text
 
+    block = block_of_text(Path(arguments.target))
     console, name, scores = terminal(), "adapter" if target.adapter else "model", {}
     with AnsweringBar(console, len(examples), quiet=arguments.json) as bar:
         if arguments.base and target.adapter is not None:
             with target.adapter.disabled():
-                scores["base"] = score(target.base, examples, bar.of("base"))
-        scores[name] = score(target.base, examples, bar.of(name))
+                scores["base"] = score(target.base, examples, bar.of("base"), block)
+        scores[name] = score(target.base, examples, bar.of(name), block)
     if arguments.json:
         print_json({"data": source, **scores.pop(name), **scores})
         return

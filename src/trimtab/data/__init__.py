@@ -15,19 +15,17 @@ from trimtab.data.example import (
     TokenRow,
     row_groups,
 )
+from trimtab.data.examples import check_first_examples, first_examples, held_out_examples, load_examples
 from trimtab.data.lengths import LengthLimit
 from trimtab.data.load import (
     LoadedData,
-    check_first_examples,
-    first_examples,
-    held_out_examples,
     load_data,
-    load_examples,
+    load_rows,
 )
 from trimtab.data.order import plan_steps
 from trimtab.data.pack import Pack, pack_all, pack_flat, pack_tree
 from trimtab.data.prefix_tree import Segment, Tree, lay_out
-from trimtab.data.source import Source
+from trimtab.data.source import Objects, Source
 from trimtab.data.token_rows import last_answer_start, tokenize_answers, tokenize_examples, tokenize_prompt
 
 __all__ = [
@@ -41,6 +39,7 @@ __all__ = [
     "Kind",
     "LengthLimit",
     "LoadedData",
+    "Objects",
     "Pack",
     "Preference",
     "RejectedExample",
@@ -59,6 +58,7 @@ __all__ = [
     "lay_out",
     "load_data",
     "load_examples",
+    "load_rows",
     "pack_all",
     "pack_flat",
     "pack_tree",

@@ -44,6 +44,7 @@ def check_data(data: LoadedData, examples: Sequence[Example], base: Tokenizing) 
     rows = data.train
     return [
         *map(_source, data.reports),
+        *_mixture(data),
         _lengths(rows),
         _stops(rows, base),
         _rendering(rows + data.eval, examples, base),
@@ -69,6 +70,23 @@ def _source(report: SourceReport) -> Finding:
     if report.ignored_columns:
         message += f"; ignored columns: {', '.join(sorted(report.ignored_columns))}"
     return Finding("rows", "note" if report.rejected else "good", message, report.plain())
+
+
+OFTEN = 8
+"""From so many passes an epoch over a source's examples on, a note says that they may be memorized."""
+
+
+def _mixture(data: LoadedData) -> list[Finding]:
+    """What each named source contributes to an epoch."""
+    shares = data.shares
+    if not shares:
+        return []
+    message = "; ".join(f"{name}: {share}" for name, share in shares.items())
+    often = [name for name, share in shares.items() if share.times >= OFTEN]
+    if often:
+        message += f". {', '.join(often)} may be memorized: give less weight, or more examples"
+    facts = {name: share.plain() for name, share in shares.items()}
+    return [Finding("mixture", "note" if often else "good", message, facts)]
 
 
 def _lengths(rows: Sequence[TokenRow]) -> Finding:

@@ -10,7 +10,7 @@ from trimtab.core.config import SHORT, Config, as_tuple
 from trimtab.data.column_templates import ColumnTemplate, columns_of
 from trimtab.data.example import Column, Overlong
 from trimtab.data.read import absolute_source
-from trimtab.data.source import Source
+from trimtab.data.source import Objects, Source
 
 OWN = ("columns", "prompt", "completion")
 """Keys of the section that a source may have of its own."""
@@ -33,6 +33,11 @@ _LISTED: TypeAdapter[tuple[str, ...]] = TypeAdapter(Annotated[tuple[str, ...], F
 
 def _sources(raw: Any) -> Any:
     """Paths as a tuple; or sources by their names, each of which may be a path alone."""
+    if hasattr(raw, "__iter__") and not isinstance(raw, str | list | tuple | Mapping):
+        raise ValueError(
+            "a recipe names files, so that it repeats a run. Train on objects in memory by trimtab.rows and trimtab.fit, or save them "
+            "(save_to_disk) and name the folder."
+        )
     if not isinstance(raw, Mapping):
         return _LISTED.validate_python(as_tuple(raw), strict=True)
     if not raw:
@@ -129,7 +134,7 @@ class DataConfig(Config):
         written = {"prompt": self.prompt, "completion": self.completion}
         return {name: template for name, template in written.items() if template is not None}
 
-    def of(self, source: Source) -> "DataConfig":
+    def of(self, source: Source | Objects) -> "DataConfig":
         """These settings, with the source's own in their place."""
         own = {key: value for key in OWN if (value := getattr(source, key)) is not None}
         return self.model_copy(update=own)

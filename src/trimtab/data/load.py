@@ -1,31 +1,25 @@
 """The data of a run: read, tokenized and split into training and validation, with a report of every example."""
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain, islice
 from typing import Any
 
-from trimtab.core.errors import DataError, listing
-from trimtab.core.files import expand_user, sha256_file
+from trimtab.core.errors import DataError
+from trimtab.core.files import sha256_file
 from trimtab.data.config import DataConfig
 from trimtab.data.duplicates import without_repeated, without_texts_of
-from trimtab.data.example import Column, Example, Kind, SourceReport, TokenRow
-from trimtab.data.formats import read_examples
+from trimtab.data.example import Kind, SourceReport, TokenRow
+from trimtab.data.examples import Named, examples_of, reasons, report_of
 from trimtab.data.held_out import places_held_out
 from trimtab.data.lengths import LengthLimit
-from trimtab.data.preference_formats import FORMATS
-from trimtab.data.read import is_local, local_files, read_rows
+from trimtab.data.mixture import Share, shares
+from trimtab.data.read import local_files
 from trimtab.data.rendering import Tokenizing
-from trimtab.data.source import Source
-from trimtab.data.system_message import SystemMessage, check_system
+from trimtab.data.source import Objects, Source
+from trimtab.data.system_message import check_system
 from trimtab.data.token_cache import TokenCache
 from trimtab.data.token_rows import tokenize_examples
-
-FIRST = 20
-"""Examples that are checked before anything else."""
-Sources = Mapping[str, tuple[Source, ...]]
-"""Sources by name, as `DataConfig` has them."""
 
 
 @dataclass
@@ -42,6 +36,11 @@ class LoadedData:
     seed: int = 0
     """What decided which examples are held out, and which are in the sample of a source."""
 
+    @property
+    def shares(self) -> dict[str, Share]:
+        """What each named source contributes to an epoch."""
+        return shares(self.train, self.eval, self.weights)
+
     def plain(self) -> dict[str, Any]:
         """What a run stores about its data, as JSON data."""
         paths = dict.fromkeys(path for report in self.reports for name in report.sources for path in local_files(name))
@@ -52,90 +51,6 @@ class LoadedData:
             "files": {str(path): sha256_file(path) for path in paths},
             "held_out": sorted({row.where for row in self.eval}),
         }
-
-
-def load_examples(
-    sources: tuple[str, ...] | str,
-    columns: Mapping[Column, str] | None = None,
-    kind: Kind = "answers",
-    **reading: Any,
-) -> tuple[list[Example], SourceReport]:
-    """Every usable example of one or more sources. See `data.read.read_rows` for what a source can be.
-
-    Args:
-        reading: The other keys of `data` that decide how a row is read, such as `ignore` and `system`.
-    """
-    config = DataConfig(train=sources, columns=dict(columns or {}), **reading)
-    (named,) = config.train_sources.items()
-    report = _report(named)
-    return list(_examples(named, config, kind, 0, report)), report
-
-
-def _report(named: tuple[str, tuple[Source, ...]]) -> SourceReport:
-    name, sources = named
-    return SourceReport(tuple(source.path for source in sources), name)
-
-
-def _examples(
-    named: tuple[str, tuple[Source, ...]],
-    config: DataConfig,
-    kind: Kind,
-    seed: int,
-    report: SourceReport | None = None,
-    first: int | None = None,
-) -> Iterator[Example]:
-    """The usable examples of a named source, read lazily, from its first so many rows; the report is filled meanwhile."""
-    name, sources = named
-    report = report or _report(named)
-    for source in sources:
-        own = config.of(source)
-        rows = read_rows(source if first is None else source.model_copy(update={"limit": None}), report, seed)
-        system = SystemMessage(own.system, own.drop_system)
-        read = read_examples(islice(rows, first), own.columns, report, FORMATS[kind], own.ignore, own.templates, system)
-        for example in read:
-            yield replace(example, source=name) if name else example
-
-
-def first_examples(config: DataConfig, count: int, seed: int, kind: Kind = "answers") -> list[Example]:
-    """The first so many usable training examples of each source, and as many for validation."""
-    return [
-        example
-        for named in (*config.train_sources.items(), *config.eval_sources.items())
-        for example in islice(_examples(named, config, kind, seed), count)
-    ]
-
-
-def check_first_examples(config: DataConfig, kind: Kind = "answers") -> None:
-    """Read the first examples of every local source, before anything that takes longer.
-
-    Raises:
-        DataError: None of a source can be used, or two sources are the same.
-    """
-    _refuse_same(config)
-    for name, sources in (*config.train_sources.items(), *config.eval_sources.items()):
-        for source in sources:
-            if not is_local(source.path):
-                continue
-            report = SourceReport((source.path,), name)
-            usable = next(_examples((name, (source,)), config, kind, 0, report, FIRST), None)
-            if usable is None and config.bad_rows == "stop":
-                raise DataError(
-                    f"data: none of the first {len(report.rejected)} examples of {report.name} can be used:\n{_reasons(report)}"
-                )
-
-
-def _refuse_same(config: DataConfig) -> None:
-    """Raise DataError for named training sources that read the same examples in the same way."""
-    named = config.train if isinstance(config.train, dict) else {}
-    first: dict[Any, str] = {}
-    for name, source in named.items():
-        read = (source.subset, source.split, source.revision, str(config.of(source).reading))
-        for path in [*map(str, local_files(source.path))] or [source.path]:
-            if (other := first.setdefault((path, read), name)) != name:
-                raise DataError(
-                    f"data.train: {other} and {name} both read {path}, so its examples would be there twice. Give it once; "
-                    "to have its examples more often, give it a greater weight."
-                )
 
 
 def load_data(
@@ -170,7 +85,25 @@ def load_data(
         places = places_held_out(config.eval, rows, seed)
         rows, held_out = ([row for row in rows if (row.where in places) is chosen] for chosen in (False, True))
     reports = [report for _, report in (*train, *validation)]
-    return LoadedData(rows, held_out, reports, _digest(config.weights, rows, held_out), config.weights, seed)
+    data = LoadedData(rows, held_out, reports, _digest(config.weights, rows, held_out), config.weights, seed)
+    _ = data.shares  # refuses a weight that is too small
+    return data
+
+
+def load_rows(
+    source: Source | Objects,
+    config: DataConfig,
+    base: Tokenizing,
+    context_length: int | None,
+    seed: int,
+    kind: Kind = "answers",
+) -> list[TokenRow]:
+    """The token rows of a source, read with the settings of `config`, whose own sources are left alone. Raises as `load_data` does."""
+    check_system(config.system, base)
+    parts = [_Loader(config, base, length_limit(config, context_length), seed, kind).load(("", [source]))]
+    if config.duplicates == "remove":
+        _remove_duplicates(parts, [])
+    return parts[0][0]
 
 
 def length_limit(config: DataConfig, context_length: int | None, positions: int = 0) -> LengthLimit:
@@ -195,22 +128,22 @@ class _Loader:
     seed: int
     kind: Kind
 
-    def load(self, named: tuple[str, tuple[Source, ...]]) -> Loaded:
+    def load(self, named: Named) -> Loaded:
         """The token rows of a source, from the cache if it has them, and the report of its examples."""
         name, sources = named
         cache = TokenCache(sources, self._settings(sources), self.base)
         if (cached := cache.read()) is not None:
             rows, report = cached
         else:
-            report = _report(("", sources))
-            examples = _examples(("", sources), self.config, self.kind, self.seed, report)
+            report = report_of(("", sources))
+            examples = examples_of(("", sources), self.config, self.kind, self.seed, report)
             rows = tokenize_examples(examples, self.base, report, self.limit)
             cache.write(rows, report)
         report.label = name
         self._refuse_unusable(report)
         return [replace(row, source=name) for row in rows] if name else rows, report
 
-    def _settings(self, sources: Sequence[Source]) -> dict[str, Any]:
+    def _settings(self, sources: Sequence[Source | Objects]) -> dict[str, Any]:
         """What decides the tokens of a source besides its files."""
         parts = [
             (source.subset, source.split, source.limit, source.limit and self.seed, self.config.of(source).reading)
@@ -220,13 +153,13 @@ class _Loader:
 
     def _refuse_unusable(self, report: SourceReport) -> None:
         if report.used == 0:
-            why = _reasons(report) or f"  all are longer than {self.limit}: raise data.max_length, or truncate them"
+            why = reasons(report) or f"  all are longer than {self.limit}: raise data.max_length, or truncate them"
             raise DataError(f"data: no example of {report.name} can be used:\n{why}\n{report}")
         if report.rejected and self.config.bad_rows == "stop":
             too_long = any("up to the end of its last answer, more than" in example.reason for example in report.rejected)
             cut = " (or truncate or drop long ones with data.overlong)" if too_long else ""
             raise DataError(
-                f"data: examples that can't be used:\n{_reasons(report)}\n{report}\n"
+                f"data: examples that can't be used:\n{reasons(report)}\n{report}\n"
                 f"Fix them, or leave them out with data.bad_rows=skip{cut}."
             )
 
@@ -244,35 +177,6 @@ def _remove_duplicates(train: list[Loaded], validation: list[Loaded]) -> None:
             if not rows:
                 raise DataError(f"data: no example of {report.name} is left without duplicates:\n{report}")
             part[number] = rows, report
-
-
-def held_out_examples(config: DataConfig, stored: dict[str, Any], kind: Kind = "answers") -> list[Example]:
-    """The validation examples of a run, read again from its data config and what `LoadedData.plain` stored.
-
-    Raises:
-        DataError: A file has changed since, so its validation examples are not known.
-    """
-    for name, digest in stored["files"].items():
-        path = expand_user(name)
-        if not path.is_file() or sha256_file(path) != digest:
-            raise DataError(
-                f"data: {name} has changed since the run or is gone, so its validation examples are not known. Give examples with --data."
-            )
-    sources: Sources = config.eval_sources or config.train_sources
-    examples = chain.from_iterable(_examples(named, config, kind, stored["seed"]) for named in sources.items())
-    held_out = set(stored["held_out"])
-    chosen = [example for example in examples if example.where in held_out]
-    if config.duplicates == "remove":  # a file that is given twice has each of its places once
-        chosen = list({(example.source, example.where): example for example in chosen}.values())
-    return chosen
-
-
-def _reasons(report: SourceReport) -> str:
-    """Why examples were rejected, a line each reason, with the first place that it holds for."""
-    places: dict[str, list[str]] = {}
-    for where, reason in report.rejected:
-        places.setdefault(reason, []).append(where)
-    return listing([f"{where}{f' and {len(more)} more' if more else ''}: {why}" for why, (where, *more) in places.items()])
 
 
 def _digest(weights: Mapping[str, float], *parts: list[TokenRow]) -> str:

@@ -14,7 +14,7 @@ from trimtab.data.arrow_files import hub_dataset, is_saved_dataset, numbered, pa
 from trimtab.data.example import RawRow, RejectedExample, SourceReport
 from trimtab.data.json_files import json_file
 from trimtab.data.order import sampled
-from trimtab.data.source import Source
+from trimtab.data.source import Objects, Source
 from trimtab.data.text_files import COMPRESSED, PLAIN, csv_file, not_utf8, plain_file
 
 TABLES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
@@ -28,7 +28,9 @@ _ABOUT = re.compile(r"(readme|licen[cs]e|copying|notice|changelog|citation|requi
 """Names of text files that say something about the tables beside them."""
 
 
-def read_rows(source: Source, report: SourceReport | None = None, seed: int = 0) -> Iterator[RawRow | RejectedExample]:
+def read_rows(
+    source: Source | Objects, report: SourceReport | None = None, seed: int | None = 0
+) -> Iterator[RawRow | RejectedExample]:
     """Every row of a source, or the sample that its limit allows, in the source's order; one that can't be read is a RejectedExample.
 
     Args:
@@ -36,20 +38,22 @@ def read_rows(source: Source, report: SourceReport | None = None, seed: int = 0)
             files such as `data/*.jsonl`, a folder of such files or one that `datasets` saved, or a dataset on the hub (`org/name` or
             `org/name:split`; the split is `train` unless given).
         report: Counts what is left out while reading.
-        seed: Decides the sample.
+        seed: Decides the sample; None for every row.
 
     Raises:
         DataError: There is no such source, it holds no rows, or it can't be read at all.
         StorageError: It could not be fetched from the hub.
     """
     report = report or SourceReport((source.path,))
-    path = expand_user(source.path)
-    if (dataset := _dataset(source)) is not None:
-        rows = numbered(dataset, lambda n: f"{source.path}:{n + 1}", report, source.limit, seed)
+    path, limit = expand_user(source.path), source.limit if seed is not None else None
+    if isinstance(source, Objects):
+        rows = numbered(source.rows, lambda n: f"{source.path}[{n}]", report, limit, seed or 0)
+    elif (dataset := _dataset(source)) is not None:
+        rows = numbered(dataset, lambda n: f"{source.path}:{n + 1}", report, limit, seed or 0)
     elif files := _files(source.path):
         _refuse_parts(source, files[0])
         rows = chain.from_iterable(_read_file(file, report) for file in files)
-        rows = iter(sampled(rows, source.limit, seed)) if source.limit is not None else rows
+        rows = iter(sampled(rows, limit, seed or 0)) if limit is not None else rows
     else:
         raise DataError(f"data: {source.path}: no such file or folder (looked in {Path.cwd()}{_near(path)}).")
     empty = True

@@ -1,6 +1,7 @@
-"""A source of examples, as a recipe names it."""
+"""A source of examples: as a recipe names it, or objects in memory."""
 
-from typing import Annotated
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -30,3 +31,14 @@ class Source(Config):
     """As `data.prompt`, which it stands in the place of."""
     completion: ColumnTemplate | None = None
     """As `data.completion`, which it stands in the place of."""
+
+
+@dataclass(frozen=True)
+class Objects:
+    """Rows in memory as a source: a list of dicts, or a dataset or stream of `datasets`."""
+
+    rows: Any
+    path: str
+    """What the places of its rows begin with."""
+    limit: int | None = None
+    subset = split = revision = columns = prompt = completion = None

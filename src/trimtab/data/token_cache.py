@@ -24,7 +24,7 @@ from trimtab.data.example import RejectedExample, SourceReport, TokenRow
 from trimtab.data.lengths import interned
 from trimtab.data.read import local_files
 from trimtab.data.rendering import Tokenizing
-from trimtab.data.source import Source
+from trimtab.data.source import Objects, Source
 
 MIN_BYTES = 1_000_000
 """Bytes of data from which on its tokens are kept; less is tokenized in a second."""
@@ -35,9 +35,9 @@ MAX_FILES = 32
 class TokenCache:
     """The file that keeps the token rows of some sources, read with some settings, by one tokenizer and template."""
 
-    def __init__(self, sources: Sequence[Source], settings: dict[str, Any], base: Tokenizing) -> None:
+    def __init__(self, sources: Sequence[Source | Objects], settings: dict[str, Any], base: Tokenizing) -> None:
         self._sources, self._settings, self._base = [source.path for source in sources], settings, base
-        self._key = self._hash()
+        self._key = None if any(isinstance(source, Objects) for source in sources) else self._hash()
 
     def _hash(self) -> str | None:
         """A hash of all that decides the tokens; None if it isn't all known, or the data is too small to keep."""

@@ -61,6 +61,7 @@ def score_preferences(
             "rows": loss.rows,
             "loss": loss.loss,
             "loss_interval": list(loss.interval),
+            **loss.by_source,
             **loss.measures,
             "divergence": divergence(base, adapter, source, answers, PACK_TOKENS),
         }

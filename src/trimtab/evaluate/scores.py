@@ -20,6 +20,7 @@ from trimtab.data import (
     LengthLimit,
     Preference,
     SourceReport,
+    Text,
     pack_all,
     tokenize_answers,
     tokenize_examples,
@@ -51,10 +52,26 @@ class Loss:
     """… and the number of those."""
     logprobs: list[float] = field(default_factory=list)
     """Σ log p of each row's target tokens, in the order of the rows, without mismatched ones."""
+    sources: list[str] = field(default_factory=list)
+    """The name of the source of each row (or pair) in `sums`; empty where sources have no names."""
 
     @property
     def perplexity(self) -> float:
         return math.exp(min(self.loss, 700.0))
+
+    @property
+    def by_source(self) -> dict[str, Any]:
+        """Of each named source the mean loss, its interval and the number of rows, as JSON data under `sources`; empty if none has a name."""
+        parts: dict[str, tuple[list[float], list[int]]] = {name: ([], []) for name in sorted({*self.sources} - {""})}
+        for name, of_row, count in zip(self.sources, self.sums, self.counts, strict=False):
+            if name:
+                parts[name][0].append(of_row)
+                parts[name][1].append(count)
+        found = {}
+        for name, (sums, counts) in parts.items():
+            low, high = _bootstrap(sums, counts)
+            found[name] = {"loss": sum(sums) / sum(counts), "low": low, "high": high, "rows": len(sums)}
+        return {"sources": found} if found else {}
 
 
 @dataclass(frozen=True)
@@ -88,6 +105,7 @@ def score_loss(base: Base, rows: Sequence[TokenRow], pack_tokens: int = 1024, ob
     objective = objective or SFT()
     sums: list[float] = []
     counts: list[int] = []
+    sources: list[str] = []
     measures: list[dict[str, Tensor]] = []
     by_row: dict[int, float] = {}
     scored, kl = score_packs(base.model, objective, pack_all(rows, pack_tokens))
@@ -98,11 +116,12 @@ def score_loss(base: Base, rows: Sequence[TokenRow], pack_tokens: int = 1024, ob
             by_row[id(row)] = logprob
         sums += objective.losses(logprobs, pack, kl).tolist()
         counts += objective.counts(pack)
+        sources += [row.source for row in pack.rows if row.side != "rejected"]  # which belongs to the one before it
         measures.append(objective.measures(logprobs, pack, kl))
     tokens = sum(len(row.target_indices) for pack, _ in scored for row in pack.rows)
     in_order = [by_row[id(row)] for row in rows if id(row) in by_row]
     loss, interval = sum(sums) / sum(counts), _bootstrap(sums, counts)
-    return Loss(loss, interval, tokens, len(sums), mean_measures(measures), sums, counts, in_order)
+    return Loss(loss, interval, tokens, len(sums), mean_measures(measures), sums, counts, in_order, sources)
 
 
 def score_answers(
@@ -156,14 +175,21 @@ def answer_preferences(
     ]
 
 
-def evaluation_rows(base: Base, examples: Sequence[Any]) -> list[TokenRow]:
+def evaluation_rows(base: Base, examples: Sequence[Any], block: int | None = None) -> list[TokenRow]:
     """Examples as token rows, to be evaluated.
+
+    Args:
+        block: The most tokens of a plain text, which is split; as many as the model's context has, unless given.
 
     Raises:
         DataError: There are none, or some are rejected: a score of the others would be taken for one of all.
     """
     most, report = max_row_length(base.model, base.context_length), SourceReport(("evaluation",))
-    rows = tokenize_examples(examples, base, report, LengthLimit(most, name=f"the context length {most}"))
+    texts = [example for example in examples if isinstance(example, Text)]
+    others = [example for example in examples if not isinstance(example, Text)]
+    rows = tokenize_examples(others, base, report, LengthLimit(most, name=f"the context length {most}"))
+    blocks = [length for length in (block, most) if length is not None]
+    rows += tokenize_examples(texts, base, report, LengthLimit(min(blocks, default=None), "split"))
     if report.rejected or not rows:
         problems = [f"{where}: {reason}" for where, reason in report.rejected]
         raise DataError(
@@ -172,13 +198,18 @@ def evaluation_rows(base: Base, examples: Sequence[Any]) -> list[TokenRow]:
     return rows
 
 
-def score(base: Base, examples: Sequence[Any], on_done: Callable[[int], None] | None = None) -> dict[str, Any]:
+def score(
+    base: Base, examples: Sequence[Any], on_done: Callable[[int], None] | None = None, block: int | None = None
+) -> dict[str, Any]:
     """Loss, perplexity and exact match with their intervals, and the answers, as JSON data.
+
+    Args:
+        block: The most tokens of a block of a plain text.
 
     Raises:
         DataError: There are no examples, or some can't be evaluated.
     """
-    loss = score_loss(base, evaluation_rows(base, examples))
+    loss = score_loss(base, evaluation_rows(base, examples, block))
     answers = score_answers(base, [e for e in examples if isinstance(e, Conversation)], on_done)
     correct = sum(answer.correct for answer in answers)
     return {
@@ -186,6 +217,7 @@ def score(base: Base, examples: Sequence[Any], on_done: Callable[[int], None] | 
         "loss": loss.loss,
         "loss_interval": list(loss.interval),
         "perplexity": loss.perplexity,
+        **loss.by_source,
         "exact_match": correct / len(answers) if answers else None,
         "exact_match_interval": list(wilson_interval(correct, len(answers))) if answers else None,
         "stopped": sum(answer.ended == "stopped" for answer in answers) / len(answers) if answers else None,

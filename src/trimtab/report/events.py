@@ -28,7 +28,7 @@ class RunObserver:
 
         Args:
             kind: `train` or `eval`; an evaluation at step 0 is of the model before training.
-            values: Numbers by name, `loss` among them.
+            values: Numbers by name, `loss` among them; under `sources`, those of each named source.
         """
 
     def on_finish(self, record: dict[str, Any], folder: Path) -> None:

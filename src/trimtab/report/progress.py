@@ -19,7 +19,7 @@ from trimtab.report.events import RunObserver
 from trimtab.report.folders import memory_text
 
 _REFERENCES = {"base": "the base model", "start": "the adapter that training starts from"}
-_EVAL_VALUES = {"loss", "low", "high", "tokens", "rows"}
+_EVAL_VALUES = {"loss", "low", "high", "tokens", "rows", "sources"}
 """Of an evaluation; what else it has are the objective's measures."""
 _COLORS = {"passed": "green", "noted": "yellow", "failed": "red"}
 
@@ -67,6 +67,8 @@ class Terminal(RunObserver):
                 self._line("", f"… and {len(report.rejected) - 5} more, in data.json")
             if report.ignored_columns:
                 self._line("", f"ignored columns: {', '.join(sorted(report.ignored_columns))}")
+        for name, source in facts["sources"].items():
+            self._line("", f"{name}: {source['words']}")
         self._line(
             "",
             f"{train_examples:,} training examples ({facts['learned_tokens']:,} target tokens), {eval_examples:,} validation",
@@ -122,8 +124,9 @@ class Terminal(RunObserver):
     def _show_evaluation(self, step: int, values: dict[str, Any]) -> None:
         name = self._compared_with if step == 0 else f"step {step}"
         measures = "".join(f"  {key.replace('_', ' ')} {values[key]:.3g}" for key in values if key not in _EVAL_VALUES)
-        interval = f"[dim](95 % interval {values['low']:.4f} to {values['high']:.4f}, {values['rows']:,} examples)[/]"
-        self._line("eval", f"{name}: loss {values['loss']:.4f}  {interval}{escape(measures)}", markup=True)
+        self._line("eval", f"{name}: {_loss(values)}{escape(measures)}", markup=True)
+        for source, of_source in values.get("sources", {}).items():
+            self._line("", f"  {source}: {_loss(of_source)}", markup=True)
 
     def on_finish(self, record: dict[str, Any], folder: Path) -> None:
         self._stop()
@@ -202,6 +205,11 @@ class AnsweringBar:
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
+
+
+def _loss(values: dict[str, Any]) -> str:
+    """A loss with its interval, in markup."""
+    return f"loss {values['loss']:.4f}  [dim](95 % interval {values['low']:.4f} to {values['high']:.4f}, {values['rows']:,} examples)[/]"
 
 
 def _duration(seconds: float) -> str:

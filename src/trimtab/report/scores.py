@@ -1,5 +1,6 @@
 """Scores and answers as tables."""
 
+import math
 from typing import Any
 
 from rich.markup import escape
@@ -20,6 +21,8 @@ def scores_table(scores: dict[str, dict[str, Any]], source: str) -> Table:
             stopped = f"{score['stopped']:.1%}"
         loss = _with_interval(f"{score['loss']:.4f}", *(f"{end:.4f}" for end in score["loss_interval"]))
         table.add_row(name, loss, f"{score['perplexity']:.3f}", match, stopped)
+        for source, part in score.get("sources", {}).items():
+            table.add_row(f"[dim]{source}, {part['rows']:,}[/]", _loss_of(part), f"{math.exp(part['loss']):.3f}", "", "")
     if full := [f"{score['cut_by_context']} of {name}" for name, score in scores.items() if score["cut_by_context"]]:
         table.caption = f"answers cut off because the model's context was full: {', '.join(full)}"
         table.caption_justify = "left"
@@ -37,10 +40,16 @@ def preferences_table(scores: dict[str, dict[str, Any]], source: str) -> Table:
         table.add_column(name, justify="right")
     losses = [(f"{score['loss']:.4f}", *(f"{end:.4f}" for end in score["loss_interval"])) for score in scores.values()]
     table.add_row("loss", *(_with_interval(*loss) for loss in losses))
-    for key in [key for key in first if key not in ("objective", "rows", "loss", "loss_interval")]:
+    for source, part in first.get("sources", {}).items():
+        table.add_row(f"[dim]{source}, {part['rows']:,}[/]", *(_loss_of(score["sources"][source]) for score in scores.values()))
+    for key in [key for key in first if key not in ("objective", "rows", "loss", "loss_interval", "sources")]:
         number = "{:.1%}" if key == "accuracy" else "{:z.3f}"
         table.add_row(key.replace("_", " "), *(number.format(score[key]) for score in scores.values()))
     return table
+
+
+def _loss_of(part: dict[str, Any]) -> str:
+    return _with_interval(*(f"{part[key]:.4f}" for key in ("loss", "low", "high")))
 
 
 def _with_interval(value: str, low: str, high: str) -> str:

@@ -107,6 +107,7 @@ class Checkpointer:
         name = f"{CHECKPOINTS}/step-{step:06d}"
         loss = train_loss if train_loss is not None and math.isfinite(train_loss) else None  # a step that was skipped
         facts = {"step": step, "folder": name, "train_loss": loss, "eval_loss": eval_loss}
+        facts |= evaluated.by_source if evaluated else {}
         last = {**facts, "canaries": [logprob for _, logprob in canaries]}
         better = eval_loss is not None and (progress.best is None or eval_loss < progress.best["eval_loss"])
         seconds = time.perf_counter() - self.started

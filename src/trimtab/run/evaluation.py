@@ -39,6 +39,12 @@ def held_out_examples_of(run: Path) -> tuple[list[Example], str]:
     return examples, f"held-out examples of {run}"
 
 
+def block_of_text(target: Path) -> int | None:
+    """The most tokens of the blocks into which a run split plain texts; None for a run that did not, and for anything else."""
+    data = Recipe.read(target / RECIPE).data if is_run(target) else None
+    return data.max_length if data is not None and data.overlong == "split" else None
+
+
 def kind_of_data(target: Path) -> Kind:
     """What a run was trained on; answers, for anything that is no run."""
     return Recipe.read(target / RECIPE).objective.data_kind if is_run(target) else "answers"

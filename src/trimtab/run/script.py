@@ -195,6 +195,7 @@ class _BetweenSteps:
             "tokens": scored.tokens,
             "rows": scored.rows,
             **scored.measures,
+            **scored.by_source,
         }
         self.run.logged("eval", step, values)
         self.observer.logged("eval", step, values)

@@ -206,5 +206,6 @@ def _facts(recipe: Recipe, base: Base, adapter: Attached, data: LoadedData, step
         "lr_formula": formula,
         "learned_tokens": sum(len(row.target_indices) for row in data.train if row.side != "mismatched"),
         "data_digest": data.digest,
+        "sources": {name: share.plain() | {"words": str(share)} for name, share in data.shares.items()},
         "versions": versions(),
     }

@@ -264,3 +264,22 @@ def test_folders_and_several_files_are_kept_as_a_whole(home, monkeypatch):
     sources = (str(home / "saved"), rows_file(home))
     assert loaded(sources) == loaded(sources)
     assert len(counts) == 1
+
+
+def test_sources_are_kept_one_by_one_so_that_another_mix_of_them_is_read_at_once(home, monkeypatch):
+    a, b, c = (rows_file(home, name=f"{name}.jsonl", answer=name) for name in "abc")
+    counts = made_again(monkeypatch)
+
+    def of(seed=0, **sources):
+        config = DataConfig(train=sources, bad_rows="skip", eval=3)
+        return len(load_data(config, base(), None, seed).train), counts.count(1)
+
+    assert of(a=a, b=b) == (21, 2)
+    assert of(seed=1, b={"path": b, "weight": 2.0}, first={"path": a, "weight": 1.0}) == (21, 2)
+    assert of(a=a, b=b, c=c) == (33, 3)
+    assert of(a=a, b={"path": b, "limit": 5})[1] == 4
+    assert of(a=a, b={"path": b, "limit": 5})[1] == 4
+    assert of(seed=1, a=a, b={"path": b, "limit": 5})[1] == 5  # another sample
+    assert of(a=a, b={"path": b, "columns": {"prompt": "completion", "completion": "prompt"}})[1] == 6
+    rows = load_data(DataConfig(train={"x": a, "y": b}, bad_rows="skip", eval=0), base(), None, 0).train
+    assert [row.source for row in rows] == ["x"] * 12 + ["y"] * 12

@@ -70,7 +70,8 @@ def hub_dataset(name: str, subset: str | None = None, split: str | None = None, 
     except Exception as error:  # the network, the hub and the dataset's layout raise many kinds
         message = _first_line(error)
         if isinstance(error, ValueError) and any(words in message for words in _NO_SUCH_PART):
-            raise DataError(f"data: {name}: {message} (Set subset and split of the source.)") from None
+            whole = " ".join(str(error).split())
+            raise DataError(f"data: {name}: {whole} (They are the source's keys subset and split.)") from None
         if Path(name).is_dir():
             raise DataError(f"data: {name} cannot be read as a dataset: {message}") from None
         raise StorageError(

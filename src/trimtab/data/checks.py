@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from trimtab.core.errors import DataError
 from trimtab.data.duplicates import by_example, digest, repeated
-from trimtab.data.example import Conversation, Example, SourceReport, TokenRow, parts_of
+from trimtab.data.example import Conversation, Example, SourceReport, Text, TokenRow, parts_of
 from trimtab.data.leakage import find_leaks
 from trimtab.data.load import LoadedData
 from trimtab.data.rendering import Tokenizing, template_messages, template_of, trained_turns
@@ -51,7 +51,7 @@ def check_data(data: LoadedData, examples: Sequence[Example], base: Tokenizing) 
         _duplicates(rows),
         _leaks(rows, data.eval),
         _answers(rows),
-        _specials(rows, base),
+        _specials(rows, examples, base),
         *_sides(rows),
         *_reasoning(examples, base),
     ]
@@ -69,7 +69,7 @@ def _source(report: SourceReport) -> Finding:
     message = str(report) + "".join(f"; {count:,}: {reason}" for reason, count in reasons.most_common(3))
     if report.ignored_columns:
         message += f"; ignored columns: {', '.join(sorted(report.ignored_columns))}"
-    return Finding("rows", "note" if report.rejected else "good", message, report.plain())
+    return Finding("rows", "note" if report.rejected or report.dropped else "good", message, report.plain())
 
 
 OFTEN = 8
@@ -81,12 +81,13 @@ def _mixture(data: LoadedData) -> list[Finding]:
     shares = data.shares
     if not shares:
         return []
-    message = "; ".join(f"{name}: {share}" for name, share in shares.items())
-    often = [name for name, share in shares.items() if share.times >= OFTEN]
-    if often:
-        message += f". {', '.join(often)} may be memorized: give less weight, or more examples"
     facts = {name: share.plain() for name, share in shares.items()}
-    return [Finding("mixture", "note" if often else "good", message, facts)]
+    found = [Finding("mixture", "good", "; ".join(f"{name}: {share}" for name, share in shares.items()), facts)]
+    if often := {name: share.times for name, share in shares.items() if share.times >= OFTEN}:
+        words = ", ".join(f"{name} {times:.0f} times" for name, times in often.items())
+        message = f"each epoch goes through {words}, so its examples may be memorized: give it less weight, or more examples"
+        found.append(Finding("repetition", "note", message, dict(often)))
+    return found
 
 
 def _lengths(rows: Sequence[TokenRow]) -> Finding:
@@ -246,7 +247,7 @@ def _answers(rows: Sequence[TokenRow]) -> Finding:
     return Finding("answers", "good", message, facts)
 
 
-def _specials(rows: Sequence[TokenRow], base: Tokenizing) -> Finding:
+def _specials(rows: Sequence[TokenRow], examples: Sequence[Example], base: Tokenizing) -> Finding:
     """Special tokens that make other tools fail (B01, B04)."""
     bos, unknown, pad, end = (getattr(base.tokenizer, f"{name}_token_id", None) for name in ("bos", "unk", "pad", "eos"))
     doubled = [row.where for row in rows if bos is not None and row.ids[:2] == [bos, bos]]
@@ -264,7 +265,14 @@ def _specials(rows: Sequence[TokenRow], base: Tokenizing) -> Finding:
         message = (
             f"{len(strange):,} examples have characters that the tokenizer does not know (the first: {strange[0]}); {message}"
         )
-    return Finding("special tokens", "note" if strange else "good", message, facts)
+    mark = base.tokenizer.convert_ids_to_tokens(base.end_of_text) if base.end_of_text is not None else ""
+    inside = [example.where for example in examples if isinstance(example, Text) and mark and mark in example.text]
+    if inside:
+        message += (
+            f"; {len(inside):,} texts hold {mark} (the first: {inside[0]}), which the model reads as their end: documents of one file are "
+            "separated by a line with <|endoftext|> alone"
+        )
+    return Finding("special tokens", "note" if strange or inside else "good", message, facts)
 
 
 def _sides(rows: Sequence[TokenRow]) -> list[Finding]:

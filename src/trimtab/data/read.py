@@ -186,7 +186,8 @@ def _split(file: Path) -> str:
 def _pattern(file: Path, folder: Path) -> str:
     """A pattern that matches a file and the others of its split."""
     split, ending = _split(Path(file.name)), "".join(file.suffixes[-2:] if file.suffix in COMPRESSED else file.suffixes[-1:])
-    return f"{file.parent}/*{f'{split}*' if split else ''}{ending}"
+    parent = f"{folder}/**" if _suffix(file) in PLAIN and not split else file.parent
+    return f"{parent}/*{f'{split}*' if split else ''}{ending}"
 
 
 def _suffix(path: Path) -> str:
@@ -198,7 +199,7 @@ def _read_file(path: Path, report: SourceReport) -> Iterator[RawRow | RejectedEx
     suffix = _suffix(path)
     if suffix not in SUFFIXES or (suffix == ".parquet" and path.suffix.lower() in COMPRESSED):
         raise DataError(f"data: {path}: the ending {path.suffix!r} is not one of {', '.join(SUFFIXES)}{_advice(path)}.")
-    if path.stat().st_size == 0:
+    if path.stat().st_size == 0 and suffix not in PLAIN:  # an empty document is an example that can't be used
         raise DataError(f"data: {path} is empty.")
     try:
         if suffix in (".csv", ".tsv"):

@@ -69,7 +69,7 @@ class Loss:
                 parts[name][1].append(count)
         found = {}
         for name, (sums, counts) in parts.items():
-            low, high = _bootstrap(sums, counts)
+            low, high = _bootstrap(sums, counts) if len(sums) > 1 else (None, None)  # one example says nothing of others
             found[name] = {"loss": sum(sums) / sum(counts), "low": low, "high": high, "rows": len(sums)}
         return {"sources": found} if found else {}
 

@@ -209,6 +209,8 @@ class AnsweringBar:
 
 def _loss(values: dict[str, Any]) -> str:
     """A loss with its interval, in markup."""
+    if values["low"] is None:
+        return f"loss {values['loss']:.4f}  [dim](one example)[/]"
     return f"loss {values['loss']:.4f}  [dim](95 % interval {values['low']:.4f} to {values['high']:.4f}, {values['rows']:,} examples)[/]"
 
 

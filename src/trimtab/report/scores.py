@@ -49,6 +49,8 @@ def preferences_table(scores: dict[str, dict[str, Any]], source: str) -> Table:
 
 
 def _loss_of(part: dict[str, Any]) -> str:
+    if part["low"] is None:
+        return f"{part['loss']:.4f}"
     return _with_interval(*(f"{part[key]:.4f}" for key in ("loss", "low", "high")))
 
 

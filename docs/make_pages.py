@@ -24,9 +24,9 @@ import torch
 import transformers
 from pydantic import BaseModel
 
+from trimtab.core.config import Choice
 from trimtab.data import DataConfig, Source
 from trimtab.methods import Method
-from trimtab.objectives import Objective
 from trimtab.report.methods import methods_facts
 from trimtab.run.recipe import Recipe
 
@@ -369,16 +369,25 @@ def page() -> str:
         if kind is None:
             continue
         parts.append(f"\n## {key}\n\n{field.description}\n")
-        if kind in (Method, Objective):
-            for name in kind.names():
-                member = kind.member(name)
-                summary = (member.__doc__ or "").strip().splitlines()[0]
-                parts.append(f"\n### `{key}: {{name: {name}}}`\n\n{summary}\n{_table(member)}")
-        else:
-            parts.append(_table(kind))
+        if issubclass(kind, Choice):
+            parts += _members(kind, key)
+            continue
+        parts.append(_table(kind))
         if kind is DataConfig:
             parts.append(f"\n### `{key}: {{train: {{NAME: {{path: …}}}}}}`\n\n{inspect.getdoc(Source)}\n{_table(Source)}")
+        for inner, inner_field in kind.model_fields.items():
+            family = _model_of(inner_field.annotation)
+            if family is not None and issubclass(family, Choice):
+                parts += _members(family, f"{key}.{inner}")
     return "".join(parts)
+
+
+def _members(family: type[Choice], key: str) -> Iterable[str]:
+    """A part of the page for each member of a family."""
+    for name in family.names():
+        member = family.member(name)
+        summary = (member.__doc__ or "").strip().splitlines()[0]
+        yield f"\n### `{key}: {{name: {name}}}`\n\n{summary}\n{_table(member)}"
 
 
 CHAPTERS = {
@@ -598,6 +607,8 @@ def _default(field: Any) -> str:
     if field.is_required():
         return "required"
     value = field.get_default(call_default_factory=True)
+    if isinstance(value, Choice):
+        return f"`{value.name}`"
     if isinstance(value, tuple) and len(value) == 1:
         return f"`{value[0]}`"
     return "none" if value is None else f"`{value}`"

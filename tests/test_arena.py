@@ -26,7 +26,7 @@ def trained(family="llama", method=None, *, memory=True, recompute="auto", epoch
     base = Base(tiny(family))
     adapter = attach(base.model, method or LoRA(rank=3), sample=Sample(rows=random_rows(40, seed=5)))
     perturb(adapter.parameters(), 0.1)
-    plan = plan_memory(base.model, Workload(max(LENGTHS)), 30, recompute) if memory else None
+    plan = plan_memory(base.model, Workload(max(LENGTHS)), 30, recompute, 0.0) if memory else None
     losses = [step.loss for step in train(base, adapter, SFT(), STEPS, TrainConfig(epochs=epochs), 1e-2, plan)]
     return losses, adapter.state()
 

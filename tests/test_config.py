@@ -1,6 +1,7 @@
 """A recipe says exactly one thing, or is refused by the path of what is wrong with it."""
 
 import types
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -18,7 +19,7 @@ from trimtab.methods import Method
 from trimtab.methods.lora import LoRA
 from trimtab.objectives import Objective
 from trimtab.run.recipe import Recipe
-from trimtab.train import TrainConfig
+from trimtab.train import TrainConfig, UpdateRule
 
 DATA = "data: {train: a.jsonl}\n"
 
@@ -330,7 +331,7 @@ def test_a_config_cannot_be_changed():
 
 
 def test_every_file_of_a_family_is_a_member_that_says_its_name():
-    for family in (Method, Objective):
+    for family in (Method, Objective, UpdateRule):
         folder = Path(__import__(family.family, fromlist=["_"]).__file__).parent
         assert family.names() == sorted(path.stem for path in folder.glob("[!_]*.py"))
         assert family.default in family.names()
@@ -382,7 +383,7 @@ def test_every_key_says_what_it_is_for(kind, path, key):
 
 CANDIDATES = [
     1, 2, 3, 64, 100, 0.5, 0.25, 1e-5, 3.0, "cpu", "no", "1e5", ["q_proj"], ["a: b", "#c"], {"prompt": "1e5"}, {"q": "x"},
-    {"q_proj": 3}, True, False, None, "Say {q}: {{}}",
+    {"q_proj": 3}, [0.5, 0.25], "adafactor", True, False, None, "Say {q}: {{}}",
 ]  # fmt: skip
 
 
@@ -430,13 +431,13 @@ def test_every_key_survives_the_round_trip_with_each_value_it_takes(kind, path, 
         section |= TOGETHER.get((kind, key), {})
         if issubclass(kind, Choice):
             section = NEEDED.get(_member(kind), {}) | section | {"name": _member(kind)}
-        made = Recipe.parse({"data": {"train": "a.jsonl"}, "output": "/abs/run", path: section})
+        for outer in reversed(path.split(".")):
+            section = {outer: section}
+        made = Recipe.parse({"data": {"train": "a.jsonl"}, "output": "/abs/run"} | section)
         assert_survives(made)
-        again = recipe(made.to_yaml())
-        assert getattr(getattr(again, path), key) == getattr(getattr(made, path), key)
-        assert getattr(getattr(again, path), key) != getattr(
-            getattr(Recipe.parse({"data": {"train": "other.jsonl"}}), path), key, ...
-        )
+        again, part = recipe(made.to_yaml()), attrgetter(path)
+        assert getattr(part(again), key) == getattr(part(made), key)
+        assert getattr(part(again), key) != getattr(part(Recipe.parse({"data": {"train": "other.jsonl"}})), key, ...)
 
 
 def test_a_source_survives_the_round_trip_with_every_key():

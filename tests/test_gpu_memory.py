@@ -63,10 +63,10 @@ def test_less_is_held_if_more_is_computed_again(folder):
 
 def test_a_plan_is_within_its_share_and_smaller_with_less_memory(folder):
     base, _ = adapted(folder)
-    made = plan_memory(base.model, Workload(500), "auto", "auto")
+    made = plan_memory(base.model, Workload(500), "auto", "auto", 0.0)
     assert made.pack_tokens == 32768
     assert made.peak_bytes < 0.92 * torch.cuda.mem_get_info(DEVICE)[0]
-    less = plan_memory(base.model, Workload(500), "auto", "auto", 0.3 * made.peak_bytes)
+    less = plan_memory(base.model, Workload(500), "auto", "auto", 0.0, 0.3 * made.peak_bytes)
     assert 2048 <= less.pack_tokens < 32768
 
 

@@ -19,6 +19,7 @@ from trimtab.objectives import Objective
 from trimtab.run import script
 from trimtab.run.recipe import Recipe
 from trimtab.run.script import run_recipe
+from trimtab.train import UpdateRule
 
 PARTS = """---
 configs:
@@ -125,6 +126,7 @@ CHANGES = {
     "train.lr": lambda work: {"train.lr": 1e-3},
     "train.schedule": lambda work: {"train.schedule": "linear"},
     "train.warmup": lambda work: {"train.warmup": 0.5},
+    "train.optimizer": lambda work: {"train.optimizer": "adafactor"},
     "train.weight_decay": lambda work: {"train.weight_decay": 0.5},
     "train.clip": lambda work: {"train.clip": 1e-4},
     "train.evaluate_every": lambda work: {"train.evaluate_every": 1},
@@ -213,6 +215,34 @@ def by_default(work):
 def test_another_value_of_an_objectives_key_gives_another_result(name, key, work, by_default):
     values = {"reference": str(work / "other"), "loss_type": "ipo", "label_smoothing": 0.3, "sft": 0.5}
     assert by_preference(work, name, **{key: values.get(key, 0.7)}) != by_default[name]
+
+
+OPTIMIZER_KEYS = [(name, key) for name in UpdateRule.names() for key in UpdateRule.member(name).model_fields]
+
+
+@pytest.fixture(scope="module")
+def by_optimizer(work):
+    """What each optimizer leaves behind with every key at its default; some are vectors, which not all treat as they do matrices."""
+    return {name: with_optimizer(work, name) for name in UpdateRule.names()}
+
+
+def with_optimizer(work, name, **settings):
+    words = "-".join([name, *settings])
+    return outcome(work, f"optimizer-{words}", method="dora", **{"train.optimizer": {"name": name, **settings}})
+
+
+def test_every_optimizer_gives_another_result(by_optimizer):
+    weights = [adapter for adapter, *_ in by_optimizer.values()]
+    assert len(set(weights)) == len(weights)
+
+
+@pytest.mark.parametrize(("name", "key"), OPTIMIZER_KEYS, ids=str)
+def test_another_value_of_an_optimizers_key_gives_another_result(name, key, work, by_optimizer):
+    if key == "paged":  # by the same numbers, in other memory
+        with pytest.raises(RecipeError, match=r"train\.optimizer\.paged: only CUDA has paged memory"):
+            with_optimizer(work, name, paged=True)
+        return
+    assert with_optimizer(work, name, **{key: {"betas": [0.5, 0.9], "eps": 1e-3, "momentum": 0.5}[key]}) != by_optimizer[name]
 
 
 def test_start_trains_an_earlier_adapter_on(work, plain):
@@ -522,7 +552,7 @@ def test_a_device_that_is_not_there_is_refused(work):
 def keys(kind, prefix=""):
     for name, field in kind.model_fields.items():
         inner = field.annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel) and inner not in (Method, Objective):
+        if isinstance(inner, type) and issubclass(inner, BaseModel) and inner not in (Method, Objective, UpdateRule):
             yield from keys(inner, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}"

@@ -153,8 +153,10 @@ def test_a_recipe_trains_in_float16_and_its_checkpoints_hold_the_scale(here):
 
 def test_a_resumed_run_goes_on_with_the_saved_scale():
     base, adapter = adapted(torch.float16)
+    saved_one = Optimizer(adapter, 0.0)
+    saved_one.step(0.0)
     prepared = SimpleNamespace(base=base, adapter=adapter, recipe=SimpleNamespace(train=FLAT))
     for saved, expected in (({"value": 2.0**9, "steps": 7}, LossScale(2.0**9, 7)), ({}, LossScale(loss_scale.FIRST))):
         facts = dataclasses.asdict(Progress(loss_scale=saved))
-        optimizer, *_ = running._optimizer(prepared, State(4, Optimizer(adapter, 0.0).state(), facts))
+        optimizer, *_ = running._optimizer(prepared, State(4, saved_one.state(), facts))
         assert optimizer.loss_scale == expected

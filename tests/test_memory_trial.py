@@ -123,11 +123,18 @@ def test_the_model_and_its_gradients_are_left_as_they_were():
     assert not model.model._forward_hooks
 
 
+def moments_of(model):
+    """The bytes of AdamW's."""
+    return 2 * sum(p.nbytes for p in model.parameters() if p.requires_grad)
+
+
 def planned(free, memory=None, pack_tokens="auto", recompute="auto", steps=None, longest=30):
     model = adapted()
     with memory or CountedMemory() as counted:
         measure = TriedPacks(model, counted)
-        made = plan_memory(model, Workload(longest, fullest_steps=steps), pack_tokens, recompute, free, measure)
+        made = plan_memory(
+            model, Workload(longest, fullest_steps=steps), pack_tokens, recompute, moments_of(model), free, measure
+        )
     return made, measure
 
 

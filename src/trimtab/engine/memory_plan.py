@@ -103,6 +103,7 @@ def plan_memory(
     work: Workload,
     pack_tokens: int | Literal["auto"],
     recompute: Recompute,
+    optimizer_bytes: float,
     free: float | None = None,
     measure: Measure | None = None,
 ) -> MemoryPlan:
@@ -110,17 +111,18 @@ def plan_memory(
 
     Args:
         model: With its adapter.
+        optimizer_bytes: That the optimizer holds beside the parameters and their gradients.
         free: Bytes that may be taken; measured unless given.
         measure: The device's, unless given.
 
     Raises:
-        RecipeError: The gradients and the optimizer do not fit, or not even the longest row if all is computed again; or a
-            validation row.
+        RecipeError: Gradients and the optimizer's state do not fit; or, with all computed again, the longest row; or a validation row.
     """
     measure = measure or measure_for(model)
     free = free_memory(next(model.parameters()).device) if free is None else free
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    budget = _budget(measure, free, trained)
+    held = trained + optimizer_bytes
+    budget = _budget(measure, free, trained, held)
     asked = pack_tokens if pack_tokens != "auto" else None
     advice = f"and {budget / 1e9:.2f} GB are left for it, of {free / 1e9:.2f} GB free. Lower data.max_length"
     advice += " or train.pack_tokens." if asked else "."
@@ -138,7 +140,7 @@ def plan_memory(
     arena = min(levels.saved(*_full(tokens, work.longest)), budget - elsewhere)
     peak = max(passes.peak, min(passes.saved, arena) + elsewhere)
     cache = min(work.frozen_output_bytes, max(0.0, budget - peak)) if math.isfinite(budget) else work.frozen_output_bytes
-    total = 3 * trained + peak + cache
+    total = held + peak + cache
     limit = within if recompute == "auto" and math.isfinite(budget) else None
     of_free = f", of {free / 1e9:.1f} GB free" if math.isfinite(free) else ""
     summary = (
@@ -148,13 +150,14 @@ def plan_memory(
     return MemoryPlan(tokens, costs, limit, arena, cache, total, summary)
 
 
-def _budget(measure: Measure, free: float, trained: float) -> float:
-    """Bytes for packs, beside gradients and two moments of them. Raises RecipeError if there are not enough for a copy to save."""
-    budget = measure.share * free - 3 * trained
+def _budget(measure: Measure, free: float, trained: float, held: float) -> float:
+    """Bytes for packs, beside what is held. Raises RecipeError if there are not enough for a copy of what is trained to save."""
+    budget = measure.share * free - held
     if budget <= trained:
         raise RecipeError(
-            f"Gradients, AdamW's two moments and a copy of the trained parameters to save take {4 * trained / 1e9:.2f} GB, and "
-            f"{free / 1e9:.2f} GB are free: train fewer parameters (a lower method.rank, fewer method.targets)."
+            f"Gradients, the optimizer's state and a copy of the trained parameters to save take {(held + trained) / 1e9:.2f} GB, and "
+            f"{free / 1e9:.2f} GB are free: train fewer parameters (a lower method.rank, fewer method.targets), or use an optimizer with "
+            "less state (train.optimizer=adafactor)."
         )
     return budget
 

@@ -13,7 +13,7 @@ from trimtab.engine import describe_layers
 from trimtab.methods import Attached
 from trimtab.run.checkpoints import KEPT
 from trimtab.run.recipe import Recipe
-from trimtab.train import plan_training_memory
+from trimtab.train import optimizer_bytes, plan_training_memory
 
 
 @dataclass
@@ -36,7 +36,7 @@ def preflight(opened: OpenedRecipe) -> list[Finding]:
     recipe, data = opened.recipe, opened.data
     examples = first_examples(recipe.absolute().data, EXAMPLES_CHECKED, data.seed, recipe.objective.data_kind)
     findings = [*check_data(data, examples, opened.base), _capacity(opened.adapter, data), _layers(opened.base.model)]
-    return [*findings, _disk(recipe, opened.adapter)]
+    return [*findings, _disk(recipe, opened.base, opened.adapter)]
 
 
 def _layers(model: Any) -> Finding:
@@ -78,10 +78,10 @@ def _capacity(adapter: Attached, data: LoadedData) -> Finding:
     return Finding("capacity", "good", message, facts)
 
 
-def _disk(recipe: Recipe, adapter: Attached) -> Finding:
-    """The run's folder at its fullest: adapters of two states, the best, and the final one; and the states, of three numbers each."""
+def _disk(recipe: Recipe, base: Base, adapter: Attached) -> Finding:
+    """The run's folder at its fullest: adapters of two states, the best, and the final one; and the states, with the optimizer's."""
     size = sum(p.nbytes for p in adapter.parameters().values())
-    needed = (KEPT + 3) * size + (KEPT + 1) * 3 * size + 1_000_000
+    needed = (KEPT + 3) * size + (KEPT + 1) * (size + optimizer_bytes(base, recipe.train)) + 1_000_000
     folder = next(p for p in (recipe.output.absolute(), *recipe.output.absolute().parents) if p.exists())
     free = shutil.disk_usage(folder).free
     message = f"the run needs {needed / 1e6:,.0f} MB at most, and {free / 1e6:,.0f} MB are free in {folder}"

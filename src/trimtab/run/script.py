@@ -100,10 +100,8 @@ def _train(run: Run, prepared: PreparedRun, state: State | None, observer: RunOb
     """What was saved, and the names of the tensors that training has not moved."""
     recipe, steps = prepared.recipe, prepared.steps
     optimizer, first_values, peak = _optimizer(prepared, state)
-    if not optimizer.fused:
-        observer.on_notice(
-            f"torch has no fused AdamW on {prepared.base.device}: each of its operations runs by itself, on all tensors"
-        )
+    if notice := recipe.train.optimizer.notice(prepared.base.device):
+        observer.on_notice(notice)
     between = _BetweenSteps(run, prepared, optimizer, state, observer)
     between.before_training(state)
     logged: Step | None = None
@@ -210,7 +208,8 @@ class _BetweenSteps:
 
 def _optimizer(prepared: PreparedRun, state: State | None) -> tuple[Optimizer, dict[str, str], PeakMemory]:
     """The optimizer as the checkpoint has it, digests of its parameters' first values, and the peak of memory from now on."""
-    optimizer, already = Optimizer(prepared.adapter, prepared.recipe.train.weight_decay), 0
+    config, already = prepared.recipe.train, 0
+    optimizer = Optimizer(prepared.adapter, config.weight_decay, config.optimizer)
     first_values = optimizer.digests()
     if state is not None:
         scale = LossScale(**state.facts["loss_scale"]) if state.facts.get("loss_scale") else None

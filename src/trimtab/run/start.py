@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from trimtab.artifacts import read_adapter
-from trimtab.base import Base, locate_model
+from trimtab.base import Base, locate_model, resolve_device
 from trimtab.core import files
 from trimtab.core.errors import RecipeError
 from trimtab.data import Finding, LoadedData, check_first_examples, load_data, refuse_problems, row_groups
@@ -88,6 +88,7 @@ def open_recipe(
     """
     on_stage("reading the recipe and the first examples")
     locate_model(recipe.model.name)
+    recipe.train.optimizer.check_available(resolve_device(recipe.model))
     check_first_examples(recipe.data, recipe.objective.data_kind)
     recipe, start = with_start(recipe)
     on_stage(f"loading {recipe.model.name}")

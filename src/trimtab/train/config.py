@@ -3,10 +3,12 @@
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from trimtab.core.config import Config
 from trimtab.engine import Recompute
+from trimtab.train.optimizers import UpdateRule
+from trimtab.train.optimizers.adamw import AdamW
 
 Schedule = Literal["cosine", "linear", "constant"]
 
@@ -38,13 +40,16 @@ class TrainConfig(Config):
     """Gradient checkpointing: none, mlp (of the MLPs alone, which take most of the memory), full, or auto, which uses as little as
     micro-batches need to fit into memory."""
     lr: Literal["auto"] | Annotated[float, Field(gt=0)] = "auto"
-    """Peak learning rate; auto is by the method's rule, which the run prints. The rules are in docs/methods.md."""
+    """Peak learning rate; auto is by the method's rule, times what the optimizer and the objective take, and the run prints it. The
+    rules are in docs/methods.md."""
     schedule: Schedule = "cosine"
     """How the learning rate decays after its warm-up: to zero along a cosine or a line, or not at all."""
     warmup: Annotated[float, Field(ge=0, le=1), BeforeValidator(_fraction)] = 0.05
     """Fraction of the steps over which the learning rate rises from zero."""
+    optimizer: Annotated[SerializeAsAny[UpdateRule], BeforeValidator(UpdateRule.pick)] = Field(default_factory=AdamW)
+    """How gradients become updates: adamw, or one that holds less beside the parameters; see below."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """AdamW's, on the adapter's parameters."""
+    """Decoupled: at each step, the adapter's parameters shrink by this fraction, times the learning rate."""
     clip: Annotated[float, Field(gt=0)] | None = 1.0
     """The largest norm of the gradient; a larger one is scaled down to it. null for no limit."""
     evaluate_every: Annotated[int, Field(ge=1)] | None = None

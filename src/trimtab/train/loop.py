@@ -97,7 +97,7 @@ def train(
         KeyboardInterrupt: The adapter is as it was before the step; an interrupt during an update is raised when the next step is asked for.
         DataError: A step has no targets.
     """
-    optimizer = optimizer or Optimizer(adapter, config.weight_decay)
+    optimizer = optimizer or Optimizer(adapter, config.weight_decay, config.optimizer)
     passes, late_interrupt, skipped_in_a_row = _Passes(base, objective, steps, config, memory), None, 0
     optimizer.clear()
     for number in range(optimizer.taken + 1, len(steps) + 1):
@@ -206,8 +206,10 @@ def peak_learning_rate(
         return config.lr, "given"
     model = base.model.config.get_text_config()
     rate, basis = method.learning_rate(LearningRateContext(model.model_type, model.hidden_size, rows_per_step))
-    share = objective.lr_multiplier
-    return (rate, basis) if share == 1.0 else (float(f"{rate * share:.2e}"), f"{basis}; times {share:g} for {objective.name}")
+    shares = {part.name: part.lr_multiplier for part in (config.optimizer, objective) if part.lr_multiplier != 1.0}
+    for name, share in shares.items():
+        rate, basis = float(f"{rate * share:.2e}"), f"{basis}; times {share:g} for {name}"
+    return rate, basis
 
 
 def _dropout_seed(seed: int, step: int, part: int) -> int:

@@ -1,4 +1,4 @@
-"""AdamW on an adapter's parameters: uninterrupted steps, and optimizer state by the parameters' names."""
+"""The optimizer of an adapter's parameters: uninterrupted steps, and its state by the parameters' names."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -10,17 +10,20 @@ from torch import Tensor, nn
 from trimtab.artifacts import sha256_tensor
 from trimtab.core.errors import ArtifactError
 from trimtab.core.interrupts import interrupts_deferred
-from trimtab.methods import Attached
+from trimtab.methods import Attached, matrix_shape, unwrap
 from trimtab.train.loss_scale import LossScale
+from trimtab.train.optimizers import Trained, UpdateRule
+from trimtab.train.optimizers.adamw import AdamW
 
-MOMENTS = {"mean": "exp_avg", "square": "exp_avg_sq"}
-"""Ours and torch's names."""
+STEP = "step"
+"""The libraries' name of a parameter's number of steps, which is the same for all."""
 
 
 class Optimizer:
-    """AdamW, with a parameter group for each learning rate multiplier of the method."""
+    """The optimizers that a rule makes for an adapter's parameters, as one."""
 
-    def __init__(self, adapter: Attached, weight_decay: float) -> None:
+    def __init__(self, adapter: Attached, weight_decay: float, rule: UpdateRule | None = None) -> None:
+        """`rule` is AdamW unless given. Raises RecipeError if it does not suit these parameters."""
         self.adapter = adapter
         self.named = adapter.parameters()
         self.taken = 0
@@ -28,15 +31,12 @@ class Optimizer:
         self.skipped = 0
         self.loss_scale = LossScale.of(adapter.model)
         """Of the gradients that `step` takes; of the next step's, afterwards."""
-        groups: dict[float, list[nn.Parameter]] = {}
-        for name, parameter in self.named.items():
-            groups.setdefault(adapter.method.lr_multiplier(name.rpartition(".")[2]), []).append(parameter)
+        rule = rule or AdamW()
+        self._constants = {STEP, *rule.constants}
+        self._parts = rule.build(trained_by(adapter), weight_decay)
+        for parameter in self.parameters:
             # If they were made later, among the temporary tensors of a backward pass, gradients would fragment memory.
             parameter.grad = torch.zeros_like(parameter)
-        by_rate = [{"params": group, "lr_multiplier": multiplier} for multiplier, group in groups.items()]
-        self.fused = _has_fused_adamw(next(iter(self.named.values())).device)
-        fused, foreach = self.fused, not self.fused
-        self._adamw = torch.optim.AdamW(by_rate, lr=0.0, weight_decay=weight_decay, fused=fused, foreach=foreach)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -44,14 +44,18 @@ class Optimizer:
 
     def step(self, lr: float) -> None:
         """Update the parameters by their gradients, and clear those. An interrupt meanwhile is raised afterwards."""
-        for group in self._adamw.param_groups:
-            group["lr"] = lr * group["lr_multiplier"]
         with interrupts_deferred():
-            self._adamw.step()
+            self._update(lr)
             self.clear()
             self.taken += 1
             self.loss_scale = self.loss_scale.after_step()
             self.adapter.trained = True
+
+    def _update(self, lr: float) -> None:
+        for part in self._parts:
+            for group in part.param_groups:
+                group["lr"] = lr * group["lr_multiplier"]
+            part.step()
 
     def skip(self) -> None:
         """Skip a step: clear its gradients, and change nothing else."""
@@ -77,24 +81,49 @@ class Optimizer:
 
     def clear(self) -> None:
         """Set the gradients to zero."""
-        self._adamw.zero_grad(set_to_none=False)
+        for part in self._parts:
+            part.zero_grad(set_to_none=False)
 
     def release(self) -> None:
         """Free the gradients' memory."""
-        self._adamw.zero_grad(set_to_none=True)
+        for part in self._parts:
+            part.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Tensor]:
-        """All that further steps depend on: values and both moments, by kind and name, on the CPU; not copied if there already."""
-        held = {f"value/{name}": parameter.detach() for name, parameter in self.named.items()}
-        for name, parameter in self.named.items():
-            for ours, theirs in MOMENTS.items():
-                moment = self._adamw.state[parameter].get(theirs) if parameter in self._adamw.state else None
-                held[f"{ours}/{name}"] = torch.zeros_like(parameter) if moment is None else moment
-        return {name: tensor.to("cpu").contiguous() for name, tensor in held.items()}
+        """All that further steps depend on, on the CPU: values, and what the optimizer holds, by kind and name; not copied if there already."""
+        values = {f"value/{name}": parameter.detach() for name, parameter in self.named.items()}
+        return {name: tensor.to("cpu").contiguous() for name, tensor in (values | self._held()).items()}
+
+    def _held(self) -> dict[str, Tensor]:
+        """What the optimizer holds beside the number of steps, by the library's name of it and the parameter's; nothing before a step."""
+        return {
+            f"{kind}/{name}": value
+            for name, parameter in self.named.items()
+            for kind, value in self._state_of(parameter).items()
+            if kind not in self._constants and isinstance(value, Tensor)
+        }
+
+    def _state_of(self, parameter: nn.Parameter) -> dict[str, Any]:
+        return next((part.state[parameter] for part in self._parts if parameter in part.state), {})
 
     def load(self, tensors: Mapping[str, Tensor], taken: int, skipped: int = 0, scale: LossScale | None = None) -> None:
-        """Resume from a state. Raises ArtifactError, changing nothing, if the names, shapes or types are not these parameters'."""
-        expected = {f"{kind}/{name}": p for kind in ("value", *MOMENTS) for name, p in self.named.items()}
+        """Resume from a state. Raises ArtifactError, changing nothing, if names, shapes or types are not this optimizer's."""
+        fresh = not self._held()
+        if fresh and taken > skipped:  # so that the library makes what it holds, where it wants it
+            self.clear()
+            self._update(0.0)
+        try:
+            self._load(tensors, taken - skipped)
+        except ArtifactError:
+            if fresh:
+                self._forget()
+            raise
+        self.taken, self.skipped = taken, skipped
+        self.loss_scale = replace(scale) if scale is not None else self.loss_scale
+
+    def _load(self, tensors: Mapping[str, Tensor], steps: int) -> None:
+        held = self._held() if steps else {}
+        expected = {f"value/{name}": parameter.detach() for name, parameter in self.named.items()} | held
         wrong = sorted(tensors.keys() ^ expected.keys())
         wrong += [n for n in tensors.keys() & expected.keys() if _form(tensors[n]) != _form(expected[n])]
         if wrong:
@@ -102,23 +131,34 @@ class Optimizer:
                 f"{wrong[0]} is not what this run trains{f' (and {len(wrong) - 1} more)' if wrong[1:] else ''}."
             )
         self.adapter.load_state({name: tensors[f"value/{name}"] for name in self.named})
-        for name, parameter in self.named.items():
-            state: dict[str, Any] = {
-                theirs: tensors[f"{ours}/{name}"].to(parameter.device, copy=True) for ours, theirs in MOMENTS.items()
-            }
-            at = parameter.device if self.fused else torch.device("cpu")  # else each step would wait for the device to read it
-            self._adamw.state[parameter] = {"step": torch.tensor(float(taken - skipped), device=at), **state}
-        self.taken, self.skipped = taken, skipped
-        self.loss_scale = replace(scale) if scale is not None else self.loss_scale
+        for name, tensor in held.items():
+            tensor.copy_(tensors[name])
+        if not steps:
+            self._forget()
+        for state in map(self._state_of, self.parameters):
+            if isinstance(count := state.get(STEP), Tensor):
+                count.fill_(steps)
+            elif count is not None:
+                state[STEP] = steps
+
+    def _forget(self) -> None:
+        for part in self._parts:
+            part.state.clear()
 
 
-def _has_fused_adamw(device: torch.device) -> bool:
-    """Whether torch has one kernel for AdamW's step on the device; else it takes one for each operation, of all tensors at once."""
-    try:
-        torch.optim.AdamW([torch.zeros(1, device=device, requires_grad=True)], fused=True)
-    except RuntimeError:
-        return False
-    return True
+def trained_by(adapter: Attached) -> list[Trained]:
+    """The adapter's parameters as an optimizer sees them."""
+    model: Any = adapter.model
+    head = unwrap(model.get_output_embeddings())
+    of_matrix = {
+        id(parameter)
+        for layer in adapter.layers.values()
+        if (base := unwrap(layer.base)) is not head and matrix_shape(base) is not None
+        for parameter in layer.own_parameters().values()
+        if parameter.ndim == 2
+    }
+    multiplier = adapter.method.lr_multiplier
+    return [Trained(p, multiplier(name.rpartition(".")[2]), id(p) in of_matrix) for name, p in adapter.parameters().items()]
 
 
 def _form(tensor: Tensor) -> tuple[Any, ...]:

@@ -9,7 +9,9 @@ from trimtab.core.process import never_keep_freed_memory
 from trimtab.data import Pack, largest_group_tokens, pack_all, plan_steps, row_groups
 from trimtab.data.example import TokenRow
 from trimtab.engine import FrozenLayerCache, MemoryPlan, Workload, plan_memory
+from trimtab.methods import adapters
 from trimtab.train.config import TrainConfig
+from trimtab.train.optimizer import trained_by
 
 
 class TrainingSteps:
@@ -74,7 +76,13 @@ def plan_training_memory(
     frozen_output_bytes = FrozenLayerCache(base.model, 0).bytes_for(all_tokens) if config.keeps_frozen_outputs else 0.0
     longest_evaluated = max((len(row.ids) - 1 for row in held_out), default=0)  # nothing is predicted from the last token
     work = Workload(largest_group_tokens(rows), target_share, fullest if rows else None, frozen_output_bytes, longest_evaluated)
-    return plan_memory(base.model, work, config.pack_tokens, config.recompute)
+    return plan_memory(base.model, work, config.pack_tokens, config.recompute, optimizer_bytes(base, config))
+
+
+def optimizer_bytes(base: Base, config: TrainConfig) -> int:
+    """What the optimizer of the base's adapters holds beside the parameters and their gradients."""
+    trained = (one for adapter in adapters(base.model).values() for one in trained_by(adapter) if one.parameter.requires_grad)
+    return sum(config.optimizer.state_bytes(parameter, is_matrix) for parameter, _, is_matrix in trained)
 
 
 FULLEST = 8

@@ -153,7 +153,7 @@ def test_system_messages_are_added_replaced_and_left_out(messages, system, expec
     (example,), _, _ = read({"messages": messages}, system=system)
     texts = [message["content"] for message in example.messages if message["role"] == "system"]
     assert texts == ([expected] if expected else [])
-    assert [example.messages[n]["content"] for n in example.context_only] == ["No."]
+    assert [example.messages[n]["content"] for n in example.weights] == ["No."]
     written = [{"role": "system", "content": expected}] if expected else []
     (same,), _, _ = read({"messages": [*written, *earlier, *TALK[1:]]})
     assert tokens({"messages": messages}, base("qwen2_5"), system=system)[1] == tokenize_examples(

@@ -92,7 +92,7 @@ def test_judged_answers_come_in_every_shape(tmp_path, shape, label, value, good)
 def test_earlier_answers_are_read_and_not_learned(tmp_path):
     turns = [USER, said("4"), {"role": "user", "content": "Sure?"}]
     pair = read(tmp_path, {"messages": turns, "chosen": said("Yes."), "rejected": said("No.")})
-    assert pair.chosen.context_only == {1}
+    assert pair.chosen.weights == {0: 0, 1: 0, 2: 0, 3: 1}
     data = load_data(
         DataConfig(train=written(tmp_path, {"messages": turns, "chosen": "Yes.", "rejected": "No."}), eval=0),
         BASE(),

@@ -31,7 +31,7 @@ def conversation(*texts, system=None, context_only=(), **more):
     """Turn and turn about, the user first."""
     messages = [{"role": "system", "content": system}] if system else []
     messages += [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
-    return Conversation(tuple(messages), "data:1", context_only=frozenset(context_only), **more)
+    return Conversation(tuple(messages), "data:1", weights=dict.fromkeys(context_only, 0.0), **more)
 
 
 def completion(prompt, answer):
@@ -90,7 +90,7 @@ def learns_exactly_the_answers(family, example, base=None):
     """Check everything that is promised of a conversation's labels; returns its sequences."""
     base = base or family.make()
     made = sequences_of(example, base)
-    turns = [n for n, m in enumerate(example.messages) if m["role"] == "assistant" and n not in example.context_only]
+    turns = [n for n, m in enumerate(example.messages) if m["role"] == "assistant" and example.weights.get(n) != 0]
     answers = [(sequence, first, last) for sequence in made for first, last in runs(sequence)]
     assert len(answers) == len(turns)
     assert [text for sequence in made for text in said(base, sequence)] == [
@@ -197,7 +197,7 @@ class TestEveryTemplate:
             "messages[0] is the assistant's, without a prompt: begin with another role, or give it weight 0"
         )
         if family.end != "</s>":  # Mistral's template wants the user to begin
-            learns_exactly_the_answers(family, Conversation((first, *rest), "data:1", context_only=frozenset({0})))
+            learns_exactly_the_answers(family, Conversation((first, *rest), "data:1", weights={0: 0.0}))
 
 
 WORDS = ["hello", " hello", "the", " the", "2+", "+", "\n", "\n\n", " ", "  ", "\t", "中", "🙂", "\u0301", "."]

@@ -7,6 +7,7 @@ import pytest
 
 from trimtab.data import Conversation, SourceReport, Text
 from trimtab.data.formats import read_examples
+from trimtab.data.trained import trained_turns
 
 
 def user(text, **more):
@@ -151,8 +152,8 @@ def test_several_sharegpt_calls_are_one_message():
 
 def test_a_sharegpt_turn_of_weight_0_is_not_learned():
     turns = [turn("human", "a"), turn("gpt", "b", weight=0), turn("human", "c"), turn("gpt", "d", weight=1)]
-    assert read({"conversations": turns}).context_only == {1}
-    assert read({"conversations": turns, "system": "s"}).context_only == {2}
+    assert read({"conversations": turns}).weights == {1: 0, 3: 1}
+    assert read({"conversations": turns, "system": "s"}).weights == {2: 0, 4: 1}
 
 
 @pytest.mark.parametrize(
@@ -178,8 +179,8 @@ def test_a_sharegpt_turn_of_weight_0_is_not_learned():
             "every assistant message has weight 0, so there is nothing to train on",
         ),
         (
-            [turn("human", "a"), turn("gpt", "b", weight=0.5)],
-            "conversations[1].weight is 0.5; it can be 0 (in the context, not trained on) or 1",
+            [turn("human", "a"), turn("gpt", "b", weight=-0.5)],
+            "conversations[1].weight is -0.5; it can be 0 (in the context, not trained on), 1, or another number from 0.000001 to 1,000,000",
         ),
         (
             [turn("human", "a"), turn("function_call", "add(2, 2)")],
@@ -263,7 +264,8 @@ def test_what_a_table_fills_up_with_nulls_is_left_out():
 def test_weight_0_is_read_and_not_learned():
     messages = [user("a"), assistant("b", weight=0), user("c"), assistant("d", weight=1), user("e"), assistant("f")]
     example = read({"messages": messages})
-    assert example.context_only == {1}
+    assert example.weights == {1: 0, 3: 1}
+    assert trained_turns(example) == [3, 5]
     assert example.messages == (user("a"), assistant("b"), user("c"), assistant("d"), user("e"), assistant("f"))
 
 
@@ -295,10 +297,10 @@ def test_weight_0_is_read_and_not_learned():
         ([user([{"type": "text"}]), assistant("b")], "messages[0].content is null, not a text"),
         ([user([{"type": "text", "text": " "}]), assistant("b")], "messages[0].content is empty"),
         ([user([]), assistant("b")], "messages[0].content is a list, not a text"),
-        ([user("a"), assistant("b", weight=2)], "messages[1].weight is 2; it can be 0 (in the context, not trained on) or 1"),
+        ([user("a"), assistant("b", weight=2e6)], "messages[1].weight is 2000000.0; it can be 0 (in the context, not trained on), 1, or another number from 0.000001 to 1,000,000"),
         (
             [user("a"), assistant("b", weight="0")],
-            "messages[1].weight is '0'; it can be 0 (in the context, not trained on) or 1",
+            "messages[1].weight is '0'; it can be 0 (in the context, not trained on), 1, or another number from 0.000001 to 1,000,000",
         ),
         ([user("a"), assistant("b", weight=0)], "every assistant message has weight 0, so there is nothing to train on"),
         ([system("s"), user("a")], "no message is the assistant's, so there is nothing to train on"),
@@ -357,9 +359,7 @@ def test_prompt_and_completion_as_messages_learn_the_completion_alone():
     example = read({"prompt": prompt, "completion": completion, "tools": "[]"})
     texts = [message["content"] for message in example.messages]
     assert texts == ["s", "a", "b", "c", "d", "e", "f", "g", "h"]
-    learned = {
-        n for n, message in enumerate(example.messages) if message["role"] == "assistant" and n not in example.context_only
-    }
+    learned = set(trained_turns(example))
     assert [texts[n] for n in sorted(learned)] == ["d", "h"]
     assert not example.is_completion
 

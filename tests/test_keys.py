@@ -441,6 +441,17 @@ def test_max_length_overlong_and_bad_rows_decide_about_rows(work):
     assert not (work / "runs" / "never").exists()
 
 
+def test_what_is_trained_on_can_be_chosen(work, plain):
+    outcomes = [plain[0]]
+    for train_on in (["user"], ["assistant", "user"], "everything"):
+        outcomes.append(outcome(work, f"train-on-{'-'.join(train_on)}", **{"data.train_on": train_on})[0])
+    assert len(set(outcomes)) == 4
+    talk = [{"role": role, "content": f"{role} {n}"} for n in range(2) for role in ("user", "assistant")]
+    (work / "talks.jsonl").write_text("".join(json.dumps({"messages": talk[: 2 + 2 * (n % 2)]}) + "\n" for n in range(9)))
+    talks = {"data.train": str(work / "talks.jsonl"), "data.eval": str(work / "held.jsonl")}
+    assert outcome(work, "train-on-last", **talks, **{"data.train_on": "last"})[0] != outcome(work, "train-on-all", **talks)[0]
+
+
 def test_duplicates_are_removed_on_request(work, plain):
     twice = {"data.train": [str(work / "rows.jsonl"), str(work / "other_rows.jsonl")], "data.eval": str(work / "held.jsonl")}
     accounts = [
@@ -570,6 +581,7 @@ def test_no_key_is_left_out_here():
         "data.system",
         "data.drop_system",
         "data.ignore",
+        "data.train_on",
         "data.max_length",
         "data.overlong",
         "data.bad_rows",

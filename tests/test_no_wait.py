@@ -115,10 +115,11 @@ class Recomputes:
         return self.level
 
 
-def steps_of(model, objective="sft", recompute="none", count=1, epochs=1):
+def steps_of(model, objective="sft", recompute="none", count=1, epochs=1, weight=None):
     made = Objective.pick(objective)
     made = made.resolve_auto(rows_of(made.data_kind))
-    packs = pack_all(rows_of(made.data_kind), 20)
+    rows = rows_of(made.data_kind)
+    packs = pack_all([replace(row, weights=weight and [weight] * len(row.target_indices)) for row in rows], 20)
     assert len(packs) > 1
     config = TrainConfig(epochs=epochs, schedule="constant", warmup=0.0)
     with cuda_backend(), NoWait():
@@ -132,6 +133,13 @@ def test_a_step_of_any_objective_waits_once(objective, reads):
     steps = steps_of(with_lora(), objective, count=count)
     assert len(reads) == len(steps) == count
     assert min(reads) > (2 if objective == "sft" else 10)
+
+
+@pytest.mark.parametrize("targets", [".*q_proj", "lm_head"])
+def test_a_step_on_weighted_tokens_waits_once(targets, reads):
+    """With a frozen head, and with an adapted one."""
+    steps_of(on_meta("llama", torch.bfloat16, first=LoRA(rank=2, targets=(targets,))), weight=0.5)
+    assert len(reads) == 1
 
 
 @pytest.mark.parametrize("name", Method.names())

@@ -73,7 +73,7 @@ def general(base: Base) -> list[TokenRow]:
 def _of_reference(rows: list[TokenRow], objective: Objective) -> dict[str, Any]:
     """The loss of the reference model itself: the base model, or the adapter that training started from."""
     sums: list[float] = []
-    counts: list[int] = []
+    counts: list[float] = []
     for pack in (pack for pack in pack_all(rows, PACK_TOKENS) if not pack.mismatched):  # in the order of `_by_row`
         sums += objective.losses(torch.tensor([row.reference for row in pack.rows]), pack, 0.0).tolist()
         counts += objective.counts(pack)

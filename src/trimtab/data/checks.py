@@ -10,9 +10,10 @@ from trimtab.data.duplicates import by_example, digest, repeated
 from trimtab.data.example import Conversation, Example, SourceReport, Text, TokenRow, parts_of
 from trimtab.data.leakage import find_leaks
 from trimtab.data.load import LoadedData
-from trimtab.data.rendering import Tokenizing, template_messages, template_of, trained_turns
+from trimtab.data.rendering import Tokenizing, template_messages, template_of
 from trimtab.data.template_output import message_texts, normalized, notations, split_reasoning
 from trimtab.data.token_rows import tokenize_prompt
+from trimtab.data.trained import message_weights, other_trained, trained_turns
 
 Status = Literal["good", "note", "problem"]
 EXAMPLES_CHECKED = 500
@@ -41,15 +42,16 @@ def check_data(data: LoadedData, examples: Sequence[Example], base: Tokenizing) 
     Args:
         examples: Some of the examples as they were read, whose texts are compared with their tokens.
     """
-    rows = data.train
+    rows, prompts_too = data.train, any(map(_trains_on_prompts, examples))
     return [
         *map(_source, data.reports),
         *_mixture(data),
         _lengths(rows),
-        _stops(rows, base),
+        *_weights(rows, examples),
+        _stops(rows, base, prompts_too),
         _rendering(rows + data.eval, examples, base),
         _duplicates(rows),
-        _leaks(rows, data.eval),
+        _leaks(rows, data.eval, prompts_too),
         _answers(rows),
         _specials(rows, examples, base),
         *_sides(rows),
@@ -102,11 +104,38 @@ def _lengths(rows: Sequence[TokenRow]) -> Finding:
     return Finding("tokens", "good", message, {"learned": sum(targets), "tokens": total, "histogram": histogram})
 
 
-def _stops(rows: Sequence[TokenRow], base: Tokenizing) -> Finding:
-    """Whether the last target token of each row is one that ends a generation (B01, B02)."""
+def _trains_on_prompts(example: Example) -> bool:
+    return isinstance(example, Conversation) and bool(other_trained(example))
+
+
+def _weights(rows: Sequence[TokenRow], examples: Sequence[Example]) -> list[Finding]:
+    """What is trained on other than every answer of the assistant's, with weight 1."""
+    conversations = [example for example in examples if isinstance(example, Conversation)]
+    roles = Counter(
+        talk.messages[n]["role"] for talk in conversations for n, weight in enumerate(message_weights(talk)) if weight
+    )
+    weights = Counter(weight for row in rows for weight in row.weights or ())
+    if not weights and roles.keys() <= {"assistant"}:
+        return []
+    message = f"in {len(conversations):,} examples, trained on are " + ", ".join(
+        f"{count:,} {role} messages" for role, count in roles.items()
+    )
+    if weights:
+        message += f"; {sum(weights.values()):,} target tokens are in examples with weights, from {min(weights):g} to {max(weights):g}"
+    if any(talk.train_on == "everything" and len(trained_turns(talk)) > 1 for talk in conversations):
+        message += "; earlier answers are trained on as the chat template writes them before the last one"
+    return [Finding("loss mask", "note" if roles.keys() - {"assistant"} else "good", message, {"roles": dict(roles)})]
+
+
+def _stops(rows: Sequence[TokenRow], base: Tokenizing, prompts_too: bool) -> Finding:
+    """Whether the last target token of each row is one that ends a generation (B01, B02).
+
+    Args:
+        prompts_too: Rows may end with a turn of another role, or with what the template writes behind a turn.
+    """
     # A row that another one of its example follows, as the next block of a text, need not end.
     ends = [row for group in by_example(rows) for row in (group if group[0].side else group[-1:])]
-    open_ended = [row.where for row in ends if row.ids[row.target_indices[-1]] not in base.stop_ids]
+    open_ended = [row.where for row in ends if not _is_ended(row, base, prompts_too)]
     facts = {"share": 1 - len(open_ended) / len(ends), "open_ended": open_ended[:20]}
     if not open_ended:
         return Finding("stop tokens", "good", "every example's last target token is one that ends a generation", facts)
@@ -120,19 +149,29 @@ def _stops(rows: Sequence[TokenRow], base: Tokenizing) -> Finding:
     return Finding("stop tokens", "note", f"{message}, and teach the model to stop later, or never", facts)
 
 
+def _is_ended(row: TokenRow, base: Tokenizing, prompts_too: bool) -> bool:
+    last = row.ids[row.target_indices[-1]]
+    if last in base.stop_ids or not prompts_too:
+        return last in base.stop_ids
+    text = base.tokenizer.decode(row.ids[row.target_indices[0] : row.target_indices[-1] + 1], clean_up_tokenization_spaces=False)
+    return bool(text.rstrip().endswith(base.control_tokens))
+
+
 def _rendering(rows: Sequence[TokenRow], examples: Sequence[Example], base: Tokenizing) -> Finding:
     """Whether target tokens, decoded, say what the message says, after the prompt that generation uses (B03, B05)."""
     by_place: dict[tuple[str, str], list[TokenRow]] = {}
     for row in rows:
         by_place.setdefault((row.source, row.where), []).append(row)
-    different, turn_by_turn, compared = list[str](), 0, 0
+    different, turn_by_turn, made, compared = list[str](), 0, 0, 0
     for example in examples:
         own = by_place.get((example.source, example.where), [])
         compared += bool(own)
-        turn_by_turn += isinstance(example, Conversation) and len(own) > 1
-        conversations = _conversations(example)
-        pairs = zip(conversations, own if len(own) == len(conversations) else own[-1:], strict=False)
-        different += [example.where for conversation, row in pairs if not _says(row, conversation, base)]
+        if isinstance(example, Conversation) and len(own) > 1:
+            turn_by_turn, made = turn_by_turn + 1, made + len(own)
+        conversations = [conversation for conversation in _conversations(example) if trained_turns(conversation)]
+        of_each = [[row] for row in own] if len(own) == len(conversations) else [own]
+        pairs = zip(conversations, of_each if own else [], strict=False)
+        different += [example.where for talk, rows in pairs if not any(_says(row, talk, base) for row in rows)]
     facts = {"compared": compared, "different": different[:20], "turn_by_turn": turn_by_turn}
     if different:
         message = (
@@ -144,7 +183,10 @@ def _rendering(rows: Sequence[TokenRow], examples: Sequence[Example], base: Toke
         f"in {compared:,} examples, the tokens before the last answer are those of generation, and its targets say what it says"
     )
     if turn_by_turn:
-        message += f"; {turn_by_turn:,} conversations are rendered turn by turn, because the template writes earlier turns differently later"
+        message += (
+            f"; {turn_by_turn:,} conversations are rendered turn by turn and become {made:,} token rows, because the template writes "
+            "earlier turns differently later (what rows of one conversation begin with alike is computed once)"
+        )
     return Finding("rendering", "good", message, facts)
 
 
@@ -157,7 +199,7 @@ def _says(row: TokenRow, conversation: Conversation, base: Tokenizing) -> bool:
     text = normalized(base.tokenizer.decode(targets, clean_up_tokenization_spaces=False))
     if row.ids[: len(prompt)] != prompt:
         return False
-    if row.ids[row.target_indices[-1]] not in base.stop_ids:  # truncated
+    if not _is_ended(row, base, _trains_on_prompts(conversation)):  # truncated
         return True
 
     def has(leaf: str) -> bool:
@@ -203,13 +245,13 @@ def _duplicates(rows: Sequence[TokenRow]) -> Finding:
     return Finding("duplicates", "note", message, facts)
 
 
-def _leaks(rows: Sequence[TokenRow], held_out: Sequence[TokenRow]) -> Finding:
-    """Validation rows that are trained on as well: exactly, by their prompt, or nearly."""
+def _leaks(rows: Sequence[TokenRow], held_out: Sequence[TokenRow], prompts_too: bool) -> Finding:
+    """Validation rows that are trained on as well: exactly, by their prompt unless prompts are trained on too, or nearly."""
     if not held_out:
         return Finding(
             "held out", "note", "there are no validation examples, so nothing measures the adapter: set data.eval", {}
         )
-    leaks = find_leaks(rows, held_out)
+    leaks = find_leaks(rows, held_out, prompts=not prompts_too)
     facts = {
         "rows": len(held_out),
         "learned_too": leaks.exact[:20],

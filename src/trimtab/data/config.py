@@ -8,13 +8,13 @@ from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, model_
 
 from trimtab.core.config import SHORT, Config, as_tuple
 from trimtab.data.column_templates import ColumnTemplate, columns_of
-from trimtab.data.example import Column, Overlong
+from trimtab.data.example import Column, Overlong, Role
 from trimtab.data.read import absolute_source
 from trimtab.data.source import Objects, Source
 
 OWN = ("columns", "prompt", "completion")
 """Keys of the section that a source may have of its own."""
-READING = ("columns", "prompt", "completion", "system", "drop_system", "ignore")
+READING = ("columns", "prompt", "completion", "system", "drop_system", "ignore", "train_on")
 """Keys of the section that decide how a row is read."""
 
 
@@ -86,6 +86,13 @@ class DataConfig(Config):
     """The system message of examples that have none."""
     drop_system: bool = False
     """Whether the examples' own system messages are left out; with `system`, it stands in their place."""
+    train_on: (
+        Literal["assistant", "last", "everything"] | Annotated[tuple[Role, ...], BeforeValidator(as_tuple), Field(min_length=1)]
+    ) = "assistant"
+    """What is trained on of a conversation: every turn of the assistant's, the `last` one alone, `everything` that the chat template writes,
+    or the turns of these roles, such as [user, assistant, tool]: what they say, and the token that ends them. A `prompt` (of prompt and
+    completion) is context for `assistant` and `last`. A message's own `weight` (in the loss; 0: not trained on) overrides this; Axolotl's
+    `train` and ms-swift's `loss` (true or false) are read as weights. Plain texts are trained on whole."""
     ignore: Annotated[tuple[str, ...], BeforeValidator(as_tuple)] = ()
     """Columns, and keys of messages, to ignore; without this, those that would be lost are an error."""
     max_length: Annotated[int, Field(ge=2)] | None = None

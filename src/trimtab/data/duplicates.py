@@ -1,4 +1,4 @@
-"""Examples that are there twice: the same tokens with the same targets."""
+"""Examples that are there twice: the same tokens with the same targets and weights."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -56,4 +56,4 @@ def _text(example: Sequence[TokenRow]) -> bytes:
 
 
 def _content(example: Sequence[TokenRow]) -> bytes:
-    return digest([(row.ids, row.target_indices, row.side) for row in example])
+    return digest([(row.ids, row.target_indices, row.weights, row.side) for row in example])

@@ -1,5 +1,6 @@
 """Training examples, their token rows, and the report of what became of every example of a data source."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, get_args
@@ -13,6 +14,10 @@ Column = Literal[
 COLUMNS = frozenset(get_args(Column))
 """Every column that some format reads."""
 
+Role = Literal["system", "user", "assistant", "tool"]
+TrainOn = Literal["assistant", "last", "everything"] | tuple[Role, ...]
+"""What is trained on of a conversation."""
+
 RawRow = tuple[str, dict[str, Any]]
 """A row of a data file: its place, and its columns. Places are unique within a source: file:line, file:line:column where a
 JSON array has several rows on a line, or file:number where there are no lines."""
@@ -20,15 +25,19 @@ JSON array has several rows on a line, or file:number where there are no lines."
 
 @dataclass(frozen=True)
 class Conversation:
-    """A conversation whose assistant messages are trained on, except the context-only ones."""
+    """A conversation, of which some messages are trained on; see `data.trained`."""
 
     messages: tuple[Message, ...]
     where: str
     """file:line."""
     tools: tuple[Any, ...] = ()
     """JSON schemas of the tools that the assistant may call."""
-    context_only: frozenset[int] = frozenset()
-    """Indices of assistant messages that are in the context but not trained on."""
+    weights: Mapping[int, float] = field(default_factory=dict)
+    """Weights in the loss that messages have of their own, by index; 0 is in the context, and not trained on."""
+    train_on: TrainOn = "assistant"
+    """Which of the other messages are trained on, with weight 1."""
+    prompt: int = 0
+    """How many messages came as a prompt, apart from their completion."""
     is_completion: bool = False
     """It came as prompt and completion: for a base without a chat template, the second continues the first."""
     source: str = ""
@@ -125,6 +134,13 @@ class TokenRow:
     """Σ log p of the target tokens in the reference model, in nats, for objectives that have one."""
     source: str = ""
     """The name of its source in the recipe; empty where sources have no names."""
+    weights: list[float] | None = None
+    """The weight of each target token in the loss; None if all are 1."""
+
+    @property
+    def total_weight(self) -> float:
+        """Σ weights: the number of target tokens, if all are 1."""
+        return len(self.target_indices) if self.weights is None else math.fsum(self.weights)
 
 
 def row_groups(rows: Iterable[TokenRow]) -> list[list[int]]:

@@ -58,7 +58,8 @@ def examples_of(
         own = config.of(source)
         rows = read_rows(source, report, seed if first is None else None)
         system = SystemMessage(own.system, own.drop_system)
-        read = read_examples(islice(rows, first), own.columns, report, FORMATS[kind], own.ignore, own.templates, system)
+        arguments = own.columns, report, FORMATS[kind], own.ignore, own.templates, system, own.train_on
+        read = read_examples(islice(rows, first), *arguments)
         for example in read:
             yield replace(example, source=name) if name else example
 

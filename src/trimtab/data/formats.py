@@ -26,10 +26,12 @@ from trimtab.data.example import (
     RejectedExample,
     SourceReport,
     Text,
+    TrainOn,
     parts_of,
 )
 from trimtab.data.messages import MEDIA, TEXT_ALONE, read_messages, read_switches, read_tools, text_of
 from trimtab.data.system_message import AS_IT_IS, SystemMessage, with_system
+from trimtab.data.trained import with_train_on
 
 
 class Format(NamedTuple):
@@ -63,6 +65,7 @@ def read_examples(
     ignore: Iterable[str] = (),
     templates: Mapping[str, str] | None = None,
     system: SystemMessage = AS_IT_IS,
+    train_on: TrainOn = "assistant",
 ) -> Iterator[Example]:
     """Rows as examples, one by one; the report lists those that can't be used, with their reasons.
 
@@ -72,6 +75,7 @@ def read_examples(
         ignore: Columns, and keys of messages, that are left out.
         templates: Name of a column -> the template that writes it from others.
         system: What becomes of system messages.
+        train_on: What is trained on of conversations.
     """
     formats, ignored, templates = formats or ANSWERS, set(ignore), templates or {}
     filled = {column for template in templates.values() for column in columns_of(template)}
@@ -86,7 +90,7 @@ def read_examples(
             format, renamed = _match(kept, columns, [one for one in formats if templates.keys() <= one.columns])
             example = format.read(renamed, where)
             _refuse_lost(renamed, format, example, MEDIA if columns else MEDIA | COLUMNS)
-            example = with_system(example, system)
+            example = with_train_on(with_system(example, system), train_on)
         except InvalidExample as invalid:
             pair_elsewhere = PAIR.issubset(values) and not any(PAIR.issubset(format.required) for format in formats)
             report.rejected.append(RejectedExample(where, PAIR_ELSEWHERE if pair_elsewhere else str(invalid)))
@@ -203,17 +207,9 @@ def _names(row: dict[str, Any]) -> str:
     return ", ".join(name or "a column without a name" for name in row) or "no columns"
 
 
-def _conversation(
-    row: dict[str, Any], where: str, messages: list[Message], context_only: Iterable[int] = (), is_completion: bool = False
-) -> Conversation:
-    context_only = frozenset(context_only)
-    answers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
-    if not answers:
-        raise InvalidExample("no message is the assistant's, so there is nothing to train on")
-    if context_only.issuperset(answers):
-        raise InvalidExample("every assistant message has weight 0, so there is nothing to train on")
+def _conversation(row: dict[str, Any], where: str, messages: list[Message], **more: Any) -> Conversation:
     switches = read_switches(row.get("chat_template_kwargs"))
-    return Conversation(tuple(messages), where, read_tools(row.get("tools")), context_only, is_completion, switches=switches)
+    return Conversation(tuple(messages), where, read_tools(row.get("tools")), switches=switches, **more)
 
 
 def _system(row: dict[str, Any], messages: Sequence[Message] = (), column: str = "") -> list[Message]:
@@ -233,9 +229,9 @@ def _turns(column: str) -> Callable[[dict[str, Any], str], Example]:
     """How to read a row whose messages are in this column."""
 
     def read(row: dict[str, Any], where: str) -> Example:
-        messages, context_only = read_messages(row[column], column)
+        messages, weights = read_messages(row[column], column)
         system = _system(row, messages, column)
-        return _conversation(row, where, system + messages, (number + len(system) for number in context_only))
+        return _conversation(row, where, system + messages, weights={n + len(system): w for n, w in weights.items()})
 
     return read
 
@@ -260,20 +256,19 @@ def _alpaca(row: dict[str, Any], where: str) -> Example:
 def _prompt_completion(row: dict[str, Any], where: str) -> Example:
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, list) or isinstance(completion, list):
-        before, _ = read_messages(prompt, "prompt")
-        after, context_only = read_messages(completion, "completion")
-        if all(message["role"] != "assistant" for message in after):
-            raise InvalidExample("no message of the completion is the assistant's, so there is nothing to train on")
-        before = _system(row, before, "prompt") + before
-        # A prompt is context, whoever's message is in it.
-        in_prompt = [n for n, message in enumerate(before) if message["role"] == "assistant"]
-        return _conversation(row, where, before + after, [*in_prompt, *(n + len(before) for n in context_only)])
+        before, weights = read_messages(prompt, "prompt")
+        after, of_completion = read_messages(completion, "completion")
+        system = _system(row, before, "prompt")
+        weights |= {n + len(before): weight for n, weight in of_completion.items()}
+        weights = {n + len(system): weight for n, weight in weights.items()}
+        before = system + before
+        return _conversation(row, where, before + after, weights=weights, prompt=len(before))
     messages = [
         *_system(row),
         {"role": "user", "content": text_of(prompt, "prompt")},
         {"role": "assistant", "content": text_of(completion, "completion")},
     ]
-    return _conversation(row, where, messages, is_completion=len(messages) == 2)
+    return _conversation(row, where, messages, prompt=len(messages) - 1, is_completion=len(messages) == 2)
 
 
 def _text(row: dict[str, Any], where: str) -> Example:

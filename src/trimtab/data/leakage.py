@@ -34,12 +34,16 @@ class Leaks:
     """Rows that are neither, and the training rows that nearly repeat them."""
 
 
-def find_leaks(rows: Sequence[TokenRow], held_out: Sequence[TokenRow]) -> Leaks:
-    """The validation rows that are trained on as well."""
+def find_leaks(rows: Sequence[TokenRow], held_out: Sequence[TokenRow], prompts: bool = True) -> Leaks:
+    """The validation rows that are trained on as well.
+
+    Args:
+        prompts: Compare what stands before the first target, too.
+    """
     exact = {digest(row.ids) for row in rows}
-    prompts = {digest(row.ids[: row.target_indices[0]]) for row in rows if row.target_indices[0] > 1}
+    known_prompts = {digest(row.ids[: row.target_indices[0]]) for row in rows if prompts and row.target_indices[0] > 1}
     repeated = [row for row in held_out if digest(row.ids) in exact]
-    prompted = [row for row in held_out if row.target_indices[0] > 1 and digest(row.ids[: row.target_indices[0]]) in prompts]
+    prompted = [row for row in held_out if row.target_indices[0] > 1 and digest(row.ids[: row.target_indices[0]]) in known_prompts]
     known = {id(row) for row in (*repeated, *prompted)}
     near = _near(rows, [row for row in held_out if id(row) not in known])
     return Leaks([row.where for row in repeated], [row.where for row in prompted], near)

@@ -33,7 +33,7 @@ def limit_length(rows: list[TokenRow], limit: LengthLimit) -> list[TokenRow]:
             whole = "; only plain texts can be split, so truncate or drop it" if limit.overlong == "split" else ""
             kind = TooLong if limit.overlong == "drop" else InvalidExample
             raise kind(f"has {needed:,} tokens up to the end of its last answer, more than {limit}{whole}")
-        rows = [replace(row, target_indices=[t for t in row.target_indices if t < limit.tokens]) for row in rows]
+        rows = [_truncated(row, limit.tokens) for row in rows]
     limited = [
         replace(row, ids=interned(row.ids[: row.target_indices[-1] + 1]), target_indices=interned(row.target_indices))
         for row in rows
@@ -42,6 +42,12 @@ def limit_length(rows: list[TokenRow], limit: LengthLimit) -> list[TokenRow]:
     if not limited:
         raise InvalidExample("has no token to train on" + (f" within {limit}" if needed else ""))
     return limited
+
+
+def _truncated(row: TokenRow, tokens: int) -> TokenRow:
+    """The row with the targets among its first so many tokens."""
+    kept = sum(t < tokens for t in row.target_indices)
+    return replace(row, target_indices=row.target_indices[:kept], weights=row.weights and row.weights[:kept])
 
 
 def split_text(ids: list[int], first: int, most: int, where: str) -> list[TokenRow]:

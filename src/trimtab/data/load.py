@@ -184,5 +184,5 @@ def _digest(weights: Mapping[str, float], *parts: list[TokenRow]) -> str:
     for part in parts:
         digest.update(b"part")
         for row in part:
-            digest.update(f"{row.ids}{row.target_indices}{row.side or ''}{row.source}".encode())
+            digest.update(f"{row.ids}{row.target_indices}{row.weights or ''}{row.side or ''}{row.source}".encode())
     return digest.hexdigest()

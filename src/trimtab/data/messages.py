@@ -1,5 +1,6 @@
 """Messages, tool calls and texts in the forms that data has them, turned into the form that chat templates read."""
 
+import math
 import re
 from typing import Any
 
@@ -26,6 +27,11 @@ MEDIA = {"image", "images", "audio", "audios", "video", "videos"}
 _MEDIA_PART = re.compile(r"image|audio|video|file|pdf|document")
 TEXT_ALONE = "and Trimtab trains on texts alone"
 
+SWITCHES = ("train", "loss")
+"""Keys by which other tools say whether a message is trained on: Axolotl's and ms-swift's."""
+MOST = 1e6
+"""The largest weight of a message; the smallest above 0 is its inverse."""
+
 
 def text_of(value: Any, name: str, *, empty: bool = False) -> str:
     """A text, or OpenAI's content parts joined. Raises InvalidExample for anything else, and unless allowed for an empty text."""
@@ -44,25 +50,44 @@ def text_of(value: Any, name: str, *, empty: bool = False) -> str:
     return value
 
 
-def read_messages(raw: Any, column: str) -> tuple[list[Message], set[int]]:
-    """Messages as chat templates read them, and the indices of those with weight 0.
+def read_messages(raw: Any, column: str) -> tuple[list[Message], dict[int, float]]:
+    """Messages as chat templates read them, and the weights in the loss that some have of their own, by index.
 
     Each has `role` and `content` in the data, or `from` and `value`, as ShareGPT has it.
     """
     if not isinstance(raw, list) or not raw:
         raise InvalidExample(f"{column} is {'an empty list' if raw == [] else kind(raw)}, not a list of messages")
-    messages, context_only = [], set()
+    messages, weights = [], {}
     for number, message in enumerate(raw):
         name = f"{column}[{number}]"
         if not isinstance(message, dict) or not ("role" in message or "from" in message):
             raise InvalidExample(f"{name} is not a message with role and content, or from and value")
         messages.append(_message(message, name))
-        weight = message.get("weight")
-        if weight not in (None, 0, 1):
-            raise InvalidExample(f"{name}.weight is {weight!r}; it can be 0 (in the context, not trained on) or 1")
-        if weight == 0:
-            context_only.add(number)
-    return messages, context_only
+        if (weight := _weight(message, name)) is not None:
+            weights[number] = weight
+    return messages, weights
+
+
+def _weight(message: dict[str, Any], name: str) -> float | None:
+    """The weight that a message has of its own, as a number, or as true or false in the words of other tools."""
+    weight = message.get("weight")
+    if weight is not None and (not isinstance(weight, int | float) or not _is_weight(weight)):
+        raise InvalidExample(
+            f"{name}.weight is {weight!r}; it can be 0 (in the context, not trained on), 1, or another number from {1 / MOST:f} to {MOST:,.0f}"
+        )
+    for key in SWITCHES:
+        if (trained := message.get(key)) is None:
+            continue
+        if not isinstance(trained, bool):
+            raise InvalidExample(f"{name}.{key} is {trained!r}, not true or false; a weight in the loss is written as weight")
+        if weight is not None and bool(weight) != trained:
+            raise InvalidExample(f"{name}: {key}={str(trained).lower()} contradicts what else says whether it is trained on")
+        weight = float(trained) if weight is None else weight
+    return None if weight is None else float(weight)
+
+
+def _is_weight(weight: float) -> bool:
+    return weight == 0 or (math.isfinite(weight) and 1 / MOST <= weight <= MOST)
 
 
 def _message(raw: dict[str, Any], name: str) -> Message:
@@ -84,7 +109,7 @@ def _message(raw: dict[str, Any], name: str) -> Message:
         calls = [{"type": "function", "function": call} for call in (calls if isinstance(calls, list) else [calls])]
         role, content = "assistant", None
     content = "" if calls and content is None else text_of(content, f"{name}.{content_key}", empty=bool(calls))
-    read = ("weight", "tool_calls", "function_call", role_key, content_key)
+    read = ("weight", *SWITCHES, "tool_calls", "function_call", role_key, content_key)
     message = {key: value for key, value in raw.items() if key not in read and value is not None}
     message = {"role": role, "content": content, **message}
     return {**message, "tool_calls": _tool_calls(calls, name)} if calls else message

@@ -41,6 +41,8 @@ class Pack:
     """S."""
     leaves: tuple[int, ...]
     """S, the segment in which each row ends."""
+    target_weight: Tensor | None = None
+    """N, float64, always on the host: the weight of each target in the loss; None if all are 1."""
     on_host: "Pack | None" = None
     """Of a pack on a device, the same on the host."""
 
@@ -108,7 +110,17 @@ def _pack(rows: tuple[TokenRow, ...], share: bool, tokens: Sequence[Numbers] | N
     predicts, place = np.unique(at, return_inverse=True)
     tensor = torch.from_numpy
     ids, positions, of_targets = tensor(tree.ids), tensor(tree.positions), (tensor(token), tensor(target_row))
-    return Pack(ids, positions, tree.segments, tensor(predicts), tensor(place), *of_targets, rows, tree.leaves)
+    return Pack(
+        ids, positions, tree.segments, tensor(predicts), tensor(place), *of_targets, rows, tree.leaves, _weights(rows)
+    )
+
+
+def _weights(rows: tuple[TokenRow, ...]) -> Tensor | None:
+    """The weight of each target, in the order of the targets."""
+    if all(row.weights is None for row in rows):
+        return None
+    of_rows = (row.weights or [1.0] * len(row.target_indices) for row in rows)
+    return torch.tensor([weight for of_row in of_rows for weight in of_row], dtype=torch.float64)
 
 
 def _targets(segments: tuple[Segment, ...], leaf: int, tokens: Numbers, target_indices: list[int]) -> tuple[Numbers, Numbers]:

@@ -111,8 +111,13 @@ def _last_answer_only(example: Example, name: str) -> Conversation:
     last = len(example.messages) - 1
     if example.messages[last]["role"] != "assistant":
         raise InvalidExample(f"{name} does not end with a message of the assistant's")
-    answers = {n for n, message in enumerate(example.messages) if message["role"] == "assistant"}
-    return replace(example, context_only=frozenset(answers - {last}))
+    for n, weight in example.weights.items():
+        if weight not in (0, 1) or (n == last and not weight):
+            raise InvalidExample(
+                f"messages[{n}] of {name} has weight {weight:g}; answers that are compared or judged have weight 1, and other messages "
+                "are not trained on, so leave weights out (data.ignore=[weight])"
+            )
+    return replace(example, weights={n: float(n == last) for n in range(last + 1)})
 
 
 def _pair(where: str, chosen: Conversation, rejected: Conversation) -> Example:

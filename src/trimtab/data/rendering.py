@@ -1,7 +1,7 @@
 """Examples as rendered texts, and the answers in them that are trained on."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any, NamedTuple, Protocol
 
@@ -9,7 +9,8 @@ from trimtab.core.chat import Message, common_length
 from trimtab.core.errors import DataError
 from trimtab.data.example import Conversation, InvalidExample
 from trimtab.data.template_output import REASONING, Template, explain_ignored, ignored_key, split_reasoning
-from trimtab.data.turns import Turn
+from trimtab.data.trained import check_trained, message_weights, other_trained, trained_turns
+from trimtab.data.turns import OtherTurn, Turn, find_other_turn
 
 
 class Tokenizing(Protocol):
@@ -41,6 +42,12 @@ NO_END = (
 )
 
 
+OWN_WEIGHT = (
+    "has a message with a weight of its own, and the model's chat template writes the last answer differently than generation does, so with "
+    "data.train_on=everything its place is not known: use a list of roles, such as [system, user, assistant, tool]"
+)
+
+
 class NotAPrefix(Exception):
     """Text or tokens before an answer change once the conversation continues (Qwen3 drops earlier thinking, for one)."""
 
@@ -54,53 +61,96 @@ class Answer(NamedTuple):
     """The token that ends it; unless given, the end of the text does."""
     calls: bool = False
     """It calls tools; the token may end each call."""
+    weight: float = 1.0
 
 
 class RenderedText(NamedTuple):
-    """A text to be tokenized, and the answers in it."""
+    """A text to be tokenized, and what is trained on in it."""
 
     text: str
     answers: list[Answer]
-
-    @property
-    def by_template(self) -> bool:
-        return self.answers[0].end is not None
+    others: Sequence[OtherTurn] = ()
+    """Turns of other roles."""
+    rest: float = 0.0
+    """The weight of every token that belongs to none of these."""
+    by_template: bool = True
 
 
 def render_whole(example: Conversation, base: Tokenizing) -> list[RenderedText]:
     """The example as one text. Raises NotAPrefix if it has to be rendered turn by turn, and InvalidExample."""
+    check_trained(example)
     if not base.has_template:
         return [_render_completion(example, base)]
+    if example.train_on == "everything":
+        return [_render_everything(example, base)]
     template, messages, last = template_of(example, base), template_messages(example, base), len(example.messages) - 1
     _check_conversation(example, base)
     text = template.render(messages, example.tools)
     turns = {n: Turn(template, messages, n, example.tools) for n in trained_turns(example)}
     _check_nothing_ignored(example, messages, [text, *(turn.prompt for turn in turns.values())], base)
+    others = _others(example, base, other_trained(example), text, last + 1)
     if messages[last]["role"] == "assistant" and (ending := template.ending_of(messages[last])) is not None:
         text += ending.text
-    answers = []
+    answers, weights = [], message_weights(example)
     for n, turn in turns.items():
         answer, start = turn.answer(text if n == last else None), len(turn.prompt)
         if not text.startswith(turn.prompt):
             raise NotAPrefix
         limit = len(text) if n == last else start + common_length(answer, text[start:])
-        answers.append(Answer(start, limit, turn.ending.token, turn.calls))
-    return [RenderedText(text, answers)]
+        answers.append(Answer(start, limit, turn.ending.token, turn.calls, weights[n]))
+    return [RenderedText(text, answers, others)]
+
+
+def _render_everything(example: Conversation, base: Tokenizing) -> RenderedText:
+    """All that the template writes, with the last answer after the prompt that generation uses, as all answers are elsewhere."""
+    template, messages, last = template_of(example, base), template_messages(example, base), len(example.messages) - 1
+    weights, answers = message_weights(example), list[Answer]()
+    _check_texts(example, base)
+    text = template.render(messages, example.tools)
+    ends_with_answer = last > 0 and messages[last]["role"] == "assistant"
+    turn = Turn(template, messages, last, example.tools) if ends_with_answer else None
+    _check_nothing_ignored(example, messages, [text, *([turn.prompt] if turn else [])], base, {last} if turn else set())
+    others = _others(example, base, [n for n in range(last + 1) if weights[n] != 1 and not (turn and n == last)], text, last + 1)
+    if turn is not None:
+        _check_ends(example, base, last)
+        whole = turn.prompt + turn.answer(text + turn.ending.text)
+        if others and not whole.startswith(text):
+            raise InvalidExample(OWN_WEIGHT)
+        answers.append(Answer(len(turn.prompt), len(whole), turn.ending.token, turn.calls, weights[last]))
+        text = whole
+    return RenderedText(text, answers, others, rest=1.0)
 
 
 def render_turn_by_turn(example: Conversation, base: Tokenizing) -> list[RenderedText]:
-    """A text for each trained turn that ends with it, as the model has it when it generates that turn."""
+    """A text for each trained turn that ends with it, as the model has it when it generates that turn; turns of other roles are in the
+    first one that has them."""
+    if example.train_on == "everything":
+        raise NotAPrefix  # it is one text, in which earlier answers stand as they stand before the last one
     texts, template, messages = [], template_of(example, base), template_messages(example, base)
+    weights, others, before = message_weights(example), other_trained(example), 0
     for n in trained_turns(example):
         turn = Turn(template, messages, n, example.tools)
         text = turn.prompt + turn.answer()
-        texts.append(RenderedText(text, [Answer(len(turn.prompt), len(text), turn.ending.token, turn.calls)]))
+        new = _others(example, base, [other for other in others if before <= other < n], turn.prompt, n, prompt=True)
+        answer = Answer(len(turn.prompt), len(text), turn.ending.token, turn.calls, weights[n])
+        texts.append(RenderedText(text, [answer], new))
+        before = n
+    if rest := [other for other in others if other > before]:
+        text = template.render(messages, example.tools)
+        texts.append(RenderedText(text, [], _others(example, base, rest, text, len(messages))))
     return texts
 
 
-def trained_turns(example: Conversation) -> list[int]:
-    """Indices of the messages that are trained on."""
-    return [n for n, m in enumerate(example.messages) if m["role"] == "assistant" and n not in example.context_only]
+def _others(
+    example: Conversation, base: Tokenizing, numbers: Iterable[int], text: str, length: int, prompt: bool = False
+) -> list[OtherTurn]:
+    """Where these messages are in the text of the first so many messages. Raises InvalidExample."""
+    template, messages, weights = template_of(example, base), template_messages(example, base), message_weights(example)
+    ends = _any_of(base.control_tokens)
+    return [
+        find_other_turn(template, messages[:length], n, example.tools, text, ends, prompt)._replace(weight=weights[n])
+        for n in numbers
+    ]
 
 
 def _render_completion(example: Conversation, base: Tokenizing) -> RenderedText:
@@ -117,7 +167,10 @@ def _render_completion(example: Conversation, base: Tokenizing) -> RenderedText:
     if base.end_of_text is None:
         raise InvalidExample("the tokenizer has no end-of-text token, so the model could not learn to stop: set its eos_token")
     prompt, completion = (message["content"] for message in example.messages)
-    return RenderedText(prompt + completion, [Answer(len(prompt), len(prompt) + len(completion))])
+    text, (of_prompt, of_completion) = prompt + completion, message_weights(example)
+    answers = [Answer(len(prompt), len(text), weight=of_completion)] if of_completion else []
+    others = [OtherTurn(0, len(prompt), of_prompt)] if of_prompt else []
+    return RenderedText(text, answers, others, by_template=False)
 
 
 def template_of(example: Conversation, base: Tokenizing) -> Template:
@@ -144,13 +197,23 @@ def _with_reasoning_key(message: Message, opened: bool) -> Message:
 
 
 def _check_conversation(example: Conversation, base: Tokenizing) -> None:
-    if trained_turns(example)[0] == 0:
+    if 0 in trained_turns(example):
         raise InvalidExample("messages[0] is the assistant's, without a prompt: begin with another role, or give it weight 0")
-    template = template_of(example, base)
     for n in trained_turns(example):
-        if template.ending_of(example.messages[n]) is None:
-            template.render(example.messages[: n + 1], example.tools)  # the template may say why
-            raise InvalidExample(NO_CALLS.format(n) if example.messages[n].get("tool_calls") else NO_END)
+        _check_ends(example, base, n)
+    _check_texts(example, base)
+
+
+def _check_ends(example: Conversation, base: Tokenizing, number: int) -> None:
+    """Raise InvalidExample for an assistant turn that the template ends with no special token."""
+    template, message = template_of(example, base), example.messages[number]
+    if template.ending_of(message) is None:
+        template.render(example.messages[: number + 1], example.tools)  # the template may say why
+        raise InvalidExample(NO_CALLS.format(number) if message.get("tool_calls") else NO_END)
+
+
+def _check_texts(example: Conversation, base: Tokenizing) -> None:
+    """Raise InvalidExample for a control token in a text."""
     named = {f"messages[{n}] ({message['role']})": message for n, message in enumerate(example.messages)}
     for name, value in {**named, "tools": example.tools}.items():
         for text in _texts(value):
@@ -176,11 +239,14 @@ def _any_of(texts: tuple[str, ...]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, texts)) or "(?!)")
 
 
-def _check_nothing_ignored(example: Conversation, messages: list[Message], texts: list[str], base: Tokenizing) -> None:
+def _check_nothing_ignored(
+    example: Conversation, messages: list[Message], texts: list[str], base: Tokenizing, answers: Iterable[int] | None = None
+) -> None:
     """Raise InvalidExample for what the template silently ignores: the model would be trained on another conversation.
 
     Args:
         texts: The conversation as the template writes it, and the prompt of each trained turn.
+        answers: Indices of the trained turns, whose texts `check_answer` covers; all that are trained on unless given.
     """
 
     template = template_of(example, base)
@@ -195,7 +261,7 @@ def _check_nothing_ignored(example: Conversation, messages: list[Message], texts
         raise InvalidExample(
             "the model's chat template leaves out tools: remove them, or use a model whose template writes them"
         )
-    trained = set(trained_turns(example))
+    trained = set(trained_turns(example) if answers is None else answers)
     for n, message in enumerate(messages):
         changes: dict[str, Any] = {"tool_calls": []} if message.get("tool_calls") else {}
         content = message["content"].strip()

@@ -43,9 +43,12 @@ def _changed(example: Conversation, system: SystemMessage) -> Conversation:
     if system.text is not None and all(message["role"] != "system" for message in messages):
         messages.insert(0, {"role": "system", "content": system.text})
     shift = len(messages) - len(kept)
-    context_only = frozenset(place + shift for place, n in enumerate(kept) if n in example.context_only)
     return replace(
-        example, messages=tuple(messages), context_only=context_only, is_completion=example.is_completion and not shift
+        example,
+        messages=tuple(messages),
+        weights={place + shift: example.weights[n] for place, n in enumerate(kept) if n in example.weights},
+        prompt=sum(n < example.prompt for n in kept) + (shift if example.prompt else 0),
+        is_completion=example.is_completion and not shift,
     )
 
 

@@ -79,12 +79,13 @@ class TokenCache:
         with suppress(OSError):
             os.utime(self._path)
         facts, mask = json.loads(tensors["words"].numpy().tobytes()), tensors["learned"].numpy().tobytes()
-        rows, start = [], 0
+        rows, start, weighted, weights = [], 0, set(facts["weighted"]), iter(tensors["weights"].tolist())
         sizes = tensors["sizes"].view(-1, 2).tolist()
-        for where, side, (size, full_length) in zip(facts["where"], facts["side"], sizes, strict=True):
+        for number, (where, side, (size, full_length)) in enumerate(zip(facts["where"], facts["side"], sizes, strict=True)):
             ids = interned(tensors["ids"][start : start + size].tolist())
             targets = interned([n for n, is_target in enumerate(mask[start : start + size]) if is_target])
-            rows.append(TokenRow(ids, targets, where, full_length, side))
+            own = [next(weights) for _ in targets] if number in weighted else None
+            rows.append(TokenRow(ids, targets, where, full_length, side, weights=own))
             start += size
         report = SourceReport(**facts["report"])
         report.sources, report.ignored_columns = tuple(report.sources), set(report.ignored_columns)
@@ -104,6 +105,7 @@ def _as_bytes(rows: list[TokenRow], report: SourceReport) -> bytes:
     facts = {
         "where": [row.where for row in rows],
         "side": [row.side for row in rows],
+        "weighted": [number for number, row in enumerate(rows) if row.weights is not None],
         "report": {**asdict(report), "ignored_columns": sorted(report.ignored_columns)},
     }
     mask = bytearray()
@@ -116,12 +118,13 @@ def _as_bytes(rows: list[TokenRow], report: SourceReport) -> bytes:
         "ids": _tensor(array("i", (n for row in rows for n in row.ids)), torch.int32),
         "learned": _tensor(mask, torch.uint8),
         "sizes": _tensor(array("i", (n for row in rows for n in (len(row.ids), row.full_length))), torch.int32),
+        "weights": _tensor(array("d", (weight for row in rows for weight in row.weights or ())), torch.float64),
         "words": _tensor(bytearray(json.dumps(facts).encode()), torch.uint8),
     }
     return save(tensors, {"digest": _digest(tensors)})
 
 
-def _tensor(values: "array[int] | bytearray", dtype: torch.dtype) -> Tensor:
+def _tensor(values: "array[int] | array[float] | bytearray", dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(values, dtype=dtype) if values else torch.zeros(0, dtype=dtype)
 
 

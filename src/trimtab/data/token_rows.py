@@ -1,8 +1,9 @@
 """Examples as token rows with target tokens. The only place where a loss mask is made.
 
-Target tokens are what the assistant says, and the token that ends its turn. They are found by rendering the conversation with
-the model's own template once whole and once up to where each answer starts, and by tokenizing both: text and tokens of the
-second must begin those of the first, or the conversation is rendered turn by turn. Markers are never searched for. So before
+Target tokens are what the assistant says, and the token that ends its turn, unless `data.train_on` says otherwise. They are found
+by rendering the conversation with the model's own template once whole and once up to where each answer starts, and by tokenizing
+both: text and tokens of the second must begin those of the first, or the conversation is rendered turn by turn.
+Markers are never searched for. So before
 an answer are exactly the tokens of the prompt that generation uses, and the answer says what the message says (see `template_output`).
 """
 
@@ -31,6 +32,7 @@ from trimtab.data.example import (
 from trimtab.data.lengths import NO_LIMIT, LengthLimit, limit_length
 from trimtab.data.plain_texts import WINDOW, tokenize_texts
 from trimtab.data.rendering import Answer, NotAPrefix, RenderedText, Tokenizing, render_turn_by_turn, render_whole
+from trimtab.data.trained import as_answered
 
 BATCH = 1000
 """Examples that are tokenized at a time: a tokenizer's result takes a hundred times the memory of its tokens."""
@@ -139,18 +141,25 @@ def tokenize_prompt(
 
 
 def tokenize_answers(examples: Iterable[Conversation], base: Tokenizing) -> list[tuple[list[int], list[int]]]:
-    """Of each conversation the prompt of its last trained answer, and that answer, both as tokens.
+    """Of each conversation the prompt of its last trained answer, or of its last answer, and that answer, both as tokens.
 
     Raises:
         DataError: One can't be used.
     """
-    answers, examples = [], list(examples)
+    answers, examples = [], [_as_answered(example) for example in examples]
     for example, rows in zip(examples, _tokenize_parts(examples, base), strict=True):
         if isinstance(rows, InvalidExample):
             raise DataError(f"{example.where}: {rows}")
         start = last_answer_start(rows[-1])
         answers.append((rows[-1].ids[:start], rows[-1].ids[start:]))
     return answers
+
+
+def _as_answered(example: Conversation) -> Conversation:
+    try:
+        return as_answered(example)
+    except InvalidExample as invalid:
+        raise DataError(f"{example.where}: {invalid}") from None
 
 
 def last_answer_start(row: TokenRow) -> int:
@@ -173,8 +182,8 @@ def _encode(texts: list[RenderedText], base: Tokenizing) -> Iterator[list[Any]]:
 
 
 def _token_row(text: RenderedText, encodings: list[Any], base: Tokenizing, where: str) -> TokenRow:
-    ids, ends, firsts = _split_at_answers(text, encodings, base)
-    targets: list[int] = []
+    ids, offsets, firsts = _split_at_answers(text, encodings, base)
+    ends, targets, weights = [end for _, end in offsets], list[int](), list[float]()
     for first, answer in zip(firsts, text.answers, strict=True):
         if text.by_template:
             stops = [t for t in range(first, len(ids)) if ids[t] == answer.end and ends[t] <= answer.limit]
@@ -190,29 +199,49 @@ def _token_row(text: RenderedText, encodings: list[Any], base: Tokenizing, where
                 ids = [*ids, base.end_of_text]
             last = len(ids) - 1
         targets += range(max(first, 1), last + 1)  # nothing can predict the first token of a row
+        weights += [answer.weight] * (len(targets) - len(weights))
+    if text.others or text.rest:
+        targets, weights = _with_others(text, offsets, dict(zip(targets, weights, strict=True)), len(ids))
     if problem := base.embedding_problem(ids[: targets[-1] + 1] if targets else []):
         raise InvalidExample(problem)
-    return TokenRow(ids, targets, where, len(ids))
+    return TokenRow(ids, targets, where, len(ids), weights=weights if any(weight != 1 for weight in weights) else None)
 
 
-def _split_at_answers(text: RenderedText, encodings: list[Any], base: Tokenizing) -> tuple[list[int], list[int], list[int]]:
-    """The tokens, where they end in the text, and the index of each answer's first token, before which are exactly the prompt's.
+def _with_others(
+    text: RenderedText, offsets: list[tuple[int, int]], of_answers: dict[int, float], length: int
+) -> tuple[list[int], list[float]]:
+    """The targets and their weights: those of answers, tokens that have a character of another trained turn, and the rest."""
+    of_others = {
+        t: other.weight
+        for other in text.others
+        for t, (start, end) in enumerate(offsets)
+        if start < other.end and end > other.start and end > start
+    }
+    found = {**dict.fromkeys(range(length), text.rest), **of_others, **of_answers}
+    targets = [t for t in sorted(found) if found[t] and t > 0]
+    return targets, [found[t] for t in targets]
+
+
+def _split_at_answers(
+    text: RenderedText, encodings: list[Any], base: Tokenizing
+) -> tuple[list[int], list[tuple[int, int]], list[int]]:
+    """The tokens, where they start and end in the text, and the index of each answer's first token, before which are exactly the prompt's.
 
     A tokenizer may join the prompt's last characters with the answer's first ("2+" and "+" as "++"), or divide the prompt
     differently when something follows it.
     """
     encoded, *prompts = encodings
-    ids, ends = list(encoded.ids), [end for _, end in encoded.offsets]
-    if text.answers[0].start == 0:
-        return ids, ends, [encoded.before]
+    ids, offsets = list(encoded.ids), list(encoded.offsets)
+    if not text.answers:
+        return ids, offsets, []
 
     def begins(prompt: Any, answer: Answer) -> bool:
         n = len(prompt.ids)
-        return ids[:n] == list(prompt.ids) and all(end <= answer.start for end in ends[:n])
+        return ids[:n] == list(prompt.ids) and all(end <= answer.start for _, end in offsets[:n])
 
     firsts = [len(prompt.ids) for prompt in prompts]
     if all(begins(prompt, answer) for prompt, answer in zip(prompts, text.answers, strict=True)):
-        return ids, ends, firsts
+        return ids, offsets, firsts
     if len(text.answers) > 1:
         raise NotAPrefix
     start = text.answers[0].start
@@ -222,4 +251,5 @@ def _split_at_answers(text: RenderedText, encodings: list[Any], base: Tokenizing
         raise InvalidExample(
             "the tokenizer joins the end of the prompt with the start of the answer, and cannot write them separately"
         )
-    return split, [*(end for _, end in prompts[0].offsets), *(start + end for _, end in rest.offsets)], firsts
+    shifted = ((start + first, start + end) for first, end in rest.offsets)
+    return split, [*prompts[0].offsets, *shifted], firsts

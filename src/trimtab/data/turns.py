@@ -1,4 +1,4 @@
-"""The text of an assistant turn that is trained on: what the template writes after the prompt that generation uses.
+"""The text of a turn that is trained on: of an assistant's, what the template writes after the prompt that generation uses.
 
 Many templates write a prompt differently once the answer follows it: they open the reasoning in the prompt and write none with an
 answer (DeepSeek-R1), close an empty one in the prompt alone (Gemma 4), drop earlier reasoning (GPT-OSS), or write the system message
@@ -9,11 +9,12 @@ shows; everything before it is the prompt's, in training as in generation.
 import re
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from trimtab.core.chat import CLOSES, OPENS, Message, common_length
+from trimtab.core.errors import DataError
 from trimtab.data.example import InvalidExample
-from trimtab.data.template_output import REASONING, Template, check_answer, split_reasoning
+from trimtab.data.template_output import REASONING, Template, check_answer, normalized, split_reasoning
 
 LAST, REASONS = "qxlastxq", "qxreasonsxq"
 """Marks that no template writes by itself: at the end of the last message before the answer, and in place of reasoning."""
@@ -21,6 +22,61 @@ _TAG = r"(<[^<>\s]+>|\[[^\[\]\s]+\])"
 _PAIR = re.compile(rf"\s*{_TAG}[^<\[]*{_TAG}\s*")
 _CLOSING = re.compile(r"[<\[](/|\|end_|\w+\|>)", re.IGNORECASE)
 """The beginning of a closing tag: `</think>`, `<|END_THINKING|>`, `<channel|>`, `[/THINK]`."""
+
+
+class OtherTurn(NamedTuple):
+    """What a message says, and the token that ends its turn, as the template writes them."""
+
+    start: int
+    """Index of its first character in the text."""
+    end: int
+    weight: float = 1.0
+
+
+def find_other_turn(
+    template: Template,
+    messages: Sequence[Message],
+    number: int,
+    tools: Sequence[Any] | None,
+    text: str,
+    ends: "re.Pattern[str]",
+    prompt: bool = False,
+) -> OtherTurn:
+    """Where a text has what message `number` of the conversation says: found by rendering the conversation with a mark in its place.
+
+    Args:
+        text: The conversation as the template writes it.
+        ends: The tokens that may end a turn.
+        prompt: It is a prompt, in which the model's answer follows.
+
+    Raises:
+        InvalidExample: It can't be found.
+    """
+    message = messages[number]
+    role = f"messages[{number}] ({message['role']})"
+    instead = "use data.train_on=everything, which trains on all that the template writes, or leave this role out"
+    if message.get("tool_calls") or any(message.get(key) for key in REASONING):
+        raise InvalidExample(f"{role} is more than a text, so its own weight has no place with data.train_on=everything")
+
+    def around_mark(messages: Sequence[Message], prompt: bool) -> tuple[str, str]:
+        marked = [*messages[:number], {**message, "content": LAST}, *messages[number + 1 :]]
+        try:
+            before, mark, after = template.render(marked, tools, prompt=prompt).partition(LAST)
+        except DataError as error:
+            raise InvalidExample(f"{role} can't be trained on: where it ends is not known ({error}); {instead}") from None
+        if not mark or LAST in after:
+            raise InvalidExample(f"{role} can't be trained on: the model's chat template does not write it once; {instead}")
+        return before, after
+
+    before, after = around_mark(messages, prompt)
+    content = text[len(before) : len(text) - len(after)]
+    if f"{before}{content}{after}" != text or normalized(content) != normalized(message["content"]):
+        raise InvalidExample(f"{role} can't be trained on: the model's chat template does not write it unchanged; {instead}")
+    _, closing = around_mark(messages[: number + 1], False)
+    if (end := ends.search(closing)) is None:
+        raise InvalidExample(f"{role} can't be trained on: the model's chat template ends it with no special token; {instead}")
+    # Where the same turn goes on with another message, as with results of several calls, less of it follows.
+    return OtherTurn(len(before), len(before) + len(content) + common_length(closing[: end.end()], after))
 
 
 class Turn:

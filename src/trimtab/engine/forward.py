@@ -76,7 +76,7 @@ def pack_logprobs(
     recompute: Level = "none",
     frozen_cache: FrozenLayerCache | None = None,
 ) -> Tensor:
-    """Σ log p over the target tokens of each of the pack's rows: S. Differentiable.
+    """Σ weight · log p over the target tokens of each of the pack's rows: S. Differentiable.
 
     Args:
         owners: For each of the pack's segments, the name of the adapter that acts on it, or None for the base alone; unless

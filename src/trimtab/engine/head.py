@@ -102,12 +102,14 @@ class Targets(NamedTuple):
     """S."""
     on_host: "Targets | None" = None
     """The same on the host, if they are on a device."""
+    weight: Tensor | None = None
+    """N, on the host: by which each log p is multiplied; None if all are 1."""
 
     @classmethod
     def of(cls, pack: Pack) -> "Targets":
         """Those of the pack, for the hidden states of `pack.predicts`."""
         host = cls.of(pack.host) if pack.on_host is not None else None
-        return cls(pack.place, pack.target_token, pack.target_row, len(pack.rows), host)
+        return cls(pack.place, pack.target_token, pack.target_row, len(pack.rows), host, pack.target_weight)
 
     @property
     def host(self) -> "Targets":
@@ -115,11 +117,15 @@ class Targets(NamedTuple):
 
     def to(self, device: torch.device) -> "Targets":
         at, token, row = (to_device(tensor, device) for tensor in (self.at, self.token, self.row))
-        return Targets(at, token, row, self.rows, self.host)
+        return Targets(at, token, row, self.rows, self.host, self.weight)
+
+    def weighted(self, values: Tensor) -> Tensor:
+        """Values of the targets, times their weights: N."""
+        return values if self.weight is None else values * to_device(self.weight.to(values.dtype), values.device)
 
 
 def sequence_logprobs(hidden: Tensor, head: Head, targets: Targets) -> Tensor:
-    """Σ log p(token | hidden) over each row's targets: M d -> S, at least float32.
+    """Σ weight · log p(token | hidden) over each row's targets: M d -> S, at least float32.
 
     One pass over the vocabulary, a tile of logits at a time, computes a running softmax (Milakov & Gimelshein 2018,
     arXiv:1805.02867) and the mean row of the head's matrix that the gradient needs. The backward pass then has the gradient of
@@ -246,7 +252,7 @@ class _SequenceLogProbs(torch.autograd.Function):
         mean, slope = ctx.saved_tensors
         at, token, row = ctx.targets[:3]
         order = sum_order(ctx.targets.host.at.numpy(), mean.device) if ctx.splits else None
-        dtarget = gradients[0][row] * ctx.head.scale
+        dtarget = ctx.targets.weighted(gradients[0][row] * ctx.head.scale)
         dlogit = dtarget if slope is None else dtarget * slope
         values = ctx.head.weight[token] * dlogit[:, None]
         dx = mean * -_add_(torch.zeros_like(mean[:, 0]), at, dtarget, order)[:, None]
@@ -254,9 +260,9 @@ class _SequenceLogProbs(torch.autograd.Function):
 
 
 def _by_row(logprob: Tensor, targets: Targets, splits: bool) -> Tensor:
-    """The sums over each row's targets: N -> S."""
+    """The weighted sums over each row's targets: N -> S."""
     order = sum_order(targets.host.row.numpy(), logprob.device) if splits else None
-    return _add_(logprob.new_zeros(targets.rows), targets.row, logprob, order)
+    return _add_(logprob.new_zeros(targets.rows), targets.row, targets.weighted(logprob), order)
 
 
 def _add_(to: Tensor, index: Tensor, values: Tensor, order: SumOrder | None) -> Tensor:

@@ -38,7 +38,7 @@ Z = 1.959963984540054
 
 @dataclass(frozen=True)
 class Loss:
-    """The objective's mean loss: over all target tokens, in nats, or over all pairs or judged answers."""
+    """The objective's mean loss: over all target tokens by their weights, in nats, or over all pairs or judged answers."""
 
     loss: float
     interval: Interval
@@ -48,7 +48,7 @@ class Loss:
     """The objective's metrics besides the loss: means over the rows."""
     sums: list[float] = field(default_factory=list)
     """The loss of each row (or pair), summed over its items, …"""
-    counts: list[int] = field(default_factory=list)
+    counts: list[float] = field(default_factory=list)
     """… and the number of those."""
     logprobs: list[float] = field(default_factory=list)
     """Σ log p of each row's target tokens, in the order of the rows, without mismatched ones."""
@@ -62,7 +62,7 @@ class Loss:
     @property
     def by_source(self) -> dict[str, Any]:
         """Of each named source the mean loss, its interval and the number of rows, as JSON data under `sources`; empty if none has a name."""
-        parts: dict[str, tuple[list[float], list[int]]] = {name: ([], []) for name in sorted({*self.sources} - {""})}
+        parts: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in sorted({*self.sources} - {""})}
         for name, of_row, count in zip(self.sources, self.sums, self.counts, strict=False):
             if name:
                 parts[name][0].append(of_row)
@@ -104,7 +104,7 @@ def score_loss(base: Base, rows: Sequence[TokenRow], pack_tokens: int = 1024, ob
     ensure_exact(base.model, rows)
     objective = objective or SFT()
     sums: list[float] = []
-    counts: list[int] = []
+    counts: list[float] = []
     sources: list[str] = []
     measures: list[dict[str, Tensor]] = []
     by_row: dict[int, float] = {}
@@ -234,7 +234,7 @@ def wilson_interval(hits: int, of: int) -> Interval:
     return max(0.0, (middle - half) / (1 + z2 / of)), min(1.0, (middle + half) / (1 + z2 / of))
 
 
-def paired_difference(ours: Sequence[float], theirs: Sequence[float], counts: list[int]) -> tuple[float, Interval]:
+def paired_difference(ours: Sequence[float], theirs: Sequence[float], counts: list[float]) -> tuple[float, Interval]:
     """The mean difference of two losses on the same rows, and its interval, which differences between rows do not widen.
 
     Args:
@@ -244,7 +244,7 @@ def paired_difference(ours: Sequence[float], theirs: Sequence[float], counts: li
     return sum(differences) / sum(counts), _bootstrap(differences, counts)
 
 
-def _bootstrap(sums: list[float], counts: list[int], draws: int = 1000) -> Interval:
+def _bootstrap(sums: list[float], counts: list[float], draws: int = 1000) -> Interval:
     generator, rows = np.random.RandomState([0]), len(sums)  # draws as random.Random(0).choices, but faster
     of_sums, of_counts, means = np.array(sums), np.array(counts), np.empty(draws)
     for n in range(draws):

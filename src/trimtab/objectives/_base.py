@@ -45,8 +45,8 @@ class Objective(Choice):
         return self
 
     @abstractmethod
-    def counts(self, pack: Pack) -> list[int]:
-        """How many items each unit has: U."""
+    def counts(self, pack: Pack) -> list[float]:
+        """How many items each unit has: U. Target tokens count as much as they weigh."""
 
     @abstractmethod
     def losses(self, logprobs: Tensor, pack: Pack, kl: KL) -> Tensor:
@@ -60,7 +60,7 @@ class Objective(Choice):
         """The KL estimate, from log p / p_reference of the step's mismatched answers."""
         return 0.0
 
-    def items(self, pack: Pack) -> int:
+    def items(self, pack: Pack) -> float:
         """How many terms the pack's loss sums."""
         return sum(self.counts(pack))
 

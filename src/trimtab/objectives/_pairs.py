@@ -47,7 +47,7 @@ class Pairwise(Objective):
     def reward(self, answers: Answers) -> Tensor:
         """U."""
 
-    def counts(self, pack: Pack) -> list[int]:
+    def counts(self, pack: Pack) -> list[float]:
         return [1] * (len(pack.rows) // 2)
 
     def losses(self, logprobs: Tensor, pack: Pack, kl: KL) -> Tensor:

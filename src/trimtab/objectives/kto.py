@@ -44,7 +44,7 @@ class KTO(ReferenceObjective):
         balanced = {"desirable": max(1.0, bad / good), "undesirable": max(1.0, good / bad)}
         return self.model_copy(update={key: value for key, value in balanced.items() if getattr(self, key) == "auto"})
 
-    def counts(self, pack: Pack) -> list[int]:
+    def counts(self, pack: Pack) -> list[float]:
         return [1] * len(pack.rows)
 
     def losses(self, logprobs: Tensor, pack: Pack, kl: KL) -> Tensor:

@@ -7,10 +7,10 @@ from trimtab.objectives._base import KL, Objective
 
 
 class SFT(Objective):
-    """loss = −Σ log p(token) / number of target tokens, over the whole optimizer step."""
+    """loss = −Σ w log p(token) / Σ w over the target tokens of the whole optimizer step, with w = 1 but where messages have weights."""
 
-    def counts(self, pack: Pack) -> list[int]:
-        return [len(row.target_indices) for row in pack.rows]
+    def counts(self, pack: Pack) -> list[float]:
+        return [row.total_weight for row in pack.rows]
 
     def losses(self, logprobs: Tensor, pack: Pack, kl: KL) -> Tensor:
         return -logprobs

@@ -54,15 +54,17 @@ def checks_table(findings: Sequence[Finding], rows: Sequence[dict[str, Any]]) ->
 
 
 def _lines(parts: Sequence[dict[str, Any]]) -> Iterator[Text]:
-    """An example's text behind a margin that marks target tokens; `:` where a line of the text continues with another marking."""
+    """An example's text behind a margin that marks target tokens, or has their weight if it isn't 1; `:` where a line of the text continues
+    with another marking."""
     continues = False
     for part in parts:
         text, target = part["text"], part["learned"]
+        mark = "" if not target else "target" if part["weight"] == 1 else f"×{part['weight']:.4g}"
         if len(text) > 2 * SHOWN:
             text = f"{text[:SHOWN]}\n… {len(text) - 2 * SHOWN:,} characters …\n{text[-SHOWN:]}"
         lines = text.removesuffix("\n").split("\n")
         for line in lines[1:] if continues and not lines[0] else lines:
-            margin = f"{'target' if target else '':>6} {':' if continues else '|'} "
+            margin = f"{mark:>6} {':' if continues else '|'} "
             yield Text.assemble((margin, "green" if target else "dim"), (line, "black on green" if target else "dim"))
             continues = False
         continues = not text.endswith("\n")
@@ -101,6 +103,7 @@ h1 {{ margin-bottom: 0; }} .about {{ color: var(--soft); margin-top: .2rem; over
 pre {{ white-space: pre-wrap; overflow-wrap: anywhere; background: var(--box); padding: .8rem; border-radius: 6px; color: var(--soft); }}
 pre.recipe {{ color: var(--text); }}
 mark {{ background: var(--mark); color: var(--marked); font-weight: 600; text-decoration: underline; text-underline-offset: .2em; }}
+mark sup {{ font-weight: 400; }}
 h3 {{ overflow-wrap: anywhere; }}
 </style>
 <h1>Data check</h1>
@@ -110,12 +113,18 @@ h3 {{ overflow-wrap: anywhere; }}
 <h2>Target tokens per example</h2>
 <div class="rows">{histogram}</div>
 <h2>Tokenized examples</h2>
-<p><mark>Target tokens</mark> are trained on; the rest is context.</p>
+<p><mark>Target tokens</mark> are trained on, with their weight in the loss where it isn't 1; the rest is context.</p>
 {rows}
 <h2>Recipe</h2>
 <pre class="recipe">{recipe}</pre>
 </html>
 """
+
+
+def _mark(part: dict[str, Any]) -> str:
+    """The opening tag of target tokens, with their weight if it isn't 1."""
+    weight = part["weight"]
+    return "<mark>" if weight == 1 else f'<mark style="opacity: {min(1.0, 0.4 + 0.6 * weight):.2f}"><sup>×{weight:.4g}</sup>'
 
 
 def checks_page(findings: Sequence[Finding], rows: Sequence[dict[str, Any]], about: Sequence[str], recipe: str) -> str:
@@ -138,7 +147,7 @@ def checks_page(findings: Sequence[Finding], rows: Sequence[dict[str, Any]], abo
     texts = []
     for row in rows:
         inside = "".join(
-            f"<mark>{html(part['text'])}</mark>" if part["learned"] else html(part["text"]) for part in row["parts"]
+            f"{_mark(part)}{html(part['text'])}</mark>" if part["learned"] else html(part["text"]) for part in row["parts"]
         )
         texts.append(f"<h3>{html(_name(row))}</h3><pre>{inside}</pre>")
     status, sentence = verdict(findings)

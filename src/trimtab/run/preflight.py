@@ -101,12 +101,12 @@ def preview(base: Base, data: LoadedData, count: int) -> list[dict[str, Any]]:
 
 
 def _parts(base: Base, row: TokenRow) -> list[dict[str, Any]]:
-    targets = set(row.target_indices)
+    weights = dict(zip(row.target_indices, row.weights or [1.0] * len(row.target_indices), strict=True))
     parts: list[dict[str, Any]] = []
     start = 0
     for end in range(1, len(row.ids) + 1):
-        if end == len(row.ids) or (end in targets) != (start in targets):
+        if end == len(row.ids) or weights.get(end) != weights.get(start):
             text = base.tokenizer.decode(row.ids[start:end], clean_up_tokenization_spaces=False)
-            parts.append({"text": text, "learned": start in targets, "tokens": end - start})
+            parts.append({"text": text, "learned": start in weights, "tokens": end - start, "weight": weights.get(start, 0.0)})
             start = end
     return parts

@@ -1,9 +1,9 @@
 """The recipe: everything that decides a run's result, in one file that repeats it."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, SerializeAsAny
+from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 from pydantic_core import PydanticCustomError
 
 from trimtab.base import ModelConfig
@@ -48,6 +48,15 @@ class Recipe(Config):
     """Whether an unfinished run of this recipe in `output` is resumed, or refused."""
     output: Annotated[Path, BeforeValidator(_as_path)] = Path("runs/run")
     """The run's folder."""
+
+    @model_validator(mode="after")
+    def _compared_answers_are_trained_on(self) -> Self:
+        if self.objective.data_kind != "answers" and self.data.train_on != "assistant":
+            raise ValueError(
+                f"data.train_on: {self.objective.name} compares or judges answers, so it trains on the last message of each example alone. "
+                "Leave it out."
+            )
+        return self
 
     def to_yaml(self) -> str:
         """The recipe with every default written out and every local path absolute, so it repeats the run from anywhere."""

@@ -42,8 +42,8 @@ class Step:
     """From 1."""
     loss: float
     """The mean over the step's items, before the update."""
-    items: int
-    """What the loss was divided by: for SFT, the target tokens of the whole step."""
+    items: float
+    """What the loss was divided by: for SFT, the target tokens of the whole step, each as often as it weighs."""
     tokens: int
     """Tokens of the step's rows, all of them real."""
     computed: int
@@ -138,7 +138,7 @@ class _Passes:
         self.frozen_cache = FrozenLayerCache(base.model, capacity) if config.keeps_frozen_outputs else None
 
     def clipped_gradients(
-        self, number: int, packs: list[Pack], items: int, optimizer: Optimizer, scale: LossScale
+        self, number: int, packs: list[Pack], items: float, optimizer: Optimizer, scale: LossScale
     ) -> tuple[float, float, dict[str, float]]:
         """Make the gradients of a step, clip them, and return the loss, their norm before, and the means of other measures.
 
@@ -155,14 +155,14 @@ class _Passes:
             optimizer.clear()
 
     def gradients(
-        self, number: int, packs: list[Pack], items: int, scale: LossScale
+        self, number: int, packs: list[Pack], items: float, scale: LossScale
     ) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
         """Add the scaled gradients of a step's packs to the parameters', and return the losses and other measures."""
         with deterministic(self.deterministic):
             return self._gradients(number, packs, items, scale)
 
     def _gradients(
-        self, number: int, packs: list[Pack], items: int, scale: LossScale
+        self, number: int, packs: list[Pack], items: float, scale: LossScale
     ) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
         device, measures, losses = self.base.device, list[dict[str, Tensor]](), list[Tensor]()
         estimate = KLEstimate(self.objective)

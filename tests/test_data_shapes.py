@@ -297,7 +297,10 @@ def test_weight_0_is_read_and_not_learned():
         ([user([{"type": "text"}]), assistant("b")], "messages[0].content is null, not a text"),
         ([user([{"type": "text", "text": " "}]), assistant("b")], "messages[0].content is empty"),
         ([user([]), assistant("b")], "messages[0].content is a list, not a text"),
-        ([user("a"), assistant("b", weight=2e6)], "messages[1].weight is 2000000.0; it can be 0 (in the context, not trained on), 1, or another number from 0.000001 to 1,000,000"),
+        (
+            [user("a"), assistant("b", weight=2e6)],
+            "messages[1].weight is 2000000.0; it can be 0 (in the context, not trained on), 1, or another number from 0.000001 to 1,000,000",
+        ),
         (
             [user("a"), assistant("b", weight="0")],
             "messages[1].weight is '0'; it can be 0 (in the context, not trained on), 1, or another number from 0.000001 to 1,000,000",
@@ -350,7 +353,7 @@ def test_tools_that_are_no_list_are_refused(tools, reason):
 
 def test_prompt_and_completion_as_texts_continue_each_other():
     example = read({"prompt": "2+2=", "completion": "4"})
-    assert example == Conversation((user("2+2="), assistant("4")), "data:1", is_completion=True)
+    assert example == Conversation((user("2+2="), assistant("4")), "data:1", prompt=1, is_completion=True)
 
 
 def test_prompt_and_completion_as_messages_learn_the_completion_alone():

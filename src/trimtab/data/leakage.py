@@ -43,7 +43,9 @@ def find_leaks(rows: Sequence[TokenRow], held_out: Sequence[TokenRow], prompts: 
     exact = {digest(row.ids) for row in rows}
     known_prompts = {digest(row.ids[: row.target_indices[0]]) for row in rows if prompts and row.target_indices[0] > 1}
     repeated = [row for row in held_out if digest(row.ids) in exact]
-    prompted = [row for row in held_out if row.target_indices[0] > 1 and digest(row.ids[: row.target_indices[0]]) in known_prompts]
+    prompted = [
+        row for row in held_out if row.target_indices[0] > 1 and digest(row.ids[: row.target_indices[0]]) in known_prompts
+    ]
     known = {id(row) for row in (*repeated, *prompted)}
     near = _near(rows, [row for row in held_out if id(row) not in known])
     return Leaks([row.where for row in repeated], [row.where for row in prompted], near)

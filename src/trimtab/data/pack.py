@@ -110,9 +110,7 @@ def _pack(rows: tuple[TokenRow, ...], share: bool, tokens: Sequence[Numbers] | N
     predicts, place = np.unique(at, return_inverse=True)
     tensor = torch.from_numpy
     ids, positions, of_targets = tensor(tree.ids), tensor(tree.positions), (tensor(token), tensor(target_row))
-    return Pack(
-        ids, positions, tree.segments, tensor(predicts), tensor(place), *of_targets, rows, tree.leaves, _weights(rows)
-    )
+    return Pack(ids, positions, tree.segments, tensor(predicts), tensor(place), *of_targets, rows, tree.leaves, _weights(rows))
 
 
 def _weights(rows: tuple[TokenRow, ...]) -> Tensor | None:

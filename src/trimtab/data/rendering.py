@@ -110,7 +110,9 @@ def _render_everything(example: Conversation, base: Tokenizing) -> RenderedText:
     ends_with_answer = last > 0 and messages[last]["role"] == "assistant"
     turn = Turn(template, messages, last, example.tools) if ends_with_answer else None
     _check_nothing_ignored(example, messages, [text, *([turn.prompt] if turn else [])], base, {last} if turn else set())
-    others = _others(example, base, [n for n in range(last + 1) if weights[n] != 1 and not (turn and n == last)], text, last + 1)
+    others = _others(
+        example, base, [n for n in range(last + 1) if weights[n] != 1 and not (turn and n == last)], text, last + 1
+    )
     if turn is not None:
         _check_ends(example, base, last)
         whole = turn.prompt + turn.answer(text + turn.ending.text)

@@ -79,4 +79,3 @@ def as_answered(example: Conversation) -> Conversation:
         raise InvalidExample("no message is the assistant's, so there is no answer to evaluate")
     last = (trained_turns(example) or answers)[-1]
     return replace(example, weights={n: float(n == last) for n in range(len(example.messages))}, train_on="assistant")
-

@@ -203,7 +203,7 @@ def test_what_generation_would_not_see_is_refused(here, monkeypatch):
     """The negative control: tokens that are not the text's, or not the prompt's."""
     real = checks.tokenize_prompt
     for name, broken in (
-        ("tokenize_prompt", lambda messages, base, tools: [*real(messages, base, tools)[:-1], 5]),
+        ("tokenize_prompt", lambda messages, base, *more: [*real(messages, base, *more)[:-1], 5]),
         ("message_texts", lambda message: ["something else"]),
     ):
         monkeypatch.setattr(checks, name, broken)

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trimtab.core.attributes import attributes_set
 from trimtab.core.errors import RecipeError, UnsupportedModel
 
 Quantize = Literal["none", "nf4", "int8"]
@@ -106,18 +107,13 @@ def make_exact(model: nn.Module) -> None:
 @contextmanager
 def computing_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Within the block, quantized layers compute in this dtype, and are dequantized in it."""
-    held: list[tuple[Any, str, torch.dtype]] = []
+    changes: list[tuple[Any, str, torch.dtype]] = []
     for module in quantized_layers(model):
         state = getattr(module.weight, "quant_state", None)
-        held += [(module, "compute_dtype", module.compute_dtype)] if getattr(module, "compute_dtype", None) is not None else []
-        held += [(state, "dtype", state.dtype)] if state is not None else []
-    try:
-        for holder, name, _ in held:
-            setattr(holder, name, dtype)
+        changes += [(module, "compute_dtype", dtype)] if getattr(module, "compute_dtype", None) is not None else []
+        changes += [(state, "dtype", dtype)] if state is not None else []
+    with attributes_set(changes):
         yield
-    finally:
-        for holder, name, own in held:
-            setattr(holder, name, own)
 
 
 class StoredMatrix:

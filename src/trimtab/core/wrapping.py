@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from trimtab.core.attributes import attributes_set
 from trimtab.core.errors import UnsupportedModel
 
 
@@ -73,20 +74,14 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
 @contextmanager
 def own_modules_in_place(model: nn.Module) -> Iterator[None]:
     """Within the block, the model's own modules stand where the adapter layers around them do: for code that looks for its parameters."""
-    layers = [
-        (holder, name, child)
+    outer = [
+        (holder, name, unwrap(child))
         for holder in model.modules()
         for name, child in holder.named_children()
-        if isinstance(child, Wrapper)
+        if isinstance(child, Wrapper) and not isinstance(holder, Wrapper)
     ]
-    outer = [(holder, name, child) for holder, name, child in layers if not isinstance(holder, Wrapper)]
-    try:
-        for holder, name, child in outer:
-            setattr(holder, name, unwrap(child))
+    with attributes_set(outer):
         yield
-    finally:
-        for holder, name, child in outer:
-            setattr(holder, name, child)
 
 
 def trunk_of(model: Any) -> nn.Module:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from trimtab.base import limit_rows
 from trimtab.core.attention_hook import recording_sizes
+from trimtab.core.attributes import attributes_set
 from trimtab.core.errors import DataError, UnsupportedModel
 from trimtab.data.example import TokenRow
 from trimtab.data.pack import Pack, pack_tree
@@ -137,19 +138,13 @@ def resized(model: Any, sizes: dict[str, int], to: int) -> Iterator[None]:
     """Within the block, all of these sizes are `to`, in the configuration and in the modules that have copied them."""
     config = model.config.get_text_config()
     copies = [
-        (module, name, value)
+        (module, name, to)
         for module in model.modules()
         for name, value in vars(module).items()
         if type(value) is int and value in sizes.values() and LOCAL.search(name)
     ]
-    originals = [(config, name, size) for name, size in sizes.items()] + copies
-    try:
-        for holder, name, _ in originals:
-            setattr(holder, name, to)
+    with attributes_set([*((config, name, to) for name in sizes), *copies]):
         yield
-    finally:
-        for holder, name, value in originals:
-            setattr(holder, name, value)
 
 
 class _Rows:

@@ -17,7 +17,7 @@ from trimtab.core.attention import without_cudnn
 from trimtab.core.errors import UnsupportedModel
 from trimtab.core.wrapping import trunk_of, unwrap
 from trimtab.engine.head import head_of
-from trimtab.engine.low_rank import HALF
+from trimtab.engine.products import HALF
 
 DEVIATIONS = 4
 """In 16 bits, what Σ log p of n tokens may be off by: times √n, and what rounding makes of a token at most."""

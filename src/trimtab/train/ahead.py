@@ -38,8 +38,6 @@ class SentPacks:
         if self._stream is not None:
             computing = torch.cuda.current_stream(self.device)
             computing.wait_stream(self._stream)
-            for pack in packs:
-                pack.ids.record_stream(
-                    computing
-                )  # its storage is that of all its tensors, and is not reused before the passes end
+            for pack in packs:  # the storage of its ids is that of all its tensors, and is not reused before the passes end
+                pack.ids.record_stream(computing)
         return packs

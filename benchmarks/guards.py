@@ -22,7 +22,7 @@ GUARDS = {
     "hash of the base model, after": "base.model:Base.check_unchanged",
     "which tensors training has moved": "run.script:Optimizer.digests",
     "NaN or Inf in what is saved": "run.checkpoints:Optimizer.not_finite",
-    "log-probabilities of the canaries": "run.script:_BetweenSteps.score_canaries",
+    "log-probabilities of the canaries": "run.checkpoints:Checkpointer.score_canaries",
 }
 BESIDES = {"the states to resume from": "run.checkpoints:write_state"}
 """Not guards: what it costs to be able to resume."""

@@ -44,7 +44,7 @@ FAULTS = {
         "the learning rate decays too fast",
         "impossible",
         "it is a function of the step",
-        ("test_train::test_the_learning_rate_rises_to_its_peak_and_never_below_zero",),
+        ("test_schedule::test_the_learning_rate_rises_to_its_peak_and_never_below_zero",),
     ),
     "A06": Fault(
         "an example, or every one, has no target tokens",

@@ -76,7 +76,7 @@ def refusal(text, *words):
         (DATA + "train: {seed: 1_000}", "train.seed: expected a whole number, got '1_000'."),
         (DATA + "train: {lr: fast}", "train.lr: expected 'auto' or a number, got 'fast'."),
         (DATA + "train: {lr: '1e-4'}", "train.lr: expected 'auto' or a number, got '1e-4' (a text: leave the quotes out)."),
-        (DATA + "train: {schedule: cosin}", "train.schedule: expected 'cosine', 'linear' or 'constant', got 'cosin'."),
+        (DATA + "train: {schedule: cosin}", "train.schedule: expected 'cosine', 'linear', 'constant', 'wsd' or 'inverse_sqrt', got 'cosin'."),
         (DATA + "train: null", "train: expected a mapping with keys such as epochs, got null."),
         (DATA + "train: [1]", "train: expected a mapping with keys such as epochs, got a list."),
         (DATA + "model: 3", "model: expected a mapping with keys such as name, got 3."),
@@ -100,8 +100,34 @@ def refusal(text, *words):
         (DATA + "train: {epochs: .nan}", "train.epochs: expected 'auto' or a finite number, got nan."),
         (DATA + "train: {epochs: 1e400}", "train.epochs: expected 'auto' or a finite number, got inf."),
         (DATA + "train: {lr: -1}", "train.lr: expected 'auto' or a number above 0, got -1."),
-        (DATA + "train: {warmup: 2}", "train.warmup: expected a fraction of the steps, such as 0.05, got 2: it is not a number of steps."),
-        (DATA + "train: {warmup: -0.1}", "train.warmup: expected a number of at least 0, got -0.1."),
+        (
+            DATA + "train: {warmup: 1.0}",
+            "train.warmup: expected a fraction of the steps (below 1) or a whole number of them, got 1.0 (write 1 for one step).",
+        ),
+        (
+            DATA + "train: {warmup: 100.0}",
+            "train.warmup: expected a fraction of the steps (below 1) or a whole number of them, got 100.0 (write 100 for so many steps).",
+        ),
+        (
+            DATA + "train: {warmup: 2.5}",
+            "train.warmup: expected a fraction of the steps (below 1) or a whole number of them, got 2.5.",
+        ),
+        (DATA + "train: {warmup: -0.1}", "train.warmup: expected a fraction of the steps (below 1) or a whole number of them, got -0.1."),
+        (
+            DATA + "train: {floor: 0.1, schedule: constant}",
+            "train: floor: constant does not decay to an end. It is read with cosine, linear, wsd.",
+        ),
+        (DATA + "train: {decay: 0.1}", "train: decay: it is read with schedule: wsd alone, and cosine decays from the warm-up on."),
+        (
+            DATA + "train: {schedule: inverse_sqrt, warmup: 0}",
+            "train: schedule: inverse_sqrt decays in proportion to the length of the warm-up, so warmup must not be 0.",
+        ),
+        (DATA + "train: {min_improvement: 0.1}", "train: min_improvement: it is read with patience alone."),
+        (
+            "data: {train: x.jsonl, eval: 0}\ntrain: {patience: 2}",
+            "train.patience: it waits for the validation loss to improve, and data.eval: 0 holds out no examples.",
+        ),
+        (DATA + "resume: 0", "resume: expected 'auto' or 'never' or a number of at least 1, got 0."),
         (DATA + "train: {clip: 0}", "train.clip: expected a number above 0, got 0."),
         (DATA + "train: {rows_per_step: 0}", "train.rows_per_step: expected a number of at least 1, got 0."),
         (DATA + "train: {seed: -1}", "train.seed: expected a number of at least 0, got -1."),
@@ -387,7 +413,11 @@ CANDIDATES = [
 ]  # fmt: skip
 
 
-TOGETHER = {(TrainConfig, "deterministic"): {"pack_tokens": 64, "recompute": "none"}}
+TOGETHER = {
+    (TrainConfig, "deterministic"): {"pack_tokens": 64, "recompute": "none"},
+    (TrainConfig, "decay"): {"schedule": "wsd"},
+    (TrainConfig, "min_improvement"): {"patience": 2},
+}
 """What else a key's other value asks for."""
 
 

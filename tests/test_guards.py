@@ -17,7 +17,7 @@ from trimtab.data.example import TokenRow
 from trimtab.methods import attach
 from trimtab.methods.lora import LoRA
 from trimtab.objectives.sft import SFT
-from trimtab.run import script as running
+from trimtab.run import checkpoints
 from trimtab.train import Optimizer, TrainConfig, loop, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -177,7 +177,7 @@ def test_an_update_that_is_interrupted_is_whole_and_its_step_is_told(monkeypatch
 
 
 def test_a_model_that_gives_a_row_no_number_is_not_saved(here, trimtab, monkeypatch):
-    monkeypatch.setattr(running, "logprobs", lambda base, rows, _: [-1.0, math.nan, -1.0, -1.0][: len(rows)])
+    monkeypatch.setattr(checkpoints, "logprobs", lambda base, rows, _: [-1.0, math.nan, -1.0, -1.0][: len(rows)])
     failed = trimtab("train", "r.yaml", "output=new", "data.eval=0")
     assert failed.code == 5
     assert "a log-probability of NaN or Inf, so it is not saved. Lower train.lr." in failed.err

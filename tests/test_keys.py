@@ -16,7 +16,7 @@ from trimtab.data import Source
 from trimtab.deploy import load_adapter, load_model, merge
 from trimtab.methods import Method
 from trimtab.objectives import Objective
-from trimtab.run import script
+from trimtab.run import script, validation
 from trimtab.run.recipe import Recipe
 from trimtab.run.script import run_recipe
 from trimtab.train import UpdateRule
@@ -120,16 +120,20 @@ CHANGES = {
     "model.quantize": lambda work: {"model.quantize": "nf4"},
     "data.train": lambda work: {"data.train": str(work / "other_rows.jsonl")},
     "data.eval": lambda work: {"data.eval": str(work / "held.jsonl")},
+    "data.seed": lambda work: {"data.seed": 1},
     "train.epochs": lambda work: {"train.epochs": 2},
+    "train.max_steps": lambda work: {"train.max_steps": 3},
     "train.rows_per_step": lambda work: {"train.rows_per_step": 3},
     "train.tokens_per_step": lambda work: {"train.rows_per_step": None, "train.tokens_per_step": 100},
     "train.lr": lambda work: {"train.lr": 1e-3},
     "train.schedule": lambda work: {"train.schedule": "linear"},
     "train.warmup": lambda work: {"train.warmup": 0.5},
     "train.optimizer": lambda work: {"train.optimizer": "adafactor"},
+    "train.floor": lambda work: {"train.floor": 0.5},
     "train.weight_decay": lambda work: {"train.weight_decay": 0.5},
     "train.clip": lambda work: {"train.clip": 1e-4},
     "train.evaluate_every": lambda work: {"train.evaluate_every": 1},
+    "train.patience": lambda work: {"train.evaluate_every": 1, "train.patience": 1, "train.lr": 0.5, "train.warmup": 0},
     "train.seed": lambda work: {"train.seed": 1},
 }
 
@@ -251,6 +255,24 @@ def test_start_trains_an_earlier_adapter_on(work, plain):
     assert changed[1][0]["loss"] < plain[1][0]["loss"]
 
 
+def test_decay_and_min_improvement_change_what_their_keys_do(work):
+    """They are read with another key, whose result without them is what theirs is compared with."""
+    wsd = {"train.schedule": "wsd"}
+    assert outcome(work, "decay", **wsd, **{"train.decay": 4}) != outcome(work, "wsd", **wsd)
+    patient = {"train.patience": 1, "train.evaluate_every": 1, "train.epochs": 2}
+    late, early = (outcome(work, f"least-{least}", **patient, **{"train.min_improvement": least}) for least in (0.0, 9.0))
+    assert len(early[1]) < len(late[1])
+
+
+def test_save_every_and_keep_change_what_can_be_gone_back_to_and_nothing_else(work, plain):
+    found = {}
+    for name, settings in {"saved": {"train.save_every": 1}, "kept": {"train.save_every": 1, "train.keep": 9}}.items():
+        assert outcome(work, name, **settings) == plain
+        found[name] = sorted(int(path.name[5:]) for path in (work / "runs" / name / "checkpoints").iterdir())
+    assert found == {"saved": [4, 5], "kept": [1, 2, 3, 4, 5]}
+    assert sorted(path.name for path in (work / "runs" / "plain" / "checkpoints").iterdir()) == ["step-000004", "step-000005"]
+
+
 @pytest.mark.parametrize("key", CHANGES)
 def test_another_value_gives_another_result(key, work, plain):
     assert outcome(work, key, **CHANGES[key](work)) != plain
@@ -348,12 +370,14 @@ def test_the_adapter_handed_over_is_the_best_one_and_both_it_and_the_last_are_ke
     from trimtab.evaluate import Loss
 
     losses = iter([9.0, 3.0, 1.0, 2.0, 1.5, 2.5])  # the base's, then one a step
-    monkeypatch.setattr(script, "score_loss", lambda *_: Loss(loss := next(losses), (loss, loss), 1, 1, logprobs=[-1.0] * 9))
+    monkeypatch.setattr(
+        validation, "score_loss", lambda *_: Loss(loss := next(losses), (loss, loss), 1, 1, logprobs=[-1.0] * 9)
+    )
     folder = work / "runs" / "best"
     run_recipe(plain_recipe(work, output=str(folder), **{"train.evaluate_every": 1}))
     trained = json.loads((folder / "adapter" / "trimtab.json").read_text())["trained"]
     assert (trained["step"], trained["eval_loss"]) == (2, 1.0)
-    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step-000002", "step-000005"]
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step-000002", "step-000004", "step-000005"]
     best, last = ((folder / "checkpoints" / f"step-00000{n}" / "adapter_model.safetensors").read_bytes() for n in (2, 5))
     assert (folder / "adapter" / "adapter_model.safetensors").read_bytes() == best != last
 
@@ -586,6 +610,10 @@ def test_no_key_is_left_out_here():
         "data.overlong",
         "data.bad_rows",
         "data.duplicates",
+        "train.decay",
+        "train.save_every",
+        "train.keep",
+        "train.min_improvement",
         "train.pack_tokens",
         "train.recompute",
         "train.deterministic",

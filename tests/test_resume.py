@@ -636,7 +636,7 @@ def test_a_run_that_is_killed_before_it_has_logged_anything_goes_on(here, monkey
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(running, "canaries", killed)
+        patch.setattr(checkpoints, "canaries", killed)
         with pytest.raises(Killed):
             run("cut")
     assert not Path("cut/metrics.jsonl").exists()

@@ -102,7 +102,7 @@ def test_every_key_of_ones_own_is_found_from_the_command_line():
 def test_all_problems_are_said_at_once():
     raw = {
         "data": {"train": "x", "cutoff_len": 3},
-        "train": {"lrr": 1, "epochs": "two", "warmup": 100},
+        "train": {"lrr": 1, "epochs": "two", "warmup": 1.5},
         "method": {"rnak": 1},
         "x": 1,
     }
@@ -117,7 +117,7 @@ def test_all_problems_are_said_at_once():
         "train.warmup",
         "x",
     ]
-    assert "  train.warmup: expected a fraction of the steps, such as 0.05, got 100: it is not a number of steps." in lines
+    assert "  train.warmup: expected a fraction of the steps (below 1) or a whole number of them, got 1.5." in lines
     assert "  train.epochs: expected 'auto' or a number, got 'two'." in lines
 
 

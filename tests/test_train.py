@@ -1,6 +1,5 @@
 """The loop: one divisor, a schedule that is a function of the step, and no step on a number that is none."""
 
-import math
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +13,7 @@ from trimtab.data.example import TokenRow
 from trimtab.methods import attach
 from trimtab.methods.lora import LoRA
 from trimtab.objectives.sft import SFT
-from trimtab.train import Optimizer, TrainConfig, TrainingSteps, learning_rate, train
+from trimtab.train import Optimizer, TrainConfig, TrainingSteps, train
 
 ROWS = [
     TokenRow(ids, list(range(start, len(ids))), f"row:{n}", len(ids))
@@ -221,22 +220,3 @@ def test_the_steps_of_a_run_are_as_many_as_that_makes(settings, steps, rows):
 @pytest.mark.parametrize(("settings", "repeats"), [({}, True), ({"epochs": 1.5}, True), ({"epochs": 1}, False)])
 def test_what_is_learned_once_is_known_before_the_rows_are(settings, repeats):
     assert TrainConfig(**settings).keeps_frozen_outputs is repeats
-
-
-@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
-@pytest.mark.parametrize(("steps", "warmup"), [(1, 0.0), (1, 0.5), (10, 0.0), (100, 0.05), (7, 1.0), (33, 0.3)])
-def test_the_learning_rate_rises_to_its_peak_and_never_below_zero(schedule, steps, warmup):
-    rates = [learning_rate(n, steps, 2.0, warmup, schedule) for n in range(1, steps + 1)]
-    rising = round(warmup * steps)
-    assert rates[:rising] == pytest.approx([2.0 * n / rising for n in range(1, rising + 1)])
-    assert max(rates) == pytest.approx(2.0)
-    assert all(rate > 0 for rate in rates)
-    falling = rates[rising:]
-    assert falling == sorted(falling, reverse=True)
-    if schedule == "constant":
-        assert set(falling) <= {2.0}
-    if schedule == "cosine" and falling:
-        n = len(falling)
-        assert falling == pytest.approx([1 + math.cos(math.pi * k / n) for k in range(n)])
-    if schedule == "linear" and falling:
-        assert falling == pytest.approx([2 * (1 - k / len(falling)) for k in range(len(falling))])

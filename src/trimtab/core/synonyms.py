@@ -12,13 +12,19 @@ SAME = {
     "rows_per_step": "train.rows_per_step", "tokens_per_step": "train.tokens_per_step", "pack_tokens": "train.pack_tokens",
     "lr_scheduler_type": "train.schedule", "lr_scheduler": "train.schedule", "scheduler": "train.schedule", "schedule": "train.schedule",
     "weight_decay": "train.weight_decay", "max_grad_norm": "train.clip", "gradient_clipping": "train.clip", "clip": "train.clip",
-    "grad_clip": "train.clip", "seed": "train.seed", "data_seed": "train.seed",
+    "grad_clip": "train.clip", "seed": "train.seed", "data_seed": "data.seed",
     "gradient_checkpointing": "train.recompute", "use_gradient_checkpointing": "train.recompute", "recompute": "train.recompute",
     "activation_checkpointing": "train.recompute",
-    "eval_steps": "train.evaluate_every", "save_steps": "train.evaluate_every", "evals_per_epoch": "train.evaluate_every",
-    "eval_strategy": "train.evaluate_every", "save_strategy": "train.evaluate_every", "evaluation_strategy": "train.evaluate_every",
-    "saves_per_epoch": "train.evaluate_every", "evaluate_every": "train.evaluate_every", "eval_every": "train.evaluate_every",
-    "save_every": "train.evaluate_every",
+    "eval_steps": "train.evaluate_every", "save_steps": "train.save_every", "evals_per_epoch": "train.evaluate_every",
+    "eval_strategy": "train.evaluate_every", "save_strategy": "train.save_every", "evaluation_strategy": "train.evaluate_every",
+    "saves_per_epoch": "train.save_every", "evaluate_every": "train.evaluate_every", "eval_every": "train.evaluate_every",
+    "save_every": "train.save_every", "save_total_limit": "train.keep", "keep": "train.keep",
+    "max_steps": "train.max_steps", "num_steps": "train.max_steps", "total_steps": "train.max_steps", "iters": "train.max_steps",
+    "warmup_steps": "train.warmup", "warmup_ratio": "train.warmup", "num_warmup_steps": "train.warmup", "warmup": "train.warmup",
+    "early_stopping_patience": "train.patience", "patience": "train.patience",
+    "early_stopping_threshold": "train.min_improvement", "min_improvement": "train.min_improvement",
+    "min_lr_rate": "train.floor", "cosine_min_lr_ratio": "train.floor", "floor": "train.floor", "num_decay_steps": "train.decay",
+    "decay": "train.decay",
     "lora_r": "method.rank", "lora_rank": "method.rank", "r": "method.rank", "rank": "method.rank",
     "lora_alpha": "method.alpha", "alpha": "method.alpha", "lora_dropout": "method.dropout", "dropout": "method.dropout",
     "target_modules": "method.targets", "lora_target": "method.targets", "lora_target_modules": "method.targets",
@@ -68,9 +74,6 @@ AUTOMATIC = {
         "it is not needed: examples are always packed without padding, and shared prefixes are computed once",
     ),
     **dict.fromkeys(
-        ("warmup_steps", "warmup_ratio", "num_warmup_steps"), "it is train.warmup here, a fraction of the steps, such as 0.05"
-    ),
-    **dict.fromkeys(
         ("train_on_inputs", "mask_history", "train_on_prompt", "assistant_only_loss", "completion_only_loss", "roles_to_train",
          "loss_scale"),
         "only the assistant's messages are trained on, without those that have weight: 0",
@@ -83,7 +86,7 @@ AUTOMATIC = {
         ("logging_steps", "logging_strategy", "logging_dir", "logging_first_step"), "every step is logged, in the run's metrics.jsonl"
     ),
     **dict.fromkeys(
-        ("save_total_limit", "save_only_model", "load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
+        ("save_only_model", "load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
         "the adapter with the lowest validation loss is the result, and checkpoints are kept automatically",
     ),
     **dict.fromkeys(
@@ -107,7 +110,6 @@ AUTOMATIC = {
 """Settings that need no key, and what Trimtab does."""
 
 UNSUPPORTED = {
-    **dict.fromkeys(("max_steps", "num_steps", "total_steps", "iters"), "train.epochs may be a fraction, such as 0.5"),
     **dict.fromkeys(
         ("report_to", "wandb_project", "use_wandb", "wandb_entity", "swanlab", "use_swanlab", "mlflow_tracking_uri", "run_name"),
         "no tracker is supported yet; a run's metrics.jsonl has a line a step",

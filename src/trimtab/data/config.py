@@ -103,6 +103,8 @@ class DataConfig(Config):
     duplicates: Literal["keep", "remove"] = "keep"
     """Whether examples that repeat an earlier one exactly, token by token, are trained on again or removed, and counted. A training
     example that is also a validation example is removed, too."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
+    """Of the validation split, of samples of sources, and of the order of examples; `train.seed` unless given."""
     bad_rows: Literal["stop", "skip"] = "stop"
     """Whether examples that can't be used stop the run before it starts, or are left out and listed in the run's data.json."""
 

@@ -46,10 +46,11 @@ def apportion(total: int, shares: Mapping[str, float]) -> dict[str, int]:
 def plan_steps(
     rows: Sequence[TokenRow],
     *,
-    epochs: float,
+    epochs: float | None,
     seed: int,
     examples: int | None = None,
     tokens: int | None = None,
+    most: int | None = None,
     weights: Mapping[str, float] | None = None,
 ) -> list[list[int]]:
     """The indices of the rows of each optimizer step. The rows of an example stay together and count once.
@@ -58,24 +59,28 @@ def plan_steps(
     as many as fit into `tokens` (a longer one has a step of its own).
 
     Args:
+        epochs: None for as many as `most` steps need.
+        most: The most steps.
         weights: Of each source, by name; without any, an epoch has every example once.
     """
     all_groups = row_groups(rows)
-    total = math.ceil(round(epochs * len(all_groups), 9))  # 0.07 epochs of 100 rows are 7, not 7.000000000000001
+    total = None if epochs is None else math.ceil(round(epochs * len(all_groups), 9))  # 0.07 epochs of 100 rows are 7, not 8
     by_source: dict[str, list[list[int]]] = {}
     for group in all_groups:
         by_source.setdefault(rows[group[0]].source if weights else "", []).append(group)
-    stream = list(islice(_mixed(by_source, seed, weights) if weights else _in_epochs(all_groups, seed), total))
-    if examples is not None:
-        return [[n for group in stream[i : i + examples] for n in group] for i in range(0, total, examples)]
-    assert tokens is not None, "a step is measured in examples or in tokens"
+    stream = _mixed(by_source, seed, weights) if weights else _in_epochs(all_groups, seed)
+    size = examples if examples is not None else tokens
+    assert size is not None, "a step is measured in examples or in tokens"
+    assert total or most, "there is a last step"
     steps: list[list[int]] = []
     room = 0
-    for group in stream:
-        length = sum(len(rows[number].ids) for number in group)
+    for group in islice(stream, total):
+        length = 1 if examples is not None else sum(len(rows[number].ids) for number in group)
         if not steps or length > room:
+            if len(steps) == most:
+                break
             steps.append([])
-            room = tokens
+            room = size
         steps[-1] += group
         room -= length
     return steps

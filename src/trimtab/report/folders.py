@@ -115,6 +115,8 @@ def _add_run(facts: dict[str, Any], row: Callable[[str, Any], None]) -> None:
         row("gain", f"lowest loss on held-out examples: {lowest:.4f}{before}")
     row("base model", facts["base"]["source"])
     row("steps", f"{facts['steps']:,}, learning rate {facts['peak_lr']:g} ({facts['lr_formula']})")
+    if facts.get("stopped"):
+        row("stopped", facts["stopped"].removeprefix("stopped "))
     if facts.get("seconds"):
         row("took", f"{facts['seconds']:.0f} s")
     if facts.get("memory_held"):

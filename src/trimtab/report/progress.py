@@ -84,10 +84,11 @@ class Terminal(RunObserver):
         if facts["start"] is not None:
             self._line("", f"starts from the adapter in {facts['start']['folder']}")
         epochs = "epoch" if facts["epochs"] == 1 else "epochs"
+        limit = " (train.max_steps)" if facts["steps"] == facts["max_steps"] else ""
         auto = "" if facts["lr_formula"] == "given" else f" (auto: {facts['lr_formula']})"
         self._line(
             "training",
-            f"{facts['steps']:,} steps of {facts['rows_per_step']:.3g} examples in {facts['epochs']:g} {epochs}, "
+            f"{facts['steps']:,} steps{limit} of {facts['rows_per_step']:.3g} examples in {facts['epochs']:.4g} {epochs}, "
             f"learning rate {facts['peak_lr']:g}{auto}",
         )
         self._line("", facts["memory"])
@@ -135,6 +136,8 @@ class Terminal(RunObserver):
         self._line("tokens", f"{tokens:,} tokens, {processed}")
         if record.get("memory_held"):
             self._line("memory", memory_text(record["memory_held"]))
+        if record["stopped"]:
+            self._line("stopped", record["stopped"].removeprefix("stopped "))
         self._line("done", f"{seconds:.0f} s with evaluation, {tokens / seconds:,.0f} tokens/s")
         self._line("adapter", f"step {best['step']}, in {folder / 'adapter'}")
 

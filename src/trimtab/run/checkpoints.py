@@ -3,7 +3,6 @@
 import json
 import math
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -12,17 +11,18 @@ from typing import Any
 from trimtab.artifacts import State, saved_states, write_state
 from trimtab.artifacts.run_folder import CHECKPOINTS, LOCK, METRICS, RUN, STATES
 from trimtab.artifacts.state import MANIFEST
-from trimtab.base import Base
+from trimtab.certify.certificate import canaries
+from trimtab.certify.fresh_process import PACK_TOKENS
 from trimtab.core import files
 from trimtab.core.errors import NonFinite, StorageError
 from trimtab.core.interrupts import interrupts_deferred
 from trimtab.deploy import save_adapter
 from trimtab.evaluate import Loss
+from trimtab.evaluate.reference import logprobs
 from trimtab.report import RunObserver
+from trimtab.run.recipe import Recipe
+from trimtab.run.start import PreparedRun
 from trimtab.train import Optimizer, Step
-
-KEPT = 2
-"""How many states are kept, in case the newest is damaged."""
 
 
 @dataclass
@@ -57,49 +57,63 @@ class Progress:
     loss_scale: dict[str, Any] = field(default_factory=dict)
     """Of the next step, on a base model in float16."""
     evaluated_before_training: bool = False
+    standing: dict[str, Any] = field(default_factory=dict)
+    """Of early stopping: the evaluation that later ones have to improve on."""
+    stopped: str | None = None
+    """Why the run ends early."""
 
 
 class Checkpointer:
     """Saves adapters and the states to resume from, and removes those that are no longer needed."""
 
-    def __init__(
-        self,
-        run: Run,
-        base: Base,
-        optimizer: Optimizer,
-        progress: Progress,
-        score_canaries: Callable[[Loss | None], list[tuple[str, float]]],
-    ) -> None:
-        """
-        Args:
-            score_canaries: Gives the log-probability of each canary row by its place, by which the certificate recognizes the
-                adapter. Is given the evaluation that has just been made, if there was one.
-        """
-        self.run, self.base, self.optimizer, self.progress, self.score_canaries = run, base, optimizer, progress, score_canaries
-        self.started = time.perf_counter() - progress.seconds
+    def __init__(self, run: Run, prepared: PreparedRun, optimizer: Optimizer, state: State | None) -> None:
+        self.run, self.prepared, self.optimizer = run, prepared, optimizer
+        self.progress = Progress(**state.facts) if state is not None else Progress()
+        if prepared.steps.memory.plain() != run.record["plan"]:  # other packs, in whose order other rows have other places
+            self.progress.standing = {}
+        self.canaries = canaries(prepared.data)
+        self.started = time.perf_counter() - self.progress.seconds
+        config, steps = prepared.recipe.train, len(prepared.steps)
+        self.evaluate_every = config.evaluate_every or max(1, -(-steps // 4))
+        """Steps from one evaluation to the next, …"""
+        self.save_every = config.save_every or self.evaluate_every
+        """… and from one checkpoint to the next."""
+
+    def is_due(self, every: int, step: int) -> bool:
+        """Whether something is done after this step that is done every so many steps, and at the end."""
+        return step % every == 0 or step == len(self.prepared.steps)
 
     def count(self, step: Step) -> None:
         self.progress.tokens += step.tokens
         self.progress.computed += step.computed
 
-    def lacks_evaluation(self, every: int, steps: int) -> bool:
+    def lacks_evaluation(self) -> bool:
         """Whether the last checkpoint is of a step after which held-out examples are evaluated, and they have not been."""
-        step = self.progress.last["step"]
-        return (step % every == 0 or step == steps) and self.progress.last["eval_loss"] is None
+        last, evaluates = self.progress.last, bool(self.prepared.data.eval)
+        return evaluates and self.is_due(self.evaluate_every, last["step"]) and last["eval_loss"] is None
 
     def resume_hint(self) -> str:
         """Where an interrupted run resumes."""
         if not self.progress.last:
             return "nothing has been saved yet; the same command starts again"
         step, folder = self.progress.last["step"], self.run.folder / self.progress.last["folder"]
-        return f"the adapter after step {step} is in {folder}; the same command resumes from there"
+        return f"the adapter after step {step} is in {folder}; {same_command(self.prepared.recipe)} resumes from there"
+
+    def after(self, step: int, train_loss: float | None, evaluated: Loss | None) -> None:
+        """Save a checkpoint after this step, if one is due, or if its adapter is the best so far or ends the run."""
+        if self.is_due(self.save_every, step) or self._is_best(evaluated) or self.progress.stopped:
+            self.save(step, train_loss, evaluated)
+
+    def _is_best(self, evaluated: Loss | None) -> bool:
+        best = self.progress.best
+        return evaluated is not None and (best is None or evaluated.loss < best["eval_loss"])
 
     def save(self, step: int, train_loss: float | None, evaluated: Loss | None) -> None:
         """Save a checkpoint after this step."""
         if broken := self.optimizer.not_finite():
             raise NonFinite(f"After step {step}, {broken[0]} holds NaN or Inf, so it is not saved. Lower train.lr.")
-        canaries, eval_loss = self.score_canaries(evaluated), evaluated.loss if evaluated else None
-        if broken := [place for place, logprob in canaries if not math.isfinite(logprob)]:
+        scored, eval_loss = self.score_canaries(evaluated), evaluated.loss if evaluated else None
+        if broken := [place for place, logprob in scored if not math.isfinite(logprob)]:
             raise NonFinite(
                 f"After step {step}, the model gives {broken[0]} a log-probability of NaN or Inf, so it is not saved. Lower train.lr."
             )
@@ -108,30 +122,48 @@ class Checkpointer:
         loss = train_loss if train_loss is not None and math.isfinite(train_loss) else None  # a step that was skipped
         facts = {"step": step, "folder": name, "train_loss": loss, "eval_loss": eval_loss}
         facts |= evaluated.by_source if evaluated else {}
-        last = {**facts, "canaries": [logprob for _, logprob in canaries]}
-        better = eval_loss is not None and (progress.best is None or eval_loss < progress.best["eval_loss"])
+        last = {**facts, "canaries": [logprob for _, logprob in scored]}
         seconds = time.perf_counter() - self.started
-        best = last if better else progress.best
+        best = last if self._is_best(evaluated) else progress.best
         progress = replace(progress, best=best, last=last, skipped=self.optimizer.skipped, seconds=seconds)
         progress = replace(progress, loss_scale=asdict(self.optimizer.loss_scale))
         facts |= {key: self.run.record[key] for key in ("data_digest", "objective", "reference", "start")}
         with interrupts_deferred():
             if not (folder / name).exists():  # it does if writing the state failed before
-                save_adapter(self.base, self.optimizer.adapter, folder / name, facts)
+                save_adapter(self.prepared.base, self.optimizer.adapter, folder / name, facts)
             write_state(folder / STATES, State(step, self.optimizer.state(), asdict(progress)))
             self.progress = progress  # now that it is on disk
             self.run.write(best=progress.best, last=progress.last)
             self._remove_old()
 
+    def score_canaries(self, evaluated: Loss | None) -> list[tuple[str, float]]:
+        """Each canary's place, and its Σ log p in the model as it is, by which the certificate recognizes the adapter.
+
+        They are the first of the held-out rows, if there are any, whose evaluation has them.
+        """
+        rows = self.canaries
+        values = evaluated.logprobs[: len(rows)] if evaluated else logprobs(self.prepared.base, rows, PACK_TOKENS)
+        return [(row.where, value) for row, value in zip(rows, values, strict=True)]
+
     def _remove_old(self) -> None:
         """Remove all but the newest states, and adapters that those do not name."""
         states, kept = saved_states(self.run.folder / STATES), set[str]()
-        for state in states[:KEPT]:
+        for state in states[: self.prepared.recipe.train.keep]:
             facts = files.read_json(state / MANIFEST)["facts"]
             kept |= {facts[key]["folder"] for key in ("best", "last") if facts[key]}
-        for folder in states[KEPT:]:
+        for folder in states[self.prepared.recipe.train.keep :]:
             files.remove_folder(folder)
         keep_adapters(self.run.folder, kept)
+
+
+def same_command(recipe: Recipe) -> str:
+    """The command that goes on with a run that was interrupted."""
+    return "the same command with resume=auto" if isinstance(recipe.resume, int) else "the same command"
+
+
+def newest_checkpoints(folder: Path, count: int) -> set[str]:
+    """The folders, within the run's, of the adapters that belong to its newest states."""
+    return {f"{CHECKPOINTS}/{state.name}" for state in saved_states(folder / STATES)[:count]}
 
 
 def keep_adapters(folder: Path, names: set[str]) -> None:

@@ -97,10 +97,10 @@ def objective_of(run: Path) -> tuple[Objective, Reference | None, int]:
     recipe, record = Recipe.read(run / RECIPE), read_record(run)
     objective, known = Objective.pick(record["objective"]), record["reference"]
     if known is None:
-        return objective, None, recipe.train.seed
+        return objective, None, recipe.data_seed
     source = _reference(run, recipe, record)
     # The adapter that was saved as the start lacks what made its values, so its identity is another.
-    return objective, Reference(source, None if source == str(run / START) else known["identity"]), recipe.train.seed
+    return objective, Reference(source, None if source == str(run / START) else known["identity"]), recipe.data_seed
 
 
 def _reference(run: Path, recipe: Recipe, record: dict[str, Any]) -> str:

@@ -11,9 +11,8 @@ from trimtab.data import EXAMPLES_CHECKED, Finding, LoadedData, check_data, firs
 from trimtab.data.example import TokenRow
 from trimtab.engine import describe_layers
 from trimtab.methods import Attached
-from trimtab.run.checkpoints import KEPT
 from trimtab.run.recipe import Recipe
-from trimtab.train import optimizer_bytes, plan_training_memory
+from trimtab.train import TrainingSteps, optimizer_bytes, plan_training_memory
 
 
 @dataclass
@@ -49,8 +48,9 @@ def _layers(model: Any) -> Finding:
 def memory_needed(opened: OpenedRecipe) -> Finding:
     """The memory that training would take now; it is planned again when training starts."""
     try:
-        data = opened.data
-        plan = plan_training_memory(opened.base, opened.recipe.train, data.train, data.eval, data.weights)
+        recipe, data = opened.recipe, opened.data
+        plan = plan_training_memory(opened.base, recipe.train, data.train, data.eval, data.weights, data.seed)
+        TrainingSteps(data.train, recipe.train, plan, data.weights, data.seed)
     except RecipeError as error:
         return Finding("memory", "problem", str(error))
     return Finding("memory", "good", plan.summary, {"pack_tokens": plan.pack_tokens, "most": plan.peak_bytes})
@@ -79,9 +79,10 @@ def _capacity(adapter: Attached, data: LoadedData) -> Finding:
 
 
 def _disk(recipe: Recipe, base: Base, adapter: Attached) -> Finding:
-    """The run's folder at its fullest: adapters of two states, the best, and the final one; and the states, with the optimizer's."""
-    size = sum(p.nbytes for p in adapter.parameters().values())
-    needed = (KEPT + 3) * size + (KEPT + 1) * (size + optimizer_bytes(base, recipe.train)) + 1_000_000
+    """The run's folder at its fullest: adapters of the states that are kept, the best, a new one, and the final one; and the states,
+    with the optimizer's."""
+    size, keep = sum(p.nbytes for p in adapter.parameters().values()), recipe.train.keep
+    needed = (keep + 3) * size + (keep + 1) * (size + optimizer_bytes(base, recipe.train)) + 1_000_000
     folder = next(p for p in (recipe.output.absolute(), *recipe.output.absolute().parents) if p.exists())
     free = shutil.disk_usage(folder).free
     message = f"the run needs {needed / 1e6:,.0f} MB at most, and {free / 1e6:,.0f} MB are free in {folder}"

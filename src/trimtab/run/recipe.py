@@ -44,8 +44,9 @@ class Recipe(Config):
     """An adapter or run folder whose adapter is trained further, instead of a new one; its method is used, and need not be given."""
     certify: bool = True
     """Whether a finished run's adapter is loaded in a new process and compared with the trained model and with the base model."""
-    resume: Literal["auto", "never"] = "auto"
-    """Whether an unfinished run of this recipe in `output` is resumed, or refused."""
+    resume: Literal["auto", "never"] | Annotated[int, Field(ge=1)] = "auto"
+    """Whether an unfinished run of this recipe in `output` is resumed from its newest checkpoint, or refused; or the step of another
+    checkpoint to go back to, after which everything is removed and made again."""
     output: Annotated[Path, BeforeValidator(_as_path)] = Path("runs/run")
     """The run's folder."""
 
@@ -58,9 +59,25 @@ class Recipe(Config):
             )
         return self
 
+    @model_validator(mode="after")
+    def _something_to_stop_by(self) -> Self:
+        if self.train.patience is not None and self.data.eval == 0:
+            raise ValueError(
+                "train.patience: it waits for the validation loss to improve, and data.eval: 0 holds out no examples."
+            )
+        return self
+
+    @property
+    def data_seed(self) -> int:
+        """The seed of the validation split and of the order of examples."""
+        return self.train.seed if self.data.seed is None else self.data.seed
+
     def to_yaml(self) -> str:
         """The recipe with every default written out and every local path absolute, so it repeats the run from anywhere."""
-        return yaml12.dump(self.absolute().plain())
+        repeated = self.absolute()
+        if isinstance(self.resume, int):  # a step back that was asked for once
+            repeated = repeated.model_copy(update={"resume": "auto"})
+        return yaml12.dump(repeated.plain())
 
     def absolute(self) -> "Recipe":
         """The same recipe with every local path absolute."""

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from trimtab.artifacts import State, is_run, newest_state, read_record
+from trimtab.artifacts import State, is_run, newest_state, read_record, read_state, saved_states
 from trimtab.artifacts.run_folder import BEFORE_THE_FIRST_STEP, CHECKPOINTS, DATA, LOCK, METRICS, RECIPE, STATES
 from trimtab.core import files, locks
+from trimtab.core.config import override
 from trimtab.core.errors import RecipeError, StorageError, TrimtabError, listing
 from trimtab.engine import MemoryPlan
 from trimtab.run.recipe import Recipe
@@ -33,8 +34,10 @@ FIXED = (*IDENTIFIED, "method", "trainable_parameters", "steps", "peak_lr")
 """Facts that must not change when a run is resumed."""
 ROUNDING = ("versions", "threads", "device")
 """Facts that change results by rounding."""
-FREE = ("resume", "output", "certify")
+FREE = ("resume", "output", "certify", "train.keep", "train.save_every")
 """Keys of the recipe that may change when a run is resumed."""
+NOT_IN_CONTENT = ("data.seed",)
+"""Keys that content does not show: of the examples in another order, the digest is the same."""
 
 
 class Difference(NamedTuple):
@@ -53,7 +56,7 @@ class Difference(NamedTuple):
     @property
     def identified(self) -> bool:
         """Whether what the key names is identified by its content."""
-        return any(self.within(keys) for keys in IDENTIFIED.values())
+        return any(self.within(keys) for keys in IDENTIFIED.values()) and not self.within(NOT_IN_CONTENT)
 
 
 @dataclass
@@ -64,7 +67,7 @@ class UnfinishedRun:
     facts: dict[str, Any]
     """What run.json holds."""
     state: State | None
-    """The newest state; None if none was saved, or all are damaged."""
+    """The newest state, or the one that is gone back to; None if none was saved, or all are damaged."""
 
     @property
     def step(self) -> int:
@@ -182,7 +185,8 @@ def claim_output(recipe: Recipe, on_notice: Callable[[str], None]) -> Iterator[U
 
     Raises:
         StorageError: There is something else, or a run that is to be left alone, or another process is training there.
-        ArtifactError: The run's own record is damaged.
+        RecipeError: It is to be resumed from a checkpoint that it does not have.
+        ArtifactError: The run's own record, or that checkpoint, is damaged.
     """
     folder = recipe.output
     _is_unfinished(recipe)  # before anything is made
@@ -191,7 +195,7 @@ def claim_output(recipe: Recipe, on_notice: Callable[[str], None]) -> Iterator[U
         try:
             if not held:
                 on_notice(f"{folder} is on a file system without locks: make sure that no other process trains into it")
-            yield _read_unfinished(folder, on_notice) if _is_unfinished(recipe) else None  # it may have ended meanwhile
+            yield _read_unfinished(recipe, on_notice) if _is_unfinished(recipe) else None  # it may have ended meanwhile
         finally:
             if not is_run(folder):
                 _remove_unbegun(folder, missing)
@@ -215,13 +219,20 @@ def _is_unfinished(recipe: Recipe) -> bool:
     """Whether the output holds an unfinished run, rather than nothing or a run that had not begun."""
     folder = recipe.output
     if not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir())) or _is_unbegun(folder):
+        if isinstance(recipe.resume, int):
+            raise RecipeError(
+                f"resume: {folder} holds no run to resume from step {recipe.resume}. Leave resume out to begin one."
+            )
         return False
     facts = read_record(folder) if is_run(folder) else {}
     if not {"plan", "moment"} <= facts.keys():
         raise taken(StorageError, folder, f"{folder}: exists already, is no unfinished run, and is not overwritten. Remove it")
     if facts.get("status") == "done" and not (folder / STATES).exists():
-        show = f"trimtab show {shlex.quote(str(folder))}"
-        message = f"{folder}: exists already, as a finished run, and is not overwritten. Look at it with `{show}`"
+        show, start = f"trimtab show {shlex.quote(str(folder))}", override("start", str(folder))
+        message = (
+            f"{folder}: exists already, as a finished run, and is not overwritten. Look at it with `{show}`; to train its adapter further, "
+            f"begin a run from it ({start})"
+        )
         raise taken(StorageError, folder, message)
     if recipe.resume == "never":
         message = f"{folder}: exists already, as an unfinished run. Leave resume=never out to resume it"
@@ -240,12 +251,26 @@ def taken(kind: type[TrimtabError], folder: Path, message: str) -> TrimtabError:
     return error
 
 
-def _read_unfinished(folder: Path, on_notice: Callable[[str], None]) -> UnfinishedRun:
+def _read_unfinished(recipe: Recipe, on_notice: Callable[[str], None]) -> UnfinishedRun:
+    folder = recipe.output
     facts = read_record(folder)
+    if isinstance(recipe.resume, int):
+        return UnfinishedRun(folder, facts, _earlier_state(folder, recipe.resume, on_notice))
     state = newest_state(
         folder / STATES, lambda problem: on_notice(f"a checkpoint is damaged, and an earlier one is used: {problem}")
     )
     return UnfinishedRun(folder, facts, state)
+
+
+def _earlier_state(folder: Path, step: int, on_notice: Callable[[str], None]) -> State:
+    """The state after this step, which a run goes back to. Raises RecipeError with those that it has, or ArtifactError."""
+    states = {int(path.name.removeprefix("step-")): path for path in reversed(saved_states(folder / STATES))}
+    if step not in states:
+        kept = f"are those after steps {', '.join(map(str, states))}" if states else "is none yet"
+        raise RecipeError(f"resume: {folder} has no checkpoint after step {step}: there {kept}. Give one of these, or auto.")
+    if any(number > step for number in states):
+        on_notice(f"going back to step {step}: what was logged and saved after it is removed")
+    return read_state(states[step])
 
 
 def _content(facts: dict[str, Any]) -> dict[str, Any]:

@@ -1,24 +1,23 @@
 """One run, top to bottom: the script that carries a recipe out."""
 
+from collections.abc import Iterator
 from contextlib import suppress
 
 from trimtab.artifacts import State
 from trimtab.artifacts.run_folder import ADAPTER, DATA, RECIPE, START
-from trimtab.certify.certificate import canaries, certify, refuse_failed
-from trimtab.certify.fresh_process import PACK_TOKENS
+from trimtab.certify.certificate import certify, refuse_failed
 from trimtab.core import files
 from trimtab.core.determinism import deterministic
 from trimtab.core.errors import NotMoved, StorageError, listing
 from trimtab.core.interrupts import interrupts_deferred
 from trimtab.deploy import copy_adapter, save_adapter
 from trimtab.engine import MemoryPlan, PeakMemory
-from trimtab.evaluate import Loss, score_loss
-from trimtab.evaluate.reference import logprobs
 from trimtab.report import RunObserver
-from trimtab.run.checkpoints import Checkpointer, Progress, Run, keep_adapters, remove_states
+from trimtab.run.checkpoints import Checkpointer, Progress, Run, keep_adapters, newest_checkpoints, remove_states, same_command
 from trimtab.run.recipe import Recipe
 from trimtab.run.resume import IDENTIFIED, UnfinishedRun, claim_output
 from trimtab.run.start import PreparedRun, prepare
+from trimtab.run.validation import Validation
 from trimtab.train import LossScale, Optimizer, Step, train
 
 MOVED_BY = 3
@@ -75,9 +74,10 @@ def _carry_out(run: Run, prepared: PreparedRun, state: State | None, observer: R
             run.write(status="interrupted") if interrupted else run.write(status="failed", error=str(error))
         raise
     run.record.pop("error", None)
-    tokens = {"tokens": progress.tokens, "computed_tokens": progress.computed}
-    run.write(status="done", best=best, last=progress.last, seconds=progress.seconds, **tokens)
-    keep_adapters(run.folder, {best["folder"], progress.last["folder"]})
+    facts = {"tokens": progress.tokens, "computed_tokens": progress.computed, "stopped": progress.stopped}
+    run.write(status="done", best=best, last=progress.last, seconds=progress.seconds, **facts)
+    newest = newest_checkpoints(run.folder, prepared.recipe.train.keep)
+    keep_adapters(run.folder, {best["folder"], progress.last["folder"], *newest})
     observer.on_finish(run.record, run.folder)
     if not prepared.recipe.certify:
         remove_states(run.folder)
@@ -89,7 +89,8 @@ def _carry_out(run: Run, prepared: PreparedRun, state: State | None, observer: R
             run.folder, prepared.base, prepared.data, prepared.recipe.objective, best, unmoved, progress.skipped
         )
     except KeyboardInterrupt:
-        raise KeyboardInterrupt("training is done; the same command certifies the adapter") from None
+        again = same_command(prepared.recipe)
+        raise KeyboardInterrupt(f"training is done; {again} certifies the adapter") from None
     observer.on_certificate(certificate)
     remove_states(run.folder)  # until here, the same command comes back to certify
     refuse_failed(certificate, run.folder)
@@ -98,112 +99,49 @@ def _carry_out(run: Run, prepared: PreparedRun, state: State | None, observer: R
 
 def _train(run: Run, prepared: PreparedRun, state: State | None, observer: RunObserver) -> tuple[Progress, list[str]]:
     """What was saved, and the names of the tensors that training has not moved."""
-    recipe, steps = prepared.recipe, prepared.steps
     optimizer, first_values, peak = _optimizer(prepared, state)
     if notice := recipe.train.optimizer.notice(prepared.base.device):
         observer.on_notice(notice)
-    between = _BetweenSteps(run, prepared, optimizer, state, observer)
-    between.before_training(state)
+    checkpointer = Checkpointer(run, prepared, optimizer, state)
+    validation = Validation(prepared, checkpointer, observer)
+    if state is None:
+        validation.before_training()
+    elif checkpointer.lacks_evaluation():
+        checkpointer.save(state.step, checkpointer.progress.last["train_loss"], validation.after(state.step))
     logged: Step | None = None
     try:
-        for step in train(
-            prepared.base,
-            prepared.adapter,
-            recipe.objective,
-            steps,
-            recipe.train,
-            run.record["peak_lr"],
-            steps.memory,
-            optimizer,
-        ):
+        for step in _steps(prepared, run.record["peak_lr"], optimizer, checkpointer.progress.stopped):
             with interrupts_deferred():
-                between.log(step)
+                checkpointer.count(step)
+                run.logged("train", step.number, step.values)
                 logged = step
             observer.logged("train", step.number, step.values)
             if step.skipped is not None:
                 observer.on_notice(step.skipped)
             if step.number == MOVED_BY and (unmoved := _unmoved(first_values, optimizer)):
                 raise NotMoved(_unmoved_message(unmoved))
-            if step.number % between.every == 0 or step.number == len(steps):
-                between.evaluate_and_save(step.number, step.loss)
+            evaluates = checkpointer.is_due(checkpointer.evaluate_every, step.number)
+            checkpointer.after(step.number, step.loss, validation.after(step.number) if evaluates else None)
+            if checkpointer.progress.stopped:
+                optimizer.release()
+                break
     except KeyboardInterrupt:
         # Between an update and its line in the metrics, the last checkpoint stays the newest.
         with suppress(KeyboardInterrupt), interrupts_deferred():
-            if logged is not None and optimizer.taken == logged.number:
-                between.save_interrupted(logged)
-        raise KeyboardInterrupt(between.checkpointer.resume_hint()) from None
+            if logged is not None and optimizer.taken == logged.number != checkpointer.progress.last.get("step"):
+                observer.on_stage(f"saving step {logged.number}")
+                checkpointer.save(logged.number, logged.loss, validation.of(logged.number))
+        raise KeyboardInterrupt(checkpointer.resume_hint()) from None
     if logged is not None:
-        run.write(memory_held=_memory_held(peak, steps.memory))
-    return between.checkpointer.progress, _unmoved(first_values, optimizer) if len(steps) >= MOVED_BY else []
+        run.write(memory_held=_memory_held(peak, prepared.steps.memory))
+    return checkpointer.progress, _unmoved(first_values, optimizer) if optimizer.taken >= MOVED_BY else []
 
 
-class _BetweenSteps:
-    """What happens between the optimizer steps of a run: logging, evaluating, saving."""
-
-    def __init__(
-        self, run: Run, prepared: PreparedRun, optimizer: Optimizer, state: State | None, observer: RunObserver
-    ) -> None:
-        self.run, self.prepared, self.observer = run, prepared, observer
-        self.canaries = canaries(prepared.data)
-        progress = Progress(**state.facts) if state is not None else Progress()
-        self.checkpointer = Checkpointer(run, prepared.base, optimizer, progress, self.score_canaries)
-        self.every = prepared.recipe.train.evaluate_every or max(1, -(-len(prepared.steps) // 4))
-        """Steps from one evaluation to the next."""
-
-    def before_training(self, state: State | None) -> None:
-        """Evaluate the model before the first step, if that is compared with rather than the base model; or what a resumed run lacks."""
-        recipe, checkpointer = self.prepared.recipe, self.checkpointer
-        if state is None:
-            # The start is the reference; or the base model, without the adapter, can't read new tokens.
-            if recipe.method.new_tokens or recipe.objective.needs_reference or recipe.start is not None:
-                self.evaluate(0)
-                checkpointer.progress.evaluated_before_training = True
-        elif self.prepared.data.eval and checkpointer.lacks_evaluation(self.every, len(self.prepared.steps)):
-            self.evaluate_and_save(state.step, checkpointer.progress.last["train_loss"])
-
-    def log(self, step: Step) -> None:
-        self.checkpointer.count(step)
-        self.run.logged("train", step.number, step.values)
-
-    def evaluate_and_save(self, step: int, train_loss: float | None) -> None:
-        progress = self.checkpointer.progress
-        if not progress.evaluated_before_training:  # the base model's loss; only now, so that training starts at once
-            with self.prepared.adapter.disabled():
-                self.evaluate(0)
-        progress.evaluated_before_training = True
-        self.checkpointer.save(step, train_loss, self.evaluate(step))
-
-    def save_interrupted(self, step: Step) -> None:
-        """Save the last step, unless it has been saved."""
-        if self.checkpointer.progress.last.get("step") != step.number:
-            self.observer.on_stage(f"saving step {step.number}")
-            self.checkpointer.save(step.number, step.loss, None)
-
-    def evaluate(self, step: int) -> Loss | None:
-        prepared = self.prepared
-        if not prepared.data.eval:
-            return None
-        self.observer.on_stage("evaluating on the held-out examples")
-        scored = score_loss(prepared.base, prepared.data.eval, prepared.steps.memory.pack_tokens, prepared.recipe.objective)
-        low, high = scored.interval
-        values = {
-            "loss": scored.loss,
-            "low": low,
-            "high": high,
-            "tokens": scored.tokens,
-            "rows": scored.rows,
-            **scored.measures,
-            **scored.by_source,
-        }
-        self.run.logged("eval", step, values)
-        self.observer.logged("eval", step, values)
-        return scored
-
-    def score_canaries(self, evaluated: Loss | None) -> list[tuple[str, float]]:
-        """Each canary's place, and its Σ log p in the model as it is; they are the first of the held-out rows, if there are any."""
-        rows = self.canaries
-        values = evaluated.logprobs[: len(rows)] if evaluated else logprobs(self.prepared.base, rows, PACK_TOKENS)
-        return [(row.where, value) for row, value in zip(rows, values, strict=True)]
+def _steps(prepared: PreparedRun, peak_lr: float, optimizer: Optimizer, stopped: str | None) -> Iterator[Step]:
+    """The optimizer steps that are still to be taken: none of a run that was interrupted after it had stopped early."""
+    if stopped is None:
+        base, recipe, steps = prepared.base, prepared.recipe, prepared.steps
+        yield from train(base, prepared.adapter, recipe.objective, steps, recipe.train, peak_lr, steps.memory, optimizer)
 
 
 def _optimizer(prepared: PreparedRun, state: State | None) -> tuple[Optimizer, dict[str, str], PeakMemory]:

@@ -54,13 +54,13 @@ def prepare(recipe: Recipe, unfinished: UnfinishedRun | None, observer: RunObser
     if recipe.objective.needs_reference:
         observer.on_stage("computing the reference model's log-probabilities")
     objective, (data.train, data.eval), reference = prepare_objective(
-        recipe.objective, base, adapter, (data.train, data.eval), recipe.train.seed, opened.max_length
+        recipe.objective, base, adapter, (data.train, data.eval), recipe.data_seed, opened.max_length
     )
     recipe = recipe.model_copy(update={"objective": objective})
     observer.on_stage("planning the memory")
     memory = unfinished.memory() if unfinished is not None else None
-    memory = memory or plan_training_memory(base, recipe.train, data.train, data.eval, data.weights)
-    steps = TrainingSteps(data.train, recipe.train, memory, data.weights)
+    memory = memory or plan_training_memory(base, recipe.train, data.train, data.eval, data.weights, data.seed)
+    steps = TrainingSteps(data.train, recipe.train, memory, data.weights, data.seed)
     facts = {**_facts(recipe, base, adapter, data, steps), "start": opened.start, "reference": reference}
     observer.on_plan(facts, data.reports, len(row_groups(data.train)), len(row_groups(data.eval)))
     for note in base.notes:
@@ -108,7 +108,7 @@ def open_recipe(
         on_stage("reading and tokenizing the data")
         # By absolute paths, as the run's recipe.yaml has them, so that its held-out examples are found again.
         data = load_data(
-            recipe.absolute().data, base, context, recipe.train.seed, recipe.objective.data_kind, positions=positions
+            recipe.absolute().data, base, context, recipe.data_seed, recipe.objective.data_kind, positions=positions
         )
         on_stage("hashing the base model")
         fingerprint.result()
@@ -197,6 +197,7 @@ def _facts(recipe: Recipe, base: Base, adapter: Attached, data: LoadedData, step
         "positions": recipe.method.virtual_token_count,
         "base_parameters": base.model.num_parameters() - trained,
         "steps": len(steps),
+        "max_steps": recipe.train.max_steps,
         "epochs": steps.epochs,
         "rows_per_step": steps.rows_per_step,
         "memory": steps.memory.summary,

@@ -1,10 +1,11 @@
 """The training loop: what to do in each step, and with how much memory."""
 
-from trimtab.train.config import TrainConfig, learning_rate
+from trimtab.train.config import TrainConfig
 from trimtab.train.loop import Step, peak_learning_rate, train
 from trimtab.train.loss_scale import LossScale
 from trimtab.train.optimizer import Optimizer
 from trimtab.train.optimizers import UpdateRule
+from trimtab.train.schedule import learning_rate
 from trimtab.train.steps import TrainingSteps, optimizer_bytes, plan_training_memory
 
 __all__ = [

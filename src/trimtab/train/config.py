@@ -1,4 +1,4 @@
-"""The recipe's section `train`, and the learning rate at each step."""
+"""The recipe's section `train`."""
 
 import math
 from typing import Annotated, Any, Literal
@@ -9,8 +9,7 @@ from trimtab.core.config import Config
 from trimtab.engine import Recompute
 from trimtab.train.optimizers import UpdateRule
 from trimtab.train.optimizers.adamw import AdamW
-
-Schedule = Literal["cosine", "linear", "constant"]
+from trimtab.train.schedule import ENDS, Schedule, Share
 
 ROWS, STEPS = (4, 16), 60
 """Unless given, a step has as many rows as make so many steps, within these bounds. Measured: docs/decisions/034."""
@@ -18,17 +17,13 @@ EPOCHS, LEAST_STEPS = (2.0, 4.0), 30
 """Unless given, there are as many epochs as make so many steps, within these bounds."""
 
 
-def _fraction(raw: Any) -> Any:
-    if isinstance(raw, int | float) and not isinstance(raw, bool) and raw > 1:
-        raise ValueError(f"expected a fraction of the steps, such as 0.05, got {raw:g}: it is not a number of steps.")
-    return raw
-
-
 class TrainConfig(Config):
     """How to train."""
 
     epochs: Literal["auto"] | Annotated[float, Field(gt=0, le=10_000)] = "auto"
     """How often each example is trained on; auto is 2, or up to 4 where that would make fewer than 30 steps."""
+    max_steps: Annotated[int, Field(ge=1)] | None = None
+    """The most optimizer steps. Without `epochs`, the run has exactly so many; with both, the one that comes first ends it."""
     rows_per_step: Annotated[int, Field(ge=1)] | None = None
     """The effective batch size in examples; unless given, 16, or down to 4 where that would make fewer than 60 steps."""
     tokens_per_step: Annotated[int, Field(ge=1)] | None = None
@@ -43,9 +38,14 @@ class TrainConfig(Config):
     """Peak learning rate; auto is by the method's rule, times what the optimizer and the objective take, and the run prints it. The
     rules are in docs/methods.md."""
     schedule: Schedule = "cosine"
-    """How the learning rate decays after its warm-up: to zero along a cosine or a line, or not at all."""
-    warmup: Annotated[float, Field(ge=0, le=1), BeforeValidator(_fraction)] = 0.05
-    """Fraction of the steps over which the learning rate rises from zero."""
+    """How the learning rate decays after its warm-up: along a cosine or a line, not at all, with the inverse square root of the step, or
+    (wsd: warm-up, stable, decay) along a cosine that begins late."""
+    warmup: Share = 0.05
+    """Over which part of the run the learning rate rises from zero: a fraction of the steps (below 1), or a number of them."""
+    floor: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """The fraction of the peak to which a cosine, a line or wsd decays."""
+    decay: Share | None = None
+    """Of wsd: the last part of the run, in which it decays, as a fraction or a number of steps; 0.2 unless given."""
     optimizer: Annotated[SerializeAsAny[UpdateRule], BeforeValidator(UpdateRule.pick)] = Field(default_factory=AdamW)
     """How gradients become updates: adamw, or one that holds less beside the parameters; see below."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -53,9 +53,19 @@ class TrainConfig(Config):
     clip: Annotated[float, Field(gt=0)] | None = 1.0
     """The largest norm of the gradient; a larger one is scaled down to it. null for no limit."""
     evaluate_every: Annotated[int, Field(ge=1)] | None = None
-    """Steps between evaluations, after each of which a checkpoint is saved; a quarter of the run unless given."""
+    """Steps from one evaluation to the next; a quarter of the run unless given. An adapter that is the best so far is saved."""
+    save_every: Annotated[int, Field(ge=1)] | None = None
+    """Steps from one checkpoint to the next; as `evaluate_every` unless given."""
+    keep: Annotated[int, Field(ge=1)] = 2
+    """How many checkpoints are kept, the newest ones, besides the best."""
+    patience: Annotated[int, Field(ge=1)] | None = None
+    """Ends the run after so many evaluations in a row without an improvement of the validation loss, one beyond noise: the 95 % interval of
+    the difference, on the same examples, has to lie below zero. The adapter of the run is the best one even so. The learning rate has
+    not decayed by then, unless `schedule` is constant."""
+    min_improvement: Annotated[float, Field(ge=0)] = 0.0
+    """The improvement, in nats, below which that interval has to lie, instead of zero."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Of the adapter's initial values, the validation split, the order of examples and dropout."""
+    """Of the adapter's initial values and of dropout; and of the validation split and the order of examples, unless `data.seed` is given."""
     deterministic: bool = False
     """Whether a GPU, too, gives the same adapter to the last bit when the run is repeated on the same card with the same versions. It
     takes the slower backward pass of attention, refuses operations without a deterministic algorithm, and needs `pack_tokens` and
@@ -65,6 +75,20 @@ class TrainConfig(Config):
     def _one_measure(self) -> Any:
         if self.rows_per_step is not None and self.tokens_per_step is not None:
             raise ValueError("rows_per_step and tokens_per_step both set the effective batch size: give one of them.")
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_unread(self) -> Any:
+        if self.floor and self.schedule not in ENDS:
+            raise ValueError(f"floor: {self.schedule} does not decay to an end. It is read with {', '.join(ENDS)}.")
+        if self.decay is not None and self.schedule != "wsd":
+            raise ValueError(f"decay: it is read with schedule: wsd alone, and {self.schedule} decays from the warm-up on.")
+        if self.schedule == "inverse_sqrt" and not self.warmup:
+            raise ValueError(
+                "schedule: inverse_sqrt decays in proportion to the length of the warm-up, so warmup must not be 0."
+            )
+        if self.min_improvement and self.patience is None:
+            raise ValueError("min_improvement: it is read with patience alone.")
         return self
 
     @model_validator(mode="after")
@@ -89,12 +113,3 @@ class TrainConfig(Config):
         if self.epochs == "auto" and rows_per_step is not None:
             epochs = max(EPOCHS[0], min(EPOCHS[1], float(math.ceil(LEAST_STEPS * rows_per_step / rows))))
         return epochs, rows_per_step
-
-
-def learning_rate(step: int, steps: int, peak: float, warmup: float, schedule: Schedule) -> float:
-    """The learning rate of optimizer step `step` (1-based) of `steps`: a pure function, so nothing is remembered."""
-    rising = round(warmup * steps)
-    if step <= rising:
-        return peak * step / rising
-    left = (steps - step + 1) / (steps - rising)  # 1 at the first step after the warm-up, 1 / (steps − rising) at the last
-    return peak * {"cosine": 0.5 * (1 - math.cos(math.pi * left)), "linear": left, "constant": 1.0}[schedule]

@@ -26,9 +26,10 @@ from trimtab.engine import ActivationArena, FrozenLayerCache, MemoryPlan, free_m
 from trimtab.methods import Attached, LearningRateContext, Method
 from trimtab.objectives import KLEstimate, Objective, mean_measures
 from trimtab.train.ahead import SentPacks, Steps
-from trimtab.train.config import TrainConfig, learning_rate
+from trimtab.train.config import TrainConfig
 from trimtab.train.loss_scale import LossScale
 from trimtab.train.optimizer import Optimizer
+from trimtab.train.schedule import learning_rate
 
 PATIENCE = 3
 """So many steps in a row that would be skipped end the run."""
@@ -103,7 +104,7 @@ def train(
     for number in range(optimizer.taken + 1, len(steps) + 1):
         started = time.perf_counter()
         packs = passes.sent.take(number)
-        lr = learning_rate(number, len(steps), peak_lr, config.warmup, config.schedule)
+        lr = learning_rate(number, len(steps), peak_lr, config.warmup, config.schedule, config.floor, config.decay)
         items = sum(objective.items(pack) for pack in packs if not pack.mismatched)
         if items == 0:
             raise DataError(f"step {number}: none of its examples has a target token.")

@@ -4,7 +4,7 @@ import heapq
 from collections.abc import Mapping, Sequence
 
 from trimtab.base import Base
-from trimtab.core.errors import DataError
+from trimtab.core.errors import DataError, RecipeError
 from trimtab.core.process import never_keep_freed_memory
 from trimtab.data import Pack, largest_group_tokens, pack_all, plan_steps, row_groups
 from trimtab.data.example import TokenRow
@@ -12,23 +12,40 @@ from trimtab.engine import FrozenLayerCache, MemoryPlan, Workload, plan_memory
 from trimtab.methods import adapters
 from trimtab.train.config import TrainConfig
 from trimtab.train.optimizer import trained_by
+from trimtab.train.schedule import misfit
 
 
 class TrainingSteps:
     """The packs of each optimizer step, made when it is taken; which rows it has is a function of the seed alone."""
 
     def __init__(
-        self, rows: Sequence[TokenRow], config: TrainConfig, memory: MemoryPlan, weights: Mapping[str, float] | None = None
+        self,
+        rows: Sequence[TokenRow],
+        config: TrainConfig,
+        memory: MemoryPlan,
+        weights: Mapping[str, float] | None = None,
+        seed: int | None = None,
     ) -> None:
         """
         Args:
             weights: Of the rows' sources, if an epoch is a mixture of them.
+            seed: Of the order of the rows; that of `config` unless given.
+
+        Raises:
+            DataError: There are no rows.
+            RecipeError: The schedule does not fit into so few steps.
         """
         if not rows:
             raise DataError("data: there is nothing to train on.")
         self._rows, self.memory = rows, memory
-        self.epochs, self.rows = config.epochs_and_rows(len(row_groups(rows)))
-        self._indices = _plan(rows, config, weights)
+        self._indices = _plan(rows, config, weights, seed)
+        if problem := misfit(len(self), config.warmup, config.schedule, config.decay):
+            raise RecipeError(problem)
+        examples = len(row_groups(rows))
+        self.epochs, self.rows = config.epochs_and_rows(examples)
+        if config.max_steps is not None:
+            taken = sum(len(row_groups(self._rows[n] for n in step)) for step in self._indices) / examples
+            self.epochs = taken if config.epochs == "auto" else min(self.epochs, taken)
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -50,12 +67,14 @@ def plan_training_memory(
     rows: Sequence[TokenRow],
     held_out: Sequence[TokenRow] = (),
     weights: Mapping[str, float] | None = None,
+    seed: int | None = None,
 ) -> MemoryPlan:
     """How many tokens a micro-batch has, and which need gradient checkpointing, so that training on these rows fits into memory.
 
     Args:
         held_out: Validation rows.
         weights: Of the rows' sources, if an epoch is a mixture of them.
+        seed: Of the order of the rows, as in `TrainingSteps`.
 
     Raises:
         RecipeError: It does not fit.
@@ -71,9 +90,10 @@ def plan_training_memory(
         chosen = [*heapq.nlargest(FULLEST, sizes), max(sizes, key=lambda size: size[1])]
         return [pack_all([rows[n] for n in step], pack_tokens) for _, _, step in chosen]
 
-    steps = _plan(rows, config, weights) if rows else []
+    steps = _plan(rows, config, weights, seed) if rows else []
     all_tokens = sum(len(row.ids) for row in rows)
-    frozen_output_bytes = FrozenLayerCache(base.model, 0).bytes_for(all_tokens) if config.keeps_frozen_outputs else 0.0
+    repeats = config.keeps_frozen_outputs and sum(map(len, steps)) > len(rows)
+    frozen_output_bytes = FrozenLayerCache(base.model, 0).bytes_for(all_tokens) if repeats else 0.0
     longest_evaluated = max((len(row.ids) - 1 for row in held_out), default=0)  # nothing is predicted from the last token
     work = Workload(largest_group_tokens(rows), target_share, fullest if rows else None, frozen_output_bytes, longest_evaluated)
     return plan_memory(base.model, work, config.pack_tokens, config.recompute, optimizer_bytes(base, config))
@@ -89,9 +109,17 @@ FULLEST = 8
 """How many of the steps with most tokens are packed to find the largest pack."""
 
 
-def _plan(rows: Sequence[TokenRow], config: TrainConfig, weights: Mapping[str, float] | None) -> list[list[int]]:
+def _plan(
+    rows: Sequence[TokenRow], config: TrainConfig, weights: Mapping[str, float] | None, seed: int | None
+) -> list[list[int]]:
     """The indices of each step's rows."""
     epochs, rows_per_step = config.epochs_and_rows(len(row_groups(rows)))
     return plan_steps(
-        rows, epochs=epochs, seed=config.seed, examples=rows_per_step, tokens=config.tokens_per_step, weights=weights
+        rows,
+        epochs=None if config.epochs == "auto" and config.max_steps is not None else epochs,
+        seed=config.seed if seed is None else seed,
+        examples=rows_per_step,
+        tokens=config.tokens_per_step,
+        most=config.max_steps,
+        weights=weights,
     )

@@ -44,7 +44,7 @@ def real_keys():
 
 
 PEERS_WORDS = """
-    learning_rate num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps batch_size lora_r lora_alpha
+    learning_rate num_train_epochs early_stopping_patience per_device_train_batch_size gradient_accumulation_steps batch_size lora_r lora_alpha
     lora_dropout target_modules load_in_4bit gradient_checkpointing max_grad_norm save_steps eval_steps cutoff_len template packing
     report_to micro_batch_size sequence_len base_model adapter sample_packing val_set_size lora_target_modules lora_target_linear
     num_epochs lr_scheduler_type warmup_ratio warmup_steps bf16 fp16 flash_attn output_dir deepspeed optimizer optim wandb_project

@@ -21,7 +21,7 @@ SAME = {
     "save_every": "train.save_every", "save_total_limit": "train.keep", "keep": "train.keep",
     "max_steps": "train.max_steps", "num_steps": "train.max_steps", "total_steps": "train.max_steps", "iters": "train.max_steps",
     "warmup_steps": "train.warmup", "warmup_ratio": "train.warmup", "num_warmup_steps": "train.warmup", "warmup": "train.warmup",
-    "early_stopping_patience": "train.patience", "patience": "train.patience",
+    "early_stopping_patience": "train.patience", "early_stopping": "train.patience", "patience": "train.patience",
     "early_stopping_threshold": "train.min_improvement", "min_improvement": "train.min_improvement",
     "min_lr_rate": "train.floor", "cosine_min_lr_ratio": "train.floor", "floor": "train.floor", "num_decay_steps": "train.decay",
     "decay": "train.decay",
@@ -123,7 +123,6 @@ UNSUPPORTED = {
         "one device is used",
     ),
     **dict.fromkeys(("neftune_noise_alpha", "neftune_alpha"), "noise is not added to embeddings"),
-    **dict.fromkeys(("early_stopping_patience", "early_stopping"), "a run takes all its steps; its best adapter is kept"),
     **dict.fromkeys(
         ("hub_model_id", "push_to_hub", "hub_token", "hub_strategy"), "nothing is uploaded; the files to upload are in the run's folder"
     ),

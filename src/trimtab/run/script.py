@@ -100,7 +100,7 @@ def _carry_out(run: Run, prepared: PreparedRun, state: State | None, observer: R
 def _train(run: Run, prepared: PreparedRun, state: State | None, observer: RunObserver) -> tuple[Progress, list[str]]:
     """What was saved, and the names of the tensors that training has not moved."""
     optimizer, first_values, peak = _optimizer(prepared, state)
-    if notice := recipe.train.optimizer.notice(prepared.base.device):
+    if notice := prepared.recipe.train.optimizer.notice(prepared.base.device):
         observer.on_notice(notice)
     checkpointer = Checkpointer(run, prepared, optimizer, state)
     validation = Validation(prepared, checkpointer, observer)

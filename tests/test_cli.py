@@ -194,7 +194,8 @@ CARELESS = {
     # Where it is to be
     "an output that exists": (
         "train r.yaml", None, 6,
-        "run: exists already, as a finished run, and is not overwritten. Look at it with `trimtab show run`, or train into another folder, "
+        "run: exists already, as a finished run, and is not overwritten. Look at it with `trimtab show run`; to train its adapter "
+        "further, begin a run from it (start=run), or train into another folder, "
         "such as output=run-2. The command for that:\n  trimtab train r.yaml output=run-2",
     ),
     "a file as output": (

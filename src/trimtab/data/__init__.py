@@ -1,7 +1,7 @@
 """From a data file to token rows and packs."""
 
 from trimtab.data.bin_packing import largest_group_tokens
-from trimtab.data.checks import EXAMPLES_CHECKED, Finding, check_data, refuse_problems
+from trimtab.data.checks import EXAMPLES_CHECKED, check_data, refuse_problems
 from trimtab.data.config import READING, DataConfig
 from trimtab.data.example import (
     Conversation,
@@ -16,6 +16,7 @@ from trimtab.data.example import (
     row_groups,
 )
 from trimtab.data.examples import check_first_examples, first_examples, held_out_examples, load_examples
+from trimtab.data.finding import Finding
 from trimtab.data.lengths import LengthLimit
 from trimtab.data.load import (
     LoadedData,

@@ -2,15 +2,14 @@
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
 from trimtab.core.errors import DataError
 from trimtab.data.duplicates import by_example, digest, repeated
 from trimtab.data.example import Conversation, Example, SourceReport, Text, TokenRow, parts_of
+from trimtab.data.finding import Finding
 from trimtab.data.leakage import find_leaks
 from trimtab.data.load import LoadedData
-from trimtab.data.loss_mask import Status, describe_mask, trains_on_prompts
+from trimtab.data.loss_mask import describe_mask, is_ended, trains_on_prompts
 from trimtab.data.rendering import Tokenizing, template_messages, template_of
 from trimtab.data.template_output import message_texts, normalized, notations, split_reasoning
 from trimtab.data.token_rows import tokenize_prompt
@@ -19,21 +18,6 @@ from trimtab.data.trained import trained_turns
 EXAMPLES_CHECKED = 500
 """Examples of a file, its first ones, whose text is compared with what their tokens say."""
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
-
-
-@dataclass(frozen=True)
-class Finding:
-    """The result of one check."""
-
-    name: str
-    status: Status
-    message: str
-    """The result in words; of a note or a problem, also what to do."""
-    facts: dict[str, Any] = field(default_factory=dict)
-    """The same as JSON data."""
-
-    def plain(self) -> dict[str, Any]:
-        return {"name": self.name, "status": self.status, "words": self.message, "facts": self.facts}
 
 
 def check_data(data: LoadedData, examples: Sequence[Example], base: Tokenizing) -> list[Finding]:
@@ -47,7 +31,7 @@ def check_data(data: LoadedData, examples: Sequence[Example], base: Tokenizing) 
         *map(_source, data.reports),
         *_mixture(data),
         _lengths(rows),
-        *([Finding("loss mask", *mask)] if (mask := describe_mask(rows, examples)) else []),
+        *describe_mask(rows, examples),
         _stops(rows, base, prompts_too),
         _rendering(rows + data.eval, examples, base),
         _duplicates(rows),
@@ -112,7 +96,7 @@ def _stops(rows: Sequence[TokenRow], base: Tokenizing, prompts_too: bool) -> Fin
     """
     # A row that another one of its example follows, as the next block of a text, need not end.
     ends = [row for group in by_example(rows) for row in (group if group[0].side else group[-1:])]
-    open_ended = [row.where for row in ends if not _is_ended(row, base, prompts_too)]
+    open_ended = [row.where for row in ends if not is_ended(row, base, prompts_too)]
     facts = {"share": 1 - len(open_ended) / len(ends), "open_ended": open_ended[:20]}
     if not open_ended:
         return Finding("stop tokens", "good", "every example's last target token is one that ends a generation", facts)
@@ -124,16 +108,6 @@ def _stops(rows: Sequence[TokenRow], base: Tokenizing, prompts_too: bool) -> Fin
         message += ", and the model would never learn to stop. Raise data.max_length."
         return Finding("stop tokens", "problem", message, facts)
     return Finding("stop tokens", "note", f"{message}, and teach the model to stop later, or never", facts)
-
-
-def _is_ended(row: TokenRow, base: Tokenizing, prompts_too: bool) -> bool:
-    last = row.ids[row.target_indices[-1]]
-    if last in base.stop_ids or not prompts_too:
-        return last in base.stop_ids
-    text = base.tokenizer.decode(
-        row.ids[row.target_indices[0] : row.target_indices[-1] + 1], clean_up_tokenization_spaces=False
-    )
-    return bool(text.rstrip().endswith(base.control_tokens))
 
 
 def _rendering(rows: Sequence[TokenRow], examples: Sequence[Example], base: Tokenizing) -> Finding:
@@ -178,7 +152,7 @@ def _says(row: TokenRow, conversation: Conversation, base: Tokenizing) -> bool:
     text = normalized(base.tokenizer.decode(targets, clean_up_tokenization_spaces=False))
     if row.ids[: len(prompt)] != prompt:
         return False
-    if not _is_ended(row, base, trains_on_prompts(conversation)):  # truncated
+    if not is_ended(row, base, trains_on_prompts(conversation)):  # truncated
         return True
 
     def has(leaf: str) -> bool:

@@ -159,6 +159,8 @@ def test_what_it_holds_is_known_before(name, method):
     if (name, method) == ("muon", "tokens"):
         with pytest.raises(RecipeError, match="muon is for matrices of the model's blocks, and this method trains none"):
             Optimizer(adapter, 0.0, rule)
+        with pytest.raises(RecipeError, match="muon is for matrices"):  # before a run begins
+            optimizer_bytes(base, TrainConfig(optimizer=rule))
         return
     known = optimizer_bytes(base, TrainConfig(optimizer=rule))
     optimizer = Optimizer(adapter, 0.0, rule)

@@ -33,7 +33,9 @@ class Optimizer:
         """Of the gradients that `step` takes; of the next step's, afterwards."""
         rule = rule or AdamW()
         self._constants = {STEP, *rule.constants}
-        self._parts = rule.build(trained_by(adapter), weight_decay)
+        trained = trained_by(adapter)
+        rule.check_suits(trained)
+        self._parts = rule.build(trained, weight_decay)
         for parameter in self.parameters:
             # If they were made later, among the temporary tensors of a backward pass, gradients would fragment memory.
             parameter.grad = torch.zeros_like(parameter)

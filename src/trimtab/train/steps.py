@@ -100,8 +100,9 @@ def plan_training_memory(
 
 
 def optimizer_bytes(base: Base, config: TrainConfig) -> int:
-    """What the optimizer of the base's adapters holds beside the parameters and their gradients."""
-    trained = (one for adapter in adapters(base.model).values() for one in trained_by(adapter) if one.parameter.requires_grad)
+    """What the optimizer of the base's adapters holds beside the parameters and gradients. Raises RecipeError if it does not suit them."""
+    trained = [one for adapter in adapters(base.model).values() for one in trained_by(adapter) if one.parameter.requires_grad]
+    config.optimizer.check_suits(trained)
     return sum(config.optimizer.state_bytes(parameter, is_matrix) for parameter, _, is_matrix in trained)
 
 

@@ -75,13 +75,16 @@ class UpdateRule(Choice):
     def check_available(self, device: torch.device) -> None:
         """Raise RecipeError if it cannot be used here, before anything is loaded."""
 
+    def check_suits(self, trained: list[Trained]) -> None:
+        """Raise RecipeError if it is not for these parameters."""
+
     def notice(self, device: torch.device) -> str | None:
         """What to say of it on this device."""
         return None
 
     @abstractmethod
     def build(self, trained: list[Trained], weight_decay: float) -> list[torch.optim.Optimizer]:
-        """Optimizers that update each parameter once; `Optimizer` sets their groups' learning rates. Raises RecipeError."""
+        """Optimizers that update each parameter once; `Optimizer` sets their groups' learning rates."""
 
     @abstractmethod
     def state_bytes(self, parameter: nn.Parameter, is_matrix: bool) -> int:

@@ -33,13 +33,15 @@ class Muon(UpdateRule):
                 f"train.optimizer: muon needs torch 2.9 or later, and this is {torch.__version__}. Upgrade, or use adamw."
             )
 
-    def build(self, trained: list[Trained], weight_decay: float) -> list[torch.optim.Optimizer]:
-        self.check_available(trained[0].parameter.device)
-        matrices, rest = [one for one in trained if one.is_matrix], [one for one in trained if not one.is_matrix]
-        if not matrices:
+    def check_suits(self, trained: list[Trained]) -> None:
+        if not any(one.is_matrix for one in trained):
             raise RecipeError(
                 "train.optimizer: muon is for matrices of the model's blocks, and this method trains none. Use adamw."
             )
+
+    def build(self, trained: list[Trained], weight_decay: float) -> list[torch.optim.Optimizer]:
+        self.check_available(trained[0].parameter.device)
+        matrices, rest = [one for one in trained if one.is_matrix], [one for one in trained if not one.is_matrix]
         scaled: dict[str, Any] = {"momentum": self.momentum, "adjust_lr_fn": "match_rms_adamw"}
         made: list[torch.optim.Optimizer] = [torch.optim.Muon(grouped(matrices), lr=0.0, weight_decay=weight_decay, **scaled)]
         if rest:

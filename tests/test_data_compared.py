@@ -115,7 +115,10 @@ REFUSED = {
         {"messages": [USER], "chosen": [said("a"), said("b")], "rejected": said("b")},
         "chosen is a list, not one answer",
     ),
-    "a question": ({"messages": [USER], "chosen": USER, "rejected": said("b")}, "chosen does not end with a message of the assistant's"),
+    "a question": (
+        {"messages": [USER], "chosen": USER, "rejected": said("b")},
+        "chosen does not end with a message of the assistant's",
+    ),
     "other prompts": ({"chosen": [USER, said("a")], "rejected": [{**USER, "content": "3+3?"}, said("b")]}, "different prompts"),
     "not its prompt": ({"prompt": "x", "chosen": [USER, said("a")], "rejected": [USER, said("b")]}, "the prompt is in neither"),
     "texts alone": ({"chosen": "a", "rejected": "b"}, "not a list of messages, and no other column holds a prompt"),

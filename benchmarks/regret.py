@@ -187,7 +187,7 @@ def compared(lines: list[dict[str, Any]], model: Any) -> Iterator[tuple[tuple[An
 
 
 def paired_difference_of(default: dict[str, Any], best: dict[str, Any]) -> tuple[float, tuple[float, float]]:
-    from trimtab.evaluate.scores import paired_difference
+    from trimtab.evaluate import paired_difference
 
     return paired_difference(default["sums"], best["sums"], best["counts"])
 

@@ -309,6 +309,10 @@ CARELESS = {
     "chat with a base for what is no adapter": (
         "chat tiny --model other --prompt x", None, 2, "tiny is not a run or an adapter folder, so --model other does not apply."
     ),
+    "chat with what temperature 0 makes nothing of": (
+        "chat run --top-p 0.9 --prompt x", None, 2,
+        "top_p would change nothing: with temperature 0, the most likely token is always taken. Set a temperature, such as 0.7."
+    ),
     "chat beyond the context": (
         f"chat run --prompt {'x' * 300}", None, 2, "The prompt has TOKENS tokens, and the context of HERE/tiny has 128 for prompt and answer."
     ),
@@ -377,6 +381,7 @@ def test_a_careless_user_is_told_what_is_wrong_and_nothing_is_left_behind(words,
         ),
         ("chat run --temperature hot", "argument --temperature: expected a number of at least 0, got 'hot'"),
         ("chat run --temperature nan", "argument --temperature: expected a number of at least 0, got 'nan'"),
+        ("chat run --top-k -1", "argument --top-k: expected a whole number from 0 to 4294967295, got '-1'"),
         ("chat run --seed -1", "argument --seed: expected a whole number from 0 to 4294967295, got '-1'"),
         ("eval run --show -3", "argument --show: expected a whole number from 0 to 4294967295, got '-3'"),
         (
@@ -515,7 +520,7 @@ def test_a_run_from_beginning_to_end(world, here, trimtab):
 
     scores = json.loads(trimtab("eval", "run", "--json").out)
     assert list(scores) == [
-        "data", "rows", "loss", "loss_interval", "perplexity", "exact_match", "exact_match_interval", "stopped",
+        "data", "eval", "rows", "loss", "loss_interval", "perplexity", "metrics", "exact_match", "exact_match_interval", "stopped",
         "cut_by_context", "answers",
     ]  # fmt: skip
     assert scores["data"] == "held-out examples of run"
@@ -648,13 +653,53 @@ def test_other_rows_are_read_as_the_runs_own_were(here, trimtab):
     assert (refused.code, refused.err) == (
         2,
         "trimtab: train.lr=3: of a recipe's keys, eval takes only data.columns, data.prompt, data.completion, data.system, "
-        "data.drop_system, data.ignore.\n",
+        "data.drop_system, data.ignore, and of eval: temperature, top_p, top_k, repetition_penalty, stop, seed, metrics, function, "
+        "max_new_tokens.\n",
     )  # fmt: skip
     refused = trimtab("eval", "run", "data.ignore=[x]")
     assert (refused.code, "says how the examples of a file are read, and a run's own are read as they were" in refused.err) == (
         2,
         True,
     )
+
+
+def test_metrics_and_settings_are_the_runs_unless_words_say_otherwise(here, trimtab):
+    plain = json.loads(trimtab("eval", "run", "--json").out)
+    words = ("eval.metrics=[f1,{name: regex, pattern: '.'}]", "eval.max_new_tokens=2", "eval.repetition_penalty=1.5")
+    done = trimtab("eval", "run", "--json", "--base", *words)
+    found = json.loads(done.out)
+    assert (plain["metrics"], found["metrics"]) == ({"exact_match": 1.0}, {"f1": 1.0, "regex": 1.0, "regex_found": 1.0})
+    assert found["eval"] == plain["eval"] | {
+        "metrics": [{"name": "f1"}, {"name": "regex", "pattern": ".", "match": "first"}], "max_new_tokens": 2, "repetition_penalty": 1.5,
+    }  # fmt: skip
+    assert max(answer["tokens"] for answer in found["answers"]) <= 2
+    assert found["difference"].keys() == {"loss", "f1", "regex", "regex_found"}
+    assert found["difference"]["loss"]["value"] == pytest.approx(found["loss"] - found["base"]["loss"])
+    assert json.loads(trimtab("eval", "run", "--json", "eval.metrics=[]").out)["answers"] == []
+    refused = trimtab("eval", "run", "eval.metrics=[]", "--show", "1")
+    assert (refused.code, refused.err) == (2, "trimtab: --show: with eval.metrics=[], no answers are generated.\n")
+    refused = trimtab("eval", "run", "eval.metrics=[rogue]")
+    assert (refused.code, "eval.metrics.0.name: no such choice: 'rogue'. Did you mean 'rouge'?" in refused.err) == (2, True)
+    table = trimtab("eval", "run", "--base", "eval.metrics=[f1]").out
+    assert "difference" in table
+    assert "not distinguishable" in table
+
+
+def test_a_function_that_a_run_names_is_executed_only_if_the_user_names_it(here, trimtab):
+    shutil.copytree(here / "run", here / "sent")
+    (here / "own.py").write_text("open('ran', 'w').close()\ndef own(answer, expected):\n    return answer.index('never')\n")
+    recipe = (here / "sent" / "recipe.yaml").read_text()
+    (here / "sent" / "recipe.yaml").write_text(recipe.replace("function: null", f"function: {here / 'own.py'}:own"))
+    done = trimtab("eval", "sent", "--json")
+    assert (done.code, (here / "ran").exists(), "function_error" in json.loads(done.out)) == (0, False, False)
+    assert "names the function HERE/own.py:own, which is not executed" in done.err
+    done = trimtab("eval", "sent", "--json", "eval.function=own.py:own")
+    assert (done.code, (here / "ran").exists()) == (2, True)
+    assert "eval.function: executing HERE/own.py (sha256 " in done.err
+    found = json.loads(done.out)
+    assert len(found["answers"]) == found["rows"]
+    assert "own failed on rows.jsonl:" in done.err
+    assert done.err.splitlines()[-1] == f"trimtab: {found['function_error']}"
 
 
 # Broken off

@@ -15,6 +15,8 @@ from trimtab.core import yaml12
 from trimtab.core.config import Choice, Config
 from trimtab.core.errors import RecipeError
 from trimtab.data import DataConfig, Source
+from trimtab.evaluate import EvalConfig
+from trimtab.evaluate.metrics import Metric
 from trimtab.methods import Method
 from trimtab.methods.lora import LoRA
 from trimtab.objectives import Objective
@@ -46,7 +48,7 @@ def refusal(text, *words):
     [
         # Keys that are not
         ("modle: x\n" + DATA, "modle: no such key. Did you mean 'model'?"),
-        (DATA + "zzz: 1", "zzz: no such key. Known: model, data, method, objective, train, start, certify, resume, output."),
+        (DATA + "zzz: 1", "zzz: no such key. Known: model, data, method, objective, train, eval, start, certify, resume, output."),
         (DATA + "train: {epocs: 2}", "train.epocs: no such key. Did you mean 'epochs'?"),
         (DATA + "model: {nam: x}", "model.nam: no such key. Did you mean 'name'?"),
         (DATA + "method: {name: lora, rnak: 2}", "method.rnak: no such key. Did you mean 'rank'?"),
@@ -205,7 +207,7 @@ def test_a_recipe_that_holds_itself_is_refused(text):
         ("- 1\n- 2", ": a recipe is a mapping of keys such as `model:` and `data:`, not a list."),
         ("hello", ": a recipe is a mapping of keys such as `model:` and `data:`, not 'hello'."),
         ("3", ": a recipe is a mapping of keys such as `model:` and `data:`, not 3."),
-        (DATA + "<<: {output: x}", ": <<: no such key. Known: model, data, method, objective, train, start, certify, resume, output."),
+        (DATA + "<<: {output: x}", ": <<: no such key. Known: model, data, method, objective, train, eval, start, certify, resume, output."),
     ],
 )  # fmt: skip
 def test_what_is_not_a_yaml_mapping_is_refused_with_its_line(text, message):
@@ -409,7 +411,7 @@ def test_every_key_says_what_it_is_for(kind, path, key):
 
 CANDIDATES = [
     1, 2, 3, 64, 100, 0.5, 0.25, 1e-5, 3.0, "cpu", "no", "1e5", ["q_proj"], ["a: b", "#c"], {"prompt": "1e5"}, {"q": "x"},
-    {"q_proj": 3}, [0.5, 0.25], "adafactor", True, False, None, "Say {q}: {{}}",
+    {"q_proj": 3}, [0.5, 0.25], "adafactor", True, False, None, "Say {q}: {{}}", ["rouge"], "/abs/scores.py:length",
 ]  # fmt: skip
 
 
@@ -417,6 +419,8 @@ TOGETHER = {
     (TrainConfig, "deterministic"): {"pack_tokens": 64, "recompute": "none"},
     (TrainConfig, "decay"): {"schedule": "wsd"},
     (TrainConfig, "min_improvement"): {"patience": 2},
+    (EvalConfig, "top_p"): {"temperature": 0.7},
+    (EvalConfig, "top_k"): {"temperature": 0.7},
 }
 """What else a key's other value asks for."""
 
@@ -448,10 +452,14 @@ def literals(annotation):
             yield from literals(inner)
 
 
+OF_LISTS = (Recipe, Source, Metric)
+"""Configs that have no section of their own; each is tried by itself."""
+
+
 @pytest.mark.parametrize(
     ("kind", "path", "key"),
-    [k for k in KEYS if k[0] not in (Recipe, Source)],
-    ids=[n for k, n in zip(KEYS, NAMES, strict=True) if k[0] not in (Recipe, Source)],
+    [k for k in KEYS if not issubclass(k[0], OF_LISTS)],
+    ids=[n for k, n in zip(KEYS, NAMES, strict=True) if not issubclass(k[0], OF_LISTS)],
 )
 def test_every_key_survives_the_round_trip_with_each_value_it_takes(kind, path, key):
     tried = list(others(kind, key))

@@ -5,8 +5,9 @@ import torch
 from families import FAMILIES, method_of, perturb, random_rows, tiny
 
 from trimtab.core.errors import DataError, NonFinite
-from trimtab.engine import decode, generate, layouts, stream_tokens
+from trimtab.engine import Generation, decode, generate, layouts, stream_tokens
 from trimtab.engine.decode import _groups
+from trimtab.engine.sampling import Sampler
 from trimtab.methods import Sample, adapters, attach
 from trimtab.methods.lora import LoRA
 
@@ -90,11 +91,13 @@ def test_a_stream_is_the_same_tokens():
 
 def test_draws_depend_on_the_seed_and_the_prompt_alone():
     model = adapted("llama")
-    together = generate(model, PROMPTS, [], max_new_tokens=9, temperature=1.0, seed=1)
-    assert together == generate(model, PROMPTS, [], max_new_tokens=9, temperature=1.0, seed=1)
-    assert together != generate(model, PROMPTS, [], max_new_tokens=9, temperature=1.0, seed=2)
-    assert together[0] == generate(model, PROMPTS[:1], [], max_new_tokens=9, temperature=1.0, seed=1)[0]
-    assert generate(model, PROMPTS, [], max_new_tokens=9, temperature=1e-4) == generate(model, PROMPTS, [], max_new_tokens=9)
+    together = generate(model, PROMPTS, [], max_new_tokens=9, settings=Generation(temperature=1.0, seed=1))
+    assert together == generate(model, PROMPTS, [], max_new_tokens=9, settings=Generation(temperature=1.0, seed=1))
+    assert together != generate(model, PROMPTS, [], max_new_tokens=9, settings=Generation(temperature=1.0, seed=2))
+    assert together[0] == generate(model, PROMPTS[:1], [], max_new_tokens=9, settings=Generation(temperature=1.0, seed=1))[0]
+    assert generate(model, PROMPTS, [], max_new_tokens=9, settings=Generation(temperature=1e-4)) == generate(
+        model, PROMPTS, [], max_new_tokens=9
+    )
 
 
 def test_no_prompts_and_no_tokens_are_no_trouble():
@@ -187,13 +190,13 @@ def test_a_mask_of_the_whole_block_is_noticed(monkeypatch):
 
 
 def test_draws_are_those_of_multinomial():
-    head = decode.Head(torch.randn(97, 8, generator=torch.Generator().manual_seed(0)), None)
-    hidden = torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
-    mine, theirs = ({n: torch.Generator().manual_seed(n) for n in range(3)} for _ in range(2))
+    logits = torch.randn(3, 97, generator=torch.Generator().manual_seed(0))
+    sampler = Sampler(Generation(temperature=0.7), [[1]] * 3, [0, 1, 2], torch.device("cpu"))
+    theirs = [torch.Generator().manual_seed(n) for n in range(3)]
     for _ in range(20):
-        probabilities = (head.logits(hidden) / 0.7).softmax(dim=-1)
+        probabilities = (logits / 0.7).softmax(dim=-1)
         expected = [int(torch.multinomial(probabilities[n], 1, generator=theirs[n])) for n in range(3)]
-        assert decode._choose(head, hidden, [0, 1, 2], 0.7, mine).tolist() == expected
+        assert sampler.choose(logits).tolist() == expected
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -202,7 +205,7 @@ def test_logits_that_are_none_are_said(temperature):
     with torch.no_grad():
         model.model.norm.weight[0] = float("nan")
     with pytest.raises(NonFinite, match="Prompt 0: the logits of the token after it are NaN"):
-        generate(model, PROMPTS[:1], [], max_new_tokens=2, temperature=temperature)
+        generate(model, PROMPTS[:1], [], max_new_tokens=2, settings=Generation(temperature=temperature))
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3"])
@@ -211,9 +214,13 @@ def test_a_step_waits_for_nothing(family):
     model = adapted(family).to("meta")
     with torch.no_grad():
         cache, hidden = decode._prefill(model, PROMPTS, torch.device("meta"), None)
+        sampler = Sampler(Generation(repetition_penalty=1.2), PROMPTS, range(4), torch.device("meta"))
         for _ in range(3):
-            tokens = decode._choose(decode.head_of(model), hidden, [0, 1, 2, 3], 0.0, None)
+            tokens = sampler.choose(decode.head_of(model).logits(hidden))
             hidden = decode._step(model, tokens, cache, None)
+        settings = Generation(temperature=0.7, top_p=0.9, top_k=5, repetition_penalty=1.2)
+        sampling = Sampler(settings, PROMPTS, [], torch.device("meta"))
+        assert sampling.filtered(decode.head_of(model).logits(hidden)).shape == (4, model.config.vocab_size)
         cache.select([0, 2])
         assert decode._step(model, tokens[:2], cache, None).shape == (2, model.config.hidden_size)
     assert cache.counts == [len(prompt) + 4 for prompt in (PROMPTS[0], PROMPTS[2])]

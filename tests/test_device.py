@@ -17,7 +17,7 @@ from trimtab.core.errors import RecipeError
 from trimtab.core.transfer import to_device
 from trimtab.data import pack_tree
 from trimtab.data.example import TokenRow
-from trimtab.engine import check_packing, generate
+from trimtab.engine import Generation, check_packing, generate
 from trimtab.evaluate import reference, score_loss
 from trimtab.methods import Sample, attach, combine
 from trimtab.methods.lora import LoRA
@@ -97,7 +97,7 @@ def test_training_and_evaluating_need_no_float64_on_the_device(name, family, dty
         objective, (train, _), _ = prepare_objective(objective, base, adapter, (rows, []), 0, None)
         assert score_loss(base, train, 30, objective).loss > 0
         assert reference.divergence(base, adapter, "base", rows, 30) > 0
-        generate(base.model, [rows[0].ids], [], max_new_tokens=2, temperature=1.0)
+        generate(base.model, [rows[0].ids], [], max_new_tokens=2, settings=Generation(temperature=1.0))
     assert len(steps) == 2
 
 
@@ -194,7 +194,7 @@ def test_the_processs_generators_stay_as_they_were(generators, home):
     adapter = trimtab.attach(base.model, LoRA(rank=2, dropout=0.5), name="drops")
     for step in trimtab.fit(base, adapter, rows_of("answers"), epochs=2, rows_per_step=3, lr=1e-3):
         assert generators(), step.number
-    generate(base.model, [[5, 6, 7]], [], max_new_tokens=3, temperature=1.0)
+    generate(base.model, [[5, 6, 7]], [], max_new_tokens=3, settings=Generation(temperature=1.0))
     assert generators()
 
 

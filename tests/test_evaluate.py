@@ -14,7 +14,7 @@ from trimtab.core.errors import DataError, NonFinite
 from trimtab.data import Conversation, Judged, Preference, SourceReport, Text, tokenize_examples, tokenize_prompt
 from trimtab.engine import Answer, generate
 from trimtab.evaluate import answer_preferences, score, score_answers, score_loss, wilson_interval
-from trimtab.evaluate.scores import _bootstrap
+from trimtab.evaluate.intervals import bootstrap
 from trimtab.report.scores import scores_table
 
 
@@ -51,14 +51,14 @@ def test_wilsons_interval_has_the_published_values(hits, of, low, high):
 
 def test_the_bootstrap_covers_the_mean_and_narrows_with_more_rows():
     sums, counts = [float(n % 7) * 3 for n in range(60)], [3] * 60
-    low, high = _bootstrap(sums, counts)
+    low, high = bootstrap(sums, counts)
     mean = sum(sums) / sum(counts)
     assert low < mean < high
     error = math.sqrt(sum((s / 3 - mean) ** 2 for s in sums) / 60 / 60)
     assert (high - low) / 2 == pytest.approx(1.96 * error, rel=0.15)  # the normal approximation, by hand
-    more = _bootstrap(sums * 16, counts * 16)
+    more = bootstrap(sums * 16, counts * 16)
     assert (more[1] - more[0]) == pytest.approx((high - low) / 4, rel=0.25)
-    assert _bootstrap(sums, counts) == (low, high)
+    assert bootstrap(sums, counts) == (low, high)
 
 
 @pytest.mark.parametrize("rows", [1, 7, 60])
@@ -71,7 +71,7 @@ def test_the_bootstrap_is_the_plain_one(rows):
         chosen = generator.choices(range(rows), k=rows)
         means.append(sum(sums[n] for n in chosen) / sum(counts[n] for n in chosen))
     means.sort()
-    assert _bootstrap(sums, counts) == pytest.approx((means[25], means[974]), rel=1e-12)
+    assert bootstrap(sums, counts) == pytest.approx((means[25], means[974]), rel=1e-12)
 
 
 def test_the_loss_is_the_mean_over_all_learned_tokens(base):
@@ -104,14 +104,14 @@ def test_a_right_answer_that_stops_is_counted_and_never_cut(base, monkeypatch):
     examples = [asked(f"Question {n}", answer) for n, answer in enumerate(expected)]
     limits = []
 
-    def perfect(_model, prompts, _stops, *, max_new_tokens):
+    def perfect(_model, prompts, _stops, *, max_new_tokens, **_others):
         limits.append(max_new_tokens)
         said = [Answer(encoded.ids) for encoded in base.encode(expected)][: len(prompts)]
         for one in said:
             one.ended = "stopped"
         return said
 
-    monkeypatch.setattr("trimtab.evaluate.scores.generate", perfect)
+    monkeypatch.setattr("trimtab.evaluate.answers.generate", perfect)
     result = score(base, examples)
     assert result["exact_match"] == 1.0
     assert result["stopped"] == 1.0
@@ -141,8 +141,7 @@ def test_an_answer_is_cut_off_where_the_context_is_full(base, monkeypatch):
 
 def test_plain_text_has_a_loss_and_no_answers(base):
     result = score(base, [Text("hello world, the answer", "rows:1")])
-    assert result["exact_match"] is None
-    assert result["answers"] == []
+    assert (result["metrics"], result["stopped"], result["answers"]) == ({}, None, [])
     assert result["loss"] > 0
 
 

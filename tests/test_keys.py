@@ -12,8 +12,9 @@ from templates import CHATML, base_of, bytes_tokenizer
 
 from trimtab.base import Base, ModelConfig
 from trimtab.core.errors import ArtifactError, DataError, RecipeError
-from trimtab.data import Source
+from trimtab.data import Conversation, Source
 from trimtab.deploy import load_adapter, load_model, merge
+from trimtab.evaluate import EvalConfig, score
 from trimtab.methods import Method
 from trimtab.objectives import Objective
 from trimtab.run import script, validation
@@ -579,6 +580,36 @@ def test_what_is_ignored_on_purpose_is_left_out(work, plain):
     assert outcome(work, "ignore", **odd, **{"data.ignore": ["images"]})[:2] == plain[:2]
 
 
+ANSWERING = {
+    "temperature": {"temperature": 1.5},
+    "top_p": {"temperature": 1.5, "top_p": 0.3},
+    "top_k": {"temperature": 1.5, "top_k": 2},
+    "repetition_penalty": {"repetition_penalty": 5.0},
+    "seed": {"temperature": 1.5, "seed": 1},
+    "stop": {"stop": ["0"]},
+    "max_new_tokens": {"max_new_tokens": 2},
+    "metrics": {"metrics": ["f1"]},
+    "function": {},
+}
+"""Other values of the keys of `eval`, and what else they ask for."""
+
+
+@pytest.mark.parametrize("key", EvalConfig.model_fields)
+def test_another_value_of_a_key_of_eval_gives_another_evaluation(key, work, tmp_path):
+    base = Base.load(str(work / "tiny"))
+    rows = [json.loads(line) for line in (work / "rows.jsonl").read_text().splitlines()[:4]]
+    talks = [({"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": r["completion"]}) for r in rows]
+    examples = [Conversation(messages, f"rows:{n}") for n, messages in enumerate(talks)]
+    (tmp_path / "own.py").write_text("def own(answer, expected):\n    return len(answer)\n")
+    changed = ANSWERING[key] or {"function": f"{tmp_path / 'own.py'}:own"}
+    plain = {name: value for name, value in changed.items() if name != key}
+    assert score(base, examples, **plain) == score(base, examples, **plain)
+    if key == "stop":
+        said = score(base, examples)["answers"][0]["answer"]
+        changed = {"stop": [said[3:5]]}
+    assert score(base, examples, **changed) != score(base, examples, **plain)
+
+
 def test_a_device_that_is_not_there_is_refused(work):
     with pytest.raises(RecipeError, match=r"model\.device: cuda:99 cannot be used here"):
         run_recipe(plain_recipe(work, output=str(work / "runs" / "never"), **{"model.device": "cuda:99"}))
@@ -617,6 +648,7 @@ def test_no_key_is_left_out_here():
         "train.pack_tokens",
         "train.recompute",
         "train.deterministic",
+        *(f"eval.{key}" for key in ANSWERING),
         "start",
         "certify",
         "resume",

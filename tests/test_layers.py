@@ -52,6 +52,9 @@ DOORS = {"base/loading.py", "data/arrow_files.py"}
 """Files that call what could run code of a model or dataset, and so have to say REFUSES there."""
 REFUSES = "trust_remote_code=False"
 
+EXECUTES = "evaluate/function.py"
+"""The file that runs a program of the user's, named by the user."""
+
 LAZY = {"__init__.py", "core/config.py", "engine/backends/__init__.py"}
 """Files that import what a text names: the package's own names, and the members of a family."""
 
@@ -213,6 +216,8 @@ def _unsafe(text: str, path: str) -> Iterator[tuple[int, str]]:
             and (node.value.id, node.attr) in UNSAFE_METHODS
         ):
             yield node.lineno, f"{node.value.id}.{node.attr} can run what it reads"
+        if isinstance(node, ast.Attribute) and node.attr in ("exec_module", "load_module") and path != EXECUTES:
+            yield node.lineno, f"only {EXECUTES} runs a program of the user's"
         if isinstance(node, ast.Attribute) and node.attr in ("write_text", "write_bytes") and path != "core/files.py":
             owner = node.value.id if isinstance(node.value, ast.Name) else ""
             if owner != "files":
@@ -319,6 +324,7 @@ def known_violations() -> list[str]:
 
 
 PLANTED = {
+    "a file that runs what it is given": ("run/recipe.py", "spec.loader.exec_module(module)", "only evaluate/function.py runs"),
     "a lower floor that knows a higher one": ("core/files.py", "from trimtab.base import Base", "base is above core"),
     "the same, lazily": ("engine/head.py", "def f():\n    from trimtab.train import Step", "train is above engine"),
     "the same, by the whole package": ("data/read.py", "import trimtab.engine.decode", "engine is above data"),

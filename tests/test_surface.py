@@ -15,7 +15,7 @@ METHODS = {
 }  # fmt: skip
 OBJECTIVES = {"CPO", "DPO", "KTO", "ORPO", "SFT", "SimPO"}
 SURFACE = METHODS | OBJECTIVES | {
-    "AdapterLayer", "Attached", "Base", "Method", "Objective", "Recipe", "TrainConfig", "TrimtabError", "activate", "active",
+    "AdapterLayer", "Attached", "Base", "Generation", "Method", "Objective", "Recipe", "TrainConfig", "TrimtabError", "activate", "active",
     "adapters", "answer", "attach", "fit", "generate", "load", "load_adapter", "merge", "method", "rows", "run_recipe", "sample",
     "save_adapter", "score", "score_loss", "stream",
 }  # fmt: skip

@@ -86,7 +86,7 @@ def steering(here, monkeypatch):
         here / "evil.jsonl", [{"prompt": f"Is {n}{STEERING} a number?", "completion": f"yes{STEERING}"} for n in range(30)]
     )
     monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setattr("trimtab.evaluate.scores.ScoredAnswer.answer", STEERING, raising=False)
+    monkeypatch.setattr("trimtab.evaluate.metrics.ScoredAnswer.answer", STEERING, raising=False)
     return here
 
 

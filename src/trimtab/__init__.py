@@ -29,6 +29,7 @@ _HOMES = {
     "DPO": "objectives.dpo",
     "DoRA": "methods.dora",
     "Full": "methods.full",
+    "Generation": "engine",
     "IA3": "methods.ia3",
     "KTO": "objectives.kto",
     "LayerNormTuning": "methods.layernorm",
@@ -86,7 +87,7 @@ if TYPE_CHECKING:
     from trimtab.base import Base
     from trimtab.core.errors import TrimtabError
     from trimtab.deploy import attach, load_adapter, merge, sample, save_adapter
-    from trimtab.engine import generate
+    from trimtab.engine import Generation, generate
     from trimtab.evaluate import score, score_loss
     from trimtab.methods import AdapterLayer, Attached, Method, activate, active, adapters
     from trimtab.methods.bitfit import BitFit

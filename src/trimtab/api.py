@@ -9,7 +9,7 @@ from trimtab.core.determinism import deterministic
 from trimtab.core.errors import DataError, RecipeError
 from trimtab.data import DataConfig, Kind, Objects, Source, load_rows, tokenize_prompt
 from trimtab.data.example import TokenRow
-from trimtab.engine import Ended, ensure_exact, stream_tokens
+from trimtab.engine import Ended, Generation, GrowingText, before_stop, ensure_exact, possible_stop, stream_tokens
 from trimtab.methods import Attached, Method, max_row_length
 from trimtab.objectives import Objective
 from trimtab.objectives.sft import SFT
@@ -101,48 +101,44 @@ def _check_rows(base: Base, rows: Sequence[TokenRow]) -> None:
             )
 
 
-def answer(
-    base: Base, question: str | list[Message], *, max_new_tokens: int = 256, temperature: float = 0.0, seed: int = 0
-) -> str:
-    """The model's answer, with its active adapters, to a question or a conversation; `stream` also returns how it ended."""
-    return "".join(stream(base, question, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed))
+def answer(base: Base, question: str | list[Message], *, max_new_tokens: int = 256, **settings: Any) -> str:
+    """The model's answer, with its active adapters, to a question or a conversation; `stream` also returns how it ended.
+
+    Args:
+        settings: As in a recipe's `eval`: `temperature`, `top_p`, `top_k`, `repetition_penalty`, `stop`, `seed`.
+    """
+    return "".join(stream(base, question, max_new_tokens=max_new_tokens, **settings))
 
 
 def stream(
-    base: Base, question: str | list[Message], *, max_new_tokens: int = 256, temperature: float = 0.0, seed: int = 0
+    base: Base, question: str | list[Message], *, max_new_tokens: int = 256, **settings: Any
 ) -> Generator[str, None, Ended]:
-    """`answer` in pieces of text, each as soon as its characters are complete.
+    """`answer` in pieces of text, each as soon as its characters are complete and can't begin a stop string.
 
     Returns:
-        How it ended: `stopped` at a stop token, or cut off at `max_new_tokens` (`length`) or because the model's `context` was full.
+        How it ended: `stopped` at a stop token or string, or cut off at `max_new_tokens` (`length`) or because the model's
+        `context` was full.
 
     Raises:
-        RecipeError: The model can't take the conversation as a prompt.
+        RecipeError: The model can't take the conversation as a prompt, or there are no such settings.
     """
+    generation = Generation(**settings)
     prompt = _prompt(base, [{"role": "user", "content": question}] if isinstance(question, str) else question)
-    ended: Ended = "length"
-
-    def tokens() -> Iterator[int]:
-        nonlocal ended
-        ended = yield from stream_tokens(
-            base.model, prompt, base.stop_ids, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
-        )
-
-    yield from _decode(base, tokens())
-    return ended
-
-
-def _decode(base: Base, tokens: Iterable[int]) -> Iterator[str]:
-    """The text of tokens as they come. The text that a token adds depends on the one before it, but not on the whole answer."""
-    ids: list[int] = []
-    start, end = 0, 0  # of the tokens before the new text, which has been yielded up to `end`
-    for token in tokens:
-        ids.append(token)
-        before, now = base.decode(ids[start:end]), base.decode(ids[start:])
-        if len(now) > len(before) and not now.endswith("\ufffd"):  # part of a character of several tokens
-            yield now[len(before) :]
-            start, end = end, len(ids)
-    yield base.decode(ids[start:])[len(base.decode(ids[start:end])) :]
+    tokens = stream_tokens(
+        base.model, prompt, base.stop_ids, max_new_tokens=max_new_tokens, settings=generation, text_of=base.raw_text
+    )
+    text, held = GrowingText(base.decode), ""  # held back: what may be the beginning of a stop string
+    while True:
+        try:
+            held += text.add(next(tokens))
+        except StopIteration as end:
+            if rest := before_stop(held + text.rest(), generation.stop):
+                yield rest
+            return end.value
+        ready = len(held) - possible_stop(held, generation.stop)
+        if ready and before_stop(held, generation.stop) == held:
+            yield held[:ready]
+            held = held[ready:]
 
 
 def _prompt(base: Base, messages: list[Message]) -> list[int]:

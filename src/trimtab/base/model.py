@@ -246,12 +246,15 @@ class Base:
         """The text of tokens, without the special ones."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    def answer_text(self, ids: Sequence[int]) -> str:
-        """The answer in generated or target tokens: their text without special tokens and reasoning."""
-        text = self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        if self.has_template and self.template.answer_separator in text:
-            text = text.rpartition(self.template.answer_separator)[2]
-        return re.sub("|".join(map(re.escape, self.control_tokens)) or "(?!)", "", text).strip()
+    def raw_text(self, ids: Sequence[int]) -> str:
+        """The text of tokens, with the special ones."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def answer_text(self, raw: str) -> str:
+        """The answer in a text of generated or target tokens: without special tokens and reasoning."""
+        if self.has_template and self.template.answer_separator in raw:
+            raw = raw.rpartition(self.template.answer_separator)[2]
+        return re.sub("|".join(map(re.escape, self.control_tokens)) or "(?!)", "", raw).strip()
 
     @cached_property
     def control_tokens(self) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trimtab.commands._parser import TARGET, add_model, integer
 from trimtab.commands._target import open_to_compare
@@ -30,13 +30,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--system", metavar="TEXT", help="the system message; the run's data.system unless given, and none if it is empty"
     )
     parser.add_argument("--max-new-tokens", metavar="N", type=integer(1), default=512, help="default: %(default)s")
-    text = "sampling temperature; 0 (the default) is greedy decoding"
-    parser.add_argument("--temperature", metavar="T", type=_temperature, default=0.0, help=text)
-    parser.add_argument("--seed", metavar="N", type=integer(0), default=0, help="seed for sampling (default: %(default)s)")
+    for name, (metavar, kind, text) in SETTINGS.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", metavar=metavar, type=kind, help=text)
+    text = "end the answer before this text; may be given several times"
+    parser.add_argument("--stop", metavar="TEXT", action="append", help=text)
     add_model(parser)
 
 
-def _temperature(word: str) -> float:
+def _number(word: str) -> float:
     try:
         number = float(word)
     except ValueError:
@@ -46,9 +47,27 @@ def _temperature(word: str) -> float:
     return number
 
 
+SETTINGS: dict[str, tuple[str, Any, str]] = {
+    "temperature": ("T", _number, "sampling temperature; 0 (the default) is greedy decoding"),
+    "top_p": ("P", _number, "sample from the most likely tokens that together have this probability"),
+    "top_k": ("K", integer(0), "sample from the K most likely tokens"),
+    "repetition_penalty": ("X", _number, "make tokens that have occurred less likely by this factor"),
+    "seed": ("N", integer(0), "seed for sampling (default: 0)"),
+}
+"""Options for settings of `engine.Generation`, by name: placeholder, type, help."""
+
+
+def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    given = {name: getattr(arguments, name) for name in (*SETTINGS, "stop")}
+    return {name: value for name, value in given.items() if value is not None}
+
+
 def run(arguments: argparse.Namespace) -> None:
     from rich.markup import escape
 
+    from trimtab.engine import Generation
+
+    Generation(**_settings(arguments))  # refused before the model is loaded
     target = open_to_compare(arguments)
     system = _system(arguments)
     conversation: list[dict[str, str]] = [{"role": "system", "content": replace_surrogates(system)}] if system else []
@@ -108,8 +127,7 @@ def _print_answer(
 
     if label:
         say(f"[{label}] ", end="")
-    settings = {"max_new_tokens": arguments.max_new_tokens, "temperature": arguments.temperature, "seed": arguments.seed}
-    pieces, answer = stream(target.base, conversation, **settings), ""
+    pieces, answer = stream(target.base, conversation, max_new_tokens=arguments.max_new_tokens, **_settings(arguments)), ""
     while True:
         try:
             piece = next(pieces)

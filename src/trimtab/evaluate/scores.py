@@ -1,10 +1,7 @@
-"""Evaluation on held-out examples: the loss and the share of correct answers, with 95 % intervals.
-
-The interval of a loss is a percentile bootstrap over examples; that of a share is Wilson's (Wilson 1927).
-"""
+"""The loss on held-out examples, with its 95 % interval."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,26 +11,13 @@ from torch import Tensor
 
 from trimtab.base import Base
 from trimtab.core.errors import DataError, NonFinite, listing
-from trimtab.data import (
-    Conversation,
-    Judged,
-    LengthLimit,
-    Preference,
-    SourceReport,
-    Text,
-    pack_all,
-    tokenize_answers,
-    tokenize_examples,
-)
+from trimtab.data import LengthLimit, SourceReport, Text, pack_all, tokenize_examples
 from trimtab.data.example import TokenRow
-from trimtab.engine import Answer, Ended, ensure_exact, generate
+from trimtab.engine import ensure_exact
+from trimtab.evaluate.intervals import Interval, Measured, bootstrap
 from trimtab.methods import max_row_length
 from trimtab.objectives import Objective, mean_measures, score_packs
 from trimtab.objectives.sft import SFT
-
-Interval = tuple[float, float]
-Z = 1.959963984540054
-"""The 97.5th percentile of the normal distribution."""
 
 
 @dataclass(frozen=True)
@@ -69,27 +53,14 @@ class Loss:
                 parts[name][1].append(count)
         found = {}
         for name, (sums, counts) in parts.items():
-            low, high = _bootstrap(sums, counts) if len(sums) > 1 else (None, None)  # one example says nothing of others
+            low, high = bootstrap(sums, counts) if len(sums) > 1 else (None, None)  # one example says nothing of others
             found[name] = {"loss": sum(sums) / sum(counts), "low": low, "high": high, "rows": len(sums)}
         return {"sources": found} if found else {}
 
-
-@dataclass(frozen=True)
-class ScoredAnswer:
-    """A held-out question with the expected answer and the model's."""
-
-    question: str
-    expected: str
-    answer: str
-    tokens: int
-    """The length of the answer."""
-    ended: Ended
-    """`stopped` at a stop token, or cut off: at a `length` at which it is wrong, or because the model's `context` was full."""
-
     @property
-    def correct(self) -> bool:
-        """Whether the answer equals the expected one; both are without reasoning and special tokens, and stripped."""
-        return self.answer.strip() == self.expected.strip()
+    def measured(self) -> Measured:
+        """As a metric, to be compared with another model's."""
+        return Measured(np.array([self.sums, self.counts]).T, lambda sums: {"loss": float(sums[0] / sums[1])})
 
 
 @torch.no_grad()
@@ -120,59 +91,8 @@ def score_loss(base: Base, rows: Sequence[TokenRow], pack_tokens: int = 1024, ob
         measures.append(objective.measures(logprobs, pack, kl))
     tokens = sum(len(row.target_indices) for pack, _ in scored for row in pack.rows)
     in_order = [by_row[id(row)] for row in rows if id(row) in by_row]
-    loss, interval = sum(sums) / sum(counts), _bootstrap(sums, counts)
+    loss, interval = sum(sums) / sum(counts), bootstrap(sums, counts)
     return Loss(loss, interval, tokens, len(sums), mean_measures(measures), sums, counts, in_order, sources)
-
-
-def score_answers(
-    base: Base, examples: Sequence[Conversation], on_done: Callable[[int], None] | None = None, texts: Sequence[str] = ()
-) -> list[ScoredAnswer]:
-    """The model's answers to the last turn of each conversation, by greedy decoding.
-
-    An answer is cut off somewhat beyond the length of the longest expected answer or of `texts`: by then it is wrong.
-
-    Args:
-        on_done: Called with the number of answers in each finished batch.
-    """
-    pairs = tokenize_answers(examples, base)
-    longest = max(
-        map(len, [*(expected for _, expected in pairs), *(encoding.ids for encoding in base.encode(texts))]), default=0
-    )
-    limit = longest + longest // 4 + 8
-    answers: list[Answer] = []
-    for start in range(0, len(pairs), 32):
-        batch = pairs[start : start + 32]
-        answers += generate(base.model, [ids for ids, _ in batch], base.stop_ids, max_new_tokens=limit)
-        if on_done:
-            on_done(len(batch))
-    return [
-        ScoredAnswer(_question(example), base.answer_text(expected), base.answer_text(answer), len(answer), answer.ended)
-        for example, (_, expected), answer in zip(examples, pairs, answers, strict=True)
-    ]
-
-
-def answer_preferences(
-    base: Base, examples: Sequence[Preference | Judged], on_done: Callable[[int], None] | None = None
-) -> list[dict[str, Any]]:
-    """The model's answer to each prompt, the example's answers, and their numbers of tokens, as JSON data."""
-    sides: list[dict[str, Conversation]] = [
-        {"chosen": e.chosen, "rejected": e.rejected}
-        if isinstance(e, Preference)
-        else {"good" if e.good else "bad": e.conversation}
-        for e in examples
-    ]
-    texts = [{side: conversation.messages[-1]["content"] for side, conversation in example.items()} for example in sides]
-    all_texts = [text for example in texts for text in example.values()]
-    answers = score_answers(base, [next(iter(example.values())) for example in sides], on_done, all_texts)
-    lengths = iter([len(encoding.ids) for encoding in base.encode(all_texts)])
-    return [
-        {
-            "question": answer.question,
-            **{side: {"text": text, "tokens": next(lengths)} for side, text in example.items()},
-            "answer": {"text": answer.answer, "tokens": answer.tokens, "ended": answer.ended},
-        }
-        for answer, example in zip(answers, texts, strict=True)
-    ]
 
 
 def evaluation_rows(base: Base, examples: Sequence[Any], block: int | None = None) -> list[TokenRow]:
@@ -196,63 +116,3 @@ def evaluation_rows(base: Base, examples: Sequence[Any], block: int | None = Non
             f"data: examples that can't be evaluated:\n{listing(problems)}" if problems else "data: there are no examples."
         )
     return rows
-
-
-def score(
-    base: Base, examples: Sequence[Any], on_done: Callable[[int], None] | None = None, block: int | None = None
-) -> dict[str, Any]:
-    """Loss, perplexity and exact match with their intervals, and the answers, as JSON data.
-
-    Args:
-        block: The most tokens of a block of a plain text.
-
-    Raises:
-        DataError: There are no examples, or some can't be evaluated.
-    """
-    loss = score_loss(base, evaluation_rows(base, examples, block))
-    answers = score_answers(base, [e for e in examples if isinstance(e, Conversation)], on_done)
-    correct = sum(answer.correct for answer in answers)
-    return {
-        "rows": loss.rows,
-        "loss": loss.loss,
-        "loss_interval": list(loss.interval),
-        "perplexity": loss.perplexity,
-        **loss.by_source,
-        "exact_match": correct / len(answers) if answers else None,
-        "exact_match_interval": list(wilson_interval(correct, len(answers))) if answers else None,
-        "stopped": sum(answer.ended == "stopped" for answer in answers) / len(answers) if answers else None,
-        "cut_by_context": sum(answer.ended == "context" for answer in answers),
-        "answers": [{**vars(answer), "right": answer.correct} for answer in answers],
-    }
-
-
-def wilson_interval(hits: int, of: int) -> Interval:
-    """Wilson's 95 % interval of the share `hits` / `of`."""
-    share, z2 = hits / of, Z * Z
-    middle = share + z2 / (2 * of)
-    half = Z * math.sqrt(share * (1 - share) / of + z2 / (4 * of * of))
-    return max(0.0, (middle - half) / (1 + z2 / of)), min(1.0, (middle + half) / (1 + z2 / of))
-
-
-def paired_difference(ours: Sequence[float], theirs: Sequence[float], counts: list[float]) -> tuple[float, Interval]:
-    """The mean difference of two losses on the same rows, and its interval, which differences between rows do not widen.
-
-    Args:
-        counts: The number of items whose losses each row sums.
-    """
-    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
-    return sum(differences) / sum(counts), _bootstrap(differences, counts)
-
-
-def _bootstrap(sums: list[float], counts: list[float], draws: int = 1000) -> Interval:
-    generator, rows = np.random.RandomState([0]), len(sums)  # draws as random.Random(0).choices, but faster
-    of_sums, of_counts, means = np.array(sums), np.array(counts), np.empty(draws)
-    for n in range(draws):
-        chosen = (generator.random_sample(rows) * rows).astype(np.int64)
-        means[n] = of_sums[chosen].sum() / of_counts[chosen].sum()
-    means.sort()
-    return float(means[int(0.025 * draws)]), float(means[int(0.975 * draws) - 1])
-
-
-def _question(example: Conversation) -> str:
-    return next((m["content"] for m in reversed(example.messages[:-1]) if m["role"] == "user"), "")

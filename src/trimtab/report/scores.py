@@ -1,32 +1,55 @@
 """Scores and answers as tables."""
 
-import math
 from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
 
 
-def scores_table(scores: dict[str, dict[str, Any]], source: str) -> Table:
-    """One row a model: loss, perplexity and exact match with their 95 % intervals."""
-    rows = next(iter(scores.values()))["rows"]
-    table = Table(title=f"{escape(source)}: {rows:,} examples, 95 % intervals", title_justify="left", title_style="bold")
-    table.add_column("")
-    for column in ("loss", "perplexity", "exact match", "stopped at EOS"):
-        table.add_column(column, justify="right")
-    for name, score in scores.items():
-        match, stopped = "–", "–"
-        if score["exact_match"] is not None:
-            match = _with_interval(f"{score['exact_match']:.1%}", *(f"{end:.1%}" for end in score["exact_match_interval"]))
-            stopped = f"{score['stopped']:.1%}"
-        loss = _with_interval(f"{score['loss']:.4f}", *(f"{end:.4f}" for end in score["loss_interval"]))
-        table.add_row(name, loss, f"{score['perplexity']:.3f}", match, stopped)
-        for source, part in score.get("sources", {}).items():
-            table.add_row(f"[dim]{source}, {part['rows']:,}[/]", _loss_of(part), f"{math.exp(part['loss']):.3f}", "", "")
+def scores_table(scores: dict[str, dict[str, Any]], source: str, difference: dict[str, dict[str, Any]] | None = None) -> Table:
+    """One column a model: its loss, perplexity and metrics with their 95 % intervals; and how far the second is from the first.
+
+    Args:
+        difference: By name, that of the models, if there are two.
+    """
+    first, difference = next(iter(scores.values())), difference or {}
+    table = Table(
+        title=f"{escape(source)}: {first['rows']:,} examples, 95 % intervals", title_justify="left", title_style="bold"
+    )
+    for column in ("", *scores, *(["difference"] if difference else [])):
+        table.add_column(column, justify="right" if column else "left")
+    metrics = {name: best for score in scores.values() for name, best in score["metrics"].items()}
+    for name, number in {"loss": "{:.4f}", **{name: _format_of(best) for name, best in metrics.items()}}.items():
+        cells = [
+            _with_interval(number.format(score[name]), *map(number.format, score[f"{name}_interval"])) if name in score else "–"
+            for score in scores.values()
+        ]
+        if name in difference:
+            cells.append(_difference(difference[name], number))
+        table.add_row(name.replace("_", " "), *cells)
+        if name == "loss":
+            for part, of_first in first.get("sources", {}).items():
+                parts = (score["sources"][part] for score in scores.values())
+                table.add_row(f"[dim]{part}, {of_first['rows']:,}[/]", *map(_loss_of, parts))
+            table.add_row("perplexity", *(f"{score['perplexity']:.3f}" for score in scores.values()))
+    if any(score["answers"] for score in scores.values()):
+        table.add_row("stopped at EOS", *(f"{score['stopped']:.1%}" for score in scores.values()))
     if full := [f"{score['cut_by_context']} of {name}" for name, score in scores.items() if score["cut_by_context"]]:
         table.caption = f"answers cut off because the model's context was full: {', '.join(full)}"
         table.caption_justify = "left"
     return table
+
+
+def _format_of(best: float | None) -> str:
+    """How a metric is written: in percent if it is 1 at best."""
+    return "{:.1%}" if best == 1.0 else "{:.2f}" if best is not None else "{:.4g}"
+
+
+def _difference(found: dict[str, Any], number: str) -> str:
+    """A difference with its interval; or that the models can't be told apart by this many examples."""
+    signed = number.replace(":", ":+")
+    text = _with_interval(signed.format(found["value"]), *map(signed.format, found["interval"]))
+    return text if found["distinguishable"] else f"{text}\n[dim]not distinguishable[/]"
 
 
 def preferences_table(scores: dict[str, dict[str, Any]], source: str) -> Table:

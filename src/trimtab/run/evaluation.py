@@ -1,21 +1,56 @@
 """What a finished run is evaluated on, read as its own examples were; and the model that it was compared with."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from trimtab.artifacts import is_run, read_record
 from trimtab.artifacts.run_folder import DATA, RECIPE, START
 from trimtab.core import files
+from trimtab.core.config import override
 from trimtab.core.errors import ArtifactError, DataError, RecipeError, listing
 from trimtab.data import READING as READING_KEYS
 from trimtab.data import DataConfig, Example, Kind, held_out_examples, load_examples
+from trimtab.evaluate import EvalConfig
 from trimtab.evaluate.preferences import Reference
 from trimtab.objectives import Objective, ReferenceObjective
 from trimtab.run.recipe import Recipe
 
 READING = tuple(f"data.{key}" for key in READING_KEYS)
 """Keys of a recipe that say how a file is read."""
+ANSWERING = tuple(f"eval.{key}" for key in EvalConfig.model_fields)
+"""Keys of a recipe that say how examples are answered and measured."""
+
+
+def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Overrides of a recipe's keys: those that say how a file is read, and how examples are answered. Raises RecipeError for others."""
+    split: tuple[list[str], list[str]] = [], []
+    for word in words:
+        for keys, found in zip((READING, ANSWERING), split, strict=True):
+            if word.startswith(tuple(f"{key}{mark}" for key in keys for mark in "=.")):
+                found.append(word)
+                break
+        else:
+            answering = ", ".join(key.removeprefix("eval.") for key in ANSWERING)
+            raise RecipeError(f"{word}: of a recipe's keys, eval takes only {', '.join(READING)}, and of eval: {answering}.")
+    return split
+
+
+def answering_of(target: Path, words: Sequence[str], on_notice: Callable[[str], None]) -> EvalConfig:
+    """How a model's answers are generated and measured: as a run's recipe says, unless words say otherwise.
+
+    A run's folder may be somebody else's, so a function that its recipe names is not executed: only one that the user names now is.
+    """
+    if not is_run(target):
+        return EvalConfig.parse({}, [word.removeprefix("eval.") for word in words], "eval:")
+    config = Recipe.read(target / RECIPE, words).eval
+    if config.function is None or any(word.startswith("eval.function=") for word in words):
+        return config
+    on_notice(
+        f"{target / RECIPE} names the function {config.function}, which is not executed, because it comes with the run. To measure by it, "
+        f"give it: {override('eval.function', config.function)}"
+    )
+    return config.model_copy(update={"function": None})
 
 
 def held_out_examples_of(run: Path) -> tuple[list[Example], str]:
@@ -65,12 +100,8 @@ def examples_of_file(target: Path, source: str, words: Sequence[str] = ()) -> tu
         words: Those keys of a recipe, given anew.
 
     Raises:
-        RecipeError: Other keys.
         DataError: Some of the examples can't be read.
     """
-    for word in words:
-        if not word.startswith(tuple(f"{key}{mark}" for key in READING for mark in "=.")):
-            raise RecipeError(f"{word}: of a recipe's keys, eval takes only {', '.join(READING)}.")
     if is_run(target):
         data = Recipe.read(target / RECIPE, words).data
     else:

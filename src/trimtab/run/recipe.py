@@ -10,6 +10,7 @@ from trimtab.base import ModelConfig
 from trimtab.core import files, yaml12
 from trimtab.core.config import Config
 from trimtab.data import DataConfig
+from trimtab.evaluate import EvalConfig
 from trimtab.methods import Method
 from trimtab.methods.lora import LoRA
 from trimtab.objectives import Objective, ReferenceObjective
@@ -40,6 +41,8 @@ class Recipe(Config):
     """The training objective: supervised fine-tuning, or a preference objective."""
     train: TrainConfig = Field(default_factory=TrainConfig)
     """How to train."""
+    eval: EvalConfig = Field(default_factory=EvalConfig)
+    """How held-out examples are answered and measured."""
     start: str | None = None
     """An adapter or run folder whose adapter is trained further, instead of a new one; its method is used, and need not be given."""
     certify: bool = True
@@ -84,7 +87,8 @@ class Recipe(Config):
         model = self.model.model_copy(update={"name": _absolute(self.model.name)})
         if model.chat_template is not None:
             model = model.model_copy(update={"chat_template": _absolute(model.chat_template)})
-        news: dict[str, Any] = {"model": model, "data": self.data.absolute(), "output": self.output.absolute()}
+        news: dict[str, Any] = {"model": model, "data": self.data.absolute(), "eval": self.eval.absolute()}
+        news["output"] = self.output.absolute()
         if self.start is not None:
             news["start"] = _absolute(self.start)
         if isinstance(self.objective, ReferenceObjective) and self.objective.reference not in ("auto", "base", "start"):

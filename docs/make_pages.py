@@ -6,7 +6,8 @@ which benchmarks/regret.py measures, and those in
 docs/performance.md from docs/measured, which benchmarks/peers (`trimtab bench`) and the scripts in benchmarks fill; those in
 docs/preference.md from docs/preference.json, which benchmarks/preference.py measures; docs/faults.md from tests/fault_catalogue.py
 and from docs/measured/peer_faults.json, which benchmarks/peer_faults measures; docs/models.md from docs/measured/models.json, which
-benchmarks/models measures; the tables in docs/gpu.md from what the back ends say that they take.
+benchmarks/models measures; the tables in docs/gpu.md from what the back ends say that they take; docs/migration.md from the options of
+other tools, which benchmarks/options.py reads, and the table of what they are here.
 """
 
 import ast
@@ -38,10 +39,12 @@ FAULTS = ROOT / "docs" / "faults.md"
 TEMPLATES = ROOT / "docs" / "templates.md"
 MODELS = ROOT / "docs" / "models.md"
 GPU = ROOT / "docs" / "gpu.md"
+OPTIONS = ROOT / "src" / "trimtab" / "migrate" / "options"
+MIGRATION, USAGE = ROOT / "docs" / "migration.md", ROOT / "tests" / "fixtures" / "other_tools" / "usage.json"
 PREFERENCE, COMPARED = ROOT / "docs" / "preference.md", ROOT / "docs" / "preference.json"
 FLOORS = (
     ("the command line", ("cli.py", "commands", "__main__.py", "__init__.py")),
-    ("the Python interface", ("api.py",)),
+    ("the Python interface; other tools' files as recipes", ("api.py", "migrate")),
     ("one run, top to bottom", ("run",)),
     ("certificate, and reports", ("certify", "report")),
     ("the training loop, evaluation, and a tiny base for trials", ("train", "evaluate", "testing")),
@@ -443,6 +446,49 @@ def models() -> str:
     return page(json.loads((RESULTS / "models.json").read_text(encoding="utf-8")))
 
 
+def migration() -> str:
+    """docs/migration.md with current tables, from the options of other tools and what they are here."""
+    from trimtab.core.synonyms import meaning_of
+    from trimtab.migrate import TOOLS, options_of
+
+    titles = {tool: module.TITLE for tool, module in TOOLS.items()}
+    known = {tool: {name for options in options_of(tool).values() for name in options} for tool in TOOLS}
+    lines = ["| option | of | here |", "|---|---|---|"]
+    for name in sorted(set().union(*known.values())):
+        meaning = meaning_of(name)
+        assert meaning is not None, f"{name}: core/other_tools.py does not say what it is here"
+        here = {"key": f"`{meaning.said}`", "derived": f"derived: {meaning.said}", "missing": f"not there: {meaning.said}"}
+        tools = ", ".join(title for tool, title in titles.items() if name in known[tool])
+        lines.append(f"| `{name}` | {tools} | {here[meaning.outcome]} |")
+    counts = [
+        "| example recipes of | files | settings | key | derived | not there | unknown | key or derived |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for tool, by in coverage().items():
+        total = sum(by.values()) - by["files"]
+        share = (by["key"] + by["derived"]) / total
+        cells = " | ".join(f"{by[outcome]:,}" for outcome in ("key", "derived", "missing", "unknown"))
+        counts.append(f"| {titles[tool]} | {by['files']} | {total:,} | {cells} | {share:.1%} |")
+    versions = ", ".join(json.loads((OPTIONS / f"{tool}.json").read_text(encoding="utf-8"))["version"] for tool in TOOLS)
+    page = _filled(MIGRATION.read_text(encoding="utf-8"), "versions", f"{versions}.\n")
+    page = _filled(page, "coverage", "\n".join(counts) + "\n")
+    return _filled(page, "options", "\n".join(lines) + "\n")
+
+
+def coverage() -> dict[str, dict[str, int]]:
+    """Of each tool's example recipes: how many settings, by occurrence, are a key, derived, not there or unknown."""
+    from trimtab.core.synonyms import meaning_of
+
+    found = {}
+    for tool, usage in json.loads(USAGE.read_text(encoding="utf-8")).items():
+        by = {"files": usage["files"], "key": 0, "derived": 0, "missing": 0, "unknown": 0}
+        for name, count in usage["keys"].items():
+            meaning = meaning_of(name)
+            by[meaning.outcome if meaning else "unknown"] += count
+        found[tool] = by
+    return found
+
+
 _MARKS = "¹²³⁴⁵⁶⁷⁸⁹"
 
 
@@ -624,3 +670,4 @@ if __name__ == "__main__":
     TEMPLATES.write_text(templates(), encoding="utf-8")
     MODELS.write_text(models(), encoding="utf-8")
     GPU.write_text(gpu(), encoding="utf-8")
+    MIGRATION.write_text(migration(), encoding="utf-8")

@@ -44,6 +44,7 @@ def test_what_is_written_from_the_code_is_current():
     assert module.templates() == module.TEMPLATES.read_text(encoding="utf-8"), "run: make docs"
     assert module.models() == module.MODELS.read_text(encoding="utf-8"), "run: make docs"
     assert module.gpu() == module.GPU.read_text(encoding="utf-8"), "run: make docs"
+    assert module.migration() == module.MIGRATION.read_text(encoding="utf-8"), "run: make docs"
     source = ROOT / "src" / "trimtab"
     files = {path.relative_to(source).as_posix() for path in source.rglob("*.py") if path.name != "__init__.py"}
     assert set(re.findall(r"^   ([\w/]+\.py) ", module.tree(), flags=re.MULTILINE)) == files | {"__init__.py"}

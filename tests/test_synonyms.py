@@ -6,16 +6,15 @@ import pytest
 
 from trimtab.core.config import Config
 from trimtab.core.errors import RecipeError
+from trimtab.core.other_tools import AUTOMATIC, SAME, UNSUPPORTED
 from trimtab.core.synonyms import (
-    AUTOMATIC,
     CHOICES,
-    SAME,
-    UNSUPPORTED,
     key_for_option,
     suggest,
     translate_choice,
     translate_key,
 )
+from trimtab.data import Source
 from trimtab.methods import Method
 from trimtab.objectives import Objective
 from trimtab.run.recipe import Recipe
@@ -47,7 +46,7 @@ PEERS_WORDS = """
     learning_rate num_train_epochs early_stopping_patience per_device_train_batch_size gradient_accumulation_steps batch_size lora_r lora_alpha
     lora_dropout target_modules load_in_4bit gradient_checkpointing max_grad_norm save_steps eval_steps cutoff_len template packing
     report_to micro_batch_size sequence_len base_model adapter sample_packing val_set_size lora_target_modules lora_target_linear
-    num_epochs lr_scheduler_type warmup_ratio warmup_steps bf16 fp16 flash_attn output_dir deepspeed optimizer optim wandb_project
+    num_epochs lr_scheduler_type warmup_ratio warmup_steps bf16 fp16 flash_attn output_dir deepspeed optim wandb_project
     model_name_or_path finetuning_type dataset dataset_dir lora_target lora_rank quantization_bit val_size pref_beta stage
     logging_steps max_seq_length dataset_text_field neftune_noise_alpha assistant_only_loss use_rslora use_dora torch_dtype
     resume_from_checkpoint
@@ -80,7 +79,10 @@ def test_what_other_words_are_said_to_be_here_is_here():
     assert {"train.lr", "method.rank", "objective.beta", "model.name", "output"} <= keys
     for word, here in SAME.items():
         key = here.partition(" ")[0].partition("=")[0]
-        assert key in keys or key.startswith(("model.template.", "data.columns.")) or key == "method", (word, here)
+        source = key.removeprefix("data.train.NAME.") if key.startswith("data.train.NAME.") else None
+        option = key.removeprefix("train.optimizer.") if key.startswith("train.optimizer.") else None
+        known = source in Source.model_fields if source else option in ("betas", "eps") if option else key in keys
+        assert known or key.startswith(("model.template.", "data.columns.")) or key == "method", (word, here)
     words = [*SAME, *AUTOMATIC, *UNSUPPORTED]
     assert len(words) == len(set(words))
     for said in [*AUTOMATIC.values(), *UNSUPPORTED.values(), *CHOICES.values()]:

@@ -1,0 +1,314 @@
+"""Files of Axolotl, LLaMA-Factory and TRL become recipes that mean the same, and every setting is accounted for."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from templates import saved_base
+
+from trimtab import cli
+from trimtab.base import Base
+from trimtab.core.errors import RecipeError
+from trimtab.core.synonyms import meaning_of
+from trimtab.data import DataConfig, load_data
+from trimtab.methods import Method, attach
+from trimtab.migrate import TOOLS, account, convert, options_of
+from trimtab.run.recipe import Recipe
+
+ROOT = Path(__file__).parents[1]
+FIXTURES = ROOT / "tests" / "fixtures" / "other_tools"
+EXAMPLES = {
+    (tool, name): settings
+    for tool in ("llamafactory", "axolotl")
+    for name, settings in yaml.safe_load((FIXTURES / f"{tool}.yaml").read_text(encoding="utf-8")).items()
+}
+"""Twenty recipes of each tool, by the names of the files in its folder `examples`: settings as facts."""
+REFUSED = {
+    ("llamafactory", "train_lora/qwen3_lora_reward"): "stage: rm: Trimtab trains models that answer",
+    ("llamafactory", "train_lora/qwen3vl_lora_sft"): "image_max_pixels: 262144: images, video and audio are not supported",
+    ("llamafactory", "extras/llama_pro/llama3_freeze_sft"): "finetuning_type: freeze: blocks are not unfrozen by number",
+    ("llamafactory", "extras/nlg_eval/llama3_lora_predict"): "do_train: False: it does not train",
+    ("axolotl", "llama-3/qlora-1b-gdpo"): "rl: gdpo: Trimtab trains on existing examples",
+    ("axolotl", "llama-2/gptq-lora"): "gptq: True: weights of GPTQ are not trained on",
+    ("axolotl", "qwen2/reward-model"): "reward_model: True: Trimtab trains models that answer, not ones that judge",
+}
+"""What can't be the same task here, and the reason that is given."""
+WHOLE = os.environ.get("TRIMTAB_WHOLE") == "1"
+TRAINED = [example for example in EXAMPLES if example not in REFUSED]
+
+ANSWERS = [
+    {"messages": [{"role": "user", "content": f"{n} and {n}"}, {"role": "assistant", "content": f"{2 * n}"}]} for n in range(8)
+]
+DATA = {
+    "answers": ANSWERS,
+    "text": [{"text": f"{n} and {n} make {2 * n}."} for n in range(8)],
+    "pair": [{"prompt": f"{n} and {n}", "chosen": f"{2 * n}", "rejected": f"{n}"} for n in range(8)],
+    "judged": [{"prompt": f"{n} and {n}", "completion": f"{2 * n}", "label": n % 2 == 0} for n in range(8)],
+}
+
+
+def converted(folder, settings, tool=None, **more):
+    file = folder / "theirs.yaml"
+    file.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+    return convert(file, tool, **more)
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids="/".join)
+def test_every_setting_of_the_examples_is_accounted_for(example, tmp_path):
+    if example in REFUSED:
+        with pytest.raises(RecipeError, match=r"theirs\.yaml: ") as caught:
+            converted(tmp_path, EXAMPLES[example])
+        assert REFUSED[example] in str(caught.value)
+        return
+    found = converted(tmp_path, EXAMPLES[example])
+    assert found.tool == example[0], "told apart by their keys"
+    assert set(EXAMPLES[example]) - {setting.name for setting in found.settings} == set()
+    assert Recipe.parse(yaml.safe_load(found.text)) == found.recipe
+    assert all(setting.said for setting in found.settings if setting.outcome in ("derived", "missing", "unknown"))
+    assert account(found.settings).count("\n") > 10
+
+
+def test_a_setting_that_nobody_knows_is_named(tmp_path):
+    found = converted(tmp_path, {**EXAMPLES["axolotl", "llama-3/lora-1b"], "lora_rr": 3, "wandb_project": "mine"})
+    by_name = {setting.name: setting for setting in found.settings}
+    assert (by_name["lora_rr"].outcome, by_name["lora_rr"].said) == ("unknown", "did you mean lora_r?")
+    assert by_name["wandb_project"].outcome == "missing"
+    assert by_name["wandb_entity"].outcome == "unset"
+
+
+@pytest.mark.parametrize(
+    ("example", "expected"),
+    [
+        (("axolotl", "llama-3/lora-1b"), {
+            "model.name": "NousResearch/Llama-3.2-1B", "data.overlong": "drop", "data.eval": 0.1, "method.rank": 16, "method.alpha": 32.0,
+            "train.tokens_per_step": 2 * 2 * 2048, "train.lr": 2e-4, "train.warmup": 0.1, "train.epochs": 1.0, "train.rows_per_step": None,
+        }),
+        (("axolotl", "qwen2/dpo"), {
+            "data.train.alpaca_messages_2k_dpo_test.columns": {"messages": "conversation"}, "train.rows_per_step": 8, "method.name": "full",
+            "objective.name": "dpo", "objective.beta": 0.1, "data.eval": 0,
+        }),
+        (("axolotl", "llama-3/qlora-1b-kto"), {
+            "model.quantize": "nf4", "objective.name": "kto", "objective.beta": 0.5, "objective.desirable": 0.2, "method.dropout": 0.0,
+        }),
+        (("axolotl", "mistral/orpo/mistral-qlora-orpo"), {
+            "objective.name": "orpo", "objective.weight": 0.1, "data.train.ultrafeedback_binarized_preferences_cleaned.columns": {
+                "prompt": "instruction", "chosen": "chosen_response", "rejected": "rejected_response",
+            },
+        }),
+        (("llamafactory", "train_lora/qwen3_lora_sft"), {
+            "method.rank": 8, "method.alpha": 16.0, "method.targets": ["all-linear"], "train.rows_per_step": 8, "data.max_length": 2048,
+            "data.overlong": "truncate", "data.train.identity.limit": 1000, "train.warmup": 0.1, "data.eval": 0, "model.dtype": "bfloat16",
+        }),
+        (("llamafactory", "train_lora/qwen3_lora_pretrain"), {"data.overlong": "split", "train.tokens_per_step": 8 * 2048}),
+        (("llamafactory", "extras/pissa/llama3_lora_sft"), {"method.init": "pissa"}),
+        (("llamafactory", "extras/loraplus/llama3_lora_sft"), {"method.b_rate": 16.0}),
+        (("llamafactory", "extras/oft/llama3_oft_sft"), {"method.name": "oft", "method.block_size": 32}),
+        (("llamafactory", "train_qlora/qwen3_lora_sft_otfq"), {"model.quantize": "nf4"}),
+    ],
+    ids=lambda value: "/".join(value) if isinstance(value, tuple) else "",
+)  # fmt: skip
+def test_the_examples_mean_the_same_here(example, expected, tmp_path):
+    plain = converted(tmp_path, EXAMPLES[example]).recipe.plain()
+    for key, value in expected.items():
+        node = plain
+        for part in key.split("."):
+            node = node[part]
+        assert node == value, key
+
+
+@pytest.mark.parametrize("example", TRAINED if WHOLE else TRAINED[2:30:6], ids="/".join)
+def test_they_train_on_a_tiny_model(example, tmp_path, monkeypatch, capsys):
+    """With the names that are not here replaced: the model, the data, its columns and limits, and what needs a GPU or hours."""
+    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "cache"))
+    found = converted(tmp_path, EXAMPLES[example])
+    kind = found.recipe.objective.data_kind
+    texts = found.recipe.data.overlong == "split"
+    data = tmp_path / "train.jsonl"
+    rows = DATA["text" if texts else {"pairs": "pair", "judged": "judged"}.get(str(kind), "answers")]
+    data.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    plain = yaml.safe_load(found.text)
+    plain["model"] = {"name": str(saved_base(tmp_path / "tiny")), "dtype": "float32"}
+    plain["data"] = {key: value for key, value in plain["data"].items() if key not in ("train", "eval")}
+    plain["data"] |= {"train": str(data), "eval": 0, "max_length": 64}
+    plain["train"] = {key: value for key, value in plain["train"].items() if key not in FOR_HOURS}
+    plain["train"] |= {"epochs": 1, "rows_per_step": 4}
+    plain |= {"output": str(tmp_path / "run"), "certify": False}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(plain), encoding="utf-8")
+    assert cli.main(["train", str(recipe)]) == 0, capsys.readouterr().err
+
+
+FOR_HOURS = {"optimizer", "tokens_per_step", "max_steps", "epochs", "evaluate_every", "save_every", "keep", "warmup"}
+
+
+def arguments(**more):
+    return {"LoraConfig": {"r": 4, "target_modules": ["q_proj"]}, "SFTConfig": {"learning_rate": 1e-3, **more}}
+
+
+def test_scripts_arguments_have_the_classes_defaults(tmp_path):
+    found = converted(tmp_path, arguments()).recipe.plain()
+    assert (found["method"]["alpha"], found["method"]["targets"]) == (8.0, ["q_proj"])
+    assert (found["train"]["epochs"], found["train"]["rows_per_step"], found["train"]["schedule"]) == (3.0, 8, "linear")
+    assert (found["data"]["max_length"], found["data"]["overlong"], found["data"]["eval"]) == (1024, "truncate", 0)
+    flat = converted(
+        tmp_path,
+        {"r": 4, "lora_alpha": 8, "beta": 0.3, "loss_type": ["ipo"], "ld_alpha": None, "f_divergence_type": "reverse_kl"},
+    )
+    assert flat.recipe.objective.plain() | {"beta": 0.3, "loss_type": "ipo"} == flat.recipe.objective.plain()
+    weighted = {"DPOConfig": {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.2]}, "LoraConfig": {"r": 4}}
+    assert converted(tmp_path, weighted).recipe.objective.plain()["sft"] == 0.2
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            {"learning_rate": 1e-4, "output_dir": "x"},
+            "its keys are settings of several tools: say --from axolotl|llamafactory|trl.",
+        ),
+        ({"nonsense": 1}, "none of its keys is a setting of Axolotl, LLaMA-Factory or TRL"),
+        ({"LoraConfig": {"r": 4, "task_type": "SEQ_CLS"}}, "task_type: SEQ_CLS: models that answer are trained: CAUSAL_LM."),
+        ({"DPOConfig": {"loss_type": ["robust"]}}, "loss_type: ['robust']: sigmoid, dpo, hinge, ipo are there"),
+        ({"SFTConfig": 3}, "SFTConfig: expected a mapping of its arguments, got 3."),
+        (
+            {"base_model": "x", "micro_batch_size": 1, "adapter": "lora", "lora_r": -1, "sequence_len": 8},
+            "method.rank: expected a number of",
+        ),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_converted_is_refused_with_its_reason(settings, said, tmp_path):
+    with pytest.raises(RecipeError, match=r"theirs\.yaml") as caught:
+        converted(tmp_path, settings)
+    assert said in str(caught.value)
+
+
+def test_names_of_datasets_are_looked_up(tmp_path):
+    (tmp_path / "data").mkdir()
+    info = {
+        "mine": {"file_name": "mine.json", "columns": {"prompt": "q", "response": "a"}, "num_samples": 50},
+        "theirs": {"hf_hub_url": "org/theirs", "split": "test"},
+        "code": {"script_url": "x"},
+    }
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
+    known = {
+        "model_name_or_path": "x",
+        "stage": "sft",
+        "do_train": True,
+        "template": "qwen",
+        "dataset": "mine,theirs",
+        "max_samples": 70,
+    }
+    train = converted(tmp_path, known).recipe.plain()["data"]["train"]
+    assert train["mine"]["path"] == str(tmp_path / "data" / "mine.json")
+    assert (train["mine"]["columns"], train["mine"]["limit"]) == ({"instruction": "q", "output": "a"}, 50)
+    assert (train["theirs"]["path"], train["theirs"]["split"], train["theirs"]["limit"]) == ("org/theirs", "test", 70)
+    for name, said in (
+        ("code", "is made by a script, which is never run"),
+        ("none", "no dataset is called none. Known: mine, theirs, code."),
+    ):
+        with pytest.raises(RecipeError, match=r"dataset_info\.json") as caught:
+            converted(tmp_path, {**known, "dataset": name})
+        assert said in str(caught.value)
+    away = converted(tmp_path, {**known, "dataset_dir": "elsewhere"})
+    assert "mine is a name in elsewhere/dataset_info.json, which is not here" in away.text
+
+
+def test_devices_and_words_of_ones_own(tmp_path):
+    found = converted(
+        tmp_path,
+        arguments(per_device_train_batch_size=2, gradient_accumulation_steps=3),
+        devices=4,
+        words=("data.train=x.jsonl",),
+    )
+    assert (found.recipe.train.rows_per_step, found.recipe.data.train) == (24, ("x.jsonl",))
+    assert "train: x.jsonl" in found.text
+
+
+def test_the_command_writes_a_recipe(tmp_path, capsys):
+    file, recipe = tmp_path / "args.json", tmp_path / "recipe.yaml"
+    file.write_text(json.dumps(arguments()), encoding="utf-8")
+    assert cli.main(["convert", str(file), "--output", str(recipe)]) == 0
+    assert "learning_rate: 0.001 → train.lr: 0.001" in capsys.readouterr().out
+    assert Recipe.read(recipe).train.lr == 1e-3
+    assert cli.main(["convert", str(file), "--output", str(recipe)]) != 0, "nothing is overwritten"
+    capsys.readouterr()
+    assert cli.main(["convert", str(file)]) == 0
+    shown = capsys.readouterr()
+    assert yaml.safe_load(shown.out) == yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    assert "Converted:" in shown.err
+
+
+def test_a_converted_recipe_trains_as_the_script_did(tmp_path, monkeypatch):
+    """Every example in every step, so that their order does not matter; the same first adapter, and the same tokens as targets."""
+    pytest.importorskip("trl")
+    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "cache"))
+    base = Base.load_folder(saved_base(tmp_path / "tiny"), torch.float32, torch.device("cpu"))
+    data = tmp_path / "train.jsonl"
+    data.write_text("".join(f"{json.dumps(row)}\n" for row in ANSWERS), encoding="utf-8")
+    rows = load_data(DataConfig(train=str(data), eval=0), base, None, 0).train
+    tokens = [
+        {"input_ids": row.ids, "completion_mask": [int(n in row.target_indices) for n in range(len(row.ids))]} for row in rows
+    ]
+    settings = {
+        "LoraConfig": {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "down_proj"], "use_rslora": True, "task_type": "CAUSAL_LM"},
+        "SFTConfig": {
+            "learning_rate": 0.01, "num_train_epochs": 6, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4,
+            "lr_scheduler_type": "cosine", "max_grad_norm": 0.5, "completion_only_loss": True, "weight_decay": 0.1,
+        },
+    }  # fmt: skip
+    for name, value in (("rows", tokens), ("settings", settings)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(value), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("trl_script.py")), str(tmp_path)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    words = (f"data.train={data}", f"model.name={tmp_path / 'tiny'}", f"start={tmp_path / 'start'}", "certify=false")
+    words = (f"data.train={data}", f"model.name={tmp_path / 'tiny'}", "certify=false", f"output={tmp_path / 'ours'}")
+    plain = yaml.safe_load(convert(tmp_path / "theirs.json", words=words).text)
+    method = Method.pick(plain.pop("method"))
+    fresh, saved = attach(base.model, method), load_file(tmp_path / "start" / "adapter_model.safetensors")
+    assert {tuple(tensor.shape) for tensor in fresh.parameters().values()} == {tuple(tensor.shape) for tensor in saved.values()}
+    assert len(fresh.parameters()) == len(saved), "the same modules are adapted"
+    fresh.detach()
+    (tmp_path / "ours.yaml").write_text(yaml.safe_dump({**plain, "start": str(tmp_path / "start")}), encoding="utf-8")
+    assert cli.main(["train", str(tmp_path / "ours.yaml")]) == 0
+    theirs = json.loads((tmp_path / "losses.json").read_text(encoding="utf-8"))
+    lines = [json.loads(line) for line in (tmp_path / "ours" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    ours = [line["loss"] for line in lines if line["kind"] == "train"]
+    assert ours == pytest.approx(theirs, abs=1e-5)
+    assert len(ours) == 6
+    assert ours[-1] < ours[0] - 0.1, "something was learned on the way"
+
+
+def test_options_are_those_of_the_installed_classes():
+    trl, peft = pytest.importorskip("trl"), pytest.importorskip("peft")
+    specification = importlib.util.spec_from_file_location("options", ROOT / "benchmarks" / "options.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    known = options_of("trl")
+    for name, kind in (
+        ("SFTConfig", trl.SFTConfig),
+        ("DPOConfig", trl.DPOConfig),
+        ("KTOConfig", trl.KTOConfig),
+        ("LoraConfig", peft.LoraConfig),
+    ):
+        assert json.loads(json.dumps(module.fields(kind))) == known[name], "run: python benchmarks/options.py"
+
+
+def test_the_table_has_every_option_and_most_of_what_examples_use():
+    for tool in TOOLS:
+        names = {name for options in options_of(tool).values() for name in options}
+        assert [name for name in sorted(names) if meaning_of(name) is None] == []
+    assert meaning_of("lora_rr") is None
+    for usage in json.loads((FIXTURES / "usage.json").read_text(encoding="utf-8")).values():
+        outcomes = {name: meaning_of(name) for name in usage["keys"]}
+        covered = sum(n for name, n in usage["keys"].items() if (m := outcomes[name]) and m.outcome in ("key", "derived"))
+        assert covered >= 0.88 * sum(usage["keys"].values())

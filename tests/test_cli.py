@@ -653,8 +653,8 @@ def test_other_rows_are_read_as_the_runs_own_were(here, trimtab):
     assert (refused.code, refused.err) == (
         2,
         "trimtab: train.lr=3: of a recipe's keys, eval takes only data.columns, data.prompt, data.completion, data.system, "
-        "data.drop_system, data.ignore, and of eval: temperature, top_p, top_k, repetition_penalty, stop, seed, metrics, function, "
-        "max_new_tokens.\n",
+        "data.drop_system, data.ignore, data.train_on, and of eval: temperature, top_p, top_k, repetition_penalty, stop, seed, "
+        "metrics, function, max_new_tokens.\n",
     )  # fmt: skip
     refused = trimtab("eval", "run", "data.ignore=[x]")
     assert (refused.code, "says how the examples of a file are read, and a run's own are read as they were" in refused.err) == (
@@ -698,8 +698,8 @@ def test_a_function_that_a_run_names_is_executed_only_if_the_user_names_it(here,
     assert "eval.function: executing HERE/own.py (sha256 " in done.err
     found = json.loads(done.out)
     assert len(found["answers"]) == found["rows"]
-    assert "own failed on rows.jsonl:" in done.err
-    assert done.err.splitlines()[-1] == f"trimtab: {found['function_error']}"
+    assert "own failed on HERE/rows.jsonl:" in done.err
+    assert done.err.splitlines()[-1].startswith("trimtab: eval.function: own failed on ")
 
 
 # Broken off

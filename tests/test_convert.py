@@ -311,4 +311,4 @@ def test_the_table_has_every_option_and_most_of_what_examples_use():
     for usage in json.loads((FIXTURES / "usage.json").read_text(encoding="utf-8")).values():
         outcomes = {name: meaning_of(name) for name in usage["keys"]}
         covered = sum(n for name, n in usage["keys"].items() if (m := outcomes[name]) and m.outcome in ("key", "derived"))
-        assert covered >= 0.88 * sum(usage["keys"].values())
+        assert covered >= 0.9 * sum(usage["keys"].values())

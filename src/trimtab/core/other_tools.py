@@ -12,11 +12,14 @@ def _each(groups: dict[str, str]) -> dict[str, str]:
 SAME = _each({
     "train.lr": "learning_rate lr",
     "train.epochs": "num_train_epochs num_epochs n_epochs max_epochs epochs",
+    "train.max_steps": "max_steps num_steps total_steps iters",
     "train.rows_per_step": "rows_per_step",
     "train.tokens_per_step": "tokens_per_step",
     "train.pack_tokens": "pack_tokens",
     "train.schedule": "lr_scheduler_type lr_scheduler scheduler schedule",
-    "train.warmup": "warmup_ratio warmup",
+    "train.warmup": "warmup_steps warmup_ratio num_warmup_steps warmup",
+    "train.floor": "cosine_min_lr_ratio min_lr_rate min_lr_ratio floor",
+    "train.decay": "num_decay_steps decay",
     "train.weight_decay": "weight_decay",
     "train.optimizer": "optim optimizer optimizers",
     "train.optimizer.betas": "adam_beta1 adam_beta2",
@@ -24,8 +27,13 @@ SAME = _each({
     "train.optimizer=muon": "use_muon",
     "train.clip": "max_grad_norm gradient_clipping clip grad_clip",
     "train.seed": "seed",
+    "data.seed": "data_seed",
     "train.recompute": "gradient_checkpointing use_gradient_checkpointing recompute activation_checkpointing disable_gradient_checkpointing",
     "train.evaluate_every": "eval_steps eval_strategy evaluation_strategy evals_per_epoch evaluate_every eval_every",
+    "train.save_every": "save_steps save_strategy saves_per_epoch save_every",
+    "train.keep": "save_total_limit keep",
+    "train.patience": "early_stopping_patience early_stopping_steps early_stopping patience",
+    "train.min_improvement": "early_stopping_threshold min_improvement",
     "train.deterministic": "full_determinism use_deterministic_algorithms",
     "method.rank": "lora_r lora_rank r rank",
     "method.alpha": "lora_alpha alpha",
@@ -183,13 +191,10 @@ _LAYERS = "blocks are neither added, skipped nor unfrozen; method: full trains c
 
 UNSUPPORTED = _each({
     "it is not there yet":
-        "max_steps num_steps total_steps iters cosine_min_lr_ratio min_lr_rate min_lr_ratio floor num_decay_steps "
-        "neftune_noise_alpha neftune_alpha noisy_embedding_alpha data_seed save_steps save_strategy saves_per_epoch "
-        "save_every save_total_limit early_stopping_patience early_stopping_steps early_stopping "
-        "early_stopping_threshold layers_to_transform peft_layers_to_transform generate_samples num_generation_samples "
-        "max_new_tokens generation_max_new_tokens generation_max_length eval_max_new_tokens temperature "
-        "generation_temperature do_sample generation_do_sample top_p generation_top_p top_k generation_top_k "
-        "repetition_penalty stop stop_words stop_strings compute_accuracy metrics warmup_steps num_warmup_steps ",
+        "neftune_noise_alpha neftune_alpha noisy_embedding_alpha layers_to_transform peft_layers_to_transform "
+        "generate_samples num_generation_samples max_new_tokens generation_max_new_tokens generation_max_length "
+        "eval_max_new_tokens temperature generation_temperature do_sample generation_do_sample top_p generation_top_p "
+        "top_k generation_top_k repetition_penalty stop stop_words stop_strings compute_accuracy metrics ",
     _TRACKERS: "report_to run_name use_wandb use_swanlab swanlab use_mlflow use_comet use_trackio use_tensorboard use_otel_metrics "
     "hf_mlflow_log_artifacts project eval_table_size",
     _DEVICES: "deepspeed deepcompile fsdp fsdp_config fsdp_version fsdp_final_state_dict_type accelerator_config parallelism_config ddp "

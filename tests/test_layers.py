@@ -227,7 +227,9 @@ def _unsafe(text: str, path: str) -> Iterator[tuple[int, str]]:
         words = {node.id} if isinstance(node, ast.Name) else set()
         words |= {node.arg} if isinstance(node, ast.keyword) and ast.unparse(node) != refused else set()
         words |= {node.value} if isinstance(node, ast.Constant) and isinstance(node.value, str) else set()
-        yield from ((getattr(node, "lineno", 0), f"{word} is never wanted") for word in words & UNSAFE_WORDS if path not in NAMES)
+        yield from (
+            (getattr(node, "lineno", 0), f"{word} is never wanted") for word in words & UNSAFE_WORDS if path not in NAMES
+        )
         if isinstance(node, ast.ImportFrom):
             for alias in node.names:
                 if (node.module, alias.name) in UNSAFE_METHODS:

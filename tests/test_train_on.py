@@ -161,6 +161,14 @@ def test_compared_answers_have_no_weights_and_no_train_on():
         Recipe.parse({"data": {"train": "x.jsonl", "train_on": "last"}, "objective": "dpo"})
 
 
+@pytest.mark.parametrize("train_on", ["prompt", [], ["user", "bot"], 3, [["user"]]])
+def test_what_is_no_role_is_refused(train_on):
+    with pytest.raises(
+        RecipeError, match=r"data\.train_on: expected assistant, last, everything, or a list of the roles system, user"
+    ):
+        Recipe.parse({"data": {"train": "x.jsonl", "train_on": train_on}})
+
+
 # All of trl's templates
 
 

@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping
 from itertools import chain
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, model_validator
 
 from trimtab.core.config import SHORT, Config, as_tuple
 from trimtab.data.column_templates import ColumnTemplate, columns_of
-from trimtab.data.example import Column, Overlong, Role
+from trimtab.data.example import Column, Overlong, Role, TrainOn
 from trimtab.data.read import absolute_source
 from trimtab.data.source import Objects, Source
 
@@ -52,6 +52,16 @@ def _sources(raw: Any) -> Any:
     return named
 
 
+def _train_on(raw: Any) -> Any:
+    if isinstance(raw, str) and raw in ("assistant", "last", "everything"):
+        return raw
+    roles = as_tuple(raw)
+    if not isinstance(roles, tuple) or not roles or any(role not in get_args(Role) for role in roles):
+        known = ", ".join(get_args(Role))
+        raise ValueError(f"expected assistant, last, everything, or a list of the roles {known}; got {raw!r}.")
+    return roles
+
+
 def _held_out(raw: Any) -> Any:
     if isinstance(raw, Mapping):
         named = _sources(raw)
@@ -86,9 +96,7 @@ class DataConfig(Config):
     """The system message of examples that have none."""
     drop_system: bool = False
     """Whether the examples' own system messages are left out; with `system`, it stands in their place."""
-    train_on: (
-        Literal["assistant", "last", "everything"] | Annotated[tuple[Role, ...], BeforeValidator(as_tuple), Field(min_length=1)]
-    ) = "assistant"
+    train_on: Annotated[TrainOn, BeforeValidator(_train_on)] = "assistant"
     """What is trained on of a conversation: every turn of the assistant's, the `last` one alone, `everything` that the chat template writes,
     or the turns of these roles, such as [user, assistant, tool]: what they say, and the token that ends them. A `prompt` (of prompt and
     completion) is context for `assistant` and `last`. A message's own `weight` (in the loss; 0: not trained on) overrides this; Axolotl's

@@ -93,6 +93,13 @@ SAME = _each({
     "objective.desirable": "desirable_weight kto_desirable_weight kto_chosen_weight",
     "objective.undesirable": "undesirable_weight kto_undesirable_weight kto_rejected_weight",
     "objective.reference": "ref_model ref_model_adapters",
+    "eval.max_new_tokens": "max_new_tokens generation_max_new_tokens generation_max_length eval_max_new_tokens",
+    "eval.temperature": "temperature generation_temperature",
+    "eval.top_p": "top_p generation_top_p",
+    "eval.top_k": "top_k generation_top_k",
+    "eval.repetition_penalty": "repetition_penalty",
+    "eval.stop": "stop stop_words stop_strings",
+    "eval.metrics": "metrics",
 })  # fmt: skip
 """The key of the recipe with the same meaning; `key=value` where a switch is a value of it."""
 
@@ -173,6 +180,8 @@ AUTOMATIC = _each({
     "data.train has the whole path of a file, which may be relative": "dataset_dir",
     "the reference's log-probabilities are computed before training, with the adapter switched off":
         "precompute_ref_log_probs",
+    "eval.temperature is 0 unless given: answers are the likeliest; above 0 they are sampled": "do_sample generation_do_sample",
+    "trimtab eval RUN answers validation examples, and measures eval.metrics": "compute_accuracy generate_samples num_generation_samples",
     "trimtab train trains and evaluates; trimtab eval answers": "do_train do_predict predict_with_generate do_causal_lm_eval",
 })  # fmt: skip
 """Settings that need no key, and what Trimtab does."""
@@ -191,10 +200,7 @@ _LAYERS = "blocks are neither added, skipped nor unfrozen; method: full trains c
 
 UNSUPPORTED = _each({
     "it is not there yet":
-        "neftune_noise_alpha neftune_alpha noisy_embedding_alpha layers_to_transform peft_layers_to_transform "
-        "generate_samples num_generation_samples max_new_tokens generation_max_new_tokens generation_max_length "
-        "eval_max_new_tokens temperature generation_temperature do_sample generation_do_sample top_p generation_top_p "
-        "top_k generation_top_k repetition_penalty stop stop_words stop_strings compute_accuracy metrics ",
+        "neftune_noise_alpha neftune_alpha noisy_embedding_alpha layers_to_transform peft_layers_to_transform ",
     _TRACKERS: "report_to run_name use_wandb use_swanlab swanlab use_mlflow use_comet use_trackio use_tensorboard use_otel_metrics "
     "hf_mlflow_log_artifacts project eval_table_size",
     _DEVICES: "deepspeed deepcompile fsdp fsdp_config fsdp_version fsdp_final_state_dict_type accelerator_config parallelism_config ddp "

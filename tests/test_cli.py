@@ -356,7 +356,7 @@ def test_a_careless_user_is_told_what_is_wrong_and_nothing_is_left_behind(words,
     [
         (
             "trian r.yaml",
-            "argument COMMAND: invalid choice: 'trian' (choose from 'init', 'train', 'check', 'eval', 'chat', 'merge', 'combine', 'methods', "
+            "argument COMMAND: invalid choice: 'trian' (choose from 'init', 'convert', 'train', 'check', 'eval', 'chat', 'merge', 'combine', 'methods', "
             "'bench', 'verify', 'doctor', 'show'). Did you mean 'train'?",
         ),
         ("train r.yaml --lr 1e-4", "unrecognized arguments: --lr 1e-4. Keys of the recipe are given as words: train.lr=1e-4"),
@@ -366,7 +366,7 @@ def test_a_careless_user_is_told_what_is_wrong_and_nothing_is_left_behind(words,
         ),
         (
             "train r.yaml --max-steps 9",
-            "unrecognized arguments: --max-steps 9. --max-steps: it is not supported: train.epochs may be a fraction, such as 0.5",
+            "unrecognized arguments: --max-steps 9. Keys of the recipe are given as words: train.max_steps=9",
         ),
         ("show run key=value", "unrecognized arguments: key=value"),
         ("combine run out", "argument TARGET=WEIGHT: expected a folder and its weight, such as runs/first=0.5, got 'run'"),

@@ -356,7 +356,8 @@ def test_a_careless_user_is_told_what_is_wrong_and_nothing_is_left_behind(words,
     [
         (
             "trian r.yaml",
-            "argument COMMAND: invalid choice: 'trian' (choose from 'init', 'convert', 'train', 'check', 'eval', 'chat', 'merge', 'combine', 'methods', "
+            "argument COMMAND: invalid choice: 'trian' (choose from 'init', 'convert', 'train', 'check', 'eval', 'chat', "
+            "'merge', 'combine', 'methods', "
             "'bench', 'verify', 'doctor', 'show'). Did you mean 'train'?",
         ),
         ("train r.yaml --lr 1e-4", "unrecognized arguments: --lr 1e-4. Keys of the recipe are given as words: train.lr=1e-4"),

@@ -43,7 +43,9 @@ def _length(settings: Settings) -> None:
         settings.put("max_steps", int(steps))
         for name in ("num_train_epochs", "num_epochs"):
             settings.settle(name, "unset", "max_steps decides")
-    elif epochs:
+        return
+    settings.settle("max_steps", "unset")
+    if epochs:
         settings.put(epochs, float(settings.get(epochs)))
 
 

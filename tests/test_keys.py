@@ -149,6 +149,7 @@ OTHER = {
     "rank": 3,
     "text": "Something else",
     "freeze": ["embed_tokens"],
+    "layers": "1",
     "outputs": ["v_proj"],
     "inputs": ["up_proj"],
     "block_size": 8,

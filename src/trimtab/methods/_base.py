@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from trimtab.core.config import Choice
 from trimtab.core.errors import NotMergeable, UnsupportedModel
 from trimtab.core.wrapping import Wrapper, base_modules
+from trimtab.methods._layers import Layers
 from trimtab.methods._matrices import ALL_LINEAR, MatrixShape, Targets, find_matrices, left_frozen, matrix_modules
 from trimtab.methods._peft import SELECTION_KEYS, check_peft_config, from_peft_names, shortest_names, to_peft_names
 from trimtab.methods._rates import LearningRateContext
@@ -254,8 +255,7 @@ class Method(Choice):
     ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
         """PEFT's tensors under our names, and the paths of the adapted modules; `ignored` and `keys` as in `check_peft_config`.
 
-        Raises:
-            ArtifactError: The configuration asks for something else, or a tensor is not this method's.
+        Raises ArtifactError: the configuration asks for something else, or a tensor is not this method's.
         """
         check_peft_config(config, ignored={*ignored, *SELECTION_KEYS}, **keys)
         return from_peft_names(tensors, cls.peft_names, cls.__name__)
@@ -266,13 +266,13 @@ class MatrixMethod(Method):
 
     targets: Targets = (ALL_LINEAR,)
     """Which matrices: `all-linear`, `attention`, names such as `q_proj`, or regular expressions, such as `[qv]_proj`."""
-
+    layers: Layers = None
     adapts_experts: ClassVar[bool] = False
     """Whether it adapts the matrices of fused experts, each by itself."""
 
     def shapes(self, model: nn.Module) -> dict[str, MatrixShape]:
         """The targeted matrices by path. Raises NoSuchModule; RecipeError where a method does not fit one."""
-        return find_matrices(model, self.targets, experts=self.adapts_experts)
+        return find_matrices(model, self.targets, experts=self.adapts_experts, layers=self.layers)
 
     def sites(self, model: nn.Module) -> list[str]:
         return matrix_modules(self.shapes(model))

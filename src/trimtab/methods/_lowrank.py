@@ -33,6 +33,7 @@ from trimtab.methods import (
 )
 from trimtab.methods._experts import expert_shapes
 from trimtab.methods._experts_layer import ExpertMatrices, ExpertPart, ExpertsLayer
+from trimtab.methods._layers import Layers
 from trimtab.methods._matrices import last_parts
 from trimtab.methods._peft_experts import experts_from_peft, experts_to_peft, match_pattern, parameters_in_peft
 
@@ -65,10 +66,11 @@ class LowRank(Method):
     The embeddings and the head are adapted if they are named (`embed_tokens`, `lm_head`), each on its own even where they are tied.
     Of a mixture of experts, `all-linear` adapts every expert and leaves the router, which chooses among them, as it is.
     """
+    layers: Layers = None
 
     def shapes(self, model: nn.Module) -> dict[str, MatrixShape]:
         """The targeted matrices by path. Raises NoSuchModule for a pattern that matches none of them."""
-        shapes = find_matrices(model, self.targets, embeddings_and_head=True, experts=True)
+        shapes = find_matrices(model, self.targets, embeddings_and_head=True, experts=True, layers=self.layers)
         for key, patterns in (("ranks", self.ranks), ("alphas", self.alphas)):
             for pattern in patterns:
                 if not any(matches_target(pattern, path) for path in shapes):

@@ -22,6 +22,7 @@ from trimtab.core.config import as_tuple
 from trimtab.core.errors import NoSuchModule, RecipeError, UnsupportedModel, listing
 from trimtab.core.wrapping import base_modules, text_modules, unwrap
 from trimtab.methods._experts import MatrixShape, expert_shapes
+from trimtab.methods._layers import within_layers
 from trimtab.methods._unsuited import unsuited
 
 ALL = "all"
@@ -86,7 +87,13 @@ def matrices(model: Any) -> dict[str, MatrixShape]:
 
 
 def find_matrices(
-    model: Any, targets: Sequence[str], *, embeddings_and_head: bool = False, experts: bool = False, key: str = "targets"
+    model: Any,
+    targets: Sequence[str],
+    *,
+    embeddings_and_head: bool = False,
+    experts: bool = False,
+    key: str = "targets",
+    layers: str | None = None,
 ) -> dict[str, MatrixShape]:
     """The matrices that `targets` name, by path in the model's order.
 
@@ -94,9 +101,10 @@ def find_matrices(
         embeddings_and_head: Whether these may be named too.
         experts: Whether those of fused experts can be adapted.
         key: What a recipe calls these targets.
+        layers: Leaves out what is not in these layers.
 
     Raises:
-        NoSuchModule: A target that matches nothing, or something that is not a matrix.
+        NoSuchModule: A target that matches nothing, or something that is not a matrix, or nothing in these layers.
         RecipeError: A target, `all-linear` perhaps, that is a fused expert's matrix, for a method that can't adapt it.
     """
     own, in_blocks = text_modules(model), matrices(model)
@@ -118,9 +126,10 @@ def find_matrices(
             matching = [matrix for path in named for matrix in fused.get(path, [path])]
         if not matching or not adaptable.keys() >= set(matching):
             raise NoSuchModule(f"{key}: {target!r} {_explain_mismatch(target, model, in_blocks, adaptable)}")
+        inside = within_layers(model, layers, matching, f"{key}: {target!r}")
         if not experts:
-            refuse_experts({path: adaptable[path] for path in matching}, f"{key}: {target!r}")
-        chosen.update(matching)
+            refuse_experts({path: adaptable[path] for path in inside}, f"{key}: {target!r}")
+        chosen |= inside
     in_order = [each for path in own for each in (path, *fused.get(path, []))]
     return {path: adaptable[path] for path in in_order if path in chosen}
 
@@ -200,14 +209,12 @@ def left_frozen(model: Any) -> str:
     return ", ".join(f"{count} × {kind}" for kind, count in kinds.items())
 
 
-def select_modules(model: nn.Module, candidates: Collection[str], patterns: Sequence[str], key: str) -> set[str]:
+def select_modules(
+    model: nn.Module, candidates: Collection[str], patterns: Sequence[str], key: str, layers: str | None = None
+) -> set[str]:
     """Those of the candidates that the patterns name or match, themselves or by a module that contains them.
 
-    Args:
-        key: What a recipe calls these patterns.
-
-    Raises:
-        NoSuchModule: A pattern that selects none.
+    Args and raises as in `find_matrices`.
     """
     selected: set[str] = set()
     for pattern in patterns:
@@ -220,7 +227,7 @@ def select_modules(model: nn.Module, candidates: Collection[str], patterns: Sequ
                 f"{key}: {pattern!r} names none of the modules of {type(model).__name__} that this method trains:\n"
                 f"{listing(last_parts(candidates), 12)}"
             )
-        selected |= inside
+        selected |= within_layers(model, layers, inside, f"{key}: {pattern!r}")
     return selected
 
 

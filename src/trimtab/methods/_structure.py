@@ -10,6 +10,7 @@ from torch import nn
 from trimtab.core.errors import NoSuchModule, UnsupportedModel
 from trimtab.core.wrapping import base_modules, text_modules
 from trimtab.methods import ALL_LINEAR, ATTENTION, find_matrices, matrix_shape, unwrap
+from trimtab.methods._layers import stack_of_layers
 from trimtab.methods._matrices import in_attention
 from trimtab.methods._unsuited import asks_kind
 
@@ -109,17 +110,10 @@ def stream_size(module: nn.Module) -> int:
 
 def _blocks(model: Any) -> dict[str, dict[str, nn.Module]]:
     """By the path of each of the model's blocks, in order: the modules inside by theirs."""
-    own, count = text_modules(model), model.config.get_text_config().num_hidden_layers
-    lists = [path for path, module in own.items() if isinstance(module, nn.ModuleList) and len(module) == count]
-    outer = [path for path in lists if not any(path.startswith(f"{parent}.") for parent in lists)]  # experts may be a list too
-    if len(outer) != 1:
-        raise UnsupportedModel(
-            f"{type(model).__name__} has {count} layers by its configuration, and {len(outer) or 'no'} lists of so many modules"
-            f"{' (' + ', '.join(outer) + ')' if outer else ''}, so which are its blocks is not clear."
-        )
-    blocks: dict[str, dict[str, nn.Module]] = {f"{outer[0]}.{number}": {} for number in range(count)}
-    for path, module in own.items():
-        if path.startswith(f"{outer[0]}.") and (block := ".".join(path.split(".")[: outer[0].count(".") + 2])) != path:
+    parent, count = stack_of_layers(model)
+    blocks: dict[str, dict[str, nn.Module]] = {f"{parent}.{number}": {} for number in range(count)}
+    for path, module in text_modules(model).items():
+        if path.startswith(f"{parent}.") and (block := ".".join(path.split(".")[: parent.count(".") + 2])) != path:
             blocks[block][path] = module
     return blocks
 

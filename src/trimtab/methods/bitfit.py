@@ -28,6 +28,7 @@ from trimtab.methods import (
     trainable_dtype,
     unwrap,
 )
+from trimtab.methods._layers import Layers
 from trimtab.methods._matrices import matrices, refuse_experts
 from trimtab.methods._structure import find_norms
 
@@ -44,15 +45,17 @@ class BitFit(Method):
     targets: Targets = (ALL,)
     """Which modules: `all` (matrices in the blocks, and norms that have a bias), or names (`q_proj`, `mlp`) or regular expressions of these."""
 
+    layers: Layers = None
+
     def sizes(self, model: nn.Module) -> dict[str, int]:
         """path -> numbers added, in the model's order. Raises NoSuchModule."""
         own = base_modules(model)
-        found = find_matrices(model, [ALL_LINEAR], experts=True) if ALL in self.targets else matrices(model)
+        found = find_matrices(model, [ALL_LINEAR], experts=True, layers=self.layers) if ALL in self.targets else matrices(model)
         if ALL in self.targets:
             refuse_experts(found, f"targets: {ALL}")
         sizes = {path: shape.outputs for path, shape in found.items() if not shape.experts}
         sizes |= {path: bias.numel() for path in find_norms(model) if (bias := _bias(own[path])) is not None}
-        selected = select_modules(model, sizes, self.targets, "targets")
+        selected = select_modules(model, sizes, self.targets, "targets", self.layers)
         return {path: sizes[path] for path in own if path in selected}
 
     def sites(self, model: nn.Module) -> list[str]:

@@ -20,6 +20,7 @@ from trimtab.core.adapterhub import is_adapterhub_config
 from trimtab.core.errors import NotMergeable
 from trimtab.methods import AdapterLayer, Method, Routing, base_modules, trainable_dtype
 from trimtab.methods._adapterhub import ATTENTION, OUTPUT, from_adapterhub, to_adapterhub
+from trimtab.methods._layers import Layers, within_layers
 from trimtab.methods._structure import attention_outputs, mlps, stream_size
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -44,6 +45,8 @@ class BottleneckAdapter(Method):
     scale: Annotated[float, Field(gt=0)] = 1.0
     """Factor on what is added; He et al. advise 4 for parallel."""
 
+    layers: Layers = None
+
     @model_validator(mode="after")
     def _check_width(self) -> Self:
         if self.width is not None and self.reduction is not None:
@@ -61,7 +64,8 @@ class BottleneckAdapter(Method):
         points = {path: (block, OUTPUT) for block, path in mlps(model).items()}
         if self.kind == "houlsby":
             points |= {path: (block, ATTENTION) for block, path in attention_outputs(model).items()}
-        return {path: points[path] for path in base_modules(model) if path in points}
+        inside = within_layers(model, self.layers, points, "kind")
+        return {path: points[path] for path in base_modules(model) if path in inside}
 
     def sites(self, model: nn.Module) -> list[str]:
         return list(self.insertion_points(model))

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from trimtab.core.errors import RecipeError
 from trimtab.core.wrapping import text_modules
 from trimtab.methods import ALL, AdapterLayer, Method, Patterns, Targets, select_modules
+from trimtab.methods._layers import Layers
 from trimtab.methods._structure import own_weights
 from trimtab.methods._weight_copies import WeightCopyLayer, count_parameters
 
@@ -24,6 +25,8 @@ class Full(Method):
     freeze: Patterns = ()
     """Which of those are not, named in the same way: `embed_tokens`."""
 
+    layers: Layers = None
+
     def sites(self, model: nn.Module) -> list[str]:
         owned = {path: {id(weight) for _, weight in own_weights(module)} for path, module in text_modules(model).items()}
         owned = {path: weights for path, weights in owned.items() if weights}
@@ -32,7 +35,7 @@ class Full(Method):
             weights = set().union(*(owned[path] for path in chosen))
             return {path for path in owned if owned[path] & weights}
 
-        trained = tied(select_modules(model, owned, self.targets, "targets"))
+        trained = tied(select_modules(model, owned, self.targets, "targets", self.layers))
         trained -= tied(select_modules(model, owned, self.freeze, "freeze"))
         if not trained:
             raise RecipeError("freeze: leaves nothing to train.")

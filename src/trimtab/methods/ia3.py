@@ -30,6 +30,7 @@ from trimtab.methods import (
     with_weight,
 )
 from trimtab.methods._experts_layer import ExpertsLayer
+from trimtab.methods._layers import Layers, within_layers
 from trimtab.methods._matrices import matrices
 from trimtab.methods._scaled_experts import ScaledExperts
 from trimtab.methods._structure import feed_forward_outputs, is_in_attention, key_value_matrices, makes_keys_or_values
@@ -54,10 +55,12 @@ class IA3(Method):
     inputs: Patterns = (AUTO,)
     """Matrices whose inputs are scaled: `auto` (the last of each feed-forward layer), or names and expressions in the same way."""
 
+    layers: Layers = None
+
     def sizes(self, model: nn.Module) -> dict[str, int]:
         """path -> how many numbers are scaled, in the model's order. Raises RecipeError, NoSuchModule."""
-        outputs = _resolve(model, self.outputs, "outputs", key_value_matrices)
-        inputs = _resolve(model, self.inputs, "inputs", feed_forward_outputs)
+        outputs = _resolve(model, self.outputs, "outputs", self.layers, key_value_matrices)
+        inputs = _resolve(model, self.inputs, "inputs", self.layers, feed_forward_outputs)
         if both := outputs.keys() & inputs.keys():
             raise RecipeError(f"inputs: {min(both)} is among `outputs` too, and a matrix is scaled on one side only.")
         if not outputs and not inputs:
@@ -139,7 +142,13 @@ class IA3Layer(AdapterLayer):
 
 
 def _resolve(
-    model: nn.Module, patterns: Sequence[str], key: str, auto: Callable[[nn.Module, str], list[str]]
+    model: nn.Module, patterns: Sequence[str], key: str, layers: str | None, auto: Callable[[nn.Module, str], list[str]]
 ) -> dict[str, MatrixShape]:
-    targets = [target for pattern in patterns for target in (auto(model, key) if pattern == AUTO else [pattern])]
-    return find_matrices(model, targets, experts=True, key=key) if targets else {}
+    found: dict[str, MatrixShape] = {}
+    for pattern in patterns:
+        if pattern == AUTO:
+            inside = within_layers(model, layers, auto(model, key), f"{key}: {AUTO}")
+            found |= find_matrices(model, [*inside], experts=True, key=key)
+        else:
+            found |= find_matrices(model, [pattern], experts=True, key=key, layers=layers)
+    return found

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self
 from torch import Tensor, nn
 
 from trimtab.methods import ALL, Method, Targets, select_modules, shortest_names, to_peft_names
+from trimtab.methods._layers import Layers
 from trimtab.methods._structure import find_norms
 from trimtab.methods._weight_copies import WeightCopyLayer, count_parameters
 
@@ -22,9 +23,11 @@ class LayerNormTuning(Method):
     targets: Targets = (ALL,)
     """Which norms: `all`, or names (`input_layernorm`, `layers.0`) or regular expressions of norms or of modules that contain them."""
 
+    layers: Layers = None
+
     def sites(self, model: nn.Module) -> list[str]:
         norms = find_norms(model)
-        selected = select_modules(model, norms, self.targets, "targets")
+        selected = select_modules(model, norms, self.targets, "targets", self.layers)
         return [path for path in norms if path in selected]
 
     def layer(self, base: nn.Module, path: str) -> WeightCopyLayer:

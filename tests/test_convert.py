@@ -37,6 +37,7 @@ REFUSED = {
     ("llamafactory", "extras/nlg_eval/llama3_lora_predict"): "do_train: False: it does not train",
     ("axolotl", "llama-3/qlora-1b-gdpo"): "rl: gdpo: Trimtab trains on existing examples",
     ("axolotl", "llama-2/gptq-lora"): "gptq: True: weights of GPTQ are not trained on",
+    ("axolotl", "gemma3/gemma-3-4b-vision-qlora"): "processor_type: AutoProcessor: images are not supported",
     ("axolotl", "qwen2/reward-model"): "reward_model: True: Trimtab trains models that answer, not ones that judge",
 }
 """What can't be the same task here, and the reason that is given."""
@@ -49,7 +50,7 @@ ANSWERS = [
 DATA = {
     "answers": ANSWERS,
     "text": [{"text": f"{n} and {n} make {2 * n}."} for n in range(8)],
-    "pair": [{"prompt": f"{n} and {n}", "chosen": f"{2 * n}", "rejected": f"{n}"} for n in range(8)],
+    "pair": [{"prompt": f"{n} and {n}", "chosen": f"{2 * n}", "rejected": f"{n}"} for n in range(1, 9)],
     "judged": [{"prompt": f"{n} and {n}", "completion": f"{2 * n}", "label": n % 2 == 0} for n in range(8)],
 }
 
@@ -139,6 +140,7 @@ def test_they_train_on_a_tiny_model(example, tmp_path, monkeypatch, capsys):
     plain["data"] |= {"train": str(data), "eval": 0, "max_length": 64}
     plain["train"] = {key: value for key, value in plain["train"].items() if key not in FOR_HOURS}
     plain["train"] |= {"epochs": 1, "rows_per_step": 4}
+    plain["method"] |= {"block_size": 16} if plain["method"]["name"] == "oft" else {}
     plain |= {"output": str(tmp_path / "run"), "certify": False}
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(plain), encoding="utf-8")

@@ -9,7 +9,7 @@ from trimtab.migrate._sources import Source, held_out, no_sources, write_sources
 from trimtab.migrate._training import training
 
 TITLE = "Axolotl"
-MULTIMODAL = ("image_size", "image_resize_algorithm", "freeze_mm_modules")
+MULTIMODAL = ("processor_type", "image_size", "image_resize_algorithm", "freeze_mm_modules")
 DEFAULTS = {
     "micro_batch_size": 1,
     "gradient_accumulation_steps": 1,

@@ -862,7 +862,7 @@ def test_an_interruption_while_the_state_is_written_loses_nothing(written, here,
     assert interrupted("new", "nothing") == f"the adapter after step 20 is in new/checkpoints/step-000020{GOES_ON}"
     assert calls == [10, 20, 20]
     assert [path.name for path in saved_states(here / "new" / "states")] == ["step-000020", "step-000010"]
-    assert [state_of(here / "new")[which]["step"] for which in ("last", "best")] == [20, 10], "whose loss was not kept"
+    assert [state_of(here / "new")[which]["step"] for which in ("last", "best")] == [20, 20], "whose loss has been measured"
 
 
 def test_an_interruption_of_an_update_says_what_was_saved_before(here, monkeypatch):

@@ -76,7 +76,7 @@ def puts_around(tokenizer: Tokenizer, before: str = "", behind: str = "") -> Tok
     return tokenizer
 
 
-def base_of(tokenizer: Tokenizer, template: str | None = None, **tokens: str) -> Base:
+def base_of(tokenizer: Tokenizer, template: str | None = None, *, layers: int = 1, **tokens: str) -> Base:
     """A base with this tokenizer, around a tiny model that nobody runs."""
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **tokens)
     fast.chat_template = template
@@ -84,7 +84,7 @@ def base_of(tokenizer: Tokenizer, template: str | None = None, **tokens: str) ->
         vocab_size=len(fast),
         hidden_size=32,
         intermediate_size=64,
-        num_hidden_layers=1,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         bos_token_id=None,

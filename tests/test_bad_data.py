@@ -190,10 +190,10 @@ def rows_in(content):
 
 def test_a_reader_that_loses_rows_is_noticed(base, tmp_path, one_thread, monkeypatch):
     """The negative control."""
-    from trimtab.data import load
+    from trimtab.data import examples
 
-    real = load.read_examples
-    monkeypatch.setattr(load, "read_examples", lambda *given: (e for n, e in enumerate(real(*given)) if n))
+    real = examples.read_examples
+    monkeypatch.setattr(examples, "read_examples", lambda *given: (e for n, e in enumerate(real(*given)) if n))
     with pytest.raises(AssertionError):
         test_bad_files_are_accounted_for_or_refused("mostly good", base, tmp_path, None)
 

@@ -41,7 +41,9 @@ def work(tmp_path_factory):
     work = tmp_path_factory.mktemp("work")
     for seed, name in enumerate(("tiny", "other")):
         torch.manual_seed(seed)
-        base = base_of(bytes_tokenizer(("<|endoftext|>", "<|im_start|>", "<|im_end|>")), CHATML, eos_token="<|im_end|>")
+        base = base_of(
+            bytes_tokenizer(("<|endoftext|>", "<|im_start|>", "<|im_end|>")), CHATML, layers=2, eos_token="<|im_end|>"
+        )
         base.model.save_pretrained(work / name)
         base.tokenizer.save_pretrained(work / name)
     template = base.tokenizer.chat_template

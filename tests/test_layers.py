@@ -69,7 +69,7 @@ FUSED = (
 )  # fmt: skip
 MOST_LINES_OF_FUSED = 2900
 """Fused layers and what computes them, which repeat for speed what the rest says plainly: counted apart."""
-MOST_LINES_OF_A_MEMBER = 120
+MOST_LINES_OF_A_MEMBER = 130
 """Of a family, with something on them."""
 MOST_LINES_OF_A_FUNCTION = 50
 
@@ -328,7 +328,9 @@ def known_violations() -> list[str]:
 
 
 PLANTED = {
-    "a file that runs what it is given": ("run/recipe.py", "spec.loader.exec_module(module)", "only evaluate/function.py runs"),
+    "a file that runs what it is given": (
+        "run/recipe.py", "spec.loader.exec_module(module)", "only evaluate/function.py runs a program of the user's"
+    ),
     "a lower floor that knows a higher one": ("core/files.py", "from trimtab.base import Base", "base is above core"),
     "the same, lazily": ("engine/head.py", "def f():\n    from trimtab.train import Step", "train is above engine"),
     "the same, by the whole package": ("data/read.py", "import trimtab.engine.decode", "engine is above data"),

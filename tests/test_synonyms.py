@@ -127,7 +127,7 @@ def test_a_key_of_another_section_is_pointed_to_it_and_one_of_another_method_is_
     for raw, said in (
         ({"lr": 1}, "lr: no such key: it is train.lr here."),
         ({"objective": {"name": "sft", "beta": 1}}, "objective.beta: no such key. It has none."),
-        ({"method": {"name": "layernorm", "rank": 1}}, "method.rank: no such key. Known: targets."),
+        ({"method": {"name": "layernorm", "rank": 1}}, "method.rank: no such key. Known: targets, layers."),
     ):
         with pytest.raises(RecipeError) as caught:
             Recipe.parse({"data": {"train": "x"}, **raw})

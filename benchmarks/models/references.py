@@ -103,18 +103,27 @@ def greedy_deficit(scores: Tensor, answer: Sequence[int]) -> float:
 def seen_logits() -> Iterator[dict[int, list[Tensor]]]:
     """What `trimtab.generate` chooses tokens by within the block: for each prompt, the logits of each step."""
     seen: dict[int, list[Tensor]] = defaultdict(list)
-    choose = decode._choose
+    sampler = decode.Sampler
 
-    def keeping(head: Any, hidden: Tensor, rows: Sequence[int], *rest: Any) -> Any:
-        for row, logits in zip(rows, head.logits(hidden), strict=True):
-            seen[row].append(logits)
-        return choose(head, hidden, rows, *rest)
+    class Keeping(sampler):  # type: ignore[valid-type, misc]
+        def __init__(self, settings: Any, prompts: Any, numbers: Sequence[int], device: torch.device) -> None:
+            super().__init__(settings, prompts, numbers, device)
+            self.rows = list(numbers)
 
-    decode._choose = keeping
+        def choose(self, logits: Tensor) -> Tensor:
+            for row, of_row in zip(self.rows, logits, strict=True):
+                seen[row].append(of_row)
+            return super().choose(logits)
+
+        def select(self, places: Sequence[int]) -> None:
+            self.rows = [self.rows[place] for place in places]
+            super().select(places)
+
+    decode.Sampler = Keeping
     try:
         yield seen
     finally:
-        decode._choose = choose
+        decode.Sampler = sampler
 
 
 def difference(ours: Tensor, theirs: Tensor) -> float:

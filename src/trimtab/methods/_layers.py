@@ -60,17 +60,17 @@ def layer_numbers(layers: str, count: int) -> list[int]:
     return numbers
 
 
-def within_layers(model: Any, layers: str | None, paths: Iterable[str], asked: str) -> set[str]:
-    """Those of the paths that are inside these layers; all of them if `layers` is None.
+def within_layers(model: Any, layers: str | None, paths: Iterable[str], asked: str) -> list[str]:
+    """Those of the paths that are inside these layers, in their order; all of them if `layers` is None.
 
     Raises:
         NoSuchModule: There is no such layer; or none of the paths is inside, which begins with what was asked for.
     """
     if layers is None:
-        return set(paths)
+        return list(dict.fromkeys(paths))
     parent, count = stack_of_layers(model)
     inside = tuple(f"{parent}.{number}." for number in layer_numbers(layers, count))
-    if found := {path for path in paths if path.startswith(inside)}:
+    if found := [path for path in dict.fromkeys(paths) if path.startswith(inside)]:
         return found
     raise NoSuchModule(f"{asked} is in none of the layers {layers}, which are all that `layers` adapts.")
 

@@ -129,7 +129,7 @@ def find_matrices(
         inside = within_layers(model, layers, matching, f"{key}: {target!r}")
         if not experts:
             refuse_experts({path: adaptable[path] for path in inside}, f"{key}: {target!r}")
-        chosen |= inside
+        chosen.update(inside)
     in_order = [each for path in own for each in (path, *fused.get(path, []))]
     return {path: adaptable[path] for path in in_order if path in chosen}
 
@@ -227,7 +227,7 @@ def select_modules(
                 f"{key}: {pattern!r} names none of the modules of {type(model).__name__} that this method trains:\n"
                 f"{listing(last_parts(candidates), 12)}"
             )
-        selected |= within_layers(model, layers, inside, f"{key}: {pattern!r}")
+        selected.update(within_layers(model, layers, inside, f"{key}: {pattern!r}"))
     return selected
 
 

@@ -17,7 +17,7 @@ import transformers
 from worlds import CHATML, make_model
 
 import trimtab as package
-from trimtab.base import Base, render_limits
+from trimtab.base import Base, ModelConfig, render_limits
 from trimtab.certify import certificate
 from trimtab.core import files
 from trimtab.core.errors import DataError, NotCertified, TrimtabError, UnsupportedModel
@@ -195,6 +195,16 @@ def test_a_template_that_never_ends_or_writes_without_end_is_refused_soon(loop, 
     started = time.monotonic()
     with pytest.raises(DataError, match="chat template"):
         base.template.render([{"role": "user", "content": "x"}])
+    assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize("constant", ["'a' * 10000000000", "(('a' * 9999) * 9999) * 9999"])
+def test_a_template_is_not_compiled_without_limits_to_find_its_switches(constant, tmp_path, one_thread):
+    """Jinja computes constants while it compiles."""
+    make_model(tmp_path / "tiny", 0, template=f"{{{{ {constant} }}}}" + CHATML)
+    started = time.monotonic()
+    with pytest.raises(TrimtabError, match="chat template"):
+        Base.load(ModelConfig(name=str(tmp_path / "tiny"), template={"loud": True}))
     assert time.monotonic() - started < 10
 
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 from trimtab.core.errors import DataError
 
@@ -19,6 +19,7 @@ try:
 except ImportError:  # not on Windows
     resource = None  # type: ignore[assignment]
 
+T = TypeVar("T")
 SECONDS, LOOK_EVERY = 10.0, 0.25
 CHARACTERS = 50_000_000
 """The longest text that a template may render."""
@@ -84,20 +85,25 @@ def _limited_memory() -> Iterator[None]:
 
 def render_within_limits(template: str, render: Callable[[], str], seconds: float = SECONDS) -> str:
     """The text that the template renders. Raises DataError if it rejects the conversation, or exceeds a limit."""
+    text = within_limits(template, render, seconds)
+    if len(text) > CHARACTERS:
+        raise DataError(f"the model's chat template renders it as {len(text):,} characters, more than {CHARACTERS:,}")
+    return text
+
+
+def within_limits(template: str, work: Callable[[], T], seconds: float = SECONDS) -> T:
+    """What this work with the template gives: Jinja computes constants already while it compiles. Raises DataError as rendering does."""
     if (factor := _large_factor(template)) is not None:
         raise DataError(f"the model's chat template multiplies by {factor:,}, which could exhaust memory: it is not run.")
     try:
         with _limited_memory(), limited_time(seconds):
-            text = render()
+            return work()
     except RenderTimeout:
         raise DataError(f"the model's chat template does not finish within {seconds:g} s") from None
     except MemoryError:
         raise DataError(f"the model's chat template needs more than {MEMORY / 1e9:.1f} GB of memory") from None
     except Exception as error:  # templates raise any kind
         raise DataError(f"the model's chat template does not accept it: {error}") from None
-    if len(text) > CHARACTERS:
-        raise DataError(f"the model's chat template renders it as {len(text):,} characters, more than {CHARACTERS:,}")
-    return text
 
 
 @lru_cache(maxsize=8)

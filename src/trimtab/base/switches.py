@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from trimtab.base.render_limits import parse_template
+from trimtab.base.render_limits import parse_template, within_limits
 
 Switches = Mapping[str, Any]
 """Variables of a template that the user can set, such as `enable_thinking`."""
@@ -16,7 +16,11 @@ STANDARD_VARIABLES = {
 
 
 def switches_of(template: str) -> set[str]:
-    """The names of a template's switches: variables that it reads, and does not set itself or only where they are not set."""
+    """The names of a template's switches: variables that it reads, and does not set itself or only where they are not set.
+
+    Raises:
+        DataError: The template exceeds a limit.
+    """
     from jinja2 import meta, nodes
 
     tree = parse_template(template)
@@ -30,5 +34,5 @@ def switches_of(template: str) -> set[str]:
     }
     optional -= {argument.name for macro in tree.find_all(nodes.Macro) for argument in macro.args}
     own = {name.name for name in tree.find_all(nodes.Name) if name.ctx == "store"}
-    read = meta.find_undeclared_variables(tree)
+    read = within_limits(template, lambda: meta.find_undeclared_variables(tree))
     return {name for name in read - STANDARD_VARIABLES if (name not in own or name in optional) and not name.startswith("_")}

@@ -176,7 +176,7 @@ class ChatTemplate:
 
     def unread_switch(self, switches: Switches) -> str | None:
         """A message that names one of these switches which the template does not read; None if it reads all."""
-        known = self.switch_names
+        known = self.switch_names if switches else []
         reads = f"reads {', '.join(known)}" if known else "has no switches"
         return next((f"{name}: the chat template does not read it: it {reads}" for name in switches if name not in known), None)
 

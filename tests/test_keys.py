@@ -135,6 +135,7 @@ CHANGES = {
     "train.floor": lambda work: {"train.floor": 0.5},
     "train.weight_decay": lambda work: {"train.weight_decay": 0.5},
     "train.clip": lambda work: {"train.clip": 1e-4},
+    "train.neftune": lambda work: {"train.neftune": 5.0},
     "train.evaluate_every": lambda work: {"train.evaluate_every": 1},
     "train.patience": lambda work: {"train.evaluate_every": 1, "train.patience": 1, "train.lr": 0.5, "train.warmup": 0},
     "train.seed": lambda work: {"train.seed": 1},

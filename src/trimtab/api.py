@@ -14,7 +14,7 @@ from trimtab.methods import Attached, Method, max_row_length
 from trimtab.objectives import Objective
 from trimtab.objectives.sft import SFT
 from trimtab.run.start import prepare_objective
-from trimtab.train import Step, TrainConfig, TrainingSteps, peak_learning_rate, plan_training_memory, train
+from trimtab.train import Step, TrainConfig, TrainingSteps, noise_problem, peak_learning_rate, plan_training_memory, train
 
 
 def load(name: str, **settings: Any) -> Base:
@@ -75,12 +75,14 @@ def fit(
     Args:
         settings: As in a recipe's `train`, such as `epochs`, `lr` and `rows_per_step`.
     """
-    config = TrainConfig(**settings)
+    config, objective = TrainConfig(**settings), objective or SFT()
+    if problem := noise_problem(config.neftune, objective):
+        raise RecipeError(problem)
     ensure_exact(base.model, rows)
     _check_rows(base, rows)
     most = max_row_length(base.model, base.context_length)
     with deterministic(config.deterministic):
-        objective, (rows, _), _ = prepare_objective(objective or SFT(), base, adapter, (list(rows), []), config.seed, most)
+        objective, (rows, _), _ = prepare_objective(objective, base, adapter, (list(rows), []), config.seed, most)
     memory = plan_training_memory(base, config, rows)
     steps = TrainingSteps(rows, config, memory)
     rate, _ = peak_learning_rate(config, base, adapter.method, objective, steps.rows_per_step)

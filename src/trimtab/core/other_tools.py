@@ -47,6 +47,7 @@ SAME = _each({
     "method.init": "init_lora_weights peft_init_lora_weights",
     "method.init=pissa": "pissa_init",
     "method.block_size": "oft_block_size",
+    "train.neftune": "neftune_noise_alpha neftune_alpha noisy_embedding_alpha",
     "method.layers": "layers_to_transform peft_layers_to_transform",
     "method.tokens": "num_virtual_tokens trainable_token_indices peft_trainable_token_indices",
     "method=dora": "use_dora peft_use_dora",
@@ -200,8 +201,6 @@ _PROFILER = "profile the command with PyTorch's own profiler"
 _LAYERS = "blocks are neither added, skipped nor unfrozen; method: full trains chosen modules with method.targets"
 
 UNSUPPORTED = _each({
-    "it is not there yet":
-        "neftune_noise_alpha neftune_alpha noisy_embedding_alpha",
     _TRACKERS: "report_to run_name use_wandb use_swanlab swanlab use_mlflow use_comet use_trackio use_tensorboard use_otel_metrics "
     "hf_mlflow_log_artifacts project eval_table_size",
     _DEVICES: "deepspeed deepcompile fsdp fsdp_config fsdp_version fsdp_final_state_dict_type accelerator_config parallelism_config ddp "

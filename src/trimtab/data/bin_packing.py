@@ -44,6 +44,11 @@ def in_lexical_order(rows: Sequence[Numbers], groups: Sequence[list[int]]) -> li
     return [Group(group, _processed([rows[n] for n in group]), less) for group, less in zip(ordered, saved, strict=False)]
 
 
+def in_given_order(rows: Sequence[Numbers], groups: Sequence[list[int]]) -> list[Group]:
+    """Groups of rows that share nothing."""
+    return [Group(group, sum(len(rows[n]) for n in group), 0) for group in groups]
+
+
 def first_fit_decreasing(ordered: Iterable[Group], tokens: int) -> list[Bin]:
     """Bins of at most so many tokens: each run of neighbours, the longest first, goes into the first bin with space for it."""
     runs = sorted(_runs(ordered, tokens), key=lambda run: (-run.tokens, run.numbers))
@@ -84,7 +89,10 @@ def _processed(rows: Sequence[Numbers]) -> int:
     return sum(map(len, rows)) - sum(_saved(before, row) for before, row in pairwise(rows))
 
 
-def largest_group_tokens(rows: Iterable[TokenRow]) -> int:
+def largest_group_tokens(rows: Iterable[TokenRow], *, share: bool = True) -> int:
     """Tokens of the largest group, which no pack can divide."""
     rows = list(rows)
-    return max((_processed([as_array(rows[n].ids)[:-1] for n in group]) for group in row_groups(rows)), default=1)
+    arrays, groups = [as_array(row.ids)[:-1] for row in rows], row_groups(rows)
+    if not share:
+        return max((group.tokens for group in in_given_order(arrays, groups)), default=1)
+    return max((_processed([arrays[n] for n in group]) for group in groups), default=1)

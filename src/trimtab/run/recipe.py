@@ -15,7 +15,7 @@ from trimtab.methods import Method
 from trimtab.methods.lora import LoRA
 from trimtab.objectives import Objective, ReferenceObjective
 from trimtab.objectives.sft import SFT
-from trimtab.train import TrainConfig
+from trimtab.train import TrainConfig, noise_problem
 
 
 def _named(raw: Any) -> Any:
@@ -74,6 +74,12 @@ class Recipe(Config):
     def data_seed(self) -> int:
         """The seed of the validation split and of the order of examples."""
         return self.train.seed if self.data.seed is None else self.data.seed
+
+    @model_validator(mode="after")
+    def _no_noise_in_comparisons(self) -> Self:
+        if problem := noise_problem(self.train.neftune, self.objective):
+            raise ValueError(problem)
+        return self
 
     def to_yaml(self) -> str:
         """The recipe with every default written out and every local path absolute, so it repeats the run from anywhere."""

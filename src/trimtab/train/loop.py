@@ -28,6 +28,7 @@ from trimtab.objectives import KLEstimate, Objective, mean_measures
 from trimtab.train.ahead import SentPacks, Steps
 from trimtab.train.config import TrainConfig
 from trimtab.train.loss_scale import LossScale
+from trimtab.train.neftune import noisy_embeddings
 from trimtab.train.optimizer import Optimizer
 from trimtab.train.schedule import learning_rate
 
@@ -133,7 +134,7 @@ class _Passes:
         never_keep_freed_memory()
         self.base, self.objective, self.seed, self.clip = base, objective, config.seed, config.clip
         self.sent = SentPacks(steps, base.device)
-        self.memory, self.deterministic = memory, config.deterministic
+        self.memory, self.deterministic, self.neftune = memory, config.deterministic, config.neftune
         self.arena = ActivationArena(memory.arena_bytes * 1.01) if memory and base.device.type == "cpu" else None
         capacity = memory.frozen_cache_bytes if memory else free_memory(base.device) / 4
         self.frozen_cache = FrozenLayerCache(base.model, capacity) if config.keeps_frozen_outputs else None
@@ -168,7 +169,11 @@ class _Passes:
         device, measures, losses = self.base.device, list[dict[str, Tensor]](), list[Tensor]()
         estimate = KLEstimate(self.objective)
         for part, pack in enumerate(packs):
-            with seeded(_dropout_seed(self.seed, number, part), device), torch.set_grad_enabled(not pack.mismatched):
+            with (
+                seeded(_dropout_seed(self.seed, number, part), device),
+                torch.set_grad_enabled(not pack.mismatched),
+                noisy_embeddings(self.base.model, pack, self.neftune, self.seed, number),
+            ):
                 logprobs = self._logprobs(pack)
             if pack.mismatched:  # these come first: every loss of the step depends on them
                 estimate.add(pack, logprobs)

@@ -37,7 +37,7 @@ class TrainingSteps:
         """
         if not rows:
             raise DataError("data: there is nothing to train on.")
-        self._rows, self.memory = rows, memory
+        self._rows, self.memory, self._share = rows, memory, config.shares_prefixes
         self._indices = _plan(rows, config, weights, seed)
         if problem := misfit(len(self), config.warmup, config.schedule, config.decay):
             raise RecipeError(problem)
@@ -51,7 +51,7 @@ class TrainingSteps:
         return len(self._indices)
 
     def __getitem__(self, number: int) -> list[Pack]:
-        return pack_all([self._rows[n] for n in self._indices[number]], self.memory.pack_tokens)
+        return pack_all([self._rows[n] for n in self._indices[number]], self.memory.pack_tokens, share=self._share)
 
     @property
     def rows_per_step(self) -> float:
@@ -88,14 +88,15 @@ def plan_training_memory(
         lengths = [[len(rows[n].ids) for n in step] for step in steps]
         sizes = [(sum(of_step), max(of_step), step) for of_step, step in zip(lengths, steps, strict=True)]
         chosen = [*heapq.nlargest(FULLEST, sizes), max(sizes, key=lambda size: size[1])]
-        return [pack_all([rows[n] for n in step], pack_tokens) for _, _, step in chosen]
+        return [pack_all([rows[n] for n in step], pack_tokens, share=config.shares_prefixes) for _, _, step in chosen]
 
     steps = _plan(rows, config, weights, seed) if rows else []
     all_tokens = sum(len(row.ids) for row in rows)
     repeats = config.keeps_frozen_outputs and sum(map(len, steps)) > len(rows)
     frozen_output_bytes = FrozenLayerCache(base.model, 0).bytes_for(all_tokens) if repeats else 0.0
     longest_evaluated = max((len(row.ids) - 1 for row in held_out), default=0)  # nothing is predicted from the last token
-    work = Workload(largest_group_tokens(rows), target_share, fullest if rows else None, frozen_output_bytes, longest_evaluated)
+    largest = largest_group_tokens(rows, share=config.shares_prefixes)
+    work = Workload(largest, target_share, fullest if rows else None, frozen_output_bytes, longest_evaluated)
     return plan_memory(base.model, work, config.pack_tokens, config.recompute, optimizer_bytes(base, config))
 
 

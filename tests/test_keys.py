@@ -135,6 +135,7 @@ CHANGES = {
     "train.floor": lambda work: {"train.floor": 0.5},
     "train.weight_decay": lambda work: {"train.weight_decay": 0.5},
     "train.clip": lambda work: {"train.clip": 1e-4},
+    "eval.samples": lambda work: {"eval": {"samples": 2}},
     "train.neftune": lambda work: {"train.neftune": 5.0},
     "train.evaluate_every": lambda work: {"train.evaluate_every": 1},
     "train.patience": lambda work: {"train.evaluate_every": 1, "train.patience": 1, "train.lr": 0.5, "train.warmup": 0},
@@ -598,7 +599,7 @@ ANSWERING = {
 """Other values of the keys of `eval`, and what else they ask for."""
 
 
-@pytest.mark.parametrize("key", EvalConfig.model_fields)
+@pytest.mark.parametrize("key", sorted(EvalConfig.model_fields.keys() - {"samples"}))
 def test_another_value_of_a_key_of_eval_gives_another_evaluation(key, work, tmp_path):
     base = Base.load(str(work / "tiny"))
     rows = [json.loads(line) for line in (work / "rows.jsonl").read_text().splitlines()[:4]]

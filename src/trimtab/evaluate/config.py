@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, SerializeAsAny
+from pydantic import AfterValidator, BeforeValidator, Field, SerializeAsAny, model_validator
 
 from trimtab.core.config import as_tuple
 from trimtab.core.files import expand_user
@@ -47,6 +47,16 @@ class EvalConfig(Generation):
     example), which returns a number or a mapping of names to numbers. The file is run as a program of yours; which one is said first."""
     max_new_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """The most tokens of an answer; `auto` is somewhat more than the longest expected answer has."""
+
+    samples: Annotated[int, Field(ge=0)] = 0
+    """At each evaluation of a run, generate answers to so many validation examples, the first ones; `metrics` and `function` measure them.
+    They are shown, and kept in the run's metrics.jsonl."""
+
+    @model_validator(mode="after")
+    def _check_is_answered(self) -> "EvalConfig":
+        if self.samples and not self.asks_for_answers:
+            raise ValueError("samples: with metrics: [] and no function, no answers are generated.")
+        return self
 
     @property
     def asks_for_answers(self) -> bool:

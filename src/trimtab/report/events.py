@@ -27,8 +27,9 @@ class RunObserver:
         """Called after every optimizer step and evaluation, with what `metrics.jsonl` gets a line of.
 
         Args:
-            kind: `train` or `eval`; an evaluation at step 0 is of the model before training.
-            values: Numbers by name, `loss` among them; under `sources`, those of each named source.
+            kind: `train`, `eval` or `samples`; an evaluation at step 0 is of the model before training.
+            values: Numbers by name, `loss` among them; under `sources`, those of each named source. Of samples, what `eval.metrics`
+                measure, and under `answers` the questions with the expected answers and the model's.
         """
 
     def on_finish(self, record: dict[str, Any], folder: Path) -> None:

@@ -17,6 +17,7 @@ from trimtab.methods import Method
 from trimtab.objectives import Objective
 from trimtab.report.events import RunObserver
 from trimtab.report.folders import memory_text
+from trimtab.report.scores import short
 
 _REFERENCES = {"base": "the base model", "start": "the adapter that training starts from"}
 _EVAL_VALUES = {"loss", "low", "high", "tokens", "rows", "sources"}
@@ -103,8 +104,20 @@ class Terminal(RunObserver):
     def logged(self, kind: str, step: int, values: dict[str, Any]) -> None:
         if kind == "eval":
             self._show_evaluation(step, values)
+        elif kind == "samples":
+            self._show_samples(values)
         else:
             self._show_step(step, values)
+
+    def _show_samples(self, values: dict[str, Any]) -> None:
+        measured = "  ".join(f"{key.replace('_', ' ')} {value:.3g}" for key, value in values.items() if key != "answers")
+        self._line("", f"{len(values['answers']):,} answers: {measured}")
+        for each in values["answers"]:
+            question, expected, answer = (
+                escape(short(" ".join(each[key].split()), 70)) for key in ("question", "expected", "answer")
+            )
+            shown = f"[green]{answer}[/]" if each["right"] else f"{answer} [dim](expected {expected})[/]"
+            self._line("", f"  [dim]{question} →[/] {shown}", markup=True)
 
     def _show_step(self, step: int, values: dict[str, Any]) -> None:
         self._steps += 1

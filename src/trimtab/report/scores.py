@@ -88,8 +88,8 @@ def answers_table(answers: dict[str, list[dict[str, Any]]]) -> Table:
     for column in ("question", "expected", *names):
         table.add_column(column, overflow="fold")
     for row in zip(*answers.values(), strict=True):
-        cells = [f"[green]{escape(a['answer'])}[/]" if a["right"] else escape(_short(a["answer"])) for a in row]
-        table.add_row(escape(_short(row[0]["question"])), escape(row[0]["expected"]), *cells)
+        cells = [f"[green]{escape(a['answer'])}[/]" if a["right"] else escape(short(a["answer"])) for a in row]
+        table.add_row(escape(short(row[0]["question"])), escape(row[0]["expected"]), *cells)
     return table
 
 
@@ -106,10 +106,11 @@ def compared_answers_table(answers: dict[str, list[dict[str, Any]]]) -> Table:
     for name in ("prompt", *columns):
         table.add_column(name, overflow="fold")
     for row, cells in zip(next(iter(answers.values())), zip(*columns.values(), strict=True), strict=True):
-        table.add_row(escape(_short(row["question"])), *(escape(_short(cell["text"], 100)) if cell else "–" for cell in cells))
+        table.add_row(escape(short(row["question"])), *(escape(short(cell["text"], 100)) if cell else "–" for cell in cells))
     return table
 
 
-def _short(text: str, most: int = 200) -> str:
+def short(text: str, most: int = 200) -> str:
+    """The beginning of a text, for a cell or a line."""
     text = text.strip()
     return text if len(text) <= most else f"{text[:most]}…"

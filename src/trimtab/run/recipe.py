@@ -63,6 +63,17 @@ class Recipe(Config):
         return self
 
     @model_validator(mode="after")
+    def _something_to_answer(self) -> Self:
+        if self.eval.samples and self.objective.data_kind != "answers":
+            raise ValueError(
+                f"eval.samples: {self.objective.name} compares or judges answers; `trimtab eval RUN --show {self.eval.samples}` shows the "
+                "model's beside them."
+            )
+        if self.eval.samples and self.data.eval == 0:
+            raise ValueError("eval.samples: data.eval: 0 holds out no examples that could be answered.")
+        return self
+
+    @model_validator(mode="after")
     def _something_to_stop_by(self) -> Self:
         if self.train.patience is not None and self.data.eval == 0:
             raise ValueError(

@@ -167,7 +167,7 @@ class UnfinishedRun:
             return False
         try:
             values = json.loads(line) if line.endswith("\n") else {}
-            step, evaluation = values["step"], values["kind"] == "eval"
+            step, evaluation = values["step"], values["kind"] != "train"
         except (ValueError, KeyError, TypeError):
             return False
         if evaluation and step == 0:

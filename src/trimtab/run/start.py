@@ -17,6 +17,7 @@ from trimtab.data.example import TokenRow
 from trimtab.data.mismatched import with_mismatched
 from trimtab.deploy import adapter_folder, load_adapter, read_method, sample, versions
 from trimtab.engine import FrozenLayerCache, ensure_checked
+from trimtab.evaluate import Exam
 from trimtab.evaluate.reference import PACK_TOKENS, add_reference_logprobs, check_start
 from trimtab.methods import Attached, attach
 from trimtab.objectives import Objective, ReferenceObjective
@@ -24,6 +25,7 @@ from trimtab.report import RunObserver
 from trimtab.run.preflight import OpenedRecipe, check_disk, preflight
 from trimtab.run.recipe import Recipe
 from trimtab.run.resume import UnfinishedRun, threads
+from trimtab.run.samples import sample_exam
 from trimtab.train import TrainingSteps, peak_learning_rate, plan_training_memory
 
 Rows = list[TokenRow]
@@ -41,6 +43,8 @@ class PreparedRun:
     facts: dict[str, Any]
     findings: list[Finding]
     """Of the checks before the first step."""
+    exam: Exam | None
+    """What is answered at each evaluation, if anything is."""
 
 
 def prepare(recipe: Recipe, unfinished: UnfinishedRun | None, observer: RunObserver) -> PreparedRun:
@@ -57,6 +61,7 @@ def prepare(recipe: Recipe, unfinished: UnfinishedRun | None, observer: RunObser
         recipe.objective, base, adapter, (data.train, data.eval), recipe.data_seed, opened.max_length
     )
     recipe = recipe.model_copy(update={"objective": objective})
+    exam = sample_exam(recipe, base, data, observer.on_notice)
     observer.on_stage("planning the memory")
     memory = unfinished.memory() if unfinished is not None else None
     memory = memory or plan_training_memory(base, recipe.train, data.train, data.eval, data.weights, data.seed)
@@ -74,7 +79,7 @@ def prepare(recipe: Recipe, unfinished: UnfinishedRun | None, observer: RunObser
         if recipe.train.keeps_frozen_outputs and FrozenLayerCache(base.model, 0).lowest:
             observer.on_notice("the cache of frozen layers' outputs starts empty: results may differ by rounding from here on")
         observer.on_notice(f"resuming {unfinished.folder} after step {unfinished.step} of {len(steps)}")
-    return PreparedRun(recipe, base, adapter, data, steps, facts, findings)
+    return PreparedRun(recipe, base, adapter, data, steps, facts, findings, exam)
 
 
 def open_recipe(

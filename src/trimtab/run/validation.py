@@ -1,6 +1,7 @@
 """The evaluations of a run on its held-out examples: when they are due, what they log, and whether they end it."""
 
 from dataclasses import asdict
+from typing import Any
 
 from trimtab.core.interrupts import interrupts_deferred
 from trimtab.evaluate import Loss, score_loss
@@ -53,13 +54,28 @@ class Validation:
             **scored.measures,
             **scored.by_source,
         }
+        samples = self._answer_samples()
         with interrupts_deferred():  # what is logged, what stops the run and what may still be saved belong together
             self.checkpointer.run.logged("eval", step, values)
+            if samples is not None:
+                self.checkpointer.run.logged("samples", step, samples)
             if step:
                 self.latest = step, scored
                 self._count(step, scored)
         self.observer.logged("eval", step, values)
+        if samples is not None:
+            self.observer.logged("samples", step, samples)
         return scored
+
+    def _answer_samples(self) -> dict[str, Any] | None:
+        """The model's answers to the sampled examples, and what they measure, as JSON data; None if there are no samples."""
+        if self.prepared.exam is None:
+            return None
+        self.observer.on_stage("answering validation examples")
+        taken = self.prepared.exam.take()
+        if taken.function_error is not None:
+            self.observer.on_notice(taken.function_error)
+        return {**taken.values, "answers": [answer.plain() for answer in taken.answers]}
 
     def _count(self, step: int, scored: Loss) -> None:
         """Whether this evaluation has improved on an earlier one, and whether the run has waited for that for long enough."""

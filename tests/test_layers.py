@@ -387,7 +387,7 @@ PLANTED = {
     "a file on no floor": ("helpers.py", "", "stands on no floor"),
     "a folder on no floor": ("utils/__init__.py", "", "stands on no floor"),
     "a file that is too long": ("data/more.py", "x = 1\n" * 301, "has 301 lines"),
-    "a member that is too long": ("methods/new.py", "x = 1\n" * 121, "a member of 121 lines"),
+    "a member that is too long": ("methods/new.py", "x = 1\n" * 131, "a member of 131 lines"),
     "a function that is too long": ("data/more.py", "def f():\n" + "    x = 1\n" * 50, "f has 51 lines"),
 }  # fmt: skip
 

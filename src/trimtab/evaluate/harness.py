@@ -8,7 +8,7 @@ import contextlib
 import difflib
 import io
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from trimtab.core.errors import DataError, NonFinite, RecipeError, StorageError
 from trimtab.core.transfer import read
 from trimtab.data import pack_all
 from trimtab.data.example import TokenRow
-from trimtab.engine import ensure_exact, generate, pack_target_scores
+from trimtab.engine import Generation, ensure_exact, generate, pack_target_scores
 from trimtab.evaluate.scores import paired_difference
 from trimtab.methods import max_row_length
 
@@ -114,9 +114,10 @@ class PackedModel(TemplateLM):
         """Of each (context, settings): the answer, up to a stop text."""
         answers: dict[int, str] = {}
         settings = [normalize_gen_kwargs(request.args[1]) for request in requests]
-        for asked in {repr(asked): asked for asked in settings}.values():  # the harness asks all requests of a task alike
+        for asked in {repr(asked): asked for asked in settings}.values():  # a task asks all its requests alike
             chosen = [number for number, other in enumerate(settings) if other == asked]
-            answers |= zip(chosen, self._answers([requests[n].args[0] for n in chosen], dict(asked)), strict=True)
+            given = self._answers([requests[number].args[0] for number in chosen], dict(asked))
+            answers |= dict(zip(chosen, given, strict=True))
         return [answers[number] for number in range(len(requests))]
 
     def _answers(self, contexts: list[str], asked: dict[str, Any]) -> list[str]:
@@ -124,15 +125,28 @@ class PackedModel(TemplateLM):
         stops = handle_stop_sequences(asked.pop("until", None), eos=end)
         room = self.max_length - most
         if room < 1:
-            raise DataError(f"a task asks for {most:,} new tokens, and the context has {self.max_length:,}.")
+            raise DataError(f"--harness: a task asks for {most:,} new tokens, and the context has {self.max_length:,}.")
+        settings = self._settings(asked, [stop for stop in stops if stop])
         prompts = [encoded.ids for encoded in self.base.encode(contexts, special=True)]
         self.truncated += sum(len(prompt) > room for prompt in prompts)
-        answers = []
+        texts = []
         for start in range(0, len(prompts), BATCH):
             batch = [prompt[-room:] for prompt in prompts[start : start + BATCH]]
-            answers += generate(self.base.model, batch, self.base.stop_ids, max_new_tokens=most)
+            texts += generate(
+                self.base.model, batch, self.base.stop_ids,
+                max_new_tokens=most, settings=settings, text_of=self.base.raw_text, first=start,
+            )  # fmt: skip
             self._report(len(batch))
-        return [postprocess_generated_text(self.base.decode(answer), stops, None) for answer in answers]
+        return [postprocess_generated_text(self.base.decode(text), stops, None) for text in texts]
+
+    def _settings(self, asked: dict[str, Any], stops: list[str]) -> Generation:
+        """What a task asks for, as we say it. Raises RecipeError for what we don't have: the score would be another's."""
+        asked.pop("do_sample", None)  # the temperature says it
+        if unknown := sorted(asked.keys() - Generation.model_fields.keys()):
+            raise RecipeError(f"--harness: a task generates with {unknown[0]}={asked[unknown[0]]}, which Trimtab does not have.")
+        if not asked.get("temperature"):
+            asked = {key: value for key, value in asked.items() if key == "repetition_penalty"}
+        return Generation(**{key: type(getattr(Generation(), key))(value) for key, value in asked.items()}, stop=tuple(stops))
 
     def _row(self, number: int, context: list[int], continuation: list[int]) -> TokenRow:
         where, most = f"request {number}", self.max_length

@@ -60,8 +60,10 @@ def _show(results: dict, seconds: dict[str, float]) -> None:
         ]
         if isinstance(pairs[0][0], tuple):
             apart = max(abs(ours[0] - theirs[0]) for ours, theirs in pairs)
-            print(f"  {len(pairs)} log-likelihoods, at most {apart:.2e} apart; greedy verdicts that differ: "
-                  f"{sum(ours[1] != theirs[1] for ours, theirs in pairs)}")
+            print(
+                f"  {len(pairs)} log-likelihoods, at most {apart:.2e} apart; greedy verdicts that differ: "
+                f"{sum(ours[1] != theirs[1] for ours, theirs in pairs)}"
+            )
         elif isinstance(pairs[0][0], str):
             print(f"  {len(pairs)} answers, of which {sum(ours != theirs for ours, theirs in pairs)} differ")
         else:

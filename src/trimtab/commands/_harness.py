@@ -1,7 +1,7 @@
 """`trimtab eval --harness`: tasks of lm-evaluation-harness."""
 
 import argparse
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 from trimtab.commands._parser import integer
 from trimtab.commands._target import open_to_compare
@@ -17,7 +17,14 @@ def add_harness(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--chat", action="store_true", help="write prompts with the chat template")
 
 
-def run_harness(arguments: argparse.Namespace) -> None:
+def refuse_harness_options(arguments: argparse.Namespace) -> None:
+    """Raise RecipeError for options that say nothing without --harness."""
+    for name in ("fewshot", "limit", "chat"):
+        if getattr(arguments, name) not in (None, False):
+            raise RecipeError(f"--{name}: of --harness, which is not given.")
+
+
+def run_harness(arguments: argparse.Namespace) -> int:
     """Raises RecipeError: the harness is not installed, has no such task, or other arguments don't apply."""
     for given, name in ((arguments.data, "--data"), (arguments.show, "--show"), (arguments.words, "key=value")):
         if given:
@@ -25,16 +32,14 @@ def run_harness(arguments: argparse.Namespace) -> None:
     try:
         import lm_eval  # noqa: F401
     except ImportError:
-        raise RecipeError(
-            "--harness needs lm-evaluation-harness. Install it with: pip install 'trimtab[harness]'"
-        ) from None
+        raise RecipeError("--harness needs lm-evaluation-harness. Install it with: pip install 'trimtab[harness]'") from None
     from trimtab.evaluate.harness import run_tasks
     from trimtab.report import AnsweringBar
     from trimtab.report.harness import harness_table
 
     names = [name for name in arguments.harness.split(",") if name]
     target, console = open_to_compare(arguments), terminal()
-    models = [("adapter" if target.adapter else "model", nullcontext())]
+    models: list[tuple[str, AbstractContextManager[None]]] = [("adapter" if target.adapter else "model", nullcontext())]
     if arguments.base and target.adapter is not None:
         models.insert(0, ("base", target.adapter.disabled()))
     with AnsweringBar(console, None, quiet=arguments.json) as bar:
@@ -45,3 +50,4 @@ def run_harness(arguments: argparse.Namespace) -> None:
         print_json(results)
     else:
         console.print(harness_table(results))
+    return 0

@@ -5,6 +5,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trimtab.commands._harness import add_harness, refuse_harness_options, run_harness
 from trimtab.commands._parser import TARGET, add_model, integer
 from trimtab.commands._target import open_to_compare
 from trimtab.commands._terminal import print_json, terminal
@@ -30,9 +31,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--show", metavar="N", type=integer(0), default=0, help="show N answers beside the expected ones")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     add_model(parser)
+    add_harness(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
+    return run_harness(arguments) if arguments.harness is not None else _run(arguments)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    refuse_harness_options(arguments)
     from trimtab.run.evaluation import answering_of, examples_of_file, held_out_examples_of, kind_of_data, split_words
 
     folder, (reading, answering) = Path(arguments.target), split_words(arguments.words)

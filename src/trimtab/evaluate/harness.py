@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from lm_eval import simple_evaluate
 from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import handle_stop_sequences, has_bos_prefix, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
@@ -25,7 +25,7 @@ from trimtab.core.transfer import read
 from trimtab.data import pack_all
 from trimtab.data.example import TokenRow
 from trimtab.engine import Generation, ensure_exact, generate, pack_target_scores
-from trimtab.evaluate.scores import paired_difference
+from trimtab.evaluate.intervals import paired_difference
 from trimtab.methods import max_row_length
 
 PACK_TOKENS = 4096
@@ -143,7 +143,9 @@ class PackedModel(TemplateLM):
         """What a task asks for, as we say it. Raises RecipeError for what we don't have: the score would be another's."""
         asked.pop("do_sample", None)  # the temperature says it
         if unknown := sorted(asked.keys() - Generation.model_fields.keys()):
-            raise RecipeError(f"--harness: a task generates with {unknown[0]}={asked[unknown[0]]}, which Trimtab does not have.")
+            raise RecipeError(
+                f"--harness: a task generates with {unknown[0]}={asked[unknown[0]]}, which Trimtab does not have."
+            )
         if not asked.get("temperature"):
             asked = {key: value for key, value in asked.items() if key == "repetition_penalty"}
         return Generation(**{key: type(getattr(Generation(), key))(value) for key, value in asked.items()}, stop=tuple(stops))
@@ -174,7 +176,9 @@ class PackedModel(TemplateLM):
             if report:
                 self._report(sum(len(pack.rows) for pack in some))
         if broken := [row for row in rows if not np.isfinite(scores[id(row)][0])]:
-            raise NonFinite(f"{broken[0].where}: its log-probability is NaN or Inf: the weights of the model or of an adapter are broken.")
+            raise NonFinite(
+                f"{broken[0].where}: its log-probability is NaN or Inf: the weights of the model or of an adapter are broken."
+            )
         return [scores[id(row)] for row in rows]
 
     def _report(self, done: int) -> None:

@@ -198,11 +198,15 @@ class Terminal(RunObserver):
 class AnsweringBar:
     """Shows how many questions have been answered, while they are."""
 
-    def __init__(self, console: Console, questions: int, *, quiet: bool = False) -> None:
+    def __init__(self, console: Console, questions: int | None, *, quiet: bool = False) -> None:
+        """
+        Args:
+            questions: How many there are, if that is known.
+        """
         self._bar = Progress(
             TextColumn("[bold]{task.description}[/] answers"),
             BarColumn(bar_width=30),
-            TextColumn("{task.completed}/{task.total}"),
+            TextColumn("{task.completed}" + ("/{task.total}" if questions is not None else "")),
             TimeElapsedColumn(),
             console=console,
             transient=True,

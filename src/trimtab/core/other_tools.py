@@ -184,7 +184,8 @@ AUTOMATIC = _each({
         "precompute_ref_log_probs",
     "eval.temperature is 0 unless given: answers are the likeliest; above 0 they are sampled": "do_sample generation_do_sample",
     "trimtab eval RUN answers validation examples, and measures eval.metrics": "compute_accuracy generate_samples num_generation_samples",
-    "trimtab train trains, evaluates and answers eval.samples examples; trimtab eval answers all": "do_train do_predict predict_with_generate do_causal_lm_eval",
+    "trimtab train trains, evaluates and answers eval.samples examples; trimtab eval answers all":
+        "do_train do_predict predict_with_generate do_causal_lm_eval",
 })  # fmt: skip
 """Settings that need no key, and what Trimtab does."""
 

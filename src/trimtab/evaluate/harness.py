@@ -8,7 +8,9 @@ import contextlib
 import difflib
 import io
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -217,7 +219,7 @@ def run_tasks(
             model = PackedModel(base, on_done(name) if on_done else None)
             with as_model:
                 scores[name] = simple_evaluate(
-                    model, tasks=tasks, num_fewshot=fewshot, limit=limit, apply_chat_template=chat, bootstrap_iters=BOOTSTRAP
+                    model, **tasks, num_fewshot=fewshot, limit=limit, apply_chat_template=chat, bootstrap_iters=BOOTSTRAP
                 )
             truncated[name] = model.truncated
     first = next(iter(scores.values()))
@@ -230,15 +232,26 @@ def run_tasks(
     }
 
 
-def load_tasks(names: Sequence[str]) -> list[Any]:
-    """The tasks and groups of these names."""
-    files = [Path(name) for name in names if name.endswith((".yaml", ".yml"))]
-    manager = TaskManager(include_path=[str(file.parent) for file in files] or None)
+@cache
+def _manager(folders: tuple[str, ...]) -> TaskManager:
+    """Knows the harness's tasks, and those of YAML files in these folders. It takes seconds: it reads thousands of files."""
+    return TaskManager(include_path=list(folders) or None)
+
+
+def load_tasks(names: Sequence[str]) -> dict[str, Any]:
+    """The tasks and groups of these names, and what knows them, as arguments of the harness's `simple_evaluate`.
+
+    Raises:
+        RecipeError: There is no such task, or it executes code that the model writes.
+        StorageError: A task's data could not be loaded.
+    """
+    files = [name for name in names if name.endswith((".yaml", ".yml"))]
+    if missing := [file for file in files if not Path(file).is_file()]:
+        raise RecipeError(f"--harness: {missing[0]}: no such file.")
+    manager = _manager(tuple(sorted({str(Path(file).parent) for file in files})))
     known = set(manager.all_tasks)
     for name in names:
-        if name.endswith((".yaml", ".yml")) and not Path(name).is_file():
-            raise RecipeError(f"--harness: {name}: no such file.")
-        if name not in known and not name.endswith((".yaml", ".yml")):
+        if name not in known and name not in files:
             near = " or ".join(difflib.get_close_matches(name, known, n=3))
             meant = f"; did you mean {near}?" if near else "."
             raise RecipeError(f"--harness: the harness has no task or group {name!r}{meant} `lm_eval ls tasks` lists them all.")
@@ -251,7 +264,7 @@ def load_tasks(names: Sequence[str]) -> list[Any]:
     tasks = {name: task for name, task in loaded["tasks"].items() if name not in in_groups}
     if unsafe := [name for name, task in loaded["tasks"].items() if getattr(task, "UNSAFE_CODE", False)]:
         raise RecipeError(f"--harness: {unsafe[0]} executes code that the model writes, which Trimtab does not do.")
-    return [*groups, *tasks.values()]
+    return {"tasks": [*groups, *tasks.values()], "task_manager": manager}
 
 
 def _task(name: str, scores: dict[str, Any]) -> dict[str, Any]:
@@ -297,11 +310,15 @@ def _difference(name: str, metric: str, filtered: str, scores: dict[str, Any]) -
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the harness's messages and bars: what matters of them is in the results."""
-    level = logging.root.manager.disable
+    """Without the harness's messages and bars, and those of the git that it starts: what matters of them is in the results."""
+    level, stderr, nowhere = logging.root.manager.disable, os.dup(2), os.open(os.devnull, os.O_WRONLY)
     logging.disable(logging.WARNING)
+    os.dup2(nowhere, 2)
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(nowhere)
         logging.disable(level)

@@ -12,7 +12,8 @@ from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 
 import trimtab
-from trimtab.evaluate.harness import PackedModel, load_tasks, quiet
+from trimtab.evaluate.harness import load_tasks, quiet
+from trimtab.evaluate.packed_model import PackedModel
 
 
 def main() -> None:

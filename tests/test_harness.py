@@ -18,8 +18,9 @@ from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from trimtab.evaluate import harness
-from trimtab.evaluate.harness import PackedModel, load_tasks, quiet, run_tasks
+from trimtab.evaluate import packed_model
+from trimtab.evaluate.harness import load_tasks, quiet, run_tasks
+from trimtab.evaluate.packed_model import PackedModel
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the harness's
 
@@ -140,8 +141,8 @@ def test_choices_of_a_question_share_its_context(tasks, monkeypatch):
         requested.append(sum(len(row.ids) - 1 for row in pack.rows))
         return real(model, pack)
 
-    real = harness.pack_target_scores
-    monkeypatch.setattr(harness, "pack_target_scores", counted)
+    real = packed_model.pack_target_scores
+    monkeypatch.setattr(packed_model, "pack_target_scores", counted)
     responses(PackedModel(adapted()[0]), tasks["choices"])
     assert sum(computed) < 0.5 * sum(requested)
 

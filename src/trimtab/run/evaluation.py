@@ -18,8 +18,8 @@ from trimtab.run.recipe import Recipe
 
 READING = tuple(f"data.{key}" for key in READING_KEYS)
 """Keys of a recipe that say how a file is read."""
-ANSWERING = tuple(f"eval.{key}" for key in EvalConfig.model_fields)
-"""Keys of a recipe that say how examples are answered and measured."""
+ANSWERING = tuple(f"eval.{key}" for key in EvalConfig.model_fields if key != "samples")
+"""Keys of a recipe that say how examples are answered and measured; `samples` says how many are while a run trains."""
 
 
 def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -43,7 +43,7 @@ def answering_of(target: Path, words: Sequence[str], on_notice: Callable[[str], 
     """
     if not is_run(target):
         return EvalConfig.parse({}, [word.removeprefix("eval.") for word in words], "eval:")
-    config = Recipe.read(target / RECIPE, words).eval
+    config = Recipe.read(target / RECIPE, [*words, "eval.samples=0"]).eval
     if config.function is None or any(word.startswith("eval.function=") for word in words):
         return config
     on_notice(

@@ -216,6 +216,25 @@ def test_text_parts_are_joined():
     assert read({"messages": [user(parts), assistant("b")]}).messages[0] == user("one two")
 
 
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "thinking", "thinking": "Hm.", "signature": "x"},
+        {"type": "thinking", "thinking": [{"type": "text", "text": "Hm."}]},
+        {"type": "reasoning", "reasoning": "Hm."},
+        {"type": "reasoning", "text": "Hm."},
+    ],
+    ids=["anthropic", "mistral", "langchain", "text"],
+)
+def test_reasoning_as_a_part_is_the_answers_reasoning(part):
+    text = {"type": "text", "text": "b"}
+    expected = assistant("b", reasoning_content="Hm.")
+    assert read({"messages": [user("a"), assistant([part, text])]}).messages == (user("a"), expected)
+    assert "has its reasoning twice, in thinking" in refusal({"messages": [user("a"), assistant([part, text], thinking="Hm.")]})
+    assert "content is empty" in refusal({"messages": [user("a"), assistant([part])]})
+    assert "has a part of type" in refusal({"messages": [user([part, text]), assistant("b")]}), "which no user has"
+
+
 @pytest.mark.parametrize("kind", ["image_url", "image", "input_image", "input_audio", "audio_url", "video", "file"])
 def test_a_part_that_is_no_text_is_refused_with_the_reason(kind):
     """On either side, among texts too, and however full of nulls a table has made it."""

@@ -9,6 +9,7 @@ import transformers
 from families import method_of
 from pydantic import BaseModel
 from templates import CHATML, base_of, bytes_tokenizer
+from worlds import dataset_card
 
 from trimtab.base import Base, ModelConfig
 from trimtab.core.errors import ArtifactError, DataError, RecipeError
@@ -21,18 +22,6 @@ from trimtab.run import script, validation
 from trimtab.run.recipe import Recipe
 from trimtab.run.script import run_recipe
 from trimtab.train import UpdateRule
-
-PARTS = """---
-configs:
-- config_name: first
-  data_files:
-  - {split: train, path: first.jsonl}
-  - {split: test, path: first_test.jsonl}
-- config_name: second
-  data_files: second.jsonl
----
-"""
-"""A dataset's card, as on the hub."""
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +62,7 @@ def work(tmp_path_factory):
     for n, part in enumerate(("first", "second", "first_test")):
         content = "".join(json.dumps({"prompt": f"{part} {k}", "completion": f"{n}"}) + "\n" for k in range(9))
         (work / "parts" / f"{part}.jsonl").write_text(content)
-    (work / "parts" / "README.md").write_text(PARTS)
+    (work / "parts" / "README.md").write_text(dataset_card("first", "second"))
     return work
 
 

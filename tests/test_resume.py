@@ -18,7 +18,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from worlds import CHATML, ROWS, WHOLE, combinations, make_model, write_rows
+from worlds import CHATML, ROWS, WHOLE, combinations, make_model, work_in_copy, write_rows
 
 from trimtab.artifacts import State, newest_state, read_state, saved_states, sha256_tensor, write_state
 from trimtab.artifacts import state as artifacts_state
@@ -68,11 +68,7 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def here(made, tmp_path, monkeypatch):
-    here = tmp_path / "here"
-    shutil.copytree(made, here)
-    monkeypatch.chdir(here)
-    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "cache"))
-    return here
+    return work_in_copy(made, tmp_path, monkeypatch)
 
 
 class Killed(BaseException):

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from templates import FAMILIES
-from worlds import ROWS, write_rows
+from worlds import ROWS, dataset_card, write_rows
 
 import trimtab as package
 from trimtab.core.errors import DataError, RecipeError
@@ -412,23 +412,11 @@ def test_objects_that_are_no_rows_are_refused_with_what_to_do():
 # Parts of datasets
 
 
-CARD = """---
-configs:
-- config_name: one
-  data_files:
-  - {split: train, path: one.jsonl}
-  - {split: test, path: one_test.jsonl}
-- config_name: two
-  data_files: two.jsonl
----
-"""
-
-
 def test_subsets_and_splits_of_a_local_copy_of_a_dataset(tmp_path):
     folder = tmp_path / "copy"
     folder.mkdir()
     files(folder, one=3, one_test=2, two=4)
-    (folder / "README.md").write_text(CARD)
+    (folder / "README.md").write_text(dataset_card("one", "two"))
     for parts, count in (
         ({"subset": "one"}, 3),
         ({"subset": "one", "split": "test"}, 2),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from test_resume import Ends, Killed, assert_same, ended, result, run
-from worlds import ROWS, make_model, write_rows
+from worlds import ROWS, make_model, work_in_copy, write_rows
 
 from trimtab.artifacts import saved_states
 from trimtab.core.errors import ArtifactError, RecipeError, StorageError
@@ -42,10 +42,7 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def here(made, tmp_path, monkeypatch):
-    shutil.copytree(made, tmp_path / "here")
-    monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "here"
+    return work_in_copy(made, tmp_path, monkeypatch)
 
 
 def checkpoints(output):

@@ -46,6 +46,23 @@ certify: false
 ROWS = [{"prompt": f"Is {n} a number?", "completion": "yes"} for n in range(30)]
 
 
+def dataset_card(first, second):
+    """The README.md of a dataset with two subsets, as on the hub: the first has the splits train and test."""
+    return (
+        f"---\nconfigs:\n- config_name: {first}\n  data_files:\n  - {{split: train, path: {first}.jsonl}}\n"
+        f"  - {{split: test, path: {first}_test.jsonl}}\n- config_name: {second}\n  data_files: {second}.jsonl\n---\n"
+    )
+
+
+def work_in_copy(made, tmp_path, monkeypatch):
+    """Change to a copy of a folder, with a cache of its own."""
+    here = tmp_path / "here"
+    shutil.copytree(made, here)
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "cache"))
+    return here
+
+
 def make_tokenizer(template=CHATML):
     """A byte-level tokenizer of 300 tokens."""
     backend = tokenizers.Tokenizer(models.BPE())

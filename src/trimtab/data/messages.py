@@ -22,6 +22,8 @@ ROLES = {
 
 TEXT_PARTS = {"text", "input_text", "output_text"}
 """Types of content parts that are texts."""
+REASONING_PARTS = ("thinking", "reasoning")
+"""Types of content parts that are an answer's reasoning: Anthropic's and Mistral's, LangChain's."""
 MEDIA = {"image", "images", "audio", "audios", "video", "videos"}
 """Columns, and keys of messages, that hold what is no text."""
 _MEDIA_PART = re.compile(r"image|audio|video|file|pdf|document")
@@ -108,11 +110,30 @@ def _message(raw: dict[str, Any], name: str) -> Message:
         calls = _parsed(text_of(content, f"{name}.{content_key}"), f"{name}: the function_call")
         calls = [{"type": "function", "function": call} for call in (calls if isinstance(calls, list) else [calls])]
         role, content = "assistant", None
+    reasoning = ""
+    if role == "assistant" and isinstance(content, list):
+        content, reasoning = _without_reasoning(content, f"{name}.{content_key}")
+        content = content or (None if calls else "")
     content = "" if calls and content is None else text_of(content, f"{name}.{content_key}", empty=bool(calls))
     read = ("weight", *SWITCHES, "tool_calls", "function_call", role_key, content_key)
     message = {key: value for key, value in raw.items() if key not in read and value is not None}
     message = {"role": role, "content": content, **message}
+    if reasoning:
+        if said := next((key for key in ("reasoning_content", *REASONING_PARTS) if message.get(key)), None):
+            raise InvalidExample(f"{name} has its reasoning twice, in {said} and as a part of {content_key}: remove one")
+        message["reasoning_content"] = reasoning
     return {**message, "tool_calls": _tool_calls(calls, name)} if calls else message
+
+
+def _without_reasoning(parts: list[Any], name: str) -> tuple[list[Any], str]:
+    """Content parts but for those that are reasoning, and the text of these."""
+    kinds = [part.get("type") if isinstance(part, dict) else None for part in parts]
+    texts = [
+        text_of(part.get(kind) or part.get("text"), f"{name}: its {kind}")
+        for part, kind in zip(parts, kinds, strict=True)
+        if kind in REASONING_PARTS
+    ]
+    return [part for part, kind in zip(parts, kinds, strict=True) if kind not in REASONING_PARTS], "".join(texts)
 
 
 def _tool_calls(calls: Any, name: str) -> list[dict[str, Any]]:

@@ -91,7 +91,7 @@ def fit(rows, **settings):
 def test_packs_are_made_when_their_step_is_taken(monkeypatch):
     made = []
     real = steps.pack_all
-    monkeypatch.setattr(steps, "pack_all", lambda rows, tokens: made.append(len(rows)) or real(rows, tokens))
+    monkeypatch.setattr(steps, "pack_all", lambda rows, tokens, **more: made.append(len(rows)) or real(rows, tokens, **more))
     rows = [TokenRow(ids, [2, 3], f"row:{n}", 6) for n, ids in enumerate(random_rows(*[6] * 6))]
     going = fit(rows, epochs=1000, rows_per_step=2)
     next(going)

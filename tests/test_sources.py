@@ -97,6 +97,15 @@ def test_other_ways_to_mix_would_be_noticed(monkeypatch):
         check_mixture(drawn(rows, weights, 3), rows, sizes, weights, 3)
 
 
+def test_sources_of_one_size_are_not_in_the_same_order():
+    """Translations of each other, say, would come side by side."""
+    rows = numbered({"a": 30, "b": 30})
+    stream = drawn(rows, {"a": 1.0, "b": 1.0}, 1)
+    ours, theirs = ([n % 30 for n in stream if rows[n].source == name] for name in ("a", "b"))
+    assert sorted(ours) == sorted(theirs)
+    assert ours != theirs
+
+
 def test_the_order_is_another_with_another_seed_and_in_another_epoch():
     rows, weights = numbered({"a": 20, "b": 20}), {"a": 3.0, "b": 1.0}
     first, second = drawn(rows, weights, 2)[:40], drawn(rows, weights, 2)[40:]

@@ -49,7 +49,7 @@ def _difference(found: dict[str, Any], number: str) -> str:
     """A difference with its interval; or that the models can't be told apart by this many examples."""
     signed = number.replace(":", ":+")
     text = _with_interval(signed.format(found["value"]), *map(signed.format, found["interval"]))
-    return text if found["distinguishable"] else f"{text}\n[dim]p {found['p']:.2f}: not distinguishable[/]"
+    return text if found["distinguishable"] else f"{text}\n[dim]not distinguishable\n(p {found['p']:.2f})[/]"
 
 
 def preferences_table(scores: dict[str, dict[str, Any]], source: str) -> Table:

@@ -24,6 +24,10 @@ START = "start"
 """The adapter that training started from, if it is the reference and saved nowhere else."""
 LOCK = "lock"
 """Locked by the process that is training."""
+REPORT = "report.html"
+"""The report of the run, for people: made again from the other files whenever there is something new."""
+TRACKERS = "trackers"
+"""What trackers keep on this machine."""
 CERTIFICATE, CERTIFICATE_TEXT = "certificate.json", "certificate.txt"
 """The certificate, for programs and for people."""
 CERTIFICATE_FORMAT = 2
@@ -50,6 +54,8 @@ def read_certificate(run: Path) -> dict[str, Any]:
 
 
 def certified_files(run: Path) -> list[str]:
-    """The files of a finished run that its certificate lists, by path within the run: all except itself, the states and the lock."""
+    """The files of a finished run that its certificate lists, by path within the run: all except itself, the states, the lock, and what
+    is made from the others and may be made again: the report, and what trackers keep."""
+    others = (f"{CERTIFICATE.partition('.')[0]}.", f"{STATES}/", LOCK, REPORT, f"{TRACKERS}/")
     paths = (path.relative_to(run).as_posix() for path in sorted(run.rglob("*")) if path.is_file())
-    return [path for path in paths if not path.startswith((f"{CERTIFICATE.partition('.')[0]}.", f"{STATES}/", LOCK))]
+    return [path for path in paths if not path.startswith(others)]

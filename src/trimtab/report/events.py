@@ -36,3 +36,34 @@ class RunObserver:
         """Called when training is done, with what `run.json` says now."""
 
     def on_certificate(self, certificate: dict[str, Any]) -> None: ...
+
+
+class Together(RunObserver):
+    """Several observers as one: each is told everything, in their order."""
+
+    def __init__(self, *observers: RunObserver) -> None:
+        self.observers = observers
+
+    def on_stage(self, stage: str) -> None:
+        for observer in self.observers:
+            observer.on_stage(stage)
+
+    def on_plan(self, facts: dict[str, Any], reports: list[SourceReport], train_examples: int, eval_examples: int) -> None:
+        for observer in self.observers:
+            observer.on_plan(facts, reports, train_examples, eval_examples)
+
+    def on_notice(self, message: str) -> None:
+        for observer in self.observers:
+            observer.on_notice(message)
+
+    def logged(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        for observer in self.observers:
+            observer.logged(kind, step, values)
+
+    def on_finish(self, record: dict[str, Any], folder: Path) -> None:
+        for observer in self.observers:
+            observer.on_finish(record, folder)
+
+    def on_certificate(self, certificate: dict[str, Any]) -> None:
+        for observer in self.observers:
+            observer.on_certificate(certificate)

@@ -77,6 +77,7 @@ def test_the_regret_is_of_todays_default_against_the_best_that_was_tried(monkeyp
         ("lora", 4, 5e-4, "5e-4·(2000/2000)^0.781, at most 2e-3"),
         ("lora", 16, 5e-4, "5e-4·(2000/2000)^0.781, at most 2e-3"),
         ("oft", 4, 2.5e-4, "1e-3·(4 examples per step/16), at most 1e-3"),
+        ("prefix", 4, 2.5e-4, "1e-3·(4 examples per step/16), at most 1e-3"),
         ("oft", 64, 1e-3, "1e-3·(64 examples per step/16), at most 1e-3"),
         ("bitfit", 8, 5e-3, "1e-2·(8 examples per step/16), at most 1e-2"),
         ("miss", 4, 3e-4, "the best of a search for miss"),

@@ -163,6 +163,8 @@ class Method(Choice):
     """The gradient is the slope of the loss, nothing in it taken as constant."""
     auto_lr: ClassVar[str]
     """The learning rate that `lr: auto` means, from the search in docs/methods.md; unless `learning_rate` has a formula."""
+    auto_lr_overshoots: ClassVar[bool] = False
+    """With fewer than 16 examples per step, that rate is too high."""
 
     @abstractmethod
     def sites(self, model: nn.Module) -> list[str]:
@@ -183,6 +185,8 @@ class Method(Choice):
 
     def learning_rate(self, at: LearningRateContext) -> tuple[float, str]:
         """The learning rate that `lr: auto` means, and the formula in words."""
+        if self.auto_lr_overshoots:
+            return at.in_small_steps(self.auto_lr)
         return float(self.auto_lr), f"the best of a search for {self.name}"
 
     @property

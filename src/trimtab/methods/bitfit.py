@@ -15,7 +15,6 @@ from trimtab.methods import (
     ALL,
     ALL_LINEAR,
     AdapterLayer,
-    LearningRateContext,
     Method,
     Targets,
     base_modules,
@@ -41,6 +40,8 @@ class BitFit(Method):
 
     peft_type: ClassVar[str | None] = "BEFT"
     peft_names: ClassVar[dict[str, str]] = {"bias": "beft_bias"}
+    auto_lr: ClassVar[str] = "1e-2"
+    auto_lr_overshoots: ClassVar[bool] = True
 
     targets: Targets = (ALL,)
     """Which modules: `all` (matrices in the blocks, and norms that have a bias), or names (`q_proj`, `mlp`) or regular expressions of these."""
@@ -70,10 +71,6 @@ class BitFit(Method):
     def parameter_count(self, model: nn.Module) -> int:
         """Σ outputs over the targeted matrices, and the sizes of the norms that have a bias."""
         return sum(self.sizes(model).values())
-
-    def learning_rate(self, at: LearningRateContext) -> tuple[float, str]:
-        """lr = 1e-2 · rows per step / 16, at most 1e-2."""
-        return at.in_small_steps("1e-2")
 
     def to_peft(self, model: nn.Module, tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         own, sites = base_modules(model), self.sites(model)

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from trimtab.core.errors import ArtifactError, RecipeError
 from trimtab.methods import (
     AdapterLayer,
-    LearningRateContext,
     MatrixMethod,
     MatrixShape,
     require_matrix_shape,
@@ -28,6 +27,8 @@ class OFT(MatrixMethod):
 
     peft_type: ClassVar[str | None] = "OFT"
     peft_names: ClassVar[dict[str, str]] = {"Q": "oft_R.weight"}
+    auto_lr: ClassVar[str] = "1e-3"
+    auto_lr_overshoots: ClassVar[bool] = True
 
     block_size: Annotated[int, Field(ge=2)] = 32
     """How many inputs one rotation mixes. Must divide every target's inputs."""
@@ -53,10 +54,6 @@ class OFT(MatrixMethod):
         """Σ blocks · size · (size − 1) / 2 over the targeted matrices, which have one block each if it is shared."""
         blocks = (1 if self.shared else shape.inputs // self.block_size for shape in self.shapes(model).values())
         return sum(blocks) * (self.block_size * (self.block_size - 1) // 2)
-
-    def learning_rate(self, at: LearningRateContext) -> tuple[float, str]:
-        """lr = 1e-3 · rows per step / 16, at most 1e-3."""
-        return at.in_small_steps("1e-3")
 
     def peft_settings(self) -> dict[str, Any]:
         return {

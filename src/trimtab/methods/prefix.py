@@ -16,6 +16,7 @@ class PrefixTuning(Prefixes):
     """Trains a network that makes the keys and values of virtual tokens in every layer; what it made is saved."""
 
     auto_lr: ClassVar[str] = "1e-3"
+    auto_lr_overshoots: ClassVar[bool] = True
     inference_settings: ClassVar[dict[str, Any]] = {"width": 0}
 
     width: Annotated[int, Field(ge=0)] = 512

@@ -32,6 +32,8 @@ from trimtab.run import checkpoints, preflight
 from trimtab.run.recipe import Recipe
 from trimtab.run.script import run_recipe
 
+NAMES = ", ".join(repr(command.__name__.rpartition(".")[2]) for command in cli.COMMANDS)
+
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -356,9 +358,7 @@ def test_a_careless_user_is_told_what_is_wrong_and_nothing_is_left_behind(words,
     [
         (
             "trian r.yaml",
-            "argument COMMAND: invalid choice: 'trian' (choose from 'init', 'convert', 'train', 'check', 'eval', 'chat', "
-            "'merge', 'combine', 'methods', "
-            "'bench', 'verify', 'doctor', 'show'). Did you mean 'train'?",
+            f"argument COMMAND: invalid choice: 'trian' (choose from {NAMES}). Did you mean 'train'?",
         ),
         ("train r.yaml --lr 1e-4", "unrecognized arguments: --lr 1e-4. Keys of the recipe are given as words: train.lr=1e-4"),
         (
@@ -622,9 +622,13 @@ def test_an_empty_folder_that_is_there_is_filled(here, trimtab):
 def test_a_folder_may_have_any_name(name, here, trimtab):
     done = trimtab("train", "r.yaml", f"output={json.dumps(name, ensure_ascii=False)}", "train.epochs=1")
     assert (done.code, done.err) == (0, "")
-    assert done.out.splitlines()[-3].endswith(f"in {name}/adapter")
-    assert done.out.splitlines()[-1] == f"Look inside:    trimtab show {shlex.quote(name)}"
-    assert name in trimtab("show", name).out
+    adapter, chat, show, report = done.out.splitlines()[-4:]
+    assert adapter.endswith(f"in {name}/adapter")
+    assert chat == f"Chat with it:    trimtab chat {shlex.quote(name)}"
+    assert show == f"Look inside:     trimtab show {shlex.quote(name)}"
+    assert report == f"Read the report: {name}/report.html"
+    assert f"{name}/report.html" in trimtab("show", name).out
+    assert trimtab("report", name).out == f"Read the report: {name}/report.html\n"
     merged = trimtab("merge", "--force", name, f"{name} merged")
     assert f"into {name} merged (float32)" in merged.out
 

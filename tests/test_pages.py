@@ -162,7 +162,7 @@ def test_the_table_has_what_is_drawn():
 
 def test_the_description_says_the_numbers():
     texts = "".join(piece for _, piece in Page(page_of(curve("c", LOSS, [falling(10)]))).languages)
-    assert "Loss: 1.98 at step 1, 1.809 at step 10, lowest 1.809 at step 10." in texts
+    assert "Loss: 1.98 at step 1, 1.809 at step 10; lowest 1.809 at step 10, highest 1.98 at step 1." in texts
     assert "损失：第 1 步为 1.98" in texts
 
 

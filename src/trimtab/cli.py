@@ -6,12 +6,27 @@ import sys
 from collections.abc import Callable, Sequence
 
 from trimtab import __version__
-from trimtab.commands import bench, chat, check, combine, convert, doctor, eval, init, merge, methods, show, train, verify
+from trimtab.commands import (
+    bench,
+    chat,
+    check,
+    combine,
+    convert,
+    doctor,
+    eval,
+    init,
+    merge,
+    methods,
+    report,
+    show,
+    train,
+    verify,
+)
 from trimtab.commands._parser import Parser
 from trimtab.core import interrupts, process, streams
 from trimtab.core.errors import StorageError, TrimtabError
 
-COMMANDS = (init, convert, train, check, eval, chat, merge, combine, methods, bench, verify, doctor, show)
+COMMANDS = (init, convert, train, check, eval, chat, merge, combine, methods, bench, verify, doctor, show, report)
 """In the order of the help."""
 INTERRUPTED = 130
 

@@ -26,6 +26,7 @@ def run(arguments: argparse.Namespace) -> None:
     yaml12.load_file(arguments.recipe)  # a mistake in it is reported before torch is imported
     console = terminal(lasting=True)
     with status(console), gc_frozen():
+        from trimtab.artifacts.run_folder import REPORT
         from trimtab.report import Terminal
         from trimtab.run.recipe import Recipe
         from trimtab.run.script import run_recipe
@@ -39,7 +40,10 @@ def run(arguments: argparse.Namespace) -> None:
             raise
         raise type(error)(f"{error} The command for that:\n  {_command_into(error.free_folder, arguments)}") from None
     folder = escape(shlex.quote(str(recipe.output)))
-    console.print(f"[dim]Chat with it:[/]   trimtab chat {folder}\n[dim]Look inside:[/]    trimtab show {folder}")
+    report = escape(str(recipe.output / REPORT))
+    console.print(
+        f"[dim]Chat with it:[/]    trimtab chat {folder}\n[dim]Look inside:[/]     trimtab show {folder}\n[dim]Read the report:[/] {report}"
+    )
 
 
 def _command_into(folder: Path, arguments: argparse.Namespace) -> str:

@@ -37,6 +37,9 @@ class RunObserver:
 
     def on_certificate(self, certificate: dict[str, Any]) -> None: ...
 
+    def on_failure(self, error: BaseException) -> None:
+        """Called when the run ends by an error, or is interrupted (a KeyboardInterrupt), after `run.json` says so."""
+
 
 class Together(RunObserver):
     """Several observers as one: each is told everything, in their order."""
@@ -67,3 +70,7 @@ class Together(RunObserver):
     def on_certificate(self, certificate: dict[str, Any]) -> None:
         for observer in self.observers:
             observer.on_certificate(certificate)
+
+    def on_failure(self, error: BaseException) -> None:
+        for observer in self.observers:
+            observer.on_failure(error)

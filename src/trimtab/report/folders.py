@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from trimtab.artifacts import failure_advice, is_adapter, is_run, read_adapter, read_record, run_status
-from trimtab.artifacts.run_folder import ADAPTER, METRICS, RUN
+from trimtab.artifacts.run_folder import ADAPTER, METRICS, REPORT, RUN
 from trimtab.core.errors import ArtifactError, RecipeError
 
 
@@ -97,6 +97,8 @@ def folder_page(facts: dict[str, Any]) -> RenderableType:
             row("made with", ", ".join(f"{name} {version}" for name, version in adapter["versions"].items()))
     if "run" in facts:
         row("next", "\n".join(_next_commands(facts)))
+        if (report := Path(facts["run"]) / REPORT).is_file():
+            row("report", report)
     return Group(table)
 
 

@@ -12,9 +12,10 @@ from trimtab.core.errors import NotMoved, StorageError, listing
 from trimtab.core.interrupts import interrupts_deferred
 from trimtab.deploy import copy_adapter, save_adapter
 from trimtab.engine import MemoryPlan, PeakMemory
-from trimtab.report import RunObserver
+from trimtab.report import RunObserver, Together
 from trimtab.run.checkpoints import Checkpointer, Progress, Run, keep_adapters, newest_checkpoints, remove_states, same_command
 from trimtab.run.recipe import Recipe
+from trimtab.run.report_page import ReportPage
 from trimtab.run.resume import IDENTIFIED, UnfinishedRun, claim_output
 from trimtab.run.start import PreparedRun, prepare
 from trimtab.run.validation import Validation
@@ -38,6 +39,7 @@ def run_recipe(recipe: Recipe, observer: RunObserver | None = None) -> Run:
             unfinished.check_recipe(recipe)
         prepared = prepare(recipe, unfinished, observer)
         run = _begin(prepared, unfinished)
+        observer = Together(observer, ReportPage(run.folder, observer.on_notice))
         return _carry_out(run, prepared, unfinished.state if unfinished else None, observer)
 
 
@@ -72,6 +74,7 @@ def _carry_out(run: Run, prepared: PreparedRun, state: State | None, observer: R
         interrupted = isinstance(error, KeyboardInterrupt)
         with suppress(KeyboardInterrupt, StorageError), interrupts_deferred():  # the first error is the one to report
             run.write(status="interrupted") if interrupted else run.write(status="failed", error=str(error))
+            observer.on_failure(error)
         raise
     run.record.pop("error", None)
     facts = {"tokens": progress.tokens, "computed_tokens": progress.computed, "stopped": progress.stopped}

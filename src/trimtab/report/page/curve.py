@@ -31,8 +31,8 @@ EACH = Words("{name}, each step", "{name}，逐步")
 INTERVAL = Words("{name}: 95 % interval", "{name}：95 % 置信区间")
 RANGE = Words("{low} to {high}", "{low} ~ {high}")
 SUMMARY = Words(
-    "{name}: {first} at {x} {start}, {last} at {x} {end}, lowest {low} at {x} {place}.",
-    "{name}：第 {start} {x}为 {first}，第 {end} {x}为 {last}，最低 {low}（第 {place} {x}）。",
+    "{name}: {first} at {x} {start}, {last} at {x} {end}; lowest {low} at {x} {lowest}, highest {high} at {x} {highest}.",
+    "{name}：第 {start} {x}为 {first}，第 {end} {x}为 {last}；最低 {low}（第 {lowest} {x}），最高 {high}（第 {highest} {x}）。",
 )
 ONE_POINT = Words("{name}: {first} at {x} {start}.", "{name}：第 {start} {x}为 {first}。")
 LOGARITHMIC = Words("logarithmic scale", "对数坐标")
@@ -87,7 +87,7 @@ def curve(
         '<p class="soft" id="{key}-is">{sentences}</p>\n{table}\n</figure>',
         key=key,
         caption=say(caption),
-        notes=Html("".join(f' <span class="soft">({say(note)})</span>' for note in notes)),
+        notes=html(' <span class="soft">({notes})</span>', notes=joined(map(say, notes), "; ")) if notes else "",
         width=WIDTH,
         height=HEIGHT,
         title=both(caption),
@@ -183,10 +183,12 @@ def _legend(series: Sequence[Series]) -> Html:
 def _summary(one: Series, x: Words) -> Words:
     points = one.points
     (start, first), (end, last) = points[0], points[-1]
-    place, low = min(points, key=lambda point: point[1])
-    places = {"start": f"{start:,.6g}", "end": f"{end:,.6g}", "place": f"{place:,.6g}"}
-    values = {"first": number(first), "last": number(last), "low": number(low)}
-    return fill(SUMMARY if len(points) > 1 else ONE_POINT, name=one.name, x=x, **places, **values)
+    lowest, low = min(points, key=lambda point: point[1])
+    highest, high = max(points, key=lambda point: point[1])
+    places = {"start": start, "end": end, "lowest": lowest, "highest": highest}
+    values = {"first": first, "last": last, "low": low, "high": high}
+    texts = {key: f"{place:,.6g}" for key, place in places.items()} | {key: number(value) for key, value in values.items()}
+    return fill(SUMMARY if len(points) > 1 else ONE_POINT, name=one.name, x=x, **texts)
 
 
 def _table(series: Sequence[Series], x: Words) -> Html:

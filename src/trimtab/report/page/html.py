@@ -20,7 +20,7 @@ class Html(str):
     __slots__ = ()
 
 
-def html(template: str, **values: Any) -> Html:
+def html(template: str, /, **values: Any) -> Html:
     """The template with its places filled: `html("<p>{text}</p>", text=text)`."""
     return Html(template.format(**{name: escaped(value) for name, value in values.items()}))
 

@@ -17,7 +17,7 @@ Said = Words | str
 """What a page says: words, or a name that is the same in both languages."""
 
 
-def fill(words: Said, **values: Any) -> Words:
+def fill(words: Said, /, **values: Any) -> Words:
     """The words with their places filled, as HTML. A value that is itself words fills each language with its own."""
     if isinstance(words, str):
         words = Words(words, words)
@@ -28,7 +28,7 @@ def fill(words: Said, **values: Any) -> Words:
     return Words(*(html(escaped(words[n]), **chosen[n]) for n in languages))
 
 
-def say(words: Said, **values: Any) -> Html:
+def say(words: Said, /, **values: Any) -> Html:
     """The words in both languages, of which the page shows one."""
     if isinstance(words, str) and not values:
         return Html(escaped(words))
@@ -36,7 +36,7 @@ def say(words: Said, **values: Any) -> Html:
     return html('<span class="en" lang="en">{en}</span><span class="zh" lang="zh-Hans">{zh}</span>', **filled._asdict())
 
 
-def both(words: Said, **values: Any) -> Html:
+def both(words: Said, /, **values: Any) -> Html:
     """The words in both languages beside each other, where no switch reaches: titles of the browser's window and of drawings."""
     if isinstance(words, str) and not values:
         return Html(escaped(words))

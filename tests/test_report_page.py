@@ -1,15 +1,12 @@
 """A run's report: honest about every run, written again and again, and never in the run's way."""
 
-import json
 import re
 
 import pytest
 from pages import Page, problems
 from test_keys import plain_recipe, work  # noqa: F401 (a fixture)
 
-from trimtab.core import files
 from trimtab.report import RunObserver
-from trimtab.report.page.run_report import run_report
 from trimtab.run import report_page
 from trimtab.run.script import run_recipe
 

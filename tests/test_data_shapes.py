@@ -134,8 +134,9 @@ def test_sharegpt_tools_calls_and_observations():
         ],
         "tools": json.dumps(tools),
     }
-    calls = assistant("", tool_calls=[call("add", a=2, b=2)])
-    messages = (user("2 and 2?"), calls, {"role": "tool", "content": "4"}, assistant("It is 4."))
+    calls = assistant("", tool_calls=[{**call("add", a=2, b=2), "id": "call00001"}])
+    result = {"role": "tool", "content": "4", "tool_call_id": "call00001", "name": "add"}
+    messages = (user("2 and 2?"), calls, result, assistant("It is 4."))
     assert read(row) == Conversation(messages, "data:1", tools=tuple(tools))
     row["tools"] = tools
     assert read(row).tools == tuple(tools)
@@ -147,7 +148,8 @@ def test_sharegpt_tools_calls_and_observations():
 def test_several_sharegpt_calls_are_one_message():
     value = json.dumps([{"name": "a", "arguments": {"x": 1}}, {"name": "b", "arguments": "{}"}, {"name": "c"}])
     row = {"conversations": [turn("human", "Go."), turn("function_call", value)]}
-    assert read(row).messages[1] == assistant("", tool_calls=[call("a", x=1), call("b"), call("c")])
+    made = [{**one, "id": f"call0000{n}"} for n, one in enumerate([call("a", x=1), call("b"), call("c")], 1)]
+    assert read(row).messages[1] == assistant("", tool_calls=made)
 
 
 def test_a_sharegpt_turn_of_weight_0_is_not_learned():
@@ -265,9 +267,18 @@ def test_arguments_of_tool_calls_become_objects():
     row = {"messages": [user("a"), {"role": "assistant", "tool_calls": calls}, answer, assistant("b")], "tools": tools}
     example = read(row)
     assert example.messages[1] == assistant(
-        "", tool_calls=[{"id": "1", **call("f", x=[1, "é"])}, {"id": "2", **call("g", y=None)}, call("h"), call("i")]
+        "",
+        tool_calls=[
+            {"id": id, **made}
+            for id, made in (
+                ("1", call("f", x=[1, "é"])),
+                ("2", call("g", y=None)),
+                ("call00003", call("h")),
+                ("call00004", call("i")),
+            )
+        ],
     )
-    assert example.messages[2] == answer
+    assert example.messages[2] == {**answer, "name": "f"}
     assert example.tools == tuple(tools)
 
 
@@ -308,10 +319,14 @@ def test_weight_0_is_read_and_not_learned():
         ([user("a"), assistant("")], "messages[1].content is empty"),
         ([user("\n"), assistant("b")], "messages[0].content is empty"),
         ([user(7), assistant("b")], "messages[0].content is a number, not a text"),
-        ([user([{"text": "no type"}]), assistant("b")], "messages[0].content is a list, not a text"),
+        (
+            [user([{"word": "no type"}]), assistant("b")],
+            "messages[0].content has a part of type word, which is no text: leave the example out (data.bad_rows=skip), or remove the part",
+        ),
         (
             [user([{"type": "tool_use", "input": {}}]), assistant("b")],
-            "messages[0].content has a part of type tool_use, which is no text: leave the example out (data.bad_rows=skip), or remove the part",
+            "messages[0].content has a part of type tool_use, a call in a message that is not the assistant's: roles are exchanged, or the part "
+            "is misplaced",
         ),
         ([user([{"type": "text"}]), assistant("b")], "messages[0].content is null, not a text"),
         ([user([{"type": "text", "text": " "}]), assistant("b")], "messages[0].content is empty"),
@@ -491,13 +506,13 @@ def test_a_column_of_nulls_does_not_make_a_row_ambiguous():
         (
             {"": "0", "question": "a", "answer": "b"},
             "has a column without a name, question, answer, which matches no supported format (messages; conversations; "
-            "instruction, output; prompt, completion; text). Name them with data.columns, e.g. data.columns.prompt=question "
+            "contents; instruction, output; prompt, completion; text). Name them with data.columns, e.g. data.columns.prompt=question "
             "data.columns.completion=answer",
         ),
         (
             {},
-            "has no columns, which matches no supported format (messages; conversations; instruction, output; prompt, completion; text). "
-            "Name them with data.columns, e.g. data.columns.prompt=question",
+            "has no columns, which matches no supported format (messages; conversations; contents; instruction, output; "
+            "prompt, completion; text). Name them with data.columns, e.g. data.columns.prompt=question",
         ),
     ],
 )  # fmt: skip
@@ -543,8 +558,9 @@ def test_the_old_form_of_a_call_is_a_call():
     found = read(
         {"messages": [user("a"), assistant(None, function_call=call), {"role": "function", "name": "f", "content": "2"}]}
     )
-    assert found.messages[1]["tool_calls"] == [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]
-    assert found.messages[2] == {"role": "tool", "content": "2", "name": "f"}
+    function = {"name": "f", "arguments": {"x": 1}}
+    assert found.messages[1]["tool_calls"] == [{"type": "function", "id": "call00001", "function": function}]
+    assert found.messages[2] == {"role": "tool", "content": "2", "name": "f", "tool_call_id": "call00001"}
     swift = [user("a"), {"role": "tool_call", "content": json.dumps(call)}, {"role": "tool_response", "content": "2"}]
     assert read({"messages": swift}).messages[1] == found.messages[1]
 

@@ -213,11 +213,10 @@ def test_a_system_message_that_stands_before_the_last_question_is_read_there():
 
 
 def test_tools_that_stand_before_the_last_question_are_read_there_and_calls_have_nine_letters():
-    calls = [{**CALLS[0], "id": "abcdefghi"}]
-    ((before, answer),) = taught(like("nemo"), ONE, said("", tool_calls=calls))
-    assert before.startswith("[AVAILABLE_TOOLS]")
-    assert answer == '[TOOL_CALLS]{"name": "weather", "arguments": {"city": "Oslo", "days": 2}}</s>'
-    assert "length 9" in answers(like("nemo"), ONE, said("", tool_calls=CALLS))
+    for id in ("abcdefghi", "1", None):  # others are replaced, and missing ones made
+        ((before, answer),) = taught(like("nemo"), ONE, said("", tool_calls=[{**CALLS[0], "id": id}]))
+        assert before.startswith("[AVAILABLE_TOOLS]")
+        assert answer == '[TOOL_CALLS]{"name": "weather", "arguments": {"city": "Oslo", "days": 2}}</s>'
 
 
 def test_a_template_that_accepts_nothing_without_tools_has_calls_read():

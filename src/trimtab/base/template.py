@@ -1,20 +1,22 @@
 """A chat template with its switches set, at one moment. What it reads, and how it ends a turn, is found by probing it."""
 
 import json
-import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import datetime
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from trimtab.base import render_limits
 from trimtab.base.switches import Switches, switches_of
+from trimtab.base.template_forms import Form, in_form, with_fixed_date
 from trimtab.core.chat import CLOSES, OPENS, Message, common_length
 from trimtab.core.errors import DataError, RecipeError
 
 CALL_ID = "abcdefghi"
 """Mistral's templates want nine letters."""
+LONG_ID = "call_abcdefghijklmnop"
+"""An id as OpenAI makes them."""
 BY_EXAMPLE = "chat_template_kwargs"
 """The column in which an example sets switches; TRL has it, too."""
 MOST_SWITCHED = 64
@@ -58,12 +60,12 @@ class ChatTemplate:
         tools: Sequence[Any] | None = None,
         *,
         prompt: bool = False,
-        form: tuple[bool, bool] | None = None,
+        form: Form | None = None,
     ) -> str:
         """The text of a conversation; with `prompt`, up to where the model's answer begins.
 
         Args:
-            form: Whether contents are given as lists of parts, and arguments of calls as JSON text; as it needs them unless given.
+            form: How messages are given to it; as it needs them unless given.
 
         Raises:
             DataError: The template does not accept this conversation.
@@ -74,11 +76,11 @@ class ChatTemplate:
             raise DataError(f"the model's tokenizer has no chat template for it: {error}") from None
         if form is None:
             with_calls = any(message.get("tool_calls") for message in messages)
-            form = self._needs_parts, with_calls and self._needs_json_arguments
+            form = Form(self._needs_parts, with_calls and self._needs_json_arguments, with_calls and self._needs_short_ids)
         return render_limits.render_within_limits(
             template,
             lambda: self.tokenizer.apply_chat_template(
-                [_in_form(message, *form) for message in messages],
+                [in_form(message, form) for message in messages],
                 tools=list(tools) if tools else None,
                 chat_template=with_fixed_date(template, self.moment),
                 tokenize=False,
@@ -93,15 +95,21 @@ class ChatTemplate:
     def _needs_parts(self) -> bool:
         """It reads contents only as lists of parts (LLaVA's, Idefics')."""
         talk = [_user(PROBE)]
-        return PROBE not in self._probe(talk, form=(False, False)) and PROBE in self._probe(talk, form=(True, False))
+        return PROBE not in self._probe(talk, form=Form()) and PROBE in self._probe(talk, form=Form(parts=True))
 
     @cached_property
     def _needs_json_arguments(self) -> bool:
         """It reads a call's arguments only as JSON text (DeepSeek's)."""
-        talk, parts = [_user("0"), _call(PROBE)], self._needs_parts
-        return PROBE not in self._probe(talk, TOOLS, form=(parts, False)) and PROBE in self._probe(
-            talk, TOOLS, form=(parts, True)
-        )
+        talk, form = [_user("0"), _call(PROBE)], Form(self._needs_parts)
+        json_form = form._replace(json_arguments=True)
+        return PROBE not in self._probe(talk, TOOLS, form=form) and PROBE in self._probe(talk, TOOLS, form=json_form)
+
+    @cached_property
+    def _needs_short_ids(self) -> bool:
+        """It rejects ids of calls but those of nine letters (Mistral's)."""
+        long, short = ([_user("0"), _call(PROBE, id), _result(id)] for id in (LONG_ID, CALL_ID))
+        form = Form(self._needs_parts, self._needs_json_arguments)
+        return not self._probe(long, TOOLS, form=form) and PROBE in self._probe(short, TOOLS, form=form)
 
     @cached_property
     def reads_reasoning(self) -> bool:
@@ -199,9 +207,7 @@ class ChatTemplate:
     @cached_property
     def call_ending(self) -> Ending | None:
         """How a turn ends that calls a tool."""
-        return self._ending(
-            [_user("0")], _call, {"role": "tool", "name": "tool", "tool_call_id": CALL_ID, "content": "0"}, TOOLS
-        )
+        return self._ending([_user("0")], _call, _result(CALL_ID), TOOLS)
 
     def _ending(
         self, prompt: list[Message], answer: Callable[[str], Message], after: Message, tools: list[Any] | None
@@ -258,37 +264,10 @@ def _answer(content: str) -> Message:
     return {"role": "assistant", "content": content}
 
 
-def _call(argument: str) -> Message:
+def _call(argument: str, id: str = CALL_ID) -> Message:
     function = {"name": "tool", "arguments": {"x": argument}}
-    return {**_answer(""), "tool_calls": [{"type": "function", "id": CALL_ID, "function": function}]}
+    return {**_answer(""), "tool_calls": [{"type": "function", "id": id, "function": function}]}
 
 
-def _in_form(message: Message, parts: bool, json_arguments: bool) -> Message:
-    """The message with its content and arguments in the form that the template reads."""
-    if reasoning := message.get("reasoning_content") or message.get("thinking"):
-        message = {"reasoning": reasoning, **message}  # Transformers adds the other names
-    if parts:
-        message = {**message, "content": [{"type": "text", "text": message["content"]}]}
-    if json_arguments and message.get("tool_calls"):
-        calls = [
-            {
-                **call,
-                "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False)},
-            }
-            for call in message["tool_calls"]
-        ]
-        message = {**message, "tool_calls": calls}
-    return message
-
-
-@lru_cache(maxsize=8)
-def with_fixed_date(template: str, moment: datetime) -> str:
-    """The template with `strftime_now` fixed at this moment."""
-    if "strftime_now" not in template:
-        return template
-    forms = {text: moment.strftime(text) for text in re.findall(r"""["']([^"']*%[^"']*)["']""", template)}
-    return (
-        "{%- macro strftime_now(form) -%}{%- set texts = " + json.dumps(forms) + " -%}"
-        "{{- texts[form] if form in texts else raise_exception('the form ' ~ form ~ ' of the date is not a literal in the template') -}}"
-        "{%- endmacro -%}" + template
-    )
+def _result(id: str) -> Message:
+    return {"role": "tool", "name": "tool", "tool_call_id": id, "content": "0"}

@@ -6,7 +6,11 @@
 | ShareGPT | `conversations`: [{`from`, `value`, `weight`}], `system`, `tools` |
 | Alpaca / BELLE | `instruction`, `input`, `output`, `system`, `tools`, `history`: [[question, answer]] |
 | prompt and completion | `prompt`, `completion`: both texts or both lists of messages; `system`, `tools` |
+| Gemini | `contents`: [{`role`, `parts`}], `systemInstruction`, `tools` |
 | text | `text` |
+
+Messages of any format may be as other interfaces and libraries export them (`data.exported_messages`); `functions` is OpenAI's old name
+of `tools`.
 
 Conversations of any format may have `chat_template_kwargs`, switches of the chat template for this one example.
 """
@@ -29,8 +33,10 @@ from trimtab.data.example import (
     TrainOn,
     parts_of,
 )
-from trimtab.data.messages import MEDIA, TEXT_ALONE, read_messages, read_switches, read_tools, text_of
+from trimtab.data.exported_messages import system_parts
+from trimtab.data.messages import MEDIA, TEXT_ALONE, read_messages, read_switches, text_of
 from trimtab.data.system_message import AS_IT_IS, SystemMessage, with_system
+from trimtab.data.tool_calls import read_tools, with_results_linked
 from trimtab.data.trained import with_train_on
 
 
@@ -49,8 +55,11 @@ PAIR = {"chosen", "rejected"}
 PAIR_ELSEWHERE = "compares two answers, which this objective does not train on: dpo does, for one"
 LABELS = {"label", "kto_tag"}
 THINKING = "enable_thinking"
-OF_ANY = ("system", "tools", "chat_template_kwargs")
+OF_ANY = ("system", "tools", "functions", "chat_template_kwargs")
 """Columns that conversations of every format may have."""
+
+GEMINI = ("systemInstruction", "system_instruction")
+"""What Gemini calls its system message."""
 
 PROMPTS = ("question", "query", "problem", "input", "source", "user", "human", "instruction", "prompt")
 COMPLETIONS = ("answer", "response", "solution", "output", "target", "assistant", "bot", "gpt", "reply", "completion")
@@ -142,6 +151,7 @@ def _match(row: dict[str, Any], columns: Mapping[Any, str], formats: Sequence[Fo
     renamed |= {ours: row[theirs] for ours, theirs in columns.items()}
     allowed = [format for format in formats if columns.keys() <= format.columns]
     present = {column for column, value in renamed.items() if value is not None}
+    present -= set() if isinstance(renamed.get("contents"), list) else {"contents"}  # a text of that name is no conversation
     matches = [format for format in allowed if present.issuperset(format.required)]
     matches = [format for format in matches if not any(set(format.required) < set(other.required) for other in matches)]
     if len(matches) == 1:
@@ -170,7 +180,9 @@ def _our_name(name: str, row: dict[str, Any]) -> str:
 
 def _mismatch(row: dict[str, Any], formats: list[Format]) -> str:
     """Why a row matches none of these formats, and what to do."""
-    partial = [format for format in formats if any(column in row for column in format.required)]
+    partial = [
+        format for format in formats if row.keys() & {*format.required} and any(row.get(c) is None for c in format.required)
+    ]
     named = {str(name).lower(): name for name in row}
     if partial:
         closest = max(partial, key=lambda format: sum(row.get(column) is not None for column in format.required))
@@ -209,14 +221,16 @@ def _names(row: dict[str, Any]) -> str:
 
 def _conversation(row: dict[str, Any], where: str, messages: list[Message], **more: Any) -> Conversation:
     switches = read_switches(row.get("chat_template_kwargs"))
-    return Conversation(tuple(messages), where, read_tools(row.get("tools")), switches=switches, **more)
+    tools = row["functions"] if row.get("tools") in (None, "", []) and "functions" in row else row.get("tools")
+    return Conversation(tuple(with_results_linked(messages)), where, read_tools(tools), switches=switches, **more)
 
 
 def _system(row: dict[str, Any], messages: Sequence[Message] = (), column: str = "") -> list[Message]:
     """The message of the column `system`, if there is one, to be put before the messages of another column."""
-    system = row.get("system")
-    if system in (None, ""):
+    system = next((row[name] for name in ("system", *GEMINI) if row.get(name) not in (None, "")), None)
+    if system is None:
         return []
+    system = system_parts(system)
     message = {"role": "system", "content": text_of(system, "system")}
     if messages and messages[0]["role"] == "system":
         raise InvalidExample(
@@ -278,6 +292,7 @@ def _text(row: dict[str, Any], where: str) -> Example:
 ANSWERS = (
     Format(("messages",), OF_ANY, _turns("messages")),
     Format(("conversations",), OF_ANY, _turns("conversations")),
+    Format(("contents",), (*GEMINI, *OF_ANY), _turns("contents")),
     Format(("instruction", "output"), ("input", "history", *OF_ANY), _alpaca),
     Format(("prompt", "completion"), OF_ANY, _prompt_completion),
     Format(("text",), (), _text),

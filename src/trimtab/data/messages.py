@@ -1,4 +1,4 @@
-"""Messages, tool calls and texts in the forms that data has them, turned into the form that chat templates read."""
+"""Messages and texts in the forms that data has them, turned into the form that chat templates read."""
 
 import math
 import re
@@ -6,7 +6,9 @@ from typing import Any
 
 from trimtab.core.chat import Message
 from trimtab.data.example import InvalidExample
-from trimtab.data.strict_json import kind, parse_json
+from trimtab.data.exported_messages import chat_messages
+from trimtab.data.strict_json import kind
+from trimtab.data.tool_calls import parsed, read_calls
 
 ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
@@ -55,14 +57,18 @@ def text_of(value: Any, name: str, *, empty: bool = False) -> str:
 def read_messages(raw: Any, column: str) -> tuple[list[Message], dict[int, float]]:
     """Messages as chat templates read them, and the weights in the loss that some have of their own, by index.
 
-    Each has `role` and `content` in the data, or `from` and `value`, as ShareGPT has it.
+    Each has `role` and `content` in the data, or `from` and `value`, as ShareGPT has it, or a form of `data.exported_messages`.
     """
     if not isinstance(raw, list) or not raw:
         raise InvalidExample(f"{column} is {'an empty list' if raw == [] else kind(raw)}, not a list of messages")
     messages, weights = [], {}
-    for number, message in enumerate(raw):
-        name = f"{column}[{number}]"
+    for number, (name, message) in enumerate(chat_messages(raw, column)):
         if not isinstance(message, dict) or not ("role" in message or "from" in message):
+            if isinstance(message, dict) and isinstance(message.get("type"), str):
+                raise InvalidExample(
+                    f"{name} is of type {message['type']}, which chat templates have no place for: leave the example out (data.bad_rows=skip), "
+                    "or remove it"
+                )
             raise InvalidExample(f"{name} is not a message with role and content, or from and value")
         messages.append(_message(message, name))
         if (weight := _weight(message, name)) is not None:
@@ -107,14 +113,16 @@ def _message(raw: dict[str, Any], name: str) -> Message:
     if call := raw.get("function_call"):  # OpenAI's, before there were tools
         calls = [{"function": call}]
     if role == "function_call":
-        calls = _parsed(text_of(content, f"{name}.{content_key}"), f"{name}: the function_call")
+        calls = parsed(text_of(content, f"{name}.{content_key}"), f"{name}: the function_call")
         calls = [{"type": "function", "function": call} for call in (calls if isinstance(calls, list) else [calls])]
         role, content = "assistant", None
     reasoning = ""
     if role == "assistant" and isinstance(content, list):
         content, reasoning = _without_reasoning(content, f"{name}.{content_key}")
         content = content or (None if calls else "")
-    content = "" if calls and content is None else text_of(content, f"{name}.{content_key}", empty=bool(calls))
+    content = (
+        "" if calls and content is None else text_of(content, f"{name}.{content_key}", empty=bool(calls) or role == "tool")
+    )
     read = ("weight", *SWITCHES, "tool_calls", "function_call", role_key, content_key)
     message = {key: value for key, value in raw.items() if key not in read and value is not None}
     message = {"role": role, "content": content, **message}
@@ -122,7 +130,7 @@ def _message(raw: dict[str, Any], name: str) -> Message:
         if said := next((key for key in ("reasoning_content", *REASONING_PARTS) if message.get(key)), None):
             raise InvalidExample(f"{name} has its reasoning twice, in {said} and as a part of {content_key}: remove one")
         message["reasoning_content"] = reasoning
-    return {**message, "tool_calls": _tool_calls(calls, name)} if calls else message
+    return {**message, "tool_calls": read_calls(calls, name)} if calls else message
 
 
 def _without_reasoning(parts: list[Any], name: str) -> tuple[list[Any], str]:
@@ -136,42 +144,10 @@ def _without_reasoning(parts: list[Any], name: str) -> tuple[list[Any], str]:
     return [part for part, kind in zip(parts, kinds, strict=True) if kind not in REASONING_PARTS], "".join(texts)
 
 
-def _tool_calls(calls: Any, name: str) -> list[dict[str, Any]]:
-    """Calls whose arguments are objects, as templates want them; OpenAI writes them as JSON texts."""
-    read = []
-    for call in calls if isinstance(calls, list) else [calls]:
-        function = call.get("function") if isinstance(call, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise InvalidExample(f"{name}.tool_calls holds a call without function.name")
-        place = f"{name}.tool_calls: the arguments of {function['name']}"
-        arguments = function.get("arguments")
-        if isinstance(arguments, str):
-            arguments = _parsed(arguments or "{}", place)
-        if not isinstance(arguments, dict | None):
-            raise InvalidExample(f"{place} are {kind(arguments)}, not an object")
-        read.append({**call, "type": "function", "function": {**function, "arguments": arguments or {}}})
-    return read
-
-
-def read_tools(raw: Any) -> tuple[Any, ...]:
-    if isinstance(raw, str):
-        raw = _parsed(raw, "tools") if raw.strip() else []
-    if raw is not None and not isinstance(raw, list):
-        raise InvalidExample(f"tools is {kind(raw)}, not a list of tool descriptions")
-    return tuple(raw or ())
-
-
 def read_switches(raw: Any) -> dict[str, Any]:
     """The switches of the chat template that an example sets, without those that are null."""
     if isinstance(raw, str):
-        raw = _parsed(raw, "chat_template_kwargs") if raw.strip() else {}
+        raw = parsed(raw, "chat_template_kwargs") if raw.strip() else {}
     if raw is not None and not isinstance(raw, dict):
         raise InvalidExample(f'chat_template_kwargs is {kind(raw)}, not an object such as {{"enable_thinking": false}}')
     return {name: value for name, value in (raw or {}).items() if value is not None}
-
-
-def _parsed(text: str, name: str) -> Any:
-    try:
-        return parse_json(text)
-    except ValueError as error:
-        raise InvalidExample(f"{name}: not valid JSON: {error}") from None

@@ -169,6 +169,24 @@ def test_scripts_arguments_have_the_classes_defaults(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("settings", "init"),
+    [({"init_lora_weights": "gaussian"}, "gaussian"), ({"init_lora_weights": "olora"}, "default"), ({}, "default")],
+    ids=str,
+)
+def test_peft_s_initial_values_are_ours(settings, init, tmp_path):
+    theirs = arguments()
+    theirs["LoraConfig"] |= settings
+    found = converted(tmp_path, theirs)
+    assert found.recipe.plain()["method"].get("init", "default") == init
+    outcome = {setting.name: setting.outcome for setting in found.settings}.get("init_lora_weights")
+    assert outcome == {"gaussian": "key", "olora": "missing"}.get(settings.get("init_lora_weights"))
+    theirs["LoraConfig"] |= {"use_dora": True}  # which starts from its own values
+    found = converted(tmp_path, theirs)
+    assert found.recipe.plain()["method"]["name"] == "dora"
+    assert not settings or {s.name: s.outcome for s in found.settings}["init_lora_weights"] == "missing"
+
+
+@pytest.mark.parametrize(
     ("settings", "said"),
     [
         (

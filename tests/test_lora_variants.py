@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from families import logprob_alone, perturb, random_rows, tiny
+from mixtures import mixture
 
 from trimtab.base import Base
 from trimtab.core.errors import NoSuchModule, RecipeError
@@ -421,3 +422,20 @@ def test_an_output_of_zeros_has_no_direction_and_stays_as_it_is(tmp_path):
         merged = adapter.layers[DOWN].merge()
     assert bool(merged.weight.isfinite().all())
     assert not merged.weight[2].any()
+
+
+def test_gaussian_is_pefts():
+    """A ~ N(0, 1/rank²) and B zero; of an embedding, whose A PEFT leaves at zero, as by default."""
+    for rank in (4, 16):
+        method = LoRA(rank=rank, init="gaussian", targets=["q_proj", "up_proj", "embed_tokens"])
+        layers = attach(tiny("qwen2"), method).layers
+        drawn = torch.cat([layer.A.flatten() for path, layer in layers.items() if "embed" not in path])
+        assert float(drawn.std()) == pytest.approx(1 / rank, rel=0.05)
+        assert abs(float(drawn.mean())) < 0.1 / rank
+        uniform = attach(tiny("qwen2"), LoRA(rank=rank)).layers[Q_PROJ].A
+        assert float(uniform.abs().max()) <= 1 / math.sqrt(32) < float(drawn.abs().max())
+        assert all(not torch.count_nonzero(layer.B) for path, layer in layers.items() if "embed" not in path)
+        assert not torch.count_nonzero(layers["model.embed_tokens"].A)
+        assert torch.equal(logits(attach(tiny("qwen2"), method).model), logits(tiny("qwen2")))
+    experts = attach(mixture("mixtral"), LoRA(rank=4, init="gaussian"))
+    assert all(float(t.std()) == pytest.approx(0.25, rel=0.2) for name, t in experts.state().items() if name.endswith(".A"))

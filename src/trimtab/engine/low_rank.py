@@ -45,6 +45,9 @@ def linear_of(module: nn.Module, dtype: torch.dtype) -> Linear | None:
     updates: list[LowRankUpdate] = []
     while isinstance(module, AdapterLayer):
         if state := module.switch.state:
+            if (merged := None if isinstance(state, Routing) else module.twin()) is not None:
+                module = merged
+                break
             update = None if isinstance(state, Routing) else module.low_rank_factors()
             if update is None:
                 return None

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from trimtab.core.config import Choice
 from trimtab.core.errors import NotMergeable, UnsupportedModel
-from trimtab.core.wrapping import Wrapper, base_modules
+from trimtab.core.wrapping import base_modules
 from trimtab.methods._layers import Layers
 from trimtab.methods._matrices import ALL_LINEAR, MatrixShape, Targets, find_matrices, left_frozen, matrix_modules
+from trimtab.methods._merged import MergeableLayer
 from trimtab.methods._peft import SELECTION_KEYS, check_peft_config, from_peft_names, shortest_names, to_peft_names
 from trimtab.methods._rates import LearningRateContext
 from trimtab.methods._switch import Routing, Switch, only_active
@@ -29,7 +30,7 @@ class LowRankUpdate(NamedTuple):
     """Probability with which an input of A is dropped now; the others are divided by 1 minus it."""
 
 
-class AdapterLayer(Wrapper):
+class AdapterLayer(MergeableLayer):
     """A frozen `base` module together with the trainable parameters that adapt it.
 
     Whatever this module owns outside `base` is the adapter. Freezing, counting, saving, loading and removing rely on
@@ -45,7 +46,7 @@ class AdapterLayer(Wrapper):
         state = self.switch.state
         if isinstance(state, Routing):
             return self.route(state, *args, **kwargs)
-        return self.adapt(*args, **kwargs) if state else self.base(*args, **kwargs)
+        return (self.twin() or self.adapt)(*args, **kwargs) if state else self.base(*args, **kwargs)
 
     def adapt(self, *args: Any, **kwargs: Any) -> Any:
         """The base's output, adapted; same arguments and return type as `base`."""

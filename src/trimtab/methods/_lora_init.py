@@ -1,4 +1,4 @@
-"""Initial values of LoRA's A and B from the model's matrices (PiSSA) or from their inputs (EVA).
+"""Initial values of LoRA's A and B: normal numbers, from the model's matrices (PiSSA), or from their inputs (EVA).
 
 Shapes: r rank, n inputs and m outputs of a matrix, T tokens.
 """
@@ -18,6 +18,14 @@ TOKENS = 4096
 """How many tokens' inputs are used."""
 MAX_NUMBERS = 250_000_000
 """How many numbers of Xᵀ X are held at a time: 1 GB of float32."""
+
+
+@torch.no_grad()
+def draw_gaussian(layer: AdapterLayer) -> None:
+    """Draw each A (… r n) from N(0, 1/r²), as PEFT's init_lora_weights="gaussian" does; an embedding's A stays zero, and B normal."""
+    for name, parameter in layer.own_parameters().items():
+        if name.rpartition(".")[2] == "A" and not isinstance(unwrap(layer), nn.Embedding):
+            parameter.normal_(std=1 / parameter.shape[-2])
 
 
 @torch.no_grad()

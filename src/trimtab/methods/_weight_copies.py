@@ -46,7 +46,7 @@ def with_parameters(module: nn.Module, values: Mapping[str, Tensor]) -> nn.Modul
     Raises:
         RecipeError: Another adapter that retrains the same weights is switched on.
     """
-    twin = copy.copy(module)
+    twin = module.without_twin() if isinstance(module, AdapterLayer) else copy.copy(module)
     if isinstance(module, AdapterLayer):
         if isinstance(module, WeightCopyLayer) and module.switch.state:
             raise RecipeError("Two adapters that retrain the same weights cannot act at once: switch one of them off.")

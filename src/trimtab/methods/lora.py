@@ -11,16 +11,17 @@ from torch import Tensor, nn
 
 from trimtab.core.errors import RecipeError
 from trimtab.methods import AdapterLayer, LowRankUpdate, MatrixShape, Method, Sample
-from trimtab.methods._lora_init import init_from_inputs, principal_factors
+from trimtab.methods._lora_init import draw_gaussian, init_from_inputs, principal_factors
 from trimtab.methods._lowrank import LowRank, LowRankExperts, LowRankLayer
 
 
 class LoRA(LowRank):
     """Adds `alpha / rank · B A` to each targeted matrix."""
 
-    init: Literal["default", "pissa", "eva"] = "default"
+    init: Literal["default", "gaussian", "pissa", "eva"] = "default"
     """Initial values of A and B: A random and B zero, or from the model's matrices (`pissa`) or the data (`eva`).
 
+    A is uniform within ±1/√inputs by default, and normal with a standard deviation of 1/rank with `gaussian`, as in PEFT.
     PiSSA (Meng et al. 2024, arXiv:2404.02948) trains the principal part of each matrix: A and B start as it, and their
     initial product is subtracted. EVA (Paischer et al. 2024, arXiv:2410.07170) starts A as the principal directions of
     each matrix's inputs on the first training examples, and B as zero; every matrix keeps its rank, where the authors
@@ -30,16 +31,20 @@ class LoRA(LowRank):
     def shapes(self, model: nn.Module) -> dict[str, MatrixShape]:
         """The targeted matrices by path. Raises NoSuchModule, or RecipeError for an `init` that fused experts do not have."""
         shapes = super().shapes(model)
-        if self.init != "default" and (experts := [path for path, shape in shapes.items() if shape.experts]):
+        if self.init in ("pissa", "eva") and (experts := [path for path, shape in shapes.items() if shape.experts]):
             raise RecipeError(
                 f"init: {self.init} starts from each matrix by itself, and {experts[0]} holds those of {shapes[experts[0]].experts} experts in "
-                "one tensor, for which Trimtab has the default alone. Set init: default, or name other targets, such as attention."
+                "one tensor, which Trimtab does not do. Set init: default or gaussian, or name other targets, such as attention."
             )
         return shapes
 
     def layer(self, base: nn.Module, path: str) -> AdapterLayer:
-        if (experts := self.experts_layer(base, path, LowRankExperts)) is not None:
-            return experts
+        layer = self.experts_layer(base, path, LowRankExperts) or self._layer(base, path)
+        if self.init == "gaussian":
+            draw_gaussian(layer)
+        return layer
+
+    def _layer(self, base: nn.Module, path: str) -> "LoRALayer":
         rank, scale = self.rank_of(path), self.scale_of(path)
         if self.init == "pissa":
             return PiSSALayer(base, rank, scale, self.dropout, path)

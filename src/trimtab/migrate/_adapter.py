@@ -68,6 +68,8 @@ def _variant(settings: Settings) -> None:
         settings.put("pissa_init", "pissa")
     elif init and (value == "eva" or str(value).startswith("pissa")):
         settings.put(init, str(value)[: 3 if value == "eva" else 5])
+    elif init and value == "gaussian" and not settings.on("use_dora", "peft_use_dora"):
+        settings.put(init, "gaussian")
     elif init and value not in (True, "true", "default"):
         settings.settle(init, "missing", f"{value} is not there: A is random and B is zero, as by default")
     elif init:

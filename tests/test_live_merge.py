@@ -133,18 +133,18 @@ def test_what_is_no_change_of_weights_is_refused(name):
 
 
 def test_a_method_that_fits_some_of_its_modules_alone_merges_none():
-    model, adapter = adapted("llama", Method.member("bitfit")())
+    _, adapter = adapted("llama", Method.member("bitfit")())
     with pytest.raises(NotMergeable, match="has no bias"):
         adapter.merge()
     assert not adapter.merged
 
 
 def test_values_that_are_not_finite_or_overflow_are_refused():
-    model, adapter = adapted()
+    _, adapter = adapted()
     next(iter(adapter.parameters().values())).data[0] = float("nan")
     with pytest.raises(ArtifactError, match=r"A holds NaN or Inf, so nothing was merged"):
         adapter.merge()
-    model, adapter = adapted(dtype=torch.float16)
+    _, adapter = adapted(dtype=torch.float16)
     perturb(adapter.parameters(), 1e3)
     with pytest.raises(ArtifactError, match=r"with the adapter overflows torch.float16, so nothing was merged"):
         adapter.merge()
@@ -168,7 +168,7 @@ def test_in_bfloat16_it_says_how_much_of_the_change_is_left():
     assert 0.9 < adapter.merge() < 1.0
     assert adapter.layers["model.layers.0.self_attn.q_proj"].twin().weight.dtype == torch.bfloat16
     assert weights_hash(own_weights(model)) == weights
-    small, faint = adapted(dtype=torch.bfloat16, size=1e-4)
+    _, faint = adapted(dtype=torch.bfloat16, size=1e-4)
     assert faint.merge() < 0.5
 
 
@@ -261,7 +261,9 @@ def test_merging_again_takes_the_values_of_now_and_copies_are_their_own():
     torch.testing.assert_close(logits(model), now, rtol=1e-4, atol=1e-4)
     assert torch.equal(logits(twin), was)
     wide = twin.double()
-    assert {p.dtype for p in next(m for m in wide.modules() if isinstance(m, MergeableLayer)).twin().parameters()} == {torch.float64}
+    assert {p.dtype for p in next(m for m in wide.modules() if isinstance(m, MergeableLayer)).twin().parameters()} == {
+        torch.float64
+    }
     torch.testing.assert_close(logits(wide).float(), was, rtol=1e-4, atol=1e-4)
 
 

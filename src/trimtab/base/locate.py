@@ -26,22 +26,25 @@ EMBEDDED = "smollm2-135m-instruct"
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 
 
-def loadable_place(name: str) -> Path | str:
+def loadable_place(name: str, *, weights: bool = True) -> Path | str:
     """The folder to load a model from, or its name on the hub. A GGUF file is converted on first use.
+
+    Args:
+        weights: Whether a folder has to hold them, beside config.json.
 
     Raises:
         RecipeError: There is nothing of that name.
         UnsupportedModel: There is, but not a model that Trimtab reads.
         StorageError: It can't be fetched from the hub.
     """
-    path = locate_model(name)
+    path = locate_model(name, weights=weights)
     if path is None:
         _check_hub(name)
         return name
     return _converted(path) if path.is_file() else path
 
 
-def locate_model(name: str) -> Path | None:
+def locate_model(name: str, *, weights: bool = True) -> Path | None:
     """The folder or GGUF file of a name, or None for one on the hub. Reads nothing. Raises RecipeError or UnsupportedModel."""
     path = files.expand_user(name)
     if name == EMBEDDED and not path.exists():
@@ -53,7 +56,7 @@ def locate_model(name: str) -> Path | None:
             )
         return path
     if path.is_dir():
-        _check_folder(path)
+        _check_folder(path, weights)
         return path
     looks_local = path.is_absolute() or name.startswith((".", "~")) or path.suffix == ".gguf" or not is_hub_name(name)
     if looks_local or (path.parts and Path(path.parts[0]).is_dir()):
@@ -91,14 +94,14 @@ def _check_hub(name: str) -> None:
         ) from None
 
 
-def _check_folder(path: Path) -> None:
+def _check_folder(path: Path, weights: bool) -> None:
     if not (path / "config.json").is_file():
         raise UnsupportedModel(f"model: {path} has no config.json, so it is not a Transformers model folder.")
     if (path / "adapter_config.json").exists():
         raise UnsupportedModel(
             f"model: {path} holds an adapter beside the model, which Transformers would silently attach. Move the adapter elsewhere."
         )
-    if not any(file for pattern in _WEIGHTS for file in path.glob(pattern)):
+    if weights and not any(file for pattern in _WEIGHTS for file in path.glob(pattern)):
         pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in path.glob(pattern))
         if pickled:
             raise UnsupportedModel(_conversion(path, pickled))

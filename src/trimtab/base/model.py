@@ -290,7 +290,7 @@ def skeleton(name: str) -> Any:
     Raises:
         RecipeError, UnsupportedModel, StorageError: As `Base.load`.
     """
-    place = locate.loadable_place(name)
+    place = locate.loadable_place(name, weights=False)
     with explaining_failure(place):
         stored_quantization(place)
         model = read_skeleton(place)

@@ -45,8 +45,8 @@ from trimtab.methods._switch import Routing, Switch, current_routing, routed
 
 __all__ = [
     "ALL", "ALL_LINEAR", "ATTENTION", "BASE_TENSOR_PREFIX", "AdapterLayer", "Attached", "ByTarget", "Combined",
-    "LearningRateContext", "LowRankUpdate", "MatrixMethod", "MatrixShape", "Method", "Patterns", "Routing", "Sample", "Switch", "Targets",
-    "activate", "active", "adapters", "attach", "attach_uninitialized", "base_modules", "check_peft_config", "combine",
+    "LearningRateContext", "LowRankUpdate", "MatrixMethod", "MatrixShape", "Method", "Patterns", "Routing", "Sample", "Switch",
+    "Targets", "activate", "active", "adapters", "attach", "attach_uninitialized", "base_modules", "check_peft_config", "combine",
     "current_routing", "find_matrices", "left_frozen", "matches_target", "matrix_modules", "matrix_shape", "max_row_length",
     "replace_method", "require_free_name", "require_matrix_shape", "routed", "select_modules", "shortest_names", "switch_of",
     "targeted_experts", "to_peft_names", "trainable_dtype", "unwrap", "weight_matrix", "with_weight",

@@ -14,7 +14,8 @@ from trimtab.core.errors import ArtifactError, RecipeError, listing
 from trimtab.core.randomness import seeded
 from trimtab.core.wrapping import base_modules
 from trimtab.methods._base import AdapterLayer, Method, Sample
-from trimtab.methods._merged import merge_layers
+from trimtab.methods._described import Described
+from trimtab.methods._merged import MergeableAdapter
 from trimtab.methods._switch import Switch, switched
 
 _REGISTER = "trimtab_adapters"
@@ -30,7 +31,7 @@ class _Register:
     replaced_methods: set[str] = field(default_factory=set)
 
 
-class Attached:
+class Attached(MergeableAdapter, Described):
     """An adapter on a model. Made by `attach`."""
 
     def __init__(self, model: nn.Module, name: str, method: Method, layers: dict[str, AdapterLayer]) -> None:
@@ -115,31 +116,6 @@ class Attached:
         """Switch the adapter between training (its dropout acts) and evaluation. The base always evaluates."""
         for layer in self.layers.values():
             layer.train(mode)
-
-    @property
-    def merged(self) -> bool:
-        """Whether the model computes with merged weights while this adapter acts."""
-        return any(layer.is_merged for layer in self.layers.values())
-
-    def merge(self) -> float:
-        """Let the model compute with the sum of its weights and the adapter's change, as they are now; `unmerge` restores every bit.
-
-        The base's own weights are kept beside the sums, so that everything else stays true: the adapter can be switched off, saved or
-        taken off, and others attached. It cannot be trained or loaded. Where an adapter under it acts as well, it acts unmerged.
-
-        Returns:
-            The share of the adapter's change left after rounding to the base's dtype: 1 in float32, but for rounding.
-
-        Raises:
-            NotMergeable: The method is not a change of weights, or the base is quantized. Then nothing is merged.
-            ArtifactError: The adapter holds NaN or Inf, or a sum overflows the base's dtype. Then nothing is merged.
-        """
-        return merge_layers(self.layers, self.method.name, self.method.mergeable)
-
-    def unmerge(self) -> None:
-        """Compute with the base's own weights and the adapter beside them again, as before `merge`, to the last bit."""
-        for layer in self.layers.values():
-            layer.set_twin(None)
 
     def detach(self) -> nn.Module:
         """Take the adapter off; without others the model is what it was before, modules, names, flags and bits."""

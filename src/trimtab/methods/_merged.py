@@ -51,7 +51,9 @@ class MergeableLayer(Wrapper):
 
     def train(self, mode: bool = True) -> "MergeableLayer":
         if mode and self.is_merged:
-            raise RecipeError("A merged adapter computes with fixed weights, so it cannot be trained. Unmerge it first (unmerge).")
+            raise RecipeError(
+                "A merged adapter computes with fixed weights, so it cannot be trained. Unmerge it first (unmerge)."
+            )
         super().train(mode)
         return self
 
@@ -63,8 +65,44 @@ class MergeableLayer(Wrapper):
         return self
 
 
+class MergeableAdapter:
+    """An adapter on a model that may compute with merged weights."""
+
+    method: Any
+    layers: dict[str, Any]
+
+    @property
+    def merged(self) -> bool:
+        """Whether the model computes with merged weights while this adapter acts."""
+        return any(layer.is_merged for layer in self.layers.values())
+
+    def merge(self) -> float:
+        """Let the model compute with the sum of its weights and the adapter's change, as they are now; `unmerge` restores every bit.
+
+        The base's own weights are kept beside the sums, so that everything else stays true: the adapter can be switched off, saved or
+        taken off, and others attached. It cannot be trained or loaded. Where an adapter under it acts as well, it acts unmerged.
+
+        Returns:
+            The share of the adapter's change left after rounding to the base's dtype: 1 in float32, but for rounding.
+
+        Raises:
+            NotMergeable: The method is not a change of weights, or the base is quantized. Then nothing is merged.
+            ArtifactError: The adapter holds NaN or Inf, or a sum overflows the base's dtype. Then nothing is merged.
+        """
+        if not self.method.mergeable:
+            raise NotMergeable(
+                f"{self.method.name} is not a change of weights, so it cannot be merged. Use the adapter as it is, beside the base."
+            )
+        return _merge(self.layers)
+
+    def unmerge(self) -> None:
+        """Compute with the base's own weights and the adapter beside them again, as before `merge`, to the last bit."""
+        for layer in self.layers.values():
+            layer.set_twin(None)
+
+
 @torch.no_grad()
-def merge_layers(layers: Mapping[str, Any], method: str, mergeable: bool) -> float:
+def _merge(layers: Mapping[str, Any]) -> float:
     """Give each layer its twin; all or none. Returns the share of the change that is left after rounding to the base's dtype.
 
     New tokens' rows stay beside the base's table, which they would make longer.
@@ -73,8 +111,6 @@ def merge_layers(layers: Mapping[str, Any], method: str, mergeable: bool) -> flo
         NotMergeable: The method is not a change of weights, there is nothing but new tokens, or the base is quantized.
         ArtifactError: The adapter holds NaN or Inf, or a sum overflows the base's dtype.
     """
-    if not mergeable:
-        raise NotMergeable(f"{method} is not a change of weights, so it cannot be merged. Use the adapter as it is, beside the base.")
     twins: dict[str, nn.Module] = {}
     change = lost = 0.0
     for path, layer in layers.items():
@@ -100,7 +136,9 @@ def merge_layers(layers: Mapping[str, Any], method: str, mergeable: bool) -> flo
             twin._parameters[name] = nn.Parameter(rounded, requires_grad=False)
         twins[path] = twin.eval()
     if not twins:
-        raise NotMergeable("The adapter has rows of new tokens alone, which stay beside the base's table. Use the adapter as it is.")
+        raise NotMergeable(
+            "The adapter has rows of new tokens alone, which stay beside the base's table. Use the adapter as it is."
+        )
     for path, twin in twins.items():
         layers[path].set_twin(twin)
     return 1.0 - min(1.0, math.sqrt(lost / change)) if change else 1.0

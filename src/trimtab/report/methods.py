@@ -1,7 +1,5 @@
 """The adapter methods as a table: what each would train on a model; and of one method, the modules that it would adapt."""
 
-import re
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -77,14 +75,31 @@ def method_facts(model: Any, method: Method) -> dict[str, Any]:
         }
         for path, layer in adapter.layers.items()
     ]
+    derivation = [
+        {
+            "modules": one.modules,
+            "count": one.count,
+            "kind": one.kind,
+            "shape": list(one.shape) if one.shape else None,
+            "tensors": {name: list(shape) for name, shape in one.tensors.items()},
+            "formula": one.formula,
+            "each": one.each,
+            "sum": one.sum,
+            "parameters": one.parameters,
+        }
+        for one in adapter.replaced()
+    ]
     trained = sum(p.numel() for p in adapter.parameters().values())
+    line = adapter.trainable_parameters()
     adapter.detach()
     return {
         "method": method.plain(),
         "parameters": trained,
         "base_parameters": total,
+        "trainable": line,
         "positions": method.virtual_token_count,
         "left_frozen": frozen,
+        "derivation": derivation,
         "replaced": replaced,
     }
 
@@ -92,36 +107,21 @@ def method_facts(model: Any, method: Method) -> dict[str, Any]:
 def method_table(facts: dict[str, Any], source: str) -> Group:
     """`method_facts` as a table, with one row for modules that differ in the number of their layer alone."""
     table = Table(box=None, pad_edge=False)
-    table.add_column("module", overflow="fold")
-    table.add_column("", justify="right", no_wrap=True)
-    table.add_column("of", no_wrap=True)
-    table.add_column("trained", overflow="fold")
-
-    alike: dict[tuple[str, str, str], list[list[int]]] = {}
-    for module in facts["replaced"]:
-        sizes = ", ".join(f"{name} {'×'.join(map(str, shape))}" for name, shape in module["tensors"].items())
-        numbers = [int(part) for part in module["module"].split(".") if part.isdigit()]
-        pattern = re.sub(r"(?<![^.])\d+(?![^.])", "{}", module["module"])
-        alike.setdefault((pattern, module["kind"], sizes), []).append(numbers)
-    for (pattern, kind, sizes), layers in alike.items():
-        spans = [_span(sorted(set(column))) for column in zip(*layers, strict=True)]
-        table.add_row(escape(pattern.format(*spans)) or "(the whole model)", f"{len(layers):,} ×", kind, sizes)
+    table.add_column("module, and what is trained of each", overflow="fold")
+    table.add_column("modules · each", justify="right", overflow="fold")
+    for one in facts["derivation"]:
+        kind = one["kind"] + (" {:,}→{:,}".format(*one["shape"]) if one["shape"] else "")
+        sizes = ", ".join(f"{name} {'×'.join(map(str, shape))}" for name, shape in one["tensors"].items())
+        row = Text(f"{one['modules'] or '(the whole model)'} ({kind})")
+        row.append(f"\n  {sizes}: {one['formula']} = {one['each']:,}", style="dim")
+        table.add_row(row, one["sum"])
     name, settings = facts["method"]["name"], {k: v for k, v in facts["method"].items() if k != "name"}
     text = ", ".join(f"{key} {value}" for key, value in settings.items() if value not in (None, False, {}, [], 0))
-    share = facts["parameters"] / facts["base_parameters"]
-    head = [
-        Text(f"{name} on {source}: {text}", style="bold"),
-        Text(f"{facts['parameters']:,} parameters are trained ({share:.2%})."),
-    ]
+    sums = [f"{one['parameters']:,}" for one in facts["derivation"] if one["parameters"]]
+    head = [Text(f"{name} on {source}: {text}", style="bold"), Text(facts["trainable"])]
     if facts["left_frozen"]:
         head.append(Text(f"Not adapted, frozen: {facts['left_frozen']}."))
     if facts["positions"]:
         head.append(Text(f"Its virtual tokens take {facts['positions']} positions of every example's context."))
-    return Group(*head, Text(), table)
-
-
-def _span(numbers: list[int]) -> str:
-    """0, 1, 2, 3, 7 as [0-3,7]."""
-    runs = [[n for _, n in run] for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
-    spans = [f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs]
-    return spans[0] if len(numbers) == 1 else f"[{','.join(spans)}]"
+    last = [Text(f"\n{' + '.join(sums)} = {facts['parameters']:,}")] if len(sums) > 1 else []
+    return Group(*head, Text(), table, *last)

@@ -1021,8 +1021,12 @@ def test_methods_says_which_modules_a_recipe_would_replace_without_reading_weigh
     }
     page = trimtab("methods", "tiny", *words).out
     assert "lora on tiny: rank 3" in page
-    assert re.search(r"model\.layers\.\[0-1\]\.self_attn\.q_proj +2 × +Linear +A 3×\d+, B \d+×3", page)
-    assert re.search(r"model\.layers\.0\.mlp\.down_proj +1 × +Linear +A 2×", page)
+    assert re.search(
+        r"model\.layers\.\[0-1\]\.self_attn\.q_proj \(Linear 32→32\) +2 · 192 = 384\n  A 3×32, B 32×3: 3·\(32 \+ 32\) = 192",
+        page,
+    )
+    assert re.search(r"model\.layers\.0\.mlp\.down_proj \(Linear 64→32\) +1 · 192 = 192\n  A 2×64, B 32×2", page)
+    assert page.rstrip().endswith(f"= {facts['parameters']:,}")
     assert trimtab("methods", "r.yaml", "method=prefix", "method.tokens=5").out.startswith("prefix on ")
     assert max(map(len, trimtab("methods", "tiny").out.splitlines())) <= 80
     for words, message in (

@@ -27,6 +27,10 @@ KeysValues = Mapping[int, tuple[Tensor, Tensor]]
 """Keys and values, G P K and G P V, by the number of the layer. Not every layer need attend."""
 
 _ONE_ROW = "Two adapters with virtual tokens cannot act on one example: switch one of them off."
+_NOT_FLATTENED = (
+    "Several examples in one flattened row (packing or padding_free in TRL) have no place for an adapter's virtual tokens before each of "
+    "them. Set packing=False and padding_free=False, or use a method without virtual tokens."
+)
 
 
 class VirtualLayer(AdapterLayer):
@@ -71,6 +75,8 @@ class VirtualLayer(AdapterLayer):
                 return self.base(input_ids, position_ids=position_ids, **kwargs)
         if virtual and owned is None:
             raise RecipeError(_ONE_ROW)
+        if kwargs.get("cu_seq_lens_q") is not None:
+            raise UnsupportedModel(_NOT_FLATTENED)
         if position_ids is None:
             position_ids = _default_positions(input_ids if input_ids is not None else kwargs["inputs_embeds"], kwargs)
         shift = self.count if owned is None else to_device([self.count * owns for owns in owned], position_ids.device)

@@ -54,6 +54,7 @@ _HOMES = {
     "adapters": "methods",
     "answer": "api",
     "attach": "deploy",
+    "combine": "methods",
     "fit": "api",
     "generate": "engine",
     "load": "api",
@@ -89,7 +90,7 @@ if TYPE_CHECKING:
     from trimtab.deploy import attach, load_adapter, merge, sample, save_adapter
     from trimtab.engine import Generation, generate
     from trimtab.evaluate import score, score_loss
-    from trimtab.methods import AdapterLayer, Attached, Method, activate, active, adapters
+    from trimtab.methods import AdapterLayer, Attached, Method, activate, active, adapters, combine
     from trimtab.methods.bitfit import BitFit
     from trimtab.methods.bottleneck import BottleneckAdapter
     from trimtab.methods.dora import DoRA

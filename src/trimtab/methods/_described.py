@@ -3,8 +3,9 @@
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -12,7 +13,8 @@ from trimtab.core.wrapping import base_modules
 from trimtab.methods._matrices import matrix_shape
 
 
-class Replaced(NamedTuple):
+@dataclass(frozen=True)
+class Replaced:
     """Modules that an adapter replaced by layers of its own, alike but for the number of their layer."""
 
     modules: str

@@ -38,7 +38,7 @@ class Attached(MergeableAdapter, Described):
         self.model = model
         self.name = name
         self.method = method
-        self.layers = layers
+        self.layers: dict[str, AdapterLayer] = layers
         """The adapter's layers by the path of the module they adapt."""
         self.trained = False
         """Its values have been trained, or loaded: a fresh adapter's reference is the base, a trained one's is itself."""

@@ -140,7 +140,8 @@ def test_every_test_that_can_fail_has_advice():
 
 
 @pytest.mark.parametrize("name", ["adapter/adapter_model.safetensors", "adapter/trimtab.json", "recipe.yaml", "data.json",
-                                  "certificate.json", "certificate.txt", "run.json", "metrics.jsonl"])  # fmt: skip
+                                  "certificate.json", "certificate.txt", "run.json", "metrics.jsonl",
+                                  "losses.json"])  # fmt: skip
 def test_a_changed_file_is_refused_by_its_name(name, done, trimtab):
     content = bytearray((done / name).read_bytes())
     content[-20] ^= 1

@@ -498,7 +498,7 @@ def test_a_run_from_beginning_to_end(world, here, trimtab):
         "adapter     step 26, in run/adapter\nChat with it:   trimtab chat run\nLook inside:    trimtab show run\n"
     )
     assert sorted(path.name for path in (here / "run").iterdir()) == [
-        "adapter", "checkpoints", "data.json", "metrics.jsonl", "recipe.yaml", "run.json",
+        "adapter", "checkpoints", "data.json", "losses.json", "metrics.jsonl", "recipe.yaml", "run.json",
     ]  # fmt: skip
     assert not any(files.TEMPORARY in path for path in tree(here))
 

@@ -365,9 +365,14 @@ def test_the_adapter_handed_over_is_the_best_one_and_both_it_and_the_last_are_ke
     from trimtab.evaluate import Loss
 
     losses = iter([9.0, 3.0, 1.0, 2.0, 1.5, 2.5])  # the base's, then one a step
-    monkeypatch.setattr(
-        validation, "score_loss", lambda *_: Loss(loss := next(losses), (loss, loss), 1, 1, logprobs=[-1.0] * 9)
-    )
+
+    def score(base, rows, *_):
+        loss, places = next(losses), list(range(len(rows)))
+        return Loss(
+            loss, (loss, loss), 1, 1, sums=[loss for _ in rows], counts=[1.0 for _ in rows], places=places, logprobs=[-1.0] * 9
+        )
+
+    monkeypatch.setattr(validation, "score_loss", score)
     folder = work / "runs" / "best"
     run_recipe(plain_recipe(work, output=str(folder), **{"train.evaluate_every": 1}))
     trained = json.loads((folder / "adapter" / "trimtab.json").read_text())["trained"]

@@ -26,6 +26,7 @@ from trimtab.core import files, locks
 from trimtab.core.config import override
 from trimtab.core.errors import ArtifactError, DataError, RecipeError, StorageError
 from trimtab.deploy import load_model
+from trimtab.evaluate.example_losses import read_losses
 from trimtab.objectives.sft import SFT
 from trimtab.report import RunObserver
 from trimtab.run import checkpoints
@@ -122,10 +123,17 @@ def result(output):
     return weights.read_bytes(), log, state
 
 
+def losses(output):
+    """Of each validation example, whatever folder it was in."""
+    kept = read_losses(Path(output))
+    return kept and ([(each.digest, each.tokens, each.text) for each in kept.examples], kept.before, kept.best, kept.step)
+
+
 def assert_same(one, other):
     first, second = result(one), result(other)
     assert first[1:] == second[1:]
     assert first[0] == second[0]
+    assert losses(one) == losses(other)
 
 
 # Whenever it ends
@@ -662,7 +670,7 @@ def test_what_differs_is_named_by_its_place_where_one_of_both_has_nothing():
 def test_a_run_has_begun_with_nothing_done():
     assert asdict(checkpoints.Progress()) == {
         "best": None, "last": {}, "seconds": 0.0, "tokens": 0, "computed": 0, "skipped": 0, "evaluated_before_training": False,
-        "loss_scale": {}, "standing": {}, "stopped": None,
+        "loss_scale": {}, "standing": {}, "stopped": None, "losses": {},
     }  # fmt: skip
 
 

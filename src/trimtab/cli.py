@@ -11,6 +11,7 @@ from trimtab.commands import (
     chat,
     check,
     combine,
+    compare,
     convert,
     doctor,
     eval,
@@ -18,6 +19,7 @@ from trimtab.commands import (
     merge,
     methods,
     report,
+    runs,
     show,
     train,
     verify,
@@ -26,7 +28,24 @@ from trimtab.commands._parser import Parser
 from trimtab.core import interrupts, process, streams
 from trimtab.core.errors import StorageError, TrimtabError
 
-COMMANDS = (init, convert, train, check, eval, chat, merge, combine, methods, bench, verify, doctor, show, report)
+COMMANDS = (
+    init,
+    convert,
+    train,
+    check,
+    eval,
+    chat,
+    merge,
+    combine,
+    methods,
+    bench,
+    verify,
+    doctor,
+    show,
+    report,
+    runs,
+    compare,
+)
 """In the order of the help."""
 INTERRUPTED = 130
 

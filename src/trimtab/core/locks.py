@@ -3,6 +3,7 @@
 import contextlib
 import os
 import platform
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -34,6 +35,22 @@ def file_lock(path: Path) -> Iterator[bool]:
         yield held
 
 
+def is_locked(path: Path) -> bool | None:
+    """Whether a process holds the lock on a file; None if this system can't say. The file is not changed."""
+    try:
+        with open(path, "rb") as file:
+            if fcntl is None:
+                return None
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    return False
+
+
 def _open_locked(path: Path) -> tuple[BinaryIO, bool] | None:
     """The open file, and whether it is locked; None if the previous holder removed it meanwhile."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,12 +72,15 @@ def _open_locked(path: Path) -> tuple[BinaryIO, bool] | None:
     return file, held
 
 
-def _flock(file: BinaryIO, path: Path) -> bool:
+def _flock(file: BinaryIO, path: Path, *, patient: bool = True) -> bool:
     if fcntl is None:
         return False
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        if patient:  # `is_locked` may be asking at this moment
+            time.sleep(0.05)
+            return _flock(file, path, patient=False)
         holder = path.read_text(encoding="utf-8", errors="replace")
         raise StorageError(f"{path.parent}: another process ({holder}) is training there. Wait for it, or stop it.") from None
     except OSError:

@@ -38,10 +38,17 @@ class Loss:
     """Σ log p of each row's target tokens, in the order of the rows, without mismatched ones."""
     sources: list[str] = field(default_factory=list)
     """The name of the source of each row (or pair) in `sums`; empty where sources have no names."""
+    places: list[int] = field(default_factory=list)
+    """The place among the rows of each row (or of each pair's first) in `sums`, which are in the order of packs."""
 
     @property
     def perplexity(self) -> float:
         return math.exp(min(self.loss, 700.0))
+
+    @property
+    def in_order(self) -> list[tuple[float, float]]:
+        """The sum and the number of items of each row (or pair), in the order of the rows."""
+        return [(of_row, count) for _, of_row, count in sorted(zip(self.places, self.sums, self.counts, strict=True))]
 
     @property
     def by_source(self) -> dict[str, Any]:
@@ -76,7 +83,7 @@ def score_loss(base: Base, rows: Sequence[TokenRow], pack_tokens: int = 1024, ob
     objective = objective or SFT()
     sums: list[float] = []
     counts: list[float] = []
-    sources: list[str] = []
+    first: list[TokenRow] = []
     measures: list[dict[str, Tensor]] = []
     by_row: dict[int, float] = {}
     scored, kl = score_packs(base.model, objective, pack_all(rows, pack_tokens))
@@ -87,12 +94,14 @@ def score_loss(base: Base, rows: Sequence[TokenRow], pack_tokens: int = 1024, ob
             by_row[id(row)] = logprob
         sums += objective.losses(logprobs, pack, kl).tolist()
         counts += objective.counts(pack)
-        sources += [row.source for row in pack.rows if row.side != "rejected"]  # which belongs to the one before it
+        first += [row for row in pack.rows if row.side != "rejected"]  # which belongs to the one before it
         measures.append(objective.measures(logprobs, pack, kl))
     tokens = sum(len(row.target_indices) for pack, _ in scored for row in pack.rows)
     in_order = [by_row[id(row)] for row in rows if id(row) in by_row]
+    numbers = {id(row): number for number, row in enumerate(rows)}
+    places, sources = [numbers[id(row)] for row in first], [row.source for row in first]
     loss, interval = sum(sums) / sum(counts), bootstrap(sums, counts)
-    return Loss(loss, interval, tokens, len(sums), mean_measures(measures), sums, counts, in_order, sources)
+    return Loss(loss, interval, tokens, len(sums), mean_measures(measures), sums, counts, in_order, sources, places)
 
 
 def evaluation_rows(base: Base, examples: Sequence[Any], block: int | None = None) -> list[TokenRow]:

@@ -20,6 +20,7 @@ from trimtab.deploy import save_adapter
 from trimtab.evaluate import Loss
 from trimtab.evaluate.reference import logprobs
 from trimtab.report import RunObserver
+from trimtab.run.losses import LossRecord, of_best
 from trimtab.run.recipe import Recipe
 from trimtab.run.start import PreparedRun
 from trimtab.train import Optimizer, Step
@@ -61,6 +62,8 @@ class Progress:
     """Of early stopping: the evaluation that later ones have to improve on."""
     stopped: str | None = None
     """Why the run ends early."""
+    losses: dict[str, Any] = field(default_factory=dict)
+    """Of each validation example, before training and of the best adapter; see `run/losses.py`."""
 
 
 class Checkpointer:
@@ -71,6 +74,8 @@ class Checkpointer:
         self.progress = Progress(**state.facts) if state is not None else Progress()
         if prepared.steps.memory.plain() != run.record["plan"]:  # other packs, in whose order other rows have other places
             self.progress.standing = {}
+        self.losses = LossRecord(prepared)
+        self.losses.save(self.progress.losses)
         self.canaries = canaries(prepared.data)
         self.started = time.perf_counter() - self.progress.seconds
         config, steps = prepared.recipe.train, len(prepared.steps)
@@ -124,8 +129,10 @@ class Checkpointer:
         facts |= evaluated.by_source if evaluated else {}
         last = {**facts, "canaries": [logprob for _, logprob in scored]}
         seconds = time.perf_counter() - self.started
-        best = last if self._is_best(evaluated) else progress.best
-        progress = replace(progress, best=best, last=last, skipped=self.optimizer.skipped, seconds=seconds)
+        best, losses = progress.best, progress.losses
+        if evaluated is not None and self._is_best(evaluated):
+            best, losses = last, of_best(losses, evaluated, step)
+        progress = replace(progress, best=best, losses=losses, last=last, skipped=self.optimizer.skipped, seconds=seconds)
         progress = replace(progress, loss_scale=asdict(self.optimizer.loss_scale))
         facts |= {key: self.run.record[key] for key in ("data_digest", "objective", "reference", "start")}
         with interrupts_deferred():
@@ -133,6 +140,8 @@ class Checkpointer:
                 save_adapter(self.prepared.base, self.optimizer.adapter, folder / name, facts)
             write_state(folder / STATES, State(step, self.optimizer.state(), asdict(progress)))
             self.progress = progress  # now that it is on disk
+            if best is last:
+                self.losses.save(losses)
             self.run.write(best=progress.best, last=progress.last)
             self._remove_old()
 

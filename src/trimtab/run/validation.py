@@ -8,6 +8,7 @@ from trimtab.evaluate import Loss, score_loss
 from trimtab.report import RunObserver
 from trimtab.run.checkpoints import Checkpointer
 from trimtab.run.early_stopping import Standing
+from trimtab.run.losses import of_start
 from trimtab.run.start import PreparedRun
 
 
@@ -59,7 +60,9 @@ class Validation:
             self.checkpointer.run.logged("eval", step, values)
             if samples is not None:
                 self.checkpointer.run.logged("samples", step, samples)
-            if step:
+            if not step:
+                self.checkpointer.progress.losses = of_start(self.checkpointer.progress.losses, scored)
+            else:
                 self.latest = step, scored
                 self._count(step, scored)
         self.observer.logged("eval", step, values)

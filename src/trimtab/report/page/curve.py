@@ -27,8 +27,9 @@ MOST_ROWS = 40
 """Of the table."""
 STEP = Words("step", "步")
 SHOWN_AS_TABLE = Words("The numbers", "数据表")
-EACH = Words("{name}, each step", "{name}，逐步")
-INTERVAL = Words("{name}: 95 % interval", "{name}：95 % 置信区间")
+EACH = Words("each step", "逐步")
+MOST_OF_A_NAME = 60
+INTERVAL = Words("{name}: 95 % interval", "{name}：95 % 置信区间")
 RANGE = Words("{low} to {high}", "{low} ~ {high}")
 SUMMARY = Words(
     "{name}: {first} at {x} {start}, {last} at {x} {end}; lowest {low} at {x} {lowest}, highest {high} at {x} {highest}.",
@@ -92,7 +93,7 @@ def curve(
         height=HEIGHT,
         title=both(caption),
         description=Html(" ".join(both(sentence) for sentence in sentences)),
-        axes=joined(_axes(across, up, x)),
+        axes=joined(_axes(across, up, x, whole=all(place == int(place) for place in xs))),
         lines=joined(part for n, one in enumerate(series) for part in _drawn(one, n, across, up)),
         legend=_legend(series),
         sentences=joined((say(sentence) for sentence in sentences), "<br>"),
@@ -101,12 +102,17 @@ def curve(
 
 
 def _finite(one: Series) -> Series:
-    """Without what can't be drawn."""
+    """Without what can't be drawn, and with a name that fits."""
+    name = one.name
+    if isinstance(name, str) and len(name) > MOST_OF_A_NAME:
+        name = f"{name[: MOST_OF_A_NAME // 2]}…{name[-MOST_OF_A_NAME // 2 :]}"
     points, raw = (tuple(p for p in points if math.isfinite(p[1])) for points in (one.points, one.raw))
-    return one._replace(points=points, raw=raw, band=tuple(b for b in one.band if math.isfinite(b[1]) and math.isfinite(b[2])))
+    return one._replace(
+        name=name, points=points, raw=raw, band=tuple(b for b in one.band if math.isfinite(b[1]) and math.isfinite(b[2]))
+    )
 
 
-def _axes(across: Scale, up: Scale, x: Words) -> Iterator[Html]:
+def _axes(across: Scale, up: Scale, x: Words, whole: bool) -> Iterator[Html]:
     for tick in up.ticks(6):
         yield html(
             '<line class="grid" x1="{left}" x2="{right}" y1="{y}" y2="{y}"/>'
@@ -114,6 +120,8 @@ def _axes(across: Scale, up: Scale, x: Words) -> Iterator[Html]:
             left=LEFT, right=WIDTH - RIGHT, before=LEFT - 8, y=f"{up(tick):.1f}", text=tick_text(tick),
         )  # fmt: skip
     for tick in across.ticks(6):
+        if whole and tick != int(tick):
+            continue
         place = across(tick)
         yield html(
             '<text x="{x}" y="{y}" text-anchor="{anchor}">{text}</text>',
@@ -165,7 +173,7 @@ def _legend(series: Sequence[Series]) -> Html:
         style = _style(n)
         entries.append((html('<path class="{style}" d="M0,4H24"/>', style=style), say("{name}", name=one.name)))
         if one.raw:
-            entries.append((html('<path class="raw {style}" d="M0,4H24"/>', style=style), say(EACH, name=one.name)))
+            entries.append((html('<path class="raw {style}" d="M0,4H24"/>', style=style), say(EACH)))
         if one.band:
             entries.append((html('<path class="band {style}" d="M0,0H24V8H0Z"/>', style=style), say(INTERVAL, name=one.name)))
         if one.mark is not None:

@@ -42,6 +42,7 @@ def _foot(run: RunFiles) -> str:
     return joined(
         [
             html("<p>{words}</p>", words=say(texts.WRITTEN, when=when, version=versions()["trimtab"], run=run.folder)),
-            html("<p>{again} {recorded}</p>", again=say(texts.AGAIN, command=command), recorded=say(texts.RECORDED)),
+            html("<p>{words}</p>", words=say(texts.AGAIN, command=command)),
+            html("<p>{words}</p>", words=say(texts.RECORDED)),
         ]
     )

@@ -22,14 +22,18 @@ SAME = Words(
     "{loss}的变化没有超出噪声：训练前 {before}，训练后 {after}（{evidence}）",
 )
 DIFFERENCE = Words(
-    "difference {difference}, 95 % interval {low} to {high}, {count} examples",
-    "差值 {difference}，95 % 置信区间 {low} ~ {high}，{count} 条样本",
+    "difference {difference}, 95 % interval {low} to {high}, {count} examples",
+    "差值 {difference}，95 % 置信区间 {low} ~ {high}，{count} 条样本",
 )
 DIFFERENCE_ALONE = Words("difference {difference}, {count} examples", "差值 {difference}，{count} 条样本")
 LOWEST = Words("{loss}: {after} at its lowest, on {count} examples", "{loss}最低为 {after}（{count} 条样本）")
 TRAINED_ONLY = Words(
     "Training loss went from {before} to {after}; there are no validation examples, so the improvement is unknown",
     "训练损失从 {before} 变为 {after}；没有验证集，无法得知效果是否提升",
+)
+NOT_EVALUATED = Words(
+    "Training loss went from {before} to {after}; the validation examples have not been evaluated yet",
+    "训练损失从 {before} 变为 {after}；验证集尚未评估",
 )
 NO_LOSS = Words("No loss has been measured", "尚未测得损失")
 VALIDATION_LOSS = Words("Validation loss", "验证集损失")
@@ -58,7 +62,7 @@ AFTER_FAILURE = Words(
 )
 STOPPED_EARLY = Words("Training stopped early: {reason}", "训练提前停止：{reason}")
 SKIPPED = Words(
-    "{count} steps were skipped, because their loss or gradient was NaN or Inf.",
+    "Steps that were skipped, because their loss or gradient was NaN or Inf: {count}.",
     "有 {count} 步的损失或梯度为 NaN 或 Inf，已跳过。",
 )
 ANSWERS_CHANGED = Words("{measure} of {count} sampled answers: {before} before training, {after} at step {step}.",

@@ -46,6 +46,6 @@ def both(words: Said, /, **values: Any) -> Html:
 
 def number(value: float, digits: int = 4) -> str:
     """With so many significant digits, thousands separated: 12,345 or 0.01734."""
-    whole = abs(value) >= 10**digits or isinstance(value, int)
+    whole = 10**digits <= abs(value) < 1e9 or isinstance(value, int)
     text = f"{value:,.0f}" if whole else re.sub(r"e([+-])0*", r"e\1", f"{value:.{digits}g}")
     return text.replace("-", "−").replace("e+", "e")

@@ -67,7 +67,8 @@ def _training_outcome(run: RunFiles) -> Words:
     losses = [loss for line in run.train if math.isfinite(loss := value_of(line))]
     if not losses:
         return texts.NO_LOSS
-    return fill(texts.TRAINED_ONLY, before=number(losses[0]), after=number(losses[-1]))
+    words = texts.NOT_EVALUATED if run.data.get("held_out") else texts.TRAINED_ONLY
+    return fill(words, before=number(losses[0]), after=number(losses[-1]))
 
 
 def _notes(run: RunFiles) -> Iterator[Html]:

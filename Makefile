@@ -5,9 +5,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 COMPAT := .compat
 OLDEST := .oldest
+LOOK := .venv-look
 
 .DEFAULT_GOAL := help
-.PHONY: help setup format docs check test compat test-oldest gpu-deps soak whole mutants branches demo bench models clean
+.PHONY: help setup format docs check test compat test-oldest gpu-deps soak whole mutants branches look demo bench models clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -78,6 +79,19 @@ branches: $(READY)  ## branch coverage: list the branches of the same code that 
 	$(BIN)/python -m pip install --quiet 'coverage==7.17.5' --constraint constraints.txt
 	$(BIN)/python tests/branches.py
 
+# The browser is Debian's chromium, if there is one, else Playwright's own, which it downloads.
+look: $(READY) $(LOOK)/.ready  ## look at reports in a browser: pictures in .look, script errors, accessibility (about 5 minutes)
+	rm -rf .look
+	mkdir .look
+	$(BIN)/python tests/made_runs.py .look
+	$(LOOK)/bin/python tests/look.py .look/pictures .look/*/report.html
+
+$(LOOK)/.ready: tests/look.py
+	$(PYTHON) -m venv --clear $(LOOK)
+	$(LOOK)/bin/python -m pip install --quiet 'playwright==1.*' 'axe-playwright-python==0.1.*'
+	command -v chromium || $(LOOK)/bin/python -m playwright install --with-deps chromium
+	touch $@
+
 demo: $(READY)  ## fine-tune a real model on a small task and measure the improvement (about 5 minutes on 2 cores)
 	rm -rf runs/demo
 	$(BIN)/trimtab train demo/recipe.yaml
@@ -92,5 +106,5 @@ models: $(READY)  ## measure every model that Transformers registers, tiny and r
 	$(BIN)/python benchmarks/models --out runs/models.jsonl; status=$$?; $(BIN)/python docs/make_pages.py; exit $$status
 
 clean:  ## remove virtual environments, caches and the demo's run
-	rm -rf $(VENV) $(COMPAT) $(OLDEST) .gpu-deps .pytest_cache .mypy_cache .ruff_cache runs/demo
+	rm -rf $(VENV) $(COMPAT) $(OLDEST) $(LOOK) .look .gpu-deps .pytest_cache .mypy_cache .ruff_cache runs/demo
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

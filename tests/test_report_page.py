@@ -138,12 +138,8 @@ def test_thousands_of_steps_are_a_small_page(tmp_path):
     assert {"Learning rate", "Gradient norm, smoothed", "Validation loss by source"} <= set(
         re.findall(r'lang="en">([^<]*)<', text)
     )
-    top = min(
-        float(y)
-        for path in re.findall(r'<path class="raw c1 d1" d="M([^"]*)"', text)[:1]
-        for _, y in re.findall(r"([\d.]+),([\d.]+)", path)
-    )
-    assert top < 40, "the spike of one step is drawn"
+    drawn = re.search(r'<path class="raw c1 d1" d="M([^"]*)"', text)[1]
+    assert min(float(point.partition(",")[2]) for point in drawn.split("L")) < 40, "the spike of one step is drawn"
 
 
 def test_hostile_texts_stay_texts(tmp_path):
@@ -237,7 +233,7 @@ def test_every_text_is_there_in_both_languages():
     for name, (english, chinese) in found.items():
         places = [sorted(place for _, place, _, _ in string.Formatter().parse(text) if place) for text in (english, chinese)]
         assert places[0] == places[1], name
-        assert re.search("[\u4e00-\u9fff]", chinese) or re.fullmatch(r"[^a-z]*", english), name
+        assert re.search("[\u4e00-\u9fff]", chinese) or not re.search("[a-z]", re.sub("{.*?}", "", english)), name
         assert english.strip(), name
         assert not re.search("[\u4e00-\u9fff]", english), name
         assert not re.search(r"[,;:?](?!//)", chinese.replace("certify: false", "")), (
@@ -262,11 +258,8 @@ def test_what_runs_can_say_is_explained():
     named = set(re.findall(r'Finding\(\s*"([a-z ]+)"', source))
     assert len(named) > 10
     assert named - {"disk"} <= texts.FINDINGS.keys()
-    tests = set(
-        re.findall(
-            r'Test\(\s*"([a-z]+)", "(?:passed|noted|failed)"',
-            (Path(checks.__file__).parents[1] / "certify" / "certificate.py").read_text(),
-        )
-    )
+    source = (Path(checks.__file__).parents[1] / "certify" / "certificate.py").read_text(encoding="utf-8")
+    tests = set(re.findall(r'Test\(\s*"([a-z]+)", "(?:passed|noted|failed)"', source))
+    assert len(tests) > 5
     assert tests - {"files", "certificate"} <= texts.TESTS.keys()
     assert texts.ADVICE_WORDS.keys() == ADVICE.keys()

@@ -140,6 +140,7 @@ def main(folder: Path) -> None:
     """Make them all, with their reports."""
     from worlds import ROWS, make_model, write_rows
 
+    from trimtab import cli
     from trimtab.report.page.run_report import run_report
     from trimtab.run.recipe import Recipe
     from trimtab.run.script import run_recipe
@@ -169,6 +170,8 @@ def main(folder: Path) -> None:
         run_recipe(recipe("failed", rate=1e30, eval={"samples": 4, "max_new_tokens": 8}))
     with suppress(KeyboardInterrupt):
         run_recipe(recipe("interrupted"), Interrupting())
+    (folder / "r.yaml").write_text(recipe("checked").to_yaml())
+    cli.main(["check", str(folder / "r.yaml"), "--html", str(folder / "check" / run_folder.REPORT)])
     for name, more in {"long": {"steps": 5000, "every": 250}, "hostile": {"text": HOSTILE}}.items():
         made = made_up(folder / name, **more)
         files.write_text(made / run_folder.REPORT, run_report(made))

@@ -17,7 +17,7 @@ TAGS = {
 ATTRIBUTES = {
     "aria-describedby", "aria-hidden", "aria-label", "aria-labelledby", "charset", "checked", "class", "content", "cx", "cy", "d", "dir", "dy",
     "for", "height", "href", "http-equiv", "id", "lang", "name", "open", "r", "role", "scope", "tabindex", "text-anchor", "type", "viewbox",
-    "width", "x", "x1", "x2", "y", "y1", "y2", "colspan",
+    "width", "x", "x1", "x2", "y", "y1", "y2", "preserveaspectratio",
 }  # fmt: skip
 UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\u2028\u2029\ufeff\ud800-\udfff]")
 

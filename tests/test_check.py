@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import transformers
+from pages import problems
 from worlds import CHATML, ROWS, make_model, write_rows
 
 from trimtab.core.errors import DataError, TrimtabError
@@ -99,6 +100,8 @@ def test_the_terminal_shows_what_is_learned_and_so_does_the_page(here, trimtab):
     assert re.fullmatch(r"<b>yes</b> \d+<\|im_end\|>", said[4][9:])
     assert said[-1] == "Ready to train: all 12 checks are good."
     page = (here / "proof.html").read_text()
+    assert problems(page) == []
+    assert "可以开始训练：12 项检查全部正常。" in page
     assert "<mark>&lt;b&gt;yes&lt;/b&gt;" in page
     assert "&lt; 7 &amp; so on?" in page
     assert page.count("<pre>") in (2, 3)

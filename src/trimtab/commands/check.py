@@ -30,7 +30,8 @@ def run(arguments: argparse.Namespace) -> None:
         from trimtab.core import files
         from trimtab.data import refuse_problems
         from trimtab.deploy import versions
-        from trimtab.report.checks import checks_page, checks_table, verdict
+        from trimtab.report.checks import checks_table, verdict
+        from trimtab.report.page.check_page import checks_page
         from trimtab.run.preflight import check_disk, memory_needed, preflight, preview
         from trimtab.run.recipe import Recipe
         from trimtab.run.start import open_recipe

@@ -1,7 +1,6 @@
-"""The checks before training and the tokenized examples: on the terminal, and as an HTML page."""
+"""The checks before training and the tokenized examples on the terminal."""
 
 from collections.abc import Iterator, Sequence
-from html import escape as html
 from typing import Any
 
 from rich.console import Group
@@ -35,10 +34,10 @@ def checks_table(findings: Sequence[Finding], rows: Sequence[dict[str, Any]]) ->
     """Examples line by line, with their target tokens marked; a histogram of target tokens; a line for each check; and the verdict."""
     parts: list[Any] = []
     for row in rows:
-        parts += [Text(_name(row), style="bold"), *_lines(row["parts"]), Text()]
-    if histogram := _histogram(findings):
+        parts += [Text(place_of(row), style="bold"), *_lines(row["parts"]), Text()]
+    if counts := histogram(findings):
         bars = Table.grid(padding=(0, 2))
-        for low, count, share in histogram:
+        for low, count, share in counts:
             bars.add_row(f"{low:>6,} to {2 * low - 1:,}", f"[cyan]{'█' * max(1, round(40 * share))}[/] {count:,}")
         parts += [Text.from_markup("[bold]Target tokens per example[/]"), bars, Text()]
     parts += [
@@ -70,88 +69,12 @@ def _lines(parts: Sequence[dict[str, Any]]) -> Iterator[Text]:
         continues = not text.endswith("\n")
 
 
-def _name(row: dict[str, Any]) -> str:
+def place_of(row: dict[str, Any]) -> str:
+    """Where an example is from, and which of a pair's answers it has."""
     return f"{row['where']}{' ' + row['side'] if row['side'] else ''}"
 
 
-def _histogram(findings: Sequence[Finding]) -> list[tuple[int, int, float]]:
+def histogram(findings: Sequence[Finding]) -> list[tuple[int, int, float]]:
     """By powers of two of target tokens: from how many, how many examples have so many, and their share of the largest count."""
     counts: dict[str, int] = next((finding.facts["histogram"] for finding in findings if "histogram" in finding.facts), {})
     return [(int(low), count, count / max(counts.values())) for low, count in counts.items()]
-
-
-PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Trimtab: data check</title>
-<style>
-:root {{ color-scheme: light dark; --text: #1d2733; --ground: #fff; --soft: #5b6875; --line: #e3e8ee; --box: #f6f8fa;
-  --good: #17733a; --note: #8a5a00; --problem: #b3261e; --bar: #4a90c2; --mark: #b6e3c1; --marked: #0d2a16; }}
-@media (prefers-color-scheme: dark) {{ :root {{ --text: #e3e8ee; --ground: #12171d; --soft: #9aa7b4; --line: #2b343e; --box: #1b222a;
-  --good: #6fd08c; --note: #e8b64c; --problem: #ff8a80; --bar: #4a90c2; --mark: #1f5c33; --marked: #e9fbef; }} }}
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
-  color: var(--text); background: var(--ground); }}
-h1 {{ margin-bottom: 0; }} .about {{ color: var(--soft); margin-top: .2rem; overflow-wrap: anywhere; }}
-.verdict {{ font-size: 1.2rem; font-weight: 600; border-left: .4rem solid; padding: .2rem .8rem; }}
-.good {{ color: var(--good); }} .note {{ color: var(--note); }} .problem {{ color: var(--problem); font-weight: 600; }}
-.finding {{ display: grid; grid-template-columns: 5rem 8rem 1fr; gap: 0 .8rem; padding: .4rem 0; border-bottom: 1px solid var(--line); }}
-.finding span {{ overflow-wrap: anywhere; min-width: 0; }}
-@media (max-width: 40rem) {{ .finding {{ grid-template-columns: 5rem 1fr; }} .finding .words {{ grid-column: 1 / -1; }} }}
-.rows {{ display: grid; grid-template-columns: max-content 1fr max-content; gap: .2rem .8rem; align-items: center; }}
-.bar {{ background: var(--bar); height: .9rem; }}
-pre {{ white-space: pre-wrap; overflow-wrap: anywhere; background: var(--box); padding: .8rem; border-radius: 6px; color: var(--soft); }}
-pre.recipe {{ color: var(--text); }}
-mark {{ background: var(--mark); color: var(--marked); font-weight: 600; text-decoration: underline; text-underline-offset: .2em; }}
-mark sup {{ font-weight: 400; }}
-h3 {{ overflow-wrap: anywhere; }}
-</style>
-<h1>Data check</h1>
-<p class="about">{about}</p>
-<p class="verdict {status}">{verdict}</p>
-{findings}
-<h2>Target tokens per example</h2>
-<div class="rows">{histogram}</div>
-<h2>Tokenized examples</h2>
-<p><mark>Target tokens</mark> are trained on, with their weight in the loss where it isn't 1; the rest is context.</p>
-{rows}
-<h2>Recipe</h2>
-<pre class="recipe">{recipe}</pre>
-</html>
-"""
-
-
-def _mark(part: dict[str, Any]) -> str:
-    """The opening tag of target tokens, with their weight if it isn't 1."""
-    weight = part["weight"]
-    return "<mark>" if weight == 1 else f'<mark style="opacity: {min(1.0, 0.4 + 0.6 * weight):.2f}"><sup>×{weight:.4g}</sup>'
-
-
-def checks_page(findings: Sequence[Finding], rows: Sequence[dict[str, Any]], about: Sequence[str], recipe: str) -> str:
-    """The same as one self-contained HTML page.
-
-    Args:
-        about: What was checked: the recipe's file, the model, the date.
-        recipe: The whole recipe, as YAML.
-    """
-    lines = "\n".join(
-        f'<div class="finding"><span class="{finding.status}">{finding.status}</span><b>{html(finding.name)}</b>'
-        f'<span class="words">{html(finding.message)}</span></div>'
-        for finding in findings
-    )
-    bars = "\n".join(
-        f'<span>{low:,} to {2 * low - 1:,}</span><div><div class="bar" style="width:{max(1, 100 * share):.1f}%"></div></div>'
-        f"<span>{count:,}</span>"
-        for low, count, share in _histogram(findings)
-    )
-    texts = []
-    for row in rows:
-        inside = "".join(
-            f"{_mark(part)}{html(part['text'])}</mark>" if part["learned"] else html(part["text"]) for part in row["parts"]
-        )
-        texts.append(f"<h3>{html(_name(row))}</h3><pre>{inside}</pre>")
-    status, sentence = verdict(findings)
-    return PAGE.format(
-        about=html(" · ".join(about)), status=status, verdict=html(sentence), findings=lines, histogram=bars, rows="\n".join(texts),
-        recipe=html(recipe),
-    )  # fmt: skip

@@ -208,6 +208,7 @@ FINDINGS = {
     "capacity": Words("Parameters and target tokens", "参数量与目标 token 数"),
     "layers": Words("What computes the layers", "各层的计算方式"),
     "memory": Words("Memory", "内存"),
+    "disk": Words("Free space for the run", "磁盘剩余空间"),
 }
 
 # What was trained
@@ -268,3 +269,22 @@ COMMAND_WORDS = {
 SHOW_RECIPE = Words("Show it", "展开")
 RECIPE = Words("Recipe", "配方")
 ABOUT_RECIPE = Words("With every default written out. It repeats the run.", "写出了全部默认值，可用来重复这次训练。")
+
+# The page of `trimtab check`
+DATA_CHECK = Words("Data check", "数据检查")
+VERDICTS = {
+    "good": Words("Ready to train: all {count} checks are good.", "可以开始训练：{count} 项检查全部正常。"),
+    "note": Words(
+        "Ready to train. Please read the notes of {names} ({count}).", "可以开始训练，请先阅读 {count} 条提示（{names}）。"
+    ),
+    "problem": Words("Not ready to train: problems with {names} ({count}).", "不能开始训练：{count} 个问题（{names}）。"),
+}
+TARGETS_EACH, TARGET_TOKENS = (
+    Words("Target tokens per example", "每条样本的目标 token 数"),
+    Words("Target tokens", "目标 token"),
+)
+TOKENIZED = Words("Tokenized examples", "分词后的样本")
+ABOUT_MARKS = Words(
+    "Marked: target tokens, which are trained on, with their weight in the loss where it isn't 1; the rest is context.",
+    "标记部分是参与训练的目标 token，权重不为 1 时标出其在损失中的权重；其余为上下文。",
+)

@@ -1,8 +1,9 @@
-"""Read the options of LLaMA-Factory, Axolotl and TRL, and how often their example recipes use them: names, defaults and counts, as facts.
+"""Read other tools' options, and how often the example recipes of two use them: names, defaults and counts, as facts.
 
-python benchmarks/options.py --llamafactory CHECKOUT --axolotl CHECKOUT
+python benchmarks/options.py --llamafactory CHECKOUT --axolotl CHECKOUT --swift CHECKOUT --unsloth CHECKOUT
 
-TRL is the installed one; the others are checkouts of their repositories. Writes src/trimtab/migrate/options/TOOL.json, which
+TRL is the installed one; LLaMA-Factory, Axolotl, ms-swift and Unsloth are checkouts of their repositories.
+Writes src/trimtab/migrate/options/TOOL.json, which
 `trimtab convert` reads, and tests/fixtures/other_tools/usage.json, by which a test counts what of the examples is covered.
 """
 
@@ -23,6 +24,12 @@ OPTIONS, USAGE = ROOT / "src" / "trimtab" / "migrate" / "options", ROOT / "tests
 LLAMAFACTORY = ("model_args", "data_args", "finetuning_args", "generating_args", "training_args", "megatron_bridge_args")
 """Files of hparams that `llamafactory-cli train` reads."""
 AXOLOTL = ("model", "peft", "training", "integrations", "config", "multimodal", "deprecated")
+SWIFT = ("base_args/base_args", "base_args/data_args", "base_args/model_args", "base_args/template_args", "base_args/quant_args",
+         "base_args/generation_args", "tuner_args", "sft_args", "pretrain_args", "rlhf_args")  # fmt: skip
+EARNED = {"RewardModelArguments", "TeacherModelArguments", "PPOArguments", "GRPOArguments"}
+"""Classes of ms-swift whose trainers generate or judge answers, which are refused."""
+UNSLOTH = {"FastLanguageModel": ("loader", "from_pretrained"), "get_peft_model": ("llama", "get_peft_model")}
+"""Names for the arguments of two functions -> the file of unsloth/models and the function."""
 PARTS = {
     "EBFTConfig", "LoftQConfig", "PeftConfig", "SpecialTokensConfig", "LrGroup", "SelectiveCheckpointingConfig", "RoleBoundarySpec",
     "AxolotlConfigWCapabilities",
@@ -46,6 +53,14 @@ def declared(file: Path, skipped: set[str]) -> dict[str, Any]:
             if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and not field.target.id.startswith("_"):
                 found[field.target.id] = _default(field.value)
     return found
+
+
+def arguments_of(file: Path, name: str) -> dict[str, Any]:
+    """The arguments of a file's first function of this name, and their literal defaults."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    found = next(node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == name).args
+    defaults = zip(found.args[len(found.args) - len(found.defaults) :], found.defaults, strict=True)
+    return {argument.arg: _default(default) for argument, default in defaults}
 
 
 def _default(node: ast.expr | None) -> Any:
@@ -120,6 +135,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--llamafactory", type=Path, required=True)
     parser.add_argument("--axolotl", type=Path, required=True)
+    parser.add_argument("--swift", type=Path, required=True)
+    parser.add_argument("--unsloth", type=Path, required=True)
     arguments = parser.parse_args()
     theirs = {}
     hparams = arguments.llamafactory / "src" / "llamafactory" / "hparams"
@@ -127,13 +144,21 @@ def main() -> None:
     own = [declared(hparams / f"{name}.py", set()) for name in LLAMAFACTORY]
     theirs["llamafactory"] = {"train": {**fields(Seq2SeqTrainingArguments), **{k: v for part in own for k, v in part.items()}}}
     theirs["axolotl"] = {"train": {k: v for name in AXOLOTL for k, v in declared(schemas / f"{name}.py", PARTS).items()}}
-    theirs["trl"] = trl_options()
+    swift = arguments.swift / "swift"
+    files = [*(swift / "arguments" / f"{name}.py" for name in SWIFT), swift / "trainers" / "arguments.py"]
+    parts = [fields(Seq2SeqTrainingArguments), *(declared(file, EARNED) for file in files)]
+    theirs["swift"] = {"train": {key: value for part in parts for key, value in part.items()}}
+    models = arguments.unsloth / "unsloth" / "models"
+    theirs["trl"] = trl_options() | {
+        name: arguments_of(models / f"{file}.py", function) for name, (file, function) in UNSLOTH.items()
+    }
     import trl
 
     versions = {
         "llamafactory": version(arguments.llamafactory, "hiyouga/LLaMA-Factory"),
         "axolotl": version(arguments.axolotl, "axolotl-ai-cloud/axolotl"),
-        "trl": f"TRL {trl.__version__}",
+        "swift": version(arguments.swift, "modelscope/ms-swift"),
+        "trl": f"TRL {trl.__version__}, and of Unsloth {version(arguments.unsloth, 'unslothai/unsloth')}",
     }
     for tool, options in theirs.items():
         write(

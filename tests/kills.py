@@ -1,6 +1,6 @@
 """Kill training at random moments, for real, and go on with it each time: python tests/kills.py FOLDER KILLS SEED
 
-The folder holds a model and r.yaml. Each run is a process that is killed (SIGKILL) again and again, until one is left alone or
+The folder holds a model, examples and r.yaml. Each run is a process that is killed (SIGKILL) again and again, until one is left alone or
 faster; and there are runs until there have been so many kills. Prints a line of JSON for each kill and each end, which
 `test_resume.py` and `make soak` read.
 """
@@ -19,6 +19,49 @@ from trimtab.core.errors import TrimtabError
 from trimtab.report import RunObserver
 from trimtab.run.recipe import Recipe
 from trimtab.run.script import run_recipe
+
+_FIRST = """\
+model: tiny
+data: {train: rows.jsonl, eval: 4}
+method: {rank: 2, dropout: 0.2}
+train: {epochs: 2, rows_per_step: 4, lr: 2e-2, evaluate_every: 1}
+output: run
+certify: false
+"""
+_MIXTURE = "{train: {few: {path: few.jsonl, weight: 2}, many: {path: rows.jsonl, weight: 1, limit: 20}}, eval: 4, seed: 3}"
+FEW = [{"prompt": f"What is {n}?", "completion": "a number"} for n in range(7)]
+"""The examples of few.jsonl."""
+RECIPES = {
+    "every step is evaluated and saved": _FIRST,
+    "saved oftener than evaluated, one checkpoint": _FIRST.replace(
+        "evaluate_every: 1", "evaluate_every: 3, save_every: 2, keep: 1"
+    ),
+    "evaluated oftener than saved, three checkpoints": _FIRST.replace(
+        "evaluate_every: 1", "evaluate_every: 2, save_every: 5, keep: 3"
+    ),
+    "stops early": _FIRST.replace(
+        "2e-2, evaluate_every: 1",
+        "1e-6, schedule: constant, evaluate_every: 2, save_every: 1, patience: 3, min_improvement: 0.5",
+    ),
+    "max_steps, wsd": _FIRST.replace(
+        "epochs: 2", "max_steps: 11, schedule: wsd, warmup: 2, decay: 4, floor: 0.1, save_every: 1"
+    ),
+    "a mixture": _FIRST.replace("{train: rows.jsonl, eval: 4}", _MIXTURE),
+    "muon": _FIRST.replace("epochs: 2", "epochs: 2, optimizer: muon, weight_decay: 0.01, save_every: 2"),
+    "adafactor": _FIRST.replace(
+        "epochs: 2", "epochs: 2, optimizer: adafactor, schedule: inverse_sqrt, warmup: 3, save_every: 2"
+    ),
+    "noise, tokens a step": _FIRST.replace("rows_per_step: 4", "tokens_per_step: 60, neftune: 5, save_every: 2"),
+}
+"""Recipes by what is saved with them; each is killed."""
+RECIPES["nearly all of it"] = (
+    RECIPES["a mixture"]
+    .replace(
+        "epochs: 2",
+        "max_steps: 12, optimizer: muon, schedule: wsd, decay: 0.5, neftune: 5, patience: 4, save_every: 2, keep: 1",
+    )
+    .replace("evaluate_every: 1", "evaluate_every: 3")
+)
 
 
 def main(folder: str, kills: str, seed: str) -> None:

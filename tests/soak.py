@@ -1,6 +1,6 @@
 """Real kills of training until there have been enough: python tests/soak.py [KILLS]. `make soak` asks for a thousand.
 
-Ends with an error at the first run that does not end, to the last bit, as it would have without them.
+The recipes of `kills.py` take turns. Ends with an error at the first run that does not end, to the last bit, as it would have without.
 """
 
 import json
@@ -10,30 +10,36 @@ import sys
 import tempfile
 from pathlib import Path
 
-from test_resume import RECIPE, assert_same
+from kills import FEW, RECIPES
+from test_resume import assert_same
 from worlds import ROWS, make_model, write_rows
 
 
 def main(wanted: int) -> None:
     kills, seed = 0, 0
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory() as root:
+        folder = Path(root)
         make_model(folder / "tiny", 0)
         write_rows(folder / "rows.jsonl", ROWS)
-        (folder / "r.yaml").write_text(RECIPE.replace("evaluate_every: 3", "evaluate_every: 1"))
+        write_rows(folder / "few.jsonl", FEW)
         os.chdir(folder)
-        while kills < wanted:
+        while kills < wanted or seed < len(RECIPES):
+            name, recipe = list(RECIPES.items())[seed % len(RECIPES)]
+            (folder / "r.yaml").write_text(recipe)
             done = subprocess.run(
-                [sys.executable, Path(__file__).parent / "kills.py", folder, "100", str(seed)],
+                [sys.executable, Path(__file__).parent / "kills.py", folder, str(-(-wanted // len(RECIPES))), str(seed)],
                 capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
             )  # fmt: skip
             said = [json.loads(line) for line in done.stdout.splitlines()]
             if done.returncode or any(line["status"] not in (0, -9) for line in said):
-                raise SystemExit(f"seed {seed}: {done.stderr[-3000:]}")
+                raise SystemExit(f"{name}, seed {seed}: {done.stderr[-3000:]}")
             for run in {line["run"] for line in said}:
                 assert_same(run, "spared")
             kills += sum(line["status"] == -9 for line in said)
-            sys.stdout.write(f"{kills:,} kills, every run as if there had been none\n")
+            resumed = sum(line["status"] == -9 and line["saved"] > 0 for line in said)
+            sys.stdout.write(
+                f"{kills:,} kills, every run as if there had been none ({name}: {resumed} resumed from a checkpoint)\n"
+            )
             sys.stdout.flush()
             for path in [*folder.glob("run-*"), folder / "spared"]:
                 subprocess.run(["rm", "-rf", path], check=True)

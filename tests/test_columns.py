@@ -307,11 +307,13 @@ def test_a_template_of_the_users_is_read_from_what_people_have(name, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
+        ("a.json", {"chat_template": [{"name": "default"}, {"name": "tool_use", "template": "y"}]}, "has no chat_template"),
         (
             "a.json",
-            {"chat_template": [{"name": "default", "template": "x"}, {"name": "tool_use", "template": "y"}]},
-            "(default, tool_use)",
+            {"chat_template": {"default": "x", "rag": "{% if %}"}},
+            "a.json: rag is not a Jinja template that can be parsed",
         ),
+        ("a.json", {"chat_template": []}, "has no chat_template"),
         ("a.json", {"eos_token": "x"}, "has no chat_template"),
         ("a.json", [1], "has no chat_template"),
         ("a.json", {"chat_template": "{% if %}"}, "is not a Jinja template that can be parsed"),
@@ -319,7 +321,7 @@ def test_a_template_of_the_users_is_read_from_what_people_have(name, tmp_path):
         ("a.jinja", None, "is not a Jinja template that can be parsed"),
     ],
 )
-def test_what_holds_no_single_template_is_refused(name, content, reason, tmp_path):
+def test_what_holds_no_template_is_refused(name, content, reason, tmp_path):
     (tmp_path / name).write_text("{% if %}" if content is None else json.dumps(content))
     with pytest.raises(RecipeError) as refused:
         read_template(tmp_path / name)

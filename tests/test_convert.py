@@ -1,5 +1,6 @@
-"""Files of Axolotl, LLaMA-Factory and TRL become recipes that mean the same, and every setting is accounted for."""
+"""Files of Axolotl, LLaMA-Factory, ms-swift, Unsloth and TRL become recipes that mean the same, and every setting is accounted for."""
 
+import argparse
 import importlib.util
 import json
 import os
@@ -15,21 +16,23 @@ from templates import saved_base
 
 from trimtab import cli
 from trimtab.base import Base
+from trimtab.commands import convert as command
 from trimtab.core.errors import RecipeError
 from trimtab.core.synonyms import meaning_of
 from trimtab.data import DataConfig, load_data
 from trimtab.methods import Method, attach
 from trimtab.migrate import TOOLS, account, convert, options_of
+from trimtab.migrate._settings import Settings
 from trimtab.run.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 FIXTURES = ROOT / "tests" / "fixtures" / "other_tools"
 EXAMPLES = {
     (tool, name): settings
-    for tool in ("llamafactory", "axolotl")
+    for tool in ("llamafactory", "axolotl", "swift", "unsloth")
     for name, settings in yaml.safe_load((FIXTURES / f"{tool}.yaml").read_text(encoding="utf-8")).items()
 }
-"""Twenty recipes of each tool, by the names of the files in its folder `examples`: settings as facts."""
+"""Twenty recipes of the first two, by the names of the files in their folders `examples`, and five of each other: settings as facts."""
 REFUSED = {
     ("llamafactory", "train_lora/qwen3_lora_reward"): "stage: rm: Trimtab trains models that answer",
     ("llamafactory", "train_lora/qwen3vl_lora_sft"): "image_max_pixels: 262144: images, video and audio are not supported",
@@ -38,6 +41,7 @@ REFUSED = {
     ("axolotl", "llama-3/qlora-1b-gdpo"): "rl: gdpo: Trimtab trains on existing examples",
     ("axolotl", "llama-2/gptq-lora"): "gptq: True: weights of GPTQ are not trained on",
     ("axolotl", "gemma3/gemma-3-4b-vision-qlora"): "processor_type: AutoProcessor: images are not supported",
+    ("swift", "grpo, which is refused"): "rlhf_type: grpo: Trimtab trains on existing examples",
     ("axolotl", "qwen2/reward-model"): "reward_model: True: Trimtab trains models that answer, not ones that judge",
 }
 """What can't be the same task here, and the reason that is given."""
@@ -69,8 +73,13 @@ def test_every_setting_of_the_examples_is_accounted_for(example, tmp_path):
         assert REFUSED[example] in str(caught.value)
         return
     found = converted(tmp_path, EXAMPLES[example])
-    assert found.tool == example[0], "told apart by their keys"
-    assert set(EXAMPLES[example]) - {setting.name for setting in found.settings} == set()
+    assert found.tool == {"unsloth": "trl"}.get(example[0], example[0]), "told apart by their keys"
+    given = EXAMPLES[example]
+    names = [name for part in given.values() for name in part] if example[0] == "unsloth" else given
+    assert set(names) - {setting.name for setting in found.settings} == set()
+    assert [
+        setting.name for setting in found.settings if setting.outcome == "unknown" and example[0] in ("swift", "unsloth")
+    ] == []
     assert Recipe.parse(yaml.safe_load(found.text)) == found.recipe
     assert all(setting.said for setting in found.settings if setting.outcome in ("derived", "missing", "unknown"))
     assert account(found.settings).count("\n") > 10
@@ -112,6 +121,36 @@ def test_a_setting_that_nobody_knows_is_named(tmp_path):
         (("llamafactory", "extras/loraplus/llama3_lora_sft"), {"method.b_rate": 16.0}),
         (("llamafactory", "extras/oft/llama3_oft_sft"), {"method.name": "oft", "method.block_size": 32}),
         (("llamafactory", "train_qlora/qwen3_lora_sft_otfq"), {"model.quantize": "nf4"}),
+        (("swift", "lora sft"), {
+            "model.name": "Qwen/Qwen2.5-7B-Instruct", "model.dtype": "bfloat16", "method.rank": 8, "method.alpha": 32.0, "method.dropout": 0.05,
+            "method.targets": ["all-linear"], "train.rows_per_step": 16, "train.lr": 1e-4, "train.warmup": 0.05, "train.evaluate_every": 50,
+            "train.keep": 2, "train.schedule": "cosine", "train.weight_decay": 0.1, "data.overlong": "drop", "data.max_length": 2048,
+            "data.system": "You are a helpful assistant.", "data.train.self_cognition.limit": 500, "data.eval": 0,
+        }),
+        (("swift", "qlora of a local file, older names"), {
+            "model.quantize": "nf4", "data.train": ["train.jsonl"], "data.eval": "dev.jsonl", "method.targets": [".*(q_proj|v_proj)"],
+            "data.columns": {"prompt": "question", "completion": "answer"}, "data.overlong": "truncate", "method.b_rate": 16.0,
+            "train.tokens_per_step": 2 * 4 * 4096, "train.patience": 3, "method.rank_stabilized": True, "train.lr": 1e-4, "train.epochs": 3.0,
+        }),
+        (("swift", "full, last answers"), {
+            "method.name": "full", "data.train.talk.subset": "en", "data.train.talk.limit": 2000, "data.train_on": "last", "data.eval": 0.01,
+            "train.floor": 0.5, "train.rows_per_step": 16, "train.max_steps": 200, "train.optimizer.betas": [0.9, 0.95],
+        }),
+        (("swift", "pretraining"), {"data.overlong": "split", "data.train_on": "everything", "train.tokens_per_step": 16 * 1024}),
+        (("swift", "dpo"), {"objective.name": "dpo", "objective.beta": 0.1, "objective.sft": 0.1, "method.dropout": 0.0}),
+        (("unsloth", "llama sft"), {
+            "model.name": "unsloth/Llama-3.2-1B-Instruct", "model.quantize": "nf4", "method.rank": 16, "method.alpha": 16.0, "train.seed": 3407,
+            "data.max_length": 2048, "train.optimizer.name": "adamw_8bit", "train.rows_per_step": 8, "train.max_steps": 60, "train.lr": 2e-4,
+        }),
+        (("unsloth", "defaults"), {
+            "model.quantize": "nf4", "data.max_length": 2048, "method.rank": 32, "method.dropout": 0.0,
+            "method.targets": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        }),
+        (("unsloth", "sixteen bits, packed"), {
+            "model.quantize": "none", "data.max_length": 512, "train.tokens_per_step": 8 * 512, "train.seed": 11, "train.neftune": 5.0,
+        }),
+        (("unsloth", "full"), {"method.name": "full", "model.quantize": "none", "train.epochs": 2.0}),
+        (("unsloth", "dpo"), {"objective.name": "dpo", "model.quantize": "nf4", "train.rows_per_step": 8, "data.max_length": 4096}),
     ],
     ids=lambda value: "/".join(value) if isinstance(value, tuple) else "",
 )  # fmt: skip
@@ -124,7 +163,7 @@ def test_the_examples_mean_the_same_here(example, expected, tmp_path):
         assert node == value, key
 
 
-@pytest.mark.parametrize("example", TRAINED if WHOLE else TRAINED[2:30:6], ids="/".join)
+@pytest.mark.parametrize("example", TRAINED if WHOLE else [*TRAINED[2:30:6], TRAINED[-8], TRAINED[-5]], ids="/".join)
 def test_they_train_on_a_tiny_model(example, tmp_path, monkeypatch, capsys):
     """With the names that are not here replaced: the model, the data, its columns and limits, and what needs a GPU or hours."""
     monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "cache"))
@@ -332,3 +371,42 @@ def test_the_table_has_every_option_and_most_of_what_examples_use():
         outcomes = {name: meaning_of(name) for name in usage["keys"]}
         covered = sum(n for name, n in usage["keys"].items() if (m := outcomes[name]) and m.outcome in ("key", "derived"))
         assert covered >= 0.9 * sum(usage["keys"].values())
+
+
+# The contract of the family: every file of the folder is a tool
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_a_tool_knows_its_options_and_accounts_for_each_of_them(tool, tmp_path):
+    """Nearly an empty file is a recipe; an option of nobody's is named; and none of the tool's own is unknown or lost."""
+    folder = ROOT / "src" / "trimtab" / "migrate"
+    assert (
+        {path.stem for path in folder.glob("[a-z]*.py")}
+        == {path.stem for path in (folder / "options").glob("*.json")}
+        == set(TOOLS)
+    )
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    assert next(action.choices for action in parser._actions if action.dest == "tool") == tuple(TOOLS)
+    assert TOOLS[tool].TITLE
+    options = options_of(tool)
+    name = {"axolotl": "base_model", "swift": "model"}.get(tool, "model_name_or_path")
+    given = {"trl": {"LoraConfig": {}, "SFTConfig": {"learning_rate": 1e-4}}, "llamafactory": {"do_train": True}}.get(tool, {})
+    found = converted(tmp_path, {**given, name: "org/model", "nobodys_setting": 3}, tool)
+    assert found.tool == tool
+    assert found.recipe.model.name == "org/model"
+    assert [(one.name, one.outcome) for one in found.settings if one.outcome == "unknown"] == [("nobodys_setting", "unknown")]
+    known = {key: value for part in options.values() for key, value in part.items()}
+    settings = Settings(TOOLS[tool].TITLE, "x", known, known)
+    settings.settle_rest(known)
+    assert {one.name for one in settings.settled} == set(known)
+    assert [one.name for one in settings.settled if one.outcome == "unknown"] == []
+
+
+def test_what_two_tools_could_have_written_needs_a_word(tmp_path):
+    with pytest.raises(
+        RecipeError, match=r"its keys are settings of several tools: say --from axolotl\|llamafactory\|swift\|trl"
+    ):
+        converted(tmp_path, {"learning_rate": 1e-4})
+    with pytest.raises(RecipeError, match=r"none of its keys is a setting of Axolotl, LLaMA-Factory, ms-swift, Unsloth or TRL"):
+        converted(tmp_path, {"nobodys": 1})

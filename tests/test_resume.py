@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from kills import FEW, RECIPES
 from safetensors.torch import load_file, save_file
 from worlds import CHATML, ROWS, WHOLE, combinations, make_model, work_in_copy, write_rows
 
@@ -259,9 +260,11 @@ def result_status(output):
     return json.loads((Path(output) / "run.json").read_text())["status"]
 
 
-def test_real_kills(here):
+@pytest.mark.parametrize("recipe", RECIPES if WHOLE else ["every step is evaluated and saved", "nearly all of it"])
+def test_real_kills(here, recipe):
     """SIGKILL at random moments, of training and of saving: every run ends as if it had never been killed."""
-    (here / "r.yaml").write_text(RECIPE.replace("evaluate_every: 3", "evaluate_every: 1"))
+    write_rows(here / "few.jsonl", FEW)
+    (here / "r.yaml").write_text(RECIPES[recipe])
     done = subprocess.run(
         [sys.executable, Path(__file__).parent / "kills.py", here, str(KILLS), "0"], capture_output=True, text=True, check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -272,7 +275,9 @@ def test_real_kills(here):
     assert {line["status"] for line in said} == {0, -signal.SIGKILL}, done.stderr
     for line in said:
         if line["status"] != 0:
-            assert line["logged"] - line["saved"] <= 1, "at most what was learned since the last save is lost"
+            every = Recipe.read(here / "r.yaml").train
+            lost = line["logged"] - line["saved"]
+            assert lost <= (every.save_every or every.evaluate_every), "at most what was learned since the last save is lost"
     for number in range(1 + max(int(line["run"].removeprefix("run-")) for line in said)):
         assert_same(f"run-{number}", "spared")
 

@@ -20,7 +20,7 @@ from trimtab.core.hub import at_revision
 
 CONFIG, MANIFEST = "adapter_config.json", "trimtab.json"
 PEFT_WEIGHTS, PEFT_PICKLE = "adapter_model.safetensors", "adapter_model.bin"
-TEMPLATE = "chat_template.jinja"
+TEMPLATE, TEMPLATES = "chat_template.jinja", "chat_template.json"
 """The chat template that the adapter was trained with, where that is not its base model's own."""
 HUB_WEIGHTS, HUB_PICKLE, HUB_HEAD = "adapter.safetensors", "pytorch_adapter.bin", "head_config.json"
 """The same files of the `adapters` library, and the one it writes for an adapter that has a head."""
@@ -45,8 +45,8 @@ class Adapter:
     trained: dict[str, Any] = field(default_factory=dict)
     """Its origin: step, losses, the data's digest."""
     versions: dict[str, str] = field(default_factory=dict)
-    chat_template: str | None = None
-    """The chat template of its training, where that is not the base model's own."""
+    chat_template: str | dict[str, str] | None = None
+    """The chat template of its training, or several by name, where that is not the base model's own."""
 
     @property
     def source(self) -> str:
@@ -66,9 +66,12 @@ def write_adapter(folder: Path, adapter: Adapter, *, overwrite: bool = False) ->
         files.write_json(new / CONFIG, adapter.config)
         write_tensors(new / adapter.weights, adapter.tensors)
         written = [CONFIG, adapter.weights]
-        if adapter.chat_template is not None:
+        if isinstance(adapter.chat_template, str):
             files.write_text(new / TEMPLATE, adapter.chat_template)
             written.append(TEMPLATE)
+        elif adapter.chat_template is not None:
+            files.write_json(new / TEMPLATES, {"chat_template": adapter.chat_template})
+            written.append(TEMPLATES)
         manifest = {
             "method": adapter.method,
             "files": {name: files.sha256_file(new / name) for name in written},
@@ -108,7 +111,11 @@ def read_adapter(folder: Path, *, ours: bool = False) -> Adapter:
             f"{folder} has changed since it was saved:\n{listing(problems)}\n"
             f"Restore it from a copy. If the change is intended, delete {MANIFEST}: then the folder is read as PEFT's, unverified."
         )
-    template = (folder / TEMPLATE).read_text(encoding="utf-8") if TEMPLATE in manifest["files"] else None
+    template: str | dict[str, str] | None = None
+    if TEMPLATE in manifest["files"]:
+        template = (folder / TEMPLATE).read_text(encoding="utf-8")
+    elif TEMPLATES in manifest["files"]:
+        template = files.read_json(folder / TEMPLATES)["chat_template"]
     return Adapter(config, tensors, manifest["method"], manifest["base"], manifest["trained"], manifest["versions"], template)
 
 

@@ -25,8 +25,9 @@ class ModelConfig(Config):
     template: dict[str, bool | int | float | str | list[str]] = Field(default={})
     """Switches of its chat template, such as {enable_thinking: false}; `trimtab check` lists them."""
     chat_template: Annotated[str, Field(min_length=1)] | None = None
-    """A file with a chat template (Jinja, or a tokenizer_config.json that has one), instead of the model's own or where it has none; saved
-    with adapters and merged models."""
+    """A file with a chat template (Jinja, or a tokenizer_config.json that has one), instead of the model's own or where it has none; or, of
+    a model with several templates, the name of one. Unless given, such a model's `tool_use` writes examples with tools, and its `default`
+    the others. Saved with adapters and merged models."""
 
 
 def resolve_device(config: ModelConfig) -> torch.device:

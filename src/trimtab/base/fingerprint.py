@@ -106,7 +106,9 @@ def writes_dates(tokenizer: Any) -> bool:
 
 
 def _template_text(tokenizer: Any, switches: Mapping[str, Any]) -> str:
-    return str(getattr(tokenizer, "chat_template", None)) + (json.dumps(switches, sort_keys=True) if switches else "")
+    template = getattr(tokenizer, "chat_template", None)
+    named = dict(sorted(template.items())) if isinstance(template, dict) else template  # files have no order
+    return str(named) + (json.dumps(switches, sort_keys=True) if switches else "")
 
 
 def _tokenizer_hash(tokenizer: Any) -> str:

@@ -18,7 +18,7 @@ from trimtab.base.stored_quantization import dequantization_note, read_stored, s
 from trimtab.base.supported import context_length, refuse_unsupported
 from trimtab.base.switches import Switches
 from trimtab.base.template import ChatTemplate
-from trimtab.base.template_file import read_template
+from trimtab.base.template_file import choose_template
 from trimtab.base.vocabulary import Encoded
 from trimtab.core.errors import ArtifactError, BaseChanged, RecipeError
 from trimtab.core.files import expand_user
@@ -45,8 +45,8 @@ class Base:
     """How `load` quantized it; see `quantization` for one that was stored quantized or is wrapped."""
     requested_device: str | None = None
     """The device that `load` was asked for."""
-    chat_template: Path | None = None
-    """The file whose chat template stands in the place of the model's own."""
+    chat_template: str | None = None
+    """The file whose chat template stands in the place of the model's own, or the name of one of its own."""
     notes: tuple[str, ...] = ()
     """What to tell the user about how it was loaded."""
 
@@ -79,14 +79,13 @@ class Base:
         """
         config = ModelConfig(name=config) if isinstance(config, str) else config
         device, dtype = resolve_device(config), resolve_dtype(config, resolve_device(config))
-        chat_template = expand_user(config.chat_template) if config.chat_template is not None else None
         place = locate.loadable_place(config.name)
         with explaining_failure(place):
             note = dequantization_note(place, config.quantize, dtype)
         if note is not None:
             on_note(note)
         base = cls.load_folder(
-            place, dtype, device, quantize=config.quantize, template=config.template, chat_template=chat_template
+            place, dtype, device, quantize=config.quantize, template=config.template, chat_template=config.chat_template
         )
         base.notes = tuple(said for said in (dtype_note(config, device), note) if said is not None)
         # Its name, rather than the cache folder that a GGUF file was converted into.
@@ -105,16 +104,16 @@ class Base:
         quantize: Quantize = "none",
         with_tokenizer: bool = True,
         template: Switches | None = None,
-        chat_template: Path | None = None,
+        chat_template: str | None = None,
     ) -> "Base":
         """Load a model folder (a Path), or a name on the hub (a str), in a dtype on a device."""
-        own_template = read_template(chat_template) if chat_template is not None else None
         with explaining_failure(place):
             arguments = quantized.load_arguments(quantize, dtype, device)
             tokenizer = read_tokenizer(place) if with_tokenizer else None
+        if tokenizer is not None and chat_template is not None:
+            tokenizer.chat_template, chat_template = choose_template(chat_template, tokenizer.chat_template)
+        with explaining_failure(place):
             model: Any = read_stored(place, quantize, dtype=dtype, **arguments)
-        if tokenizer is not None and own_template is not None:
-            tokenizer.chat_template = own_template
         quantization = quantized.quantization_of(model)
         if quantize not in ("none", quantization):
             raise RecipeError(
@@ -128,9 +127,8 @@ class Base:
     def config(self) -> ModelConfig:
         """The config with which `load` gives the same base, in its dtype, and on its device unless that was `auto`."""
         dtype = next(tensor.dtype for tensor in self._frozen_weights.values() if tensor.is_floating_point())
-        device, file = self.requested_device or str(self.device), self.chat_template
-        own = str(file.absolute()) if file is not None else None
-        return nearest_config(self.source, dtype, device, self.quantize, self.template_switches, own)
+        device = self.requested_device or str(self.device)
+        return nearest_config(self.source, dtype, device, self.quantize, self.template_switches, self.chat_template)
 
     def release(self) -> None:
         """Free the memory of all weights, an adapter's too. The fingerprint stays known; the model can no longer be used."""

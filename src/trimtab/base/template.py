@@ -10,19 +10,14 @@ from typing import Any, NamedTuple
 from trimtab.base import render_limits
 from trimtab.base.switches import Switches, switches_of
 from trimtab.base.template_forms import Form, in_form, with_fixed_date
+from trimtab.base.template_probes import CALL_ID, LONG_ID, PROBE, TOOLS, answer, call, result, user
 from trimtab.core.chat import CLOSES, OPENS, Message, common_length
 from trimtab.core.errors import DataError, RecipeError
 
-CALL_ID = "abcdefghi"
-"""Mistral's templates want nine letters."""
-LONG_ID = "call_abcdefghijklmnop"
-"""An id as OpenAI makes them."""
 BY_EXAMPLE = "chat_template_kwargs"
 """The column in which an example sets switches; TRL has it, too."""
 MOST_SWITCHED = 64
 """How many sets of switches are kept with what probing the template found."""
-PROBE = "Zanzibar"
-"""A word that no template writes by itself."""
 
 
 class Ending(NamedTuple):
@@ -40,19 +35,26 @@ class ChatTemplate:
         switches: Values of the template's own variables.
         stops: Tokens that end a generation.
         by_example: Names of the switches that an example sets.
+        source: One of the tokenizer's templates, if it has several by name; all of them unless given.
     """
 
     moment: datetime
     """The present moment, for templates that write the date."""
 
     def __init__(
-        self, tokenizer: Any, switches: Switches, stops: frozenset[int], by_example: frozenset[str] = frozenset()
+        self,
+        tokenizer: Any,
+        switches: Switches,
+        stops: frozenset[int],
+        by_example: frozenset[str] = frozenset(),
+        source: str | None = None,
     ) -> None:
         self.tokenizer, self.switches, self.stops, self.by_example = tokenizer, switches, stops, by_example
-        self.source = tokenizer.chat_template
+        self.source: str | dict[str, str] = tokenizer.chat_template if source is None else source
         self.frames: set[tuple[str, ...]] = set()
         """What the template is known to write around any text; see `data.template_output`."""
         self._by_switches: dict[str, ChatTemplate] = {}
+        self._by_name: dict[str, ChatTemplate] = {}
 
     def render(
         self,
@@ -70,10 +72,9 @@ class ChatTemplate:
         Raises:
             DataError: The template does not accept this conversation.
         """
-        try:
-            template = self.tokenizer.get_chat_template(tools=list(tools) if tools else None)
-        except ValueError as error:  # several templates, and none for this
-            raise DataError(f"the model's tokenizer has no chat template for it: {error}") from None
+        if isinstance(self.source, dict):
+            return self._named(bool(tools)).render(messages, tools, prompt=prompt, form=form)
+        template = self.source
         if form is None:
             with_calls = any(message.get("tool_calls") for message in messages)
             form = Form(self._needs_parts, with_calls and self._needs_json_arguments, with_calls and self._needs_short_ids)
@@ -94,40 +95,40 @@ class ChatTemplate:
     @cached_property
     def _needs_parts(self) -> bool:
         """It reads contents only as lists of parts (LLaVA's, Idefics')."""
-        talk = [_user(PROBE)]
+        talk = [user(PROBE)]
         return PROBE not in self._probe(talk, form=Form()) and PROBE in self._probe(talk, form=Form(parts=True))
 
     @cached_property
     def _needs_json_arguments(self) -> bool:
         """It reads a call's arguments only as JSON text (DeepSeek's)."""
-        talk, form = [_user("0"), _call(PROBE)], Form(self._needs_parts)
+        talk, form = [user("0"), call(PROBE)], Form(self._needs_parts)
         json_form = form._replace(json_arguments=True)
         return PROBE not in self._probe(talk, TOOLS, form=form) and PROBE in self._probe(talk, TOOLS, form=json_form)
 
     @cached_property
     def _needs_short_ids(self) -> bool:
         """It rejects ids of calls but those of nine letters (Mistral's)."""
-        long, short = ([_user("0"), _call(PROBE, id), _result(id)] for id in (LONG_ID, CALL_ID))
+        long, short = ([user("0"), call(PROBE, id), result(id)] for id in (LONG_ID, CALL_ID))
         form = Form(self._needs_parts, self._needs_json_arguments)
         return not self._probe(long, TOOLS, form=form) and PROBE in self._probe(short, TOOLS, form=form)
 
     @cached_property
     def reads_reasoning(self) -> bool:
         """It writes the reasoning of a final answer from the message's key for it."""
-        return PROBE in self._probe([_user("0"), {**_answer("1"), "reasoning_content": PROBE}])
+        return PROBE in self._probe([user("0"), {**answer("1"), "reasoning_content": PROBE}])
 
     @cached_property
     def keeps_thinking(self) -> bool:
         """It writes the reasoning at the beginning of a final answer's content."""
-        return PROBE in self._probe([_user("0"), _answer(f"<think>\n{PROBE}\n</think>\n\n1")])
+        return PROBE in self._probe([user("0"), answer(f"<think>\n{PROBE}\n</think>\n\n1")])
 
     @cached_property
     def answer_separator(self) -> str:
         """The text between reasoning and answer; of it only what is before every answer, if anything is."""
-        question, answer = [_user("0")], _answer(PROBE)
-        plain = self._probe([*question, answer]).partition(PROBE)[0]
+        question, final = [user("0")], answer(PROBE)
+        plain = self._probe([*question, final]).partition(PROBE)[0]
         plain = plain[common_length(plain, self._probe(question, prompt=True)) :]
-        reasoned = self._probe([*question, {**answer, "reasoning_content": "Reasons."}])
+        reasoned = self._probe([*question, {**final, "reasoning_content": "Reasons."}])
         between = reasoned.partition("Reasons.")[2].partition(PROBE)[0]
         common = between[len(between) - common_length(plain[::-1], between[::-1]) :]
         return common.strip() or between.strip() or CLOSES
@@ -135,7 +136,7 @@ class ChatTemplate:
     @cached_property
     def opens_reasoning(self) -> bool:
         """Its prompt opens the reasoning, which the model's answer continues."""
-        return self._probe([_user("0")], prompt=True).rstrip().endswith(OPENS)
+        return self._probe([user("0")], prompt=True).rstrip().endswith(OPENS)
 
     @property
     def switch_names(self) -> list[str]:
@@ -159,9 +160,37 @@ class ChatTemplate:
         for name in self.switch_names:
             form = f"{BY_EXAMPLE}={{{name}: {{}}}}" if name in self.by_example else f"model.template.{name}={{}}"
             for value in (True, False):
-                switched = ChatTemplate(self.tokenizer, {**self.switches, name: value}, self.stops, self.by_example)
+                switched = self._with({name: value}, self.by_example)
                 settings[form.replace("{}", str(value).lower())] = switched
         return settings
+
+    def chosen(self, tools: Sequence[Any], switches: Switches) -> "ChatTemplate":
+        """What an example with these tools and switches is written with.
+
+        Raises:
+            DataError: It does not read one of the switches, or of several templates by name, there is none for it.
+        """
+        return self._named(bool(tools)).with_switches(switches)
+
+    def _named(self, with_tools: bool) -> "ChatTemplate":
+        """Of several templates by name the one that Transformers chooses: tool_use with tools, if there is one, or default."""
+        if not isinstance(self.source, dict):
+            return self
+        name = "tool_use" if with_tools and "tool_use" in self.source else "default"
+        if name not in self.source:
+            raise DataError(
+                f"the model has several chat templates by name ({', '.join(self.source)}), and none that is called default: choose one with "
+                f"model.chat_template={next(iter(self.source))}"
+            )
+        if name not in self._by_name:
+            self._by_name[name] = ChatTemplate(self.tokenizer, self.switches, self.stops, self.by_example, self.source[name])
+        template = self._by_name[name]
+        template.moment = self.moment
+        return template
+
+    def _with(self, switches: Switches, by_example: frozenset[str]) -> "ChatTemplate":
+        source = self.source if isinstance(self.source, str) else None
+        return ChatTemplate(self.tokenizer, {**self.switches, **switches}, self.stops, by_example, source)
 
     def with_switches(self, switches: Switches) -> "ChatTemplate":
         """This template with the switches that an example sets; the same object for the same ones, so that it is probed once.
@@ -173,7 +202,7 @@ class ChatTemplate:
             return self
         template = self._by_switches.get(key := json.dumps(switches, sort_keys=True))
         if template is None:
-            template = ChatTemplate(self.tokenizer, {**self.switches, **switches}, self.stops, frozenset(switches))
+            template = self._with(switches, frozenset(switches))
             if problem := template.unread_switch(switches):
                 raise DataError(f"{BY_EXAMPLE}.{problem}")
             if len(self._by_switches) >= MOST_SWITCHED:
@@ -202,12 +231,12 @@ class ChatTemplate:
     @cached_property
     def ending(self) -> Ending | None:
         """How an answer ends; None if by no special token. Some templates accept no conversation without tools (Hermes 2 Pro's)."""
-        return self._ending([_user("0")], _answer, _user("0"), None) or self._ending([_user("0")], _answer, _user("0"), TOOLS)
+        return self._ending([user("0")], answer, user("0"), None) or self._ending([user("0")], answer, user("0"), TOOLS)
 
     @cached_property
     def call_ending(self) -> Ending | None:
         """How a turn ends that calls a tool."""
-        return self._ending([_user("0")], _call, _result(CALL_ID), TOOLS)
+        return self._ending([user("0")], call, result(CALL_ID), TOOLS)
 
     def _ending(
         self, prompt: list[Message], answer: Callable[[str], Message], after: Message, tools: list[Any] | None
@@ -245,29 +274,3 @@ class ChatTemplate:
             return self.render(messages, tools, **arguments)
         except DataError:
             return ""
-
-
-TOOLS = [{
-    "type": "function",
-    "function": {
-        "name": "tool", "description": "A tool.",
-        "parameters": {"type": "object", "properties": {"x": {"type": "string", "description": "x"}}, "required": ["x"]},
-    },
-}]  # fmt: skip
-
-
-def _user(content: str) -> Message:
-    return {"role": "user", "content": content}
-
-
-def _answer(content: str) -> Message:
-    return {"role": "assistant", "content": content}
-
-
-def _call(argument: str, id: str = CALL_ID) -> Message:
-    function = {"name": "tool", "arguments": {"x": argument}}
-    return {**_answer(""), "tool_calls": [{"type": "function", "id": id, "function": function}]}
-
-
-def _result(id: str) -> Message:
-    return {"role": "tool", "name": "tool", "tool_call_id": id, "content": "0"}

@@ -26,40 +26,42 @@ SAME = _each({
     "train.optimizer.eps": "adam_epsilon",
     "train.optimizer=muon": "use_muon",
     "train.clip": "max_grad_norm gradient_clipping clip grad_clip",
-    "train.seed": "seed",
+    "train.seed": "seed random_state",
     "data.seed": "data_seed",
     "train.recompute": "gradient_checkpointing use_gradient_checkpointing recompute activation_checkpointing disable_gradient_checkpointing",
     "train.evaluate_every": "eval_steps eval_strategy evaluation_strategy evals_per_epoch evaluate_every eval_every",
     "train.save_every": "save_steps save_strategy saves_per_epoch save_every",
     "train.keep": "save_total_limit keep",
-    "train.patience": "early_stopping_patience early_stopping_steps early_stopping patience",
+    "train.patience": "early_stop_interval early_stopping_patience early_stopping_steps early_stopping patience",
     "train.min_improvement": "early_stopping_threshold min_improvement",
     "train.deterministic": "full_determinism use_deterministic_algorithms",
     "method.rank": "lora_r lora_rank r rank",
     "method.alpha": "lora_alpha alpha",
     "method.dropout": "lora_dropout dropout",
-    "method.targets": "target_modules lora_target lora_target_modules oft_target targets",
+    "method.targets": "target_modules lora_target lora_target_modules oft_target target_regex targets",
     "method.targets=all-linear": "lora_target_linear",
     "method.rank_stabilized": "use_rslora peft_use_rslora",
     "method.ranks": "rank_pattern lora_rank_pattern",
     "method.alphas": "alpha_pattern lora_alpha_pattern",
-    "method.b_rate": "loraplus_lr_ratio",
-    "method.init": "init_lora_weights peft_init_lora_weights",
+    "method.b_rate": "loraplus_lr_ratio lorap_lr_ratio",
+    "method.init": "init_lora_weights peft_init_lora_weights init_weights",
     "method.init=pissa": "pissa_init",
     "method.block_size": "oft_block_size",
     "train.neftune": "neftune_noise_alpha neftune_alpha noisy_embedding_alpha",
     "method.layers": "layers_to_transform peft_layers_to_transform",
     "method.tokens": "num_virtual_tokens trainable_token_indices peft_trainable_token_indices",
     "method=dora": "use_dora peft_use_dora",
-    "method.name": "adapter peft_type finetuning_type train_type tuner_type peft_method use_peft",
+    "method=full": "full_finetuning",
+    "method.name": "adapter peft_type finetuning_type train_type sft_type tuner_type peft_method use_peft",
     "model.quantize=nf4": "load_in_4bit",
     "model.quantize=int8": "load_in_8bit",
-    "model.quantize": "quantization_bit quantization quant_method quantization_method quantization_type bnb_4bit_quant_type",
+    "model.quantize": "quantization_bit quant_bits quantization quant_method quantization_method quantization_type bnb_4bit_quant_type",
     "model.dtype": "torch_dtype dtype precision compute_dtype",
     "model.dtype=bfloat16": "bf16 bfloat16 pure_bf16",
     "model.dtype=float16": "fp16 float16",
     "model.dtype=float32": "float32",
-    "model.name": "model_name_or_path base_model model_name model_id model_path pretrained_model_name_or_path base_model_name_or_path",
+    "model.name": "model model_id_or_path model_name_or_path base_model model_name model_id model_path pretrained_model_name_or_path "
+    "base_model_name_or_path",
     "model.name=org/model@revision": "revision model_revision revision_of_model",
     "model.device": "device device_map",
     "model.device=cpu": "use_cpu",
@@ -71,17 +73,17 @@ SAME = _each({
     "data.train.NAME.subset": "dataset_config dataset_config_name subset",
     "data.train.NAME.split": "dataset_train_split train_split",
     "data.train.NAME.limit": "max_samples num_samples num_train_samples max_train_samples limit",
-    "data.train.NAME.weight": "interleave_probs mix_strategy",
+    "data.train.NAME.weight": "interleave_probs interleave_prob mix_strategy",
     "data.eval": "val_size val_set_size eval_dataset validation_split split_dataset_ratio validation_file test_datasets val_dataset test_size "
     "dataset_test_split",
     "data.max_length": "cutoff_len max_seq_length max_seq_len sequence_len max_length model_max_length",
     "data.overlong": "truncation_strategy truncation_mode excess_length_strategy",
-    "data.columns": "field_messages",
+    "data.columns": "field_messages columns",
     "data.columns.text": "dataset_text_field",
     "data.system": "system default_system default_system_message system_prompt",
     "data.train_on=everything": "train_on_inputs train_on_prompt",
     "data.train_on=last": "mask_history",
-    "data.train_on": "assistant_only_loss completion_only_loss roles_to_train",
+    "data.train_on": "assistant_only_loss completion_only_loss roles_to_train loss_scale",
     "data.duplicates=remove": "dataset_exact_deduplication dedup deduplicate",
     "output": "output_dir",
     "start": "lora_model_dir adapter_name_or_path adapter_folder adapters",
@@ -94,14 +96,14 @@ SAME = _each({
     "objective.label_smoothing": "label_smoothing dpo_label_smoothing",
     "objective.desirable": "desirable_weight kto_desirable_weight kto_chosen_weight",
     "objective.undesirable": "undesirable_weight kto_undesirable_weight kto_rejected_weight",
-    "objective.reference": "ref_model ref_model_adapters",
+    "objective.reference": "ref_model ref_model_adapters ref_adapters ref_model_revision",
     "eval.max_new_tokens": "max_new_tokens generation_max_new_tokens generation_max_length eval_max_new_tokens",
     "eval.temperature": "temperature generation_temperature",
     "eval.top_p": "top_p generation_top_p",
     "eval.top_k": "top_k generation_top_k",
     "eval.repetition_penalty": "repetition_penalty",
     "eval.stop": "stop stop_words stop_strings",
-    "eval.metrics": "metrics",
+    "eval.metrics": "metrics eval_metric",
 })  # fmt: skip
 """The key of the recipe with the same meaning; `key=value` where a switch is a value of it."""
 
@@ -118,7 +120,7 @@ AUTOMATIC = _each({
         "sample_packing_sequentially sample_packing_mp_start_method sample_packing_eff_est sample_packing_seq_len_multiplier "
         "total_num_tokens total_supervised_tokens batch_flattening multipack_real_batches block_diag_attn pretrain_multipack_attn "
         "pretrain_multipack_buffer_size pretraining_sample_concatenation streaming_multipack_buffer_size dpo_padding_free "
-        "train_sampling_strategy use_packed_sequences",
+        "train_sampling_strategy use_packed_sequences packing_length packing_num_proc padding_side",
     _FASTEST:
         "use_cache use_kv_cache flash_attn flash_attention attn_implementation attn_impl use_liger_kernel enable_liger_kernel liger_kernel "
         "liger_kernel_config cut_cross_entropy flash_attn_cross_entropy flash_attn_d512 flash_attn_fuse_mlp flash_attn_rms_norm "
@@ -128,19 +130,19 @@ AUTOMATIC = _each({
         "lora_o_kernel lora_embedding_kernel llama4_linearized_experts use_kernels use_scattermoe use_sonicmoe use_v1_kernels use_unsloth "
         "dpo_use_liger_kernel dpo_use_logits_to_keep torch_compile torch_compile_backend torch_compile_mode torch_compile_options "
         "experimental_skip_move_to_device bias_activation_fusion apply_rope_fusion masked_softmax_fusion cross_entropy_loss_fusion "
-        "moe_grouped_gemm low_cpu_mem_usage",
+        "moe_grouped_gemm low_cpu_mem_usage experts_impl use_logits_to_keep unsloth_tiled_mlp",
     "train.recompute is auto: gradient checkpointing is used as far as memory asks for it":
         "gradient_checkpointing_kwargs activation_checkpointing_kwargs selective_checkpointing use_reentrant_gc use_unsloth_gc "
         "recompute_granularity recompute_method recompute_num_layers gc_steps gc_collect_steps torch_empty_cache_steps",
     "sums, norms and losses are in float32 where 16 bits would round them too coarsely, and so are the adapter's weights":
         "mixed_precision upcast_layernorm upcast_lmhead_output embeddings_skip_upcast fp32_norms fp32_norm_classes peft_autocast_adapter_dtype "
-        "autocast_adapter_dtype bf16_full_eval fp16_full_eval infer_dtype",
+        "autocast_adapter_dtype bf16_full_eval fp16_full_eval infer_dtype lora_dtype float32_mixed_precision",
     "matrix products of float32 are exact: TF32 is not used": "tf32",
     "the data's format is recognized by its columns":
         "remove_unused_columns label_names skip_prepare_dataset dataset_kwargs preprocess_iterable is_preprocess tool_format "
-        "ignore_pad_token_for_loss",
+        "ignore_pad_token_for_loss disable_auto_column_mapping agent_template",
     "the model's own chat template is used; its switches are set with model.template, and another one with model.chat_template=FILE":
-        "template prompt_template conversation_template chat_template eot_tokens",
+        "template prompt_template conversation_template chat_template eot_tokens use_chat_template template_backend",
     "every step is logged, in the run's metrics.jsonl":
         "logging_steps logging_strategy logging_dir logging_first_step logging_nan_inf_filter include_tokens_per_second include_tkps "
         "include_num_input_tokens_seen include_effective_tokens_per_second plot_loss disable_tqdm log_level log_level_replica "
@@ -156,22 +158,29 @@ AUTOMATIC = _each({
         "dataset_prepared_path overwrite_cache shuffle shuffle_merged_datasets shuffle_dataset shuffle_before_merging_datasets "
         "dataset_keep_in_memory dataset_shard_num dataset_shard_idx num_dataset_shards_to_save buffer_size data_shared_file_system "
         "cache_dir tokenized_path dataloader_in_order dataloader_multiprocessing_context dataloader_persistent_workers "
-        "dataloader_pin_memory dataloader_prefetch_factor skip_memory_metrics sortish_sampler",
+        "dataloader_pin_memory dataloader_prefetch_factor skip_memory_metrics sortish_sampler lazy_tokenize cached_dataset "
+        "cached_val_dataset load_from_cache_file dataset_shuffle val_dataset_shuffle shuffle_buffer_size download_mode train_dataloader_shuffle",
     "all examples of a source are used, or data.train.NAME.limit of them; only as much of a stream is read":
         "streaming dataset_streaming",
     "it needs no key; see docs/methods.md for what each method trains":
         "bias task_type lora_task_type inference_mode fan_in_fan_out lora_fan_in_fan_out auto_mapping peft_version runtime_config "
-        "ensure_weight_tying peft_ensure_weight_tying ignore_bias_buffers create_new_adapter lora_on_cpu qlora_sharded_model_loading",
+        "ensure_weight_tying peft_ensure_weight_tying ignore_bias_buffers create_new_adapter lora_on_cpu qlora_sharded_model_loading "
+        "tuner_backend use_swift_lora load_in_16bit acc_strategy",
+    "files are written in one way: safetensors in a folder of the run's, without links or versions":
+        "safe_serialization max_shard_size add_version create_checkpoint_symlink temporary_location disable_log_stats",
+    "a recipe is one file, and names what it needs":
+        "load_args load_data_args ignore_args_error custom_dataset_info use_hf local_repo_path enable_npu_model_patch "
+        "ds3_gather_for_generation model_kwargs",
     "experts of all-linear's targets are adapted, and quantized with the rest":
         "target_parameters lora_target_parameters quantize_moe_experts",
     "PiSSA starts from an exact decomposition, and the saved adapter holds for the original model": "pissa_iter pissa_convert",
     "double quantization and the storage of nf4 are as QLoRA has them":
-        "double_quantization use_bnb_nested_quant bnb_4bit_use_double_quant bnb_4bit_quant_storage",
+        "double_quantization use_bnb_nested_quant bnb_4bit_use_double_quant bnb_4bit_quant_storage bnb_4bit_compute_dtype",
     "the model's own is used, and detected automatically":
         "tokenizer tokenizer_name tokenizer_type tokenizer_name_or_path model_type type_of_model processor processor_type use_fast_tokenizer "
         "tokenizer_use_fast tokenizer_legacy tokenizer_use_mistral_common tokenizer_save_jinja_files tokenizer_config eos_token pad_token "
         "split_special_tokens skip_special_tokens base_model_config is_falcon_derived_model is_llama_derived_model "
-        "is_mistral_derived_model is_qwen_derived_model",
+        "is_mistral_derived_model is_qwen_derived_model problem_type ref_model_type fix_tokenizer use_exact_model_name text_only check_model",
     "code that comes with a model or a dataset is never run; models that Transformers knows need none": "trust_remote_code",
     "the model's own special tokens are used; new ones are trained with method: {name: tokens, new: […]}":
         "special_tokens tokens add_tokens add_special_tokens resize_vocab new_special_tokens new_special_tokens_config init_special_tokens "
@@ -204,7 +213,8 @@ _LAYERS = "blocks are neither added, skipped nor unfrozen; method: full trains c
 UNSUPPORTED = _each({
     _TRACKERS: "report_to run_name use_wandb use_swanlab swanlab use_mlflow use_comet use_trackio use_tensorboard use_otel_metrics "
     "hf_mlflow_log_artifacts project eval_table_size",
-    _DEVICES: "deepspeed deepcompile fsdp fsdp_config fsdp_version fsdp_final_state_dict_type accelerator_config parallelism_config ddp "
+    _DEVICES: "sequence_parallel_size zero_hpz_partition_size deepspeed_autotp_size use_flash_ckpt device_groups deepspeed deepcompile "
+    "fsdp fsdp_config fsdp_version fsdp_final_state_dict_type accelerator_config parallelism_config ddp "
     "local_rank nproc_per_node num_gpus world_size master_addr master_port resources_per_worker tensor_parallel_size "
     "tensor_model_parallel_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size expert_model_parallel_size "
     "context_parallel_size sequence_parallel sequence_parallel_degree dp_shard_size dp_replicate_size heads_k_stride ring_attn_func "
@@ -214,17 +224,21 @@ UNSUPPORTED = _each({
     "overlap_grad_reduce overlap_param_gather export_hf_on_finish extra_config save_on_each_node",
     _UPLOAD: "push_to_hub push_dataset_to_hub",
     "a checkpoint of another tool holds a state of its own: train its adapter further with start: FOLDER, or resume a run of Trimtab with "
-    "resume": "resume_from_checkpoint",
+    "resume": "resume_from_checkpoint resume_only_model",
     "the base model is as large as it is: nothing is held on another device":
         "activation_offloading layer_offloading offload_folder max_memory gpu_memory_limit quantization_device_map use_kt",
-    "log in with `hf auth login`, which Transformers uses, too": "hf_hub_token hf_use_auth_token ms_hub_token om_hub_token",
+    "log in with `hf auth login`, which Transformers uses, too": "token hf_hub_token hf_use_auth_token ms_hub_token om_hub_token",
     _MEDIA: "media_dir freeze_vision_tower freeze_multi_modal_projector freeze_language_model freeze_mm_modules crop_to_patches "
-    "use_audio_in_video audio_sampling_rate processor_kwargs role_boundaries",
+    "use_audio_in_video audio_sampling_rate processor_kwargs role_boundaries max_pixels norm_bbox freeze_llm freeze_vit freeze_aligner "
+    "vit_gradient_checkpointing aligner_lr vit_lr",
     _EARNED: "reward_model reward_model_adapters reward_model_quantization_bit reward_model_type process_reward_model "
-    "center_rewards_coefficient num_labels cls_model_config trl vllm ebft",
-    _EXPORT: "infer_backend merge_lora merge_method num_beams eval_num_beams generation_num_beams length_penalty generation_config "
+    "center_rewards_coefficient num_labels cls_model_config trl vllm ebft gkd_logits_topk lmbda max_completion_length mrl_dims seq_kd sft_alpha",
+    _EXPORT: "fast_inference gpu_memory_utilization max_lora_rank float8_kv_cache stream logprobs top_logprobs structured_outputs_regex "
+    "response_prefix add_non_thinking_prefix infer_backend merge_lora merge_method num_beams eval_num_beams generation_num_beams "
+    "length_penalty generation_config "
     "generation_prompt_ratio",
-    _LOSS: "label_smoothing_factor use_dft_loss use_asft_loss asft_alpha use_eaft_loss use_eaft eaft_alpha eaft_k ld_alpha cpo_alpha "
+    _LOSS: "enable_dft_loss enable_channel_loss is_binary_loss_scale disable_ignore_empty_think label_smoothing_factor use_dft_loss "
+    "use_asft_loss asft_alpha use_eaft_loss use_eaft eaft_alpha eaft_k ld_alpha cpo_alpha "
     "pref_bco_weight f_divergence_type f_alpha_divergence_coef discopop_tau use_weighting dpo_use_weighting dpo_norm_loss "
     "dpo_generate_during_eval router_aux_loss_coef moe_aux_loss_coef",
     "the reference model stays as it is": "sync_ref_model ref_model_mixup_alpha ref_model_sync_steps ref_model_quantization_bit",
@@ -237,24 +251,32 @@ UNSUPPORTED = _each({
     "method.targets (embed_tokens and lm_head are adapted, too)": "modules_to_save additional_target lora_modules_to_save",
     _LAYERS: "freeze_trainable_layers freeze_trainable_modules freeze_extra_modules use_llama_pro unfrozen_parameters layer_replication "
     "peft_layer_replication layers_pattern peft_layers_pattern exclude_modules mixture_of_depths use_pose s2_attention shift_attn "
-    "train_from_scratch reinit_weights",
+    "train_from_scratch reinit_weights freeze_parameters freeze_parameters_regex freeze_parameters_ratio trainable_parameters "
+    "trainable_parameters_regex finetune_last_n_layers",
     "method.dropout is LoRA's; oft has none, and its blocks have one size, method.block_size": "module_dropout oft_rank",
-    _VARIANT: "loftq_config corda_config lora_ga_config velora_config monteclora_config arrow_config kasa_config use_qalora qalora_group_size "
+    _VARIANT: "adapter_act adapter_length loftq_config corda_config lora_ga_config velora_config monteclora_config arrow_config "
+    "kasa_config use_qalora qalora_group_size "
         "use_bdlora alora_invocation_tokens lora_bias relora peft",
     "init: eva has no settings of its own": "eva_config",
     "weights are quantized to nf4 or int8 as they are loaded, or come so; others are refused":
-        "gptq bnb_config_kwargs model_quantization_config model_quantization_config_kwargs use_onebitllms fp8 fp8_backend "
+        "hqq_axis load_in_fp8 qat_scheme gptq bnb_config_kwargs model_quantization_config model_quantization_config_kwargs use_onebitllms "
+        "fp8 fp8_backend "
         "fp8_enable_fsdp_float8_all_gather qat",
     "the model's configuration is its own: change it in its folder's config.json":
-        "rope_scaling model_init_kwargs overrides_of_model_config overrides_of_model_kwargs scaling_softmax scaling_softmax_factor "
+        "init_strategy max_model_len offload_embedding resize_model_vocab rope_scaling model_init_kwargs overrides_of_model_config "
+        "overrides_of_model_kwargs scaling_softmax scaling_softmax_factor "
         "scaling_softmax_bias sage_attention",
     "the loss and the gradients are watched for NaN and Inf alone; see train.patience": "loss_watchdog_threshold loss_watchdog_patience",
     "examples are not left out for being short, and prompts have no limit of their own: data.max_length is an example's":
         "min_sample_len max_prompt_len",
     "examples are shuffled": "disable_shuffling curriculum_sampling",
-    "benchmarks are measured after training: trimtab eval RUN": "do_bench_eval bench_dataset bench_split eval_causal_lm_metrics",
+    "benchmarks are measured after training: trimtab eval RUN": "do_bench_eval bench_dataset bench_split eval_causal_lm_metrics "
+    "eval_use_evalscope eval_dataset_args eval_limit eval_generation_config "
+        "extra_eval_args",
+    "placeholders in examples are not filled in: write the name into them": "model_author",
+    "sources without weights are joined, and with weights each goes on to its end": "stopping_strategy",
     "there are no plugins":
-        "strict debug plugins hooks callbacks trainer_cls axolotl_config_path loss_scale",
+        "strict debug plugins hooks callbacks trainer_cls axolotl_config_path external_plugins custom_register_path",
     _PROFILER: "profile_modules enable_torch_profiler",
 })  # fmt: skip
 """Settings that Trimtab does not have, and what it has instead."""
@@ -267,8 +289,8 @@ FAMILIES = _each({
     _EARNED: "ppo_ grpo_",
     _DEVICES: "ray_ kt_ expert_parallel_ context_",
     _OPTIMIZER: "galore_ qgalore_ apollo_ badam_ dion_",
-    _LAYERS: "lisa_ pose_",
-    _VARIANT: "relora_ jagged_",
+    _LAYERS: "lisa_ pose_ llamapro_",
+    _VARIANT: "relora_ jagged_ fourier_ boft_ vera_ adalora_ reft_ lora_ga_",
     _PROFILER: "profiler_",
 })  # fmt: skip
 """How the names of more such settings begin."""

@@ -176,8 +176,8 @@ def _render_completion(example: Conversation, base: Tokenizing) -> RenderedText:
 
 
 def template_of(example: Conversation, base: Tokenizing) -> Template:
-    """The base's chat template with the switches that the example sets. Raises DataError for one that it does not read."""
-    return base.template.with_switches(example.switches)
+    """The base's chat template for the example's tools, with the switches that it sets. Raises DataError for one that it does not read."""
+    return base.template.chosen(example.tools, example.switches)
 
 
 def template_messages(example: Conversation, base: Tokenizing) -> list[Message]:

@@ -131,8 +131,8 @@ def tokenize_prompt(
         switches: Those of the chat template that the example sets.
     """
     if base.has_template:
-        template = base.template.with_switches(switches or {})
-        (encoded,) = base.encode([template.render(messages, list(tools), prompt=True)])
+        tools = list(tools)
+        (encoded,) = base.encode([base.template.chosen(tools, switches or {}).render(messages, tools, prompt=True)])
     else:
         (encoded,) = base.encode([messages[0]["content"]], special=True)
     if problem := base.embedding_problem(encoded.ids):

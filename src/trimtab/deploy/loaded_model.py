@@ -5,7 +5,7 @@ from datetime import datetime
 from pathlib import Path
 
 from trimtab.artifacts import is_adapter, is_run, read_adapter, read_record, refuse_uncertified, run_status
-from trimtab.artifacts.adapter import MANIFEST, TEMPLATE
+from trimtab.artifacts.adapter import MANIFEST, TEMPLATE, TEMPLATES
 from trimtab.artifacts.run_folder import ADAPTER, CHECKPOINTS
 from trimtab.base import Base, ModelConfig, fit_to_machine, locate_model
 from trimtab.core import files
@@ -102,7 +102,8 @@ def load_model(name: str, model: str | None = None, *, certified: bool = False) 
     if model is None:
         _refuse_missing_base(source, folder)
     if stored.chat_template is not None:  # wherever the file of its training is now
-        config = config.model_copy(update={"chat_template": str(folder / TEMPLATE)})
+        file = TEMPLATE if isinstance(stored.chat_template, str) else TEMPLATES
+        config = config.model_copy(update={"chat_template": str(folder / file)})
     base = Base.load(config)
     if "moment" in stored.base:  # a chat template that writes the date writes that of training
         base.moment = datetime.fromisoformat(stored.base["moment"])

@@ -24,7 +24,11 @@ def versions() -> dict[str, str]:
 
 
 def adapter_contents(
-    adapter: Attached, model: ModelConfig, facts: dict[str, Any], trained: dict[str, Any], chat_template: str | None = None
+    adapter: Attached,
+    model: ModelConfig,
+    facts: dict[str, Any],
+    trained: dict[str, Any],
+    chat_template: str | dict[str, str] | None = None,
 ) -> Adapter:
     """The content of an adapter's folder. `model` is its base model's configuration, and `facts` what else to store about that."""
     method, own = adapter.to_inference_form()

@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 
 from trimtab.core import files, yaml12
 from trimtab.core.errors import RecipeError
-from trimtab.migrate import axolotl, llamafactory, trl
+from trimtab.migrate import axolotl, llamafactory, swift, trl
 from trimtab.migrate._settings import Setting, Settings
 from trimtab.migrate._write import nested, write
 from trimtab.run.recipe import Recipe
 
-TOOLS: dict[str, ModuleType] = {"axolotl": axolotl, "llamafactory": llamafactory, "trl": trl}
+TOOLS: dict[str, ModuleType] = {"axolotl": axolotl, "llamafactory": llamafactory, "swift": swift, "trl": trl}
 """What `--from` takes: the files of this folder."""
 OPTIONS = Path(__file__).parent / "options"
 
@@ -69,7 +69,7 @@ def _recognize(path: Path, raw: Mapping[str, Any], known: dict[str, dict[str, di
     best = max(names, key=lambda tool: len(names[tool]))
     if not names[best]:
         raise RecipeError(
-            f"{path}: none of its keys is a setting of Axolotl, LLaMA-Factory or TRL ({', '.join(list(raw)[:5])}, …)."
+            f"{path}: none of its keys is a setting of Axolotl, LLaMA-Factory, ms-swift, Unsloth or TRL ({', '.join(list(raw)[:5])}, …)."
         )
     if any(len(names[tool]) == len(names[best]) for tool in names if tool != best):
         raise RecipeError(f"{path}: its keys are settings of several tools: say --from {'|'.join(TOOLS)}.")
@@ -79,7 +79,7 @@ def _recognize(path: Path, raw: Mapping[str, Any], known: dict[str, dict[str, di
 def _flat(
     path: Path, tool: str, raw: Mapping[str, Any], options: dict[str, dict[str, Any]]
 ) -> tuple[dict[str, Any], dict[str, Any], str]:
-    """A file's settings and the tool's defaults. Of TRL, whose classes have defaults of their own, the classes' that are used."""
+    """A file's settings and the tool's defaults. Of TRL and Unsloth, whose classes have defaults of their own, the classes' that are used."""
     if tool != "trl":
         (defaults,) = options.values()
         return dict(raw), defaults, ""
@@ -90,7 +90,8 @@ def _flat(
             raise RecipeError(f"{path}: {name}: expected a mapping of its arguments, got {raw[name]!r}.")
         given.update(raw[name])
     trainer = next((name for name in classes if name in trl.TRAINERS), None) or _trainer(given, options)
-    used = [*([] if classes and "script" not in classes else ["script"]), "LoraConfig", trainer]
+    adapts = [name for name in trl.UNSLOTH if name in raw] or ["LoraConfig"]
+    used = [*([] if classes and "script" not in classes else ["script"]), *adapts, trainer]
     return given, {key: value for name in used for key, value in options[name].items()}, trainer
 
 

@@ -32,7 +32,12 @@ def training(settings: Settings, per_device: str, devices: int, packed: int | No
     _intervals(settings)
     _precision(settings)
     said = "train.recompute is auto: gradient checkpointing is used as far as memory asks for it"
-    for name in ("gradient_checkpointing", "disable_gradient_checkpointing", "activation_checkpointing"):
+    for name in (
+        "gradient_checkpointing",
+        "disable_gradient_checkpointing",
+        "activation_checkpointing",
+        "use_gradient_checkpointing",
+    ):
         settings.derive(name, said=said)
 
 

@@ -1,4 +1,7 @@
-"""The arguments of a script with TRL and PEFT, as JSON: `{"LoraConfig": {…}, "SFTConfig": {…}}` or flat; and TRL's own YAML files."""
+"""The arguments of a script with TRL and PEFT, as JSON: `{"LoraConfig": {…}, "SFTConfig": {…}}` or flat; and TRL's own YAML files.
+
+Of a script with Unsloth: `{"FastLanguageModel": {…}, "get_peft_model": {…}, "SFTConfig": {…}}`, the arguments of its two functions.
+"""
 
 from typing import Any
 
@@ -11,6 +14,8 @@ from trimtab.migrate._training import training
 TITLE = "TRL"
 DEFAULTS: dict[str, Any] = {"dataset_test_split": None, "bf16": None}
 """What differs from the classes' own: a setting that only a script reads is none."""
+UNSLOTH = ("FastLanguageModel", "get_peft_model")
+"""Names for the arguments of Unsloth's functions."""
 TRAINERS = {"SFTConfig": "sft", "DPOConfig": "dpo", "KTOConfig": "kto"}
 
 
@@ -19,7 +24,11 @@ def convert(settings: Settings, devices: int) -> None:
         settings.settle(name, "unset", "it is written out by to_dict()")
     _model(settings)
     _objective(settings, TRAINERS[settings.kind])
-    most = length(settings, "max_length", "truncate", "as TRL does with longer examples")
+    given = (
+        "max_seq_length" if settings.first("max_seq_length") and "max_length" not in settings.given else "max_length"
+    )  # Unsloth's
+    most = length(settings, given, "truncate", "as TRL does with longer examples")
+    settings.settle("max_seq_length", "unset", "max_length decides")
     if settings.get("truncation_mode") not in (None, "keep_start"):
         settings.settle("truncation_mode", "missing", "a longer example loses its end, not its beginning")
     settings.settle("truncation_mode", "derived", "a longer example loses its end")
@@ -29,7 +38,7 @@ def convert(settings: Settings, devices: int) -> None:
 
 
 def _model(settings: Settings) -> None:
-    name = settings.first("model_name_or_path", "base_model_name_or_path")
+    name = settings.first("model_name_or_path", "base_model_name_or_path", "model_name")
     revision = settings.given.get("model_revision") or settings.given.get("revision")
     if name:
         value = settings.get(name)
@@ -41,7 +50,13 @@ def _model(settings: Settings) -> None:
         settings.refuse(str(settings.first("task_type", "lora_task_type")), "models that answer are trained: CAUSAL_LM")
     if settings.get("peft_type") not in (None, "LORA"):
         settings.refuse("peft_type", "LoraConfig is converted")
-    adapts = {"r", "lora_alpha", "target_modules", "lora_r", "lora_target_modules"} & set(settings.given)
+    adapts = {"r", "lora_alpha", "target_modules", "lora_r", "lora_target_modules", "get_peft_model"} & set(settings.given)
+    if settings.on("load_in_16bit"):
+        settings.defaults = {**settings.defaults, "load_in_4bit": False}
+    if "seed" in settings.given:
+        settings.derive("random_state", said="train.seed is the run's")
+    if settings.on("full_finetuning"):
+        return full(settings, "full_finetuning")
     if settings.on("use_peft") or adapts:
         settings.derive("peft_type", said="method.name is lora")
         settings.write(

@@ -9,6 +9,7 @@ import shutil
 from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import transformers
@@ -18,15 +19,17 @@ from worlds import make_model, work_in_copy, write_rows
 
 from trimtab import cli
 from trimtab.core.errors import ArtifactError, RecipeError
+from trimtab.data.example import TokenRow
 from trimtab.deploy import load_model
 from trimtab.evaluate import evaluation_rows, score_loss
 from trimtab.evaluate.comparisons import holm, sign_flip_p
 from trimtab.evaluate.example_losses import read_losses
-from trimtab.report.comparison import compare
+from trimtab.report.comparison import compare, run_facts
 from trimtab.report.comparison_page import comparison_html
 from trimtab.report.comparison_text import comparison_page
 from trimtab.report.text_plot import Curve, plot
 from trimtab.run.evaluation import held_out_examples_of
+from trimtab.run.losses import LossRecord
 from trimtab.run.recipe import Recipe
 from trimtab.run.script import run_recipe
 from trimtab.testing import tiny_base
@@ -149,6 +152,16 @@ def test_of_a_pair_both_answers_decide_what_it_is(here):
     assert {each.digest for each in kept.examples}.isdisjoint(each.digest for each in read_losses(Path("changed")).examples)
 
 
+def test_weights_decide_what_a_loss_is_divided_by():
+    base = tiny_base()
+    ids = base.tokenizer("Is 2 even? yes")["input_ids"]
+    prepared = SimpleNamespace(base=base, data=SimpleNamespace(eval=[]))
+    for weights, items, has_text in ((None, 3, True), ([0.5, 0.5, 1.0], 2.0, False)):
+        prepared.data.eval = [TokenRow(ids, [11, 12, 13], "rows.jsonl:1", weights=weights)]
+        (example,) = LossRecord(prepared).examples
+        assert (example.tokens, example.items, example.text is not None) == (3, items, has_text)
+
+
 def test_without_validation_examples_there_are_none(here):
     assert read_losses(Path("runs/none")) is None
     assert "runs/none held out no examples (data.eval: 0)" in pair("a", "none").refused.en
@@ -240,6 +253,15 @@ def test_losses_of_other_objectives_are_not_compared_and_the_rest_is_shown(here)
     assert not pair("dpo", "dpo2").refused
     assert pair("dpo", "dpo2").unit.en == "a pair"
     assert "objective.beta differs (0.1 and 0.5)" in pair("dpo", "beta").refused.en
+
+
+def test_losses_that_share_an_estimate_are_compared_on_the_same_set_alone(here):
+    kto = ("data.train=pairs.jsonl", "objective=kto", "train.lr=1e-3", "train.epochs=1")
+    for name, seed in (("kto", 0), ("again", 0), ("other", 1)):
+        train(name, *kto, "data.eval=8", f"data.seed={seed}", f"train.seed={seed + (name == 'again')}")
+    same, other, _ = compare([Path("kto"), Path("again"), Path("other")]).pairs
+    assert (same.refused, same.unit.en, same.common) == (None, "an answer", same.of[0])
+    assert other.refused.en.startswith("kto estimates a divergence on all validation examples together")
 
 
 def test_bases_with_other_tokenizers_are_compared_by_the_bytes_of_the_answers(here):
@@ -427,6 +449,22 @@ def test_the_command_prints_writes_a_page_and_json(here, capsys):
     damage(Path("runs/b/losses.json"), "half")
     assert cli.main(["compare", "runs/a", "runs/b"]) == ArtifactError.exit_code
     assert "runs/b/losses.json" in capsys.readouterr().err
+
+
+def test_answers_to_the_same_questions_stand_side_by_side(here):
+    for name, rate in (("one", 2e-2), ("two", 1e-4)):
+        train(name, f"train.lr={rate}", "train.epochs=1", "eval.samples=2")
+    compared = compare([Path("one"), Path("two")])
+    first = [json.loads(line) for line in Path("one/metrics.jsonl").read_text().splitlines() if '"samples"' in line]
+    asked = next(line for line in first if line["step"] == compared.runs[0].best["step"])["answers"]
+    assert [run_facts(run)["metrics"]["answers"] for run in compared.runs] == [2, 2]
+    page = comparison_html(compared)
+    assert problems(page) == []
+    assert all(page.count(f'<dd class="question">{each["question"]}</dd>') == 1 for each in asked)
+    assert page.count('<dl class="answers">') == 2
+    lines = shown(compared)
+    assert any(line.split()[:2] == ["one", "2"] for line in lines)
+    assert "answers" not in [*map(str.strip, shown(compare(runs("a", "b"))))], "they have none"
 
 
 def test_names_can_not_break_the_page_or_the_terminal(here):

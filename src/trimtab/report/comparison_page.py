@@ -10,6 +10,8 @@ from trimtab.report.comparison_text import duration, grouped, groups, value_text
 from trimtab.report.page import Html, Mark, Said, Series, Words, curve, frame, html, joined, number, say, section
 from trimtab.report.page.scale import smoothed
 
+MOST_ANSWERS = 8
+"""Questions whose answers are shown side by side."""
 LEAST_SMOOTHED = 40
 """Steps from which a mean over 5 % of them is one of several."""
 
@@ -117,6 +119,7 @@ def _answers(runs: Sequence[ComparedRun]) -> Iterator[Html]:
         ]
         yield html("<h3>{text}</h3>", text=say(words.SAMPLED))
         yield _table(words.SAMPLED, [words.COLUMNS["run"], words.NUMBER, *(name.replace("_", " ") for name in names)], rows)
+        yield from _side_by_side([run for run, _ in sampled])
     certified = [(run, run.certificate) for run in runs if run.certificate is not None]
     if len(certified) > 1:
         rows = []
@@ -127,6 +130,22 @@ def _answers(runs: Sequence[ComparedRun]) -> Iterator[Html]:
             )
         yield html("<h3>{text}</h3>", text=say(words.CERTIFIED))
         yield _table(words.CERTIFIED, [words.COLUMNS["run"], words.STOPPED, words.FORGOTTEN], rows)
+
+
+def _side_by_side(runs: Sequence[ComparedRun]) -> Iterator[Html]:
+    """What each run's best adapter answers to the questions that all of them were asked."""
+    asked = [{(each["question"], each["expected"]): each["answer"] for each in (run.sampled or {})["answers"]} for run in runs]
+    for question, expected in list(asked[0])[:MOST_ANSWERS]:
+        if all((question, expected) in of_run for of_run in asked):
+            told = [
+                html(
+                    '<dt class="question">{name}</dt><dd class="question">{text}</dd>', name=say(words.QUESTION), text=question
+                )
+            ]
+            told += [html("<dt>{name}</dt><dd>{text}</dd>", name=say(words.EXPECTED), text=expected)]
+            for run, of_run in zip(runs, asked, strict=True):
+                told.append(html("<dt>{name}</dt><dd>{text}</dd>", name=run.label, text=of_run[question, expected]))
+            yield html('<dl class="answers">{told}</dl>', told=joined(told))
 
 
 def _differences(differing: Sequence[tuple[str, list[Any]]], runs: Sequence[ComparedRun], label: Words) -> Html:

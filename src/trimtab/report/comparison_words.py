@@ -96,6 +96,7 @@ STOPPED, FORGOTTEN = (
     Words("answers that stopped at EOS", "以 EOS 结束的回答"),
     Words("change of the loss on general text", "通用文本损失的变化"),
 )
+QUESTION, EXPECTED = Words("question", "问题"), Words("expected", "期望的回答")
 NUMBER = Words("answers", "回答数")
 STATUS = {
     status.en: status

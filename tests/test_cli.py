@@ -440,7 +440,8 @@ def test_a_disk_that_fills_up_keeps_what_was_whole(disk, here, trimtab, monkeypa
     assert state_of(folder)["status"] == "failed"
     assert state_of(folder)["error"] == done.err.removeprefix("trimtab: ").rstrip()
     assert sorted(tree(disk)) == [
-        f"run{name}" for name in ("", "/checkpoints", "/data.json", "/lock", "/metrics.jsonl", "/recipe.yaml", "/run.json")
+        f"run{name}"
+        for name in ("", "/checkpoints", "/data.json", "/lock", "/metrics.jsonl", "/recipe.yaml", "/report.html", "/run.json")
     ]
     assert trimtab("show", folder).code == 0
     assert "ended by an error" in trimtab("show", folder).out
@@ -495,10 +496,11 @@ def test_a_run_from_beginning_to_end(world, here, trimtab):
     ):
         assert part in said
     assert said.endswith(
-        "adapter     step 26, in run/adapter\nChat with it:   trimtab chat run\nLook inside:    trimtab show run\n"
+        "adapter     step 26, in run/adapter\nChat with it:    trimtab chat run\nLook inside:     trimtab show run\n"
+        "Read the report: run/report.html\n"
     )
     assert sorted(path.name for path in (here / "run").iterdir()) == [
-        "adapter", "checkpoints", "data.json", "losses.json", "metrics.jsonl", "recipe.yaml", "run.json",
+        "adapter", "checkpoints", "data.json", "losses.json", "metrics.jsonl", "recipe.yaml", "report.html", "run.json",
     ]  # fmt: skip
     assert not any(files.TEMPORARY in path for path in tree(here))
 

@@ -73,7 +73,7 @@ def one(path: str) -> None:
         "positions": run.record["positions"],
         "lr": run.record["peak_lr"],
         "steps": run.record["steps"],
-        "tokens_per_s": sum(line["tokens"] for line in steps) / sum(line["seconds"] for line in steps),
+        "tokens_per_s": sum(line["tokens"] for line in steps) / sum(line["took"] for line in steps),
         "peak_gb": memory,
         "held_out_loss": run.record["best"]["eval_loss"],
         "base_loss": next(line["loss"] for line in lines if line["kind"] == "eval" and line["step"] == 0),

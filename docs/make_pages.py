@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args, get_origin
 from unittest.mock import patch
 
 import torch
@@ -46,7 +46,7 @@ FLOORS = (
     ("the command line", ("cli.py", "commands", "__main__.py", "__init__.py")),
     ("the Python interface; other tools' files as recipes", ("api.py", "migrate")),
     ("one run, top to bottom", ("run",)),
-    ("certificate, and reports", ("certify", "report")),
+    ("certificate, reports, and trackers", ("certify", "report", "track")),
     ("the training loop, evaluation, and a tiny base for trials", ("train", "evaluate", "testing")),
     ("objectives, one short file each; adapters on disk, merging", ("objectives", "deploy")),
     ("the engine: passes, attention, decoding, memory", ("engine",)),
@@ -630,7 +630,8 @@ def _on_a_peer(peers: dict[str, Any], fault: str) -> str:
 
 
 def _model_of(annotation: Any) -> type[BaseModel] | None:
-    options = [annotation, *get_args(annotation)]
+    items = get_args(annotation)[:1] if get_origin(annotation) is tuple else ()  # a list of Annotated members
+    options = [annotation, *get_args(annotation), *(inner for item in items for inner in get_args(item))]
     return next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
 
 
@@ -652,6 +653,8 @@ def _choices(field: Any) -> str:
 def _default(field: Any) -> str:
     if field.is_required():
         return "required"
+    if field.default == ():
+        return "none"
     value = field.get_default(call_default_factory=True)
     if isinstance(value, Choice):
         return f"`{value.name}`"

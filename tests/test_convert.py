@@ -86,10 +86,10 @@ def test_every_setting_of_the_examples_is_accounted_for(example, tmp_path):
 
 
 def test_a_setting_that_nobody_knows_is_named(tmp_path):
-    found = converted(tmp_path, {**EXAMPLES["axolotl", "llama-3/lora-1b"], "lora_rr": 3, "wandb_project": "mine"})
+    found = converted(tmp_path, {**EXAMPLES["axolotl", "llama-3/lora-1b"], "lora_rr": 3, "wandb_watch": "all"})
     by_name = {setting.name: setting for setting in found.settings}
     assert (by_name["lora_rr"].outcome, by_name["lora_rr"].said) == ("unknown", "did you mean lora_r?")
-    assert by_name["wandb_project"].outcome == "missing"
+    assert by_name["wandb_watch"].outcome == "missing"
     assert by_name["wandb_entity"].outcome == "unset"
 
 

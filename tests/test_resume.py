@@ -107,11 +107,12 @@ def result(output):
     """Everything that a run leaves but times: the adapter's bytes, its log, and what it knows of itself."""
     folder = Path(output)
     log = [
-        {k: v for k, v in json.loads(line).items() if k != "seconds"}
+        {k: v for k, v in json.loads(line).items() if k not in ("seconds", "took")}
         for line in (folder / "metrics.jsonl").read_text().splitlines()
     ]
     changing = (
         "seconds",
+        "id",
         "moment",
         "reference",
         "memory",

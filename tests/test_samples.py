@@ -21,6 +21,7 @@ def lines(folder, kind=None):
     found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for line in found:
         line.pop("seconds", None)
+        line.pop("took", None)
     return [line for line in found if kind in (None, line["kind"])]
 
 

@@ -21,6 +21,7 @@ from trimtab.commands import (
     report,
     runs,
     show,
+    track,
     train,
     verify,
 )
@@ -45,6 +46,7 @@ COMMANDS = (
     report,
     runs,
     compare,
+    track,
 )
 """In the order of the help."""
 INTERRUPTED = 130

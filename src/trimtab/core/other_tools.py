@@ -104,6 +104,26 @@ SAME = _each({
     "eval.repetition_penalty": "repetition_penalty",
     "eval.stop": "stop stop_words stop_strings",
     "eval.metrics": "metrics eval_metric",
+    "track": "report_to",
+    "track=wandb": "use_wandb",
+    "track=swanlab": "use_swanlab swanlab",
+    "track=tensorboard": "use_tensorboard",
+    "track=mlflow": "use_mlflow",
+    "track=trackio": "use_trackio",
+    "track={name: wandb, run: …} (a list of trackers; each may have a run's name)": "run_name",
+    "track={name: wandb, project: …}": "wandb_project",
+    "track={name: wandb, entity: …}": "wandb_entity",
+    "track={name: wandb, run: …}": "wandb_name wandb_run_name",
+    "track={name: wandb, mode: …}": "wandb_mode",
+    "track={name: swanlab, project: …}": "swanlab_project",
+    "track={name: swanlab, workspace: …}": "swanlab_workspace",
+    "track={name: swanlab, run: …}": "swanlab_run_name swanlab_experiment_name swanlab_exp_name",
+    "track={name: swanlab, mode: …}": "swanlab_mode",
+    "track={name: mlflow, uri: …}": "mlflow_tracking_uri",
+    "track={name: mlflow, project: …}": "mlflow_experiment_name",
+    "track={name: mlflow, run: …}": "mlflow_run_name",
+    "track={name: trackio, project: …}": "trackio_project_name project",
+    "track={name: trackio, run: …}": "trackio_run_name",
 })  # fmt: skip
 """The key of the recipe with the same meaning; `key=value` where a switch is a value of it."""
 
@@ -143,7 +163,7 @@ AUTOMATIC = _each({
         "ignore_pad_token_for_loss disable_auto_column_mapping agent_template",
     "the model's own chat template is used; its switches are set with model.template, and another one with model.chat_template=FILE":
         "template prompt_template conversation_template chat_template eot_tokens use_chat_template template_backend",
-    "every step is logged, in the run's metrics.jsonl":
+    "every step is logged, in the run's metrics.jsonl and to its trackers":
         "logging_steps logging_strategy logging_dir logging_first_step logging_nan_inf_filter include_tokens_per_second include_tkps "
         "include_num_input_tokens_seen include_effective_tokens_per_second plot_loss disable_tqdm log_level log_level_replica "
         "log_on_each_node print_param_status",
@@ -198,7 +218,7 @@ AUTOMATIC = _each({
 })  # fmt: skip
 """Settings that need no key, and what Trimtab does."""
 
-_TRACKERS = "no tracker is supported yet; a run's metrics.jsonl has a line a step"
+_TRACKERS = "track: its trackers get metrics, the recipe and sampled answers, no weights or code, and a login is theirs (docs/trackers.md)"
 _DEVICES = "one device is used"
 _MEDIA = "images, video and audio are not supported: Trimtab trains on text"
 _EARNED = "Trimtab trains on existing examples, not on answers generated or judged during training. TRL has it"
@@ -211,8 +231,8 @@ _PROFILER = "profile the command with PyTorch's own profiler"
 _LAYERS = "blocks are neither added, skipped nor unfrozen; method: full trains chosen modules with method.targets"
 
 UNSUPPORTED = _each({
-    _TRACKERS: "report_to run_name use_wandb use_swanlab swanlab use_mlflow use_comet use_trackio use_tensorboard use_otel_metrics "
-    "hf_mlflow_log_artifacts project eval_table_size",
+    _TRACKERS: "hf_mlflow_log_artifacts eval_table_size",
+    "of trackers, track has swanlab, wandb, tensorboard, mlflow and trackio": "use_comet use_otel_metrics",
     _DEVICES: "sequence_parallel_size zero_hpz_partition_size deepspeed_autotp_size use_flash_ckpt device_groups deepspeed deepcompile "
     "fsdp fsdp_config fsdp_version fsdp_final_state_dict_type accelerator_config parallelism_config ddp "
     "local_rank nproc_per_node num_gpus world_size master_addr master_port resources_per_worker tensor_parallel_size "

@@ -3,6 +3,7 @@
 from typing import Any
 
 from trimtab.migrate._settings import OFF, Settings
+from trimtab.migrate._trackers import trackers
 
 SCHEDULES = {
     "cosine": "cosine", "cosine_with_min_lr": "cosine", "linear": "linear", "constant": "constant", "constant_with_warmup": "constant",
@@ -31,6 +32,7 @@ def training(settings: Settings, per_device: str, devices: int, packed: int | No
     _optimizer(settings)
     _intervals(settings)
     _precision(settings)
+    trackers(settings)
     said = "train.recompute is auto: gradient checkpointing is used as far as memory asks for it"
     for name in (
         "gradient_checkpointing",

@@ -23,6 +23,9 @@ class RunObserver:
     def on_notice(self, message: str) -> None:
         """Called with what the user should know and nothing is refused for."""
 
+    def on_tracker(self, name: str, place: str) -> None:
+        """Called before the first step, with where a tracker of the recipe puts the run's numbers."""
+
     def logged(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Called after every optimizer step and evaluation, with what `metrics.jsonl` gets a line of.
 
@@ -58,6 +61,10 @@ class Together(RunObserver):
     def on_notice(self, message: str) -> None:
         for observer in self.observers:
             observer.on_notice(message)
+
+    def on_tracker(self, name: str, place: str) -> None:
+        for observer in self.observers:
+            observer.on_tracker(name, place)
 
     def logged(self, kind: str, step: int, values: dict[str, Any]) -> None:
         for observer in self.observers:

@@ -101,6 +101,9 @@ class Terminal(RunObserver):
     def on_notice(self, message: str) -> None:
         self._line("note", message, style="bold yellow")
 
+    def on_tracker(self, name: str, place: str) -> None:
+        self._line("track", f"{name}: {place}")
+
     def logged(self, kind: str, step: int, values: dict[str, Any]) -> None:
         if kind == "eval":
             self._show_evaluation(step, values)
@@ -122,7 +125,7 @@ class Terminal(RunObserver):
     def _show_step(self, step: int, values: dict[str, Any]) -> None:
         self._steps += 1
         self._tokens += values["tokens"]
-        self._seconds += values["seconds"]
+        self._seconds += values["took"]
         if "skipped" not in values:
             self._losses.append(values["loss"])
         total = self._planned_steps

@@ -88,9 +88,14 @@ class Checkpointer:
         """Whether something is done after this step that is done every so many steps, and at the end."""
         return step % every == 0 or step == len(self.prepared.steps)
 
-    def count(self, step: Step) -> None:
+    def logged(self, step: Step) -> dict[str, Any]:
+        """Count a step, and add it to the metrics: what it did, and how far training is after it."""
         self.progress.tokens += step.tokens
         self.progress.computed += step.computed
+        seconds = round(time.perf_counter() - self.started, 4)
+        values = {**step.values, "epoch": self.prepared.steps.epoch_after(step.number), "seconds": seconds}
+        self.run.logged("train", step.number, values)
+        return values
 
     def lacks_evaluation(self) -> bool:
         """Whether the last checkpoint is of a step after which held-out examples are evaluated, and they have not been."""

@@ -3,23 +3,28 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from trimtab.base import ModelConfig
 from trimtab.core import files, yaml12
-from trimtab.core.config import Config
+from trimtab.core.config import Config, as_tuple
 from trimtab.data import DataConfig
 from trimtab.evaluate import EvalConfig
 from trimtab.methods import Method
 from trimtab.methods.lora import LoRA
 from trimtab.objectives import Objective, ReferenceObjective
 from trimtab.objectives.sft import SFT
+from trimtab.track import Tracker
 from trimtab.train import TrainConfig, noise_problem
 
 
 def _named(raw: Any) -> Any:
     return {"name": raw} if isinstance(raw, str) else raw
+
+
+def _as_trackers(raw: Any) -> Any:
+    return (raw,) if isinstance(raw, dict) else as_tuple(raw)
 
 
 def _as_path(raw: Any) -> Any:
@@ -43,6 +48,10 @@ class Recipe(Config):
     """How to train."""
     eval: EvalConfig = Field(default_factory=EvalConfig)
     """How held-out examples are answered and measured."""
+    track: Annotated[
+        tuple[Annotated[SerializeAsAny[Tracker], BeforeValidator(Tracker.pick)], ...], BeforeValidator(_as_trackers)
+    ] = ()
+    """Experiment trackers that show the run's curves: a name, or a list of names or mappings with a name; docs/trackers.md has them."""
     start: str | None = None
     """An adapter or run folder whose adapter is trained further, instead of a new one; its method is used, and need not be given."""
     certify: bool = True
@@ -80,6 +89,14 @@ class Recipe(Config):
                 "train.patience: it waits for the validation loss to improve, and data.eval: 0 holds out no examples."
             )
         return self
+
+    @field_validator("track")
+    @classmethod
+    def _each_tracker_once(cls, trackers: tuple[Tracker, ...]) -> tuple[Tracker, ...]:
+        names = [tracker.name for tracker in trackers]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"{', '.join(twice)} is there twice, and a tracker shows a run once. Leave one out.")
+        return trackers
 
     @property
     def data_seed(self) -> int:

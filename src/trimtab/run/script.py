@@ -1,5 +1,7 @@
 """One run, top to bottom: the script that carries a recipe out."""
 
+import secrets
+import string
 from collections.abc import Iterator
 from contextlib import suppress
 
@@ -18,6 +20,7 @@ from trimtab.run.recipe import Recipe
 from trimtab.run.report_page import ReportPage
 from trimtab.run.resume import IDENTIFIED, UnfinishedRun, claim_output
 from trimtab.run.start import PreparedRun, prepare
+from trimtab.run.tracking import tracked
 from trimtab.run.validation import Validation
 from trimtab.train import LossScale, Optimizer, Step, train
 
@@ -40,7 +43,8 @@ def run_recipe(recipe: Recipe, observer: RunObserver | None = None) -> Run:
         prepared = prepare(recipe, unfinished, observer)
         run = _begin(prepared, unfinished)
         observer = Together(observer, ReportPage(run.folder, observer.on_notice))
-        return _carry_out(run, prepared, unfinished.state if unfinished else None, observer)
+        with tracked(prepared.recipe, run.folder, observer) as trackers:
+            return _carry_out(run, prepared, unfinished.state if unfinished else None, Together(observer, trackers))
 
 
 def _begin(prepared: PreparedRun, unfinished: UnfinishedRun | None) -> Run:
@@ -57,9 +61,14 @@ def _begin(prepared: PreparedRun, unfinished: UnfinishedRun | None) -> Run:
         save_adapter(prepared.base, prepared.adapter, folder / START)
     if unfinished is not None:
         facts = {**unfinished.facts, **{key: facts[key] for key in IDENTIFIED}}
-    run = Run(folder, {"status": "", **facts})
+    run = Run(folder, {"status": "", "id": _new_id(), **facts})
     run.write(status="running")
     return run
+
+
+def _new_id() -> str:
+    """What trackers know a run by, before and after it is resumed: SwanLab asks for 21 letters and digits."""
+    return "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(21))
 
 
 def _carry_out(run: Run, prepared: PreparedRun, state: State | None, observer: RunObserver) -> Run:
@@ -115,10 +124,9 @@ def _train(run: Run, prepared: PreparedRun, state: State | None, observer: RunOb
     try:
         for step in _steps(prepared, run.record["peak_lr"], optimizer, checkpointer.progress.stopped):
             with interrupts_deferred():
-                checkpointer.count(step)
-                run.logged("train", step.number, step.values)
+                values = checkpointer.logged(step)
                 logged = step
-            observer.logged("train", step.number, step.values)
+            observer.logged("train", step.number, values)
             if step.skipped is not None:
                 observer.on_notice(step.skipped)
             if step.number == MOVED_BY and (unmoved := _unmoved(first_values, optimizer)):

@@ -93,6 +93,8 @@ def open_recipe(
     """
     on_stage("reading the recipe and the first examples")
     locate_model(recipe.model.name)
+    for tracker in recipe.track:
+        tracker.check_available()
     recipe.train.optimizer.check_available(resolve_device(recipe.model))
     check_first_examples(recipe.data, recipe.objective.data_kind)
     recipe, start = with_start(recipe)

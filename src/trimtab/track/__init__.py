@@ -1,5 +1,9 @@
-"""Experiment trackers, one file each: they receive what metrics.jsonl gets, under the names that people expect there."""
+"""Experiment trackers, one file each: they receive what metrics.jsonl gets, under the names that people expect there.
+
+Each has a process of its own, which reads metrics.jsonl while it grows: whatever it does, training does not wait.
+"""
 
 from trimtab.track._base import Tracker
+from trimtab.track._process import TrackerProcess
 
-__all__ = ["Tracker"]
+__all__ = ["Tracker", "TrackerProcess"]

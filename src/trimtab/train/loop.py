@@ -68,11 +68,7 @@ class Step:
         skipped = {"skipped": self.skipped} if self.skipped else {}
         scale = {"loss_scale": self.loss_scale} if self.loss_scale is not None else {}
         return (
-            {name: getattr(self, name) for name in names}
-            | {"seconds": round(self.seconds, 4)}
-            | scale
-            | skipped
-            | self.measures
+            {name: getattr(self, name) for name in names} | {"took": round(self.seconds, 4)} | scale | skipped | self.measures
         )
 
 

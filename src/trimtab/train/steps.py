@@ -1,6 +1,7 @@
 """The packs of each optimizer step of a run, and the plan of the memory that they take."""
 
 import heapq
+import itertools
 from collections.abc import Mapping, Sequence
 
 from trimtab.base import Base
@@ -41,7 +42,8 @@ class TrainingSteps:
         self._indices = _plan(rows, config, weights, seed)
         if problem := misfit(len(self), config.warmup, config.schedule, config.decay):
             raise RecipeError(problem)
-        examples = len(row_groups(rows))
+        examples = self._examples = len(row_groups(rows))
+        self._examples_after: list[int] = []
         self.epochs, self.rows = config.epochs_and_rows(examples)
         if config.max_steps is not None:
             taken = sum(len(row_groups(self._rows[n] for n in step)) for step in self._indices) / examples
@@ -52,6 +54,13 @@ class TrainingSteps:
 
     def __getitem__(self, number: int) -> list[Pack]:
         return pack_all([self._rows[n] for n in self._indices[number]], self.memory.pack_tokens, share=self._share)
+
+    def epoch_after(self, number: int) -> float:
+        """How many epochs of the examples have been trained on after this step, from 1."""
+        if not self._examples_after:
+            counts = (len(row_groups(self._rows[n] for n in step)) for step in self._indices)
+            self._examples_after = list(itertools.accumulate(counts))
+        return round(self._examples_after[number - 1] / self._examples, 4)
 
     @property
     def rows_per_step(self) -> float:

@@ -26,6 +26,7 @@ _NOT_MEASURES = {
     "tokens",
     "computed",
     "seconds",
+    "took",
     "rows",
     "answers",
 }

@@ -1,0 +1,65 @@
+"""TensorBoard: files of events, without torch or TensorFlow."""
+
+import time
+from pathlib import Path
+from typing import Any, ClassVar
+
+from trimtab.core import yaml12
+from trimtab.track._base import Opening, Session, Tracker
+from trimtab.track._names import Line
+
+
+class TensorBoard(Tracker):
+    """TensorBoard: files that `tensorboard --logdir` shows."""
+
+    package: ClassVar[str] = "tensorboard"
+
+    def place(self, folder: Path) -> str:
+        return f"files in {folder}; `tensorboard --logdir {folder.parents[2]}` shows them"
+
+    def open(self, opening: Opening) -> "Events":
+        return Events(opening, self.project)
+
+
+class Events(Session):
+    """The run's events, written anew from its beginning: metrics.jsonl has them all."""
+
+    def __init__(self, opening: Opening, project: str) -> None:
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        folder = opening.folder / project / opening.name
+        before = list(folder.glob("events.out.*"))
+        self.writer = EventFileWriter(str(folder), flush_secs=10)
+        self._text("recipe", f"```yaml\n{yaml12.dump(opening.config)}```", 0)
+        self.flush()
+        for path in before:
+            path.unlink(missing_ok=True)
+
+    def log(self, line: Line) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        self._add(Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in line.values.items()]), line.step)
+        if line.rows:
+            self._text("eval/samples", line.as_markdown(), line.step)
+
+    def flush(self) -> None:
+        self.writer.flush()
+
+    def close(self, done: bool) -> None:
+        self.writer.close()
+
+    def _text(self, tag: str, text: str, step: int) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+        from tensorboard.compat.proto.tensor_pb2 import TensorProto
+        from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
+        from tensorboard.compat.proto.types_pb2 import DT_STRING
+
+        metadata = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="text"))
+        shape = TensorShapeProto(dim=[TensorShapeProto.Dim(size=1)])
+        tensor = TensorProto(dtype=DT_STRING, string_val=[text.encode()], tensor_shape=shape)
+        self._add(Summary(value=[Summary.Value(tag=f"{tag}/text_summary", metadata=metadata, tensor=tensor)]), step)
+
+    def _add(self, summary: Any, step: int) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+
+        self.writer.add_event(Event(wall_time=time.time(), step=step, summary=summary))

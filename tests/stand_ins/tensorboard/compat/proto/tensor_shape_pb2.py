@@ -1,0 +1,6 @@
+from types import SimpleNamespace
+
+
+class TensorShapeProto(SimpleNamespace):
+    class Dim(SimpleNamespace):
+        pass

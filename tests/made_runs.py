@@ -170,6 +170,14 @@ def main(folder: Path) -> None:
         run_recipe(recipe("failed", rate=1e30, eval={"samples": 4, "max_new_tokens": 8}))
     with suppress(KeyboardInterrupt):
         run_recipe(recipe("interrupted"), Interrupting())
+    cli.main(
+        [
+            "compare",
+            *(str(folder / name) for name in ("done", "interrupted")),
+            "--html",
+            str(folder / "compared" / run_folder.REPORT),
+        ]
+    )
     (folder / "r.yaml").write_text(recipe("checked").to_yaml())
     cli.main(["check", str(folder / "r.yaml"), "--html", str(folder / "check" / run_folder.REPORT)])
     for name, more in {"long": {"steps": 5000, "every": 250}, "hostile": {"text": HOSTILE}}.items():

@@ -199,6 +199,17 @@ def test_examples_that_got_worse_are_counted(tmp_path):
     )
 
 
+@pytest.mark.parametrize(("objective", "advised"), [("sft", True), ("dpo", False)])
+def test_without_samples_the_certificates_answers_are_shown(tmp_path, objective, advised):
+    folder = made_up(tmp_path / "run", objective={"name": objective})
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join(line for line in lines if '"samples"' not in line))
+    said = words(run_report(folder))
+    assert "Answers that the certificate" in said
+    assert "before and after" not in said
+    assert ("eval.samples" in said) == advised
+
+
 def test_a_preference_run_shows_what_its_objective_measures(work, tmp_path):  # noqa: F811
     changes = {"data.train": str(work / "pairs.jsonl"), "objective": "dpo", "train.evaluate_every": 3}
     run_recipe(plain_recipe(work, output=str(tmp_path / "run"), **changes))

@@ -122,10 +122,14 @@ ENDED = {
     "length": Words("(cut off at the length limit)", "（达到长度上限，被截断）"),
     "context": Words("(cut off: the context was full)", "（上下文已满，被截断）"),
 }
+ANSWERS = Words("Answers", "回答")
 CERTIFIED_ANSWERS = Words(
-    "Answers that the certificate's new process generated, to the first prompts of the validation examples. "
+    "Answers that the certificate's new process generated, to the first prompts of the validation examples.",
+    "证书测试时由新进程对验证集前几条提示生成的回答。",
+)
+KEEP_SAMPLES = Words(
     "The recipe's key eval.samples keeps expected answers beside them, and those before training.",
-    "证书测试时由新进程对验证集前几条提示生成的回答。在配方中设置 eval.samples 后，会同时保留期望回答和训练前的回答。",
+    "在配方中设置 eval.samples 后，会同时保留期望回答和训练前的回答。",
 )
 NOTHING_EMPTY = Words("(empty)", "（空）")
 

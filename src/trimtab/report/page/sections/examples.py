@@ -25,8 +25,9 @@ def examples(run: RunFiles) -> Html:
     items = joined(
         html("<dt>{n}</dt><dd>{answer}</dd>", n=n + 1, answer=_ended(each, "text")) for n, each in enumerate(answers)
     )
-    about = html('<p class="soft">{words}</p>', words=say(texts.CERTIFIED_ANSWERS))
-    return section("answers", texts.EXAMPLES, about, html('<dl class="answers">{items}</dl>', items=items))
+    advice = say(texts.KEEP_SAMPLES) if (run.record.get("objective") or {}).get("name") == "sft" else ""
+    about = html('<p class="soft">{words} {advice}</p>', words=say(texts.CERTIFIED_ANSWERS), advice=advice)
+    return section("answers", texts.ANSWERS, about, html('<dl class="answers">{items}</dl>', items=items))
 
 
 def _sampled(run: RunFiles, now: dict[str, Any]) -> Html:

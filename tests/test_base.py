@@ -12,6 +12,7 @@ from templates import saved_base
 
 from trimtab.base import Base, ModelConfig, locate
 from trimtab.base.fingerprint import own_weights, weights_hash
+from trimtab.core import hub
 from trimtab.core.errors import RecipeError, StorageError, UnsupportedModel
 
 
@@ -132,8 +133,8 @@ def test_a_name_that_means_nothing_is_refused(name, error, message, monkeypatch)
     def unreachable(*_args, **_kwargs):
         raise OSError(-2, "Name or service not known")
 
-    monkeypatch.setattr(locate.socket, "create_connection", unreachable)
-    monkeypatch.setattr(locate.urllib.request, "getproxies", dict)
+    monkeypatch.setattr(hub.socket, "create_connection", unreachable)
+    monkeypatch.setattr(hub.urllib.request, "getproxies", dict)
     with pytest.raises(error) as caught:
         Base.load(name)
     assert message in str(caught.value)

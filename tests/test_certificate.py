@@ -199,11 +199,11 @@ def test_what_is_saved_must_be_what_was_trained(here, trimtab, monkeypatch):
     """The negative control: an adapter that is written a little differently, with a manifest that fits."""
     save = checkpoints.save_adapter
 
-    def damaged(base, adapter, folder, facts):
+    def damaged(base, adapter, folder, facts, **options):
         with torch.no_grad():
             first = next(iter(adapter.parameters().values()))
             first.mul_(1.5)
-            save(base, adapter, folder, facts)
+            save(base, adapter, folder, facts, **options)
             first.div_(1.5)
 
     monkeypatch.setattr(checkpoints, "save_adapter", damaged)

@@ -309,7 +309,7 @@ CARELESS = {
         "chat tiny --base --prompt x", None, 2, "--base: tiny is a model without an adapter, so there is nothing to compare."
     ),
     "chat with a base for what is no adapter": (
-        "chat tiny --model other --prompt x", None, 2, "tiny is not a run or an adapter folder, so --model other does not apply."
+        "chat tiny --model other --prompt x", None, 2, "tiny is not a run or an adapter, so --model other does not apply."
     ),
     "chat with what temperature 0 makes nothing of": (
         "chat run --top-p 0.9 --prompt x", None, 2,
@@ -843,8 +843,8 @@ def test_a_changed_recipe_is_refused_with_a_command_that_works_as_it_is_printed(
 def test_an_interruption_just_after_saving_finds_the_adapter_saved(here, monkeypatch):
     save = checkpoints.save_adapter
 
-    def saved(*arguments):
-        save(*arguments)
+    def saved(*arguments, **options):
+        save(*arguments, **options)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(checkpoints, "save_adapter", saved)

@@ -557,14 +557,15 @@ def test_a_template_from_a_file_decides_what_is_trained_on_and_is_kept_with_the_
     file.unlink()  # the adapter brings it along
     adapter = work / "runs" / "template-other" / "adapter"
     target = load_model(str(work / "runs" / "template-other"))
-    assert target.base.tokenizer.chat_template == text == (adapter / "chat_template.jinja").read_text()
-    assert not (work / "runs" / "plain" / "adapter" / "chat_template.jinja").exists()
+    assert target.base.tokenizer.chat_template == text == (adapter / "training_template.jinja").read_text()
+    assert transformers.AutoTokenizer.from_pretrained(adapter).chat_template == text
+    assert not (work / "runs" / "plain" / "adapter" / "training_template.jinja").exists()
     with pytest.raises(ArtifactError, match="different template"):
         load_adapter(Base.load(str(work / "tiny")), adapter)
     merge(target.base, target.adapter, tmp_path / "merged")
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == text
-    (adapter / "chat_template.jinja").write_text(own)
-    with pytest.raises(ArtifactError, match=r"chat_template\.jinja: changed since it was saved"):
+    (adapter / "training_template.jinja").write_text(own)
+    with pytest.raises(ArtifactError, match=r"training_template\.jinja: changed since it was saved"):
         load_model(str(work / "runs" / "template-other"))
     for content, words in ((None, "cannot be read"), ("  ", "is empty"), ("{% for %}", "is not a Jinja template")):
         if content is not None:

@@ -165,9 +165,9 @@ def test_a_file_may_have_several_which_go_with_the_adapter(tmp_path):
     assert target.base.tokenizer.chat_template == NAMED
     merge(target.base, target.adapter, tmp_path / "merged")
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == NAMED
-    kept = tmp_path / "run" / "adapter" / "chat_template.json"
+    kept = tmp_path / "run" / "adapter" / "training_templates.json"
     shutil.copy(kept, tmp_path / "copy.json")
     assert read_template(tmp_path / "copy.json") == NAMED
     kept.write_text(kept.read_text().replace("helper", "Helper"))
-    with pytest.raises(ArtifactError, match=r"chat_template\.json: changed since it was saved"):
+    with pytest.raises(ArtifactError, match=r"training_templates\.json: changed since it was saved"):
         load_model(str(tmp_path / "run"))

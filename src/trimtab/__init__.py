@@ -53,6 +53,7 @@ _HOMES = {
     "active": "methods",
     "adapters": "methods",
     "answer": "api",
+    "answers": "api",
     "attach": "deploy",
     "combine": "methods",
     "fit": "api",
@@ -84,7 +85,7 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from trimtab.api import answer, fit, load, method, rows, stream
+    from trimtab.api import answer, answers, fit, load, method, rows, stream
     from trimtab.base import Base
     from trimtab.core.errors import TrimtabError
     from trimtab.deploy import attach, load_adapter, merge, sample, save_adapter

@@ -9,7 +9,7 @@ from trimtab.core.determinism import deterministic
 from trimtab.core.errors import DataError, RecipeError
 from trimtab.data import DataConfig, Kind, Objects, Source, load_rows, tokenize_prompt
 from trimtab.data.example import TokenRow
-from trimtab.engine import Ended, Generation, GrowingText, before_stop, ensure_exact, possible_stop, stream_tokens
+from trimtab.engine import Ended, Generation, GrowingText, before_stop, ensure_exact, generate, possible_stop, stream_tokens
 from trimtab.methods import Attached, Method, max_row_length
 from trimtab.objectives import Objective
 from trimtab.objectives.sft import SFT
@@ -110,6 +110,20 @@ def answer(base: Base, question: str | list[Message], *, max_new_tokens: int = 2
         settings: As in a recipe's `eval`: `temperature`, `top_p`, `top_k`, `repetition_penalty`, `stop`, `seed`.
     """
     return "".join(stream(base, question, max_new_tokens=max_new_tokens, **settings))
+
+
+def answers(base: Base, questions: Sequence[str | list[Message]], *, max_new_tokens: int = 256, **settings: Any) -> list[str]:
+    """`answer` to many questions, which are computed together, several times as fast as one by one.
+
+    Raises:
+        RecipeError: The model can't take one of them as a prompt, or there are no such settings.
+    """
+    generation = Generation(**settings)
+    prompts = [_prompt(base, [{"role": "user", "content": one}] if isinstance(one, str) else one) for one in questions]
+    found = generate(
+        base.model, prompts, base.stop_ids, max_new_tokens=max_new_tokens, settings=generation, text_of=base.raw_text
+    )
+    return [before_stop(base.decode(ids), generation.stop) for ids in found]
 
 
 def stream(

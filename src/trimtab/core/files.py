@@ -88,6 +88,26 @@ def append_line(path: Path, line: str) -> None:
         file.write(line.encode() + b"\n")
 
 
+def drop_incomplete_line(path: Path) -> int:
+    """Cut off what a crash has left of a log's last line; the number of the lines that stay. Raises StorageError."""
+    with storage_errors(path), open(path, "r+b") as file:
+        lines = whole = 0
+        for line in file:
+            if line.endswith(b"\n"):
+                lines, whole = lines + 1, whole + len(line)
+        file.truncate(whole)
+    return lines
+
+
+def finish_file(unfinished: Path, path: Path) -> None:
+    """Give a complete file its name, under which there is none yet. Raises StorageError."""
+    refuse_existing(path)
+    with storage_errors(path):
+        _sync_file(unfinished)
+        os.rename(unfinished, path)
+        _sync_folder(path.parent)
+
+
 def refuse_existing(path: Path) -> None:
     """Raise StorageError if there is something at `path`."""
     if os.path.lexists(path):
@@ -121,6 +141,13 @@ def new_folder(path: Path) -> Iterator[Path]:
                 raise StorageError(str(error).replace(str(temporary), str(path))) from error
             raise
         _sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def passing_folder() -> Iterator[Path]:
+    """An empty folder among the system's temporary files that is removed after the block. Raises StorageError."""
+    with storage_errors(Path(tempfile.gettempdir())), tempfile.TemporaryDirectory(prefix="trimtab-") as folder:
+        yield Path(folder)
 
 
 @contextlib.contextmanager

@@ -18,8 +18,11 @@ except ImportError:  # pragma: no cover (Windows)
 
 
 @contextlib.contextmanager
-def file_lock(path: Path) -> Iterator[bool]:
+def file_lock(path: Path, doing: str = "training") -> Iterator[bool]:
     """Hold an exclusive lock on the file `path` within the block. The system releases it if the process dies.
+
+    Args:
+        doing: What the process that holds it does, for the error of others.
 
     Yields:
         Whether the lock is held: some file systems do not support locks.
@@ -28,7 +31,7 @@ def file_lock(path: Path) -> Iterator[bool]:
         StorageError: Another process holds it.
     """
     with storage_errors(path.parent):
-        while (opened := _open_locked(path)) is None:
+        while (opened := _open_locked(path, doing)) is None:
             pass
     file, held = opened
     with file:
@@ -51,7 +54,7 @@ def is_locked(path: Path) -> bool | None:
     return False
 
 
-def _open_locked(path: Path) -> tuple[BinaryIO, bool] | None:
+def _open_locked(path: Path, doing: str) -> tuple[BinaryIO, bool] | None:
     """The open file, and whether it is locked; None if the previous holder removed it meanwhile."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -59,7 +62,7 @@ def _open_locked(path: Path) -> tuple[BinaryIO, bool] | None:
     except FileNotFoundError:
         return None
     try:
-        held = _flock(file, path)
+        held = _flock(file, path, doing)
         if held and not (path.exists() and os.path.samestat(os.stat(path), os.fstat(file.fileno()))):
             file.close()
             return None
@@ -72,7 +75,7 @@ def _open_locked(path: Path) -> tuple[BinaryIO, bool] | None:
     return file, held
 
 
-def _flock(file: BinaryIO, path: Path, *, patient: bool = True) -> bool:
+def _flock(file: BinaryIO, path: Path, doing: str, *, patient: bool = True) -> bool:
     if fcntl is None:
         return False
     try:
@@ -80,9 +83,9 @@ def _flock(file: BinaryIO, path: Path, *, patient: bool = True) -> bool:
     except BlockingIOError:
         if patient:  # `is_locked` may be asking at this moment
             time.sleep(0.05)
-            return _flock(file, path, patient=False)
+            return _flock(file, path, doing, patient=False)
         holder = path.read_text(encoding="utf-8", errors="replace")
-        raise StorageError(f"{path.parent}: another process ({holder}) is training there. Wait for it, or stop it.") from None
+        raise StorageError(f"{path.parent}: another process ({holder}) is {doing} there. Wait for it, or stop it.") from None
     except OSError:
         return False
     return True

@@ -105,7 +105,7 @@ def read_examples(
             report.rejected.append(RejectedExample(where, PAIR_ELSEWHERE if pair_elsewhere else str(invalid)))
             continue
         read = {columns.get(column, column) for column in format.columns} | filled
-        report.ignored_columns.update(name for name in values.keys() - read - ignored if _our_name(name, values) not in read)
+        report.ignored_columns.update(name for name in values.keys() - read - ignored if our_name(name, values) not in read)
         yield example
 
 
@@ -147,7 +147,7 @@ def _match(row: dict[str, Any], columns: Mapping[Any, str], formats: Sequence[Fo
     for ours, theirs in columns.items():
         if theirs not in row:
             raise InvalidExample(f"has no column {theirs!r}, which data.columns says is the {ours}; it has {_names(row)}")
-    renamed = {_our_name(name, row): value for name, value in row.items() if name not in columns.values()}
+    renamed = {our_name(name, row): value for name, value in row.items() if name not in columns.values()}
     renamed |= {ours: row[theirs] for ours, theirs in columns.items()}
     allowed = [format for format in formats if columns.keys() <= format.columns]
     present = {column for column, value in renamed.items() if value is not None}
@@ -169,7 +169,7 @@ def _match(row: dict[str, Any], columns: Mapping[Any, str], formats: Sequence[Fo
     raise InvalidExample(_mismatch(renamed, allowed))
 
 
-def _our_name(name: str, row: dict[str, Any]) -> str:
+def our_name(name: str, row: dict[str, Any]) -> str:
     """`Prompt` or ` prompt` as `prompt`, if no other column is called so."""
     if name in COLUMNS or not isinstance(name, str):
         return name

@@ -105,7 +105,7 @@ def _render_everything(example: Conversation, base: Tokenizing) -> RenderedText:
     """All that the template writes, with the last answer after the prompt that generation uses, as all answers are elsewhere."""
     template, messages, last = template_of(example, base), template_messages(example, base), len(example.messages) - 1
     weights, answers = message_weights(example), list[Answer]()
-    _check_texts(example, base)
+    check_texts(example, base)
     text = template.render(messages, example.tools)
     ends_with_answer = last > 0 and messages[last]["role"] == "assistant"
     turn = Turn(template, messages, last, example.tools) if ends_with_answer else None
@@ -203,7 +203,7 @@ def _check_conversation(example: Conversation, base: Tokenizing) -> None:
         raise InvalidExample("messages[0] is the assistant's, without a prompt: begin with another role, or give it weight 0")
     for n in trained_turns(example):
         _check_ends(example, base, n)
-    _check_texts(example, base)
+    check_texts(example, base)
 
 
 def _check_ends(example: Conversation, base: Tokenizing, number: int) -> None:
@@ -214,7 +214,7 @@ def _check_ends(example: Conversation, base: Tokenizing, number: int) -> None:
         raise InvalidExample(NO_CALLS.format(number) if message.get("tool_calls") else NO_END)
 
 
-def _check_texts(example: Conversation, base: Tokenizing) -> None:
+def check_texts(example: Conversation, base: Tokenizing) -> None:
     """Raise InvalidExample for a control token in a text."""
     named = {f"messages[{n}] ({message['role']})": message for n, message in enumerate(example.messages)}
     for name, value in {**named, "tools": example.tools}.items():

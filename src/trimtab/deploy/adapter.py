@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from trimtab.artifacts import Adapter, read_adapter, write_adapter
-from trimtab.base import Base, writes_dates
-from trimtab.core.errors import ArtifactError, RecipeError
+from trimtab.base import Base, write_switches, write_tokenizer, writes_dates
+from trimtab.core import files
+from trimtab.core.errors import ArtifactError, RecipeError, UnsupportedModel
 from trimtab.data.example import TokenRow
+from trimtab.deploy.hub_adapter import adapter_on_hub
 from trimtab.deploy.provenance import adapter_contents, base_model_keys
 from trimtab.deploy.save_pretrained import save_adapters_alone
 from trimtab.methods import BASE_TENSOR_PREFIX, Attached, Method, Sample, attach_uninitialized, base_modules, require_free_name
@@ -26,31 +28,54 @@ def _encode(base: Base) -> Callable[[str], list[int]] | None:
     return (lambda text: base.encode([text])[0].ids) if base.tokenizer is not None else None
 
 
-def save_adapter(base: Base, adapter: Attached, folder: Path | str, trained: dict[str, Any] | None = None) -> None:
-    """Write the adapter as a new folder, which PEFT reads too. Raises StorageError; then there is no folder."""
+def save_adapter(
+    base: Base, adapter: Attached, folder: Path | str, trained: dict[str, Any] | None = None, *, tokenizer: bool = True
+) -> None:
+    """Write the adapter as a new folder, which PEFT reads too. Raises StorageError; then there is no folder.
+
+    Args:
+        tokenizer: Write the base model's tokenizer beside it, as users of PEFT expect.
+    """
     facts = {
         **({"moment": base.moment.isoformat()} if writes_dates(base.tokenizer) else {}),
         "fingerprint": base.fingerprint,
         "stop_ids": list(base.stop_ids) if base.tokenizer is not None else [],
     }
     template = base.tokenizer.chat_template if base.chat_template is not None and base.tokenizer is not None else None
-    write_adapter(Path(folder), adapter_contents(adapter, base.config, facts, trained or {}, template))
+    contents = adapter_contents(adapter, base.config, facts, trained or {}, template)
+    write_adapter(Path(folder), contents, write_more=lambda new: _write_tokenizer(base, new) if tokenizer else None)
+
+
+def _write_tokenizer(base: Base, folder: Path) -> None:
+    """Write the tokenizer with the chat template and switches of training into an empty folder, unless there is none that could be."""
+    if base.tokenizer is None:
+        return
+    try:
+        write_tokenizer(base.tokenizer, folder, changed=bool(base.added_tokens) or base.chat_template is not None)
+    except UnsupportedModel:  # an adapter is complete without it
+        for file in folder.rglob("*"):
+            if file.is_file():
+                files.remove_file(file)
+        return
+    write_switches(folder, base.template_switches)
 
 
 def copy_adapter(base: Base, folder: Path, new: Path) -> None:
-    """Write a saved adapter again as a new folder, with its base model's present location."""
+    """Write a saved adapter again as a new folder, with its base model's present location, and the tokenizer beside it."""
     stored = read_adapter(folder, ours=True)
     named = base_model_keys(base.source) if "base_model_name_or_path" in stored.config else {}
     config = {key: value for key, value in stored.config.items() if key != "revision"} | named
     if "model_name" in config:
         config["model_name"] = base.source
-    write_adapter(new, replace(stored, config=config, base={**stored.base, "model": base.config.plain()}))
+    contents = replace(stored, config=config, base={**stored.base, "model": base.config.plain()})
+    write_adapter(new, contents, write_more=lambda folder: _write_tokenizer(base, folder))
 
 
 def load_adapter(base: Base, folder: Path | str, name: str = "default") -> Attached:
     """Attach a saved adapter, Trimtab's or PEFT's, to a base model. Of several adapters, only the new one is active.
 
     Args:
+        folder: Its folder, or its name on the hub.
         name: Distinguishes it from other adapters on the same model.
 
     Raises:
@@ -58,7 +83,7 @@ def load_adapter(base: Base, folder: Path | str, name: str = "default") -> Attac
         ArtifactError: It is damaged, was trained on another base model, needs unsupported features, or its tensors are
             not exactly those of its method on this model. The base model is left unchanged.
     """
-    folder = Path(folder)
+    folder = adapter_on_hub(str(folder)) or Path(folder)
     stored = read_adapter(folder)
     if stored.base:
         base.check_is(stored.base["fingerprint"], str(folder))

@@ -11,6 +11,7 @@ from trimtab.base import Base, ModelConfig, fit_to_machine, locate_model
 from trimtab.core import files
 from trimtab.core.errors import ArtifactError, RecipeError
 from trimtab.deploy.adapter import load_adapter
+from trimtab.deploy.hub_adapter import adapter_on_hub, pinned_name
 from trimtab.methods import Attached
 
 
@@ -27,14 +28,14 @@ class LoadedModel:
 
 
 def adapter_folder(name: str) -> Path | None:
-    """The finished adapter of a run or adapter folder; None if `name` is neither.
+    """The finished adapter of a run or adapter folder, or one on the hub; None if `name` is none of these.
 
     Raises:
         ArtifactError: The run has none.
     """
     path = files.expand_user(name)
     if not is_run(path):
-        return path if is_adapter(path) else None
+        return path if is_adapter(path) else adapter_on_hub(name)
     if is_adapter(path / ADAPTER):
         return path / ADAPTER
     saved = _newest_checkpoint(path)
@@ -60,6 +61,8 @@ def _find_adapter(name: str) -> tuple[Path | None, tuple[str, ...]]:
             step = int(saved.name.removeprefix("step-"))
             return saved, (f"{path} is unfinished: this is its adapter after step {step} of {record.get('steps', '?')}.",)
     folder = adapter_folder(name)
+    if folder is not None and (pinned := pinned_name(folder)) is not None:
+        return folder, (f"the adapter {pinned} of the hub",)
     failures = run_status(path).failures if is_run(path) else []
     return folder, ((f"{path} is not certified. {'; '.join(failures)}.",) if failures else ())
 
@@ -78,15 +81,15 @@ def load_model(name: str, model: str | None = None, *, certified: bool = False) 
     """Load a model by name; an adapter on its base model in the dtype, quantization and device of its training, if available.
 
     Args:
-        name: A run folder (of an unfinished run, its newest checkpoint is loaded), an adapter folder, or a model (see
-            ModelConfig).
+        name: A run folder (of an unfinished run, its newest checkpoint is loaded), an adapter folder or one on the hub, or a model
+            (see ModelConfig).
         model: The base model to load the adapter on, instead of the one that it names.
         certified: Raise NotCertified for an adapter of a run that is not certified.
     """
     folder, notes = _find_adapter(name)
     if folder is None:
         if model is not None:
-            raise RecipeError(f"{name} is not a run or an adapter folder, so --model {model} does not apply.")
+            raise RecipeError(f"{name} is not a run or an adapter, so --model {model} does not apply.")
         base = Base.load(ModelConfig(name=name))
         return LoadedModel(base, None, None, base.notes)
     if certified:

@@ -142,7 +142,7 @@ class Checkpointer:
         facts |= {key: self.run.record[key] for key in ("data_digest", "objective", "reference", "start")}
         with interrupts_deferred():
             if not (folder / name).exists():  # it does if writing the state failed before
-                save_adapter(self.prepared.base, self.optimizer.adapter, folder / name, facts)
+                save_adapter(self.prepared.base, self.optimizer.adapter, folder / name, facts, tokenizer=False)
             write_state(folder / STATES, State(step, self.optimizer.state(), asdict(progress)))
             self.progress = progress  # now that it is on disk
             if best is last:

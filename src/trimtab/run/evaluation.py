@@ -22,17 +22,19 @@ ANSWERING = tuple(f"eval.{key}" for key in EvalConfig.model_fields if key != "sa
 """Keys of a recipe that say how examples are answered and measured; `samples` says how many are while a run trains."""
 
 
-def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
+def split_words(
+    words: Sequence[str], reading: Sequence[str] = READING, answering: Sequence[str] = ANSWERING, command: str = "eval"
+) -> tuple[list[str], list[str]]:
     """Overrides of a recipe's keys: those that say how a file is read, and how examples are answered. Raises RecipeError for others."""
     split: tuple[list[str], list[str]] = [], []
     for word in words:
-        for keys, found in zip((READING, ANSWERING), split, strict=True):
+        for keys, found in zip((reading, answering), split, strict=True):
             if word.startswith(tuple(f"{key}{mark}" for key in keys for mark in "=.")):
                 found.append(word)
                 break
         else:
-            answering = ", ".join(key.removeprefix("eval.") for key in ANSWERING)
-            raise RecipeError(f"{word}: of a recipe's keys, eval takes only {', '.join(READING)}, and of eval: {answering}.")
+            of_eval = ", ".join(key.removeprefix("eval.") for key in answering)
+            raise RecipeError(f"{word}: of a recipe's keys, {command} takes only {', '.join(reading)}, and of eval: {of_eval}.")
     return split
 
 

@@ -58,7 +58,7 @@ def _begin(prepared: PreparedRun, unfinished: UnfinishedRun | None) -> Run:
     reference = facts["reference"]
     new_start = reference is not None and reference["kind"] == "start" and facts["start"] is None
     if new_start and not (folder / START).exists():
-        save_adapter(prepared.base, prepared.adapter, folder / START)
+        save_adapter(prepared.base, prepared.adapter, folder / START, tokenizer=False)
     if unfinished is not None:
         facts = {**unfinished.facts, **{key: facts[key] for key in IDENTIFIED}}
     run = Run(folder, {"status": "", "id": _new_id(), **facts})

@@ -12,10 +12,11 @@ from trimtab.artifacts import read_adapter
 from trimtab.base import Base, locate_model, resolve_device
 from trimtab.core import files
 from trimtab.core.errors import RecipeError
+from trimtab.core.hub import is_hub_name
 from trimtab.data import Finding, LoadedData, check_first_examples, load_data, refuse_problems, row_groups
 from trimtab.data.example import TokenRow
 from trimtab.data.mismatched import with_mismatched
-from trimtab.deploy import adapter_folder, load_adapter, read_method, sample, versions
+from trimtab.deploy import adapter_folder, load_adapter, pinned_name, read_method, sample, versions
 from trimtab.engine import FrozenLayerCache, ensure_checked
 from trimtab.evaluate import Exam
 from trimtab.evaluate.reference import PACK_TOKENS, add_reference_logprobs, check_start
@@ -138,7 +139,8 @@ def with_start(recipe: Recipe) -> tuple[Recipe, dict[str, Any] | None]:
     folder = adapter_folder(recipe.start)
     if folder is None:
         path = files.expand_user(recipe.start).absolute()
-        raise RecipeError(f"start: {recipe.start} is no run or adapter folder (looked in {path}).")
+        elsewhere = ", and the hub has no adapter of that name" if is_hub_name(recipe.start) else ""
+        raise RecipeError(f"start: {recipe.start} is no run or adapter folder (looked in {path}{elsewhere}).")
     stored = read_adapter(folder)
     method, _ = read_method(stored)
     if "method" in recipe.model_fields_set and recipe.method != method:
@@ -150,6 +152,8 @@ def with_start(recipe: Recipe) -> tuple[Recipe, dict[str, Any] | None]:
         "weights": files.sha256_file(folder / stored.weights),
         "trained": stored.trained,
     }
+    if (pinned := pinned_name(folder)) is not None:
+        start["hub"] = pinned
     return recipe.model_copy(update={"method": method}), start
 
 

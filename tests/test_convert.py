@@ -373,6 +373,84 @@ def test_the_table_has_every_option_and_most_of_what_examples_use():
         assert covered >= 0.9 * sum(usage["keys"].values())
 
 
+def of_axolotl(tmp_path, *datasets):
+    settings = {
+        "base_model": "a/b",
+        "adapter": "lora",
+        "lora_target_linear": True,
+        "sequence_len": 64,
+        "datasets": list(datasets),
+    }
+    found = converted(tmp_path, settings, "axolotl")
+    return found.recipe.data, {one.name: one for one in found.settings if one.name.startswith("datasets[")}
+
+
+def test_axolotls_own_formats_become_templates_of_the_datas_columns(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"q": "One?", "ctx": "Of two.", "a": "First.", "sys": "Be brief."}\n', encoding="utf-8")
+    kind = {
+        "system_prompt": "Be kind.", "field_system": "sys", "field_instruction": "q", "field_input": "ctx", "field_output": "a",
+        "format": "Q: {instruction}\nC: {input}\nA:",
+    }  # fmt: skip
+    data, said = of_axolotl(tmp_path, {"path": str(rows), "type": kind})
+    (source,) = data.train_sources["rows"]
+    assert (source.prompt, source.completion, source.columns) == ("Q: {q}\nC: {ctx}\nA:", "{a}", {"system": "sys"})
+    assert data.system == "Be kind."
+    assert said["datasets[0].system_prompt"].outcome == "key"
+    base = saved_base(tmp_path / "tiny")
+    (row,) = load_data(data.model_copy(update={"max_length": None}), Base.load(str(base)), None, 0).train
+    assert "Q: One?\nC: Of two.\nA:" in Base.load(str(base)).tokenizer.decode(row.ids)
+    data, said = of_axolotl(tmp_path, {"path": "x.jsonl", "type": kind}, {"path": "y.jsonl", "type": "alpaca"})
+    assert (data.system, said["datasets[0].system_prompt"].outcome) == (None, "missing"), "it would be the other's, too"
+
+
+@pytest.mark.parametrize(
+    ("roles", "train_on"),
+    [
+        (["gpt"], "assistant"),
+        (["assistant"], "assistant"),
+        (["gpt", "human"], ("assistant", "user")),
+        (["tool", "model"], ("tool", "assistant")),
+    ],
+)
+def test_axolotls_roles_are_ours(roles, train_on, tmp_path):
+    data, _ = of_axolotl(tmp_path, {"path": "x.jsonl", "type": "chat_template", "roles_to_train": roles})
+    assert data.train_on == train_on
+
+
+@pytest.mark.parametrize(("key", "read", "other"), [
+    ("message_property_mappings", {"role": "from", "content": "value"}, {"role": "who", "content": "said"}),
+    ("message_field_role", "from", "speaker"),
+    ("message_field_training", "train", "learn"),
+    ("train_on_eos", "turn", "none"),
+])  # fmt: skip
+def test_what_messages_are_called_is_there_or_said_to_be_missing(key, read, other, tmp_path):
+    for value, outcome in ((read, "derived"), (other, "missing")):
+        _, said = of_axolotl(tmp_path, {"path": "x.jsonl", "type": "chat_template", key: value})
+        assert said[f"datasets[0].{key}"].outcome == outcome
+        assert (
+            "rename" in said[f"datasets[0].{key}"].said
+            or "is a target" in said[f"datasets[0].{key}"].said
+            or outcome == "derived"
+        )
+
+
+def test_trls_yaml_of_the_command_line(tmp_path):
+    settings = {
+        "model_name_or_path": "a/b", "dataset_name": "trl-lib/Capybara", "learning_rate": 2e-4, "use_peft": True, "lora_r": 16, "lora_alpha": 32,
+        "lora_target_modules": ["q_proj", "v_proj"], "eval_strategy": "steps", "eval_steps": 10, "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 8, "max_length": 2048, "packing": True, "bf16": True, "num_train_epochs": 1, "dataset_test_split": "test",
+    }  # fmt: skip
+    recipe = converted(tmp_path, settings).recipe
+    assert (recipe.model.name, recipe.model.dtype, recipe.data.train) == ("a/b", "bfloat16", ("trl-lib/Capybara",))
+    assert recipe.data.eval["Capybara"].split == "test"
+    assert (recipe.train.tokens_per_step, recipe.train.evaluate_every, recipe.method.rank) == (2 * 8 * 2048, 10, 16)
+    mixture = {**settings, "datasets": [{"path": "x", "name": "en", "split": "train", "columns": ["prompt", "completion"]}]}
+    del mixture["dataset_name"]
+    found = converted(tmp_path, mixture)
+    assert {one.name: one.outcome for one in found.settings}["datasets[0].columns"] == "derived"
+
+
 # The contract of the family: every file of the folder is a tool
 
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from trimtab.data.messages import ROLES
 from trimtab.migrate._adapter import full, length, lora, quantized
 from trimtab.migrate._preference import dpo_loss, objective
 from trimtab.migrate._settings import NOTHING, Settings
@@ -32,9 +33,18 @@ FIELDS = {
     "field_completion": "completion", "field_label": "label", "field_chosen": "chosen", "field_rejected": "rejected", "field_tools": "tools",
     "field": "text", "text_column": "text", "field_human": "prompt", "field_model": "completion",
 }  # fmt: skip
-DERIVED = ("type", "ds_type", "conversation", "chat_template", "message_property_mappings", "roles", "field_thinking", "template_thinking_key",
-           "message_field_role", "message_field_content", "train_on_eos", "train_on_eot", "trust_remote_code", "preprocess_shards",
-           "message_field_training", "split_thinking")  # fmt: skip
+DERIVED = ("type", "ds_type", "conversation", "chat_template", "roles", "field_thinking", "template_thinking_key", "trust_remote_code",
+           "preprocess_shards", "split_thinking")  # fmt: skip
+READ = {
+    "message_property_mappings": ({"role": "role", "content": "content"}, {"role": "from", "content": "value"}),
+    "message_field_role": ("role", "from"), "message_field_content": ("content", "value"), "message_field_training": ("train", "loss", "weight"),
+    "train_on_eos": ("turn",), "train_on_eot": ("turn",),
+}  # fmt: skip
+"""Settings -> the values that mean what is done anyway."""
+NOT_READ = {
+    "train_on_eos": "the token that ends a trained turn is a target, and no other one is",
+    "train_on_eot": "the token that ends a trained turn is a target, and no other one is",
+}
 
 
 def convert(settings: Settings, devices: int) -> None:
@@ -159,18 +169,36 @@ def _settle_source(settings: Settings, where: str, left: dict[str, Any], kind: A
         if key in ("format", "no_input_format") and str(value).replace("{input}", "").strip() == "{instruction}":
             settings.settle(named, "derived", "the text of the prompt is the instruction and the input")
         elif key == "format":
-            for source in sources:
-                source["prompt"], source["completion"] = value, "{" + source.get("columns", {}).get("output", "output") + "}"
-            settings.settle(named, "key", "within the model's own chat template", "data.train.NAME.prompt", value)
+            _write_format(str(value), sources)
+            settings.settle(
+                named, "key", "within the model's own chat template", "data.train.NAME.prompt", sources[0]["prompt"]
+            )
         elif key == "roles_to_train":
-            settings.write(named, "data.train_on", "assistant" if value in (["assistant"], ["gpt"]) else value)
+            roles = list(dict.fromkeys(ROLES.get(str(role).lower(), role) for role in value))
+            settings.write(named, "data.train_on", "assistant" if roles == ["assistant"] else roles)
+        elif key == "system_prompt" and len(sources) == 1 and len(_listed(settings.get("datasets"))) == 1:
+            settings.write(named, "data.system", value, "of examples that have none")
         elif key == "drop_system_message":
             settings.write(named, "data.drop_system", bool(value))
-        elif key in DERIVED:
+        elif key in READ and value not in READ[key]:
+            said = "messages have role and content, or from and value, and a weight of their own as weight, train or loss: rename the keys"
+            settings.settle(named, "missing", NOT_READ.get(key, said))
+        elif key in DERIVED or key in READ:
             settings.settle(named, "derived", _said_of(key, value))
         else:
             settings.settle(named, "missing", "a source has no such setting: docs/recipe.md lists its keys")
     return sources
+
+
+def _write_format(format: str, sources: list[Source]) -> None:
+    """A prompt of Axolotl's fields as one of the data's columns, and the completion beside it."""
+    for source in sources:
+        columns = source.pop("columns", {})
+        for field in ("instruction", "input", "system"):
+            format = format.replace(f"{{{field}}}", f"{{{columns.get(field, field)}}}")
+        source["prompt"], source["completion"] = format, f"{{{columns.get('output', 'output')}}}"
+        if kept := {here: theirs for here, theirs in columns.items() if here not in ("instruction", "input", "output")}:
+            source["columns"] = kept
 
 
 def _said_of(key: str, value: Any) -> str:
@@ -179,5 +207,5 @@ def _said_of(key: str, value: Any) -> str:
     return "the format is recognized by its columns, and written by the model's own chat template"
 
 
-def _listed(files: Any) -> list[str]:
-    return [files] if isinstance(files, str) else list(files or [])
+def _listed(given: Any) -> list[Any]:
+    return [given] if isinstance(given, str) else list(given or [])

@@ -135,5 +135,8 @@ def _source(settings: Settings, where: str, one: dict[str, Any]) -> Source:
         one.pop(theirs, None)
     for key, value in one.items():
         settings.given[f"{where}.{key}"] = value
+        if key == "columns":
+            settings.settle(f"{where}.columns", "derived", "the format is recognized by its columns; others are not read")
+            continue
         settings.settle(f"{where}.{key}", "missing", "a source has no such setting: docs/recipe.md lists its keys")
     return source

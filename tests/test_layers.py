@@ -51,7 +51,7 @@ UNSAFE_WORDS = {"trust_remote_code", "allow_pickle", "weights_only"}
 DOORS = {"base/loading.py", "data/arrow_files.py"}
 """Files that call what could run code of a model or dataset, and so have to say REFUSES there."""
 REFUSES = "trust_remote_code=False"
-NAMES = {"core/other_tools.py", "migrate/axolotl.py"}
+NAMES = {"core/other_tools.py", "core/other_tools_only.py", "migrate/axolotl.py"}
 """Files that hold the names of other tools' settings as texts."""
 
 EXECUTES = "evaluate/function.py"

@@ -6,7 +6,8 @@ import pytest
 
 from trimtab.core.config import Config
 from trimtab.core.errors import RecipeError
-from trimtab.core.other_tools import AUTOMATIC, SAME, UNSUPPORTED
+from trimtab.core.other_tools import AUTOMATIC, SAME
+from trimtab.core.other_tools_only import UNSUPPORTED
 from trimtab.core.synonyms import (
     CHOICES,
     key_for_option,

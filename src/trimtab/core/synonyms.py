@@ -1,10 +1,11 @@
-"""What other tools' names of recipe keys, methods and objectives are here, looked up in the table of core/other_tools.py."""
+"""What other tools' names of recipe keys, methods and objectives are here, looked up in core/other_tools.py and other_tools_only.py."""
 
 import difflib
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple
 
-from trimtab.core.other_tools import AUTOMATIC, AUTOMATIC_FAMILIES, FAMILIES, SAME, UNSUPPORTED
+from trimtab.core.other_tools import AUTOMATIC, AUTOMATIC_FAMILIES, SAME
+from trimtab.core.other_tools_only import FAMILIES, UNSUPPORTED
 
 CHOICES = {
     "qlora": "it is method: lora with model.quantize: nf4",

@@ -235,3 +235,11 @@ def test_the_command_says_what_it_did(work, tmp_path, capsys):
     model = ["answer", str(work / "model"), "--data", str(file), "--output", str(tmp_path / "m.jsonl"), "data.bad_rows=skip"]
     assert main([*model, "--base"]) == 2
     assert main([*model, "eval.max_new_tokens=2"]) == 0
+
+
+@pytest.mark.parametrize("left", ["out.jsonl.unfinished", "out.jsonl.settings.json"])
+def test_a_command_that_died_before_its_first_answer_begins_again(work, target, tmp_path, left):
+    (tmp_path / left).write_text('{"where": "half')
+    answered(target, write(tmp_path / "p.jsonl", [{"prompt": "one"}]), tmp_path / "out.jsonl")
+    assert [line["prompt"] for line in lines(tmp_path / "out.jsonl")] == ["one"]
+    assert {path.name for path in tmp_path.iterdir()} == {"p.jsonl", "out.jsonl"}

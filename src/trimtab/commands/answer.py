@@ -49,5 +49,6 @@ def run(arguments: argparse.Namespace) -> None:
         console.print(f"[yellow]{found.unusable:,} rows hold no prompt that can be answered: their lines say why (error).[/]")
     if done.cut_off:
         console.print(
-            f"{done.cut_off:,} answers were cut off: raise eval.max_new_tokens ({answering.max_new_tokens}) if that is too short."
+            f"{done.cut_off:,} {'of the new ' if done.kept else ''}answers were cut off: raise eval.max_new_tokens "
+            f"({answering.max_new_tokens}) if that is too short."
         )

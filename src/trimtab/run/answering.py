@@ -150,10 +150,9 @@ def _identity(target: LoadedModel, answering: Answering, digest: str) -> dict[st
 
 def _resume(unfinished: Path, settings: Path, identity: dict[str, Any]) -> int:
     """The number of lines that an interrupted command has written. Raises RecipeError if it would have written others."""
-    if not settings.exists():
-        files.remove_file(unfinished)
-        files.write_json(settings, identity)
+    if not (settings.exists() and unfinished.exists()):
         files.write_text(unfinished, "")
+        files.write_json(settings, identity)  # the last, so that where it is, the other is
         return 0
     before = files.read_json(settings)
     if different := [key for key in identity if before.get(key) != files.to_json(identity[key])]:

@@ -73,7 +73,7 @@ def test_an_example_is_short_and_uses_what_is_public(path):
         names += [node.module] if isinstance(node, ast.ImportFrom) else []
         for name in names:
             top, _, rest = name.partition(".")
-            assert top in {*sys.stdlib_module_names, "torch", "transformers", "trimtab"}
+            assert top in {*sys.stdlib_module_names, "datasets", "torch", "transformers", "trimtab", "trl"}
             assert top != "trimtab" or not rest
         if isinstance(node, ast.Attribute):
             assert not node.attr.startswith("_")

@@ -407,6 +407,31 @@ def test_preference_after_supervised_training_keeps_its_lineage(world, tmp_path,
     assert run_recipe(repeated).record["reference"]["identity"] == second.record["reference"]["identity"]
 
 
+def test_an_adapter_trained_with_dropout_is_compared_without(world, tmp_path):
+    """As in a course: SFT with dropout, then DPO on top."""
+    sft = {"train": str(world / "sft.jsonl"), "eval": 4}
+    run_recipe(recipe(world, tmp_path, output=str(tmp_path / "sft"), data=sft, method={"rank": 3, "dropout": 0.5}))
+    pairs = {"train": str(world / "pairs.jsonl"), "eval": 6}
+    told = []
+
+    class Notices(RunObserver):
+        def on_notice(self, message):
+            told.append(message)
+
+    asked = {"start": str(tmp_path / "sft"), "data": pairs, "train": {"epochs": 1, "rows_per_step": 16}}
+    run = run_recipe(recipe(world, tmp_path, objective="dpo", **asked), Notices())
+    assert "the adapter was trained with dropout 0.5, and is trained further without: dpo compares with a reference" in told
+    assert (run.record["method"]["dropout"], run.record["start"]["dropout"]) == (0.0, 0.5)
+    assert run.record["reference"]["start_differs"] < 1e-4
+    repeated = Recipe.read(run.folder / "recipe.yaml").model_copy(update={"output": tmp_path / "again"})
+    assert run_recipe(repeated).record["best"]["eval_loss"] == run.record["best"]["eval_loss"]
+    kept = run_recipe(recipe(world, tmp_path, **asked | {"data": sft}, output=str(tmp_path / "sft again")))
+    assert kept.record["method"]["dropout"] == 0.5, "other objectives keep it"
+    method = {"rank": 3, "dropout": 0.5}
+    with pytest.raises(RecipeError, match=r"dropout would add noise to the difference"):
+        run_recipe(recipe(world, tmp_path, objective="dpo", **asked, method=method, output=str(tmp_path / "said")))
+
+
 def test_a_start_that_does_not_fit_is_refused(world, tmp_path):
     data = {"train": str(world / "sft.jsonl"), "eval": 4}
     run_recipe(recipe(world, tmp_path, output=str(tmp_path / "sft"), data=data, method={"rank": 3}))

@@ -15,9 +15,9 @@ METHODS = {
 }  # fmt: skip
 OBJECTIVES = {"CPO", "DPO", "KTO", "ORPO", "SFT", "SimPO"}
 SURFACE = METHODS | OBJECTIVES | {
-    "AdapterLayer", "Attached", "Base", "Generation", "Method", "Objective", "Recipe", "TrainConfig", "TrimtabError", "activate", "active",
-    "adapters", "answer", "answers", "attach", "combine", "fit", "generate", "load", "load_adapter", "merge", "method", "rows", "run_recipe",
-    "sample", "save_adapter", "score", "score_loss", "stream",
+    "AdapterLayer", "Attached", "Base", "Generation", "Method", "Objective", "Recipe", "RunObserver", "TrainConfig", "TrimtabError",
+    "activate", "active", "adapters", "answer", "answers", "attach", "combine", "fit", "generate", "load", "load_adapter", "merge",
+    "method", "rows", "run_recipe", "sample", "save_adapter", "score", "score_loss", "stream",
 }  # fmt: skip
 """What users may rely on. A name goes away only with a line in CHANGELOG.md."""
 

@@ -44,6 +44,7 @@ _HOMES = {
     "PrefixTuning": "methods.prefix",
     "PromptTuning": "methods.prompt",
     "Recipe": "run.recipe",
+    "RunObserver": "report",
     "SFT": "objectives.sft",
     "SimPO": "objectives.simpo",
     "Tokens": "methods.tokens",
@@ -113,6 +114,7 @@ if TYPE_CHECKING:
     from trimtab.objectives.orpo import ORPO
     from trimtab.objectives.sft import SFT
     from trimtab.objectives.simpo import SimPO
+    from trimtab.report import RunObserver
     from trimtab.run.recipe import Recipe
     from trimtab.run.script import run_recipe
     from trimtab.train import TrainConfig

@@ -7,6 +7,7 @@ from datetime import datetime
 from typing import Any
 
 import torch
+from torch import nn
 
 from trimtab.artifacts import read_adapter
 from trimtab.base import Base, locate_model, resolve_device
@@ -71,6 +72,10 @@ def prepare(recipe: Recipe, unfinished: UnfinishedRun | None, observer: RunObser
     observer.on_plan(facts, data.reports, len(row_groups(data.train)), len(row_groups(data.eval)))
     for note in base.notes:
         observer.on_notice(note)
+    if opened.start is not None and (dropout := opened.start.get("dropout")):
+        observer.on_notice(
+            f"the adapter was trained with dropout {dropout:g}, and is trained further without: {objective.name} compares with a reference"
+        )
     for finding in findings:
         shown_already = finding.name == "rows" or (finding.name == "held out" and not data.eval)
         if finding.status == "note" and not shown_already:
@@ -124,6 +129,8 @@ def open_recipe(
         adapter = attach(base.model, recipe.method, recipe.train.seed, sample=sample(base, data.train))
     else:
         adapter = load_adapter(base, start["folder"])
+        if "dropout" in start:
+            _switch_dropout_off(adapter)
     return OpenedRecipe(recipe, start, base, adapter, data, context - positions if context is not None else None)
 
 
@@ -143,7 +150,12 @@ def with_start(recipe: Recipe) -> tuple[Recipe, dict[str, Any] | None]:
         raise RecipeError(f"start: {recipe.start} is no run or adapter folder (looked in {path}{elsewhere}).")
     stored = read_adapter(folder)
     method, _ = read_method(stored)
-    if "method" in recipe.model_fields_set and recipe.method != method:
+    asked = "method" in recipe.model_fields_set
+    compares = isinstance(recipe.objective, ReferenceObjective) and not (asked and recipe.method == method)
+    dropout = getattr(method, "dropout", 0.0) if compares else 0.0
+    if dropout:  # it would be noise in the comparison
+        method = method.model_copy(update={"dropout": 0.0})
+    if asked and recipe.method != method:
         raise RecipeError(
             f"method: the adapter in {recipe.start}, which training starts from, has another ({method.plain()}). Leave out method, or start."
         )
@@ -151,10 +163,21 @@ def with_start(recipe: Recipe) -> tuple[Recipe, dict[str, Any] | None]:
         "folder": str(folder.absolute()),
         "weights": files.sha256_file(folder / stored.weights),
         "trained": stored.trained,
+        **({"dropout": dropout} if dropout else {}),
     }
     if (pinned := pinned_name(folder)) is not None:
         start["hub"] = pinned
     return recipe.model_copy(update={"method": method}), start
+
+
+def _switch_dropout_off(adapter: Attached) -> None:
+    """Let an adapter that was loaded be trained further by the same method without dropout."""
+    adapter.method = adapter.method.model_copy(update={"dropout": 0.0})
+    for layer in adapter.layers.values():
+        base = set(layer.base.modules())
+        for module in layer.modules():
+            if isinstance(module, nn.Dropout) and module not in base:
+                module.p = 0.0
 
 
 def prepare_objective(

@@ -9,7 +9,7 @@ LOOK := .venv-look
 TRACKERS := .trackers
 
 .DEFAULT_GOAL := help
-.PHONY: help setup format docs check test compat test-oldest gpu-deps soak whole mutants branches look demo bench models trackers clean
+.PHONY: help setup format docs check test compat test-oldest gpu-deps soak whole mutants branches look demo course bench models trackers clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,7 @@ format: $(READY)  ## format the code and fix what the linter can fix
 
 docs: $(READY)  ## generate the pages and tables that follow from the code
 	$(BIN)/python docs/make_pages.py
+	$(BIN)/python docs/make_notebook.py
 
 check: $(READY)  ## check formatting, lint and types
 	$(BIN)/ruff format --check --quiet src tests demo benchmarks examples docs
@@ -109,6 +110,10 @@ demo: $(READY)  ## fine-tune a real model on a small task and measure the improv
 	@echo
 	$(BIN)/trimtab eval runs/demo --data demo/test.jsonl --base --show 5
 	@cat demo/next.txt
+
+course: $(READY)  ## run the ten steps of docs/course.md (COURSE_STEPS=2 make course: two training steps each)
+	rm -rf runs/course
+	set -e; for step in examples/[0-9][0-9]_*.py; do echo "== $$step"; $(BIN)/python $$step; done
 
 bench: $(READY)  ## compare a LoRA run with Hugging Face Trainer + PEFT: make bench DATA=rows.json
 	$(BIN)/python benchmarks/peers --data $(or $(DATA),demo/train.jsonl)

@@ -11,7 +11,8 @@ MODEL = "smollm2-135m-instruct"  # or "Qwen/Qwen2.5-1.5B", a folder, a GGUF file
 
 base = trimtab.load(MODEL)  # a frozen model with its tokenizer and chat template, in bfloat16 where there is a GPU
 print(f"{base.source}: {sum(p.numel() for p in base.model.parameters()):,} parameters, {base.model.dtype!s}")
-print("Before training:", trimtab.answer(base, "Ten oak shelves to Oslo, please. - Eva Lind", max_new_tokens=40))
+answer = trimtab.answer(base, "Ten oak shelves to Oslo, please. - Eva Lind", max_new_tokens=20)
+print("Before training:", " ".join(answer.split()))
 
 # LoRA puts a layer around each q_proj and v_proj: y = W x + alpha/rank · B A x. A is rank × inputs and B outputs × rank,
 # so a matrix adds rank · (inputs + outputs) parameters. v_proj is narrower than q_proj where heads share keys and values.

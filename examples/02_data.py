@@ -12,7 +12,7 @@ from pathlib import Path
 import trimtab
 
 MODEL = "smollm2-135m-instruct"  # or "Qwen/Qwen2.5-1.5B"
-DEMO = Path(__file__).resolve().parents[1] / "demo" / "train.jsonl"  # 480 invented orders, as messages
+DEMO = Path("demo/train.jsonl")  # 480 invented orders, as messages
 DATA = Path("runs/course/data")
 LIMIT = 16 if os.environ.get("COURSE_STEPS") else 10_000  # the chapter takes 10,000 of BELLE's; the demo has 480
 

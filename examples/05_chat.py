@@ -13,16 +13,23 @@ with open("runs/course/data/belle.jsonl", encoding="utf-8") as lines:
 prompts = [f"{example['instruction']}\n{example['input']}" for example in examples]
 
 base = trimtab.load(MODEL)
-print("base:   ", trimtab.answer(base, prompts[0], max_new_tokens=24))
+
+
+def ask(question: str) -> str:
+    return " ".join(trimtab.answer(base, question, max_new_tokens=24).split())
+
+
+print("base:   ", ask(prompts[0]))
 adapter = trimtab.load_adapter(base, "runs/course/lora/adapter")  # refuses another base than it was trained on
 for prompt, example in zip(prompts, examples, strict=True):
     print("expected:", example["output"])
-    print("adapter: ", trimtab.answer(base, prompt, max_new_tokens=24))
+    print("adapter: ", ask(prompt))
 
 with adapter.disabled():
-    print("switched off:", trimtab.answer(base, prompts[0], max_new_tokens=24))
+    print("switched off:", ask(prompts[0]))
 said = [{"role": "user", "content": prompts[0]}, {"role": "assistant", "content": examples[0]["output"]}]
 said += [{"role": "user", "content": prompts[1]}]
+print("sampled: ", end="")
 for piece in trimtab.stream(base, said, max_new_tokens=24, temperature=0.7, seed=0):
     print(piece, end="", flush=True)
 print()

@@ -9,6 +9,16 @@ MODEL = "smollm2-135m-instruct"  # or "Qwen/Qwen2.5-1.5B"
 ORDER = "Ten oak shelves to Oslo by Monday, please. Yours, Eva Lind"
 
 base = trimtab.load(MODEL)
+
+
+def line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def ask() -> str:
+    return line(trimtab.answer(base, ORDER, max_new_tokens=24))
+
+
 trimtab.load_adapter(base, "runs/course/lora/adapter", name="orders")
 trimtab.load_adapter(base, "runs/course/dpo/adapter", name="preferred")
 trimtab.load_adapter(base, "runs/course/prefix/adapter", name="prefix")
@@ -16,20 +26,20 @@ print("on the model:", ", ".join(trimtab.adapters(base.model)))
 
 for name in ("orders", "prefix"):
     trimtab.activate(base.model, name)  # this one acts, and no other
-    print(f"{name}: {trimtab.answer(base, ORDER, max_new_tokens=24)}")
+    print(f"{name}: {ask()}")
 with trimtab.active(base.model):  # none within this block, in this thread
-    print(f"base: {trimtab.answer(base, ORDER, max_new_tokens=24)}")
+    print(f"base: {ask()}")
 
 # One batch, in which each row has its own adapter, or none.
 (row,) = trimtab.rows([{"prompt": ORDER, "completion": "-"}], base)
 prompt, owners = row.ids[: row.target_indices[0]], ["orders", "prefix", None]
 answers = trimtab.generate(base.model, [prompt] * 3, base.stop_ids, max_new_tokens=24, owners=owners)
 for owner, answer in zip(owners, answers, strict=True):
-    print(f"in one batch, {owner or 'base'}: {base.decode(answer)}")
+    print(f"in one batch, {owner or 'base'}: {line(base.decode(answer))}")
 
 # A weighted sum of LoRAs is a LoRA: exact by concatenation, or of a smaller rank with its error.
 mixed = trimtab.combine(base.model, {"orders": 0.7, "preferred": 0.3}, "mixed")
-print(f"mixed: rank {mixed.rank}, error {mixed.error:.1e}: {trimtab.answer(base, ORDER, max_new_tokens=24)}")
+print(f"mixed: rank {mixed.rank}, error {mixed.error:.1e}: {ask()}")
 small = trimtab.combine(base.model, {"orders": 0.7, "preferred": 0.3}, "small", rank=8)
 print(f"of rank {small.rank}: error {small.error:.1e}")
 

@@ -1,12 +1,19 @@
 """What a course on fine-tuning with adapters goes through, step by step: examples/0*.py, docs/course.md and the notebook."""
 
+import contextlib
+import importlib.util
+import io
 import json
+import os
 import re
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from families import tiny
+from worlds import WHOLE
 
 import trimtab as package
 from trimtab import cli
@@ -92,3 +99,118 @@ def test_an_adapter_says_what_it_replaced_and_pefts_line():
     package.attach(model, Method.member("bottleneck")(), name="other")
     assert int(re.search(r"all params: ([\d,]+)", adapter.trainable_parameters())[1].replace(",", "")) > total
     assert isinstance(model, transformers.PreTrainedModel)
+
+
+# The steps
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = sorted((ROOT / "examples").glob("[0-9][0-9]_*.py"))
+PAGE = (ROOT / "docs" / "course.md").read_text(encoding="utf-8")
+LINE = 'MODEL = "smollm2-135m-instruct"'
+
+
+def small_model(tokenizer, folder):
+    """A random Llama with SmolLM2's tokenizer: the steps run on it by changing one line, and print what they print for SmolLM2."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=2, tie_word_embeddings=True,
+        initializer_range=0.2,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory, request):
+    """What each step prints, two training steps long: on a tiny model; of `make whole`, on SmolLM2 as it stands."""
+    pytest.importorskip("trl")
+    work, before = tmp_path_factory.mktemp("course"), Path.cwd()
+    model = None if WHOLE else small_model(request.getfixturevalue("smollm2").tokenizer, work / "tiny")
+    (work / "demo").symlink_to(ROOT / "demo")
+    (work / "steps").mkdir()
+    os.environ["COURSE_STEPS"] = "2"
+    os.chdir(work)
+    said = {}
+    try:
+        for script in SCRIPTS:
+            text = script.read_text(encoding="utf-8")
+            assert text.count(LINE) == 1, "one line names the model"
+            copy = work / "steps" / script.name
+            copy.write_text(text if model is None else text.replace(LINE, f"MODEL = {model!r}"), encoding="utf-8")
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                runpy.run_path(str(copy), run_name="__main__")
+            said[script.stem] = out.getvalue()
+        yield said
+    finally:
+        os.chdir(before)
+        del os.environ["COURSE_STEPS"]
+
+
+def of_page(stem):
+    """What docs/course.md shows of a step's output."""
+    return re.search(rf"examples/{stem}\.py\).*?```text\n(.*?)```", PAGE, flags=re.DOTALL)[1].splitlines()
+
+
+ANSWERS = r"^(Before training|base|adapter|switched off|sampled|orders|prefix|in one batch, \w+|mixed: rank \d+, error \S+): .*"
+
+
+def without_numbers(line):
+    """A line without what another model, or another processor's rounding, says otherwise: numbers, and what a model answers."""
+    line = re.sub(r"^\S+: ([\d,]+ parameters)", r"MODEL: \1", re.sub(ANSWERS, r"\1:", line))
+    return re.sub(r"[\d,.]*\d(e[-+]?\d+)?", "#", line)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("stem", [script.stem for script in SCRIPTS])
+def test_each_step_prints_what_the_page_shows(stem, printed):
+    lines = {without_numbers(line) for line in printed[stem].splitlines()}
+    for line in of_page(stem):
+        assert without_numbers(line) in lines, f"{line!r} is not in\n{printed[stem]}"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_does_not_depend_on_the_model_is_shown_to_the_letter(printed):
+    assert of_page("02_data")[:4] == printed["02_data"].splitlines()[:4]
+    assert of_page("02_data")[4:] == printed["02_data"].splitlines()[4:], "the tokens are SmolLM2's"
+    for stem, words in (
+        ("04_resume", "the resumed adapter is that of a run without interruption: True"),
+        ("08_switch_and_mix", "all off; the base is unchanged"),
+        ("09_merge", "unmerged, the logits are what they were: True"),
+    ):
+        assert words in printed[stem].splitlines()
+        assert words in of_page(stem)
+    assert re.findall(r"second model: (\w+)", printed["10_in_their_trainers"]) == ["None"] * 3
+
+
+def test_the_page_counts_smollm2s_parameters_as_its_configuration_does(capsys):
+    words = {"lora": LORA, "bottleneck": ("method.reduction=16",), "prefix": ("method.tokens=20",)}
+    for name, keys in words.items():
+        facts = json.loads(methods(capsys, "smollm2-135m-instruct", f"method={name}", *keys, "--json"))
+        assert facts["trainable"] in of_page("01_load_and_count")
+    assert "trainable params: 1,089,536 || all params: 1,544,803,840 || trainable%: 0.0705" in PAGE
+    assert "688,128 + 401,408 = 1,089,536" in PAGE
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_a_step_is_short_and_on_the_page(script):
+    text = script.read_text(encoding="utf-8")
+    assert text.count("\n") <= 80
+    assert f"examples/{script.name})" in PAGE
+
+
+def test_the_notebook_is_the_scripts():
+    specification = importlib.util.spec_from_file_location("make_notebook", ROOT / "docs" / "make_notebook.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    text = module.NOTEBOOK.read_text(encoding="utf-8")
+    assert text == module.notebook(), "run: make docs"
+    nbformat = pytest.importorskip("nbformat")
+    book = nbformat.reads(text, as_version=4)
+    nbformat.validate(book)
+    codes = [cell for cell in book.cells if cell.cell_type == "code"]
+    assert len(codes) == len(SCRIPTS)
+    for cell, script in zip(codes, SCRIPTS, strict=True):
+        assert cell.source.strip() in script.read_text(encoding="utf-8")
+        assert not cell.outputs

@@ -94,8 +94,10 @@ def _method(settings: Settings) -> None:
         if targets:
             settings.recipe["method.targets"] = targets
         weights = settings.given.get("init_weights")
-        if weights not in NOTHING and str(weights).lower() != "true":
-            settings.settle("init_weights", "missing", f"{weights} is not there: method.init has eva and pissa")
+        if weights in ("eva", "gaussian", "pissa"):
+            settings.put("init_weights", weights)
+        elif weights not in NOTHING and str(weights).lower() != "true":
+            settings.settle("init_weights", "missing", f"{weights} is not there: method.init has eva, gaussian and pissa")
         if settings.given.get("lorap_lr_ratio"):
             settings.put("lorap_lr_ratio", float(settings.get("lorap_lr_ratio")))
     elif kind == "full":

@@ -19,9 +19,8 @@ print("Before training:", " ".join(answer.split()))
 lora = trimtab.LoRA(rank=8, alpha=32, dropout=0.1, targets=["q_proj", "v_proj"])
 adapter = trimtab.attach(base.model, lora)
 print(f"\nLoRA replaces {len(adapter.layers)} modules:\n{adapter}")
-print(
-    "B starts at zero, so nothing has changed yet. One layer:", type(adapter.layers["model.layers.0.self_attn.q_proj"]).__name__
-)
+b = adapter.parameters()["model.layers.0.self_attn.q_proj.B"]
+print(f"B starts at zero, so nothing has changed yet: its largest number is {float(b.detach().abs().max())}")
 adapter.detach()  # takes the layers off: the model is what it was, to the last bit
 
 # A bottleneck adapter is a small network after each MLP; a prefix is keys and values of virtual tokens in every layer.

@@ -96,7 +96,9 @@ def _method(settings: Settings) -> None:
         weights = settings.given.get("init_weights")
         if weights in ("eva", "gaussian", "pissa"):
             settings.put("init_weights", weights)
-        elif weights not in NOTHING and str(weights).lower() != "true":
+        elif str(weights).lower() == "true":
+            settings.settle("init_weights", "unset")
+        elif weights not in NOTHING:
             settings.settle("init_weights", "missing", f"{weights} is not there: method.init has eva, gaussian and pissa")
         if settings.given.get("lorap_lr_ratio"):
             settings.put("lorap_lr_ratio", float(settings.get("lorap_lr_ratio")))

@@ -219,9 +219,13 @@ def test_peft_s_initial_values_are_ours(settings, init, tmp_path):
     assert found.recipe.plain()["method"].get("init", "default") == init
     outcome = {setting.name: setting.outcome for setting in found.settings}.get("init_lora_weights")
     assert outcome == {"gaussian": "key", "olora": "missing"}.get(settings.get("init_lora_weights"))
-    swift = converted(
-        tmp_path, {"train_type": "lora", "init_weights": settings.get("init_lora_weights", True), "lora_rank": 4}, "swift"
-    )
+    in_swift = {
+        "model": "org/x",
+        "train_type": "lora",
+        "init_weights": settings.get("init_lora_weights", "true"),
+        "lora_rank": 4,
+    }
+    swift = converted(tmp_path, {**in_swift, "dataset": ["a.jsonl"]}, "swift")
     assert swift.recipe.plain()["method"].get("init", "default") == init
     theirs["LoraConfig"] |= {"use_dora": True}  # which starts from its own values
     found = converted(tmp_path, theirs)

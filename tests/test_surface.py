@@ -16,7 +16,6 @@ METHODS = {
 OBJECTIVES = {"CPO", "DPO", "KTO", "ORPO", "SFT", "SimPO"}
 SURFACE = METHODS | OBJECTIVES | {
     "AdapterLayer", "Attached", "Base", "Generation", "Method", "Objective", "Recipe", "RunObserver", "TrainConfig", "TrimtabError",
-    "AdapterLayer", "Attached", "Base", "Generation", "Method", "Objective", "Recipe", "RunObserver", "TrainConfig", "TrimtabError",
     "activate", "active", "adapters", "answer", "answers", "attach", "combine", "fit", "generate", "load", "load_adapter", "merge",
     "method", "rows", "run_recipe", "sample", "save_adapter", "score", "score_loss", "stream",
 }  # fmt: skip

@@ -32,7 +32,7 @@ recipe = trimtab.Recipe.parse(
             "keep": 2,  # save_total_limit; the best one is kept besides
         },
         # "track": "tensorboard",                   # or wandb, swanlab: report_to
-        "output": "runs/course/lora",  # losses in metrics.jsonl; the adapter, its tokenizer's template and a certificate
+        "output": "runs/course/lora",  # losses in metrics.jsonl; the adapter and its tokenizer; a certificate
         "certify": not SHORT,
     }
 )
@@ -48,5 +48,5 @@ class Progress(trimtab.RunObserver):
 
 run = trimtab.run_recipe(recipe, Progress())
 best = run.record["best"]
-print(f"best at step {best['step']}: validation loss {best['eval_loss']:.4f}; in {run.folder}/adapter:")
-print(", ".join(f"{path.name} ({path.stat().st_size:,} bytes)" for path in sorted((run.folder / "adapter").iterdir())))
+weights = run.folder / "adapter" / "adapter_model.safetensors"
+print(f"best at step {best['step']}: validation loss {best['eval_loss']:.4f}; {weights} has {weights.stat().st_size:,} bytes")

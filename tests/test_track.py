@@ -190,6 +190,12 @@ def test_a_run_that_is_sent_again_is_there_once(name, notes, folder):
     assert faults(again, name) == []
 
 
+def test_events_that_tensorboards_writer_loses_are_missed(notes, folder, monkeypatch):
+    """Its thread meets a full disk silently."""
+    monkeypatch.setenv("STAND_IN", "loses")
+    assert "only 1 of 10 events were written. Is the disk full?" in sent("tensorboard", folder)
+
+
 def test_what_wandb_holds_online_is_not_sent_again(notes, folder, monkeypatch):
     monkeypatch.setenv("STAND_IN_HOLDS", "4")
     monkeypatch.setenv("WANDB_API_KEY", "x" * 40)

@@ -30,6 +30,7 @@ class Events(Session):
         folder = opening.folder / project / opening.name
         before = list(folder.glob("events.out.*"))
         self.writer = EventFileWriter(str(folder), flush_secs=10)
+        self.added, self.folder = 1, folder  # the version of its format
         self._text("recipe", f"```yaml\n{yaml12.dump(opening.config)}```", 0)
         self.flush()
         for path in before:
@@ -46,7 +47,11 @@ class Events(Session):
         self.writer.flush()
 
     def close(self, done: bool) -> None:
+        """Raises OSError if events are missing: the writer's own thread meets a full disk silently."""
         self.writer.close()
+        (path,) = self.folder.glob("events.out.*")
+        if (found := _records(path.read_bytes())) < self.added:
+            raise OSError(f"{path}: only {found} of {self.added} events were written. Is the disk full?")
 
     def _text(self, tag: str, text: str, step: int) -> None:
         from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
@@ -62,4 +67,14 @@ class Events(Session):
     def _add(self, summary: Any, step: int) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
 
+        self.added += 1
         self.writer.add_event(Event(wall_time=time.time(), step=step, summary=summary))
+
+
+def _records(content: bytes) -> int:
+    """How many whole records a file of events has: a length of 8 bytes, its checksum of 4, the data, and theirs of 4."""
+    place = count = 0
+    while place + 12 <= len(content):
+        place += 16 + int.from_bytes(content[place : place + 8], "little")
+        count += place <= len(content)
+    return count

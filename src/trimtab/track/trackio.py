@@ -39,14 +39,18 @@ class TrackioRun(Session):
             before = []
         for run in before:
             run.delete()
-        self.trackio = trackio
+        self.trackio, self.name, self.project, self.sent = trackio, name, tracker.project, 0
         self.run = trackio.init(
             project=tracker.project, name=name, config=opening.config, embed=False, auto_log_cpu=False, auto_log_gpu=False
         )
 
     def log(self, line: Line) -> None:
         table = {"eval/samples": self.trackio.Table(columns=list(COLUMNS), data=line.rows)} if line.rows else {}
+        self.sent += 1
         self.run.log({**line.values, **table}, step=line.step)
 
     def close(self, done: bool) -> None:
+        """Raises OSError if the run is not there: Trackio meets a full disk silently."""
         self.run.finish()
+        if self.sent and not any(run.name == self.name for run in self.trackio.Api().runs(self.project)):
+            raise OSError("Trackio has not kept the run. Is the disk full?")

@@ -39,10 +39,10 @@ def add(points: Points, name: str, step: int, value: float) -> None:
     points.setdefault((name, step), []).append(value)
 
 
-def of_tensorboard(folder: Path) -> tuple[Points, list[str]]:
+def of_tensorboard(kept: Path) -> tuple[Points, list[str]]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    (place,) = glob.glob(f"{folder}/*/*")
+    (place,) = glob.glob(f"{kept}/*/*")
     read, points = EventAccumulator(place, size_guidance={"scalars": 0, "tensors": 0}), {}
     read.Reload()
     for name in read.Tags()["scalars"]:
@@ -52,11 +52,11 @@ def of_tensorboard(folder: Path) -> tuple[Points, list[str]]:
     return points, texts
 
 
-def of_wandb(folder: Path) -> tuple[Points, list[str]]:
+def of_wandb(kept: Path) -> tuple[Points, list[str]]:
     """W&B's file is a log of protobuf records in LevelDB's form: blocks of 32 KB, and a header of 7 bytes a piece."""
     from wandb.proto import wandb_internal_pb2 as messages
 
-    (path,) = glob.glob(f"{folder}/offline-run-*/*.wandb")
+    (path,) = glob.glob(f"{kept}/offline-run-*/*.wandb")
     content, place, points, texts, whole = Path(path).read_bytes(), 7, {}, [], b""
     while place + 7 <= len(content):
         if 32768 - place % 32768 < 7:
@@ -76,16 +76,16 @@ def of_wandb(folder: Path) -> tuple[Points, list[str]]:
                 add(points, name, items["train/global_step"], value)
         texts += [json.dumps({item.key: json.loads(item.value_json) for item in record.run.config.update})]
     texts += [
-        Path(table).read_text() for table in glob.glob(f"{folder}/offline-run-*/files/media/table/**/*.json", recursive=True)
+        Path(table).read_text() for table in glob.glob(f"{kept}/offline-run-*/files/media/table/**/*.json", recursive=True)
     ]
     return points, texts
 
 
-def of_swanlab(folder: Path) -> tuple[Points, list[str]]:
+def of_swanlab(kept: Path) -> tuple[Points, list[str]]:
     from swanlab.proto.swanlab.record.v1.record_pb2 import Record
     from swanlab.sdk.internal.core_python.store import DataStoreReader
 
-    (path,) = glob.glob(f"{folder}/run-*/*.swanlab")
+    (path,) = glob.glob(f"{kept}/run-*/*.swanlab")
     reader, points = DataStoreReader(), {}
     reader.open(path)
     contents = list(reader)
@@ -95,30 +95,30 @@ def of_swanlab(folder: Path) -> tuple[Points, list[str]]:
         record.ParseFromString(content)
         if record.WhichOneof("record_type") == "scalar":
             add(points, record.scalar.key, record.scalar.step, record.scalar.value.number)
-    files = [*glob.glob(f"{folder}/run-*/files/config.yaml"), *glob.glob(f"{folder}/run-*/media/**/*.json", recursive=True)]
+    files = [*glob.glob(f"{kept}/run-*/files/config.yaml"), *glob.glob(f"{kept}/run-*/media/**/*.json", recursive=True)]
     return points, [Path(file).read_text() for file in files]
 
 
-def of_mlflow(folder: Path) -> tuple[Points, list[str]]:
+def of_mlflow(kept: Path) -> tuple[Points, list[str]]:
     from mlflow import MlflowClient
 
-    client, points = MlflowClient(f"sqlite:///{folder}/mlflow.db"), {}
+    client, points = MlflowClient(f"sqlite:///{kept}/mlflow.db"), {}
     (run,) = client.search_runs([client.get_experiment_by_name("trimtab").experiment_id])
     for name in run.data.metrics:
         for metric in client.get_metric_history(run.info.run_id, name):
             add(points, name, metric.step, metric.value)
-    tables = [Path(path).read_text() for path in glob.glob(f"{folder}/artifacts/**/*.json", recursive=True)]
+    tables = [Path(path).read_text() for path in glob.glob(f"{kept}/artifacts/**/*.json", recursive=True)]
     return points, [json.dumps(run.data.params), *tables]
 
 
-def of_trackio(folder: Path) -> tuple[Points, list[str]]:
+def of_trackio(kept: Path) -> tuple[Points, list[str]]:
     code = (
-        "import json, trackio; from trackio.sqlite_storage import SQLiteStorage as S; runs = S.get_run_records('trimtab'); "
-        "assert len(runs) == 1; run = runs[0]; "
-        "print(json.dumps([S.get_logs('trimtab', run['name'], run_id=run['id']), S.get_run_config('trimtab', run['name'], run_id=run['id'])], default=str))"
+        "import json; from trackio.sqlite_storage import SQLiteStorage as S; (run,) = S.get_run_records('trimtab'); "
+        "of = dict(run_id=run['id']); logs, config = (f('trimtab', run['name'], **of) for f in (S.get_logs, S.get_run_config)); "
+        "print(json.dumps([logs, config], default=str))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "TRACKIO_DIR": str(folder)}, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code], env={**os.environ, "TRACKIO_DIR": str(kept)}, capture_output=True, text=True, check=True
     )
     logs, config = json.loads(done.stdout.splitlines()[-1])
     points: Points = {}
@@ -135,9 +135,9 @@ def of_trackio(folder: Path) -> tuple[Points, list[str]]:
 READ = {"tensorboard": of_tensorboard, "wandb": of_wandb, "swanlab": of_swanlab, "mlflow": of_mlflow, "trackio": of_trackio}
 
 
-def faults(name: str, folder: Path) -> list[str]:
+def faults(name: str, run: Path) -> list[str]:
     """What the tracker's own files do not hold, or hold twice."""
-    points, texts = READ[name](folder / "trackers" / name)
+    points, texts = READ[name](run / "trackers" / name)
     expected = {(key, step): value for step, line in SHOWN for key, value in line.items()} | {("perf/memory_gb", 3): 2.0}
     points = {key: values for key, values in points.items() if name != "wandb" or key[0] != "train/global_step"}
     expected = {key: value for key, value in expected.items() if name != "wandb" or key[0] != "train/global_step"}

@@ -1,4 +1,4 @@
-"""The trackers' real packages: what they hold afterwards is read back from their own files. `make trackers` runs this; test_track.py has the rest."""
+"""The trackers' real packages: what they hold is read back from their own files. `make trackers` runs this; test_track.py has the rest."""
 
 import glob
 import importlib

@@ -751,6 +751,7 @@ def interrupted(output, when, number=0, every=10):
 def test_a_run_that_is_interrupted_keeps_the_adapter_as_it_stood(number, times, here, trimtab):
     """The real command, and a real signal at no particular moment, or several by an impatient hand."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it may be ignored, by us and by what we start
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and under nohup
     words = [
         "train",
         "r.yaml",

@@ -40,7 +40,7 @@ def findings(*words):
         (["data.eval=nothing.jsonl"], "data: nothing.jsonl: no such file or folder (looked in HERE)."),
         (["data.train=odd.csv"],
          "data: none of the first 20 examples of odd.csv can be used:\n  odd.csv:2 and 19 more: has Frage, Antwort, which matches no supported "
-         "format (messages; conversations; instruction, output; prompt, completion; text). Name them with data.columns, "
+         "format (messages; conversations; contents; instruction, output; prompt, completion; text). Name them with data.columns, "
          "e.g. data.columns.prompt=Frage data.columns.completion=Antwort"),
         (["objective=dpo"],
          "data: none of the first 20 examples of rows.jsonl can be used:\n  rows.jsonl:1 and 19 more: column 'chosen' is missing beside "

@@ -21,6 +21,7 @@ from trimtab.methods import Method
 from trimtab.methods.lora import LoRA
 from trimtab.objectives import Objective
 from trimtab.run.recipe import Recipe
+from trimtab.track import Tracker
 from trimtab.train import TrainConfig, UpdateRule
 
 DATA = "data: {train: a.jsonl}\n"
@@ -48,7 +49,7 @@ def refusal(text, *words):
     [
         # Keys that are not
         ("modle: x\n" + DATA, "modle: no such key. Did you mean 'model'?"),
-        (DATA + "zzz: 1", "zzz: no such key. Known: model, data, method, objective, train, eval, start, certify, resume, output."),
+        (DATA + "zzz: 1", "zzz: no such key. Known: model, data, method, objective, train, eval, track, start, certify, resume, output."),
         (DATA + "train: {epocs: 2}", "train.epocs: no such key. Did you mean 'epochs'?"),
         (DATA + "model: {nam: x}", "model.nam: no such key. Did you mean 'name'?"),
         (DATA + "method: {name: lora, rnak: 2}", "method.rnak: no such key. Did you mean 'rank'?"),
@@ -207,7 +208,8 @@ def test_a_recipe_that_holds_itself_is_refused(text):
         ("- 1\n- 2", ": a recipe is a mapping of keys such as `model:` and `data:`, not a list."),
         ("hello", ": a recipe is a mapping of keys such as `model:` and `data:`, not 'hello'."),
         ("3", ": a recipe is a mapping of keys such as `model:` and `data:`, not 3."),
-        (DATA + "<<: {output: x}", ": <<: no such key. Known: model, data, method, objective, train, eval, start, certify, resume, output."),
+        (DATA + "<<: {output: x}", ": <<: no such key. Known: model, data, method, objective, train, eval, track, start, certify, "
+         "resume, output."),
     ],
 )  # fmt: skip
 def test_what_is_not_a_yaml_mapping_is_refused_with_its_line(text, message):
@@ -452,7 +454,7 @@ def literals(annotation):
             yield from literals(inner)
 
 
-OF_LISTS = (Recipe, Source, Metric)
+OF_LISTS = (Recipe, Source, Metric, Tracker)
 """Configs that have no section of their own; each is tried by itself."""
 
 
@@ -476,6 +478,16 @@ def test_every_key_survives_the_round_trip_with_each_value_it_takes(kind, path, 
         again, part = recipe(made.to_yaml()), attrgetter(path)
         assert getattr(part(again), key) == getattr(part(made), key)
         assert getattr(part(again), key) != getattr(part(Recipe.parse({"data": {"train": "other.jsonl"}})), key, ...)
+
+
+@pytest.mark.parametrize("name", Tracker.names())
+def test_a_tracker_survives_the_round_trip_with_every_key(name):
+    kind = Tracker.member(name)
+    whole = {key: next(others(kind, key)) for key in kind.model_fields}
+    made = Recipe.parse({"data": {"train": "a.jsonl"}, "track": [{"name": name, **whole}], "output": "/abs/run"})
+    assert_survives(made)
+    assert made.track[0].model_dump() == {"name": name, **whole} != kind().model_dump()
+    assert recipe("data: {train: a.jsonl}", f"track={name}").track == (kind(),)
 
 
 def test_a_source_survives_the_round_trip_with_every_key():

@@ -29,7 +29,7 @@ def read_calls(calls: Any, name: str) -> list[dict[str, Any]]:
             arguments = parsed(arguments or "{}", place)
         if not isinstance(arguments, dict | None):
             raise InvalidExample(f"{place} are {kind(arguments)}, not an object")
-        whole = {} if function is call else {key: value for key, value in call.items() if key != "function"}
+        whole = {} if function is call else {key: value for key, value in call.items() if key not in ("function", "id")}
         id = {"id": call["id"]} if call.get("id") is not None else {}
         more = {key: value for key, value in function.items() if key not in (*ARGUMENTS, "name", "id", "type")}
         made = {"name": function["name"], "arguments": arguments or {}, **(more if function is not call else {})}

@@ -380,6 +380,7 @@ sys.exit(cli.main(["train", "r.yaml", "output=cut", "track=[wandb]"]))
 
 def test_an_interrupted_run_says_what_it_says_without_trackers(notes, here, monkeypatch):  # noqa: F811
     monkeypatch.setenv("STAND_IN", "hooks")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it may be ignored, by us and by what we start
     done = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, check=False)
     assert done.returncode == 130, done.stderr
     assert re.search(

@@ -140,6 +140,15 @@ def test_the_losses_are_those_of_the_best_adapter_rather_than_of_the_last(here):
     assert math.isclose(sum(kept.best) / sum(each.items for each in kept.examples), record["best"]["eval_loss"], rel_tol=1e-9)
 
 
+def test_a_better_evaluation_that_was_not_saved_any_more_is_not_the_best(here):
+    (before,) = compare(runs("a", "b")).runs[:1]
+    with open(Path("runs/a/metrics.jsonl"), "a") as log:
+        log.write(json.dumps({"kind": "eval", "step": 999, "loss": 0.0, "low": 0.0, "high": 0.0, "rows": 16}) + "\n")
+    (after,) = compare(runs("a", "b")).runs[:1]
+    assert after.evaluations[-1]["step"] == 999
+    assert after.best == before.best
+
+
 def test_of_a_pair_both_answers_decide_what_it_is(here):
     kept = read_losses(Path("runs/dpo"))
     assert len(kept.examples) == 8

@@ -10,9 +10,11 @@ from made_runs import HOSTILE, made_up
 from pages import MOST_BYTES, Page, problems
 from test_keys import plain_recipe, work  # noqa: F401 (a fixture)
 
+from trimtab import cli
 from trimtab.artifacts.run_folder import read_certificate
 from trimtab.artifacts.run_status import ADVICE
 from trimtab.core import files
+from trimtab.core.errors import StorageError
 from trimtab.report import RunObserver
 from trimtab.report.page import Words, texts
 from trimtab.report.page.difference import MOST, marked
@@ -76,6 +78,7 @@ def test_it_is_made_again_from_the_files_alone(done, tmp_path):
 def test_it_is_written_at_the_first_step_and_at_every_evaluation(work, tmp_path, monkeypatch):  # noqa: F811
     pages = []
     monkeypatch.setattr(report_page, "run_report", lambda folder: pages.append(run_report(folder)) or pages[-1])
+    monkeypatch.setattr(report_page, "QUICK", 60.0)
     run_recipe(plain_recipe(work, output=str(tmp_path / "run"), **SAMPLES))
     steps = [re.search(r"Training: step (\d) of 5", words(page)) for page in pages]
     assert [found and found[1] for found in steps] == ["1", "2", "2", "2", "2", "4", "4", "5", "5", None]
@@ -122,6 +125,51 @@ def test_a_page_that_fails_stops_nothing_and_is_told_once(work, tmp_path, monkey
     assert "division by zero" in about[0]
     assert f"trimtab report {tmp_path}/run" in about[0]
     assert not (tmp_path / "run" / "report.html").exists()
+
+
+@pytest.mark.parametrize(("seconds", "written"), [(0.04, 50), (4.0, 5)])
+def test_pages_of_a_long_run_take_a_hundredth_of_its_time(seconds, written, tmp_path, monkeypatch):
+    now, pages = [0.0], []
+
+    def make(_):
+        now[0] += seconds
+        pages.append(now[0])
+        return "a page"
+
+    monkeypatch.setattr(report_page, "run_report", make)
+    monkeypatch.setattr(report_page.time, "perf_counter", lambda: now[0])
+    page = report_page.ReportPage(tmp_path, lambda _: None)
+    for step in range(1, 51):
+        now[0] += 40.0
+        page.logged("train", step, {})
+        page.logged("eval", step, {})
+    assert abs(len(pages) - written) <= 2
+    before = len(pages)
+    page.on_finish({}, tmp_path)
+    assert len(pages) == before + 1, "the last one is always written"
+
+
+def test_what_cannot_be_written_says_where_it_can(tmp_path, capsys):
+    folder = made_up(tmp_path / "run")
+    (folder / "report.html").mkdir()
+    assert cli.main(["report", str(folder)]) == StorageError.exit_code
+    assert "`--output FILE` writes it elsewhere" in " ".join(capsys.readouterr().err.split())
+    assert cli.main(["report", str(folder), "--output", str(tmp_path / "page.html")]) == 0
+    assert (tmp_path / "page.html").is_file()
+
+
+def test_a_run_that_starts_from_an_adapter_is_compared_with_that_one(tmp_path):
+    """The certificate compares with the base model: it would call an adapter better that training has made worse."""
+    folder = made_up(tmp_path / "run", start={"folder": "runs/before/adapter"})
+    lines = [{"kind": "eval", "step": 0, "loss": 0.05, "rows": 3}, {"kind": "eval", "step": 100, "loss": 0.1, "rows": 3}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "Validation loss rose from 0.05 to 0.1 (difference 0.05, 3 examples)" in words(run_report(folder)).replace("+", "")
+    examples = [{"items": 10.0}] * 3
+    files.write_json(
+        folder / "losses.json", {"examples": examples, "before": [0.5, 0.4, 0.6], "best": [1.0, 0.9, 1.1], "step": 100}
+    )
+    said = words(run_report(folder)).replace("+", "")
+    assert "Validation loss rose from 0.05 to 0.1 (difference 0.05, 95\u00a0% interval 0.05 to 0.05, 3 examples)" in said
 
 
 def test_thousands_of_steps_are_a_small_page(tmp_path):

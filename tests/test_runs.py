@@ -81,6 +81,15 @@ def test_a_run_is_running_while_a_process_holds_its_lock(here):
         assert listed("first").words == "training is done; being certified"
 
 
+def test_the_last_step_is_found_before_long_answers(here):
+    folder = copy("other", status="running", last={})
+    with open(folder / "metrics.jsonl", "a") as log:
+        for _ in range(2):
+            log.write(json.dumps({"kind": "samples", "step": 26, "answers": [{"answer": "x" * 600_000}]}) + "\n")
+    with locks.file_lock(folder / "lock"):
+        assert listed("other").words == "running: step 26 of 26"
+
+
 def test_a_certificate_decides_what_a_finished_run_is(here):
     folder = copy("other")
     certificate = {"passed": True, "tests": [{"name": "gain", "status": "passed", "words": ""}]}

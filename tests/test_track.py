@@ -19,12 +19,14 @@ import yaml
 from test_resume import Ends, Killed, here, made, result, run  # noqa: F401 (fixtures)
 
 from trimtab import cli
+from trimtab.core import locks
 from trimtab.core.errors import ArtifactError, RecipeError, StorageError
 from trimtab.report import RunObserver
-from trimtab.run import script
+from trimtab.run import script, tracking
 from trimtab.run.recipe import Recipe
 from trimtab.track import Tracker, TrackerProcess, _process
 from trimtab.track._names import COLUMNS, Namer
+from trimtab.track._worker import problem
 
 NAMES = Tracker.names()
 STAND_INS = Path(__file__).with_name("stand_ins")
@@ -228,8 +230,8 @@ def test_a_tracker_that_fails_is_named_once_with_what_to_do(name, how, where, no
     process.finish("done")
     said = process.wait(30)
     assert re.fullmatch(
-        rf"track: {name}: .*{WRONG[how]}.*\. It is off now, and nothing is lost: `trimtab track \S+/first --to {name}` sends all of the "
-        r"run's metrics\.jsonl",
+        rf"track: {name}: .*{WRONG[how]}.*\. It is off now, and nothing is lost: once training has ended, `trimtab track \S+/first "
+        rf"--to {name}` sends all of the run's metrics\.jsonl",
         said,
     )
     assert (process.failure(), process.wait(1)) == (None, None), "once"
@@ -251,6 +253,97 @@ def test_a_slow_tracker_gets_what_it_can_and_is_ended(notes, folder, monkeypatch
     assert time.monotonic() - started < 3
     assert len(notes.of("log")) < len(METRICS)
     monkeypatch.undo()
+
+
+def test_trackers_that_hang_share_one_limit(notes, folder, monkeypatch):
+    monkeypatch.setenv("STAND_IN", "hang:init")
+    monkeypatch.setattr(tracking, "LIMIT", 1.0)
+    processes, seen = [TrackerProcess(Tracker.pick(name), folder) for name in ("wandb", "swanlab", "trackio")], Seen()
+    for process in processes:
+        process.start()
+    started = time.monotonic()
+    tracking.Tracking(processes, seen).end("done")
+    assert time.monotonic() - started < 2
+    assert [notice.count("has not finished within 1 s") for notice in seen.notices] == [1, 1, 1]
+
+
+class Ending:
+    """A process that says its last word, and ends, in the moment that it is asked whether it has."""
+
+    def __init__(self, channel, text):
+        self.channel, self.text = channel, text
+
+    def poll(self):
+        os.write(self.channel, self.text)
+        return 0
+
+
+@pytest.mark.parametrize("noise", [b"", b"a start-up file prints\n42\n"])
+def test_a_last_word_is_heard_whenever_the_process_ends(noise, folder):
+    process, (out, channel) = TrackerProcess(Tracker.pick("wandb"), folder), os.pipe()
+    os.set_blocking(out, False)
+    process._process = Ending(channel, noise + b'{"lines": 6}\n')
+    with open(out, "rb") as process._process.stdout:
+        assert process.failure() is None
+    assert process.lines == 6
+    os.close(channel)
+
+
+def test_a_long_run_is_sent_in_parts_that_are_answered_one_by_one(notes, folder):
+    lines = [{"kind": "train", "step": n + 1, "loss": 1.0} for n in range(500)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert sent("mlflow", folder) is None
+    numbers = 3  # loss, and the counts of steps and tokens
+    assert [note["size"] for note in notes.of("batch")] == [200 * numbers, 200 * numbers, 100 * numbers, 1]
+
+
+def test_mlflow_gets_no_more_numbers_at_once_than_it_takes(notes, folder):
+    sources = {f"s{n}": {"loss": 1.0, "low": 0.9, "high": 1.1} for n in range(150)}
+    lines = [{"kind": "eval", "step": n, "loss": 1.0, "sources": sources} for n in range(5)]
+    lines += [{"kind": "samples", "step": 5, **{f"m{n}": 1.0 for n in range(1100)}}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert sent("mlflow", folder) is None
+    sizes = [note["size"] for note in notes.of("batch")]
+    assert sum(sizes) == 5 * 451 + 1100 + 1
+    assert max(sizes) <= 1000
+
+
+@pytest.mark.parametrize("name", ["../../../../out", "a/b", "..", 'x:"<>|?*'])
+def test_names_lead_no_files_elsewhere(name, notes, folder, tmp_path):
+    before = {path for path in tmp_path.rglob("*") if folder not in path.parents}
+    assert sent({"name": "tensorboard", "project": name, "run": name}, folder) is None
+    after = {path for path in tmp_path.rglob("*") if folder not in path.parents}
+    assert {path.name for path in after - before} <= {"notes"}
+    (path,) = (folder / "trackers" / "tensorboard").rglob("events.out.*")
+    assert len(path.relative_to(folder / "trackers" / "tensorboard").parts) == 3
+    assert not set(str(path.relative_to(folder))) & set(':"<>|?*')
+
+
+def test_a_password_is_neither_in_a_recipe_nor_shown(folder, monkeypatch):
+    with pytest.raises(RecipeError, match="MLFLOW_TRACKING_PASSWORD") as refused:
+        Tracker.member("mlflow").parse({"uri": "https://me:secret@host/path"})
+    assert "secret" not in str(refused.value)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://me:secret@host:5432/runs")
+    shown = Tracker.pick("mlflow").place(folder / "trackers" / "mlflow")
+    assert "secret" not in shown
+    assert "postgresql://me:…@host:5432/runs" in shown
+    assert "secret" not in problem(OSError("cannot reach https://me:secret@host"))
+    assert Tracker.pick({"name": "mlflow", "uri": "https://host:5000"}).uri == "https://host:5000"
+
+
+def test_the_recipe_is_sent_without_the_path_of_the_users_home(notes, folder, tmp_path):
+    home = tmp_path / "home"
+    recipe = {
+        "model": {"name": f"{home}/models/x"},
+        "data": {"train": [f"{home}/a.jsonl", f"{home}er/b.jsonl"]},
+        "output": str(home),
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert sent("wandb", folder) is None
+    config = notes.of("init")[0]["config"]
+    assert config["model"] == {"name": "~/models/x"}
+    assert config["data"] == {"train": ["~/a.jsonl", f"{home}er/b.jsonl"]}
+    assert config["output"] == "~"
 
 
 def test_a_process_that_cannot_be_started_is_a_tracker_that_fails(notes, folder, monkeypatch):
@@ -310,8 +403,7 @@ class Seen(RunObserver):
 @pytest.mark.parametrize("misbehaviour", ["", "hang:init", "raise:log:3", "hooks"])
 def test_a_run_is_the_same_whatever_its_trackers_do(misbehaviour, notes, here, monkeypatch):  # noqa: F811
     monkeypatch.setenv("STAND_IN", misbehaviour)
-    monkeypatch.setattr(_process, "LIMIT", 1.0)
-    monkeypatch.setattr(TrackerProcess.wait, "__defaults__", (1.5,))
+    monkeypatch.setattr(tracking, "LIMIT", 1.5)
     hooks = sys.excepthook, sys.stdout, signal.getsignal(signal.SIGINT)
     seen = Seen()
     run("tracked", "track=[wandb]", watch=seen)
@@ -517,6 +609,14 @@ def test_the_command_says_what_fails(notes, folder, tmp_path, capsys, monkeypatc
     monkeypatch.setenv("STAND_IN", "raise:init")
     assert cli.main(["track", str(folder), "--to", "wandb"]) == StorageError.exit_code
     assert "track: wandb: ConnectionError: no route to host" in capsys.readouterr().err
+
+
+def test_a_run_that_is_being_trained_is_not_sent_as_if_it_had_ended(notes, folder, capsys):
+    with locks.file_lock(folder / "lock"):
+        assert cli.main(["track", str(folder), "--to", "tensorboard"]) == StorageError.exit_code
+    assert "is being trained" in capsys.readouterr().err
+    assert notes.all() == []
+    assert cli.main(["track", str(folder), "--to", "tensorboard"]) == 0
 
 
 def test_lines_that_are_none_are_passed_over_and_do_not_count():

@@ -19,12 +19,17 @@ def run(arguments: argparse.Namespace) -> None:
 
     from trimtab.artifacts.run_folder import REPORT, is_run
     from trimtab.core import files
-    from trimtab.core.errors import RecipeError
+    from trimtab.core.errors import RecipeError, StorageError
     from trimtab.report.page.run_report import run_report
 
     folder = arguments.run_folder
     if not is_run(folder):
         raise RecipeError(f"{folder} is not a run folder." if folder.exists() else f"{folder}: no such folder.")
     output = arguments.output or folder / REPORT
-    files.write_text(output, run_report(folder))
+    try:
+        files.write_text(output, run_report(folder))
+    except StorageError as error:
+        if arguments.output is not None:
+            raise
+        raise StorageError(f"{error} `--output FILE` writes it elsewhere.") from None
     terminal().print(f"Read the report: {escape(str(output))}")

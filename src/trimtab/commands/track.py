@@ -21,8 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from trimtab.artifacts import is_run, read_record
-    from trimtab.artifacts.run_folder import TRACKERS
-    from trimtab.core import yaml12
+    from trimtab.artifacts.run_folder import LOCK, TRACKERS
+    from trimtab.core import locks, yaml12
     from trimtab.core.errors import ArtifactError, RecipeError, StorageError
     from trimtab.track import Tracker, TrackerProcess
 
@@ -37,6 +37,10 @@ def run(arguments: argparse.Namespace) -> None:
     folder = arguments.run_folder
     if not is_run(folder):
         raise ArtifactError(f"{folder}: is not the folder of a run. Give one that `trimtab train` has made.")
+    if locks.is_locked(folder / LOCK):
+        raise StorageError(
+            f"{folder}: is being trained. Send it when that has ended: what is sent now would count as all of it."
+        )
     console, process = terminal(), TrackerProcess(tracker, folder)
     with status(console) as stage:
         stage(f"sending to {tracker.name}")

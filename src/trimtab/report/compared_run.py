@@ -55,10 +55,10 @@ class ComparedRun:
 
     @property
     def best(self) -> dict[str, Any] | None:
-        """The evaluation of the best adapter."""
-        return min(
-            (line for line in self.evaluations if line["step"]), key=lambda line: (line["loss"], line["step"]), default=None
-        )
+        """The evaluation of the best adapter: of the one whose losses are compared, if a later one was not saved any more."""
+        later = [line for line in self.evaluations if line["step"]]
+        compared = [line for line in later if self.losses is not None and line["step"] == self.losses.step]
+        return min(compared or later, key=lambda line: (line["loss"], line["step"]), default=None)
 
     @property
     def sampled(self) -> dict[str, Any] | None:

@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from rich.console import RenderableType
 from rich.markup import escape
@@ -26,7 +26,7 @@ COLORS: dict[State, str] = {
     "unfinished": "yellow", "damaged": "red",
 }  # fmt: skip
 TAIL = 2**16
-"""Bytes at the end of the metrics in which the last step is looked for."""
+"""Bytes at the end of the metrics in which the last step is looked for first."""
 
 
 @dataclass(frozen=True)
@@ -148,16 +148,23 @@ def _last_step(folder: Path) -> int:
     """The number of the last step that was logged."""
     try:
         with open(folder / METRICS, "rb") as log:
-            log.seek(max(0, log.seek(0, os.SEEK_END) - TAIL))
-            lines = log.read().splitlines()
+            size, tail = log.seek(0, os.SEEK_END), TAIL
+            while (found := _step_in(log, max(0, size - tail))) is None and tail < size:  # a line of answers can be long
+                tail *= 8
     except OSError:
         return 0
-    for text in reversed(lines):
+    return found or 0
+
+
+def _step_in(log: BinaryIO, start: int) -> int | None:
+    """The number of the last step in a log from this byte on; None if none is there."""
+    log.seek(start)
+    for text in reversed(log.read().splitlines()):
         with suppress(ValueError, TypeError, KeyError):
             line = json.loads(text)
             if line["kind"] == "train":
                 return int(line["step"])
-    return 0
+    return None
 
 
 def _before(folder: Path) -> float | None:

@@ -10,19 +10,31 @@ from trimtab.core import files
 from trimtab.report import RunObserver
 from trimtab.report.page.run_report import run_report
 
+SHARE = 0.01
+"""Of the time of a run: what its pages may take before its end."""
+QUICK = 0.2
+"""Seconds up to which a page may be written at every evaluation, which takes longer."""
+
 
 class ReportPage(RunObserver):
-    """Writes `report.html` at the first step, at every evaluation, at the end, and when there is a certificate."""
+    """Writes `report.html` at the first step, at every evaluation, at the end, and when there is a certificate.
+
+    The page of a long run reads more lines each time: evaluations are passed over that would make all pages cost more than `SHARE`.
+    """
 
     def __init__(self, folder: Path, on_notice: Callable[[str], None]) -> None:
-        self.folder, self._tell = folder, on_notice
+        self.folder, self._tell, self._began = folder, on_notice, time.perf_counter()
         self.seconds: list[float] = []
         """How long each writing took."""
         self._failed = False
 
     def logged(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        if kind != "train" or not self.seconds:
+        if not self.seconds or (kind != "train" and self._affordable()):
             self.write()
+
+    def _affordable(self) -> bool:
+        last, spent = self.seconds[-1], sum(self.seconds)
+        return last <= QUICK or spent + last <= SHARE * (time.perf_counter() - self._began)
 
     def on_finish(self, record: dict[str, Any], folder: Path) -> None:
         self.write()

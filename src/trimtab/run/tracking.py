@@ -1,5 +1,6 @@
 """The trackers of a run, while it runs: their processes are started, looked at after each line of its metrics, and ended with it."""
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 from trimtab.artifacts.run_folder import TRACKERS
 from trimtab.report import RunObserver
 from trimtab.run.recipe import Recipe
-from trimtab.track import TrackerProcess
+from trimtab.track import LIMIT, TrackerProcess
 
 
 class Tracking(RunObserver):
@@ -30,8 +31,9 @@ class Tracking(RunObserver):
         for process in self.processes:
             process.finish(status)
         try:
+            since = time.monotonic()
             for process in self.processes:
-                self._notice(process.wait())
+                self._notice(process.wait(LIMIT, since))
         except KeyboardInterrupt:
             for process in self.processes:
                 process.end()

@@ -4,6 +4,6 @@ Each has a process of its own, which reads metrics.jsonl while it grows: whateve
 """
 
 from trimtab.track._base import Tracker
-from trimtab.track._process import TrackerProcess
+from trimtab.track._process import LIMIT, TrackerProcess
 
-__all__ = ["Tracker", "TrackerProcess"]
+__all__ = ["LIMIT", "Tracker", "TrackerProcess"]

@@ -2,6 +2,7 @@
 
 import importlib.util
 import netrc
+import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +83,11 @@ class Tracker(Choice):
 
     @abstractmethod
     def open(self, opening: Opening) -> Session: ...
+
+
+def without_password(text: str) -> str:
+    """The text with the passwords of addresses in it left out."""
+    return re.sub(r"(://[^\s/:@]*):[^\s/@]+@", r"\1:…@", text)
 
 
 def in_netrc(path: Path, *hosts: str) -> bool:

@@ -15,6 +15,8 @@ from trimtab.track._base import Tracker
 
 LIMIT = 10.0
 """Seconds that a tracker has to finish in, once training has ended."""
+GRACE = 1.0
+"""Seconds that the system has to end it in."""
 PATIENCE = 120.0
 """Seconds after which a call of its package is taken to hang. A slow network is given up sooner by all of them."""
 
@@ -65,11 +67,12 @@ class TrackerProcess:
         """What the user should know of its failure, once; None while there is none. Does not wait."""
         if self._ended:
             return None
+        gone = self._process is None or self._process.poll() is not None  # asked first: its last word is there by then
         for said in self._said():
             if "failed" in said:
                 return self._off(said["failed"])
             self.lines, self._ended = said["lines"], True
-        if not self._ended and (self._process is None or self._process.poll() is not None):
+        if gone and not self._ended:
             return self._off("its process has ended, or could not be started")
         return None
 
@@ -79,9 +82,13 @@ class TrackerProcess:
             self._told = True
             self._tell(status)
 
-    def wait(self, limit: float = LIMIT) -> str | None:
-        """Wait until it has finished, or end it after so many seconds; what the user should know of that, if anything."""
-        started, problem = time.monotonic(), None
+    def wait(self, limit: float = LIMIT, since: float | None = None) -> str | None:
+        """Wait until it has finished, or end it after so many seconds; what the user should know of that, if anything.
+
+        Args:
+            since: When they began, by `time.monotonic`: now unless given.
+        """
+        started, problem = time.monotonic() if since is None else since, None
         try:
             while (problem := self.failure()) is None and not self._ended:
                 if time.monotonic() - started > limit:
@@ -98,7 +105,8 @@ class TrackerProcess:
             return
         with suppress(OSError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        with suppress(subprocess.TimeoutExpired):  # one that a dead network file system holds does not end
+            self._process.wait(GRACE)
         for stream in (self._process.stdin, self._process.stdout):
             with suppress(OSError):
                 stream.close()  # type: ignore[union-attr]
@@ -106,7 +114,10 @@ class TrackerProcess:
     def _off(self, what: str) -> str:
         self.end()
         again = f"trimtab track {self.folder} --to {self.tracker.name}"
-        return f"track: {self.tracker.name}: {what}. It is off now, and nothing is lost: `{again}` sends all of the run's metrics.jsonl"
+        return (
+            f"track: {self.tracker.name}: {what}. It is off now, and nothing is lost: once training has ended, `{again}` sends all of the "
+            "run's metrics.jsonl"
+        )
 
     def _tell(self, text: str) -> None:
         with suppress(OSError):  # it has ended, which the next look at it finds
@@ -122,4 +133,8 @@ class TrackerProcess:
             while part := os.read(self._process.stdout.fileno(), 65536):  # type: ignore[union-attr]
                 self._unread += part
         *lines, self._unread = self._unread.split(b"\n")
-        yield from map(json.loads, lines)
+        for line in lines:
+            with suppress(ValueError):  # what an interpreter's own start-up files print is none of its words
+                said = json.loads(line)
+                if isinstance(said, dict):
+                    yield said

@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from trimtab.core import files, yaml12
-from trimtab.track._base import Opening, Session, Tracker
+from trimtab.track._base import Opening, Session, Tracker, without_password
 from trimtab.track._names import Line, Namer
 
 INTERVAL = 0.5
 """Seconds between looks at metrics.jsonl."""
+AT_ONCE = 200
+"""Lines that are sent before the tracker's package has to answer: of a run that has ended, all are there at once."""
 FACTS = (
     "steps",
     "epochs",
@@ -56,7 +58,7 @@ class Worker:
         record = files.read_json(self.record)
         recipe = yaml12.load_file(self.recipe)
         settings = {key: value for key, value in recipe.items() if key not in ("track", "resume")}
-        config = {**settings, "run": {key: record[key] for key in FACTS if record.get(key) is not None}}
+        config = {**_without_home(settings), "run": {key: record[key] for key in FACTS if record.get(key) is not None}}
         identity = record.get("id") or hashlib.sha256(str(record.get("moment")).encode()).hexdigest()[:21]
         with self.watch.call("start"):
             self.session = self.tracker.open(Opening(self.folder, identity, self.tracker.run or self.name, config))
@@ -70,13 +72,15 @@ class Worker:
             part = file.read()
         self.read += len(part)
         *lines, self.unread = (self.unread + part).split(b"\n")
-        for line in filter(None, map(self.namer.line, lines)):
-            if not self.session.has(line):
+        named = list(filter(None, map(self.namer.line, lines)))
+        for start in range(0, len(named), AT_ONCE):
+            for line in named[start : start + AT_ONCE]:
                 with self.watch.call("log"):
-                    self.session.log(line)
-            self.sent, self.last = self.sent + 1, line
-        with self.watch.call("log"):
-            self.session.flush()
+                    if not self.session.has(line):
+                        self.session.log(line)
+                self.sent, self.last = self.sent + 1, line
+            with self.watch.call("log"):
+                self.session.flush()
 
     def close(self, status: str) -> None:
         self.send_new()
@@ -87,6 +91,17 @@ class Worker:
                 if not self.session.has(end):
                     self.session.log(end)
             self.session.close(status == "done")
+
+
+def _without_home(value: Any) -> Any:
+    """The recipe with `~` for the user's home folder, whose path can say who that is: others may read what a tracker shows."""
+    if isinstance(value, dict):
+        return {key: _without_home(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_home(item) for item in value]
+    home = str(files.expand_user("~"))
+    within = isinstance(value, str) and len(home) > 1 and f"{value}/".startswith(f"{home}/")
+    return f"~{value[len(home) :]}" if within else value
 
 
 class Watch:
@@ -123,7 +138,7 @@ def leave(channel: int, said: dict[str, Any]) -> NoReturn:
 
 def problem(error: BaseException) -> str:
     """An error in a line."""
-    text = " ".join(str(error).split()) or "no message"
+    text = without_password(" ".join(str(error).split())) or "no message"
     return f"{type(error).__name__}: {text if len(text) <= 300 else f'{text[:300]}…'}".rstrip(".")
 
 

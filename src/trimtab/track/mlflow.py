@@ -3,13 +3,17 @@
 import os
 import time
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from trimtab.track._base import Opening, Session, Text, Tracker
+from pydantic import field_validator
+
+from trimtab.track._base import Opening, Session, Text, Tracker, without_password
 from trimtab.track._names import COLUMNS, Line
 
 TAG = "trimtab.run"
 """By which a run is found again: MLflow makes ids itself."""
+MOST_NUMBERS = 1000
+"""That a server takes at once."""
 
 
 class MLflow(Tracker):
@@ -19,6 +23,16 @@ class MLflow(Tracker):
     uri: Text | None = None
     """The tracking server or database; that of MLFLOW_TRACKING_URI unless given, or a file in the run's folder."""
 
+    @field_validator("uri")
+    @classmethod
+    def _without_password(cls, uri: str | None) -> str | None:
+        if uri is not None and without_password(uri) != uri:
+            raise ValueError(
+                "a recipe is kept, shown and shared: leave the password out, and set MLFLOW_TRACKING_URI, or MLFLOW_TRACKING_USERNAME and "
+                "MLFLOW_TRACKING_PASSWORD."
+            )
+        return uri
+
     def address(self, folder: Path) -> str:
         return self.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder.absolute()}/mlflow.db"
 
@@ -26,7 +40,7 @@ class MLflow(Tracker):
         address = self.address(folder)
         own = address.endswith("/mlflow.db") and str(folder.absolute()) in address
         shown = f"; `mlflow ui --backend-store-uri {address}` shows it" if own else ""
-        return f"experiment {self.project} in {address}{shown}"
+        return f"experiment {self.project} in {without_password(address)}{shown}"
 
     def environment(self, folder: Path) -> dict[str, str | None]:
         return {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_RUN_ID": None, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2"}
@@ -76,11 +90,15 @@ class MLflowRun(Session):
 
         now = int(time.time() * 1000)
         lines, self.waiting = self.waiting, []
-        for start in range(0, len(lines), 20):  # whole lines, and no more than the 1,000 numbers that a server takes at once
-            part = lines[start : start + 20]
-            self.client.log_batch(
-                self.id, [Metric(name, value, now, line.step) for line in part for name, value in line.values.items()]
-            )
+        batches: list[list[Any]] = [[]]
+        for line in lines:  # whole, so that the last step says what is there
+            numbers = [Metric(name, value, now, line.step) for name, value in line.values.items()]
+            if len(batches[-1]) + len(numbers) > MOST_NUMBERS:
+                batches.append([])
+            batches[-1] += numbers
+        for batch in batches:
+            for start in range(0, len(batch), MOST_NUMBERS):
+                self.client.log_batch(self.id, batch[start : start + MOST_NUMBERS])
         for line in lines:
             if line.rows:
                 columns = dict(

@@ -1,5 +1,6 @@
 """TensorBoard: files of events, without torch or TensorFlow."""
 
+import re
 import time
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,7 +28,7 @@ class Events(Session):
     def __init__(self, opening: Opening, project: str) -> None:
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-        folder = opening.folder / project / opening.name
+        folder = opening.folder / _file_name(project) / _file_name(opening.name)
         before = list(folder.glob("events.out.*"))
         self.writer = EventFileWriter(str(folder), flush_secs=10)
         self.added, self.folder = 1, folder  # the version of its format
@@ -69,6 +70,11 @@ class Events(Session):
 
         self.added += 1
         self.writer.add_event(Event(wall_time=time.time(), step=step, summary=summary))
+
+
+def _file_name(name: str) -> str:
+    """A name as that of a folder, which stays where it belongs on every system."""
+    return re.sub(r'[<>:"/\\|?*\x00-\x1f]', "_", name).rstrip(". ") or "_"
 
 
 def _records(content: bytes) -> int:

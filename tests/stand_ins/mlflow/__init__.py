@@ -55,6 +55,8 @@ class MlflowClient:
             assert param.key not in self.held["runs"][run_id]["params"]
             self.held["runs"][run_id]["params"][param.key] = param.value
             note("mlflow", "param", key=param.key, value=param.value)
+        if metrics:
+            note("mlflow", "batch", size=len(metrics))
         by_step = {}
         for metric in metrics:
             assert isinstance(metric, Metric)

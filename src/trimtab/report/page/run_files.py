@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from trimtab.artifacts.run_folder import CERTIFICATE, DATA, LOSSES, METRICS, RECIPE, read_certificate, read_record
 from trimtab.core import files
 from trimtab.core.errors import TrimtabError
+from trimtab.evaluate import paired_difference
 from trimtab.report.page.scale import Band, Point
 
 _NOT_MEASURES = {
@@ -91,6 +92,15 @@ class RunFiles:
         """That of the test `gain` or `forgetting`."""
         found = _DIFFERENCE.search((self.test(name) or {}).get("words", ""))
         return Difference(*(float(value) for value in found.groups())) if found else None
+
+    def change_of_losses(self) -> Difference | None:
+        """From before training to the best adapter, by the losses of examples."""
+        with suppress(KeyError, TypeError, ValueError, ZeroDivisionError):
+            assert self.losses is not None
+            before, best, examples = (self.losses[key] for key in ("before", "best", "examples"))
+            value, interval = paired_difference(best, before, [example["items"] for example in examples])
+            return Difference(value, *interval)
+        return None
 
 
 def read_run_files(folder: Path) -> RunFiles:

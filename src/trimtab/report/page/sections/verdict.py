@@ -50,10 +50,17 @@ def _outcome(run: RunFiles) -> Words:
     count = number(best.get("rows", 0))
     if first is None:
         return fill(texts.LOWEST, loss=loss, after=number(value_of(best)), count=count)
-    measured = (run.certificate or {}).get("losses", {})
-    before, after = (measured.get(model, {}).get("held_out") for model in ("base", "adapter"))
-    before, after = (value_of(first), value_of(best)) if None in (before, after) else (before, after)
-    if (interval := run.difference("gain")) is None:
+    before, after, interval = value_of(first), value_of(best), None
+    if not run.record.get(
+        "start"
+    ):  # else the certificate compares with the base model, and not with the adapter before training
+        measured = (run.certificate or {}).get("losses", {})
+        certified = [measured.get(model, {}).get("held_out") for model in ("base", "adapter")]
+        before, after = (before, after) if None in certified else certified
+        interval = run.difference("gain")
+    elif run.losses is not None:
+        interval = run.change_of_losses()
+    if interval is None:
         evidence = fill(texts.DIFFERENCE_ALONE, difference=signed(after - before), count=count)
         kind = texts.FELL if after < before else texts.ROSE
     else:

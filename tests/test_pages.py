@@ -116,6 +116,12 @@ def test_a_smoothed_series_is_a_mean_of_its_neighbours():
     assert smoothed([(1, 5.0)]) == [(1, 5.0)]
 
 
+def test_one_huge_value_spoils_only_the_means_around_it():
+    spike = [(n, 1e30 if n == 300 else 0.5) for n in range(1000)]
+    assert smoothed(spike)[300][1] > 1e28
+    assert {y for _, y in smoothed(spike)[400:]} == {0.5}
+
+
 @pytest.mark.parametrize(
     ("values", "logarithmic"), [([1.0, 2.0], False), ([0.01, 2.0], True), ([0.0, 100.0], False), ([-1.0, 100.0], False)]
 )

@@ -4,7 +4,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from trimtab.report.page.words import number
 
@@ -13,6 +13,8 @@ Band = tuple[float, float, float]
 """An x, and the lowest and highest value there."""
 MOST_POINTS = 600
 """Of a line that is drawn."""
+FRACTION, HUGE = 2**64, 1e200
+"""The part of 1 to which means are exact, and the value up to which they are."""
 LOGARITHMIC_FROM = 30.0
 """The ratio of the largest to the smallest value from which a linear scale would show only the largest."""
 
@@ -93,13 +95,12 @@ def thinned_band(band: Sequence[Band], most: int = MOST_POINTS // 2) -> list[Ban
 
 def smoothed(points: Sequence[Point], share: float = 0.05) -> list[Point]:
     """Means of so large a share of the points around each of them; at the ends, of those that are there."""
-    sums = [0.0]
-    for _, y in points:
-        sums.append(sums[-1] + y)
+    whole = (int(min(max(y, -HUGE), HUGE) * FRACTION) for _, y in points)  # exact: one huge value would round away all after it
+    sums = list(accumulate(whole, initial=0))
     reach, found = int(len(points) * share / 2), []
     for n, (x, _) in enumerate(points):
         first, after = max(0, n - reach), min(len(points), n + reach + 1)
-        found.append((x, (sums[after] - sums[first]) / (after - first)))
+        found.append((x, (sums[after] - sums[first]) / ((after - first) * FRACTION)))
     return found
 
 

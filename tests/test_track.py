@@ -356,7 +356,8 @@ def test_the_folder_of_a_tracker_may_be_unwritable(notes, folder):
     assert "track: wandb: FileExistsError" in sent("wandb", folder) or "NotADirectoryError" in sent("wandb", folder)
 
 
-def test_a_tracker_finishes_what_is_there_if_training_is_killed(notes, folder):
+def test_a_tracker_finishes_what_is_there_if_training_is_killed(notes, folder, monkeypatch):
+    monkeypatch.setenv("STAND_IN", "child:init")
     code = (
         "import os, signal, sys, time; from pathlib import Path; from trimtab.track import Tracker, TrackerProcess\n"
         f"process = TrackerProcess(Tracker.pick('wandb'), Path({str(folder)!r})); process.start()\n"
@@ -369,6 +370,19 @@ def test_a_tracker_finishes_what_is_there_if_training_is_killed(notes, folder):
         time.sleep(0.05)
     assert faults(notes.all(), "wandb") == []
     assert not notes.of("finish")[0]["done"]
+    child = Path("/proc", Path(f"{notes.path}.child").read_text(), "stat")
+    while child.exists() and child.read_text().rpartition(")")[2].split()[0] != "Z" and time.monotonic() < until:
+        time.sleep(0.05)
+    assert time.monotonic() < until, "what the package has started has ended with it"
+
+
+def test_parameters_of_mlflow_have_names_that_it_takes(notes, folder):
+    (folder / "recipe.yaml").write_text("method: {ranks: {'(q|k)_proj$': 8, a/../b: 4}}\ntrain: {lr: 1e-3}\n")
+    assert sent("mlflow", folder) is None
+    names = {note["key"]: note["value"] for note in notes.of("param")}
+    assert names["method.ranks._q_k__proj_"] == "8"
+    assert names["train.lr"] == "0.001"
+    assert all(re.fullmatch(r"[\w.: -]+", name) for name in names)
 
 
 def test_lines_are_sent_while_training_goes_on(notes, folder):

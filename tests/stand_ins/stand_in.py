@@ -1,12 +1,14 @@
 """What the stand-ins of trackers' packages share: they note every call in the file $STAND_IN_NOTES, and misbehave as $STAND_IN says.
 
-`raise:log`, `hang:init`, `slow:log`, `raise:log:5` (at the fifth call); `hooks` replaces all that a process has once.
+`raise:log`, `hang:init`, `slow:log`, `raise:log:5` (at the fifth call); `child:init`
+starts a process; `hooks` replaces all that a process has once.
 """
 
 import atexit
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -39,6 +41,9 @@ def misbehave(call):
         raise ConnectionError("no route\nto host")
     if how == "exit":
         sys.exit(3)
+    if how == "child":
+        with open(os.environ["STAND_IN_NOTES"] + ".child", "w") as file:
+            file.write(str(subprocess.Popen(["sleep", "300"]).pid))
     if how == "die":
         os.kill(os.getpid(), signal.SIGKILL)
     if how in ("hang", "slow"):

@@ -130,9 +130,12 @@ class Watch:
 
 
 def leave(channel: int, said: dict[str, Any]) -> NoReturn:
-    """Say a last word, and end at once: what a package has registered for the end of a process could hang, or speak."""
+    """Say a last word, and end at once, with all that the package has started: what it has registered for the end of a process could
+    hang, or speak; and if training was killed, nobody else ends them."""
     with suppress(OSError):
         os.write(channel, json.dumps(said).encode() + b"\n")
+    if os.getpgrp() == os.getpid():
+        os.killpg(0, signal.SIGKILL)
     os._exit(0)
 
 

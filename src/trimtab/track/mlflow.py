@@ -1,6 +1,7 @@
 """MLflow."""
 
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,6 +13,8 @@ from trimtab.track._names import COLUMNS, Line
 
 TAG = "trimtab.run"
 """By which a run is found again: MLflow makes ids itself."""
+NO_NAME = re.compile(r"[^\w.: -]")
+"""Characters that MLflow refuses in a parameter's name, as patterns of modules (`method.ranks`) have them."""
 MOST_NUMBERS = 1000
 """That a server takes at once."""
 
@@ -116,5 +119,6 @@ class MLflowRun(Session):
 def _flat(config: dict[str, object], prefix: str = "") -> dict[str, str]:
     found: dict[str, str] = {}
     for key, value in config.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": str(value)}
+        name = f"{prefix}{key}"
+        found |= _flat(value, f"{name}.") if isinstance(value, dict) else {NO_NAME.sub("_", name)[:250]: str(value)}
     return found

@@ -81,7 +81,7 @@ soak: $(READY)  ## kill training a thousand times, and test that every run resum
 	$(BIN)/python tests/soak.py 1000
 
 whole: $(READY)  ## the whole matrices of which `make test` runs a sample (about 10 minutes)
-	TRIMTAB_WHOLE=1 $(BIN)/pytest -n 2 --dist worksteal tests/test_resume.py tests/test_certificate.py tests/test_faults.py tests/test_failing_disk.py tests/test_real_model.py tests/test_trl.py tests/test_preference.py tests/invariants
+	TRIMTAB_WHOLE=1 $(BIN)/pytest -n 2 --dist worksteal tests/test_resume.py tests/test_certificate.py tests/test_faults.py tests/test_failing_disk.py tests/test_real_model.py tests/test_trl.py tests/test_preference.py tests/test_course.py tests/invariants
 
 mutants: $(READY)  ## mutation tests: count the faults in critical code that the tests detect (about an hour on 2 cores)
 	$(BIN)/python -m pip install --quiet 'cosmic-ray==8.7.0' --constraint constraints.txt
@@ -111,7 +111,7 @@ demo: $(READY)  ## fine-tune a real model on a small task and measure the improv
 	$(BIN)/trimtab eval runs/demo --data demo/test.jsonl --base --show 5
 	@cat demo/next.txt
 
-course: $(READY)  ## run the ten steps of docs/course.md (COURSE_STEPS=2 make course: two training steps each)
+course: $(READY)  ## run the ten steps of docs/course.md (about 10 minutes; COURSE_STEPS=2 make course: two training steps each)
 	rm -rf runs/course
 	set -e; for step in examples/[0-9][0-9]_*.py; do echo "== $$step"; $(BIN)/python $$step; done
 

@@ -17,7 +17,7 @@ recipe = trimtab.Recipe.parse(
     {
         "model": MODEL,
         "data": {
-            "train": {"belle": {"path": "runs/course/data/belle.jsonl", "limit": 16 if SHORT else 10_000}},
+            "train": {"belle": {"path": "runs/course/data/belle.jsonl", "limit": 16 if SHORT else 240}},
             "eval": 0.1,  # held out; the adapter with the lowest loss on them is the run's
         },
         "method": {"name": "lora", "rank": 8, "alpha": 32, "dropout": 0.1, "targets": ["q_proj", "v_proj"]},

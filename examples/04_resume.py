@@ -1,6 +1,8 @@
 """Step 4: a run that is interrupted is resumed by the same call, and ends with the same adapter, to the last bit.
 
-python examples/04_resume.py
+    python examples/04_resume.py
+
+It needs the file of step 2, as every step from here on.
 """
 
 import os

@@ -17,7 +17,7 @@ for name, objective, file, start in (
     ("dpo", {"name": "dpo", "beta": 0.1}, "pairs.jsonl", "runs/course/lora"),
     ("kto", {"name": "kto", "beta": 0.1}, "judged.jsonl", "runs/course/dpo"),
 ):
-    limit = 8 if SHORT else 200
+    limit = 8 if SHORT else 80
     recipe = trimtab.Recipe.parse(
         {
             "model": MODEL,

@@ -1,6 +1,8 @@
 """Step 7: the same task by bottleneck adapters and by prefix tuning: one word of the recipe.
 
-python examples/07_adapter_and_prefix.py
+    python examples/07_adapter_and_prefix.py
+
+Both train on the file of step 2, with the learning rate that suits each.
 """
 
 import os
@@ -16,7 +18,7 @@ for method in ({"name": "bottleneck", "kind": "houlsby", "reduction": 16}, {"nam
         {
             "model": MODEL,
             "data": {
-                "train": {"belle": {"path": "runs/course/data/belle.jsonl", "limit": 8 if SHORT else 10_000}},
+                "train": {"belle": {"path": "runs/course/data/belle.jsonl", "limit": 8 if SHORT else 240}},
                 "eval": 0.25,
             },
             "method": method,  # lr: auto is another for each

@@ -1,12 +1,15 @@
 """Step 8: several adapters on one base: load them while it runs, switch, serve them in one batch, mix LoRAs, take one off.
 
-python examples/08_switch_and_mix.py
+    python examples/08_switch_and_mix.py
+
+The adapters are those of steps 3, 6 and 7.
 """
 
 import trimtab
 
 MODEL = "smollm2-135m-instruct"  # or "Qwen/Qwen2.5-1.5B"
-ORDER = "Ten oak shelves to Oslo by Monday, please. Yours, Eva Lind"
+RULE = "Write each order as: quantity | item | customer | city | day. Use - for what is missing."
+ORDER = f"{RULE}\n18 oak shelves to Oslo by Monday, please. Yours, Eva Lind"
 
 base = trimtab.load(MODEL)
 

@@ -1,6 +1,8 @@
 """Step 9: merge: in memory and back, to the last bit; and into a folder that Transformers loads without Trimtab.
 
-python examples/09_merge.py        # or: trimtab merge runs/course/lora runs/course/merged
+    python examples/09_merge.py        # or: trimtab merge runs/course/lora runs/course/merged
+
+The adapter is that of step 3.
 """
 
 import torch

@@ -10,6 +10,7 @@ import json
 import os
 
 import datasets
+import transformers
 import trl
 
 import trimtab
@@ -35,6 +36,7 @@ for name, (trainer, config, file, own) in TRAINERS.items():
         gradient_checkpointing=False, bf16=False, **own,
     )  # fmt: skip
     trains = trainer(base.model, args=settings, train_dataset=datasets.Dataset.from_list(rows), processing_class=base.tokenizer)
+    trains.remove_callback(transformers.PrinterCallback)  # or each step's values are printed
     trains.train()
     losses = [line["loss"] for line in trains.state.log_history if "loss" in line]
     print(f"{name}: loss {losses[0]:.4f} to {losses[-1]:.4f}; second model: {getattr(trains, 'ref_model', None)}")

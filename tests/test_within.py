@@ -122,6 +122,27 @@ def test_trainer_finds_its_best_checkpoint_again(model, tmp_path):
     assert all(any(torch.equal(tensor, theirs) for theirs in best.values()) for tensor in adapter.state().values())
 
 
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_trainer_refuses_a_quantized_model_with_any_adapter_but_pefts(kind, folder, tmp_path):
+    """docs/course.md says so. A Trainer that takes ours makes this test fail, and the page's line old."""
+    pytest.importorskip("bitsandbytes")
+    peft = pytest.importorskip("peft")
+
+    def trainer(adapt):
+        base = Base.load_folder(folder, torch.float32, torch.device("cpu"), quantize=kind, with_tokenizer=False)
+        settings = transformers.TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
+        return transformers.Trainer(model=adapt(base.model), args=settings, train_dataset=ROWS)
+
+    def ours(model):
+        attach(model, LoRA(rank=2))
+        return model
+
+    with pytest.raises(ValueError, match="cannot perform fine-tuning on purely quantized models"):
+        trainer(ours)
+    settings = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])
+    assert trainer(lambda model: peft.get_peft_model(model, settings))
+
+
 def test_transformers_and_peft_read_what_was_saved(folder, model, tmp_path):
     peft = pytest.importorskip("peft")
     adapter = attach(model, LoRA(rank=2))

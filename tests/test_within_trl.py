@@ -100,6 +100,8 @@ def test_a_prefixs_losses_are_pefts_to_the_bit(world, tmp_path):
     adapter.load_state({"model.keys_and_values": values})
     recomputed = losses(trained("sft", base.model, world, tmp_path / "ours", gradient_checkpointing=True))
     assert recomputed == pytest.approx(ours, abs=1e-6)
+    with pytest.raises(RuntimeError, match="must match the size of tensor"):
+        trained("sft", theirs, world, tmp_path / "theirs", gradient_checkpointing=True)
 
 
 @pytest.mark.parametrize(
@@ -151,11 +153,28 @@ def test_without_precomputing_trl_loads_a_second_model(world, tmp_path):
     assert losses(trains) == pytest.approx(losses(trained("dpo", other, world, tmp_path)), abs=1e-6)
 
 
-def test_virtual_tokens_refuse_packed_rows_and_say_what_to_set(world, tmp_path):
+@pytest.mark.parametrize("flat", [{"packing": True, "max_length": 64}, {"padding_free": True, "max_length": None}], ids=list)
+def test_virtual_tokens_refuse_flattened_rows_and_say_what_to_set(flat, world, tmp_path):
     model = read(world)
     attached(model, "prefix")
     with pytest.raises(UnsupportedModel, match="Set packing=False and padding_free=False"):
-        trained("sft", model, world, tmp_path, packing=True, max_length=64)
+        trained("sft", model, world, tmp_path, **flat)
+    model = read(world)
+    attached(model, "bottleneck")  # the negative control
+    first, *_, last = losses(trained("sft", model, world, tmp_path, **flat))
+    assert last < first - 0.01
+
+
+@pytest.mark.parametrize("kind", ["dpo", "kto"])
+def test_trl_says_what_precomputing_excludes(kind, world, tmp_path):
+    """docs/course.md says so too."""
+    rows, model = datasets.Dataset.from_list(TRAINERS[kind][2][:4]), read(world)
+    attached(model, "lora")
+    trains = trained(kind, model, world, tmp_path)
+    with pytest.raises(ValueError, match="after training has started"):
+        trains.evaluate(rows)
+    with pytest.raises(ValueError, match="cannot use `sync_ref_model=True` together"):
+        trained(kind, model, world, tmp_path, sync_ref_model=True)
 
 
 def test_the_adapter_alone_is_saved_where_trl_saves_a_model(world, tmp_path):

@@ -22,28 +22,26 @@ def printed(script: Path) -> str:
     return done.stdout.rstrip("\n")
 
 
-def replaced(pattern: str, words: str, page: str) -> str:
-    page, count = re.subn(pattern, lambda found: found.expand(r"\g<before>") + words, page, count=1, flags=re.DOTALL)
+def write(pattern: str, words: str) -> None:
+    """Put `words` in the place of what follows `before` on the page."""
+    page, count = re.subn(
+        pattern, lambda found: found["before"] + words, PAGE.read_text(encoding="utf-8"), count=1, flags=re.DOTALL
+    )
     if not count:
         raise SystemExit(f"{PAGE}: nothing matches {pattern}")
-    return page
+    PAGE.write_text(page, encoding="utf-8")
 
 
 def main() -> None:
     shutil.rmtree(ROOT / "runs" / "course", ignore_errors=True)
-    start, said = time.monotonic(), {}
+    start = time.monotonic()
     for script in sorted((ROOT / "examples").glob("[0-9][0-9]_*.py")):
         began = time.monotonic()
-        said[script.name] = printed(script)
+        write(rf"(?P<before>examples/{script.name}\).*?\n```text\n).*?(?=\n```)", printed(script))
         sys.stderr.write(f"{script.name}: {time.monotonic() - began:.0f} s\n")
     minutes = (time.monotonic() - start) / 60
     threads = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))
-
-    page = PAGE.read_text(encoding="utf-8")
-    for name, words in said.items():
-        page = replaced(rf"(?P<before>examples/{name}\).*?\n```text\n).*?(?=\n```)", words, page)
-    took = f"They took {minutes:.0f} minutes with {threads} thread{'s' * (threads > 1)} together."
-    PAGE.write_text(replaced(f"(?P<before>){TOOK}", took, page), encoding="utf-8")
+    write(f"(?P<before>){TOOK}", f"They took {minutes:.0f} minutes with {threads} thread{'s' * (threads > 1)} together.")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ base = trimtab.load(MODEL)
 for name, (trainer, config, file, own) in TRAINERS.items():
     adapter = trimtab.attach(base.model, trimtab.LoRA(rank=8, alpha=32, targets=["q_proj", "v_proj"]))
     with open(f"runs/course/data/{file}", encoding="utf-8") as lines:
-        rows = [json.loads(line) for _, line in zip(range(4 if SHORT else 64), lines, strict=False)]
+        rows = [json.loads(line) for _, line in zip(range(4 if SHORT else 32), lines, strict=False)]
     if name == "sft":  # TRL knows no BELLE
         rows = [{"prompt": f"{row['instruction']}\n{row['input']}\n", "completion": row["output"]} for row in rows]
     settings = config(

@@ -19,7 +19,7 @@ for method in ({"name": "bottleneck", "kind": "houlsby", "reduction": 16}, {"nam
             "model": MODEL,
             "data": {
                 "train": {"belle": {"path": "runs/course/data/belle.jsonl", "limit": 16 if SHORT else 240}},
-                "eval": 0.1,  # the same as in step 3, so losses compare
+                "eval": 0.1,
             },
             "method": method,  # lr: auto is another for each
             "train": {"rows_per_step": 8, "epochs": 1, "max_steps": SHORT or None},

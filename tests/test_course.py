@@ -221,10 +221,40 @@ def test_a_step_is_short_and_on_the_page(script):
     assert f"examples/{script.name})" in PAGE
 
 
-def test_the_notebook_is_the_scripts():
-    specification = importlib.util.spec_from_file_location("make_notebook", ROOT / "docs" / "make_notebook.py")
+def module_of(name):
+    specification = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
+    return module
+
+
+def test_the_pages_outputs_are_written_by_a_script(tmp_path, monkeypatch):
+    make = module_of("make_course")
+    (tmp_path / "runs" / "course").mkdir(parents=True)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    for name, path in (
+        ("ROOT", tmp_path),
+        ("PAGE", tmp_path / "page.md"),
+        ("SECONDS", tmp_path / "runs" / "course" / "s.json"),
+    ):
+        monkeypatch.setattr(make, name, path)
+    monkeypatch.setattr(make, "computed", iter(range(0, 6000, 60)).__next__)  # a minute each
+    monkeypatch.setattr(make, "printed", lambda script: "\n".join(of_page(script.stem)))
+    monkeypatch.setattr(make.shutil, "rmtree", lambda *_, **__: None)
+    make.PAGE.write_text(PAGE, encoding="utf-8")
+    make.main([])
+    same = re.sub(make.TOOK, "They took 10 minutes of a core's time", PAGE)
+    assert make.PAGE.read_text(encoding="utf-8") == same
+    monkeypatch.setattr(make, "printed", lambda script: r"another \1")
+    make.main(["04"])
+    assert make.PAGE.read_text(encoding="utf-8") == same.replace("\n".join(of_page("04_resume")), r"another \1")
+    make.PAGE.write_text(PAGE.replace("04_resume.py)", "4"), encoding="utf-8")
+    with pytest.raises(SystemExit, match="nothing matches"):
+        make.main(["04"])
+
+
+def test_the_notebook_is_the_scripts():
+    module = module_of("make_notebook")
     text = module.NOTEBOOK.read_text(encoding="utf-8")
     assert text == module.notebook(), "run: make docs"
     nbformat = pytest.importorskip("nbformat")

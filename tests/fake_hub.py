@@ -13,7 +13,7 @@ import threading
 import time
 import types
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -41,10 +41,11 @@ class Hub:
         """Set at the end, so that no request hangs on."""
         self.address = ""
 
-    def put(self, name: str, files: dict[str, bytes], branch: str = "main") -> str:
-        """Commit files to a repository; returned is the commit."""
+    def put(self, name: str, files: dict[str, bytes], branch: str = "main", deleted: Sequence[str] = ()) -> str:
+        """Commit files to a repository, and remove others; returned is the commit."""
         branches = self.repositories.setdefault(name, {"main": {}})
-        whole = {**branches.get(branch, branches["main"]), **files}
+        before = branches.get(branch, branches["main"])
+        whole = {path: x for path, x in {**before, **files}.items() if path not in deleted}
         commit = hashlib.sha1(
             repr([name, sorted((path, hashlib.sha1(x).hexdigest()) for path, x in whole.items())]).encode()
         ).hexdigest()
@@ -180,7 +181,8 @@ class _Handler(BaseHTTPRequestHandler):
         said = {line["key"]: line["value"] for line in lines if line["key"] == "header"}["header"]
         files = {f["path"]: base64.b64decode(f["content"]) for f in (line["value"] for line in lines if line["key"] == "file")}
         files |= {f["path"]: self.hub.lfs[f["oid"]] for f in (line["value"] for line in lines if line["key"] == "lfsFile")}
-        commit = self.hub.put(name, files, revision)
+        deleted = [line["value"]["path"] for line in lines if line["key"] == "deletedFile"]
+        commit = self.hub.put(name, files, revision, deleted)
         self.hub.commits.setdefault(name, []).append({"message": said["summary"], "branch": revision, "files": files})
         self._json({"commitUrl": f"{self.hub.address}/{name}/commit/{commit}", "commitOid": commit, "success": True})
 

@@ -65,6 +65,12 @@ FORMATS = {
     "messages": {"messages": [{"role": "user", "content": "hi"}]},
     "messages with the answer": {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]},
     "ShareGPT": {"conversations": [{"from": "human", "value": "hi"}]},
+    "Gemini": {"contents": [{"role": "user", "parts": [{"text": "hi"}]}]},
+    "Gemini with the answer": {"contents": [{"parts": [{"text": "hi"}]}, {"role": "model", "parts": [{"text": "ho"}]}]},
+    "a call as the answer": {
+        "messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {}}]}]
+    },
+    "a prompt with documents": {"prompt": "hi", "contents": ["one", "two"]},
     "Alpaca": {"instruction": "hi", "input": ""},
     "Alpaca with an empty output": {"instruction": "hi", "output": ""},
     "a list of messages as the prompt": {"prompt": [{"role": "user", "content": "hi"}]},
@@ -76,7 +82,7 @@ FORMATS = {
     },
     "a judged answer": {"prompt": "hi", "completion": "ho", "label": True},
 }
-EXPECTED = {"prompt and completion", "messages with the answer", "a preference of conversations"}
+EXPECTED = {"prompt and completion", "messages with the answer", "Gemini with the answer", "a preference of conversations"}
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -207,6 +207,23 @@ def test_scripts_arguments_have_the_classes_defaults(tmp_path):
     assert converted(tmp_path, weighted).recipe.objective.plain()["sft"] == 0.2
 
 
+def test_swifts_names_of_data_sets_are_taken_apart(tmp_path):
+    def sources(*names, **more):
+        settings = {"model": "org/x", "tuner_type": "lora", "dataset": list(names), **more}
+        return converted(tmp_path, settings, "swift").recipe.plain()["data"]["train"]
+
+    assert sources("HF::org/first", "HF::org/second") == ["org/first", "org/second"]
+    found = sources("HF::org/first#500", "org/second:en/de")
+    assert [(one["path"], one.get("subset"), one.get("limit")) for one in found.values()] == [
+        ("org/first", None, 500), ("org/second", "en", None), ("org/second", "de", None),
+    ]  # fmt: skip
+    with pytest.raises(RecipeError, match=r"MS::org/first is ModelScope's"):
+        sources("MS::org/first")
+    for name, more in (("org/first:en/de#50", {}), ("org/first:en/de", {"interleave_prob": [1.0]})):
+        with pytest.raises(RecipeError, match="counts several subsets together"):
+            sources(name, **more)
+
+
 @pytest.mark.parametrize(
     ("settings", "init"),
     [({"init_lora_weights": "gaussian"}, "gaussian"), ({"init_lora_weights": "olora"}, "default"), ({}, "default")],

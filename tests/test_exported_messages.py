@@ -143,6 +143,10 @@ EXPORTS = {
 }  # fmt: skip
 
 
+def system(content):
+    return {"role": "system", "content": content}
+
+
 def read(row):
     """The example, or why it is refused."""
     report = SourceReport(("rows",))
@@ -372,6 +376,64 @@ def test_other_tools_stay_as_they_are():
 def test_a_column_contents_that_is_a_text_is_no_conversation():
     assert read({"text": "a", "contents": "b"}).text == "a"
     assert "matches no supported format" in read({"contents": "b"})
+
+
+@pytest.mark.parametrize("passages", [["a", "b"], [{"title": "a", "text": "b"}], []])
+def test_a_column_contents_that_lists_documents_is_no_conversation(passages):
+    row = {"prompt": "How is it?", "completion": "Cold."}
+    assert read({**row, "contents": passages}) == read(row)
+    assert read({"text": "a", "contents": passages}).text == "a"
+    both = read({"text": "a", "contents": [{"role": "user", "parts": [{"text": "b"}]}]})
+    assert "could be read as contents and text" in both
+    assert both.endswith("(data.columns.text=text)")  # which is a setting that there is
+
+
+def test_nulls_that_a_table_adds_are_nothing():
+    keys = ("text", "functionCall", "functionResponse", "thought")
+    full = [{**m, "parts": [dict.fromkeys(keys) | part for part in m["parts"]]} for m in GEMINI["contents"]]
+    assert read(GEMINI | {"contents": full}) == read(GEMINI)
+    conversation = chat()["messages"]
+    full = [{"tool_calls": None, "tool_call_id": None, "name": None, **message} for message in conversation]
+    without = [{**m, "tool_call_id": None} if m["role"] == "tool" else m for m in full]
+    for message in without:
+        for call in message["tool_calls"] or []:
+            call["id"] = None
+    ids = [call["id"] for message in read({"messages": without}).messages for call in message.get("tool_calls", [])]
+    assert ids == ["call00001", "call00002"]
+    assert [m["tool_call_id"] for m in read({"messages": without}).messages if m["role"] == "tool"] == ids
+
+
+def test_geminis_parts_may_be_texts():
+    contents = [{"role": "user", "parts": ["a"]}, {"role": "model", "parts": "b"}]
+    assert read({"contents": contents}) == read({"messages": [user("a"), assistant("b")]})
+
+
+def test_systems_of_two_names_are_refused_and_one_is_not_called_ignored():
+    row = {"messages": [user("a"), assistant("b")], "systemInstruction": {"parts": [{"text": "S"}]}}
+    assert "two system messages" in read({**row, "system": "other"})
+    report = SourceReport(("rows",))
+    (example,) = read_examples([("rows:1", row)], {}, report)
+    assert example.messages[0] == {"role": "system", "content": "S"}
+    assert not report.ignored_columns
+
+
+def test_bedrocks_marks_of_what_is_cached_say_nothing():
+    mark = {"cachePoint": {"type": "default"}}
+    row = {"system": [{"text": "S"}, mark], "messages": [{"role": "user", "content": [{"text": "a"}, mark]}, assistant("b")]}
+    assert read(row) == read({"messages": [system("S"), user("a"), assistant("b")]})
+
+
+@pytest.mark.parametrize("role", ["tool", "function"])
+def test_what_a_tool_says_beside_its_result_is_refused(role):
+    result = {"type": "tool_result", "tool_use_id": "1", "content": "r"}
+    before = [user("a"), {"role": "assistant", "content": [{"type": "tool_use", "id": "1", "name": "f", "input": {}}]}]
+    parts = [result, {"type": "text", "text": "more"}]
+    assert "no result" in read({"messages": [*before, {"role": role, "content": parts}, assistant("b")]})
+    alone = read({"messages": [*before, {"role": role, "content": [result]}, assistant("b")]})
+    assert (
+        read({"messages": [*before, {"role": role, "content": [result, {"type": "text", "text": " "}]}, assistant("b")]})
+        == alone
+    )
 
 
 # What is refused

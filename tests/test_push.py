@@ -177,6 +177,49 @@ def test_merged_models_are_pushed_whole(hub, run, capsys):
     assert "holds a model (config.json)" in said
 
 
+def test_what_an_earlier_push_left_is_not_read_with_the_new_files(hub, run):
+    old = {
+        "model-00001-of-00002.safetensors": b"1",
+        "model.safetensors.index.json": b"{}",
+        "chat_template.jinja": b"x",
+        "more.jinja": b"y",
+    }
+    hub.put("ours/whole", {**old, "config.json": b"{}", "notes/model.safetensors": b"2", "eval.json": b"3"})
+    assert main(["push", str(run), "ours/whole", "--merged", "--base-model", "them/base"]) == 0
+    there = hub.repositories["ours/whole"]["main"]
+    assert old.keys() & there.keys() == {"chat_template.jinja"}
+    assert there["chat_template.jinja"] != b"x"
+    assert {"notes/model.safetensors", "eval.json", "model.safetensors"} <= there.keys()
+
+
+def test_a_branch_is_asked_what_it_holds(hub, run, capsys):
+    hub.put("ours/both", {"README.md": b""})
+    hub.put("ours/both", {"config.json": b"{}"}, "whole")
+    code, said = failing(capsys, run, "ours/both", "--revision", "whole")
+    assert (code, "holds a model" in said) == (2, True)
+    assert main(["push", str(run), "ours/both", "--revision", "next"]) == 0
+    card = hub.commits["ours/both"][0]["files"]["README.md"].decode()
+    assert "trimtab chat ours/both@next" in card
+    assert 'revision="next"' in card
+
+
+def test_trackers_are_not_anybody_elses_matter(hub, run, tmp_path):
+    other = shutil.copytree(run, tmp_path / "run")
+    recipe = yaml.safe_load((other / "recipe.yaml").read_text())
+    tracker = {"name": "mlflow", "uri": "http://tracking.inside:5000"}
+    (other / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "track": [tracker]}))
+    assert main(["push", str(other), "ours/first"]) == 0
+    files = hub.commits["ours/first"][0]["files"]
+    assert b"tracking.inside" not in b"".join(files.values())
+    assert "track" not in yaml.safe_load(files["recipe.yaml"])
+
+
+def test_a_folder_is_told_from_the_end_of_a_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(privacy.Path, "cwd", lambda: privacy.Path("/data"))
+    assert list(privacy.leaks("https://huggingface.co/org/data and org/data")) == []
+    assert list(privacy.leaks("in /data/x")) == ["the path of a folder of this machine"]
+
+
 def test_an_uncertified_run_is_refused_unless_it_is_forced(hub, run, tmp_path, capsys):
     other = shutil.copytree(run, tmp_path / "run")
     (other / "certificate.json").unlink()

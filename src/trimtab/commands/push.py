@@ -80,6 +80,7 @@ def _fill(arguments: argparse.Namespace, new: Path, stage: Any) -> tuple["Public
         refuse_uncertified(folder)
     base = base_facts(read_adapter(folder).source, arguments.base_model, online=arguments.output is None)
     about = publication(folder, arguments.name, base, merged=arguments.merged)
+    about.branch = arguments.revision
     if arguments.merged:
         stage("merging")
         _merge(arguments, about, new)
@@ -102,8 +103,10 @@ def _merge(arguments: argparse.Namespace, about: "Publication", new: Path) -> No
 def _push(arguments: argparse.Namespace, new: Path, about: "Publication", names: list[str]) -> str:
     from trimtab import __version__
     from trimtab.deploy import hub_client
+    from trimtab.deploy.publication import replaced_files
 
-    there = hub_client.file_names(arguments.name)
+    branch = f"{arguments.name}@{arguments.revision}" if arguments.revision else arguments.name
+    there = hub_client.file_names(branch) or hub_client.file_names(arguments.name)  # of which a new branch is made
     other = "adapter_config.json" if arguments.merged else "config.json"
     if other in there:
         raise RecipeError(
@@ -113,8 +116,9 @@ def _push(arguments: argparse.Namespace, new: Path, about: "Publication", names:
     what = "merged model" if arguments.merged else f"{(about.adapter.method or {}).get('name')} adapter"
     message = f"Push the {what} with Trimtab {__version__}"
     return hub_client.upload(
-        new, arguments.name, private=arguments.private, branch=arguments.revision, message=message, version=__version__
-    )
+        new, arguments.name, private=arguments.private, branch=arguments.revision, message=message, version=__version__,
+        remove=replaced_files(there, names),
+    )  # fmt: skip
 
 
 def _report(console: Any, arguments: argparse.Namespace, names: list[str], address: str) -> None:

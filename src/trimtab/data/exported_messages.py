@@ -31,6 +31,11 @@ CALL, RESULT = "tool_use", "tool_result"
 """Anthropic's types of content parts, of which the others' are variants."""
 
 
+def are_messages_with_parts(value: Any) -> bool:
+    """Whether a column `contents` is Gemini's, and not any list of texts or documents."""
+    return isinstance(value, list) and bool(value) and all(isinstance(one, dict) and "parts" in one for one in value)
+
+
 def chat_messages(raw: list[Any], column: str) -> list[Placed]:
     """Each as a chat message, with its place; what is in no known form stays as it is. Raises InvalidExample."""
     places = [f"{column}[{number}]" for number in range(len(raw))]
@@ -55,7 +60,9 @@ def _unwrapped(message: Any, place: str) -> Any:
     if kind in LANGCHAIN and "content" in message:
         return _of_langchain(message, kind, place)
     if "parts" in message and "content" not in message:
-        return {"role": message.get("role") or "user", "content": message["parts"], **_others(message, {"role", "parts"})}
+        parts = message["parts"] if isinstance(message["parts"], list) else [message["parts"]]
+        parts = [{"text": part} if isinstance(part, str) else part for part in parts]
+        return {"role": message.get("role") or "user", "content": parts, **_others(message, {"role", "parts"})}
     return _others(message, ABOUT_RESPONSE) if message.get("type") == "message" and "role" in message else message
 
 
@@ -150,7 +157,12 @@ def _trained_by(message: dict[str, Any]) -> dict[str, Any]:
 def system_parts(system: Any) -> Any:
     """A system message as a text or content parts: Gemini's has its parts in an object, Bedrock's parts have no type."""
     parts = system.get("parts") if isinstance(system, dict) else system
-    return [_typed(part) for part in parts] if isinstance(parts, list) else parts
+    return _typed_all(parts) if isinstance(parts, list) else parts
+
+
+def _typed_all(parts: list[Any]) -> list[Any]:
+    """Content parts in Anthropic's form, without those that mark what Bedrock caches."""
+    return [typed for part in parts if not _is(typed := _typed(part), "cachePoint")]
 
 
 def _apart(place: str, message: Any) -> list[Placed]:
@@ -158,7 +170,7 @@ def _apart(place: str, message: Any) -> list[Placed]:
     content = message.get("content") if isinstance(message, dict) and "from" not in message else None
     if not isinstance(content, list):
         return [(place, message)]
-    parts = [_typed(part) for part in content]
+    parts = _typed_all(content)
     kinds = [part.get("type") if isinstance(part, dict) else None for part in parts]
     answers = str(message.get("role")).strip().lower() in ("assistant", "model", "ai")
     wrong = RESULT if answers else CALL
@@ -193,10 +205,11 @@ def _with_calls(message: dict[str, Any], parts: list[Any], place: str) -> dict[s
 def _results_apart(place: str, message: dict[str, Any]) -> list[Placed]:
     """A user's message as tool messages, and what else it says as messages of its own, in their order."""
     apart: list[Placed] = []
+    role = str(message.get("role")).strip().lower()
     for part in message["content"]:
         if _is(part, RESULT):
             content = part.get("content")
-            content = [_typed(inner) for inner in content] if isinstance(content, list) else content
+            content = _typed_all(content) if isinstance(content, list) else content
             result = {
                 "role": "tool",
                 "content": content or "",
@@ -204,9 +217,15 @@ def _results_apart(place: str, message: dict[str, Any]) -> list[Placed]:
                 "name": part.get("name"),
             }
             apart.append((f"{place}: its {RESULT}", result | _trained_by(message)))
-        elif apart and apart[-1][1]["role"] == message["role"]:
+        elif _is(part, "text") and not str(part.get("text")).strip() and (not apart or apart[-1][1]["role"] == "tool"):
+            continue
+        elif role not in ("user", "human"):
+            raise InvalidExample(
+                f"{place}.content has a part beside a {RESULT}, which is no result: only the user's messages have both"
+            )
+        elif apart and apart[-1][1]["role"] != "tool":
             apart[-1][1]["content"].append(part)
-        elif not _is(part, "text") or str(part.get("text")).strip():
+        else:
             apart.append((place, {**message, "content": [part]}))
     return apart
 
@@ -223,8 +242,9 @@ def _typed(part: Any) -> Any:
         return {"type": CALL, "id": part.get("id"), "name": part.get("name"), "input": part.get("args")}
     if part.get("type") == "refusal":
         return {"type": "text", "text": part.get("refusal")}
-    if "type" in part:
+    if part.get("type") is not None:
         return part
+    part = {key: value for key, value in part.items() if value is not None}  # tables have every part's keys in all of them
     if "text" in part:
         return {"type": "thinking" if part.get("thought") else "text", "text": part["text"]}
     if "json" in part:
@@ -232,7 +252,7 @@ def _typed(part: Any) -> Any:
     for names, read in _UNTYPED.items():
         if value := next((part[name] for name in names if isinstance(part.get(name), dict)), None):
             return read(value)
-    return {**part, "type": next((key for key, value in part.items() if value is not None), "nothing")}
+    return {**part, "type": next(iter(part), "nothing")}
 
 
 _UNTYPED = {

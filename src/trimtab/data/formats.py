@@ -33,7 +33,7 @@ from trimtab.data.example import (
     TrainOn,
     parts_of,
 )
-from trimtab.data.exported_messages import system_parts
+from trimtab.data.exported_messages import are_messages_with_parts, system_parts
 from trimtab.data.messages import MEDIA, TEXT_ALONE, read_messages, read_switches, text_of
 from trimtab.data.system_message import AS_IT_IS, SystemMessage, with_system
 from trimtab.data.tool_calls import read_tools, with_results_linked
@@ -55,11 +55,10 @@ PAIR = {"chosen", "rejected"}
 PAIR_ELSEWHERE = "compares two answers, which this objective does not train on: dpo does, for one"
 LABELS = {"label", "kto_tag"}
 THINKING = "enable_thinking"
-OF_ANY = ("system", "tools", "functions", "chat_template_kwargs")
-"""Columns that conversations of every format may have."""
-
 GEMINI = ("systemInstruction", "system_instruction")
 """What Gemini calls its system message."""
+OF_ANY = ("system", *GEMINI, "tools", "functions", "chat_template_kwargs")
+"""Columns that conversations of every format may have."""
 
 PROMPTS = ("question", "query", "problem", "input", "source", "user", "human", "instruction", "prompt")
 COMPLETIONS = ("answer", "response", "solution", "output", "target", "assistant", "bot", "gpt", "reply", "completion")
@@ -151,14 +150,14 @@ def _match(row: dict[str, Any], columns: Mapping[Any, str], formats: Sequence[Fo
     renamed |= {ours: row[theirs] for ours, theirs in columns.items()}
     allowed = [format for format in formats if columns.keys() <= format.columns]
     present = {column for column, value in renamed.items() if value is not None}
-    present -= set() if isinstance(renamed.get("contents"), list) else {"contents"}  # a text of that name is no conversation
+    present -= set() if are_messages_with_parts(renamed.get("contents")) else {"contents"}
     matches = [format for format in allowed if present.issuperset(format.required)]
     matches = [format for format in matches if not any(set(format.required) < set(other.required) for other in matches)]
     if len(matches) == 1:
         return matches[0], renamed
     if matches:
         both = " and ".join("/".join(format.required) for format in matches)
-        column = matches[0].required[0]
+        column = next(column for format in matches for column in format.required if column in COLUMNS)
         raise InvalidExample(f"could be read as {both}: keep the columns of one, or say which (data.columns.{column}={column})")
     if not allowed:
         if not columns:
@@ -227,14 +226,18 @@ def _conversation(row: dict[str, Any], where: str, messages: list[Message], **mo
 
 def _system(row: dict[str, Any], messages: Sequence[Message] = (), column: str = "") -> list[Message]:
     """The message of the column `system`, if there is one, to be put before the messages of another column."""
-    system = next((row[name] for name in ("system", *GEMINI) if row.get(name) not in (None, "")), None)
-    if system is None:
+    given = {name: system_parts(row[name]) for name in ("system", *GEMINI) if row.get(name) not in (None, "")}
+    if not given:
         return []
-    system = system_parts(system)
-    message = {"role": "system", "content": text_of(system, "system")}
+    if len(given) > 1:
+        raise InvalidExample(
+            f"has {' and '.join(given)}, two system messages: leave one out, for example with data.ignore=[system]"
+        )
+    ((name, system),) = given.items()
+    message = {"role": "system", "content": text_of(system, name)}
     if messages and messages[0]["role"] == "system":
         raise InvalidExample(
-            f"has a column system and a system message in {column}: leave one out, for example with data.ignore=[system]"
+            f"has a column {name} and a system message in {column}: leave one out, for example with data.ignore=[{name}]"
         )
     return [message]
 
@@ -292,7 +295,7 @@ def _text(row: dict[str, Any], where: str) -> Example:
 ANSWERS = (
     Format(("messages",), OF_ANY, _turns("messages")),
     Format(("conversations",), OF_ANY, _turns("conversations")),
-    Format(("contents",), (*GEMINI, *OF_ANY), _turns("contents")),
+    Format(("contents",), OF_ANY, _turns("contents")),
     Format(("instruction", "output"), ("input", "history", *OF_ANY), _alpaca),
     Format(("prompt", "completion"), OF_ANY, _prompt_completion),
     Format(("text",), (), _text),

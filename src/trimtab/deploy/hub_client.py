@@ -61,8 +61,13 @@ def file_names(name: str) -> list[str]:
             return []
 
 
-def upload(folder: Path, repository: str, *, private: bool, branch: str | None, message: str, version: str) -> str:
+def upload(
+    folder: Path, repository: str, *, private: bool, branch: str | None, message: str, version: str, remove: Sequence[str] = ()
+) -> str:
     """Commit all files of a folder to a repository, which is created if there is none; the address of the commit.
+
+    Args:
+        remove: Files there that the same commit removes.
 
     Raises:
         RecipeError: The user is not logged in, may not write there, or the hub refuses the content.
@@ -75,7 +80,13 @@ def upload(folder: Path, repository: str, *, private: bool, branch: str | None, 
         api.create_repo(repository, private=private or None, exist_ok=True)
         if branch is not None:
             api.create_branch(repository, branch=branch, exist_ok=True)
-        done = api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message, revision=branch)
+        done = api.upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            commit_message=message,
+            revision=branch,
+            delete_patterns=list(remove) or None,
+        )
         return str(done.commit_url)
 
 

@@ -140,7 +140,7 @@ def _use(about: Publication) -> Iterator[str]:
         yield from ("With Transformers:", "", *_fenced(_transformers_code(about), "python"), "")
         return
     option = "" if about.base_name else f" --model {UNKNOWN}"
-    yield from ("With Trimtab:", "", *_fenced(f"trimtab chat {about.name}{option}", "bash"), "")
+    yield from ("With Trimtab:", "", *_fenced(f"trimtab chat {_ours(about)}{option}", "bash"), "")
     yield from (*_fenced(_trimtab_code(about), "python"), "")
     if about.for_peft:
         yield from ("With PEFT and Transformers:", "", *_fenced(_transformers_code(about), "python"), "")
@@ -154,21 +154,26 @@ def _use(about: Publication) -> Iterator[str]:
         yield from ("On the original one, answers may differ a little.", "")
 
 
+def _ours(about: Publication) -> str:
+    return f"{about.name}@{about.branch}" if about.branch else about.name
+
+
 def _trimtab_code(about: Publication) -> str:
     """A program that answers a question by Trimtab."""
     base, dtype = about.adapter.base["model"]["name"] if about.base_name else UNKNOWN, about.adapter.base["model"]["dtype"]
     load = f'base = trimtab.load({json.dumps(base)}, dtype="{dtype}")'
     ask = f"print(trimtab.answer(base, {json.dumps(_QUESTION)}))"
-    return "\n".join(["import trimtab", "", load, f"trimtab.load_adapter(base, {json.dumps(about.name)})", ask])
+    return "\n".join(["import trimtab", "", load, f"trimtab.load_adapter(base, {json.dumps(_ours(about))})", ask])
 
 
 def _transformers_code(about: Publication) -> str:
     """A program that answers a question by Transformers."""
-    name, base, dtype = json.dumps(about.name), json.dumps(about.base_name or UNKNOWN), about.adapter.base["model"]["dtype"]
+    base, dtype = json.dumps(about.base_name or UNKNOWN), about.adapter.base["model"]["dtype"]
+    name = json.dumps(about.name) + (f", revision={json.dumps(about.branch)}" if about.branch else "")
     if about.merged:
         imports = ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
         load = [f'model = AutoModelForCausalLM.from_pretrained({name}, dtype="auto")']
-    elif about.base_name:
+    elif about.base_name and not about.branch:  # whose revision would be asked of the base model, too
         imports = ["from peft import AutoPeftModelForCausalLM", "from transformers import AutoTokenizer"]
         load = [f'model = AutoPeftModelForCausalLM.from_pretrained({name}, dtype="{dtype}")']
     else:

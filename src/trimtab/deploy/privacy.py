@@ -52,6 +52,6 @@ def leaks(text: str, folders: tuple[Path, ...] = ()) -> Iterator[str]:
     if _PEOPLE.search(text):
         yield "the path of a user's folder"
     for folder in (Path.home(), Path.cwd(), *folders):
-        if len(folder.parts) > 1 and re.search(re.escape(str(folder)) + r"(?![\w-])", text):
+        if len(folder.parts) > 1 and re.search(r"(?<![\w.-])" + re.escape(str(folder)) + r"(?![\w-])", text):
             yield "the path of a folder of this machine"
             return

@@ -5,7 +5,8 @@ rows, and a text in which any of these is found all the same is refused.
 """
 
 import hashlib
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ class Publication:
     """What is known about what is published."""
 
     name: str
-    """On the hub."""
+    """On the hub, without a revision."""
     base: BaseFacts
     adapter: Adapter
     """As it is published."""
@@ -47,6 +48,8 @@ class Publication:
     certificate: dict[str, Any] = field(default_factory=dict)
     tokenizer: bool = False
     """A tokenizer is beside it."""
+    branch: str | None = None
+    """Of the repository, if it is not the main one."""
 
     @property
     def base_name(self) -> str | None:
@@ -90,7 +93,8 @@ def publication(folder: Path, name: str, base: BaseFacts, *, merged: bool) -> Pu
         return Publication(name, base, adapter, merged)
     recipe = privacy.without_folders(yaml12.load((run / RECIPE).read_text(encoding="utf-8"), str(run / RECIPE), lines=False))
     recipe["model"]["name"] = known
-    recipe.pop("output", None)  # whose name is its user's
+    for key in ("output", "track"):  # whose names are its user's
+        recipe.pop(key, None)
     certificate = {}
     if (run / CERTIFICATE).is_file():
         whole = privacy.without_folders(read_certificate(run))
@@ -128,6 +132,17 @@ def write_publication(new: Path, folder: Path, about: Publication, write_card: C
     files.write_text(new / CARD, write_card(about))
     refuse_leaks(new, folder)
     return sorted(file.relative_to(new).as_posix() for file in new.rglob("*") if file.is_file())
+
+
+_OURS = re.compile(
+    r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|(adapter|adapter_model)\.safetensors|\w+\.jinja"
+)
+"""Weights and templates, which act where they are, whoever has put them there."""
+
+
+def replaced_files(there: Iterable[str], names: Iterable[str]) -> list[str]:
+    """The files of an earlier push to the same place that would be read with the files of this one, or instead of them."""
+    return sorted({name for name in there if _OURS.fullmatch(name)}.difference(names))
 
 
 def _copy_tokenizer(folder: Path, place: Path) -> None:

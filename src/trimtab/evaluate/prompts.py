@@ -12,6 +12,7 @@ from trimtab.core.chat import Message
 from trimtab.core.errors import DataError
 from trimtab.data.config import DataConfig
 from trimtab.data.example import Conversation, Example, InvalidExample, RawRow, RejectedExample, SourceReport, Text
+from trimtab.data.exported_messages import are_messages_with_parts
 from trimtab.data.formats import our_name, read_examples
 from trimtab.data.read import read_rows
 from trimtab.data.rendering import Tokenizing, check_texts, template_messages
@@ -87,7 +88,7 @@ def _with_mark(row: Mapping[str, Any], columns: Mapping[Any, str], templates: Ma
     named = {ours.get(name) or our_name(name, dict(row)): name for name in row}
     kept = {name: value for name, value in row.items() if our_name(name, dict(row)) not in ANSWERS}
     answer = {"role": "assistant", "content": MARK}
-    for column in ("messages", "conversations"):
+    for column in ("messages", "conversations", *(["contents"] if are_messages_with_parts(row.get("contents")) else [])):
         if column in named:
             raw = row[named[column]]
             return {**kept, named[column]: [*raw, answer] if raw and isinstance(raw, list) else raw}
@@ -100,7 +101,7 @@ def _with_mark(row: Mapping[str, Any], columns: Mapping[Any, str], templates: Ma
         return {**kept, "messages": row["chosen"]}
     names = ", ".join(map(str, row)) or "no columns"
     raise InvalidExample(
-        f"has {names}, and none of them is a prompt (messages, conversations, instruction, prompt or text). Name it, e.g. "
+        f"has {names}, and none of them is a prompt (messages, conversations, contents, instruction, prompt or text). Name it, e.g. "
         "data.columns.prompt=question"
     )
 
@@ -115,7 +116,7 @@ def _of_example(example: Example) -> Prompt | RejectedExample:
         return Prompt(example)
     if not before:
         return RejectedExample(example.where, "begins with the answer, without a prompt")
-    expected = None if last["content"] == MARK else last["content"]
+    expected = None if last["content"] in (MARK, "") else last["content"]  # a call of a tool is no text
     return Prompt(replace(example, messages=tuple(before), weights={}), expected)
 
 

@@ -129,14 +129,23 @@ def _data(settings: Settings) -> None:
         settings.recipe["data.columns"] = named
     if names:
         weights = [float(one) for one in _listed(settings.get("interleave_prob"))]
-        sources = [{**_source(name), **({"weight": weights[n]} if n < len(weights) else {})} for n, name in enumerate(names)]
+        sources = [
+            {**source, **({"weight": weights[n]} if n < len(weights) else {})}
+            for n, name in enumerate(names)
+            for source in _sources(settings, "dataset", name, together=bool(weights))
+        ]
         write_sources(settings, "dataset", sources)
         if weights:
             settings.settle("interleave_prob", "key", "", "data.train.NAME.weight", weights)
     else:
         no_sources(settings, "dataset")
     if held := _listed(settings.get("val_dataset")):
-        write_sources(settings, "val_dataset", [_source(name) for name in held], "data.eval")
+        write_sources(
+            settings,
+            "val_dataset",
+            [source for name in held for source in _sources(settings, "val_dataset", name)],
+            "data.eval",
+        )
         settings.settle("split_dataset_ratio", "unset", "val_dataset is evaluated")
     else:
         held_out(settings, "split_dataset_ratio")
@@ -153,8 +162,18 @@ def _listed(value: Any) -> list[str]:
     return [str(one) for one in value] if isinstance(value, list) else str(value).split() if value not in NOTHING else []
 
 
-def _source(name: str) -> Source:
-    """`path:subset#count`, of which the last two may be missing; subsets of a dataset's are joined with `/`."""
-    path, _, limit = name.partition("#")
+def _sources(settings: Settings, setting: str, name: str, *, together: bool = False) -> list[Source]:
+    """`HF::path:subset/subset#count`, of which all but the path may be missing: a source for each subset, unless they are counted together."""
+    hub, _, rest = name.partition("::") if name[:4] in ("HF::", "MS::") else ("", "", name)
+    if hub == "MS":
+        settings.refuse(
+            setting,
+            f"{name} is ModelScope's: download it, and give the file, or its name on the Hugging Face hub as HF::org/name",
+        )
+    path, _, limit = rest.partition("#")
     path, _, subset = path.partition(":") if "://" not in path and path[1:3] != ":\\" else (path, "", "")
-    return {"path": path, **({"subset": subset} if subset else {}), **({"limit": int(limit)} if limit else {})}
+    subsets = subset.split("/") if subset else []
+    if (limit or together) and len(subsets) > 1:
+        settings.refuse(setting, f"{name} counts several subsets together: give each as a data set of its own")
+    limited = {"limit": int(limit)} if limit else {}
+    return [{"path": path, "subset": one, **limited} for one in subsets] or [{"path": path, **limited}]

@@ -251,6 +251,23 @@ def test_nothing_that_exists_is_overwritten_by_a_folder(there, tmp_path):
     assert results(tmp_path) == before
 
 
+def test_an_updated_folder_keeps_what_is_there_and_its_folders_can_be_entered(tmp_path):
+    path = tmp_path / "folder"
+    (path / "in").mkdir(parents=True)
+    (path / "in" / "old").write_bytes(OLD)
+    with files.updated_folder(path, last="list") as new:
+        for name in ("list", "in/a", "deep/er/b"):
+            (new / name).parent.mkdir(parents=True, exist_ok=True)
+            (new / name).write_bytes(b"new")
+    assert {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()} == {
+        "list",
+        "in/old",
+        "in/a",
+        "deep/er/b",
+    }
+    assert all(folder.stat().st_mode & 0o111 == 0o111 for folder in (path / "in", path / "deep", path / "deep" / "er"))
+
+
 def test_a_folder_has_the_permissions_that_the_user_asked_of_new_ones(tmp_path):
     mask = os.umask(0o027)
     try:

@@ -14,14 +14,18 @@ import torch
 import yaml
 from markdown_it import MarkdownIt
 from templates import saved_base
+from transformers import AutoTokenizer
 
 from trimtab.artifacts import read_adapter, read_certificate
+from trimtab.base import Base
 from trimtab.cli import main
 from trimtab.core.errors import RecipeError
-from trimtab.deploy import hub_client, load_model, privacy
+from trimtab.deploy import hub_client, load_model, privacy, save_adapter
 from trimtab.deploy.base_facts import BaseFacts, base_facts
 from trimtab.deploy.model_card import model_card, text
 from trimtab.deploy.publication import publication
+from trimtab.methods import attach
+from trimtab.methods.lora import LoRA
 from trimtab.run.recipe import Recipe
 from trimtab.run.script import run_recipe
 
@@ -338,6 +342,16 @@ def test_facts_about_a_base_are_found_where_they_stand(tmp_path, run):
     card = model_card(publication(run / "adapter", "ours/first", BaseFacts(None), merged=False))
     assert "Licence of the base model: unknown" in card
     assert "license" not in metadata(card)
+
+
+def test_templates_by_name_are_published_with_the_tokenizer(run, tmp_path):
+    base = Base.load(str(run.parent / "model"))
+    named = {"default": base.tokenizer.chat_template, "tool_use": "{{ messages[0].content }}"}
+    base.tokenizer.chat_template = named
+    save_adapter(base, attach(base.model, LoRA(rank=2)), tmp_path / "adapter")
+    assert main(["push", str(tmp_path / "adapter"), "ours/first", "--force", "--output", str(tmp_path / "out")]) == 0
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == named
+    assert read_adapter(tmp_path / "out").method == read_adapter(tmp_path / "adapter").method
 
 
 def test_what_trimtab_did_not_save_is_not_pushed(hub, run, tmp_path, capsys):

@@ -129,9 +129,8 @@ def new_folder(path: Path) -> Iterator[Path]:
         temporary = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}{path.name}-", dir=path.parent))
         try:
             yield temporary
-            for file in sorted(temporary.rglob("*")):
-                if file.is_file():
-                    _finish(file)
+            for file in filter(Path.is_file, temporary.rglob("*")):
+                _finish(file)
             _sync_folder(temporary)
             temporary.chmod(0o777 & ~_umask())
             os.rename(temporary, path)
@@ -162,9 +161,10 @@ def updated_folder(path: Path, last: str) -> Iterator[Path]:
         return
     with storage_errors(path), tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=path) as temporary:
         yield Path(temporary)
-        for file in sorted(Path(temporary).iterdir(), key=lambda file: file.name == last):
+        for file in sorted(filter(Path.is_file, Path(temporary).rglob("*")), key=lambda file: file.name == last):
             _finish(file)
-            os.replace(file, path / file.name)
+            (place := path / file.relative_to(temporary)).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, place)
         _sync_folder(path)
 
 

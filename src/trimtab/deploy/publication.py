@@ -139,6 +139,8 @@ _OURS = re.compile(
 )
 """Weights and templates, which act where they are, whoever has put them there."""
 
+_TOKENIZERS = re.compile(r"[\w.-]+|additional_chat_templates/[\w-]+\.jinja")
+
 
 def replaced_files(there: Iterable[str], names: Iterable[str]) -> list[str]:
     """The files of an earlier push to the same place that would be read with the files of this one, or instead of them."""
@@ -146,9 +148,9 @@ def replaced_files(there: Iterable[str], names: Iterable[str]) -> list[str]:
 
 
 def _copy_tokenizer(folder: Path, place: Path) -> None:
-    """Copy the other files that an adapter's manifest lists."""
+    """Copy the other files that an adapter's manifest lists, if they are where a tokenizer has its own."""
     for name in files.read_manifest(folder / MANIFEST, FORMAT, KEYS)["files"]:
-        if name not in (CONFIG, PEFT_WEIGHTS, HUB_WEIGHTS, TEMPLATE, TEMPLATES) and "/" not in name:
+        if name not in (CONFIG, PEFT_WEIGHTS, HUB_WEIGHTS, TEMPLATE, TEMPLATES) and _TOKENIZERS.fullmatch(name):
             files.write_bytes(place / name, (folder / name).read_bytes())
 
 

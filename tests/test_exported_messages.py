@@ -410,7 +410,7 @@ def test_geminis_parts_may_be_texts():
 
 def test_systems_of_two_names_are_refused_and_one_is_not_called_ignored():
     row = {"messages": [user("a"), assistant("b")], "systemInstruction": {"parts": [{"text": "S"}]}}
-    assert "two system messages" in read({**row, "system": "other"})
+    assert "has system and systemInstruction: leave one out" in read({**row, "system": "other"})
     report = SourceReport(("rows",))
     (example,) = read_examples([("rows:1", row)], {}, report)
     assert example.messages[0] == {"role": "system", "content": "S"}

@@ -230,9 +230,7 @@ def _system(row: dict[str, Any], messages: Sequence[Message] = (), column: str =
     if not given:
         return []
     if len(given) > 1:
-        raise InvalidExample(
-            f"has {' and '.join(given)}, two system messages: leave one out, for example with data.ignore=[system]"
-        )
+        raise InvalidExample(f"has {' and '.join(given)}: leave one out, for example with data.ignore=[system]")
     ((name, system),) = given.items()
     message = {"role": "system", "content": text_of(system, name)}
     if messages and messages[0]["role"] == "system":

@@ -88,7 +88,9 @@ def _with_mark(row: Mapping[str, Any], columns: Mapping[Any, str], templates: Ma
     named = {ours.get(name) or our_name(name, dict(row)): name for name in row}
     kept = {name: value for name, value in row.items() if our_name(name, dict(row)) not in ANSWERS}
     answer = {"role": "assistant", "content": MARK}
-    for column in ("messages", "conversations", *(["contents"] if are_messages_with_parts(row.get("contents")) else [])):
+    if are_messages_with_parts(row.get("contents")):
+        return {**kept, "contents": [*row["contents"], {"role": "model", "parts": [MARK]}]}
+    for column in ("messages", "conversations"):
         if column in named:
             raw = row[named[column]]
             return {**kept, named[column]: [*raw, answer] if raw and isinstance(raw, list) else raw}

@@ -143,10 +143,6 @@ EXPORTS = {
 }  # fmt: skip
 
 
-def system(content):
-    return {"role": "system", "content": content}
-
-
 def read(row):
     """The example, or why it is refused."""
     report = SourceReport(("rows",))
@@ -403,24 +399,13 @@ def test_nulls_that_a_table_adds_are_nothing():
     assert [m["tool_call_id"] for m in read({"messages": without}).messages if m["role"] == "tool"] == ids
 
 
-def test_geminis_parts_may_be_texts():
-    contents = [{"role": "user", "parts": ["a"]}, {"role": "model", "parts": "b"}]
-    assert read({"contents": contents}) == read({"messages": [user("a"), assistant("b")]})
-
-
 def test_systems_of_two_names_are_refused_and_one_is_not_called_ignored():
     row = {"messages": [user("a"), assistant("b")], "systemInstruction": {"parts": [{"text": "S"}]}}
-    assert "has system and systemInstruction: leave one out" in read({**row, "system": "other"})
+    assert "has a column system and systemInstruction: leave one out" in read({**row, "system": "other"})
     report = SourceReport(("rows",))
     (example,) = read_examples([("rows:1", row)], {}, report)
     assert example.messages[0] == {"role": "system", "content": "S"}
     assert not report.ignored_columns
-
-
-def test_bedrocks_marks_of_what_is_cached_say_nothing():
-    mark = {"cachePoint": {"type": "default"}}
-    row = {"system": [{"text": "S"}, mark], "messages": [{"role": "user", "content": [{"text": "a"}, mark]}, assistant("b")]}
-    assert read(row) == read({"messages": [system("S"), user("a"), assistant("b")]})
 
 
 @pytest.mark.parametrize("role", ["tool", "function"])
@@ -428,7 +413,7 @@ def test_what_a_tool_says_beside_its_result_is_refused(role):
     result = {"type": "tool_result", "tool_use_id": "1", "content": "r"}
     before = [user("a"), {"role": "assistant", "content": [{"type": "tool_use", "id": "1", "name": "f", "input": {}}]}]
     parts = [result, {"type": "text", "text": "more"}]
-    assert "no result" in read({"messages": [*before, {"role": role, "content": parts}, assistant("b")]})
+    assert "only a user's message has both" in read({"messages": [*before, {"role": role, "content": parts}, assistant("b")]})
     alone = read({"messages": [*before, {"role": role, "content": [result]}, assistant("b")]})
     assert (
         read({"messages": [*before, {"role": role, "content": [result, {"type": "text", "text": " "}]}, assistant("b")]})

@@ -60,9 +60,7 @@ def _unwrapped(message: Any, place: str) -> Any:
     if kind in LANGCHAIN and "content" in message:
         return _of_langchain(message, kind, place)
     if "parts" in message and "content" not in message:
-        parts = message["parts"] if isinstance(message["parts"], list) else [message["parts"]]
-        parts = [{"text": part} if isinstance(part, str) else part for part in parts]
-        return {"role": message.get("role") or "user", "content": parts, **_others(message, {"role", "parts"})}
+        return {"role": message.get("role") or "user", "content": message["parts"], **_others(message, {"role", "parts"})}
     return _others(message, ABOUT_RESPONSE) if message.get("type") == "message" and "role" in message else message
 
 
@@ -157,12 +155,7 @@ def _trained_by(message: dict[str, Any]) -> dict[str, Any]:
 def system_parts(system: Any) -> Any:
     """A system message as a text or content parts: Gemini's has its parts in an object, Bedrock's parts have no type."""
     parts = system.get("parts") if isinstance(system, dict) else system
-    return _typed_all(parts) if isinstance(parts, list) else parts
-
-
-def _typed_all(parts: list[Any]) -> list[Any]:
-    """Content parts in Anthropic's form, without those that mark what Bedrock caches."""
-    return [typed for part in parts if not _is(typed := _typed(part), "cachePoint")]
+    return [_typed(part) for part in parts] if isinstance(parts, list) else parts
 
 
 def _apart(place: str, message: Any) -> list[Placed]:
@@ -170,7 +163,7 @@ def _apart(place: str, message: Any) -> list[Placed]:
     content = message.get("content") if isinstance(message, dict) and "from" not in message else None
     if not isinstance(content, list):
         return [(place, message)]
-    parts = _typed_all(content)
+    parts = [_typed(part) for part in content]
     kinds = [part.get("type") if isinstance(part, dict) else None for part in parts]
     answers = str(message.get("role")).strip().lower() in ("assistant", "model", "ai")
     wrong = RESULT if answers else CALL
@@ -205,11 +198,10 @@ def _with_calls(message: dict[str, Any], parts: list[Any], place: str) -> dict[s
 def _results_apart(place: str, message: dict[str, Any]) -> list[Placed]:
     """A user's message as tool messages, and what else it says as messages of its own, in their order."""
     apart: list[Placed] = []
-    role = str(message.get("role")).strip().lower()
     for part in message["content"]:
         if _is(part, RESULT):
             content = part.get("content")
-            content = _typed_all(content) if isinstance(content, list) else content
+            content = [_typed(inner) for inner in content] if isinstance(content, list) else content
             result = {
                 "role": "tool",
                 "content": content or "",
@@ -217,15 +209,11 @@ def _results_apart(place: str, message: dict[str, Any]) -> list[Placed]:
                 "name": part.get("name"),
             }
             apart.append((f"{place}: its {RESULT}", result | _trained_by(message)))
-        elif _is(part, "text") and not str(part.get("text")).strip() and (not apart or apart[-1][1]["role"] == "tool"):
-            continue
-        elif role not in ("user", "human"):
-            raise InvalidExample(
-                f"{place}.content has a part beside a {RESULT}, which is no result: only the user's messages have both"
-            )
-        elif apart and apart[-1][1]["role"] != "tool":
+        elif apart and apart[-1][0] == place:
             apart[-1][1]["content"].append(part)
-        else:
+        elif not _is(part, "text") or str(part.get("text")).strip():
+            if str(message["role"]).lower() not in ("user", "human"):
+                raise InvalidExample(f"{place}.content has a {RESULT} and what is none, and only a user's message has both")
             apart.append((place, {**message, "content": [part]}))
     return apart
 

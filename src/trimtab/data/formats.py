@@ -229,15 +229,11 @@ def _system(row: dict[str, Any], messages: Sequence[Message] = (), column: str =
     given = {name: system_parts(row[name]) for name in ("system", *GEMINI) if row.get(name) not in (None, "")}
     if not given:
         return []
-    if len(given) > 1:
-        raise InvalidExample(f"has {' and '.join(given)}: leave one out, for example with data.ignore=[system]")
-    ((name, system),) = given.items()
-    message = {"role": "system", "content": text_of(system, name)}
-    if messages and messages[0]["role"] == "system":
-        raise InvalidExample(
-            f"has a column {name} and a system message in {column}: leave one out, for example with data.ignore=[{name}]"
-        )
-    return [message]
+    (name, system), *more = given.items()
+    others = [*dict(more), *([f"a system message in {column}"] if messages and messages[0]["role"] == "system" else [])]
+    if others:
+        raise InvalidExample(f"has a column {name} and {others[0]}: leave one out, for example with data.ignore=[{name}]")
+    return [{"role": "system", "content": text_of(system, name)}]
 
 
 def _turns(column: str) -> Callable[[dict[str, Any], str], Example]:

@@ -89,7 +89,7 @@ def _with_mark(row: Mapping[str, Any], columns: Mapping[Any, str], templates: Ma
     kept = {name: value for name, value in row.items() if our_name(name, dict(row)) not in ANSWERS}
     answer = {"role": "assistant", "content": MARK}
     if are_messages_with_parts(row.get("contents")):
-        return {**kept, "contents": [*row["contents"], {"role": "model", "parts": [MARK]}]}
+        return {**kept, "contents": [*row["contents"], {"role": "model", "parts": [{"text": MARK}]}]}
     for column in ("messages", "conversations"):
         if column in named:
             raw = row[named[column]]

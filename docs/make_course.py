@@ -45,7 +45,8 @@ def write(pattern: str, words: str) -> None:
 def main(names: list[str]) -> None:
     seconds = json.loads(SECONDS.read_text(encoding="utf-8")) if names else {}
     if not names:
-        shutil.rmtree(ROOT / "runs" / "course", ignore_errors=True)
+        shutil.rmtree(SECONDS.parent, ignore_errors=True)
+        SECONDS.parent.mkdir(parents=True)
     for script in sorted((ROOT / "examples").glob("[0-9][0-9]_*.py")):
         if names and script.name[:2] not in names:
             continue

@@ -231,7 +231,7 @@ def module_of(name):
 
 def test_the_pages_outputs_are_written_by_a_script(tmp_path, monkeypatch):
     make = module_of("make_course")
-    (tmp_path / "runs" / "course").mkdir(parents=True)
+    (tmp_path / "runs" / "course" / "of an earlier run").mkdir(parents=True)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     for name, path in (
         ("ROOT", tmp_path),
@@ -241,9 +241,9 @@ def test_the_pages_outputs_are_written_by_a_script(tmp_path, monkeypatch):
         monkeypatch.setattr(make, name, path)
     monkeypatch.setattr(make, "computed", iter(range(0, 6000, 60)).__next__)  # a minute each
     monkeypatch.setattr(make, "printed", lambda script: "\n".join(of_page(script.stem)))
-    monkeypatch.setattr(make.shutil, "rmtree", lambda *_, **__: None)
     make.PAGE.write_text(PAGE, encoding="utf-8")
     make.main([])
+    assert [path.name for path in make.SECONDS.parent.iterdir()] == ["s.json"]
     same = re.sub(make.TOOK, "They took 10 minutes of a core's time", PAGE)
     assert make.PAGE.read_text(encoding="utf-8") == same
     monkeypatch.setattr(make, "printed", lambda script: r"another \1")

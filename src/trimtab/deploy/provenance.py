@@ -1,6 +1,7 @@
 """The content of an adapter's folder, library versions included."""
 
 import platform
+from functools import cache
 from importlib import metadata
 from typing import Any
 
@@ -14,13 +15,16 @@ PACKAGES = ("trimtab", "torch", "transformers", "tokenizers", "safetensors")
 
 def versions() -> dict[str, str]:
     """The versions of Python and of the libraries that an adapter's results depend on."""
-    installed = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            installed[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            installed[package] = "not installed as a package"
-    return installed
+    return {"python": platform.python_version(), **{package: _version(package) for package in PACKAGES}}
+
+
+@cache
+def _version(package: str) -> str:
+    """Read once: it takes milliseconds, and every checkpoint and every page asks."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed as a package"
 
 
 def adapter_contents(

@@ -23,11 +23,10 @@ WHOLE = os.environ.get("TRIMTAB_WHOLE") == "1"
 
 
 def combinations(methods, others):
-    """Each method with two of the others (one of three or fewer), and the first one with all of them; or everything with everything."""
+    """Each method with one of the others, in turn, and the first one with all of them; or everything with everything."""
     if WHOLE:
         return [(method, other) for method in methods for other in others]
-    each = 1 if len(others) <= 3 else 2
-    sample = [(method, others[(n + k * 2) % len(others)]) for n, method in enumerate(methods) for k in range(each)]
+    sample = [(method, others[n % len(others)]) for n, method in enumerate(methods)]
     return list(dict.fromkeys([*((methods[0], other) for other in others), *sample]))
 
 

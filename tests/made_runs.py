@@ -109,14 +109,15 @@ def data(text=None):
 
 
 def certificate(passed=True, text=None):
-    gain = "sft loss on 60 held-out examples: adapter 0.0359, base model 2.4300, difference -2.3941 (95 % interval -2.4713 to -2.2246)"
+    gain = "sft loss on 60 held-out examples: adapter 0.0359, base model 2.4300"
     tests = [
-        ("reload", "passed", "reproduced"),
-        ("stops", "passed" if passed else "failed", text or "8 of 8 answers stopped at EOS"),
-        ("gain", "passed", gain),
+        ("reload", "passed", "reproduced", None),
+        ("stops", "passed" if passed else "failed", text or "8 of 8 answers stopped at EOS", None),
+        ("gain", "passed", gain, [-2.3941, -2.4713, -2.2246]),
     ]
     return {
-        "passed": passed, "tests": [dict(zip(("name", "status", "words"), test, strict=True)) for test in tests], "canaries": [],
+        "passed": passed, "canaries": [],
+        "tests": [dict(zip(("name", "status", "words", "difference"), test, strict=True)) for test in tests],
         "answers": [{"text": (text or "yes").replace("\ud800", ""), "ended": "length"}],
         "losses": {"adapter": {"held_out": 0.0359, "general": 3.2}, "base": {"held_out": 2.43, "general": 3.1}},
         "files": {}, "base": FINGERPRINT, "data_digest": "cd" * 32, "versions": VERSIONS,

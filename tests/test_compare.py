@@ -133,7 +133,9 @@ def test_each_example_has_its_own_loss_before_training_and_of_the_best_adapter(n
 
 
 def test_the_losses_are_those_of_the_best_adapter_rather_than_of_the_last(here):
-    train("late", "train.lr=0.6", "train.epochs=6")
+    wrong = [{**row, "completion": "no " if row["completion"].startswith("yes") else "yes "} for row in ROWS[:16]]
+    write_rows(Path("wrong.jsonl"), wrong)  # the more is learned, the less likely these answers are
+    train("late", "data.eval=wrong.jsonl", "train.epochs=6")
     record, kept = json.loads(Path("late/run.json").read_text()), read_losses(Path("late"))
     assert record["best"]["step"] < record["last"]["step"]
     assert record["best"]["eval_loss"] < record["last"]["eval_loss"] - 0.01

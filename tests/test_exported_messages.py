@@ -421,6 +421,34 @@ def test_what_a_tool_says_beside_its_result_is_refused(role):
     )
 
 
+def failed(export):
+    """An export whose first result says that the call failed."""
+    row = json.loads(json.dumps(EXPORTS[export]))
+    marks = {"is_error": True} if "is_error" in json.dumps(row) else {"status": "error"}
+
+    def mark(value):
+        if isinstance(value, dict):
+            if {"is_error", "status"} & value.keys() and {"tool_use_id", "toolUseId", "tool_call_id"} & value.keys():
+                value |= marks
+                return True
+            return any(mark(one) for one in value.values())
+        return isinstance(value, list) and any(mark(one) for one in value)
+
+    assert mark(row)
+    return row
+
+
+@pytest.mark.parametrize(
+    "export", [name for name in EXPORTS if "is_error" in json.dumps(EXPORTS[name]) or '"success"' in json.dumps(EXPORTS[name])]
+)
+def test_that_a_call_has_failed_is_not_lost(export):
+    """It is a key of the message: a template that does not write it has the example refused, as with all that nothing reads."""
+    results = [message for message in read(failed(export)).messages if message["role"] == "tool"]
+    assert [message.get("is_error") for message in results].count(True) == 1
+    assert "is_error" in taught(base("qwen3"), failed(export))
+    assert isinstance(taught(base("qwen3"), EXPORTS[export]), list)
+
+
 # What is refused
 
 USE = {"type": "tool_use", "id": "1", "name": "f", "input": {}}

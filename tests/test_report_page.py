@@ -225,15 +225,22 @@ def test_a_certificate_that_failed_is_the_verdict_and_has_advice(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("interval", "said"),
-    [("+0.1 (95 % interval +0.05 to +0.2)", "rose from"), ("-0.1 (95 % interval -0.3 to +0.2)", "did not change beyond noise")],
+    ("difference", "said"),
+    [
+        ([0.1, 0.05, 0.2], "rose from"),
+        ([-0.1, -0.3, 0.2], "did not change beyond noise"),
+        (None, "fell from 2.43 to 0.0359 (difference"),
+    ],
 )
-def test_a_loss_that_did_not_fall_is_not_called_fallen(tmp_path, interval, said):
+def test_a_loss_that_did_not_fall_is_not_called_fallen(tmp_path, difference, said):
+    """Without an interval, as in certificates of earlier versions, the losses alone speak."""
     folder = made_up(tmp_path / "run")
     certificate = {key: value for key, value in read_certificate(folder).items() if key not in ("format", "digest")}
-    certificate["tests"][2] |= {"words": f"sft loss …, difference {interval}"}
+    certificate["tests"][2] |= {"difference": difference}
     files.write_manifest(folder / "certificate.json", 2, certificate)
-    assert f"Validation loss {said}" in words(run_report(folder))
+    (sentence,) = re.findall(r"Validation loss [^;]*; the certificate", words(run_report(folder)))
+    assert sentence.startswith(f"Validation loss {said}")
+    assert ("interval" in sentence) == (difference is not None)
 
 
 def test_examples_that_got_worse_are_counted(tmp_path):

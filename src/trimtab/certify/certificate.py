@@ -40,6 +40,8 @@ class Test:
     name: str
     status: Literal["passed", "noted", "failed"]
     words: str
+    difference: tuple[float, float, float] | None = None
+    """Of a loss, from the base model's to the adapter's, and the ends of its 95 % interval."""
 
 
 def canaries(data: LoadedData) -> list[TokenRow]:
@@ -190,23 +192,24 @@ def _test_gain(measured: dict[str, Any], objective: Objective) -> Test:
     if "held_out" not in measured["base"]:
         return Test("gain", "noted", "the base model can't read the held-out examples, which have new tokens")
     ours, theirs = measured["adapter"]["held_out"], measured["base"]["held_out"]
-    difference, (low, high) = paired_difference(ours["sums"], theirs["sums"], ours["counts"])
     other = "reference model" if objective.needs_reference else "base model"
-    message = (
-        f"{objective.name} loss on {len(ours['counts']):,} held-out examples: adapter {ours['loss']:.4f}, {other} {theirs['loss']:.4f}, "
-        f"difference {difference:+.4f} (95 % interval {low:+.4f} to {high:+.4f})"
-    )
-    return Test("gain", "failed" if low > 0 else "passed" if high < 0 else "noted", message)
+    losses, found = _compared(ours, theirs, other)
+    _, low, high = found
+    message = f"{objective.name} loss on {len(ours['counts']):,} held-out examples: {losses}"
+    return Test("gain", "failed" if low > 0 else "passed" if high < 0 else "noted", message, found)
 
 
 def _test_forgetting(measured: dict[str, Any]) -> Test:
     ours, theirs = measured["adapter"]["general"], measured["base"]["general"]
+    losses, found = _compared(ours, theirs, "base model")
+    return Test("forgetting", "noted" if found[0] > FORGOTTEN else "passed", f"loss on general text: {losses}", found)
+
+
+def _compared(ours: dict[str, Any], theirs: dict[str, Any], other: str) -> tuple[str, tuple[float, float, float]]:
+    """The losses of the adapter and of another model, in words, and their difference with its 95 % interval."""
     difference, (low, high) = paired_difference(ours["sums"], theirs["sums"], ours["counts"])
-    message = (
-        f"loss on general text: adapter {ours['loss']:.4f}, base model {theirs['loss']:.4f}, "
-        f"difference {difference:+.4f} (95 % interval {low:+.4f} to {high:+.4f})"
-    )
-    return Test("forgetting", "noted" if difference > FORGOTTEN else "passed", message)
+    words = f"adapter {ours['loss']:.4f}, {other} {theirs['loss']:.4f}, difference {difference:+.4f}"
+    return f"{words} (95 % interval {low:+.4f} to {high:+.4f})", (difference, low, high)
 
 
 def verify_files(folder: Path) -> dict[str, Any]:

@@ -76,9 +76,8 @@ def _of_langchain(message: dict[str, Any], kind: str, place: str) -> dict[str, A
     more = message.get("additional_kwargs") or {}
     said = {key: more[key] for key in ("tool_calls", "function_call", "reasoning_content") if more.get(key)}
     told = {key: value for key, value in message.items() if key not in ABOUT_RESPONSE and value not in (None, [])}
-    if kind in ("tool", "function"):
-        told.pop("status", None)
-    return {"role": kind, "content": message["content"], **said, **told}
+    failed = {"is_error": True} if message.get("status") == "error" else {}
+    return {"role": kind, "content": message["content"], **said, **told, **failed}
 
 
 # Items of responses
@@ -208,7 +207,8 @@ def _results_apart(place: str, message: dict[str, Any]) -> list[Placed]:
                 "tool_call_id": part.get("tool_use_id"),
                 "name": part.get("name"),
             }
-            apart.append((f"{place}: its {RESULT}", result | _trained_by(message)))
+            failed = {"is_error": True} if part.get("is_error") else {}  # which a template writes, or the example is refused
+            apart.append((f"{place}: its {RESULT}", result | failed | _trained_by(message)))
         elif apart and apart[-1][0] == place:
             apart[-1][1]["content"].append(part)
         elif not _is(part, "text") or str(part.get("text")).strip():
@@ -249,7 +249,9 @@ _UNTYPED = {
         "type": RESULT, "tool_use_id": v.get("id"), "name": v.get("name"), "content": json.dumps(v.get("response"), ensure_ascii=False),
     },
     ("toolUse",): lambda v: {"type": CALL, "id": v.get("toolUseId"), "name": v.get("name"), "input": v.get("input")},
-    ("toolResult",): lambda v: {"type": RESULT, "tool_use_id": v.get("toolUseId"), "content": v.get("content")},
+    ("toolResult",): lambda v: {
+        "type": RESULT, "tool_use_id": v.get("toolUseId"), "content": v.get("content"), "is_error": v.get("status") == "error",
+    },
     ("reasoningContent",): lambda v: {"type": "thinking", "text": (v.get("reasoningText") or {}).get("text")},
 }  # fmt: skip
 """Names of parts without a type -> Anthropic's form of them: Gemini's and Bedrock's."""

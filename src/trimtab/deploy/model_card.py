@@ -16,7 +16,6 @@ from trimtab.deploy.publication import Publication
 HUB = "https://huggingface.co"
 UNKNOWN = "FOLDER_OF_THE_BASE_MODEL"
 """In the place of a base model that has no name that others know."""
-_DIFFERENCE = re.compile(r"difference (\S+) \(95 % interval (\S+) to (\S+)\)")
 _MARKUP = re.compile(r"([\\`*_{}\[\]<>#|~$&]|:(?=//)|(?<=www)\.|@(?=\w))")
 _QUESTION = "What is the capital of France?"
 
@@ -234,16 +233,16 @@ def _results(about: Publication) -> Iterator[str]:
     losses = about.certificate.get("losses")
     if not losses:
         return
-    words = {test["name"]: test["words"] for test in about.certificate["tests"]}
+    differences = {test["name"]: test.get("difference") for test in about.certificate["tests"]}
     rows = []
     for on, name, test in (
         ("held_out", _loss_name(about, "held_out"), "gain"),
         ("general", "Loss on general text", "forgetting"),
     ):
         if on in losses["adapter"]:
-            found = _DIFFERENCE.search(words.get(test, ""))
             before = f"{losses['base'][on]:.4f}" if on in losses["base"] else "unknown"
-            change = f"{found[1]} ({found[2]} to {found[3]})" if found else "unknown"
+            found = differences.get(test)
+            change = "{:+.4f} ({:+.4f} to {:+.4f})".format(*found) if found else "unknown"
             rows.append((name, before, f"{losses['adapter'][on]:.4f}", change))
     other = "Reference model" if about.record.get("reference") else "Base model"
     yield from (

@@ -51,11 +51,11 @@ def tracked(recipe: Recipe, folder: Path, observer: RunObserver) -> Iterator[Tra
         observer: Is told where each tracker's numbers go, and of its failure.
     """
     processes = [TrackerProcess(tracker, folder) for tracker in recipe.track]
-    for process in processes:
-        observer.on_tracker(process.tracker.name, process.tracker.place(folder / TRACKERS / process.tracker.name))
-        process.start()
     tracking, status = Tracking(processes, observer), "failed"
     try:
+        for process in processes:
+            observer.on_tracker(process.tracker.name, process.tracker.place(folder / TRACKERS / process.tracker.name))
+            process.start()
         yield tracking
         status = "done"
     except KeyboardInterrupt:

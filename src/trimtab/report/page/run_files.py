@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,8 +30,6 @@ _NOT_MEASURES = {
     "rows",
     "answers",
 }
-_DIFFERENCE = re.compile(r"difference ([+-][\d.]+) \(95 % interval ([+-][\d.]+) to ([+-][\d.]+)\)")
-"""In the words of a certificate's test, which alone have the interval."""
 
 
 class Difference(NamedTuple):
@@ -89,9 +86,9 @@ class RunFiles:
         return next((test for test in tests if test["name"] == name), None)
 
     def difference(self, name: str) -> Difference | None:
-        """That of the test `gain` or `forgetting`."""
-        found = _DIFFERENCE.search((self.test(name) or {}).get("words", ""))
-        return Difference(*(float(value) for value in found.groups())) if found else None
+        """That of the test `gain` or `forgetting`; certificates of earlier versions have it in words alone."""
+        found = (self.test(name) or {}).get("difference")
+        return Difference(*found) if found else None
 
     def change_of_losses(self) -> Difference | None:
         """From before training to the best adapter, by the losses of examples."""

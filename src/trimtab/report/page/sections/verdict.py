@@ -51,9 +51,8 @@ def _outcome(run: RunFiles) -> Words:
     if first is None:
         return fill(texts.LOWEST, loss=loss, after=number(value_of(best)), count=count)
     before, after, interval = value_of(first), value_of(best), None
-    if not run.record.get(
-        "start"
-    ):  # else the certificate compares with the base model, and not with the adapter before training
+    from_base = not run.record.get("start")
+    if from_base:  # which is what the certificate compares with
         measured = (run.certificate or {}).get("losses", {})
         certified = [measured.get(model, {}).get("held_out") for model in ("base", "adapter")]
         before, after = (before, after) if None in certified else certified

@@ -20,7 +20,7 @@ from trimtab.artifacts.run_folder import (
 from trimtab.base import Base
 from trimtab.core import files
 from trimtab.core.errors import ArtifactError, NotCertified
-from trimtab.core.process import environment, module_command
+from trimtab.core.process import environment_alone, module_command
 from trimtab.data import LoadedData, last_answer_start, row_groups
 from trimtab.data.example import TokenRow
 from trimtab.deploy import versions
@@ -139,7 +139,7 @@ def _prompts(data: LoadedData) -> dict[str, Any]:
 def _measure_in_new_process(job: dict[str, Any]) -> dict[str, Any]:
     done = subprocess.run(
         module_command("trimtab.certify.fresh_process"), input=json.dumps(job), capture_output=True, text=True, check=False,
-        env=environment(),
+        env=environment_alone(),
     )  # fmt: skip
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:] or ["it printed nothing"]

@@ -79,6 +79,18 @@ class StorageError(TrimtabError):
     exit_code = 6
 
 
+class ProcessLost(TrimtabError):
+    """Another process of the same run that was killed, or whose machine can't be reached."""
+
+    exit_code = 6
+
+
+class ProcessesDiffer(TrimtabError):
+    """Processes of one run that do not have the same model, data or adapter."""
+
+    exit_code = 5
+
+
 class NotCertified(TrimtabError):
     """A finished run whose adapter does not pass its certificate's tests."""
 

@@ -58,6 +58,16 @@ def interrupts_deferred() -> Iterator[None]:
         signal.raise_signal(number)
 
 
+@contextmanager
+def noting_interrupts(note: Callable[[], None]) -> Iterator[None]:
+    """Within the block, a signal that would raise KeyboardInterrupt calls `note` instead."""
+    before = _install({number: lambda *_: note() for number in SIGNALS if callable(signal.getsignal(number))})
+    try:
+        yield
+    finally:
+        _install(before)
+
+
 def _install(handlers: dict[int, Any]) -> dict[int, Callable[..., Any]]:
     """Install handlers, and return the previous ones. In other threads than the main one, where Python forbids it, do nothing."""
     if threading.current_thread() is not threading.main_thread():

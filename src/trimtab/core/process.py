@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from trimtab.core.processes import VARIABLES
+
 
 @contextmanager
 def gc_paused() -> Iterator[None]:
@@ -62,6 +64,11 @@ def environment() -> dict[str, str]:
     if sys.platform == "linux" and not any(name in os.environ for name in ALLOCATOR):
         defaults[ALLOCATOR[0]] = "expandable_segments:True"
     return defaults | os.environ
+
+
+def environment_alone() -> dict[str, str]:
+    """The same, for a process that is not one of those that train together, if this one is."""
+    return {name: value for name, value in environment().items() if name not in VARIABLES}
 
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from trimtab.core.process import environment, module_command
+from trimtab.core.process import environment_alone, module_command
 from trimtab.track._base import Tracker
 
 LIMIT = 10.0
@@ -45,7 +45,7 @@ class TrackerProcess:
 
         folder, own = self.folder.absolute(), self.folder.absolute() / TRACKERS / self.tracker.name
         changes = self.tracker.environment(own)
-        variables = {**environment(), **{key: value for key, value in changes.items() if value is not None}}
+        variables = {**environment_alone(), **{key: value for key, value in changes.items() if value is not None}}
         variables = {key: value for key, value in variables.items() if changes.get(key, "") is not None}
         job = {"tracker": self.tracker.plain(), "folder": str(own), "name": folder.name, "patience": self.patience}
         job |= {name: str(folder / file) for name, file in (("record", RUN), ("recipe", RECIPE), ("metrics", METRICS))}

@@ -1,0 +1,244 @@
+"""The processes that train together: which of them this one is, and what they tell each other.
+
+One process alone is a group of one, in which everything here does nothing; so nobody asks how many there are. Whoever starts several
+(torchrun, accelerate, deepspeed, or `devices` in a recipe) says so in the environment, by the names that torch has for it.
+
+What processes tell is JSON or safetensors: torch's own collectives of objects read pickles.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from trimtab.core.errors import ProcessesDiffer
+from trimtab.core.interrupts import REPEAT_WINDOW, noting_interrupts
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+T = TypeVar("T")
+WAIT = timedelta(hours=24)
+"""How long one process may be busy with what the others wait for: the tokens of a large corpus, an evaluation, a certificate."""
+STEP = timedelta(minutes=30)
+"""How long one process may be behind the others within a step."""
+
+
+class Processes:
+    """A group of processes, and this one's place in it."""
+
+    def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0, local_size: int = 1) -> None:
+        """
+        Args:
+            rank: Of this process, from 0.
+            local_rank: Its number among those on this machine, of which there are `local_size`.
+        """
+        self.rank, self.size, self.local_rank, self.local_size = rank, size, local_rank, local_size
+        self.equal_passes = False
+        """Whether all must make the same number of passes, because the base model's shards are gathered in each."""
+        self.told_to_stop = False
+        """Whether one of them has been interrupted. Every exchange says so, and all hear of it in the same one."""
+        self.waited = 0.0
+        """Seconds in exchanges so far."""
+        self.store: Any = None
+        """What they all can write to, and read, without each other's help."""
+        self._interrupts: list[float] = []
+        self._control: Any = None
+
+    @classmethod
+    def of_environment(cls) -> "Processes":
+        size = _number("WORLD_SIZE", 1)
+        if size == 1:
+            return cls()
+        return cls(_number("RANK", 0), size, _number("LOCAL_RANK", 0), _number("LOCAL_WORLD_SIZE", 1))
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes and speaks."""
+        return self.rank == 0
+
+    @property
+    def first_here(self) -> bool:
+        """Whether this is the first process of its machine."""
+        return self.local_rank == 0
+
+    def open(self) -> None:
+        """Connect the processes, once."""
+        if self.size == 1 or self._control is not None:
+            return
+        import torch
+        import torch.distributed as dist
+
+        on_cuda = torch.cuda.is_available()
+        if on_cuda:
+            torch.cuda.set_device(self.local_rank % torch.cuda.device_count())
+        self.store, _, _ = next(iter(dist.rendezvous("env://", self.rank, self.size, timeout=STEP)))
+        backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
+        dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.size, timeout=STEP)
+        self._control = dist.new_group(backend="gloo", timeout=WAIT)
+
+    def close(self) -> None:
+        """Disconnect; nobody must be waiting for this process any more."""
+        if self._control is not None:
+            import torch.distributed as dist
+
+            self._control = self.store = None
+            dist.destroy_process_group()
+
+    # Exchanges
+
+    def sum_(self, tensor: "Tensor") -> None:
+        """Replace a tensor by its sum over all processes, which is the same to the bit in all of them."""
+        if self.size > 1:
+            import torch.distributed as dist
+
+            with self._waiting():
+                dist.all_reduce(tensor)
+
+    def from_first_(self, tensor: "Tensor") -> None:
+        """Replace a tensor by that of the first process."""
+        if self.size > 1:
+            import torch.distributed as dist
+
+            with self._waiting():
+                dist.broadcast(tensor, 0)
+
+    def tell(self, own: Any) -> list[Any]:
+        """What each process says, as JSON data, in the order of their ranks. Floats arrive as they are."""
+        if self.size == 1:
+            return [own]
+        return [json.loads(said) for said in self._exchange(json.dumps(own).encode())]
+
+    def told_by_first(self, say: Callable[[], T]) -> T:
+        """What the first process says, as JSON data; the others are not asked."""
+        said: T = self.tell(say() if self.first else None)[0]
+        return said
+
+    def gather(self, own: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
+        """Tensors on the host of all processes by their names, of which no two have the same."""
+        if self.size == 1:
+            return dict(own)
+        from safetensors.torch import load, save
+
+        found: dict[str, Tensor] = {}
+        for said in self._exchange(save({name: tensor.detach().contiguous() for name, tensor in own.items()})):
+            found |= load(said)
+        return found
+
+    def wait(self) -> None:
+        """Wait until all processes are here."""
+        self.tell(None)
+
+    def agree(self, what: str, fact: Any) -> None:
+        """Raise ProcessesDiffer unless all processes have the same fact, as JSON data.
+
+        Args:
+            what: What the fact is, and what to do if it differs.
+        """
+        facts = self.tell(fact)
+        if other := next((rank for rank, one in enumerate(facts) if one != facts[0]), None):
+            raise ProcessesDiffer(f"Process {other} of {self.size} differs from process 0 in {what}")
+
+    def _exchange(self, own: bytes) -> list[bytes]:
+        """What each process says, in the order of their ranks; and whether one of them has been interrupted."""
+        import torch
+        import torch.distributed as dist
+
+        with self._waiting():
+            head = torch.tensor([len(own), bool(self._interrupts)])
+            heads = [torch.zeros_like(head) for _ in range(self.size)]
+            dist.all_gather(heads, head, group=self._control)
+            lengths = [int(of_one[0]) for of_one in heads]
+            padded = torch.zeros(max(lengths), dtype=torch.uint8)
+            if own:
+                padded[: len(own)] = torch.frombuffer(bytearray(own), dtype=torch.uint8)
+            said = [torch.zeros_like(padded) for _ in range(self.size)]
+            if len(padded):
+                dist.all_gather(said, padded, group=self._control)
+        self.told_to_stop |= any(bool(of_one[1]) for of_one in heads)
+        return [one[:length].numpy().tobytes() for one, length in zip(said, lengths, strict=True)]
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - started
+
+    # Work
+
+    def share(self, costs: Sequence[float]) -> list[list[int]]:
+        """The tasks of these costs by process: the dearest first, to whoever has least (Graham 1969, "Bounds on Multiprocessing Timing
+        Anomalies"). Every process finds the same."""
+        shares: list[list[int]] = [[] for _ in range(self.size)]
+        load = [0.0] * self.size
+        for task in sorted(range(len(costs)), key=lambda task: (-costs[task], task)):
+            least = min(range(self.size), key=lambda rank: (load[rank], rank))
+            shares[least].append(task)
+            load[least] += costs[task]
+        return [sorted(share) for share in shares]
+
+    def turns(self, costs: Sequence[float]) -> list[tuple[int, bool]]:
+        """This process's tasks, and whether each is its own: where all must make as many passes, it repeats one whose result nobody needs."""
+        shares = self.share(costs)
+        own = [(task, True) for task in shares[self.rank]]
+        most = max(map(len, shares)) if self.equal_passes else 0
+        return own + [(shares[self.rank][0] if own else 0, False)] * (most - len(own))
+
+    def each(self, costs: Sequence[float], compute: Callable[[int], "Tensor"]) -> list["Tensor"]:
+        """The results of all tasks, on the host and in their order, each computed by one process. All read at once: no task waits."""
+        from trimtab.core.transfer import read
+
+        turns = self.turns(costs)
+        results = read([compute(task) for task, _ in turns])
+        own = {str(task): result for (task, is_own), result in zip(turns, results, strict=True) if is_own}
+        gathered = self.gather(own)
+        return [gathered[str(task)] for task in range(len(costs))]
+
+    @contextmanager
+    def first_here_first(self) -> Iterator[None]:
+        """The first process of each machine runs the block before the others there, which find in the cache what it has made."""
+        if not self.first_here:
+            self.wait()
+        yield
+        if self.first_here:
+            self.wait()
+        self.wait()
+
+    # Interruptions
+
+    @contextmanager
+    def interrupted_together(self) -> Iterator[None]:
+        """Within the block, an interrupt of one process is heard by all in the next exchange (`told_to_stop`); a later one ends this process.
+
+        Alone, an interrupt raises KeyboardInterrupt as ever.
+        """
+        if self.size == 1:
+            yield
+            return
+        with noting_interrupts(self._note):
+            yield
+
+    def _note(self) -> None:
+        now = time.monotonic()
+        self._interrupts.append(now)
+        if now - self._interrupts[0] > REPEAT_WINDOW:
+            raise KeyboardInterrupt
+
+
+def _number(name: str, otherwise: int) -> int:
+    text = os.environ.get(name, "")
+    return int(text) if text.isdecimal() else otherwise
+
+
+VARIABLES = (
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME", "GROUP_WORLD_SIZE",
+    "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT",
+    "TORCHELASTIC_MAX_RESTARTS", "TORCHELASTIC_ERROR_FILE",
+)  # fmt: skip
+"""By which launchers say what a process is; one that it starts for itself alone must not see them."""
+
+processes = Processes.of_environment()
+"""Those of this run."""

@@ -6,7 +6,8 @@ which benchmarks/regret.py measures, and those in
 docs/performance.md from docs/measured, which benchmarks/peers (`trimtab bench`) and the scripts in benchmarks fill; those in
 docs/preference.md from docs/preference.json, which benchmarks/preference.py measures; docs/faults.md from tests/fault_catalogue.py
 and from docs/measured/peer_faults.json, which benchmarks/peer_faults measures; docs/models.md from docs/measured/models.json, which
-benchmarks/models measures; the tables in docs/gpu.md from what the back ends say that they take; docs/migration.md from the options of
+benchmarks/models measures; the tables in docs/gpu.md from what the back ends say that they take; those in docs/scale.md from what
+benchmarks/scale.py computes and docs/measured/scale.json, which it measures; docs/migration.md from the options of
 other tools, which benchmarks/options.py reads, and the table of what they are here.
 """
 
@@ -39,6 +40,7 @@ FAULTS = ROOT / "docs" / "faults.md"
 TEMPLATES = ROOT / "docs" / "templates.md"
 MODELS = ROOT / "docs" / "models.md"
 GPU = ROOT / "docs" / "gpu.md"
+SCALE = ROOT / "docs" / "scale.md"
 OPTIONS = ROOT / "src" / "trimtab" / "migrate" / "options"
 MIGRATION, USAGE = ROOT / "docs" / "migration.md", ROOT / "tests" / "fixtures" / "other_tools" / "usage.json"
 PREFERENCE, COMPARED = ROOT / "docs" / "preference.md", ROOT / "docs" / "preference.json"
@@ -446,6 +448,14 @@ def models() -> str:
     return page(json.loads((RESULTS / "models.json").read_text(encoding="utf-8")))
 
 
+def scale() -> str:
+    """docs/scale.md with current tables, as benchmarks/scale.py computes them."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from scale import page
+
+    return page()
+
+
 def migration() -> str:
     """docs/migration.md with current tables, from the options of other tools and what they are here."""
     from trimtab.core.synonyms import meaning_of
@@ -673,4 +683,5 @@ if __name__ == "__main__":
     TEMPLATES.write_text(templates(), encoding="utf-8")
     MODELS.write_text(models(), encoding="utf-8")
     GPU.write_text(gpu(), encoding="utf-8")
+    SCALE.write_text(scale(), encoding="utf-8")
     MIGRATION.write_text(migration(), encoding="utf-8")

@@ -48,7 +48,7 @@ FLOORS = (
     ("the command line", ("cli.py", "commands", "__main__.py", "__init__.py")),
     ("the Python interface; other tools' files as recipes", ("api.py", "migrate")),
     ("one run, top to bottom", ("run",)),
-    ("certificate, reports, and trackers", ("certify", "report", "track")),
+    ("certificate, reports, trackers, and engines for several processes", ("certify", "report", "track", "distributed")),
     ("the training loop, evaluation, and a tiny base for trials", ("train", "evaluate", "testing")),
     ("objectives, one short file each; adapters on disk, merging", ("objectives", "deploy")),
     ("the engine: passes, attention, decoding, memory", ("engine",)),
@@ -392,7 +392,7 @@ def _members(family: type[Choice], key: str) -> Iterable[str]:
     for name in family.names():
         member = family.member(name)
         summary = (member.__doc__ or "").strip().splitlines()[0]
-        yield f"\n### `{key}: {{name: {name}}}`\n\n{summary}\n{_table(member)}"
+        yield f"\n### `{key}: {{{family.key}: {name}}}`\n\n{summary}\n{_table(member)}"
 
 
 CHAPTERS = {

@@ -49,7 +49,7 @@ def refusal(text, *words):
     [
         # Keys that are not
         ("modle: x\n" + DATA, "modle: no such key. Did you mean 'model'?"),
-        (DATA + "zzz: 1", "zzz: no such key. Known: model, data, method, objective, train, eval, track, start, certify, resume, output."),
+        (DATA + "zzz: 1", "zzz: no such key. Known: model, data, method, objective, train, distributed, eval, track, start, certify, resume, output."),
         (DATA + "train: {epocs: 2}", "train.epocs: no such key. Did you mean 'epochs'?"),
         (DATA + "model: {nam: x}", "model.nam: no such key. Did you mean 'name'?"),
         (DATA + "method: {name: lora, rnak: 2}", "method.rnak: no such key. Did you mean 'rank'?"),
@@ -208,7 +208,7 @@ def test_a_recipe_that_holds_itself_is_refused(text):
         ("- 1\n- 2", ": a recipe is a mapping of keys such as `model:` and `data:`, not a list."),
         ("hello", ": a recipe is a mapping of keys such as `model:` and `data:`, not 'hello'."),
         ("3", ": a recipe is a mapping of keys such as `model:` and `data:`, not 3."),
-        (DATA + "<<: {output: x}", ": <<: no such key. Known: model, data, method, objective, train, eval, track, start, certify, "
+        (DATA + "<<: {output: x}", ": <<: no such key. Known: model, data, method, objective, train, distributed, eval, track, start, certify, "
          "resume, output."),
     ],
 )  # fmt: skip

@@ -1,6 +1,6 @@
 """The frozen base model that adapters attach to: loading, identity and text."""
 
-from trimtab.base.config import ModelConfig, fit_to_machine, nearest_config, resolve_device
+from trimtab.base.config import ModelConfig, fit_to_machine, nearest_config, resolve_device, resolve_dtype
 from trimtab.base.export_files import write_config, write_processor, write_switches, write_tokenizer
 from trimtab.base.fingerprint import Fingerprint, model_fingerprint, writes_dates
 from trimtab.base.locate import locate_model
@@ -20,6 +20,7 @@ __all__ = [
     "model_fingerprint",
     "nearest_config",
     "resolve_device",
+    "resolve_dtype",
     "skeleton",
     "write_config",
     "write_processor",

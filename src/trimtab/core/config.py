@@ -103,7 +103,7 @@ class Config(BaseModel, metaclass=_RaisesRecipeError):
 
 
 class Choice(Config):
-    """A family of configs distinguished by `name`, which is the name of the member's file in the family's folder.
+    """A family of configs distinguished by `name` (see `key`), which is the name of the member's file in the family's folder.
 
     The folder is the registry: `methods/lora.py` is what `method: {name: lora}` means.
     """
@@ -112,6 +112,8 @@ class Choice(Config):
     """The package of the family's folder."""
     default: ClassVar[str]
     """The member used when no name is given."""
+    key: ClassVar[str] = "name"
+    """What a recipe calls the name."""
 
     @property
     def name(self) -> str:
@@ -138,21 +140,22 @@ class Choice(Config):
     def pick(cls, raw: Any) -> Any:
         """The member described by `raw`: its name, or its keys including `name`."""
         if isinstance(raw, str):
-            raw = {"name": raw}
+            raw = {cls.key: raw}
         if isinstance(raw, cls):
             return raw
         if not isinstance(raw, dict):
-            raise PydanticCustomError("not_keys", "one of {names}, or a mapping with a name", {"names": ", ".join(cls.names())})
-        raw = {"name" if key == SHORT else key: value for key, value in raw.items()}
-        name = raw.get("name", cls.default)
+            context = {"names": ", ".join(cls.names()), "called": f"{'an' if cls.key[0] in 'aeiou' else 'a'} {cls.key}"}
+            raise PydanticCustomError("not_keys", "one of {names}, or a mapping with {called}", context)
+        raw = {cls.key if key == SHORT else key: value for key, value in raw.items()}
+        name = raw.get(cls.key, cls.default)
         if name not in cls.names():
-            context = {"key": "name", "got": _format(name), "hint": suggest(name, cls.names(), translate_choice)}
+            context = {"key": cls.key, "got": _format(name), "hint": suggest(name, cls.names(), translate_choice)}
             raise PydanticCustomError("unknown_key", "no such choice: {got}{hint}", context)
-        return cls.member(name).model_validate({key: value for key, value in raw.items() if key != "name"})
+        return cls.member(name).model_validate({key: value for key, value in raw.items() if key != cls.key})
 
     @model_serializer(mode="wrap")
     def _with_name(self, handler: Any) -> dict[str, Any]:
-        return {"name": self.name, **handler(self)}
+        return {self.key: self.name, **handler(self)}
 
 
 def _reraisable(detail: Any) -> InitErrorDetails:

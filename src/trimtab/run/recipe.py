@@ -10,6 +10,8 @@ from trimtab.base import ModelConfig
 from trimtab.core import files, yaml12
 from trimtab.core.config import Config, as_tuple
 from trimtab.data import DataConfig
+from trimtab.distributed import Engine
+from trimtab.distributed.auto import Auto
 from trimtab.evaluate import EvalConfig
 from trimtab.methods import Method
 from trimtab.methods.lora import LoRA
@@ -46,6 +48,8 @@ class Recipe(Config):
     """The training objective: supervised fine-tuning, or a preference objective."""
     train: TrainConfig = Field(default_factory=TrainConfig)
     """How to train."""
+    distributed: Annotated[SerializeAsAny[Engine], BeforeValidator(Engine.pick)] = Field(default_factory=Auto)
+    """How several processes hold the base model and train together; with one process, all are alike."""
     eval: EvalConfig = Field(default_factory=EvalConfig)
     """How held-out examples are answered and measured."""
     track: Annotated[

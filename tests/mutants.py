@@ -68,7 +68,7 @@ PARTS = {
         "core/files.py": "test_files test_resume",
         "artifacts/adapter.py": "test_files test_peft test_faults test_cli",
         "artifacts/tensors.py": "test_files test_resume test_peft",
-        "run/checkpoints.py run/resume.py artifacts/state.py": "test_guards test_resume test_keys test_certificate",
+        "run/checkpoints.py run/resume.py run/claim.py artifacts/state.py": "test_guards test_resume test_keys test_certificate",
         "train/optimizer.py": "test_guards test_train test_resume",
     },
 }  # fmt: skip

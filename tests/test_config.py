@@ -49,7 +49,10 @@ def refusal(text, *words):
     [
         # Keys that are not
         ("modle: x\n" + DATA, "modle: no such key. Did you mean 'model'?"),
-        (DATA + "zzz: 1", "zzz: no such key. Known: model, data, method, objective, train, distributed, eval, track, start, certify, resume, output."),
+        (
+            DATA + "zzz: 1",
+            "zzz: no such key. Known: model, data, method, objective, train, distributed, eval, track, start, certify, resume, output.",
+        ),
         (DATA + "train: {epocs: 2}", "train.epocs: no such key. Did you mean 'epochs'?"),
         (DATA + "model: {nam: x}", "model.nam: no such key. Did you mean 'name'?"),
         (DATA + "method: {name: lora, rnak: 2}", "method.rnak: no such key. Did you mean 'rank'?"),

@@ -30,12 +30,12 @@ from trimtab.deploy import load_model
 from trimtab.evaluate.example_losses import read_losses
 from trimtab.objectives.sft import SFT
 from trimtab.report import RunObserver
-from trimtab.run import checkpoints
-from trimtab.run import resume as resuming
+from trimtab.run import checkpoints, claim
 from trimtab.run import script as running
 from trimtab.run.evaluation import held_out_examples_of
 from trimtab.run.recipe import Recipe
 from trimtab.run.resume import _differences as differences
+from trimtab.run.resume import taken
 from trimtab.run.script import run_recipe
 from trimtab.train import loop
 
@@ -379,7 +379,7 @@ def test_the_same_content_may_lie_elsewhere(here):
 @pytest.mark.parametrize("name", ["run", "run-9", "a: b", "007", "null", "-", "a-", "ä 中", "x #1", "-2"])
 def test_a_folder_that_is_free_is_offered_in_words_that_a_recipe_takes(name, here):
     Path(name).mkdir()
-    error = resuming.taken(StorageError, Path(name), "It is taken")
+    error = taken(StorageError, Path(name), "It is taken")
     assert not os.path.lexists(error.free_folder)
     assert error.free_folder.name == ("run-10" if name == "run-9" else f"{name}-2")
     assert Recipe.read(Path("r.yaml"), [override("output", str(error.free_folder))]).output == error.free_folder
@@ -493,7 +493,7 @@ def test_what_is_killed_while_it_begins_begins_again(written, here, monkeypatch)
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(resuming, "_remove_unbegun", taken_away)
+        patch.setattr(claim, "_remove_unbegun", taken_away)
         patch.setattr(files, "write_text", kills(files.write_text))
         patch.setattr(files, "write_json", kills(files.write_json))
         with pytest.raises(Killed):
@@ -658,9 +658,9 @@ def test_a_run_that_is_killed_before_it_has_logged_anything_goes_on(here, monkey
 def test_a_run_that_ended_meanwhile_is_left_alone(here, monkeypatch):
     """Between the first look and the lock."""
     recipe, before, looked = Recipe.read(Path("r.yaml"), ["output=whole"]), tree("whole"), []
-    look = resuming._is_unfinished
-    monkeypatch.setattr(resuming, "_is_unfinished", lambda recipe: looked.append(1) or len(looked) == 1 or look(recipe))
-    with pytest.raises(StorageError, match="exists already"), resuming.claim_output(recipe, print):
+    look = claim._is_unfinished
+    monkeypatch.setattr(claim, "_is_unfinished", lambda recipe: looked.append(1) or len(looked) == 1 or look(recipe))
+    with pytest.raises(StorageError, match="exists already"), claim.claim_output(recipe, print):
         pass
     assert {path: content for path, content in tree("whole").items() if path.name != checkpoints.LOCK} == before
 

@@ -8,6 +8,7 @@ from pydantic import Field
 from trimtab.base.quantized import Quantize
 from trimtab.core.config import Config
 from trimtab.core.errors import RecipeError
+from trimtab.core.processes import processes
 
 
 class ModelConfig(Config):
@@ -35,7 +36,9 @@ def resolve_device(config: ModelConfig) -> torch.device:
     if config.device == "auto":
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         supported = accelerator is not None and _problem(accelerator, config.dtype) is None
-        return accelerator if accelerator is not None and supported else torch.device("cpu")
+        if accelerator is None or not supported:
+            return torch.device("cpu")
+        return torch.device(accelerator.type, processes.local_rank) if processes.size > 1 else accelerator
     try:
         device = torch.device(config.device)
     except RuntimeError as error:

@@ -23,6 +23,7 @@ from trimtab.base.vocabulary import Encoded
 from trimtab.core.errors import ArtifactError, BaseChanged, RecipeError
 from trimtab.core.files import expand_user
 from trimtab.core.process import give_back_freed_memory
+from trimtab.core.processes import processes
 from trimtab.core.wrapping import unwrap
 
 
@@ -79,7 +80,8 @@ class Base:
         """
         config = ModelConfig(name=config) if isinstance(config, str) else config
         device, dtype = resolve_device(config), resolve_dtype(config, resolve_device(config))
-        place = locate.loadable_place(config.name)
+        with processes.first_here_first():  # a GGUF file is converted, or a model downloaded, once
+            place = locate.loadable_place(config.name)
         with explaining_failure(place):
             note = dequantization_note(place, config.quantize, dtype)
         if note is not None:

@@ -128,6 +128,21 @@ class Processes:
             found |= load(said)
         return found
 
+    def tensors_of_first(self, own: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
+        """The first process's tensors by their names; they are on the host. The others' are left alone."""
+        if self.size == 1:
+            return dict(own)
+        import torch
+
+        forms: list[Any] = self.told_by_first(
+            lambda: [[name, str(t.dtype).removeprefix("torch."), [*t.shape]] for name, t in own.items()]
+        )
+        found = {}
+        for name, dtype, shape in forms:
+            found[name] = own[name].contiguous() if self.first else torch.empty(shape, dtype=getattr(torch, dtype))
+            self.from_first_(found[name])
+        return found
+
     def wait(self) -> None:
         """Wait until all processes are here."""
         self.tell(None)

@@ -8,10 +8,11 @@ from trimtab.engine.forward import describe_layers, pack_divergences, pack_logpr
 from trimtab.engine.frozen_cache import FrozenLayerCache
 from trimtab.engine.likeliest import pack_target_scores
 from trimtab.engine.memory_plan import MemoryPlan, Recompute, Workload, plan_memory
+from trimtab.engine.pack_cost import PackCost
 from trimtab.engine.sampling import GREEDY, Generation, GrowingText, before_stop, possible_stop
 
 __all__ = [
-    "GREEDY", "ActivationArena", "Answer", "Ended", "FrozenLayerCache", "Generation", "GrowingText", "MemoryPlan", "PeakMemory",
+    "GREEDY", "ActivationArena", "Answer", "Ended", "FrozenLayerCache", "Generation", "GrowingText", "MemoryPlan", "PackCost", "PeakMemory",
     "Recompute", "Workload", "before_stop", "check_packing", "describe_layers", "ensure_checked", "ensure_exact", "free_memory",
     "generate", "pack_divergences", "pack_logprobs", "pack_target_scores", "plan_memory", "possible_stop", "stream_tokens",
 ]  # fmt: skip

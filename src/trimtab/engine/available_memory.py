@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from trimtab.core.processes import processes
+
 ROOT = Path("/")
 
 
@@ -39,12 +41,12 @@ GROUPS = {
 
 
 def free_memory(device: torch.device, root: Path = ROOT) -> float:
-    """Bytes that this process may still take on the device, or of the host's memory; inf if unknown."""
+    """Bytes that this process may still take on the device, or of the host's memory, its part of it; inf if unknown."""
     module: Any = getattr(torch, device.type, None)
     if device.type != "cpu" and all(hasattr(module, name) for name in ("mem_get_info", "memory_reserved", "memory_allocated")):
         held = module.memory_reserved(device) - module.memory_allocated(device)  # by the allocator, for tensors to come
         return float(module.mem_get_info(device)[0] + held)
-    return max(0.0, min([math.inf, *_limits(root)]))
+    return max(0.0, min([math.inf, *_limits(root)])) / processes.local_size
 
 
 def _limits(root: Path) -> Iterator[float]:

@@ -31,6 +31,12 @@ class Answer(list[int]):
 
     ended: Ended = "length"
 
+    @classmethod
+    def of(cls, ids: Iterable[int], ended: Ended) -> "Answer":
+        answer = cls(ids)
+        answer.ended = ended
+        return answer
+
 
 def generate(
     model: Any,

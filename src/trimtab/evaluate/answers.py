@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from trimtab.base import Base
+from trimtab.core.processes import processes
 from trimtab.data import Conversation, Judged, Preference, tokenize_answers
 from trimtab.engine import Answer, before_stop, generate
 from trimtab.evaluate.config import EvalConfig
@@ -47,18 +48,35 @@ def answer_questions(
     if most == "auto":
         lengths = [*(one.perfect.tokens for one in asked), *(len(encoding.ids) for encoding in base.encode(texts))]
         most = max(lengths, default=0) * 5 // 4 + 8  # an answer that is longer is wrong by now
-    answers: list[Answer] = []
-    for start in range(0, len(asked), BATCH):
-        prompts = [one.prompt for one in asked[start : start + BATCH]]
-        answers += generate(
-            base.model, prompts, base.stop_ids, max_new_tokens=most, settings=config, text_of=base.raw_text, first=start
-        )
-        if on_done:
-            on_done(len(prompts))
+    answers = _generate(base, [one.prompt for one in asked], config, most, on_done)
     return [
         _scored(base, one.perfect.example, one.perfect.expected_raw, answer, config.stop)
         for one, answer in zip(asked, answers, strict=True)
     ]
+
+
+def _generate(
+    base: Base, prompts: list[list[int]], config: EvalConfig, most: int, on_done: Callable[[int], None] | None
+) -> list[Answer]:
+    """The new tokens of each prompt, in batches that processes divide among them."""
+    # Where shards are gathered in every pass, all processes answer all of them.
+    divided = processes.size > 1 and not processes.equal_passes
+    size = max(1, min(BATCH, -(-len(prompts) // processes.size))) if divided else BATCH
+    batches = [prompts[start : start + size] for start in range(0, len(prompts), size)]
+    shares = processes.share([sum(map(len, batch)) for batch in batches])
+    found: dict[int, list[Answer]] = {}
+    for number in shares[processes.rank] if divided else range(len(batches)):
+        found[number] = generate(
+            base.model, batches[number], base.stop_ids, max_new_tokens=most, settings=config, text_of=base.raw_text,
+            first=number * size,
+        )  # fmt: skip
+        if on_done:
+            on_done(len(batches[number]))
+    if divided:
+        own = [[number, [[answer, answer.ended] for answer in of_batch]] for number, of_batch in found.items()]
+        said = [one for of_process in processes.tell(own) for one in of_process]
+        found = {number: [Answer.of(ids, ended) for ids, ended in of_batch] for number, of_batch in said}
+    return [answer for number in range(len(batches)) for answer in found[number]]
 
 
 def _scored(base: Base, example: Conversation, expected: str, answer: Answer, stops: Sequence[str] = ()) -> ScoredAnswer:

@@ -22,11 +22,11 @@ from trimtab.artifacts import sha256_tensor
 from trimtab.base import Base
 from trimtab.core import cache, files
 from trimtab.core.errors import ArtifactError, NonFinite, RecipeError, StorageError, WrongReference
-from trimtab.core.transfer import read
+from trimtab.core.processes import processes
 from trimtab.data import pack_all
 from trimtab.data.example import TokenRow
 from trimtab.deploy import adapter_folder, load_adapter, versions
-from trimtab.engine import ensure_exact, pack_divergences, pack_logprobs
+from trimtab.engine import PackCost, ensure_exact, pack_divergences, pack_logprobs
 from trimtab.methods import Attached, activate, active, adapters
 
 PACK_TOKENS = 4096
@@ -66,7 +66,7 @@ def add_reference_logprobs(
         kind = "base"
     with _open(base, adapter, kind) as model:
         path = cache.cache_folder() / "reference" / f"{model.identity}-{_code_version()}.json"
-        known = _read(path)
+        known = processes.told_by_first(lambda: _read(path))
         keys = [_key(row) for row in rows]
         missing = {key: row for key, row in zip(keys, rows, strict=True) if key not in known}
         if missing:
@@ -79,7 +79,8 @@ def add_reference_logprobs(
                     )
             known |= dict(zip(missing, values, strict=True))
             with suppress(StorageError, OSError):
-                _write(path, known)
+                if processes.first_here:
+                    _write(path, known)
     facts = {"kind": kind, "identity": model.identity, "rows": len(set(keys)), "computed": len(missing)}
     return ReferencedRows([replace(row, reference=known[key]) for row, key in zip(rows, keys, strict=True)], facts)
 
@@ -123,9 +124,9 @@ def divergence(base: Base, adapter: Attached, kind: str, rows: Sequence[TokenRow
     """
     ensure_exact(base.model, rows)
     with _open(base, adapter, kind) as reference:
-        packs = (pack.to(base.device) for pack in pack_all(rows, pack_tokens))
-        of_packs = [pack_divergences(base.model, reference.base.model, reference.active, pack) for pack in packs]
-        values = read(of_packs)  # all at once: no pass waits for another
+        packs, models = pack_all(rows, pack_tokens), (base.model, reference.base.model, reference.active)
+        costs = list(map(PackCost(base.model), packs))
+        values = processes.each(costs, lambda number: pack_divergences(*models, packs[number].to(base.device)))
     return sum(float(of_pack.double().sum()) for of_pack in values) / max(1, sum(map(len, values)))
 
 
@@ -197,8 +198,9 @@ def logprobs(base: Base, rows: Sequence[TokenRow], pack_tokens: int) -> list[flo
     # Without their sides, so that a mismatched answer can share its prompt with the row's own.
     rows = [TokenRow(row.ids, row.target_indices, row.where) for row in rows]
     packs = pack_all(rows, pack_tokens)
-    computed = [pack_logprobs(base.model, pack.to(base.device)) for pack in packs]
-    for pack, logprobs in zip(packs, read(computed), strict=True):  # all at once: no pass waits for another
+    costs = list(map(PackCost(base.model), packs))
+    computed = processes.each(costs, lambda number: pack_logprobs(base.model, packs[number].to(base.device)))
+    for pack, logprobs in zip(packs, computed, strict=True):
         by_row |= {id(row): value for row, value in zip(pack.rows, logprobs.tolist(), strict=True)}
     return [by_row[id(row)] for row in rows]
 

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimtab.core.transfer import numbers_like, read
+from trimtab.core.processes import processes
+from trimtab.core.transfer import numbers_like
 from trimtab.data import Pack
-from trimtab.engine import pack_logprobs
+from trimtab.engine import PackCost, pack_logprobs
 from trimtab.objectives._base import KL, Objective
 
 
@@ -40,9 +41,9 @@ class KLEstimate:
 def score_packs(model: Any, objective: Objective, packs: Sequence[Pack]) -> tuple[list[tuple[Pack, Tensor]], float]:
     """Each pack that has a loss, with Σ log p of its rows, on the host; and the objective's KL estimate on the others."""
     device = next(model.parameters()).device
-    computed = [pack_logprobs(model, pack.to(device)) for pack in packs]  # all read at once: no pass waits for another
+    computed = processes.each(list(map(PackCost(model), packs)), lambda number: pack_logprobs(model, packs[number].to(device)))
     estimate, scored = KLEstimate(objective), list[tuple[Pack, Tensor]]()
-    for pack, logprobs in zip(packs, read(computed), strict=True):
+    for pack, logprobs in zip(packs, computed, strict=True):
         if pack.mismatched:
             estimate.add(pack, logprobs)
         else:

@@ -16,6 +16,7 @@ from trimtab.certify.fresh_process import PACK_TOKENS
 from trimtab.core import files
 from trimtab.core.errors import NonFinite, StorageError
 from trimtab.core.interrupts import interrupts_deferred
+from trimtab.core.processes import processes
 from trimtab.deploy import save_adapter
 from trimtab.evaluate import Loss
 from trimtab.evaluate.reference import logprobs
@@ -34,12 +35,15 @@ class Run(RunObserver):
     record: dict[str, Any] = field(default_factory=dict)
 
     def write(self, **facts: Any) -> None:
-        """Add to run.json."""
+        """Add to run.json, which is the first process's."""
         self.record |= facts
-        files.write_json(self.folder / RUN, self.record)
+        if processes.first:
+            files.write_json(self.folder / RUN, self.record)
 
     def logged(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """Add a line to metrics.jsonl."""
+        """Add a line to metrics.jsonl, which is the first process's."""
+        if not processes.first:
+            return
         line = files.to_json({"kind": kind, "step": step, **values})
         files.append_line(self.folder / METRICS, json.dumps(line, allow_nan=False))
 
@@ -140,15 +144,19 @@ class Checkpointer:
         progress = replace(progress, best=best, losses=losses, last=last, skipped=self.optimizer.skipped, seconds=seconds)
         progress = replace(progress, loss_scale=asdict(self.optimizer.loss_scale))
         facts |= {key: self.run.record[key] for key in ("data_digest", "objective", "reference", "start")}
+        processes.agree(f"the adapter after step {step}: it is not saved.", files.json_digest(self.optimizer.digests()))
+        state = State(step, self.optimizer.state(), asdict(progress))
         with interrupts_deferred():
-            if not (folder / name).exists():  # it does if writing the state failed before
-                save_adapter(self.prepared.base, self.optimizer.adapter, folder / name, facts, tokenizer=False)
-            write_state(folder / STATES, State(step, self.optimizer.state(), asdict(progress)))
+            if processes.first:
+                if not (folder / name).exists():  # it does if writing the state failed before
+                    save_adapter(self.prepared.base, self.optimizer.adapter, folder / name, facts, tokenizer=False)
+                write_state(folder / STATES, state)
             self.progress = progress  # now that it is on disk
             if best is last:
                 self.losses.save(losses)
             self.run.write(best=progress.best, last=progress.last)
-            self._remove_old()
+            if processes.first:
+                self._remove_old()
 
     def score_canaries(self, evaluated: Loss | None) -> list[tuple[str, float]]:
         """Each canary's place, and its Σ log p in the model as it is, by which the certificate recognizes the adapter.

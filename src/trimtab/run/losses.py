@@ -8,6 +8,7 @@ from typing import Any
 from trimtab.artifacts.run_folder import LOSSES
 from trimtab.base import Base
 from trimtab.core import files
+from trimtab.core.processes import processes
 from trimtab.data import row_groups
 from trimtab.data.example import TokenRow
 from trimtab.evaluate import Loss
@@ -31,6 +32,8 @@ class LossRecord:
 
         Raises StorageError.
         """
+        if not processes.first:
+            return
         path = self.prepared.recipe.output / LOSSES
         if "best" not in losses:
             files.remove_file(path)

@@ -4,9 +4,7 @@ import itertools
 import json
 import os
 import re
-import shlex
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -14,11 +12,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from trimtab.artifacts import State, is_run, newest_state, read_record, read_state, saved_states
-from trimtab.artifacts.run_folder import BEFORE_THE_FIRST_STEP, CHECKPOINTS, DATA, LOCK, METRICS, RECIPE, STATES
-from trimtab.core import files, locks
-from trimtab.core.config import override
-from trimtab.core.errors import RecipeError, StorageError, TrimtabError, listing
+from trimtab.artifacts import State
+from trimtab.artifacts.run_folder import CHECKPOINTS, DATA, METRICS, RECIPE, STATES
+from trimtab.core import files
+from trimtab.core.errors import RecipeError, TrimtabError, listing
+from trimtab.core.processes import processes
 from trimtab.engine import MemoryPlan
 from trimtab.run.recipe import Recipe
 
@@ -32,7 +30,7 @@ IDENTIFIED: dict[str, tuple[str, ...]] = {
 matter only where the content differs: the same files may lie elsewhere by now."""
 FIXED = (*IDENTIFIED, "method", "trainable_parameters", "steps", "peak_lr")
 """Facts that must not change when a run is resumed."""
-ROUNDING = ("versions", "threads", "device")
+ROUNDING = ("versions", "threads", "device", "processes")
 """Facts that change results by rounding."""
 FREE = ("resume", "output", "certify", "train.keep", "train.save_every", "eval", "track")
 """Keys of the recipe that may change when a run is resumed."""
@@ -77,6 +75,15 @@ class UnfinishedRun:
     def moment(self) -> datetime:
         """When the run started: what its template writes as today's date."""
         return datetime.fromisoformat(self.facts["moment"])
+
+    def shared(self) -> "UnfinishedRun":
+        """The run as all processes have it, on machines that have no folder of it, too: the first one's tells the others."""
+        state = self.state
+        told: dict[str, Any] | None = processes.told_by_first(
+            lambda: {"step": state.step, "facts": state.facts} if state else None
+        )
+        tensors = processes.tensors_of_first(state.tensors if state is not None else {})
+        return UnfinishedRun(self.folder, self.facts, State(told["step"], tensors, told["facts"]) if told else None)
 
     def memory(self) -> MemoryPlan | None:
         """The run's plan, so that rows go into the same packs whatever is free now; None if another version made it."""
@@ -177,69 +184,6 @@ class UnfinishedRun:
         return bool(step <= self.step)
 
 
-@contextmanager
-def claim_output(recipe: Recipe, on_notice: Callable[[str], None]) -> Iterator[UnfinishedRun | None]:
-    """Lock the recipe's output folder for the block; the unfinished run that it holds, or None.
-
-    If the run has not begun when the block ends, what was made for it is removed.
-
-    Raises:
-        StorageError: There is something else, or a run that is to be left alone, or another process is training there.
-        RecipeError: It is to be resumed from a checkpoint that it does not have.
-        ArtifactError: The run's own record, or that checkpoint, is damaged.
-    """
-    folder = recipe.output
-    _is_unfinished(recipe)  # before anything is made
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    with locks.file_lock(folder / LOCK) as held:
-        try:
-            if not held:
-                on_notice(f"{folder} is on a file system without locks: make sure that no other process trains into it")
-            yield _read_unfinished(recipe, on_notice) if _is_unfinished(recipe) else None  # it may have ended meanwhile
-        finally:
-            if not is_run(folder):
-                _remove_unbegun(folder, missing)
-
-
-def _remove_unbegun(folder: Path, made: list[Path]) -> None:
-    with suppress(OSError, StorageError):
-        for path in list(folder.iterdir()) if _is_unbegun(folder) else [folder / LOCK]:  # else somebody put something there
-            files.remove_folder(path) if path.is_dir() else files.remove_file(path)
-        for path in made:
-            path.rmdir()
-
-
-def _is_unbegun(folder: Path) -> bool:
-    """Whether the folder holds nothing but what is written before a run begins."""
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    return LOCK in names and all(name in BEFORE_THE_FIRST_STEP or name.startswith(files.TEMPORARY) for name in names)
-
-
-def _is_unfinished(recipe: Recipe) -> bool:
-    """Whether the output holds an unfinished run, rather than nothing or a run that had not begun."""
-    folder = recipe.output
-    if not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir())) or _is_unbegun(folder):
-        if isinstance(recipe.resume, int):
-            raise RecipeError(
-                f"resume: {folder} holds no run to resume from step {recipe.resume}. Leave resume out to begin one."
-            )
-        return False
-    facts = read_record(folder) if is_run(folder) else {}
-    if not {"plan", "moment"} <= facts.keys():
-        raise taken(StorageError, folder, f"{folder}: exists already, is no unfinished run, and is not overwritten. Remove it")
-    if facts.get("status") == "done" and not (folder / STATES).exists():
-        show, start = f"trimtab show {shlex.quote(str(folder))}", override("start", str(folder))
-        message = (
-            f"{folder}: exists already, as a finished run, and is not overwritten. Look at it with `{show}`; to train its adapter further, "
-            f"begin a run from it ({start})"
-        )
-        raise taken(StorageError, folder, message)
-    if recipe.resume == "never":
-        message = f"{folder}: exists already, as an unfinished run. Leave resume=never out to resume it"
-        raise taken(StorageError, folder, message)
-    return True
-
-
 def taken(kind: type[TrimtabError], folder: Path, message: str) -> TrimtabError:
     """An error that says what a folder holds, and names one that is free."""
     numbered = re.fullmatch(r"(.+)-(\d+)", folder.name, re.DOTALL)
@@ -249,28 +193,6 @@ def taken(kind: type[TrimtabError], folder: Path, message: str) -> TrimtabError:
     error = kind(f"{message}, or train into another folder, such as output={free}.")
     error.free_folder = free
     return error
-
-
-def _read_unfinished(recipe: Recipe, on_notice: Callable[[str], None]) -> UnfinishedRun:
-    folder = recipe.output
-    facts = read_record(folder)
-    if isinstance(recipe.resume, int):
-        return UnfinishedRun(folder, facts, _earlier_state(folder, recipe.resume, on_notice))
-    state = newest_state(
-        folder / STATES, lambda problem: on_notice(f"a checkpoint is damaged, and an earlier one is used: {problem}")
-    )
-    return UnfinishedRun(folder, facts, state)
-
-
-def _earlier_state(folder: Path, step: int, on_notice: Callable[[str], None]) -> State:
-    """The state after this step, which a run goes back to. Raises RecipeError with those that it has, or ArtifactError."""
-    states = {int(path.name.removeprefix("step-")): path for path in reversed(saved_states(folder / STATES))}
-    if step not in states:
-        kept = f"are those after steps {', '.join(map(str, states))}" if states else "is none yet"
-        raise RecipeError(f"resume: {folder} has no checkpoint after step {step}: there {kept}. Give one of these, or auto.")
-    if any(number > step for number in states):
-        on_notice(f"going back to step {step}: what was logged and saved after it is removed")
-    return read_state(states[step])
 
 
 def _content(facts: dict[str, Any]) -> dict[str, Any]:

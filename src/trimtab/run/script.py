@@ -12,13 +12,15 @@ from trimtab.core import files
 from trimtab.core.determinism import deterministic
 from trimtab.core.errors import NotMoved, StorageError, listing
 from trimtab.core.interrupts import interrupts_deferred
+from trimtab.core.processes import processes
 from trimtab.deploy import copy_adapter, save_adapter
 from trimtab.engine import MemoryPlan, PeakMemory
 from trimtab.report import RunObserver, Together
 from trimtab.run.checkpoints import Checkpointer, Progress, Run, keep_adapters, newest_checkpoints, remove_states, same_command
+from trimtab.run.claim import claim_together
 from trimtab.run.recipe import Recipe
 from trimtab.run.report_page import ReportPage
-from trimtab.run.resume import IDENTIFIED, UnfinishedRun, claim_output
+from trimtab.run.resume import IDENTIFIED, UnfinishedRun
 from trimtab.run.start import PreparedRun, prepare
 from trimtab.run.tracking import tracked
 from trimtab.run.validation import Validation
@@ -36,15 +38,18 @@ def run_recipe(recipe: Recipe, observer: RunObserver | None = None) -> Run:
             from its last checkpoint.
         KeyboardInterrupt: After a checkpoint has been saved.
     """
-    observer = observer or RunObserver()
-    with claim_output(recipe, observer.on_notice) as unfinished, deterministic(recipe.train.deterministic):
-        if unfinished is not None:
-            unfinished.check_recipe(recipe)
+    processes.open()
+    observer = observer if observer is not None and processes.first else RunObserver()
+    with claim_together(recipe, observer.on_notice) as unfinished, deterministic(recipe.train.deterministic):
         prepared = prepare(recipe, unfinished, observer)
+        if not processes.first:
+            return _carry_out_beside_first(prepared, unfinished)
         run = _begin(prepared, unfinished)
         observer = Together(observer, ReportPage(run.folder, observer.on_notice))
         with tracked(prepared.recipe, run.folder, observer) as trackers:
-            return _carry_out(run, prepared, unfinished.state if unfinished else None, Together(observer, trackers))
+            run = _carry_out(run, prepared, unfinished.state if unfinished else None, Together(observer, trackers))
+        processes.wait()
+        return run
 
 
 def _begin(prepared: PreparedRun, unfinished: UnfinishedRun | None) -> Run:
@@ -66,6 +71,17 @@ def _begin(prepared: PreparedRun, unfinished: UnfinishedRun | None) -> Run:
     return run
 
 
+def _carry_out_beside_first(prepared: PreparedRun, unfinished: UnfinishedRun | None) -> Run:
+    """Train as the first process does, which alone writes and certifies; and wait for it."""
+    run = Run(prepared.recipe.output, {**prepared.facts, **(unfinished.facts if unfinished is not None else {})})
+    with processes.interrupted_together():
+        _train(run, prepared, unfinished.state if unfinished is not None else None, RunObserver())
+    prepared.base.check_unchanged()
+    prepared.base.release()
+    processes.wait()
+    return run
+
+
 def _new_id() -> str:
     """What trackers know a run by, before and after it is resumed: SwanLab asks for 21 letters and digits."""
     return "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(21))
@@ -73,7 +89,8 @@ def _new_id() -> str:
 
 def _carry_out(run: Run, prepared: PreparedRun, state: State | None, observer: RunObserver) -> Run:
     try:
-        progress, unmoved = _train(run, prepared, state, observer)
+        with processes.interrupted_together():
+            progress, unmoved = _train(run, prepared, state, observer)
         prepared.base.check_unchanged()
         best = progress.best or progress.last
         if (run.folder / ADAPTER).exists():  # the run was killed between here and its end
@@ -139,7 +156,8 @@ def _train(run: Run, prepared: PreparedRun, state: State | None, observer: RunOb
     except KeyboardInterrupt:
         # Between an update and its line in the metrics, the last checkpoint stays the newest.
         with suppress(KeyboardInterrupt), interrupts_deferred():
-            if logged is not None and optimizer.taken == logged.number != checkpointer.progress.last.get("step"):
+            together = processes.size == 1 or processes.told_to_stop
+            if together and logged is not None and optimizer.taken == logged.number != checkpointer.progress.last.get("step"):
                 observer.on_stage(f"saving step {logged.number}")
                 checkpointer.save(logged.number, logged.loss, validation.of(logged.number))
         raise KeyboardInterrupt(checkpointer.resume_hint()) from None

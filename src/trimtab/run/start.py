@@ -1,5 +1,6 @@
 """What comes before the first step: base, data and adapter are loaded, checked, and prepared for the objective."""
 
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,11 +15,12 @@ from trimtab.base import Base, locate_model, resolve_device
 from trimtab.core import files
 from trimtab.core.errors import RecipeError
 from trimtab.core.hub import is_hub_name
+from trimtab.core.processes import processes
 from trimtab.data import Finding, LoadedData, check_first_examples, load_data, refuse_problems, row_groups
 from trimtab.data.example import TokenRow
 from trimtab.data.mismatched import with_mismatched
 from trimtab.deploy import adapter_folder, load_adapter, pinned_name, read_method, sample, versions
-from trimtab.engine import FrozenLayerCache, ensure_checked
+from trimtab.engine import FrozenLayerCache, MemoryPlan, ensure_checked
 from trimtab.evaluate import Exam
 from trimtab.evaluate.reference import PACK_TOKENS, add_reference_logprobs, check_start
 from trimtab.methods import Attached, attach
@@ -55,7 +57,8 @@ def prepare(recipe: Recipe, unfinished: UnfinishedRun | None, observer: RunObser
     recipe, base, adapter, data = opened.recipe, opened.base, opened.adapter, opened.data
     observer.on_stage("checking the data, the adapter and the disk")
     findings = preflight(opened)
-    check_disk(findings)
+    if processes.first:  # who writes
+        check_disk(findings)
     refuse_problems(findings)
     if recipe.objective.needs_reference:
         observer.on_stage("computing the reference model's log-probabilities")
@@ -66,7 +69,7 @@ def prepare(recipe: Recipe, unfinished: UnfinishedRun | None, observer: RunObser
     exam = sample_exam(recipe, base, data, observer.on_notice)
     observer.on_stage("planning the memory")
     memory = unfinished.memory() if unfinished is not None else None
-    memory = memory or plan_training_memory(base, recipe.train, data.train, data.eval, data.weights, data.seed)
+    memory = memory or least_memory(plan_training_memory(base, recipe.train, data.train, data.eval, data.weights, data.seed))
     steps = TrainingSteps(data.train, recipe.train, memory, data.weights, data.seed)
     facts = {**_facts(recipe, base, adapter, data, steps), "start": opened.start, "reference": reference}
     observer.on_plan(facts, data.reports, len(row_groups(data.train)), len(row_groups(data.eval)))
@@ -80,7 +83,7 @@ def prepare(recipe: Recipe, unfinished: UnfinishedRun | None, observer: RunObser
         shown_already = finding.name == "rows" or (finding.name == "held out" and not data.eval)
         if finding.status == "note" and not shown_already:
             observer.on_notice(f"{finding.name}: {finding.message}")
-    if unfinished is not None:
+    if unfinished is not None and processes.first:  # who has its folder
         unfinished.check(recipe, facts, data.plain()["files"], observer.on_notice)
         if recipe.train.keeps_frozen_outputs and FrozenLayerCache(base.model, 0).lowest:
             observer.on_notice("the cache of frozen layers' outputs starts empty: results may differ by rounding from here on")
@@ -106,7 +109,7 @@ def open_recipe(
     recipe, start = with_start(recipe)
     on_stage(f"loading {recipe.model.name}")
     base = Base.load(recipe.model, on_stage)
-    base.moment = moment or base.moment
+    base.moment = datetime.fromisoformat(processes.told_by_first((moment or base.moment).isoformat))
     base.add_tokens(recipe.method.new_tokens)
     positions, context = recipe.method.virtual_token_count, base.context_length
     if context is not None and positions > context - 2:
@@ -120,9 +123,10 @@ def open_recipe(
         context = base.context_length  # which the check may have lowered
         on_stage("reading and tokenizing the data")
         # By absolute paths, as the run's recipe.yaml has them, so that its held-out examples are found again.
-        data = load_data(
-            recipe.absolute().data, base, context, recipe.data_seed, recipe.objective.data_kind, positions=positions
-        )
+        with processes.first_here_first():
+            data = load_data(
+                recipe.absolute().data, base, context, recipe.data_seed, recipe.objective.data_kind, positions=positions
+            )
         on_stage("hashing the base model")
         fingerprint.result()
     if start is None:
@@ -131,7 +135,23 @@ def open_recipe(
         adapter = load_adapter(base, start["folder"])
         if "dropout" in start:
             _switch_dropout_off(adapter)
+    _agree(base, data)
+    for parameter in adapter.parameters().values():  # a decomposition may differ by machine
+        processes.from_first_(parameter.data)
     return OpenedRecipe(recipe, start, base, adapter, data, context - positions if context is not None else None)
+
+
+def _agree(base: Base, data: LoadedData) -> None:
+    """Raise ProcessesDiffer if another machine has another model or other data."""
+    advice = "Have the same files on every machine."
+    processes.agree(f"the base model {base.source}: {advice}", base.fingerprint)
+    processes.agree(f"the data: {advice}", data.digest)
+
+
+def least_memory(own: MemoryPlan) -> MemoryPlan:
+    """The plan of the process that has least memory, which all follow: they have the same packs."""
+    plans = [plan for plan in map(MemoryPlan.from_plain, processes.tell(own.plain())) if plan is not None]
+    return min(plans, key=lambda plan: (plan.pack_tokens, math.inf if plan.pack_limit is None else plan.pack_limit))
 
 
 def with_start(recipe: Recipe) -> tuple[Recipe, dict[str, Any] | None]:
@@ -237,6 +257,7 @@ def _facts(recipe: Recipe, base: Base, adapter: Attached, data: LoadedData, step
         "memory": steps.memory.summary,
         "plan": steps.memory.plain(),
         "threads": threads(),
+        "processes": processes.size,
         "device": _device(base.device),
         "peak_lr": rate,
         "lr_formula": formula,

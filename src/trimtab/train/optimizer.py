@@ -1,6 +1,6 @@
 """The optimizer of an adapter's parameters: uninterrupted steps, and its state by the parameters' names."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from trimtab.artifacts import sha256_tensor
 from trimtab.core.errors import ArtifactError
 from trimtab.core.interrupts import interrupts_deferred
+from trimtab.core.processes import processes
 from trimtab.methods import Attached, matrix_shape, unwrap
 from trimtab.train.loss_scale import LossScale
 from trimtab.train.optimizers import Trained, UpdateRule
@@ -36,13 +37,17 @@ class Optimizer:
         trained = trained_by(adapter)
         rule.check_suits(trained)
         self._parts = rule.build(trained, weight_decay)
-        for parameter in self.parameters:
-            # If they were made later, among the temporary tensors of a backward pass, gradients would fragment memory.
-            parameter.grad = torch.zeros_like(parameter)
+        # If they were made later, among the temporary tensors of a backward pass, gradients would fragment memory.
+        self._gradients = _joined_gradients(self.parameters)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
         return list(self.named.values())
+
+    def sum_gradients(self) -> None:
+        """Add the gradients of all processes, which are the same everywhere afterwards."""
+        for joined in self._gradients:
+            processes.sum_(joined)
 
     def step(self, lr: float) -> None:
         """Update the parameters by their gradients, and clear those. An interrupt meanwhile is raised afterwards."""
@@ -90,6 +95,7 @@ class Optimizer:
         """Free the gradients' memory."""
         for part in self._parts:
             part.zero_grad(set_to_none=True)
+        self._gradients = []
 
     def state(self) -> dict[str, Tensor]:
         """All that further steps depend on, on the CPU: values, and what the optimizer holds, by kind and name; not copied if there already."""
@@ -161,6 +167,20 @@ def trained_by(adapter: Attached) -> list[Trained]:
     }
     multiplier = adapter.method.lr_multiplier
     return [Trained(p, multiplier(name.rpartition(".")[2]), id(p) in of_matrix) for name, p in adapter.parameters().items()]
+
+
+def _joined_gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    """Gradients of zero for the parameters, as views of one tensor for each dtype, so that processes add them all at once."""
+    by_dtype: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
+    for parameter in parameters:
+        by_dtype.setdefault((parameter.dtype, parameter.device), []).append(parameter)
+    joined = []
+    for (dtype, device), those in by_dtype.items():
+        sizes = [parameter.numel() for parameter in those]
+        joined.append(torch.zeros(sum(sizes), dtype=dtype, device=device))
+        for parameter, part in zip(those, joined[-1].split(sizes), strict=True):
+            parameter.grad = part.view_as(parameter)
+    return joined
 
 
 def _form(tensor: Tensor) -> tuple[Any, ...]:

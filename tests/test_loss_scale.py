@@ -40,7 +40,8 @@ def adapted(dtype, wide=False):
 def gradients(dtype, items, scale, wide=False):
     base, adapter = adapted(dtype, wide)
     adapter.train()
-    loop._Passes(base, SFT(), [PACKS], FLAT, None).gradients(1, PACKS, items, scale)
+    passes = loop._Passes(base, SFT(), [PACKS], FLAT, None)
+    passes.gradients(1, passes.sent.take(1), items, scale)
     found = [p.grad for p in adapter.parameters().values()]
     assert {g.dtype for g in found} == {torch.float32}
     scale.unscale_(found)
@@ -115,7 +116,7 @@ def test_the_scale_grows_is_saved_and_goes_on_where_it_was(monkeypatch):
 
 
 def test_what_no_scale_makes_finite_is_skipped_and_leaves_the_scale(monkeypatch):
-    backward, calls = loop._Passes._gradients, []
+    backward, calls = loop._Passes.gradients, []
 
     def broken(self, number, packs, items, scale):
         made = backward(self, number, packs, items, scale)
@@ -126,7 +127,7 @@ def test_what_no_scale_makes_finite_is_skipped_and_leaves_the_scale(monkeypatch)
 
     base, adapter = adapted(torch.float16)
     optimizer = Optimizer(adapter, 0.0)
-    monkeypatch.setattr(loop._Passes, "_gradients", broken)
+    monkeypatch.setattr(loop._Passes, "gradients", broken)
     steps = list(train(base, adapter, SFT(), [PACKS] * 3, FLAT, 1e-2, optimizer=optimizer))
     assert [step.skipped is None for step in steps] == [True, False, True]
     assert [scale for number, scale in calls if number == 2] == [2.0**power for power in range(16, -1, -1)]

@@ -58,6 +58,8 @@ class Workload(NamedTuple):
     """Of the frozen layers' outputs for all rows, if they are to be cached."""
     longest_evaluated: int = 0
     """Tokens of the longest validation row."""
+    divided_tokens: float = math.inf
+    """The most tokens of a pack with which processes can divide a step evenly."""
 
 
 class MemoryPlan(NamedTuple):
@@ -194,7 +196,7 @@ class _Levels:
             tokens = _most_tokens(self.profile(level), self.work.longest, budget, self.measure.most)
             if tokens >= self.measure.enough():
                 break
-        return max(FEWEST_TOKENS, tokens)
+        return max(FEWEST_TOKENS, int(min(tokens, max(self.work.longest, self.work.divided_tokens))))
 
     def fit(self, sizes: Sequence[Size], budget: float, advice: str) -> _Passes:
         """The least to be computed again of each pack. Raises RecipeError if even all of it is too little."""

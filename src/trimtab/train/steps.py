@@ -2,11 +2,13 @@
 
 import heapq
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 
 from trimtab.base import Base
 from trimtab.core.errors import DataError, RecipeError
 from trimtab.core.process import never_keep_freed_memory
+from trimtab.core.processes import processes
 from trimtab.data import Pack, largest_group_tokens, pack_all, plan_steps, row_groups
 from trimtab.data.example import TokenRow
 from trimtab.engine import FrozenLayerCache, MemoryPlan, Workload, plan_memory
@@ -105,7 +107,10 @@ def plan_training_memory(
     frozen_output_bytes = FrozenLayerCache(base.model, 0).bytes_for(all_tokens) if repeats else 0.0
     longest_evaluated = max((len(row.ids) - 1 for row in held_out), default=0)  # nothing is predicted from the last token
     largest = largest_group_tokens(rows, share=config.shares_prefixes)
-    work = Workload(largest, target_share, fullest if rows else None, frozen_output_bytes, longest_evaluated)
+    divided = math.inf
+    if processes.size > 1 and steps:
+        divided = math.ceil(sum(len(rows[n].ids) for step in steps for n in step) / len(steps) / (PACKS * processes.size))
+    work = Workload(largest, target_share, fullest if rows else None, frozen_output_bytes, longest_evaluated, divided)
     return plan_memory(base.model, work, config.pack_tokens, config.recompute, optimizer_bytes(base, config))
 
 
@@ -116,6 +121,8 @@ def optimizer_bytes(base: Base, config: TrainConfig) -> int:
     return sum(config.optimizer.state_bytes(parameter, is_matrix) for parameter, _, is_matrix in trained)
 
 
+PACKS = 2
+"""So many packs of a step each process has on average, unless their size is given: with fewer, processes wait for each other."""
 FULLEST = 8
 """How many of the steps with most tokens are packed to find the largest pack."""
 

@@ -1,0 +1,206 @@
+"""Several processes train the run that one would: real groups of processes, on the CPU."""
+
+import json
+import random
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from together import RECIPE, run_together, train_alone
+from worlds import make_model, write_rows
+
+from trimtab.core.processes import Processes
+from trimtab.data import pack_all
+from trimtab.data.example import TokenRow
+from trimtab.engine import PackCost
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+DRAW = random.Random(0)
+ROWS = [
+    {
+        "prompt": f"Is {n} even? {'x' * DRAW.randint(0, 30)}",
+        "completion": ("yes " if n % 2 == 0 else "no ") * DRAW.randint(1, 6),
+    }
+    for n in range(76)
+]
+PAIRS = [{"prompt": f"Is {n} one?", "chosen": "yes " * DRAW.randint(1, 4), "rejected": "no, it is not"} for n in range(44)]
+JUDGED = [{"prompt": f"Is {n} one?", "completion": "yes " * DRAW.randint(1, 4), "label": n % 3 > 0} for n in range(44)]
+JOBS = {
+    "sft, dropout, samples": ["method.dropout=0.2", "eval.samples=5"],
+    "dpo": ["objective=dpo", "data.train=pairs.jsonl"],
+    "kto, recomputed": ["objective=kto", "data.train=judged.jsonl", "train.recompute=full"],
+    "float64": ["model.dtype=float64", "method.dropout=0.1", "train.optimizer=muon"],
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("together")
+    transformers.utils.logging.disable_progress_bar()
+    make_model(folder / "tiny", 0)
+    for name, rows in (("rows", ROWS), ("pairs", PAIRS), ("judged", JUDGED)):
+        write_rows(folder / f"{name}.jsonl", rows)
+    (folder / "r.yaml").write_text(RECIPE)
+    elsewhere = folder / "elsewhere"
+    make_model(elsewhere / "tiny", 1)
+    write_rows(elsewhere / "rows.jsonl", ROWS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("TRIMTAB_CACHE", str(folder / "cache"))
+        for name, words in JOBS.items():
+            train_alone(folder, [*words, f"output=one/{name}"])
+        said = run_together(
+            folder,
+            [
+                *([*words, f"output=two/{name}"] for name, words in JOBS.items()),
+                {"words": ["output=interrupted", *JOBS["sft, dropout, samples"]], "interrupted_at": 2},
+                ["output=interrupted", *JOBS["sft, dropout, samples"]],
+                {"words": ["output=halfway", *JOBS["float64"]], "interrupted_at": 3},
+            ],
+        )
+        yield folder, said
+
+
+def lines(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def adapter(run):
+    return load_file(run / "adapter" / "adapter_model.safetensors")
+
+
+def off(run, other):
+    """How far the losses, evaluations, gradient norms and adapters of two runs are apart, relatively."""
+    ours, theirs = lines(run), lines(other)
+    assert [(a["kind"], a["step"]) for a in ours] == [(b["kind"], b["step"]) for b in theirs]
+    worst = 0.0
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.keys() - {"waited"} == b.keys() - {"waited"}
+        for key in a.keys() & {"items", "tokens", "computed", "lr", "epoch", "rows"}:
+            assert a[key] == b[key], key
+        for key in a.keys() & {"loss", "low", "high", "kl", "accuracy"}:
+            worst = max(worst, abs(a[key] - b[key]) / max(abs(b[key]), 1e-3))
+    mine, its = adapter(run), adapter(other)
+    norms = {name: float((mine[name].double() - its[name].double()).norm() / its[name].double().norm()) for name in its}
+    assert mine.keys() == its.keys()
+    return worst, max(norms.values())
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_two_processes_train_the_run_of_one(name, made):
+    folder, _ = made
+    losses, adapters = off(folder / "two" / name, folder / "one" / name)
+    assert (losses < 1e-12 and adapters < 1e-12) if name == "float64" else (losses < 1e-6 and adapters < 1e-4)
+    record, other = (json.loads((folder / world / name / "run.json").read_text()) for world in ("two", "one"))
+    assert (record["processes"], other["processes"]) == (2, 1)
+    assert record["plan"]["pack_tokens"] == other["plan"]["pack_tokens"]
+    for key in ("steps", "data_digest", "peak_lr", "tokens", "computed_tokens", "base"):
+        assert record[key] == other[key]
+
+
+def test_all_say_the_same_and_one_writes(made):
+    folder, said = made
+    assert (
+        said[0][: len(JOBS)]
+        == said[1][: len(JOBS)]
+        == [{"status": "done", "steps": one["steps"]} for one in said[0][: len(JOBS)]]
+    )
+    samples = [
+        [line for line in lines(folder / world / "sft, dropout, samples") if line["kind"] == "samples"]
+        for world in ("one", "two")
+    ]
+    assert len(samples[0]) > 1
+    assert [line["answers"] for line in samples[0]] == [line["answers"] for line in samples[1]]
+
+
+def test_an_interrupt_stops_all_after_the_same_step_and_the_run_resumes(made):
+    folder, said = made
+    stopped, resumed = ([of_rank[len(JOBS) + n] for of_rank in said] for n in (0, 1))
+    assert [one["status"] for one in stopped] == ["interrupted"] * 2
+    assert stopped[0]["message"] == stopped[1]["message"]
+    assert "after step 3" in stopped[0]["message"], "the one in which they hear of it"
+    assert [one["status"] for one in resumed] == ["done"] * 2
+    same = folder / "interrupted", folder / "two" / "sft, dropout, samples"
+    assert off(*same) == (0.0, 0.0), "to the bit, by as many processes"
+
+
+def test_a_run_of_two_processes_is_resumed_by_one(made, monkeypatch):
+    folder, said = made
+    assert said[0][-1]["status"] == "interrupted"
+    train_alone(folder, ["output=halfway", *JOBS["float64"]])
+    assert max(off(folder / "halfway", folder / "one" / "float64")) < 1e-12
+
+
+@pytest.fixture(scope="module")
+def faulty(made):
+    """What becomes of runs whose processes have faults."""
+    folder, _ = made
+    jobs = [{"words": [f"output=bad/{fault}"], "fault": fault} for fault in DRIFT]
+    jobs.append({"words": ["output=bad/means", *JOBS["sft, dropout, samples"]], "fault": "divides_by_own"})
+    return run_together(folder, jobs)
+
+
+DRIFT = {
+    "forgets_others": "the adapter after step 4",
+    "starts_elsewhere": "the adapter after step 4",
+    "other_base": "the base model",
+}
+
+
+@pytest.mark.parametrize("fault", DRIFT)
+def test_processes_that_drift_apart_are_caught(fault, faulty):
+    for of_rank in faulty:
+        (found,) = (one for one, job in zip(of_rank, DRIFT, strict=False) if job == fault)
+        assert (found["status"], found["code"]) == ("ProcessesDiffer", 5)
+        assert f"Process 1 of 2 differs from process 0 in {DRIFT[fault]}" in found["message"]
+
+
+def test_a_mean_of_means_would_be_seen(made, faulty):
+    """The negative control of the comparisons above: replicas are equal, and the run is another one."""
+    folder, _ = made
+    assert faulty[0][-1]["status"] == "done"
+    assert off(folder / "bad" / "means", folder / "one" / "sft, dropout, samples")[1] > 1e-3
+
+
+# One process's view
+
+
+def test_tasks_are_divided_evenly_and_each_once():
+    costs = [9, 1, 1, 1, 8, 7, 2, 2]
+    shares = [Processes(rank, 3).share(costs) for rank in range(3)]
+    assert shares[0] == shares[1] == shares[2]
+    assert sorted(task for share in shares[0] for task in share) == list(range(8))
+    assert max(sum(costs[task] for task in share) for share in shares[0]) <= 4 / 3 * sum(costs) / 3 + 1
+    equal = [Processes(rank, 3) for rank in range(3)]
+    for one in equal:
+        one.equal_passes = True
+    turns = [one.turns([5, 1, 1, 1]) for one in equal]
+    assert len({len(of_one) for of_one in turns}) == 1
+    assert sorted(task for of_one in turns for task, own in of_one if own) == [0, 1, 2, 3]
+    assert any(not own for of_one in turns for _, own in of_one)
+    assert equal[2].turns([1.0]) == [(0, False)], "a process without a task of its own computes one for the others' sake"
+
+
+def test_what_a_pack_costs_follows_its_tokens_targets_and_pairs():
+    from trimtab.testing import tiny_base
+
+    cost = PackCost(tiny_base().model)
+    short, long = (pack_all([TokenRow(list(range(3, 3 + n)), [n - 1], "x")], 999)[0] for n in (10, 20))
+    many = pack_all([TokenRow(list(range(3, 23)), list(range(1, 20)), "x")], 999)[0]
+    assert cost(short) < cost(long) < cost(many)
+    assert cost(long) > 2 * cost(short) - cost.target
+
+
+def test_alone_everything_stays_with_the_process():
+    alone, tensor = Processes(), torch.ones(2)
+    alone.open()
+    alone.sum_(tensor)
+    assert tensor.tolist() == [1, 1]
+    assert alone.tell({"a": 1}) == [{"a": 1}]
+    assert alone.told_by_first(lambda: 3) == 3
+    assert [int(one) for one in alone.each([1, 2], lambda n: torch.tensor([float(n)]))] == [0, 1]
+    alone.agree("x", 1)
+    with alone.first_here_first(), alone.interrupted_together():
+        pass

@@ -1,0 +1,160 @@
+"""Runs of several processes: python tests/together.py FOLDER JOBS, once for each rank, as `run_together` starts them.
+
+JOBS is JSON: a list of words of r.yaml each, or a mapping with `words` and the `fault` that the processes are to have. They are run one after
+another by the same processes. The last line that each prints is JSON: what became of each job.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+RECIPE = """\
+model: tiny
+data: {train: rows.jsonl, eval: 12, seed: 0}
+method: {rank: 4}
+train: {epochs: 2, rows_per_step: 16, lr: 2e-3, evaluate_every: 4, pack_tokens: 96}
+output: run
+certify: false
+"""
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def variables(rank, size, port, **more):
+    """What launchers say to a process."""
+    ours = os.pathsep.join([str(Path(__file__).parents[1] / "src"), str(Path(__file__).parent)])
+    return {
+        **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "PYTHONPATH": ours,
+        "TRIMTAB_CACHE": os.environ.get("TRIMTAB_CACHE", "cache"), **more,
+    }  # fmt: skip
+
+
+def start_together(command, size, folder, **more):
+    """The processes of a group, with their outputs piped."""
+    port = free_port()
+    return [
+        subprocess.Popen(
+            command,
+            cwd=folder,
+            env=variables(rank, size, port, **more),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(size)
+    ]
+
+
+def run_together(folder, jobs, size=2, seconds=300):
+    """What each process of a group says of its jobs."""
+    processes = start_together([sys.executable, Path(__file__), str(folder), json.dumps(jobs)], size, folder)
+    try:
+        said = [process.communicate(timeout=seconds) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0] * size, [errors[-3000:] for _, errors in said]
+    return [json.loads(out.splitlines()[-1]) for out, _ in said]
+
+
+def train_alone(folder, words):
+    """The same job by one process, this one."""
+    from trimtab.run.recipe import Recipe
+    from trimtab.run.script import run_recipe
+
+    return run_recipe(Recipe.read(Path(folder) / "r.yaml", words))
+
+
+def _forgets_others(patch):
+    """As DDP does whose forward is gone around: gradients are never added up."""
+    from trimtab.train.optimizer import Optimizer
+
+    patch.setattr(Optimizer, "sum_gradients", lambda self: None)
+
+
+def _starts_elsewhere(patch):
+    """One process's adapter has other first values, and is not sent the others'."""
+    from trimtab.core.processes import Processes, processes
+    from trimtab.run import start
+
+    attach = start.attach
+    patch.setattr(start, "attach", lambda model, method, seed=0, **more: attach(model, method, seed + processes.rank, **more))
+    patch.setattr(Processes, "from_first_", lambda self, tensor: None)
+
+
+def _divides_by_own(patch):
+    """Each process divides by its own items, as means of means do."""
+    from trimtab.core.processes import processes
+    from trimtab.train import loop
+
+    gradients = loop._Passes.gradients
+
+    def own(self, number, packs, items, scale):
+        mine = sum(self.objective.items(turn.pack) for turn in packs.own if turn.is_own and not turn.pack.mismatched)
+        return gradients(self, number, packs, mine * processes.size, scale)
+
+    patch.setattr(loop._Passes, "gradients", own)
+
+
+def _other_base(patch):
+    """One machine has another version of the model."""
+    from trimtab.core.processes import processes
+
+    if processes.rank:
+        patch.chdir("elsewhere")
+
+
+FAULTS = {fault.__name__.strip("_"): fault for fault in (_forgets_others, _starts_elsewhere, _divides_by_own, _other_base)}
+
+
+def _main(folder, jobs):
+    import pytest
+    import torch
+    import transformers
+
+    from trimtab.core.errors import TrimtabError
+    from trimtab.core.processes import processes
+    from trimtab.report import RunObserver
+    from trimtab.run.recipe import Recipe
+    from trimtab.run.script import run_recipe
+
+    class Interrupts(RunObserver):
+        def __init__(self, at):
+            self.at = at
+
+        def logged(self, kind, step, values):
+            if kind == "train" and step == self.at:
+                os.kill(os.getpid(), 2)
+
+    torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
+    found = []
+    for job in jobs:
+        job = job if isinstance(job, dict) else {"words": job}
+        try:
+            with pytest.MonkeyPatch.context() as patch:
+                if "fault" in job:
+                    FAULTS[job["fault"]](patch)
+                run = run_recipe(Recipe.read(Path(folder) / "r.yaml", job["words"]), Interrupts(job.get("interrupted_at")))
+            found.append({"status": "done", "steps": run.record["steps"]})
+        except TrimtabError as error:
+            found.append({"status": type(error).__name__, "code": error.exit_code, "message": str(error)})
+        except KeyboardInterrupt as error:
+            found.append({"status": "interrupted", "message": str(error)})
+            processes.told_to_stop = False
+            processes._interrupts.clear()
+    sys.stdout.write("\n" + json.dumps(found) + "\n")
+    sys.stdout.flush()
+    processes.close()
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1], json.loads(sys.argv[2]))

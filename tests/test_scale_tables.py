@@ -7,7 +7,7 @@ import scale
 import torch
 import transformers
 from accelerators import cuda_backend
-from at_scale import costs, shares, tables
+from at_scale import costs, shares, speed, tables
 from at_scale.costs import Shape
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -204,3 +204,15 @@ def test_what_the_page_says_in_short():
     assert costs.gather(2.0 * large.layers * large.layer, 16, costs.ONE_CARD) > 1  # zero3: "seconds a pack"
     short = {n: tables._shares(64, n, tables.LARGEST, 2, tables.ROOM, 10).busy for n in (8, 64)}
     assert short == {8: pytest.approx(0.9, abs=0.02), 64: pytest.approx(0.25, abs=0.03)}
+
+
+def test_runs_are_compared_by_the_same_steps():
+    alone = {"lines": [{"tokens": 100, "took": 4.0, "loss": 2.0}, {"tokens": 300, "took": 4.0, "loss": 1.0}]}
+    halved = [{**line, "took": line["took"] / 2, "waited": 0.3, "loss": line["loss"] * (1 + 1e-6)} for line in alone["lines"]]
+    found = speed.compared(alone, {"lines": halved}, 0.1)
+    assert (found["alone"], found["together"], found["ratio"]) == (50.0, 100.0, 2.0)
+    assert found["sending"] == pytest.approx(0.2 / 4)
+    assert found["waiting"] == pytest.approx((0.6 - 0.2) / 4)
+    assert found["losses_apart"] == pytest.approx(1e-6, rel=1e-3)
+    with pytest.raises(SystemExit, match="not trained on the same examples"):
+        speed.compared(alone, {"lines": [*reversed(halved)]}, 0.1)

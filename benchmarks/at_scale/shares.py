@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from math import ceil
 from typing import NamedTuple
 
+from trimtab.core.processes import Processes
 from trimtab.data.bin_packing import Group, first_fit_decreasing
 from trimtab.data.pack import FEW
 
@@ -40,11 +41,8 @@ def packs_of(lengths: Sequence[int], tokens: int) -> list[list[int]]:
 
 
 def share_out(costs: Sequence[float], processes: int) -> list[float]:
-    """The work of each process: packs, the most expensive first, each to whoever has least."""
-    work = [0.0] * processes
-    for cost in sorted(costs, reverse=True):
-        work[min(range(processes), key=work.__getitem__)] += cost
-    return work
+    """The work of each process, as `trimtab train` divides packs of these costs."""
+    return [sum(costs[task] for task in own) for own in Processes(0, processes).share(costs)]
 
 
 def pack_size(lengths: Sequence[int], processes: int, most: int, parts: int, room: float) -> int:

@@ -4,6 +4,7 @@ Their packages are stand-ins in tests/stand_ins; `make trackers` runs the real o
 """
 
 import importlib.util
+import inspect
 import itertools
 import json
 import os
@@ -21,7 +22,7 @@ from test_resume import Ends, Killed, here, made, result, run  # noqa: F401 (fix
 from trimtab import cli
 from trimtab.core import locks
 from trimtab.core.errors import ArtifactError, RecipeError, StorageError
-from trimtab.report import RunObserver
+from trimtab.report import RunObserver, Together
 from trimtab.run import script, tracking
 from trimtab.run.recipe import Recipe
 from trimtab.track import Tracker, TrackerProcess, _process
@@ -625,3 +626,23 @@ def test_lines_that_are_none_are_passed_over_and_do_not_count():
     namer = Namer()
     texts = [b"", b"{", b"[1]", b'{"kind": "train"}', json.dumps(METRICS[0]).encode(), json.dumps(METRICS[2]).encode()]
     assert [line and line.number for line in map(namer.line, texts)] == [None, None, None, None, 0, 1]
+
+
+def test_observers_together_are_each_told_everything():
+    """Whatever `RunObserver` gets, `Together` has to forward."""
+    told = [name for name, value in vars(RunObserver).items() if callable(value) and not name.startswith("_")]
+    assert len(told) > 5
+    calls = []
+
+    class Notes(RunObserver):
+        def __getattribute__(self, name):
+            return (lambda *given: calls.append((self, name, given))) if name in told else object.__getattribute__(self, name)
+
+    first, second = Notes(), Notes()
+    for name in told:
+        given = tuple(range(len(inspect.signature(getattr(RunObserver, name)).parameters) - 1))
+        getattr(Together(first, second), name)(*given)
+        assert [(id(who), what, arguments) for who, what, arguments in calls] == [
+            (id(one), name, given) for one in (first, second)
+        ]
+        calls.clear()

@@ -6,6 +6,7 @@ One process alone is a group of one, in which everything here does nothing; so n
 What processes tell is JSON or safetensors: torch's own collectives of objects read pickles.
 """
 
+import heapq
 import json
 import os
 import time
@@ -188,11 +189,11 @@ class Processes:
         """The tasks of these costs by process: the dearest first, to whoever has least (Graham 1969, "Bounds on Multiprocessing Timing
         Anomalies"). Every process finds the same."""
         shares: list[list[int]] = [[] for _ in range(self.size)]
-        load = [0.0] * self.size
+        loads = [(0.0, rank) for rank in range(self.size)]
         for task in sorted(range(len(costs)), key=lambda task: (-costs[task], task)):
-            least = min(range(self.size), key=lambda rank: (load[rank], rank))
-            shares[least].append(task)
-            load[least] += costs[task]
+            load, rank = loads[0]
+            shares[rank].append(task)
+            heapq.heapreplace(loads, (load + costs[task], rank))
         return [sorted(share) for share in shares]
 
     def turns(self, costs: Sequence[float]) -> list[tuple[int, bool]]:

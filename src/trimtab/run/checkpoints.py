@@ -26,6 +26,8 @@ from trimtab.run.recipe import Recipe
 from trimtab.run.start import PreparedRun
 from trimtab.train import Optimizer, Step
 
+DRIFTED = "Their gradients were not added up, or processors of different kinds round differently."
+
 
 @dataclass
 class Run(RunObserver):
@@ -144,7 +146,9 @@ class Checkpointer:
         progress = replace(progress, best=best, losses=losses, last=last, skipped=self.optimizer.skipped, seconds=seconds)
         progress = replace(progress, loss_scale=asdict(self.optimizer.loss_scale))
         facts |= {key: self.run.record[key] for key in ("data_digest", "objective", "reference", "start")}
-        processes.agree(f"the adapter after step {step}: it is not saved.", files.json_digest(self.optimizer.digests()))
+        processes.agree(
+            f"the adapter after step {step}, so it is not saved. {DRIFTED}", files.json_digest(self.optimizer.digests())
+        )
         state = State(step, self.optimizer.state(), asdict(progress))
         with interrupts_deferred():
             if processes.first:

@@ -53,6 +53,15 @@ class PreparedRun:
 
 def prepare(recipe: Recipe, unfinished: UnfinishedRun | None, observer: RunObserver) -> PreparedRun:
     """Load, check and plan everything; of a run that is resumed, as it was. Raises TrimtabError, of many kinds."""
+    for section in (
+        "method",
+        "objective",
+        "train",
+        "distributed",
+        "eval",
+        "certify",
+    ):  # others hold paths, and are known by content
+        processes.agree(f"{section} of the recipe. Start the same recipe on every machine.", recipe.plain()[section])
     opened = open_recipe(recipe, unfinished.moment if unfinished is not None else None, observer.on_stage)
     recipe, base, adapter, data = opened.recipe, opened.base, opened.adapter, opened.data
     observer.on_stage("checking the data, the adapter and the disk")

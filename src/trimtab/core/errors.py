@@ -91,6 +91,10 @@ class ProcessesDiffer(TrimtabError):
     exit_code = 5
 
 
+class LockHeld(StorageError):
+    """A folder that another process is writing into."""
+
+
 class NotCertified(TrimtabError):
     """A finished run whose adapter does not pass its certificate's tests."""
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from trimtab.core.errors import StorageError
+from trimtab.core.errors import LockHeld
 from trimtab.core.files import storage_errors
 
 try:
@@ -28,7 +28,7 @@ def file_lock(path: Path, doing: str = "training") -> Iterator[bool]:
         Whether the lock is held: some file systems do not support locks.
 
     Raises:
-        StorageError: Another process holds it.
+        LockHeld: Another process holds it.
     """
     with storage_errors(path.parent):
         while (opened := _open_locked(path, doing)) is None:
@@ -85,7 +85,7 @@ def _flock(file: BinaryIO, path: Path, doing: str, *, patient: bool = True) -> b
             time.sleep(0.05)
             return _flock(file, path, doing, patient=False)
         holder = path.read_text(encoding="utf-8", errors="replace")
-        raise StorageError(f"{path.parent}: another process ({holder}) is {doing} there. Wait for it, or stop it.") from None
+        raise LockHeld(f"{path.parent}: another process ({holder}) is {doing} there. Wait for it, or stop it.") from None
     except OSError:
         return False
     return True

@@ -3,6 +3,8 @@
 from trimtab.data.bin_packing import largest_group_tokens
 from trimtab.data.checks import EXAMPLES_CHECKED, check_data, refuse_problems
 from trimtab.data.config import READING, DataConfig
+from trimtab.data.corpus import Corpus
+from trimtab.data.corpus_checks import check_corpus
 from trimtab.data.example import (
     Conversation,
     Example,
@@ -33,6 +35,7 @@ __all__ = [
     "EXAMPLES_CHECKED",
     "READING",
     "Conversation",
+    "Corpus",
     "DataConfig",
     "Example",
     "Finding",
@@ -50,6 +53,7 @@ __all__ = [
     "Text",
     "TokenRow",
     "Tree",
+    "check_corpus",
     "check_data",
     "check_first_examples",
     "first_examples",

@@ -56,8 +56,10 @@ def saved_dataset(path: Path, source: Source) -> Any:
     return dataset[split]
 
 
-def hub_dataset(name: str, subset: str | None = None, split: str | None = None, revision: str | None = None) -> Any:
-    """A split of a dataset on the hub, or of a folder with the files of one.
+def hub_dataset(
+    name: str, subset: str | None = None, split: str | None = None, revision: str | None = None, *, stream: bool = False
+) -> Any:
+    """A split of a dataset on the hub, or of a folder with the files of one; as a stream, nothing of it is stored.
 
     Raises:
         DataError: It has no such subset or split; the message has those that there are.
@@ -66,7 +68,10 @@ def hub_dataset(name: str, subset: str | None = None, split: str | None = None, 
     import datasets
 
     try:
-        return datasets.load_dataset(name, subset, split=split or "train", revision=revision, trust_remote_code=False)
+        settings = {"streaming": True} if stream else {}
+        return datasets.load_dataset(
+            name, subset, split=split or "train", revision=revision, trust_remote_code=False, **settings
+        )
     except Exception as error:  # the network, the hub and the dataset's layout raise many kinds
         message = _first_line(error)
         if isinstance(error, ValueError) and any(words in message for words in _NO_SUCH_PART):

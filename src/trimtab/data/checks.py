@@ -28,8 +28,8 @@ def check_data(data: LoadedData, examples: Sequence[Example], base: Tokenizing) 
     """
     rows, prompts_too = data.train, any(map(trains_on_prompts, examples))
     return [
-        *map(_source, data.reports),
-        *_mixture(data),
+        *map(source_finding, data.reports),
+        *mixture_finding(data),
         _lengths(rows),
         *describe_mask(rows, examples),
         _stops(rows, base, prompts_too),
@@ -37,7 +37,7 @@ def check_data(data: LoadedData, examples: Sequence[Example], base: Tokenizing) 
         _duplicates(rows),
         _leaks(rows, data.eval, prompts_too),
         _answers(rows),
-        _specials(rows, examples, base),
+        special_tokens(rows, examples, base),
         *_sides(rows),
         *_reasoning(examples, base),
     ]
@@ -50,7 +50,7 @@ def refuse_problems(findings: Iterable[Finding]) -> None:
         raise DataError("data: " + "\n".join(problems))
 
 
-def _source(report: SourceReport) -> Finding:
+def source_finding(report: SourceReport) -> Finding:
     reasons = Counter(reason for _, reason in report.rejected)
     message = str(report) + "".join(f"; {count:,}: {reason}" for reason, count in reasons.most_common(3))
     if report.ignored_columns:
@@ -62,7 +62,7 @@ OFTEN = 8
 """From so many passes an epoch over a source's examples on, a note says that they may be memorized."""
 
 
-def _mixture(data: LoadedData) -> list[Finding]:
+def mixture_finding(data: LoadedData) -> list[Finding]:
     """What each named source contributes to an epoch."""
     shares = data.shares
     if not shares:
@@ -242,7 +242,7 @@ def _answers(rows: Sequence[TokenRow]) -> Finding:
     return Finding("answers", "good", message, facts)
 
 
-def _specials(rows: Sequence[TokenRow], examples: Sequence[Example], base: Tokenizing) -> Finding:
+def special_tokens(rows: Sequence[TokenRow], examples: Sequence[Example], base: Tokenizing) -> Finding:
     """Special tokens that make other tools fail (B01, B04)."""
     bos, unknown, pad, end = (getattr(base.tokenizer, f"{name}_token_id", None) for name in ("bos", "unk", "pad", "eos"))
     doubled = [row.where for row in rows if bos is not None and row.ids[:2] == [bos, bos]]

@@ -18,6 +18,12 @@ READING = ("columns", "prompt", "completion", "system", "drop_system", "ignore",
 """Keys of the section that decide how a row is read."""
 
 
+FEWEST_TOKENS = 16
+"""Of a block of a corpus."""
+HELD_OUT = 100
+"""Documents of a corpus that are held out, unless data.eval is given."""
+
+
 def _name(name: str) -> str:
     if name in Source.model_fields:
         raise ValueError(f"{name} is a key of a source, and sources have names here: write {{NAME: {{{name}: …}}}}.")
@@ -85,6 +91,10 @@ class DataConfig(Config):
     ] = 0.05
     """Validation examples: another file, a fraction of the training examples (below 1), a count of them, or 0 for none; of named
     sources, each gives its part. Or sources by name, as in `train`. The loss is also reported for each named source."""
+    corpus: bool = False
+    """Plain texts that need not fit into memory: they are tokenized once, into the cache, and trained on in blocks of `max_length` tokens that
+    lie across documents; `overlong` does not apply. A step's examples are blocks, those held out are documents: 100 unless `eval` is
+    given. See docs/scale.md."""
     columns: dict[Column, str] = Field(default={})
     """Trimtab's name of a column: your file's name of it; for example {prompt: question, completion: answer}."""
     prompt: ColumnTemplate | None = None
@@ -131,6 +141,31 @@ class DataConfig(Config):
         """The weight of each training source; none where all examples are trained on once an epoch."""
         named = self.train if isinstance(self.train, dict) else {}
         return {name: source.weight for name, source in named.items() if source.weight is not None}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_fraction_of_a_corpus_is_much(cls, raw: Any) -> Any:
+        return {"eval": HELD_OUT, **raw} if isinstance(raw, dict) and raw.get("corpus") is True else raw
+
+    @model_validator(mode="after")
+    def _a_corpus_is_texts(self) -> Self:
+        if not self.corpus:
+            return self
+        if self.duplicates == "remove":
+            raise ValueError(
+                "duplicates: those of a corpus are not searched for, because all texts would have to be remembered."
+            )
+        if self.overlong in ("truncate", "drop"):
+            raise ValueError(
+                f"overlong: {self.overlong}: the texts of a corpus are cut into blocks where these are full. Leave it out."
+            )
+        if self.max_length is not None and self.max_length < FEWEST_TOKENS:
+            raise ValueError(f"max_length: the blocks of a corpus have at least {FEWEST_TOKENS} tokens.")
+        if templates := [*self.templates, *(key for s in chain(*self.train_sources.values()) for key in self.of(s).templates)]:
+            raise ValueError(
+                f"{templates[0]}: a corpus is of plain texts, which have no prompt. Name their column: columns.text."
+            )
+        return self
 
     @model_validator(mode="after")
     def _templates_are_alone(self) -> Self:

@@ -165,6 +165,8 @@ class SourceReport:
     """Its name in the recipe, if it has one."""
     used: int = 0
     rejected: list[RejectedExample] = field(default_factory=list)
+    unlisted: int = 0
+    """Rejected examples beyond those: of a corpus, the first ones are listed."""
     dropped: list[str] = field(default_factory=list)
     """Places of examples that were longer than allowed, and were dropped for it."""
     duplicates: list[str] = field(default_factory=list)
@@ -187,7 +189,9 @@ class SourceReport:
 
     @property
     def total(self) -> int:
-        return self.used + len(self.rejected) + len(self.dropped) + len(self.duplicates) + len(self.held_out_too)
+        return (
+            self.used + len(self.rejected) + self.unlisted + len(self.dropped) + len(self.duplicates) + len(self.held_out_too)
+        )
 
     def __str__(self) -> str:
         counts = {
@@ -197,7 +201,7 @@ class SourceReport:
         }
         more = "".join(f", {count:,} {words}" for words, count in counts.items() if count)
         cut = f"; {self.split:,} long texts split into {self.blocks:,} blocks" if self.split else ""
-        return f"{self.name}: {self.total:,} examples: {self.used:,} used, {len(self.rejected):,} rejected{more}{cut}"
+        return f"{self.name}: {self.total:,} examples: {self.used:,} used, {len(self.rejected) + self.unlisted:,} rejected{more}{cut}"
 
     def plain(self) -> dict[str, Any]:
         """The report as JSON data."""
@@ -207,6 +211,7 @@ class SourceReport:
             "rows": self.total,
             "used": self.used,
             "refused": [example._asdict() for example in self.rejected],
+            **({"refused_unlisted": self.unlisted} if self.unlisted else {}),
             "dropped": self.dropped,
             "duplicates": self.duplicates,
             "held_out_too": self.held_out_too,

@@ -11,7 +11,7 @@ from trimtab.data.config import DataConfig
 from trimtab.data.example import Column, Example, Kind, SourceReport
 from trimtab.data.formats import read_examples
 from trimtab.data.preference_formats import FORMATS
-from trimtab.data.read import is_local, local_files, read_rows
+from trimtab.data.read import LONGEST, is_local, local_files, read_rows
 from trimtab.data.source import Objects, Source
 from trimtab.data.system_message import SystemMessage
 
@@ -56,7 +56,7 @@ def examples_of(
     report = report or report_of(named)
     for source in sources:
         own = config.of(source)
-        rows = read_rows(source, report, seed if first is None else None)
+        rows = read_rows(source, report, seed if first is None else None, most=LONGEST if config.corpus else None)
         system = SystemMessage(own.system, own.drop_system)
         arguments = own.columns, report, FORMATS[kind], own.ignore, own.templates, system, own.train_on
         read = read_examples(islice(rows, first), *arguments)
@@ -119,6 +119,8 @@ def held_out_examples(config: DataConfig, stored: dict[str, Any], kind: Kind = "
                 f"data: {name} has changed since the run or is gone, so its validation examples are not known. Give examples with --data."
             )
     sources = config.eval_sources or config.train_sources
+    if config.eval_sources:
+        config = config.model_copy(update={"corpus": False})
     examples = chain.from_iterable(examples_of(named, config, kind, stored["seed"]) for named in sources.items())
     held_out = set(stored["held_out"])
     chosen = [example for example in examples if example.where in held_out]

@@ -1,7 +1,7 @@
 """Which training examples are held out for validation: a fraction or a count, of each named source its part."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from trimtab.core.errors import DataError
@@ -23,22 +23,39 @@ def places_held_out(wanted: Any, rows: Iterable[TokenRow], seed: int) -> set[str
         sources.setdefault(row.source, Counter())[row.where] += 1
     if not wanted:
         return set()
+    sizes = {name: len(places) for name, places in sources.items()}
+    counts = held_out_counts(wanted, sizes, {name: next(iter(of.values())) > 1 for name, of in sources.items()})
     chosen: set[str] = set()
-    for name, count in _counts(wanted, {name: len(places) for name, places in sources.items()}).items():
+    for name, count in counts.items():
         places = list(sources[name])
-        if count >= len(places):
-            of_source = f" of {name}" if name else ""
-            more = " (A text is one example, however long.)" if next(iter(sources[name].values())) > 1 == count else ""
-            raise DataError(
-                f"data.eval: {wanted:g} would hold out {count} of {len(places)} usable examples{of_source} and leave none to train on."
-                f"{more} Give a smaller fraction or count, a file of its own, or 0."
-            )
         chosen.update(places[n] for n in split(len(places), count, f"{seed}/{name}" if name else seed)[1])
     return chosen
 
 
+def held_out_counts(wanted: Any, sizes: dict[str, int], divided: Mapping[str, bool] | None = None) -> dict[str, int]:
+    """How many examples of each source are held out: at least one of each, if so many are wanted.
+
+    Args:
+        wanted: A fraction below 1, or a count.
+        sizes: How many there are.
+        divided: Of a source, whether its first example is a text that was split.
+
+    Raises:
+        DataError: None would be left of a source to train on.
+    """
+    counts = _counts(wanted, sizes) if wanted else dict.fromkeys(sizes, 0)
+    for name, count in counts.items():
+        if count >= sizes[name]:
+            of_source = f" of {name}" if name else ""
+            more = " (A text is one example, however long.)" if count == 1 and (divided or {}).get(name) else ""
+            raise DataError(
+                f"data.eval: {wanted:g} would hold out {count} of {sizes[name]} usable examples{of_source} and leave none to train on."
+                f"{more} Give a smaller fraction or count, a file of its own, or 0."
+            )
+    return counts
+
+
 def _counts(wanted: float, sizes: dict[str, int]) -> dict[str, int]:
-    """How many examples of each source are held out: at least one of each, if so many are wanted."""
     if wanted < 1:
         return {name: max(1, round(wanted * size)) for name, size in sizes.items()}
     counts = apportion(round(wanted), sizes)

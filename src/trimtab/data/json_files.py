@@ -8,26 +8,47 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from trimtab.core.errors import DataError
 from trimtab.data.example import COLUMNS, RawRow, RejectedExample, SourceReport
 from trimtab.data.strict_json import after_space, end_of, parse_json, place_in, row_of, value_at
 from trimtab.data.text_files import open_text
 
 
-def json_file(path: Path, report: SourceReport) -> Iterator[RawRow | RejectedExample]:
-    """The rows of a JSON file, whatever its ending: its content says which layout it has."""
+def json_file(path: Path, report: SourceReport, most: int | None = None) -> Iterator[RawRow | RejectedExample]:
+    """The rows of a JSON file, whatever its ending: its content says which layout it has.
+
+    Args:
+        most: The most characters of a file that is read whole, as all but a row a line is. Raises DataError for a longer one.
+    """
     with open_text(path) as file:
-        lines = (line.strip() for line in file if line.strip())
+        lines = (
+            line.strip() for line in iter(lambda: _refuse_long(path, file.readline(_one_more(most)), most), "") if line.strip()
+        )
         first, second = next(lines, ""), next(lines, "")
     value = None
     with suppress(ValueError):
         value = parse_json(first)
     with open_text(path) as file:
         if first.startswith("[") and (".json" in path.suffixes or value is None or not second):
-            yield from _array(path, file.read())
+            yield from _array(path, _refuse_long(path, file.read(_one_more(most)), most))
         elif first.startswith("{") and (value is None or (not second and (_rows_key(value) or _columnwise(value)))):
-            yield from _objects(path, file.read(), report)
+            yield from _objects(path, _refuse_long(path, file.read(_one_more(most)), most), report)
         else:
             yield from _lines(path, file)
+
+
+def _one_more(most: int | None) -> int:
+    """How many characters to read so as to notice that there are too many; all, if there is no limit."""
+    return -1 if most is None else most + 1
+
+
+def _refuse_long(path: Path, text: str, most: int | None) -> str:
+    if most is not None and len(text) > most:
+        raise DataError(
+            f"data: {path} is read whole, because it has no row a line, and has more than {most:,} characters: write it as JSON Lines, an "
+            "object a line."
+        )
+    return text
 
 
 def _lines(path: Path, lines: Iterable[str]) -> Iterator[RawRow | RejectedExample]:

@@ -1,6 +1,7 @@
 """The data of a run: read, tokenized and split into training and validation, with a report of every example."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -8,8 +9,11 @@ from typing import Any
 from trimtab.core.errors import DataError
 from trimtab.core.files import sha256_file
 from trimtab.data.config import DataConfig
+from trimtab.data.corpus import Corpus
+from trimtab.data.corpus_load import SAMPLE, load_corpus
+from trimtab.data.corpus_tokens import OnStage
 from trimtab.data.duplicates import without_repeated, without_texts_of
-from trimtab.data.example import Kind, SourceReport, TokenRow
+from trimtab.data.example import Kind, SourceReport, TokenRow, row_groups
 from trimtab.data.examples import Named, examples_of, reasons, report_of
 from trimtab.data.held_out import places_held_out
 from trimtab.data.lengths import LengthLimit
@@ -35,11 +39,29 @@ class LoadedData:
     """Of each training source, by name; empty where every example is trained on once an epoch."""
     seed: int = 0
     """What decided which examples are held out, and which are in the sample of a source."""
+    corpus: Corpus | None = None
+    """What is trained on, if it need not fit into memory; `train` is a sample of its rows then, for the checks."""
+    digests: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of the corpus' files."""
 
     @property
     def shares(self) -> dict[str, Share]:
         """What each named source contributes to an epoch."""
+        if self.corpus is not None:
+            return self.corpus.shares(Counter(row.source for row in self.eval))
         return shares(self.train, self.eval, self.weights)
+
+    @property
+    def examples(self) -> int:
+        """How many there are to train on: of a corpus, blocks."""
+        return len(self.corpus) if self.corpus is not None else len(row_groups(self.train))
+
+    @property
+    def target_tokens(self) -> int:
+        """How many there are to train on, each counted once."""
+        if self.corpus is not None:
+            return self.corpus.targets
+        return sum(len(row.target_indices) for row in self.train if row.side != "mismatched")
 
     def plain(self) -> dict[str, Any]:
         """What a run stores about its data, as JSON data."""
@@ -48,7 +70,7 @@ class LoadedData:
             "digest": self.digest,
             "seed": self.seed,
             "sources": [report.plain() for report in self.reports],
-            "files": {str(path): sha256_file(path) for path in paths},
+            "files": {str(path): self.digests.get(str(path)) or sha256_file(path) for path in paths},
             "held_out": sorted({row.where for row in self.eval}),
         }
 
@@ -61,6 +83,7 @@ def load_data(
     kind: Kind = "answers",
     *,
     positions: int = 0,
+    on_stage: OnStage = lambda _: None,
 ) -> LoadedData:
     """The token rows of everything that `config` names.
 
@@ -68,6 +91,7 @@ def load_data(
         seed: Decides which examples are held out, and which are in the sample of a source.
         kind: What the objective trains on.
         positions: How many positions of the context virtual tokens take.
+        on_stage: Is told how far a corpus is tokenized.
 
     Raises:
         DataError: A source can't be read, nothing in it can be used, or (unless `bad_rows` is skip) some of it can't.
@@ -75,6 +99,8 @@ def load_data(
     """
     check_system(config.system, base)
     loader = _Loader(config, base, length_limit(config, context_length, positions), seed, kind)
+    if config.corpus:
+        return _load_corpus(config, loader, on_stage)
     train = [loader.load(named) for named in config.train_sources.items()]
     validation = [loader.load(named) for named in config.eval_sources.items()]
     if config.duplicates == "remove":
@@ -86,6 +112,22 @@ def load_data(
         rows, held_out = ([row for row in rows if (row.where in places) is chosen] for chosen in (False, True))
     reports = [report for _, report in (*train, *validation)]
     data = LoadedData(rows, held_out, reports, _digest(config.weights, rows, held_out), config.weights, seed)
+    _ = data.shares  # refuses a weight that is too small
+    return data
+
+
+def _load_corpus(config: DataConfig, loader: "_Loader", on_stage: OnStage) -> LoadedData:
+    """Training texts in the cache, validation texts in memory, cut into blocks as well."""
+    loaded = load_corpus(config, loader.base, loader.limit.tokens, loader.seed, on_stage)
+    loader.config = config.model_copy(update={"corpus": False})
+    loader.limit = loader.limit._replace(overlong="split")
+    validation = [loader.load(named) for named in config.eval_sources.items()]
+    held_out = [*loaded.held_out, *(row for rows, _ in validation for row in rows)]
+    reports = [*loaded.reports, *(report for _, report in validation)]
+    digest = _digest({}, held_out) + loaded.corpus.digest
+    sample = loaded.corpus.sample(SAMPLE)
+    digest = hashlib.sha256(digest.encode()).hexdigest()
+    data = LoadedData(sample, held_out, reports, digest, config.weights, loader.seed, loaded.corpus, loaded.digests)
     _ = data.shares  # refuses a weight that is too small
     return data
 

@@ -1,5 +1,6 @@
 """The order of training: a pure function of (seed, epoch), so nothing needs to be stored to resume."""
 
+import hashlib
 import heapq
 import math
 import random
@@ -21,9 +22,13 @@ def shuffled(count: int, seed: int | str, epoch: int) -> list[int]:
 
 def split(count: int, held_out: int, seed: int | str) -> tuple[list[int], list[int]]:
     """Indices of (training, validation), each increasing."""
-    order = random.Random(f"{seed}/split").sample(range(count), held_out)
-    chosen = set(order)
-    return [n for n in range(count) if n not in chosen], sorted(chosen)
+    chosen = validation(count, held_out, seed)
+    return sorted(set(range(count)).difference(chosen)), chosen
+
+
+def validation(count: int, held_out: int, seed: int | str) -> list[int]:
+    """Indices of validation examples, increasing."""
+    return sorted(random.Random(f"{seed}/split").sample(range(count), held_out))
 
 
 def sampled(values: Iterable[Value], count: int, seed: int) -> list[Value]:
@@ -103,3 +108,40 @@ def _mixed(by_source: Mapping[str, Sequence[Value]], seed: int, weights: Mapping
     parts = apportion(sum(map(len, by_source.values())), weights)
     places = [name for name, part in parts.items() for _ in range(part)]
     yield from (next(endless[name]) for name in _in_epochs(places, seed))
+
+
+class Permutation:
+    """An order of so many numbers by the seed: of each place its number, without a list of them.
+
+    A Feistel network permutes the numbers below a power of four; a result that is too large is permuted again until it is not, which
+    takes fewer than four rounds on average.
+    """
+
+    ROUNDS = 6
+
+    def __init__(self, count: int, seed: str) -> None:
+        self.count, self._bits = count, max(1, ((count - 1).bit_length() + 1) // 2)
+        digests = (hashlib.sha256(f"{seed}/{number}".encode()).digest() for number in range(self.ROUNDS))
+        self._keys = [int.from_bytes(digest[:8], "big") for digest in digests]
+
+    def __getitem__(self, place: int) -> int:
+        """The number at a place, both from 0 and below `count`."""
+        number, mask = place, (1 << self._bits) - 1
+        while True:
+            left, right = number >> self._bits, number & mask
+            for key in self._keys:
+                left, right = right, left ^ (_mixed_bits(right + key) & mask)
+            number = left << self._bits | right
+            if number < self.count:
+                return number
+
+
+def _mixed_bits(value: int) -> int:
+    """64 bits, each of which depends on all of the value's: the finalizer of SplitMix64."""
+    value = value * 0x9E3779B97F4A7C15 & _64_BITS
+    value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & _64_BITS
+    value = (value ^ value >> 27) * 0x94D049BB133111EB & _64_BITS
+    return value ^ value >> 31
+
+
+_64_BITS = (1 << 64) - 1

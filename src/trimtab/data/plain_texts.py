@@ -36,19 +36,24 @@ def tokenize_texts(texts: Sequence[Text], base: Tokenizing, limit: LengthLimit) 
         else:
             tokens = encode_long(example.text, base)
         try:
-            results.append(_rows(tokens, example.where, base, limit))
+            results.append(text_rows(tokens, example.where, base, limit))
         except InvalidExample as invalid:
             results.append(invalid)
     return results
 
 
-def _rows(tokens: Tokens, where: str, base: Tokenizing, limit: LengthLimit) -> list[TokenRow]:
-    """Raises InvalidExample."""
-    ids, first = tokens.ids, max(tokens.before, 1)  # nothing can predict the first token of a row
+def ended(ids: list[int], base: Tokenizing) -> list[int]:
+    """A text's tokens with the one that ends it. Raises InvalidExample if the model has no embedding of one of them."""
     if base.end_of_text is not None and ids[-1:] != [base.end_of_text]:
         ids.append(base.end_of_text)
     if problem := base.embedding_problem(ids):
         raise InvalidExample(problem)
+    return ids
+
+
+def text_rows(tokens: Tokens, where: str, base: Tokenizing, limit: LengthLimit) -> list[TokenRow]:
+    """The token rows of a text. Raises InvalidExample."""
+    ids, first = ended(tokens.ids, base), max(tokens.before, 1)  # nothing can predict the first token of a row
     if limit.overlong == "split" and limit.tokens is not None and len(ids) > limit.tokens:
         return split_text(ids, first, limit.tokens, where)
     return limit_length([TokenRow(ids, list(range(first, len(ids))), where, len(ids))], limit)

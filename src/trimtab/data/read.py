@@ -4,7 +4,7 @@ import difflib
 import glob
 import re
 from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from trimtab.data.text_files import COMPRESSED, PLAIN, csv_file, not_utf8, plain
 TABLES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 """Endings of files that hold rows with columns."""
 SUFFIXES = (*TABLES, *PLAIN)
+LONGEST = 1 << 26
+"""Characters of the longest document of a corpus, and of the longest file of one that can't be read piece by piece."""
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(:\w+)?")
 _SPLITS = re.compile(r"(?<![a-z])(train|training|test|testing|valid|validation|dev|val|eval|evaluation)(?![a-z])")
 _METADATA = {"dataset_infos.json", "dataset_info.json", "config.json", "metadata.json", "package.json"}
@@ -29,7 +31,7 @@ _ABOUT = re.compile(r"(readme|licen[cs]e|copying|notice|changelog|citation|requi
 
 
 def read_rows(
-    source: Source | Objects, report: SourceReport | None = None, seed: int | None = 0
+    source: Source | Objects, report: SourceReport | None = None, seed: int | None = 0, *, most: int | None = None
 ) -> Iterator[RawRow | RejectedExample]:
     """Every row of a source, or the sample that its limit allows, in the source's order; one that can't be read is a RejectedExample.
 
@@ -39,43 +41,45 @@ def read_rows(
             `org/name:split`; the split is `train` unless given).
         report: Counts what is left out while reading.
         seed: Decides the sample; None for every row.
+        most: The most characters of what can't be read piece by piece: a document, or a JSON file without a row a line. With it, a
+            dataset on the hub is read as a stream, and of a limited source the first rows.
 
     Raises:
         DataError: There is no such source, it holds no rows, or it can't be read at all.
         StorageError: It could not be fetched from the hub.
     """
     report = report or SourceReport((source.path,))
-    path, limit = expand_user(source.path), source.limit if seed is not None else None
+    path, limit = expand_user(source.path), source.limit if seed is not None and most is None else None
     if isinstance(source, Objects):
         rows = numbered(source.rows, lambda n: f"{source.path}[{n}]", report, limit, seed or 0)
-    elif (dataset := _dataset(source)) is not None:
+    elif (dataset := _dataset(source, stream=most is not None)) is not None:
         rows = numbered(dataset, lambda n: f"{source.path}:{n + 1}", report, limit, seed or 0)
     elif files := _files(source.path):
         _refuse_parts(source, files[0])
-        rows = chain.from_iterable(_read_file(file, report) for file in files)
+        rows = chain.from_iterable(_read_file(file, report, most) for file in files)
         rows = iter(sampled(rows, limit, seed or 0)) if limit is not None else rows
     else:
         raise DataError(f"data: {source.path}: no such file or folder (looked in {Path.cwd()}{_near(path)}).")
     empty = True
-    for row in rows:
+    for row in rows if most is None else islice(rows, source.limit):
         empty = False
         yield row
     if empty:
         raise DataError(f"data: {source.path} holds no examples.")
 
 
-def _dataset(source: Source) -> Any:
-    """What `datasets` reads of a source; None if that is files, or nothing."""
+def _dataset(source: Source, *, stream: bool) -> Any:
+    """What `datasets` reads of a source, at once or while it is gone through; None if that is files, or nothing."""
     path = expand_user(source.path)
     if path.is_dir() and is_saved_dataset(path):
         return saved_dataset(path, source)
     if path.is_dir() and (source.subset or source.split) and source.revision is None:
-        return hub_dataset(str(path), source.subset, source.split)
+        return hub_dataset(str(path), source.subset, source.split, stream=stream)
     if not _files(source.path) and _on_hub(source.path):
         name, _, split = source.path.partition(":")
         if split and source.split:
             raise DataError(f"data: {source.path} names the split {split}, and split: {source.split} another: leave one out.")
-        return hub_dataset(name, source.subset, source.split or split, source.revision)
+        return hub_dataset(name, source.subset, source.split or split, source.revision, stream=stream)
     return None
 
 
@@ -101,6 +105,19 @@ def local_files(source: str) -> list[Path]:
     if path.is_dir() and is_saved_dataset(path):
         return sorted(file for file in path.rglob("*") if file.is_file())
     return _files(source)
+
+
+def reads_files(source: Source) -> bool:
+    """Whether a source is files that are read one by one, rather than a dataset. Raises DataError if there is nothing of that name."""
+    path = expand_user(source.path)
+    if path.is_dir() and (is_saved_dataset(path) or source.subset or source.split):
+        return False
+    if files := _files(source.path):
+        _refuse_parts(source, files[0])
+        return True
+    if not _on_hub(source.path):
+        raise DataError(f"data: {source.path}: no such file or folder (looked in {Path.cwd()}{_near(path)}).")
+    return False
 
 
 def is_local(source: str) -> bool:
@@ -195,7 +212,7 @@ def _suffix(path: Path) -> str:
     return Path(path.stem if path.suffix.lower() in COMPRESSED else path.name).suffix.lower()
 
 
-def _read_file(path: Path, report: SourceReport) -> Iterator[RawRow | RejectedExample]:
+def _read_file(path: Path, report: SourceReport, most: int | None) -> Iterator[RawRow | RejectedExample]:
     suffix = _suffix(path)
     if suffix not in SUFFIXES or (suffix == ".parquet" and path.suffix.lower() in COMPRESSED):
         raise DataError(f"data: {path}: the ending {path.suffix!r} is not one of {', '.join(SUFFIXES)}{_advice(path)}.")
@@ -207,9 +224,9 @@ def _read_file(path: Path, report: SourceReport) -> Iterator[RawRow | RejectedEx
         elif suffix == ".parquet":
             yield from parquet(path, report)
         elif suffix in PLAIN:
-            yield from plain_file(path)
+            yield from plain_file(path, most)
         else:
-            yield from json_file(path, report)
+            yield from json_file(path, report, most)
     except UnicodeError:
         raise DataError(not_utf8(path)) from None
     except (OSError, EOFError) as error:

@@ -24,7 +24,7 @@ class Source(Config):
     weight: Annotated[float, Field(gt=0)] | None = None
     """Its share of each epoch is its weight, divided by the sum of all; unless given, every example is trained on once an epoch."""
     limit: Annotated[int, Field(ge=1)] | None = None
-    """The most examples that are taken from it: a random sample, decided by the seed; of a stream, the first ones."""
+    """The most examples that are taken from it: a random sample, decided by the seed; of a stream or a corpus, the first ones."""
     columns: dict[Column, str] | None = None
     """As `data.columns`, which it stands in the place of."""
     prompt: ColumnTemplate | None = None

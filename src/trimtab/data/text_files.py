@@ -14,7 +14,7 @@ from trimtab.data.strict_json import is_object
 
 PLAIN = (".txt", ".md")
 """Endings of files whose whole content is text."""
-SEPARATOR = re.compile(r"^[ \t]*<\|endoftext\|>[ \t]*$", re.MULTILINE)
+SEPARATOR = re.compile(r"[ \t]*<\|endoftext\|>[ \t]*")
 """A line that separates documents in one file, as GPT-2's tools and TinyStories write it."""
 COMPRESSED = (".gz", ".zst")
 _DELIMITERS = (",", ";", "\t", "|")
@@ -50,23 +50,40 @@ def not_utf8(path: Path) -> str:
     return f"data: {path} changed while it was read."
 
 
-def plain_file(path: Path) -> Iterator[RawRow | RejectedExample]:
-    """The documents of a plain-text file, without the line breaks at their ends: the whole file, or what its separators part."""
+def plain_file(path: Path, most: int | None = None) -> Iterator[RawRow | RejectedExample]:
+    """The documents of a plain-text file, without the line breaks at their ends: the whole file, or what its separators part.
+
+    Args:
+        most: The most characters of a document. Raises DataError for a longer one.
+    """
     with open_text(path) as file:
-        text = file.read()
-    if is_object(text[: text.find("\n")] if "\n" in text else text):
-        raise DataError(f"data: {path} holds JSON objects, a line each, and not plain text: name it {path.stem}.jsonl.")
-    line = start = 0
-    for match in [*SEPARATOR.finditer(text), None]:
-        end = match.start() if match else len(text)
-        document = text[start:end]
-        content = document.lstrip("\r\n")
-        before = len(document) - len(content)  # line breaks, after which the document begins
-        if content.strip() or not (start or match):
-            yield f"{path}:{line + document.count(chr(10), 0, before) + 1}", {"text": content.rstrip("\r\n")}
-        if match:
-            line += text.count("\n", start, match.end())
-            start = match.end()
+        found = False
+        for line, document, last in _documents(path, file, most):
+            content = document.strip("\r\n")
+            if line == 1 and is_object(content.partition("\n")[0]):
+                raise DataError(f"data: {path} holds JSON objects, a line each, and not plain text: name it {path.stem}.jsonl.")
+            line += document.count("\n", 0, len(document) - len(document.lstrip("\r\n")))
+            if content.strip() or (last and not found):
+                yield f"{path}:{line}", {"text": content}
+            found = True
+
+
+def _documents(path: Path, file: TextIO, most: int | None) -> Iterator[tuple[int, str, bool]]:
+    """What stands between separators: the number of its first line, the text, and whether the file ends with it."""
+    lines, first, length = list[str](), 1, 0
+    for number, line in enumerate(file, start=1):
+        if SEPARATOR.fullmatch(line.rstrip("\n")):
+            yield first, "".join(lines), False
+            lines, first, length = [], number + 1, 0
+            continue
+        lines.append(line)
+        length += len(line)
+        if most is not None and length > most:
+            raise DataError(
+                f"data: {path}:{first}: a document of more than {most:,} characters. Part documents with a line that says <|endoftext|>, or "
+                "give each a file."
+            )
+    yield first, "".join(lines), True
 
 
 def csv_file(path: Path, delimiter: str | None) -> Iterator[RawRow | RejectedExample]:

@@ -79,7 +79,7 @@ def held_out_examples_of(run: Path) -> tuple[list[Example], str]:
 def block_of_text(target: Path) -> int | None:
     """The most tokens of the blocks into which a run split plain texts; None for a run that did not, and for anything else."""
     data = Recipe.read(target / RECIPE).data if is_run(target) else None
-    return data.max_length if data is not None and data.overlong == "split" else None
+    return data.max_length if data is not None and (data.corpus or data.overlong == "split") else None
 
 
 def kind_of_data(target: Path) -> Kind:

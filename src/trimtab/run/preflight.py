@@ -7,12 +7,12 @@ from typing import Any
 
 from trimtab.base import Base
 from trimtab.core.errors import RecipeError, StorageError
-from trimtab.data import EXAMPLES_CHECKED, Finding, LoadedData, check_data, first_examples
+from trimtab.data import EXAMPLES_CHECKED, Finding, LoadedData, check_corpus, check_data, first_examples
 from trimtab.data.example import TokenRow
 from trimtab.engine import describe_layers
 from trimtab.methods import Attached
 from trimtab.run.recipe import Recipe
-from trimtab.train import TrainingSteps, optimizer_bytes, plan_training_memory
+from trimtab.train import memory_of, optimizer_bytes, steps_of
 
 
 @dataclass
@@ -34,7 +34,8 @@ def preflight(opened: OpenedRecipe) -> list[Finding]:
     """Every check. Nothing is refused here: see `data.refuse_problems` and `check_disk`."""
     recipe, data = opened.recipe, opened.data
     examples = first_examples(recipe.absolute().data, EXAMPLES_CHECKED, data.seed, recipe.objective.data_kind)
-    findings = [*check_data(data, examples, opened.base), _capacity(opened.adapter, data), _layers(opened.base.model)]
+    check = check_data if data.corpus is None else check_corpus
+    findings = [*check(data, examples, opened.base), _capacity(opened.adapter, data), _layers(opened.base.model)]
     return [*findings, _disk(recipe, opened.base, opened.adapter)]
 
 
@@ -49,8 +50,8 @@ def memory_needed(opened: OpenedRecipe) -> Finding:
     """The memory that training would take now; it is planned again when training starts."""
     try:
         recipe, data = opened.recipe, opened.data
-        plan = plan_training_memory(opened.base, recipe.train, data.train, data.eval, data.weights, data.seed)
-        TrainingSteps(data.train, recipe.train, plan, data.weights, data.seed)
+        plan = memory_of(opened.base, recipe.train, data)
+        steps_of(data, recipe.train, plan)
     except RecipeError as error:
         return Finding("memory", "problem", str(error))
     return Finding("memory", "good", plan.summary, {"pack_tokens": plan.pack_tokens, "most": plan.peak_bytes})
@@ -66,7 +67,7 @@ def check_disk(findings: list[Finding]) -> None:
 def _capacity(adapter: Attached, data: LoadedData) -> Finding:
     """Whether there are enough target tokens for the trained parameters."""
     parameters = sum(p.numel() for p in adapter.parameters().values())
-    tokens = sum(len(row.target_indices) for row in data.train)
+    tokens = data.target_tokens
     message = f"{parameters:,} parameters are trained on {tokens:,} target tokens"
     facts: dict[str, Any] = {"parameters": parameters, "tokens": tokens}
     if frozen := adapter.method.left_frozen(adapter.model):

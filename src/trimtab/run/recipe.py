@@ -76,6 +76,14 @@ class Recipe(Config):
         return self
 
     @model_validator(mode="after")
+    def _a_corpus_is_texts(self) -> Self:
+        if self.data.corpus and self.objective.data_kind != "answers":
+            raise ValueError(f"data.corpus: {self.objective.name} compares or judges answers, and a corpus is of plain texts.")
+        if self.data.corpus and self.eval.samples:
+            raise ValueError("eval.samples: the documents of a corpus (data.corpus) are plain texts, which ask for no answers.")
+        return self
+
+    @model_validator(mode="after")
     def _something_to_answer(self) -> Self:
         if self.eval.samples and self.objective.data_kind != "answers":
             raise ValueError(

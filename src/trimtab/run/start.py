@@ -30,7 +30,7 @@ from trimtab.run.preflight import OpenedRecipe, check_disk, preflight
 from trimtab.run.recipe import Recipe
 from trimtab.run.resume import UnfinishedRun, threads
 from trimtab.run.samples import sample_exam
-from trimtab.train import TrainingSteps, peak_learning_rate, plan_training_memory
+from trimtab.train import CorpusSteps, TrainingSteps, memory_of, peak_learning_rate, steps_of
 
 Rows = list[TokenRow]
 
@@ -43,7 +43,7 @@ class PreparedRun:
     base: Base
     adapter: Attached
     data: LoadedData
-    steps: TrainingSteps
+    steps: TrainingSteps | CorpusSteps
     facts: dict[str, Any]
     findings: list[Finding]
     """Of the checks before the first step."""
@@ -78,10 +78,10 @@ def prepare(recipe: Recipe, unfinished: UnfinishedRun | None, observer: RunObser
     exam = sample_exam(recipe, base, data, observer.on_notice)
     observer.on_stage("planning the memory")
     memory = unfinished.memory() if unfinished is not None else None
-    memory = memory or least_memory(plan_training_memory(base, recipe.train, data.train, data.eval, data.weights, data.seed))
-    steps = TrainingSteps(data.train, recipe.train, memory, data.weights, data.seed)
+    memory = memory or least_memory(memory_of(base, recipe.train, data))
+    steps = steps_of(data, recipe.train, memory)
     facts = {**_facts(recipe, base, adapter, data, steps), "start": opened.start, "reference": reference}
-    observer.on_plan(facts, data.reports, len(row_groups(data.train)), len(row_groups(data.eval)))
+    observer.on_plan(facts, data.reports, data.examples, len(row_groups(data.eval)))
     for note in base.notes:
         observer.on_notice(note)
     if opened.start is not None and (dropout := opened.start.get("dropout")):
@@ -94,7 +94,7 @@ def prepare(recipe: Recipe, unfinished: UnfinishedRun | None, observer: RunObser
             observer.on_notice(f"{finding.name}: {finding.message}")
     if unfinished is not None and processes.first:  # who has its folder
         unfinished.check(recipe, facts, data.plain()["files"], observer.on_notice)
-        if recipe.train.keeps_frozen_outputs and FrozenLayerCache(base.model, 0).lowest:
+        if memory.frozen_cache_bytes and recipe.train.keeps_frozen_outputs and FrozenLayerCache(base.model, 0).lowest:
             observer.on_notice("the cache of frozen layers' outputs starts empty: results may differ by rounding from here on")
         observer.on_notice(f"resuming {unfinished.folder} after step {unfinished.step} of {len(steps)}")
     return PreparedRun(recipe, base, adapter, data, steps, facts, findings, exam)
@@ -134,7 +134,13 @@ def open_recipe(
         # By absolute paths, as the run's recipe.yaml has them, so that its held-out examples are found again.
         with processes.first_here_first():
             data = load_data(
-                recipe.absolute().data, base, context, recipe.data_seed, recipe.objective.data_kind, positions=positions
+                recipe.absolute().data,
+                base,
+                context,
+                recipe.data_seed,
+                recipe.objective.data_kind,
+                positions=positions,
+                on_stage=on_stage,
             )
         on_stage("hashing the base model")
         fingerprint.result()
@@ -246,7 +252,9 @@ def _device(device: torch.device) -> str:
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
 
-def _facts(recipe: Recipe, base: Base, adapter: Attached, data: LoadedData, steps: TrainingSteps) -> dict[str, Any]:
+def _facts(
+    recipe: Recipe, base: Base, adapter: Attached, data: LoadedData, steps: TrainingSteps | CorpusSteps
+) -> dict[str, Any]:
     """What is known before the first step, as JSON data."""
     rate, formula = peak_learning_rate(recipe.train, base, recipe.method, recipe.objective, steps.rows_per_step)
     trained = sum(p.numel() for p in adapter.parameters().values())
@@ -270,7 +278,7 @@ def _facts(recipe: Recipe, base: Base, adapter: Attached, data: LoadedData, step
         "device": _device(base.device),
         "peak_lr": rate,
         "lr_formula": formula,
-        "learned_tokens": sum(len(row.target_indices) for row in data.train if row.side != "mismatched"),
+        "learned_tokens": data.target_tokens,
         "data_digest": data.digest,
         "sources": {name: share.plain() | {"words": str(share)} for name, share in data.shares.items()},
         "versions": versions(),

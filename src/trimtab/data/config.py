@@ -20,8 +20,8 @@ READING = ("columns", "prompt", "completion", "system", "drop_system", "ignore",
 
 FEWEST_TOKENS = 16
 """Of a block of a corpus."""
-HELD_OUT = 100
-"""Documents of a corpus that are held out, unless data.eval is given."""
+HELD_OUT = 0.001
+"""The fraction of the documents of a corpus that is held out, unless data.eval is given."""
 
 
 def _name(name: str) -> str:
@@ -93,8 +93,8 @@ class DataConfig(Config):
     sources, each gives its part. Or sources by name, as in `train`. The loss is also reported for each named source."""
     corpus: bool = False
     """Plain texts that need not fit into memory: they are tokenized once, into the cache, and trained on in blocks of `max_length` tokens that
-    lie across documents; `overlong` does not apply. A step's examples are blocks, those held out are documents: 100 unless `eval` is
-    given. See docs/scale.md."""
+    lie across documents; `overlong` does not apply. A step's examples are blocks, those held out are documents, one in a thousand unless
+    `eval` is given. See docs/scale.md."""
     columns: dict[Column, str] = Field(default={})
     """Trimtab's name of a column: your file's name of it; for example {prompt: question, completion: answer}."""
     prompt: ColumnTemplate | None = None
@@ -144,7 +144,7 @@ class DataConfig(Config):
 
     @model_validator(mode="before")
     @classmethod
-    def _a_fraction_of_a_corpus_is_much(cls, raw: Any) -> Any:
+    def _less_of_a_corpus_is_held_out(cls, raw: Any) -> Any:
         return {"eval": HELD_OUT, **raw} if isinstance(raw, dict) and raw.get("corpus") is True else raw
 
     @model_validator(mode="after")

@@ -12,7 +12,7 @@ from trimtab.core.files import json_digest
 from trimtab.data.corpus_files import TokenFiles
 from trimtab.data.example import TokenRow
 from trimtab.data.lengths import LengthLimit
-from trimtab.data.mixture import Share
+from trimtab.data.mixture import Share, refuse_nothing
 from trimtab.data.order import Permutation, apportion
 from trimtab.data.plain_texts import Tokens, text_rows
 from trimtab.data.rendering import Tokenizing
@@ -145,7 +145,11 @@ class Corpus:
 
         Args:
             held_out: Validation examples by source.
+
+        Raises:
+            DataError: A source's weight is so small that no block of it would be trained on.
         """
+        refuse_nothing(self.per_epoch)
         return {
             name: Share(len(blocks), self.per_epoch[name], self.per_epoch[name] / len(self), held_out.get(name, 0))
             for name, blocks in self.sources.items()

@@ -45,8 +45,8 @@ def _one_more(most: int | None) -> int:
 def _refuse_long(path: Path, text: str, most: int | None) -> str:
     if most is not None and len(text) > most:
         raise DataError(
-            f"data: {path} is read whole, because it has no row a line, and has more than {most:,} characters: write it as JSON Lines, an "
-            "object a line."
+            f"data: {path} is read whole, because it has no row a line, or its first one is very long, and has more than {most:,} characters: "
+            "write it as JSON Lines, an object a line."
         )
     return text
 

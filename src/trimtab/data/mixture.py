@@ -46,15 +46,20 @@ def shares(rows: Sequence[TokenRow], held_out: Sequence[TokenRow], weights: Mapp
     """
     sizes, validation = _sizes(rows), _sizes(held_out)
     parts = apportion(sizes.total(), weights) if weights else sizes
-    for name, part in parts.items():
-        if part == 0:
-            raise DataError(
-                f"data.train.{name}.weight: its share of an epoch of {sizes.total():,} examples is less than one. "
-                "Raise it, or leave the source out."
-            )
+    refuse_nothing(parts)
     return {
         name: Share(size, parts[name], parts[name] / sizes.total(), validation[name]) for name, size in sizes.items() if name
     }
+
+
+def refuse_nothing(per_epoch: Mapping[str, int]) -> None:
+    """Raise DataError for a source that contributes no example to an epoch."""
+    for name, part in per_epoch.items():
+        if part == 0:
+            raise DataError(
+                f"data.train.{name}.weight: its share of an epoch of {sum(per_epoch.values()):,} examples is less than one. "
+                "Raise it, or leave the source out."
+            )
 
 
 def _sizes(rows: Sequence[TokenRow]) -> Counter[str]:

@@ -458,6 +458,10 @@ def test_max_length_overlong_and_bad_rows_decide_about_rows(work):
     *_, data = outcome(work, "split", **{"data.train": str(work / "texts"), "data.max_length": 60, "data.overlong": "split"})
     (account,) = json.loads(data)["sources"]
     assert (account["used"], account["split"], account["blocks"]) == (6, 1, 5)
+    blocks = {"data.train": str(work / "texts"), "data.max_length": 60, "data.eval": 1}
+    assert outcome(work, "corpus", **blocks, **{"data.corpus": True}) != outcome(
+        work, "no-corpus", **blocks, **{"data.overlong": "split"}
+    )
     bad = {"data.train": str(work / "bad.jsonl")}
     with pytest.raises(DataError, match="completion is empty"):
         run_recipe(plain_recipe(work, output=str(work / "runs" / "never"), **bad))
@@ -641,6 +645,7 @@ def test_no_key_is_left_out_here():
         "data.train_on",
         "data.max_length",
         "data.overlong",
+        "data.corpus",
         "data.bad_rows",
         "data.duplicates",
         "train.decay",

@@ -133,15 +133,8 @@ def open_recipe(
         on_stage("reading and tokenizing the data")
         # By absolute paths, as the run's recipe.yaml has them, so that its held-out examples are found again.
         with processes.first_here_first():
-            data = load_data(
-                recipe.absolute().data,
-                base,
-                context,
-                recipe.data_seed,
-                recipe.objective.data_kind,
-                positions=positions,
-                on_stage=on_stage,
-            )
+            config, kind = recipe.absolute().data, recipe.objective.data_kind
+            data = load_data(config, base, context, recipe.data_seed, kind, positions=positions, on_stage=on_stage)
         on_stage("hashing the base model")
         fingerprint.result()
     if start is None:

@@ -1,9 +1,9 @@
 """Corpora larger than memory: made-up text, and how fast and in how much memory its tokens are made and read.
 
-    python benchmarks/corpus.py make FOLDER MEGABYTES        # files of JSON Lines, plain text and compressed JSON Lines
-    python benchmarks/corpus.py tokenize FOLDER [LENGTH]     # into the cache; prints a line of JSON
-    python benchmarks/corpus.py read FOLDER [BLOCKS]         # the packs of as many blocks of 1,024 tokens, in the order of training
-    python benchmarks/corpus.py watch PID                    # anonymous memory of a process, every second, until it ends
+python benchmarks/corpus.py make FOLDER MEGABYTES        # files of JSON Lines, plain text and compressed JSON Lines
+python benchmarks/corpus.py tokenize FOLDER [LENGTH]     # into the cache; prints a line of JSON
+python benchmarks/corpus.py read FOLDER [BLOCKS]         # the packs of as many blocks of 1,024 tokens, in the order of training
+python benchmarks/corpus.py watch PID                    # anonymous memory of a process, every second, until it ends
 """
 
 import gzip
@@ -64,7 +64,9 @@ def load(folder: Path, length: int) -> "tuple[object, float]":
     base.encode(["warm"])
     before = anonymous()
     config = DataConfig(train=str(folder), corpus=True, max_length=length)
-    data = load_data(config, base, None, 0, on_stage=lambda said: print(f"{said}; {anonymous():.0f} MB", file=sys.stderr, flush=True))
+    data = load_data(
+        config, base, None, 0, on_stage=lambda said: print(f"{said}; {anonymous():.0f} MB", file=sys.stderr, flush=True)
+    )
     return data, before
 
 
@@ -86,7 +88,11 @@ def read(folder: Path, blocks: int = 20_000) -> None:
         tokens += sum(len(pack.ids) for pack in pack_all(rows, 1024, share=False))
         most = max(most, anonymous()) if number % 1600 == 0 else most
     seconds = time.perf_counter() - started
-    print(json.dumps({"tokens": tokens, "tokens_per_second": round(tokens / seconds), "anonymous_mb": [before, most, anonymous()]}))
+    print(
+        json.dumps(
+            {"tokens": tokens, "tokens_per_second": round(tokens / seconds), "anonymous_mb": [before, most, anonymous()]}
+        )
+    )
 
 
 def watch(pid: int) -> None:

@@ -1,9 +1,12 @@
 """The command line: the list of commands, and the exit code of every error."""
 
 import argparse
+import contextlib
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
+from types import ModuleType
 
 from trimtab import __version__
 from trimtab.commands import (
@@ -29,7 +32,10 @@ from trimtab.commands import (
 )
 from trimtab.commands._parser import Parser
 from trimtab.core import interrupts, process, streams
-from trimtab.core.errors import StorageError, TrimtabError
+from trimtab.core.errors import RecipeError, StorageError, TrimtabError
+from trimtab.core.interrupts import INTERRUPTED
+from trimtab.core.processes import processes
+from trimtab.launch import End, run_together
 
 COMMANDS = (
     init,
@@ -53,7 +59,8 @@ COMMANDS = (
     track,
 )
 """In the order of the help."""
-INTERRUPTED = 130
+TOGETHER = (train, check, eval)
+"""What several processes do together."""
 
 
 def main(words: Sequence[str] | None = None, parser: Callable[[], argparse.ArgumentParser] | None = None) -> int:
@@ -65,7 +72,10 @@ def main(words: Sequence[str] | None = None, parser: Callable[[], argparse.Argum
     streams.configure()
     with interrupts.signals_as_keyboard_interrupt(ignored_afterwards=words is None) as came:
         try:
-            return _run((parser or _parser)().parse_args(words))
+            if processes.size > 1 and parser is None:
+                os.environ.update(process.environment())
+                return run_together(lambda: _command(words), _end)
+            return _run(_parsed(parser or _parser, words))
         except KeyboardInterrupt:  # another one, while the first was handled
             return INTERRUPTED
         except Exception:
@@ -77,23 +87,59 @@ def main(words: Sequence[str] | None = None, parser: Callable[[], argparse.Argum
 def _run(arguments: argparse.Namespace) -> int:
     os.environ.update(process.environment())  # before a command imports torch
     try:
-        exit_code = arguments.run(arguments)
-        sys.stdout.flush()
-        return exit_code or 0
-    except TrimtabError as error:
-        if arguments.debug:
+        return _carry_out(arguments)
+    except (Exception, KeyboardInterrupt) as error:
+        end = _end(error)
+        if end is None or (arguments.debug and not isinstance(error, KeyboardInterrupt | BrokenPipeError)):
             raise
-        return _fail(str(error), error.exit_code)
-    except KeyboardInterrupt as error:
-        return _fail(f"interrupted{f': {error}' if str(error) else ''}.", INTERRUPTED)
-    except BrokenPipeError:  # the reader of our output left, as `head` does
+        return _fail(end.text, end.code) if end.text else end.code
+
+
+def _parsed(parser: Callable[[], argparse.ArgumentParser], words: Sequence[str] | None) -> argparse.Namespace:
+    """The command, and its words as they were given."""
+    arguments = parser().parse_args(words)
+    arguments.command_line = list(sys.argv[1:] if words is None else words)
+    return arguments
+
+
+def _carry_out(arguments: argparse.Namespace) -> int:
+    exit_code = arguments.run(arguments)
+    sys.stdout.flush()
+    return exit_code or 0
+
+
+def _command(words: Sequence[str] | None) -> int:
+    """What each of several processes does."""
+    usage = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(usage):
+            arguments = _parsed(_parser, words)
+    except SystemExit as error:
+        if not error.code:  # of --help
+            return 0
+        raise RecipeError(usage.getvalue().strip()) from None
+    if arguments.run not in [command.run for command in TOGETHER]:
+        several = ", ".join(map(_name, TOGETHER))
+        raise RecipeError(
+            f"{processes.size} processes have been started, and this command is the work of one: start it without a launcher. "
+            f"Several processes carry out {several}."
+        )
+    return _carry_out(arguments)
+
+
+def _end(error: BaseException) -> End | None:
+    """The exit code of an error, and what is said of it; None of one that is Trimtab's own fault."""
+    if isinstance(error, TrimtabError):
+        return End(error.exit_code, str(error))
+    if isinstance(error, KeyboardInterrupt):
+        return End(INTERRUPTED, f"interrupted{f': {error}' if str(error) else ''}.")
+    if isinstance(error, BrokenPipeError):  # the reader of our output left, as `head` does
         _close_output()
-    except OSError as error:  # core/files.py says what its own were about
-        if arguments.debug:
-            raise
+        return End(0)
+    if isinstance(error, OSError):  # core/files.py says what its own were about
         _close_output()
-        return _fail(f"{error.filename or 'standard output'}: {error.strerror or error}.", StorageError.exit_code)
-    return 0
+        return End(StorageError.exit_code, f"{error.filename or 'standard output'}: {error.strerror or error}.")
+    return None
 
 
 def _fail(message: str, exit_code: int) -> int:
@@ -106,6 +152,10 @@ def _close_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def _name(command: ModuleType) -> str:
+    return command.__name__.rpartition(".")[2]
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="trimtab",
@@ -113,9 +163,12 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Start with: trimtab train RECIPE.yaml. `trimtab COMMAND --help` explains a command.",
     )
     parser.add_argument("--version", action="version", version=f"trimtab {__version__}")
+    parser.add_argument(
+        "--local_rank", "--local-rank", help=argparse.SUPPRESS
+    )  # DeepSpeed's launcher gives it; it is in the environment, too
     choices = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in COMMANDS:
-        name = command.__name__.rpartition(".")[2]
+        name = _name(command)
         sentence = f"{command.HELP[0].upper()}{command.HELP[1:]}. {command.DESCRIPTION}".strip()
         added = choices.add_parser(name, help=command.HELP, description=sentence)
         added.add_argument("--debug", action="store_true", help="show the traceback of an error")

@@ -7,6 +7,8 @@ from pathlib import Path
 from trimtab.commands._terminal import status, terminal
 from trimtab.core.errors import TrimtabError
 from trimtab.core.process import gc_frozen
+from trimtab.core.streams import write_stderr
+from trimtab.launch import one_process_notice, refuse_other_devices, start_processes, starts_processes
 
 HELP = "train an adapter from a recipe"
 DESCRIPTION = "Any key of the recipe can be given as section.key=value."
@@ -18,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("words", metavar="key=value", nargs="*", help=text)
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> int:
     from rich.markup import escape
 
     from trimtab.core import yaml12
@@ -32,6 +34,11 @@ def run(arguments: argparse.Namespace) -> None:
         from trimtab.run.script import run_recipe
 
     recipe = Recipe.read(arguments.recipe, arguments.words)
+    if starts_processes(recipe.devices):
+        return start_processes(recipe.devices, recipe.model.device, arguments.command_line)
+    refuse_other_devices(recipe.devices)
+    if (notice := one_process_notice()) is not None:
+        write_stderr(notice)
     try:
         with Terminal(console) as observer:
             run_recipe(recipe, observer)
@@ -44,6 +51,7 @@ def run(arguments: argparse.Namespace) -> None:
     console.print(
         f"[dim]Chat with it:[/]    trimtab chat {folder}\n[dim]Look inside:[/]     trimtab show {folder}\n[dim]Read the report:[/] {report}"
     )
+    return 0
 
 
 def _command_into(folder: Path, arguments: argparse.Namespace) -> str:

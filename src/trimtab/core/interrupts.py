@@ -10,6 +10,8 @@ from typing import Any
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 """Ctrl-C, `kill`, and a closed terminal or SSH connection."""
+INTERRUPTED = 130
+"""The exit code of what a signal ends."""
 REPEAT_WINDOW = 3.0
 """Seconds after a signal in which further ones are ignored: the first is being handled."""
 

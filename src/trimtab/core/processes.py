@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from trimtab.core.errors import ProcessesDiffer
+from trimtab.core.errors import ProcessesDiffer, ProcessLost
 from trimtab.core.interrupts import REPEAT_WINDOW, noting_interrupts
 
 if TYPE_CHECKING:
@@ -26,6 +26,8 @@ WAIT = timedelta(hours=24)
 """How long one process may be busy with what the others wait for: the tokens of a large corpus, an evaluation, a certificate."""
 STEP = timedelta(minutes=30)
 """How long one process may be behind the others within a step."""
+START = timedelta(minutes=10)
+"""How long one process may come after the others."""
 
 
 class Processes:
@@ -54,7 +56,8 @@ class Processes:
         size = _number("WORLD_SIZE", 1)
         if size == 1:
             return cls()
-        return cls(_number("RANK", 0), size, _number("LOCAL_RANK", 0), _number("LOCAL_WORLD_SIZE", 1))
+        local_size = _number("LOCAL_WORLD_SIZE", _number("LOCAL_SIZE", 1))  # the second name is DeepSpeed's
+        return cls(_number("RANK", 0), size, _number("LOCAL_RANK", 0), local_size)
 
     @property
     def first(self) -> bool:
@@ -66,20 +69,35 @@ class Processes:
         """Whether this is the first process of its machine."""
         return self.local_rank == 0
 
+    def connect(self) -> None:
+        """Reach the store, once. Raises ProcessLost if whoever keeps it can't be reached within `START`."""
+        if self.size == 1 or self.store is not None:
+            return
+        import torch.distributed as dist
+
+        try:
+            self.store, _, _ = next(iter(dist.rendezvous("env://", self.rank, self.size, timeout=START)))
+        except RuntimeError as error:
+            place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise ProcessLost(
+                f"The {self.size} processes of this run have not all reached {place} ({_first_line(error)})."
+            ) from error
+
     def open(self) -> None:
-        """Connect the processes, once."""
+        """Connect the processes, once. Raises ProcessLost."""
         if self.size == 1 or self._control is not None:
             return
         import torch
         import torch.distributed as dist
 
+        self.connect()
         on_cuda = torch.cuda.is_available()
         if on_cuda:
             torch.cuda.set_device(self.local_rank % torch.cuda.device_count())
-        self.store, _, _ = next(iter(dist.rendezvous("env://", self.rank, self.size, timeout=STEP)))
         backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
-        dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.size, timeout=STEP)
-        self._control = dist.new_group(backend="gloo", timeout=WAIT)
+        with self._waiting():
+            dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.size, timeout=STEP)
+            self._control = dist.new_group(backend="gloo", timeout=WAIT)
 
     def close(self) -> None:
         """Disconnect; nobody must be waiting for this process any more."""
@@ -180,7 +198,12 @@ class Processes:
     @contextmanager
     def _waiting(self) -> Iterator[None]:
         started = time.perf_counter()
-        yield
+        try:
+            yield
+        except RuntimeError as error:  # torch's, of every kind
+            raise ProcessLost(
+                f"Another process of this run has ended, or can't be reached ({_first_line(error)}). The same command resumes the run."
+            ) from error
         self.waited += time.perf_counter() - started
 
     # Work
@@ -242,6 +265,10 @@ class Processes:
         self._interrupts.append(now)
         if now - self._interrupts[0] > REPEAT_WINDOW:
             raise KeyboardInterrupt
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _number(name: str, otherwise: int) -> int:

@@ -7,7 +7,7 @@ import io
 import os
 import re
 import sys
-from typing import Any
+from typing import IO, Any
 
 ASCII_FALLBACK = "trimtab-ascii"
 """The error handler for characters that an encoding does not have."""
@@ -58,9 +58,14 @@ def replace_surrogates(text: str) -> str:
 
 def write_stderr(message: str) -> None:
     """Write a message to standard error, if it is open."""
+    write_message(sys.stderr, message)
+
+
+def write_message(stream: IO[str], message: str) -> None:
+    """Write a message to a stream, if it is open."""
     with contextlib.suppress(OSError, ValueError):
-        sys.stderr.write(f"trimtab: {escape_controls(message)}\n")
-        sys.stderr.flush()
+        stream.write(f"trimtab: {escape_controls(message)}\n")
+        stream.flush()
 
 
 class PipeTolerantStream:

@@ -48,7 +48,10 @@ FLOORS = (
     ("the command line", ("cli.py", "commands", "__main__.py", "__init__.py")),
     ("the Python interface; other tools' files as recipes", ("api.py", "migrate")),
     ("one run, top to bottom", ("run",)),
-    ("certificate, reports, trackers, and engines for several processes", ("certify", "report", "track", "distributed")),
+    (
+        "certificate, reports, trackers; several processes: engines, launchers",
+        ("certify", "report", "track", "distributed", "launch"),
+    ),
     ("the training loop, evaluation, and a tiny base for trials", ("train", "evaluate", "testing")),
     ("objectives, one short file each; adapters on disk, merging", ("objectives", "deploy")),
     ("the engine: passes, attention, decoding, memory", ("engine",)),

@@ -51,7 +51,7 @@ def refusal(text, *words):
         ("modle: x\n" + DATA, "modle: no such key. Did you mean 'model'?"),
         (
             DATA + "zzz: 1",
-            "zzz: no such key. Known: model, data, method, objective, train, distributed, eval, track, start, certify, resume, output.",
+            "zzz: no such key. Known: model, data, method, objective, train, devices, distributed, eval, track, start, certify, resume, output.",
         ),
         (DATA + "train: {epocs: 2}", "train.epocs: no such key. Did you mean 'epochs'?"),
         (DATA + "model: {nam: x}", "model.nam: no such key. Did you mean 'name'?"),
@@ -211,8 +211,8 @@ def test_a_recipe_that_holds_itself_is_refused(text):
         ("- 1\n- 2", ": a recipe is a mapping of keys such as `model:` and `data:`, not a list."),
         ("hello", ": a recipe is a mapping of keys such as `model:` and `data:`, not 'hello'."),
         ("3", ": a recipe is a mapping of keys such as `model:` and `data:`, not 3."),
-        (DATA + "<<: {output: x}", ": <<: no such key. Known: model, data, method, objective, train, distributed, eval, track, start, certify, "
-         "resume, output."),
+        (DATA + "<<: {output: x}", ": <<: no such key. Known: model, data, method, objective, train, devices, distributed, eval, track, start, "
+         "certify, resume, output."),
     ],
 )  # fmt: skip
 def test_what_is_not_a_yaml_mapping_is_refused_with_its_line(text, message):

@@ -657,6 +657,7 @@ def test_no_key_is_left_out_here():
         "train.deterministic",
         *(f"eval.{key}" for key in ANSWERING),
         "track",  # tests/test_track.py
+        "devices",  # tests/test_launch.py
         "distributed",  # tests/test_fsdp.py, with several processes
         "start",
         "certify",

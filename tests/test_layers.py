@@ -27,7 +27,7 @@ STACKED = [FLOORS[-1]]
 """Floors whose files build on each other, without a circle; on the others, neighbours do not know each other."""
 NEVER = {("api", "report")}
 """Floors that are passed over though they are below."""
-FAMILIES = {"methods", "objectives", "train/optimizers", "track", "distributed", "launch"}
+FAMILIES = {"methods", "objectives", "train/optimizers", "track", "distributed"}
 """Folders whose members do not know each other: they share the folder's own names, and the files whose names start with an underscore."""
 
 OWNERS = {

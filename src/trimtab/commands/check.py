@@ -7,6 +7,7 @@ from pathlib import Path
 from trimtab.commands._parser import integer
 from trimtab.commands._terminal import print_json, status, terminal
 from trimtab.core.process import gc_frozen
+from trimtab.core.processes import processes
 
 HELP = "validate a recipe and preview the tokenized data, without training"
 DESCRIPTION = "Exit code 3 if training on it would be meaningless. `trimtab train` runs the same checks."
@@ -41,7 +42,7 @@ def run(arguments: argparse.Namespace) -> None:
         opened = open_recipe(recipe, on_stage=stage)
         stage("checking the data, the adapter and the disk")
         findings, examples = [*preflight(opened), memory_needed(opened)], preview(opened.base, opened.data, arguments.show)
-    if arguments.html is not None:
+    if arguments.html is not None and processes.first:
         date, version = f"{datetime.now():%Y-%m-%d %H:%M}", f"Trimtab {versions()['trimtab']}"
         about = (str(arguments.recipe), opened.base.source, date, version)
         files.write_text(arguments.html, checks_page(findings, examples, about, recipe.to_yaml()))
@@ -50,5 +51,6 @@ def run(arguments: argparse.Namespace) -> None:
         print_json({"status": result, "verdict": text, "findings": [finding.plain() for finding in findings], "rows": examples})
     else:
         console.print(checks_table(findings, examples))
-    check_disk(findings)
+    if processes.first:  # who writes
+        check_disk(findings)
     refuse_problems(findings)

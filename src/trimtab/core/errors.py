@@ -1,6 +1,6 @@
 """Every error that a user can cause. Each class has the exit code of the command line.
 
-1 any other TrimtabError, 2 recipe or model, 3 data, 4 artifact, 5 NaN, Inf or a failed guard, 6 storage, 7 certificate;
+1 any other TrimtabError, 2 recipe or model, 3 data, 4 artifact, 5 NaN, Inf or a failed guard, 6 storage or a lost process, 7 certificate;
 130 is an interruption (Ctrl-C, SIGTERM or SIGHUP). A message says what is wrong, where, and what to do.
 """
 

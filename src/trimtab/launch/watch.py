@@ -80,7 +80,8 @@ class Watch:
         raise NotImplementedError
 
     def _run_thread(self, watch: Callable[[], None]) -> None:
-        threading.Thread(target=watch, name="trimtab-watch", daemon=True).start()
+        self.thread = threading.Thread(target=watch, name="trimtab-watch", daemon=True)
+        self.thread.start()
 
     def _look(self) -> None:
         """What is due: the end of this process, and a look at its parent."""
@@ -132,15 +133,17 @@ class First(Watch):
             peer.tell(what)
 
     def _watch(self) -> None:
-        with selectors.DefaultSelector() as waiting:
-            waiting.register(self.listener, selectors.EVENT_READ, None)
+        with contextlib.ExitStack() as opened:
+            waiting = opened.enter_context(selectors.DefaultSelector())
+            waiting.register(opened.enter_context(self.listener), selectors.EVENT_READ, None)
             while not self._over.is_set():
                 for key, _ in waiting.select(TICK):
                     if key.data is None:
-                        connection, _ = self.listener.accept()
+                        connection = opened.enter_context(self.listener.accept()[0])
                         waiting.register(connection, selectors.EVENT_READ, _Peer(connection))
                     elif not self._hear(key.data):
                         waiting.unregister(key.fileobj)
+                        key.data.connection.close()
                 self._look()
 
     def _hear(self, peer: "_Peer") -> bool:
@@ -149,7 +152,7 @@ class First(Watch):
         for said in (lines := peer.read()) or ():
             if peer.rank < 0:
                 if said.get("word") != self.word:
-                    return peer.close()
+                    return False
                 peer.rank, peer.name = said["rank"], f"process {said['rank']} of {size} ({said['host']})"
                 self.peers[peer.rank] = peer
                 if len(self.peers) == size - 1:
@@ -223,7 +226,7 @@ class Other(Watch):
 
     def _watch(self) -> None:
         assert self.first is not None
-        with selectors.DefaultSelector() as waiting:
+        with self.first.connection, selectors.DefaultSelector() as waiting:
             waiting.register(self.first.connection, selectors.EVENT_READ)
             while not self._over.is_set():
                 lines: list[dict[str, Any]] | None = self.first.read() if waiting.select(TICK) else []
@@ -264,13 +267,11 @@ class _Peer:
         try:
             data = self.connection.recv(1 << 16)
             *lines, self._unread = (self._unread + data).split(b"\n")
-            return [json.loads(line) for line in lines] if data and len(self._unread) < MOST_BYTES else None
+            said = [json.loads(line) for line in lines]
         except (OSError, ValueError):
             return None
-
-    def close(self) -> bool:
-        self.connection.close()
-        return False
+        strange = len(self._unread) > MOST_BYTES or not all(isinstance(one, dict) for one in said)
+        return said if data and not strange else None
 
 
 def _parents() -> tuple[int, ...]:

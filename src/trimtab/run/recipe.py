@@ -48,6 +48,9 @@ class Recipe(Config):
     """The training objective: supervised fine-tuning, or a preference objective."""
     train: TrainConfig = Field(default_factory=TrainConfig)
     """How to train."""
+    devices: Annotated[int, Field(ge=1)] = 1
+    """How many processes train, each on a device of its own (on a CPU, on its share of the cores). With 1, as many as torchrun, accelerate or
+    deepspeed have started; docs/scale.md has more."""
     distributed: Annotated[SerializeAsAny[Engine], BeforeValidator(Engine.pick)] = Field(default_factory=Auto)
     """How several processes hold the base model and train together; with one process, all are alike."""
     eval: EvalConfig = Field(default_factory=EvalConfig)
@@ -58,9 +61,6 @@ class Recipe(Config):
     """Experiment trackers that show the run's curves: a name, or a list of names or mappings with a name; docs/trackers.md has them."""
     start: str | None = None
     """An adapter or run folder whose adapter is trained further, instead of a new one; its method is used, and need not be given."""
-    devices: Annotated[int, Field(ge=1)] = 1
-    """How many processes train, each on a device of its own (on a CPU, on its share of the cores). With 1, as many as torchrun, accelerate or
-    deepspeed have started; docs/scale.md has more."""
     certify: bool = True
     """Whether a finished run's adapter is loaded in a new process and compared with the trained model and with the base model."""
     resume: Literal["auto", "never"] | Annotated[int, Field(ge=1)] = "auto"

@@ -15,6 +15,7 @@ from trimtab.core.interrupts import interrupts_deferred
 from trimtab.core.processes import processes
 from trimtab.deploy import copy_adapter, save_adapter
 from trimtab.engine import MemoryPlan, PeakMemory
+from trimtab.launch import refuse_other_devices
 from trimtab.report import RunObserver, Together
 from trimtab.run.checkpoints import Checkpointer, Progress, Run, keep_adapters, newest_checkpoints, remove_states, same_command
 from trimtab.run.claim import claim_together
@@ -38,6 +39,7 @@ def run_recipe(recipe: Recipe, observer: RunObserver | None = None) -> Run:
             from its last checkpoint.
         KeyboardInterrupt: After a checkpoint has been saved.
     """
+    refuse_other_devices(recipe.devices)
     processes.open()
     observer = observer if observer is not None and processes.first else RunObserver()
     with claim_together(recipe, observer.on_notice) as unfinished, deterministic(recipe.train.deterministic):

@@ -27,17 +27,15 @@ class Store(dict):
     def set(self, key, value):
         self[key] = value.encode()
 
-    def get(self, key):
-        while key not in self:
-            time.sleep(0.01)
-        return self[key]
+    def check(self, keys):
+        return all(key in self for key in keys)
 
 
 class Place:
     """Processes that are threads: what each says, and what it ends with."""
 
     def __init__(self, size):
-        self.said, self.codes, self.left = [], {}, threading.Event()
+        self.said, self.codes, self.interrupts = [], {}, []
         store, self.watches = Store(), []
         for rank in range(size):
             processes = Processes(rank, size, rank, size)
@@ -82,6 +80,7 @@ def place(monkeypatch):
     monkeypatch.setattr(watch, "SAME", 0.2)
     monkeypatch.setattr(watch, "GRACE", 0.3)
     monkeypatch.setattr(watch, "NEWS", 0.3)
+    monkeypatch.setattr(os, "kill", lambda pid, number: made[-1].interrupts.append((pid, number)))
     made, faults = [], []
     monkeypatch.setattr(threading, "excepthook", lambda fault: fault.exc_type is SystemExit or faults.append(fault))
 
@@ -151,6 +150,16 @@ def test_a_process_that_is_killed_ends_all(place):
     assert "was killed" in text
 
 
+def test_process_0_is_interrupted_and_then_ended_whatever_it_is_busy_with(place):
+    two = place(2)
+    two.start()
+    two.ends(1, End(3, "row 17 has no answer."))
+    assert two.interrupts == []  # it may have the same error
+    two.wait([0])
+    assert two.interrupts == [(os.getpid(), signal.SIGTERM)]
+    assert (two.codes[0], len(two.said)) == (3, 1)
+
+
 def test_if_process_0_is_killed_one_of_each_machine_says_it(place):
     four = place(4)
     for rank in (2, 3):  # another machine
@@ -190,14 +199,13 @@ def test_others_who_were_interrupted_wait_for_process_0_which_saves(place):
 
 def test_a_parent_that_dies_interrupts_and_then_ends(place, monkeypatch):
     monkeypatch.setattr(watch, "ORPHAN", 0.3)
-    two, interrupted = place(2), []
+    two = place(2)
     two.start()
-    monkeypatch.setattr(os, "kill", lambda *what: interrupted.append(what))
     time.sleep(0.2)
-    assert (interrupted, two.codes) == ([], {})
+    assert (two.interrupts, two.codes) == ([], {})
     monkeypatch.setattr(os, "getppid", lambda: 1)
     two.wait([0, 1])
-    assert set(interrupted) == {(os.getpid(), signal.SIGTERM)}
+    assert two.interrupts == 2 * [(os.getpid(), signal.SIGTERM)]
     assert 130 in two.codes.values()  # of the first to leave; nobody is there to hear
 
 
@@ -259,11 +267,11 @@ def launched(monkeypatch):
 def test_devices_that_a_launcher_has_not_started_are_refused(launched, variables, size, name, option):
     launched(variables, size)
     with pytest.raises(RecipeError) as error:
-        start.refuse_other_devices(3)
+        start.refuse_other_devices(3, "cpu")
     assert name in str(error.value)
     assert option in str(error.value)
-    start.refuse_other_devices(size)
-    start.refuse_other_devices(1)  # which is the default
+    start.refuse_other_devices(size, "cpu")
+    start.refuse_other_devices(1, "cpu")  # which is the default
     assert not start.starts_processes(1)
     assert start.starts_processes(3) == (variables == [] and size == 1)
     said = start.one_process_notice()
@@ -277,21 +285,21 @@ def test_devices_that_a_launcher_has_not_started_are_refused(launched, variables
 )
 def test_processes_share_the_processor_or_have_a_device_each(monkeypatch, device, there, expected):
     _accelerators(monkeypatch, there)
-    assert start._shares_processor(2, device) is expected
+    assert start.share_processor(2, device) is expected
 
 
 @pytest.mark.parametrize(
     ("device", "there", "problem"),
     [
-        ("auto", ("cuda", 1), "this machine has 1 of cuda"),
-        ("cuda", None, "this machine has 0 of cuda"),
-        ("cuda:1", ("cuda", 4), "model.device: cuda:1 is one"),
+        ("auto", ("cuda", 1), "this machine, which has 1 of cuda: start at most 1"),
+        ("cuda", None, "this machine, which has 0 of cuda"),
+        ("cuda:1", ("cuda", 4), "model.device: cuda:1 is one device, for 2"),
     ],
 )
 def test_more_devices_than_there_are_are_refused(monkeypatch, device, there, problem):
     _accelerators(monkeypatch, there)
     with pytest.raises(RecipeError, match=problem):
-        start._shares_processor(2, device)
+        start.share_processor(2, device)
 
 
 def _accelerators(monkeypatch, there):

@@ -35,7 +35,7 @@ from trimtab.core import interrupts, process, streams
 from trimtab.core.errors import RecipeError, StorageError, TrimtabError
 from trimtab.core.interrupts import INTERRUPTED
 from trimtab.core.processes import processes
-from trimtab.launch import End, run_together
+from trimtab.launch import End, one_process_notice, run_together
 
 COMMANDS = (
     init,
@@ -61,6 +61,7 @@ COMMANDS = (
 """In the order of the help."""
 TOGETHER = (train, check, eval)
 """What several processes do together."""
+SHARED = [command.run for command in TOGETHER]
 
 
 def main(words: Sequence[str] | None = None, parser: Callable[[], argparse.ArgumentParser] | None = None) -> int:
@@ -86,6 +87,8 @@ def main(words: Sequence[str] | None = None, parser: Callable[[], argparse.Argum
 
 def _run(arguments: argparse.Namespace) -> int:
     os.environ.update(process.environment())  # before a command imports torch
+    if arguments.run in SHARED and (notice := one_process_notice()):
+        streams.write_stderr(notice)
     try:
         return _carry_out(arguments)
     except (Exception, KeyboardInterrupt) as error:
@@ -118,7 +121,7 @@ def _command(words: Sequence[str] | None) -> int:
         if not error.code:  # of --help
             return 0
         raise RecipeError(usage.getvalue().strip()) from None
-    if arguments.run not in [command.run for command in TOGETHER]:
+    if arguments.run not in SHARED:
         several = ", ".join(map(_name, TOGETHER))
         raise RecipeError(
             f"{processes.size} processes have been started, and this command is the work of one: start it without a launcher. "

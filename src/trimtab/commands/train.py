@@ -7,8 +7,7 @@ from pathlib import Path
 from trimtab.commands._terminal import status, terminal
 from trimtab.core.errors import TrimtabError
 from trimtab.core.process import gc_frozen
-from trimtab.core.streams import write_stderr
-from trimtab.launch import one_process_notice, start_processes, starts_processes
+from trimtab.launch import start_processes, starts_processes
 
 HELP = "train an adapter from a recipe"
 DESCRIPTION = "Any key of the recipe can be given as section.key=value."
@@ -36,8 +35,6 @@ def run(arguments: argparse.Namespace) -> int:
     recipe = Recipe.read(arguments.recipe, arguments.words)
     if starts_processes(recipe.devices):
         return start_processes(recipe.devices, recipe.model.device, arguments.command_line)
-    if (notice := one_process_notice()) is not None:
-        write_stderr(notice)
     try:
         with Terminal(console) as observer:
             run_recipe(recipe, observer)

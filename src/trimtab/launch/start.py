@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import tempfile
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 SAVING = 600
 """Seconds that interrupted processes have to save what they have trained, before they are killed; torch's own are 30."""
+FORWARDED = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
+"""Signals that torch's launcher gives to the processes."""
 LAUNCHERS = {
     "TORCHELASTIC_RUN_ID": ("torchrun", "--nproc-per-node"),
     "ACCELERATE_MIXED_PRECISION": ("accelerate launch", "--multi_gpu --num_processes"),
@@ -37,8 +40,14 @@ def starts_processes(devices: int) -> bool:
     return devices > 1 and processes.size == 1 and launcher() is None
 
 
-def refuse_other_devices(devices: int) -> None:
-    """Raise RecipeError if the recipe asks for another number of processes than there is."""
+def refuse_other_devices(devices: int, device: str) -> None:
+    """Raise RecipeError if the recipe asks for another number of processes than there is, or for devices that they don't have.
+
+    Args:
+        device: As in the recipe.
+    """
+    if processes.size > 1 and processes.local_size > 1:
+        share_processor(processes.local_size, device)
     if devices in (1, processes.size):
         return
     found = launcher()
@@ -69,7 +78,7 @@ def start_processes(count: int, device: str, words: Sequence[str]) -> int:
     Raises:
         RecipeError: This machine has fewer such devices.
     """
-    if _shares_processor(count, device):
+    if share_processor(count, device):
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // count)))
     return start(count, [*module_command("trimtab"), *words])
 
@@ -95,6 +104,8 @@ def start(count: int, command: Sequence[str]) -> int:
         )
         if hasattr(config, "shutdown_timeout"):  # since torch 2.10
             config.shutdown_timeout = SAVING
+        if hasattr(config, "signals_to_handle"):  # not those that are ignored, as under nohup
+            config.signals_to_handle = ",".join(one.name for one in signal.Signals if _is_heard(one))
         try:
             elastic_launch(config, command[0])(*command[1:])
         except ChildFailedError as error:
@@ -104,14 +115,14 @@ def start(count: int, command: Sequence[str]) -> int:
     return 0
 
 
-def _shares_processor(count: int, device: str) -> bool:
-    """Whether the processes are on the CPU. Raises RecipeError if they are on devices of which there are too few."""
+def share_processor(count: int, device: str) -> bool:
+    """Whether so many processes of this machine are on the CPU. Raises RecipeError if they are on devices of which it has fewer."""
     import torch
 
     kind, _, number = device.partition(":")
     if number:
         raise RecipeError(
-            f"devices: {count}, and model.device: {device} is one. Say {kind}; CUDA_VISIBLE_DEVICES chooses among them."
+            f"model.device: {device} is one device, for {count} processes on this machine. Say {kind}; CUDA_VISIBLE_DEVICES chooses among them."
         )
     if kind == "auto":
         found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
@@ -121,9 +132,13 @@ def _shares_processor(count: int, device: str) -> bool:
     there = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
     if count > there:
         raise RecipeError(
-            f"devices: {count}, and this machine has {there} of {kind}. Set devices to {max(there, 1)}, or model.device to cpu."
+            f"{count} processes on this machine, which has {there} of {kind}: start at most {max(there, 1)}, or set model.device to cpu."
         )
     return False
+
+
+def _is_heard(number: signal.Signals) -> bool:
+    return number.name in FORWARDED and signal.getsignal(number) is not signal.SIG_IGN
 
 
 def _exit_code(error: "ChildFailedError", count: int) -> int:

@@ -27,11 +27,11 @@ PLACE = "trimtab/watch"
 TICK = 0.5
 """Seconds from one look to the next at whether the parent is there."""
 SAME = 1.0
-"""Seconds that a process waits after it has told of its error: process 0 may have the same, and say it as its own."""
+"""Seconds within which process 0 may come upon the same error as another, and say it as its own."""
 NEWS = 1.0
 """Seconds within which a process whose exchange has failed hears why."""
 GRACE = 5.0
-"""Seconds that process 0 has to end when another has ended: to say in run.json what happened, for example."""
+"""Seconds that process 0 has, once it is interrupted because another has ended, to say in run.json what happened, for example."""
 ORPHAN = 60.0
 """Seconds that a process has to end when its parent has: to save what it has trained."""
 KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 5}
@@ -60,8 +60,8 @@ class Watch:
         self.news: End | None = None
         self._heard, self._over, self._lock = threading.Event(), threading.Event(), threading.Lock()
         self._parents, self._orphaned = _parents(), False
-        self._forced = float("inf")
-        """When this process is ended, if it has not by then."""
+        self._interrupted = self._forced = float("inf")
+        """When this process is interrupted, and when it is ended, if it has not by then."""
 
     def start(self) -> None:
         """Connect, and wait until all have. Raises ProcessLost."""
@@ -86,11 +86,17 @@ class Watch:
     def _look(self) -> None:
         """What is due: the end of this process, and a look at its parent."""
         now = time.monotonic()
+        if not self._orphaned and _parents() != self._parents:
+            self._orphaned = True
+            self._end_by(now, now + ORPHAN)
+        if now > self._interrupted:
+            self._interrupted = float("inf")
+            os.kill(os.getpid(), signal.SIGTERM)  # in training, all stop after the same step
         if now > self._forced:
             self._leave_now()
-        if not self._orphaned and _parents() != self._parents:
-            self._orphaned, self._forced = True, min(self._forced, now + ORPHAN)
-            os.kill(os.getpid(), signal.SIGTERM)  # in training, all stop after the same step
+
+    def _end_by(self, interrupted: float, forced: float) -> None:
+        self._interrupted, self._forced = min(self._interrupted, interrupted), min(self._forced, forced)
 
     def _leave_now(self) -> None:
         self.leave(self.news.code if self.news else INTERRUPTED)
@@ -118,7 +124,7 @@ class First(Watch):
         if doubtful and self._heard.wait(NEWS) and self.news:
             end = self.news
         with self._lock:
-            self._forced = float("inf")
+            self._interrupted = self._forced = float("inf")
             if end.text:
                 self.say(end.text)
             self._tell_all({"code": end.code})
@@ -169,7 +175,8 @@ class First(Watch):
 
     def _end(self, end: End, source: "_Peer") -> None:
         if self.news is None:
-            self.news, self._forced = end, time.monotonic() + GRACE
+            self.news, now = end, time.monotonic()
+            self._end_by(now + SAME, now + SAME + GRACE)
             self._heard.set()
             for peer in list(self.peers.values()):
                 if peer is not source:
@@ -192,7 +199,7 @@ class Other(Watch):
     def start(self) -> None:
         host = os.environ["MASTER_ADDR"]
         try:
-            port, word = json.loads(self.processes.store.get(PLACE))
+            port, word = json.loads(self._place())
             connection = socket.create_connection((host, port), timeout=START.total_seconds())
         except (OSError, RuntimeError) as error:
             raise ProcessLost(f"Process 0 of {self.processes.size} can't be reached at {host} ({error}).") from error
@@ -200,6 +207,16 @@ class Other(Watch):
         self.first = _Peer(connection)
         self.first.tell({"rank": self.processes.rank, "host": socket.gethostname(), "word": word})
         self._run_thread(self._watch)
+
+    def _place(self) -> bytes:
+        """What the store holds. Asked again and again: a signal is not heard while it is waited for."""
+        until = time.monotonic() + START.total_seconds()
+        while not self.processes.store.check([PLACE]):
+            if time.monotonic() > until:
+                raise TimeoutError(f"it has not come within {START}")
+            time.sleep(0.05)
+        place: bytes = self.processes.store.get(PLACE)
+        return place
 
     def leave_with(self, end: End, doubtful: bool) -> None:
         if self.first is None:

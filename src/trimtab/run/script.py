@@ -39,7 +39,7 @@ def run_recipe(recipe: Recipe, observer: RunObserver | None = None) -> Run:
             from its last checkpoint.
         KeyboardInterrupt: After a checkpoint has been saved.
     """
-    refuse_other_devices(recipe.devices)
+    refuse_other_devices(recipe.devices, recipe.model.device)
     processes.open()
     observer = observer if observer is not None and processes.first else RunObserver()
     with claim_together(recipe, observer.on_notice) as unfinished, deterministic(recipe.train.deterministic):

@@ -151,3 +151,4 @@ def test_no_run_is_lost_and_none_is_wrong_when_random_processes_are_killed(tmp_p
     sys.stdout.write(
         f"{kills} kills in {runs} runs, {changes} resumed by another number; all ended within {slowest:.1f} s of a kill\n"
     )
+    sys.stdout.write(f"without a signal {helped[0]}, by SIGTERM {helped[signal.SIGTERM]}, by SIGKILL {helped[signal.SIGKILL]}\n")

@@ -336,7 +336,7 @@ def start():
 
 
 def test_a_corpus_that_is_killed_and_made_by_two_is_the_same(home, monkeypatch):
-    write_texts(home / "texts.jsonl", texts(4000))
+    write_texts(home / "texts.jsonl", texts(1500))
     expected, whole = load().digest, shards(home)
     monkeypatch.setenv("TRIMTAB_CACHE", str(home / "killed"))
     killed = start()
@@ -344,10 +344,12 @@ def test_a_corpus_that_is_killed_and_made_by_two_is_the_same(home, monkeypatch):
         time.sleep(0.002)
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
+    next((home / "killed" / "corpora").iterdir()).joinpath(".writing-1-000009.tokens").write_bytes(b"a part")
     kept = len(list((home / "killed").rglob("*.json")))
     assert 5 <= kept < len([name for name in whole if name.endswith(".json")])
     both = [start(), start()]
     assert [(process.communicate(timeout=100)[0], process.returncode) for process in both] == [(expected, 0)] * 2
+    assert not list((home / "killed").rglob(".writing-*"))
     found = {
         path.name: path.read_bytes()
         for path in (home / "killed").rglob("*")
@@ -444,6 +446,9 @@ def test_what_would_take_memory_or_may_change_is_refused(home, monkeypatch):
     monkeypatch.setattr(corpus_load, "MOST_HELD_OUT", 200)
     with pytest.raises(DataError, match=r"data.eval: 20 holds out 20 documents with [\d,]+ tokens.*data.eval=\d+\.$"):
         load(eval=20)
+    write_texts(home / "held.jsonl", texts(30, 1))
+    with pytest.raises(DataError, match=r"data.eval: it names texts with [\d,]+ tokens.*data.eval=\d+\.$"):
+        load(eval="held.jsonl")
     with pytest.raises(DataError, match=r"data.eval: 30 would hold out 30 of 30"):
         load(eval=30)
     with pytest.raises(DataError, match=r"org/name is tokenized once, and its main branch may change"):

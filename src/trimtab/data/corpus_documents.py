@@ -134,7 +134,7 @@ def _item(row: Any, name: str, cursor: Cursor, config: DataConfig, columns: set[
     examples = list(read_examples((row,), config.columns, report, FORMATS["answers"], config.ignore, config.templates))
     columns |= report.ignored_columns
     where = row[0]
-    line, _, column = where.removeprefix(f"{name}:").removeprefix(f"{name}[").rstrip("]").partition(":")
+    line, _, column = where.removeprefix(f"{name}:").partition(":")
     place = (cursor.part, int(line), int(column or 0))
     if not examples:
         return Item(cursor, place, where, "", report.rejected[0].reason)

@@ -121,6 +121,11 @@ class CorpusFolder:
         files.write_manifest(self.file(number, "json"), FORMAT, asdict(record) | {"cursor": list(cursor)})
         return record
 
+    def remove_unfinished(self) -> None:
+        """Remove what processes that were killed have left. Raises StorageError."""
+        for path in self.path.glob(f"{files.TEMPORARY}*"):
+            files.remove_file(path)
+
     def records(self) -> dict[int, Record]:
         """The records of all shards that are there whole, by their numbers: their files are what they were written as."""
         numbers = sorted(int(path.stem) for path in self.path.glob("*.json") if path.stem.isdecimal())

@@ -1,10 +1,9 @@
 """Loads the corpus of a run: its texts as tokens in the cache, some of which are held out."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from trimtab.core.errors import DataError
-from trimtab.data.config import DataConfig
+from trimtab.data.config import FEWEST_TOKENS, DataConfig
 from trimtab.data.corpus import Blocks, Corpus
 from trimtab.data.corpus_tokens import OnStage, Tokenized
 from trimtab.data.example import SourceReport, TokenRow
@@ -41,6 +40,10 @@ def load_corpus(config: DataConfig, base: Tokenizing, length: int | None, seed: 
     """
     if length is None:
         raise DataError("data.max_length: the model's configuration has no context length, so give the tokens of a block.")
+    if length < FEWEST_TOKENS:
+        raise DataError(
+            f"data.max_length: the context leaves {length} tokens, and blocks of a corpus have at least {FEWEST_TOKENS}."
+        )
     tokenized = {name: Tokenized(name, sources, config, base, on_stage) for name, sources in config.train_sources.items()}
     sizes = {name: of.files.documents for name, of in tokenized.items()}
     counts = held_out_counts(0 if config.eval_sources else config.eval, sizes)
@@ -48,18 +51,22 @@ def load_corpus(config: DataConfig, base: Tokenizing, length: int | None, seed: 
     for name, of in tokenized.items():
         held_out = validation(sizes[name], counts[name], f"{seed}/{name}" if name else seed)
         blocks[name] = Blocks(of.files, of.first, length, held_out, name)
-    _refuse_much(blocks, config)
+    tokens, documents = (sum(of.files.tokens - of.tokens for of in blocks.values()), sum(counts.values()))
+    refuse_much(tokens, f"{config.eval} holds out {documents:,} documents", documents)
     rows = [row for of_source in blocks.values() for row in of_source.held_out_rows(base)]
     digests = {path: digest for of in tokenized.values() for path, digest in of.digests.items()}
     return LoadedCorpus(Corpus(blocks, config.weights, seed), rows, [of.report for of in tokenized.values()], digests)
 
 
-def _refuse_much(blocks: Mapping[str, Blocks], config: DataConfig) -> None:
-    tokens = sum(of.files.tokens - of.tokens for of in blocks.values())
+def refuse_much(tokens: int, said: str, documents: int) -> None:
+    """Raise DataError for too many validation tokens.
+
+    Args:
+        said: What holds them out.
+    """
     if tokens > MOST_HELD_OUT:
-        count = sum(len(of.held_out) for of in blocks.values())
-        fewer = max(1, count * MOST_HELD_OUT // tokens // 2)
+        fewer = max(1, documents * MOST_HELD_OUT // tokens // 2)
         raise DataError(
-            f"data.eval: {config.eval} holds out {count:,} documents with {tokens:,} tokens. They are held in memory and evaluated each time, "
-            f"so there may be {MOST_HELD_OUT:,}: give a count, such as data.eval={fewer}."
+            f"data.eval: {said} with {tokens:,} tokens. They are held in memory and evaluated each time, so there may be {MOST_HELD_OUT:,}: "
+            f"give fewer, such as data.eval={fewer}."
         )

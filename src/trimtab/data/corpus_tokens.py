@@ -45,11 +45,13 @@ class Tokenized:
         while not records:
             with ExitStack() as stack:
                 try:
-                    stack.enter_context(file_lock(path / LOCK, "tokenizing"))
+                    alone = stack.enter_context(file_lock(path / LOCK, "tokenizing"))
                 except LockHeld:
                     on_stage("waiting for another process that tokenizes the same corpus")
                     time.sleep(PATIENCE)
                     continue
+                if alone:
+                    self._folder.remove_unfinished()
                 records = self._make(self._folder.records())
         self.report = self._report(tuple(source.path for source in sources), records[-1].tally)
         self.first = records[0].first

@@ -10,7 +10,7 @@ from trimtab.core.errors import DataError
 from trimtab.core.files import sha256_file
 from trimtab.data.config import DataConfig
 from trimtab.data.corpus import Corpus
-from trimtab.data.corpus_load import SAMPLE, load_corpus
+from trimtab.data.corpus_load import SAMPLE, load_corpus, refuse_much
 from trimtab.data.corpus_tokens import OnStage
 from trimtab.data.duplicates import without_repeated, without_texts_of
 from trimtab.data.example import Kind, SourceReport, TokenRow, row_groups
@@ -123,6 +123,7 @@ def _load_corpus(config: DataConfig, loader: "_Loader", on_stage: OnStage) -> Lo
     loader.limit = loader.limit._replace(overlong="split")
     validation = [loader.load(named) for named in config.eval_sources.items()]
     held_out = [*loaded.held_out, *(row for rows, _ in validation for row in rows)]
+    refuse_much(sum(len(row.ids) for row in held_out), "it names texts", sum(report.used for _, report in validation))
     reports = [*loaded.reports, *(report for _, report in validation)]
     digest = _digest({}, held_out) + loaded.corpus.digest
     sample = loaded.corpus.sample(SAMPLE)

@@ -81,7 +81,7 @@ soak: $(READY)  ## kill training a thousand times, and test that every run resum
 	$(BIN)/python tests/soak.py 1000
 
 whole: $(READY)  ## the whole matrices of which `make test` runs a sample (about 20 minutes)
-	TRIMTAB_WHOLE=1 $(BIN)/pytest -n 2 --dist worksteal tests/test_resume.py tests/test_certificate.py tests/test_faults.py tests/test_failing_disk.py tests/test_real_model.py tests/test_trl.py tests/test_within_trl.py tests/test_preference.py tests/test_course.py tests/invariants
+	TRIMTAB_WHOLE=1 $(BIN)/pytest -n 2 --dist worksteal tests/test_resume.py tests/test_certificate.py tests/test_faults.py tests/test_failing_disk.py tests/test_real_model.py tests/test_trl.py tests/test_within_trl.py tests/test_preference.py tests/test_course.py tests/test_clusters.py tests/invariants
 
 mutants: $(READY)  ## mutation tests: count the faults in critical code that the tests detect (about an hour on 2 cores)
 	$(BIN)/python -m pip install --quiet 'cosmic-ray==8.7.0' --constraint constraints.txt

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from worlds import WHOLE, make_model, write_rows
 
 PAGE = (Path(__file__).parents[1] / "docs" / "scale.md").read_text(encoding="utf-8")
 SBATCH = [block for block in re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL) if "#SBATCH" in block]
@@ -106,6 +108,21 @@ def test_slurm_with_torchrun(machine):
 def test_slurm_alone(machine):
     assert places(machine(job(SBATCH[1], 2))) == [(0, 0), (1, 1), (2, 0), (3, 1)]
     assert len(machine(job(SBATCH[1], 2), code=3, ENDS_WITH="3")) == 4  # Trimtab's own exit code
+
+
+@pytest.mark.skipif(not WHOLE, reason="make whole")
+@pytest.mark.parametrize("script", SBATCH, ids=["torchrun", "alone"])
+def test_slurm_trains(script, machine, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.rmtree("trimtab")  # the stand-in
+    make_model(Path("tiny"), 0)
+    write_rows(Path("rows.jsonl"), [{"prompt": f"Is {n} even?", "completion": "no" if n % 2 else "yes"} for n in range(40)])
+    recipe = {"model": "tiny", "data": {"train": "rows.jsonl", "eval": 8}, "train": {"rows_per_step": 16, "lr": 2e-3}}
+    Path("train.yaml").write_text(json.dumps(recipe | {"output": "run"}))
+    machine(job(script, 1), PYTHONPATH=str(Path(__file__).parents[1] / "src"), TRIMTAB_CACHE=str(tmp_path / "cache"))
+    run = json.loads(Path("run/run.json").read_text())
+    assert (run["status"], run["processes"]) == ("done", 2)
+    assert json.loads(Path("run/certificate.json").read_text())["passed"]
 
 
 def test_the_scripts_ask_for_what_they_use():

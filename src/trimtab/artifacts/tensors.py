@@ -15,7 +15,17 @@ from trimtab.core.errors import ArtifactError
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file. Raises the exceptions of safetensors: call it within `files.storage_errors`."""
+    """Write a safetensors file. Raises the exceptions of safetensors: call it within `files.storage_errors`.
+
+    Raises:
+        ArtifactError: A tensor has no numbers, or those of one process alone: a share of it would be read back as all there is.
+    """
+    for name, tensor in tensors.items():
+        if not tensor.numel() or type(tensor.detach()) is not Tensor:
+            raise ArtifactError(
+                f"{path.name}: {name} ({type(tensor).__name__}, shape {tuple(tensor.shape)}) is not whole on this process, and is not saved. "
+                "This is a fault of the engine that divides weights between processes."
+            )
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
 
 

@@ -4,7 +4,8 @@ from trimtab.base.config import ModelConfig, fit_to_machine, nearest_config, res
 from trimtab.base.export_files import write_config, write_processor, write_switches, write_tokenizer
 from trimtab.base.fingerprint import Fingerprint, model_fingerprint, writes_dates
 from trimtab.base.locate import locate_model
-from trimtab.base.model import Base, skeleton
+from trimtab.base.model import Base
+from trimtab.base.skeleton import skeleton
 from trimtab.base.supported import context_length, limit_rows
 from trimtab.core.chat import Message
 

@@ -1,7 +1,7 @@
 """The base: a frozen Transformers causal language model with its tokenizer, template, stop tokens and fingerprint."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -12,9 +12,9 @@ import torch
 from trimtab.base import locate, quantized, vocabulary
 from trimtab.base.config import ModelConfig, dtype_note, nearest_config, resolve_device, resolve_dtype
 from trimtab.base.fingerprint import Fingerprint, fingerprint, own_weights, tokenizing_hash, weights_hash
-from trimtab.base.loading import explaining_failure, read_skeleton, read_tokenizer, refuse_partly_initialized
+from trimtab.base.loading import explaining_failure, read_tokenizer, refuse_partly_initialized
 from trimtab.base.quantized import Quantize
-from trimtab.base.stored_quantization import dequantization_note, read_stored, stored_quantization
+from trimtab.base.stored_quantization import dequantization_note, read_stored
 from trimtab.base.supported import context_length, refuse_unsupported
 from trimtab.base.switches import Switches
 from trimtab.base.template import ChatTemplate
@@ -48,6 +48,7 @@ class Base:
     """The device that `load` was asked for."""
     chat_template: str | None = None
     """The file whose chat template stands in the place of the model's own, or the name of one of its own."""
+    _shares_hash = ""
     notes: tuple[str, ...] = ()
     """What to tell the user about how it was loaded."""
 
@@ -143,6 +144,12 @@ class Base:
         if accelerator is not None:
             torch.get_device_module(accelerator).empty_cache()
 
+    def hold_shares(self, shares: Mapping[int, torch.Tensor]) -> None:
+        """Know a share of some weights in place of the whole, of which the model holds no more: by the identity of each weight."""
+        self.fingerprint["weights"]  # of the whole
+        self._frozen_weights = {name: shares.get(id(tensor), tensor) for name, tensor in self._frozen_weights.items()}
+        self._shares_hash = weights_hash(self._frozen_weights)
+
     # Identity
 
     @cached_property
@@ -157,7 +164,7 @@ class Base:
 
     def check_unchanged(self) -> None:
         """Raise BaseChanged if a weight has changed since `fingerprint` was computed."""
-        if weights_hash(self._frozen_weights) != self.fingerprint["weights"]:
+        if weights_hash(self._frozen_weights) != (self._shares_hash or self.fingerprint["weights"]):
             raise BaseChanged(
                 f"The frozen weights of {self.source} changed while they were in use, so what was trained belongs to no known "
                 "base. This is a fault of the program that uses the model; load the base again and retrain."
@@ -279,20 +286,3 @@ class Base:
         """Every token that ends a generation: the template's, the tokenizer's, and those of the generation config."""
         ends = (self.template.ending, self.template.call_ending) if self.has_template else ()
         return tuple(sorted(self._configured_stops | {end.token for end in ends if end is not None}))
-
-
-def skeleton(name: str) -> Any:
-    """A model on the `meta` device, where tensors have shapes and no values; no weights are read.
-
-    Args:
-        name: See ModelConfig.
-
-    Raises:
-        RecipeError, UnsupportedModel, StorageError: As `Base.load`.
-    """
-    place = locate.loadable_place(name, weights=False)
-    with explaining_failure(place):
-        stored_quantization(place)
-        model = read_skeleton(place)
-    refuse_unsupported(model, None)
-    return model

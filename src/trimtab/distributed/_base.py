@@ -40,12 +40,13 @@ class Engine(Choice):
         """Where the base is loaded first: on its device, unless it need not fit there."""
         return model
 
-    def prepare(self, base: Base, adapter: Attached) -> None:
+    def prepare(self, base: Base, adapter: Attached, model: ModelConfig) -> None:
         """Make the base ready for passes of all processes together. Afterwards nobody reads its weights outside of passes.
 
         Args:
-            base: With its fingerprint, its layers checked.
+            base: Placed as `place` says, with its fingerprint, its layers checked.
             adapter: With its first values, and the same ones in all processes.
+            model: The recipe's.
 
         Raises:
             RecipeError: Its layers cannot be shared out.

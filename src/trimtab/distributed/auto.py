@@ -26,5 +26,4 @@ def _fits(model: ModelConfig) -> bool:
     """Whether this process's device has memory for all of the model."""
     device = resolve_device(model)
     size = sum(p.numel() for p in skeleton(model.name).parameters()) * resolve_dtype(model, device).itemsize
-    free = free_memory(device) / (processes.local_size if device.type == "cpu" else 1)
-    return size <= SHARE * free
+    return size <= SHARE * free_memory(device)

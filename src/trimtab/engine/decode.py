@@ -9,6 +9,7 @@ from torch import Tensor
 
 from trimtab.base import context_length
 from trimtab.core.errors import DataError, NonFinite, RecipeError
+from trimtab.core.processes import processes
 from trimtab.core.transfer import to_device
 from trimtab.data.prefix_tree import lay_out
 from trimtab.engine.check import ensure_checked
@@ -159,6 +160,8 @@ def _decode(job: _Job, rows: list[int], switches: Sequence[Switch | None] | None
     for count in itertools.count(1):
         with routed(owners):
             chosen = sampler.choose(head_of(model).logits(hidden))
+        if processes.equal_passes:  # all go on as the first does, though their devices may round differently
+            processes.from_first_(chosen)
         tokens, unfinished = chosen.tolist(), []  # all that is read of the device in a step
         if -1 in tokens:
             raise NonFinite(

@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, Self
 
 from trimtab.core.errors import RecipeError
+from trimtab.core.processes import processes
 from trimtab.data.pack import Pack
 from trimtab.engine.available_memory import free_memory
-from trimtab.engine.memory_probe import CountedPacks, MemoryCost, MemoryProfile
+from trimtab.engine.memory_probe import CountedPacks, MemoryCost, MemoryProfile, left_beside_gathered
 from trimtab.engine.memory_trial import TriedPacks, device_memory
 from trimtab.engine.recompute import Level
 
@@ -40,8 +41,8 @@ class Measure(Protocol):
 
 
 def measure_for(model: Any) -> Measure:
-    """That of the model's device."""
-    memory = device_memory(next(model.parameters()).device)
+    """That of the model's device. Trials differ from process to process, so where all must make the same passes, packs are counted."""
+    memory = device_memory(next(model.parameters()).device) if not processes.equal_passes else None
     return CountedPacks(model) if memory is None else TriedPacks(model, memory)
 
 
@@ -121,7 +122,7 @@ def plan_memory(
         RecipeError: Gradients and the optimizer's state do not fit; or, with all computed again, the longest row; or a validation row.
     """
     measure = measure or measure_for(model)
-    free = free_memory(next(model.parameters()).device) if free is None else free
+    free = left_beside_gathered(model, free_memory(next(model.parameters()).device)) if free is None else free
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     held = trained + optimizer_bytes
     budget = _budget(measure, free, trained, held)

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trimtab.core.process import gc_paused
+from trimtab.core.processes import processes
 from trimtab.core.randomness import seeded
 from trimtab.data.example import TokenRow
 from trimtab.data.pack import Pack, pack_flat
@@ -26,9 +27,12 @@ from trimtab.engine import head
 from trimtab.engine.arena import free_scratch
 from trimtab.engine.forward import one_thread, prepare, states_at
 from trimtab.engine.layouts import assume_longest_row
+from trimtab.engine.patching import layers_of
 from trimtab.engine.recompute import Level, recomputing
 from trimtab.methods import adapters
 
+GATHERED = 3
+"""Layers that are held whole at a time where processes share them: the one that computes, and its neighbours."""
 LENGTHS = {"cpu": (8, 16, 32)}
 LONGER = (32, 64, 128)
 """On an accelerator, where attention pads rows to multiples of 32."""
@@ -66,6 +70,14 @@ class MemoryProfile(NamedTuple):
         return self.peak_cost(tokens, pairs).bytes_of(tokens, pairs)
 
 
+def left_beside_gathered(model: Any, free: float) -> float:
+    """Of the free memory, what training may take: the same in all processes that share layers, which hold a few of those whole at a time."""
+    if not processes.equal_passes:
+        return free
+    layers = (sum(p.nbytes for p in layer.parameters() if not p.requires_grad) for layer in layers_of(model))
+    return float(min(processes.tell(free))) - GATHERED * max(layers, default=0.0)
+
+
 class CountedPacks(NamedTuple):
     """The measure of the devices whose tensors are counted (see `memory_plan.Measure`)."""
 
@@ -101,6 +113,8 @@ def profile_packs(
     lengths = LENGTHS.get(device.type, LONGER)
     prepare(model)
     with training_conditions(model, device), assume_longest_row(longest), torch.set_grad_enabled(backward):
+        if processes.equal_passes:  # what layers are gathered into is made in the first pass, and stays
+            _layers(model, random_pack(model, [lengths[0]], target_share), recompute, device)
         layers = [_layers(model, random_pack(model, [length], target_share), recompute, device) for length in lengths]
         of_head = [cost._replace(per_token=target_share * cost.per_token) for cost in _head(model, device)] if backward else []
     moments = _fit_parabolas(lengths, [levels for _, levels in layers])

@@ -86,12 +86,17 @@ def layers_by_hand(model: nn.Module) -> dict[str, int]:
     for layer in layers_of(model):
         learned = layer.forward.learned
         if isinstance(learned, LayerStructure):
-            text = f"{type(layer).__name__}: {', '.join(learned.by_hand)} by hand"
+            text = f"{_own_class(layer)}: {', '.join(learned.by_hand)} by hand"
         else:
-            text = f"{type(layer).__name__}: its own code, because {learned}"
+            text = f"{_own_class(layer)}: its own code, because {learned}"
         if learned is not None:
             counts[text] = counts.get(text, 0) + 1
     return counts
+
+
+def _own_class(layer: nn.Module) -> str:
+    """The name of a layer's class, without the one by which FSDP extends it."""
+    return next(kind.__name__ for kind in type(layer).__mro__ if not kind.__module__.startswith("torch.distributed."))
 
 
 def patch_layers(model: nn.Module) -> None:
@@ -101,7 +106,8 @@ def patch_layers(model: nn.Module) -> None:
         if own is None and isinstance(getattr(type(module), "gradient_checkpointing", None), bool):
             module.forward = own = PatchedForward(module)  # as Transformers' own layers that can be checkpointed
         if type(own) is PatchedForward:
-            own.hooked = any(map(_is_hooked, _modules_from_last(module)))
+            own.shared = _is_shared(module)
+            own.hooked = any(_is_hooked(inner) for inner in _modules_from_last(module) if not (own.shared and inner is module))
 
 
 def learn_layers(model: Any, run: Callable[[Tensor, Tensor, PackLayout], Any]) -> None:
@@ -137,8 +143,8 @@ class PatchedForward:
 
     def __init__(self, layer: Any) -> None:
         self.layer = layer
-        self.hooked = self.last = False
-        """Other code has hooks, or a forward pass, on a module in it; no layer is above it."""
+        self.hooked = self.last = self.shared = False
+        """Other code has hooks, or a forward pass, on a module in it; no layer is above it; processes share its weights."""
         self.learned: Learned | None = None
         self.returns = -1
         """As in LayerStructure."""
@@ -168,7 +174,7 @@ class PatchedForward:
             assert isinstance(self.learned, LayerStructure)
             output_at = layout.output_at if self.last and self.learned.branches else None
             layout.narrowed = output_at is not None
-            run = partial(compute_layer, layer, self.learned, kwargs=kwargs, output_at=output_at)
+            run = partial(_compute_by_hand, self, kwargs=kwargs, output_at=output_at)
             if layer.gradient_checkpointing and layer.training and torch.is_grad_enabled():  # as Transformers' own class does
                 return layer._gradient_checkpointing_func(run, hidden_states)
         else:
@@ -183,6 +189,16 @@ class PatchedForward:
         drops = self.learned.drops and any(module.training for module in self.layer.modules())
         known = not drops and hidden_states.ndim == 3 and len(hidden_states) == 1
         return known and backend_for(hidden_states).supports_layers(hidden_states)
+
+
+def _compute_by_hand(patched: PatchedForward, hidden: Tensor, kwargs: dict[str, Any], output_at: Tensor | None) -> Any:
+    result = compute_layer(patched.layer, patched.learned, hidden, kwargs, output_at)  # type: ignore[arg-type]
+    if not patched.shared:
+        return result
+    # No view for autograd: FSDP's hook on the output, which gathers the layer for the backward pass, would be lost with an operation in place.
+    first, *others = result if isinstance(result, tuple) else (result,)
+    first = torch.ops.aten._unsafe_view(first, first.shape)
+    return (first, *others) if isinstance(result, tuple) else first
 
 
 @contextmanager
@@ -224,3 +240,11 @@ def _is_hooked(module: nn.Module) -> bool:
     own = vars(module)
     forward = own.get("forward", PatchedPartForward)
     return any(own[name] for name in _HOOKS) or not (type(forward) is ExactForward or getattr(forward, "is_patch", False))
+
+
+def _is_shared(layer: nn.Module) -> bool:
+    """Whether the only hooks on a layer are those of FSDP, which gather its weights before it computes, however it does, and free them."""
+    hooks = [hook for name in _HOOKS for hook in vars(layer)[name].values()]
+    return bool(hooks) and all(
+        type(getattr(hook, "__self__", None)).__module__.startswith("torch.distributed.fsdp.") for hook in hooks
+    )

@@ -9,6 +9,7 @@ from trimtab.base import Base
 from trimtab.core.errors import RecipeError, StorageError
 from trimtab.data import EXAMPLES_CHECKED, Finding, LoadedData, check_corpus, check_data, first_examples
 from trimtab.data.example import TokenRow
+from trimtab.distributed import Engine
 from trimtab.engine import describe_layers
 from trimtab.methods import Attached
 from trimtab.run.recipe import Recipe
@@ -23,6 +24,8 @@ class OpenedRecipe:
     """With the method of the adapter that it starts from."""
     start: dict[str, Any] | None
     """What that adapter is, as JSON data."""
+    engine: Engine
+    """By which several processes train together, chosen."""
     base: Base
     adapter: Attached
     data: LoadedData

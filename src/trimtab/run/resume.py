@@ -30,9 +30,9 @@ IDENTIFIED: dict[str, tuple[str, ...]] = {
 matter only where the content differs: the same files may lie elsewhere by now."""
 FIXED = (*IDENTIFIED, "method", "trainable_parameters", "steps", "peak_lr")
 """Facts that must not change when a run is resumed."""
-ROUNDING = ("versions", "threads", "device", "processes")
+ROUNDING = ("versions", "threads", "device", "processes", "engine")
 """Facts that change results by rounding."""
-FREE = ("resume", "output", "certify", "devices", "train.keep", "train.save_every", "eval", "track")
+FREE = ("resume", "output", "certify", "devices", "distributed", "train.keep", "train.save_every", "eval", "track")
 """Keys of the recipe that may change when a run is resumed."""
 NOT_IN_CONTENT = ("data.seed",)
 """Keys that content does not show: of the examples in another order, the digest is the same."""

@@ -178,7 +178,7 @@ def _steps(prepared: PreparedRun, peak_lr: float, optimizer: Optimizer, stopped:
 def _optimizer(prepared: PreparedRun, state: State | None) -> tuple[Optimizer, dict[str, str], PeakMemory]:
     """The optimizer as the checkpoint has it, digests of its parameters' first values, and the peak of memory from now on."""
     config, already = prepared.recipe.train, 0
-    optimizer = Optimizer(prepared.adapter, config.weight_decay, config.optimizer)
+    optimizer = prepared.engine.optimizer(prepared.adapter, config)
     first_values = optimizer.digests()
     if state is not None:
         scale = LossScale(**state.facts["loss_scale"]) if state.facts.get("loss_scale") else None

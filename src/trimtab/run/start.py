@@ -20,6 +20,7 @@ from trimtab.data import Finding, LoadedData, check_first_examples, load_data, r
 from trimtab.data.example import TokenRow
 from trimtab.data.mismatched import with_mismatched
 from trimtab.deploy import adapter_folder, load_adapter, pinned_name, read_method, sample, versions
+from trimtab.distributed import Engine
 from trimtab.engine import FrozenLayerCache, MemoryPlan, ensure_checked
 from trimtab.evaluate import Exam
 from trimtab.evaluate.reference import PACK_TOKENS, add_reference_logprobs, check_start
@@ -49,6 +50,8 @@ class PreparedRun:
     """Of the checks before the first step."""
     exam: Exam | None
     """What is answered at each evaluation, if anything is."""
+    engine: Engine
+    """By which several processes train together."""
 
 
 def prepare(recipe: Recipe, unfinished: UnfinishedRun | None, observer: RunObserver) -> PreparedRun:
@@ -81,6 +84,7 @@ def prepare(recipe: Recipe, unfinished: UnfinishedRun | None, observer: RunObser
     memory = memory or least_memory(memory_of(base, recipe.train, data))
     steps = steps_of(data, recipe.train, memory)
     facts = {**_facts(recipe, base, adapter, data, steps), "start": opened.start, "reference": reference}
+    facts["engine"] = opened.engine.name
     observer.on_plan(facts, data.reports, data.examples, len(row_groups(data.eval)))
     for note in base.notes:
         observer.on_notice(note)
@@ -97,7 +101,7 @@ def prepare(recipe: Recipe, unfinished: UnfinishedRun | None, observer: RunObser
         if memory.frozen_cache_bytes and recipe.train.keeps_frozen_outputs and FrozenLayerCache(base.model, 0).lowest:
             observer.on_notice("the cache of frozen layers' outputs starts empty: results may differ by rounding from here on")
         observer.on_notice(f"resuming {unfinished.folder} after step {unfinished.step} of {len(steps)}")
-    return PreparedRun(recipe, base, adapter, data, steps, facts, findings, exam)
+    return PreparedRun(recipe, base, adapter, data, steps, facts, findings, exam, opened.engine)
 
 
 def open_recipe(
@@ -114,10 +118,12 @@ def open_recipe(
     for tracker in recipe.track:
         tracker.check_available()
     recipe.train.optimizer.check_available(resolve_device(recipe.model))
-    check_first_examples(recipe.data, recipe.objective.data_kind)
     recipe, start = with_start(recipe)
+    engine = _engine(recipe)
+    check_first_examples(recipe.data, recipe.objective.data_kind)
     on_stage(f"loading {recipe.model.name}")
-    base = Base.load(recipe.model, on_stage)
+    base = Base.load(engine.place(recipe.model), on_stage)
+    engine.check_base(base)
     base.moment = datetime.fromisoformat(processes.told_by_first((moment or base.moment).isoformat))
     base.add_tokens(recipe.method.new_tokens)
     positions, context = recipe.method.virtual_token_count, base.context_length
@@ -146,7 +152,15 @@ def open_recipe(
     _agree(base, data)
     for parameter in adapter.parameters().values():  # a decomposition may differ by machine
         processes.from_first_(parameter.data)
-    return OpenedRecipe(recipe, start, base, adapter, data, context - positions if context is not None else None)
+    engine.prepare(base, adapter, recipe.model)
+    return OpenedRecipe(recipe, start, engine, base, adapter, data, context - positions if context is not None else None)
+
+
+def _engine(recipe: Recipe) -> Engine:
+    """The engine that the recipe means here. Raises RecipeError if it cannot train what the recipe asks for."""
+    engine = recipe.distributed.choose(recipe.model, recipe.method)
+    engine.check(recipe.model, recipe.method, recipe.objective, recipe.train)
+    return engine
 
 
 def _agree(base: Base, data: LoadedData) -> None:

@@ -473,7 +473,7 @@ def test_every_key_survives_the_round_trip_with_each_value_it_takes(kind, path, 
         section = {name: "x" for name, field in kind.model_fields.items() if field.is_required()} | {key: value}
         section |= TOGETHER.get((kind, key), {})
         if issubclass(kind, Choice):
-            section = NEEDED.get(_member(kind), {}) | section | {"name": _member(kind)}
+            section = NEEDED.get(_member(kind), {}) | section | {kind.key: _member(kind)}
         for outer in reversed(path.split(".")):
             section = {outer: section}
         made = Recipe.parse({"data": {"train": "a.jsonl"}, "output": "/abs/run"} | section)

@@ -22,6 +22,10 @@ class Engine(Choice):
     shards_base: ClassVar[bool] = False
     """Whether each process holds a share of the base model alone, so that all must make the same passes."""
 
+    def absolute(self) -> "Engine":
+        """The same engine with every local path absolute."""
+        return self
+
     def choose(self, model: ModelConfig, method: Method) -> "Engine":
         """The engine that this one means here: itself, but for `auto`. The same in all processes, which call it together.
 

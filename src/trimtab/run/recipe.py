@@ -137,7 +137,7 @@ class Recipe(Config):
         if model.chat_template is not None:
             model = model.model_copy(update={"chat_template": _absolute(model.chat_template)})
         news: dict[str, Any] = {"model": model, "data": self.data.absolute(), "eval": self.eval.absolute()}
-        news["output"] = self.output.absolute()
+        news |= {"output": self.output.absolute(), "distributed": self.distributed.absolute()}
         if self.start is not None:
             news["start"] = _absolute(self.start)
         if isinstance(self.objective, ReferenceObjective) and self.objective.reference not in ("auto", "base", "start"):

@@ -1,6 +1,6 @@
 """The optimizer of an adapter's parameters: uninterrupted steps, and its state by the parameters' names."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -36,9 +36,12 @@ class Optimizer:
         self._constants = {STEP, *rule.constants}
         trained = trained_by(adapter)
         rule.check_suits(trained)
-        self._parts = rule.build(trained, weight_decay)
+        self._parts = self._build(rule, trained, weight_decay)
         # If they were made later, among the temporary tensors of a backward pass, gradients would fragment memory.
         self._gradients = _joined_gradients(self.parameters)
+
+    def _build(self, rule: UpdateRule, trained: list[Trained], weight_decay: float) -> list[torch.optim.Optimizer]:
+        return rule.build(trained, weight_decay)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -139,15 +142,23 @@ class Optimizer:
                 f"{wrong[0]} is not what this run trains{f' (and {len(wrong) - 1} more)' if wrong[1:] else ''}."
             )
         self.adapter.load_state({name: tensors[f"value/{name}"] for name in self.named})
-        for name, tensor in held.items():
-            tensor.copy_(tensors[name])
+        self._hold(held, tensors)
         if not steps:
             self._forget()
-        for state in map(self._state_of, self.parameters):
+        for state in self._states():
             if isinstance(count := state.get(STEP), Tensor):
                 count.fill_(steps)
             elif count is not None:
                 state[STEP] = steps
+
+    def _hold(self, held: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+        """Have these values in the place of those that are held."""
+        for name, tensor in held.items():
+            tensor.copy_(tensors[name])
+
+    def _states(self) -> Iterable[dict[str, Any]]:
+        """What the library holds, of each of its parameters."""
+        return map(self._state_of, self.parameters)
 
     def _forget(self) -> None:
         for part in self._parts:

@@ -54,6 +54,8 @@ class Terminal(RunObserver):
     def on_plan(self, facts: dict[str, Any], reports: list[SourceReport], train_examples: int, eval_examples: int) -> None:
         self._stop_status()
         trained, frozen = facts["trainable_parameters"], facts["base_parameters"]
+        if facts["processes"] > 1:
+            self._line("processes", f"{facts['processes']} by {facts['engine']}, each on {facts['device']} in {facts['dtype']}")
         self._line("base model", f"{facts['base']['source']}  ({frozen:,} parameters, frozen)")
         self._line("method", f"{_settings(Method, facts['method'])}  ({trained:,} parameters, {trained / frozen:.2%})")
         if facts["left_frozen"]:

@@ -283,6 +283,7 @@ def _facts(
         "threads": threads(),
         "processes": processes.size,
         "device": _device(base.device),
+        "dtype": base.config.dtype,
         "peak_lr": rate,
         "lr_formula": formula,
         "learned_tokens": data.target_tokens,

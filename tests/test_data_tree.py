@@ -1,11 +1,13 @@
 """Rows as a tree: nothing lost, nothing moved, and nothing twice that is worth sharing."""
 
+import random
 from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trimtab.core.processes import Processes
 from trimtab.data import TokenRow, largest_group_tokens, lay_out, pack_all, pack_flat, pack_tree, prefix_tree
 from trimtab.data.bin_packing import first_fit_decreasing, in_lexical_order
 
@@ -153,6 +155,40 @@ def test_packs_of_a_step_are_filled_again_up_to_less():
     ]
     assert sorted(len(pack.ids) for pack in pack_all(rows, 70)) == [35, 67]
     assert sorted(len(pack.ids) for pack in pack_all(rows, 66)) == [36, 66], "there is nothing to gain"
+
+
+def busiest(packs, processes):
+    """Tokens of the process with most."""
+    sizes = [len(pack.ids) for pack in packs]
+    return max(sum(sizes[number] for number in share) for share in Processes(0, processes).share(sizes))
+
+
+@pytest.mark.parametrize("processes", [2, 3, 8])
+@pytest.mark.parametrize("prefix", [0, 30])
+def test_packs_are_made_for_processes_to_divide(processes, prefix):
+    draw = random.Random(processes)
+    lengths = [min(400, int(draw.lognormvariate(3.9, 0.7)) + 2) for _ in range(64)]
+    rows = [
+        TokenRow([7] * prefix + [draw.randrange(10, 99) for _ in range(n)], [prefix + n - 1], f"row:{number}", prefix + n)
+        for number, n in enumerate(lengths)
+    ]
+    plain, even = pack_all(rows, 1024), pack_all(rows, 1024, processes=processes)
+    assert sorted(row.where for pack in even for row in pack.rows) == sorted(row.where for row in rows)
+    assert max(len(pack.ids) for pack in even) <= 1024
+    assert busiest(even, processes) <= busiest(plain, processes)
+    alone = sum(len(pack.ids) for pack in plain)
+    assert busiest(even, processes) < (1.25 if processes == 8 else 1.1) * alone / processes
+    assert [pack.ids.tolist() for pack in pack_all(rows, 1024, processes=1)] == [pack.ids.tolist() for pack in plain]
+    again = pack_all(rows, 1024, processes=processes)
+    assert [pack.ids.tolist() for pack in again] == [pack.ids.tolist() for pack in even]
+
+
+def test_packs_that_would_be_uneven_are_not_made():
+    rows = [TokenRow([token] * 101, [100], f"row:{token}", 101) for token in range(12)]
+    assert [len(pack.ids) for pack in pack_all(rows, 400)] == [400] * 3, "of which one of two processes has two"
+    assert [len(pack.ids) for pack in pack_all(rows, 400, processes=2)] == [300] * 4
+    assert [len(pack.ids) for pack in pack_all(rows, 150, processes=2)] == [100] * 12, "they do not fit otherwise"
+    assert [len(pack.ids) for pack in pack_all(rows[:1], 400, processes=2)] == [100]
 
 
 @pytest.mark.parametrize("shared", [0, 1, 7, 8, 9, 10, 12, 15])

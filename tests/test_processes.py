@@ -10,10 +10,11 @@ from safetensors.torch import load_file
 from together import RECIPE, run_together, train_alone
 from worlds import make_model, write_rows
 
+import trimtab
 from trimtab.core.processes import Processes
 from trimtab.data import pack_all
 from trimtab.data.example import TokenRow
-from trimtab.engine import PackCost
+from trimtab.engine import MemoryPlan, PackCost
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -191,6 +192,28 @@ def test_what_a_pack_costs_follows_its_tokens_targets_and_pairs():
     many = pack_all([TokenRow(list(range(3, 23)), list(range(1, 20)), "x")], 999)[0]
     assert cost(short) < cost(long) < cost(many)
     assert cost(long) > 2 * cost(short) - cost.target
+
+
+def test_packs_of_automatic_size_are_made_for_the_processes(monkeypatch):
+    from trimtab.testing import tiny_base
+    from trimtab.train import steps
+
+    base, rows = tiny_base(), [TokenRow([number % 50 + 3] * 21, [20], f"row:{number}", 21) for number in range(24)]
+    trimtab.attach(base.model, trimtab.LoRA(rank=2))
+
+    def packs(size, **settings):
+        monkeypatch.setattr(steps, "processes", Processes(0, size))
+        config = trimtab.TrainConfig(rows_per_step=24, **settings)
+        plan = steps.plan_training_memory(base, config, rows)
+        assert MemoryPlan.from_plain(plan.plain()) == plan
+        monkeypatch.setattr(
+            steps, "processes", Processes()
+        )  # a run that another number of processes resumes has the same packs
+        return [len(pack.ids) for pack in steps.TrainingSteps(rows, config, plan)[0]]
+
+    assert packs(1) == [480]
+    assert packs(3) == [160] * 3
+    assert packs(3, pack_tokens=400) == packs(1, pack_tokens=400) == [240] * 2, "a given size is kept"
 
 
 def test_alone_everything_stays_with_the_process():

@@ -1,6 +1,5 @@
 """The tables of docs/scale.md that follow from `costs` and `shares`."""
 
-from collections.abc import Sequence
 from functools import cache
 
 from at_scale.costs import (
@@ -21,7 +20,7 @@ from at_scale.costs import (
     step_time,
     work,
 )
-from at_scale.shares import Shares, made_up_lengths, mean_shares, pack_size
+from at_scale.shares import Shares, made_up_lengths, mean_shares
 from trimtab.engine.memory_plan import LEVELS
 from trimtab.engine.recompute import Level
 
@@ -33,8 +32,6 @@ LEARNED = 0.5
 MEAN, ROW = 177, 309
 """Tokens of an example on average (`made_up_lengths`), and of the one that a token is in."""
 ENGINES: tuple[Engine, ...] = ("ddp", "zero2", "fsdp", "zero3", "nf4")
-ROOM = 0.02
-"""By how much packs may be larger than what each process would have in equal parts."""
 LARGEST = 32_768
 """Tokens of a pack, at most (`engine/memory_trial.py`)."""
 FULL: tuple[Engine, ...] = ("ddp", "zero2")
@@ -158,8 +155,8 @@ def sent() -> str:
 
 
 @cache
-def _shares(rows: int, processes: int, most: int, parts: int, room: float, trials: int) -> Shares:
-    """Of steps of made-up lengths. Without parts, packs have `most` tokens.
+def _shares(rows: int, processes: int, most: int, trials: int, even: bool = True) -> Shares:
+    """Of steps of made-up lengths, in packs of at most so many tokens.
 
     Pairs of tokens that attend to each other weigh as in the 7B model; in others hardly differently.
     """
@@ -168,10 +165,7 @@ def _shares(rows: int, processes: int, most: int, parts: int, room: float, trial
     def cost(length: int) -> float:
         return length * work(shape, "none", LEARNED, length)
 
-    def size(lengths: Sequence[int]) -> int:
-        return pack_size(lengths, processes, most, parts, room) if parts else max(*lengths, most)
-
-    return mean_shares([made_up_lengths(rows, seed) for seed in range(trials)], processes, size, cost)
+    return mean_shares([made_up_lengths(rows, seed) for seed in range(trials)], processes, most, cost, even=even)
 
 
 def steps() -> str:
@@ -180,7 +174,7 @@ def steps() -> str:
     for name in CONFIGS:
         shape = shape_of(name)
         for processes in GPUS:
-            shares = _shares(round(TOKENS * processes / MEAN), processes, PACK, 2, ROOM, 2 if processes > 8 else 10)
+            shares = _shares(round(TOKENS * processes / MEAN), processes, PACK, 2 if processes > 8 else 10)
             pack = int(TOKENS * processes / shares.packs)
             for engine in _worth_it(shape, processes):
                 level = level_that_fits(shape, engine, processes, PACK, LEARNED)
@@ -211,21 +205,10 @@ def idle() -> str:
     rows = []
     for count in (16, 64, 256, 1024):
         for processes in (2, 4, 8, 16, 64):
-            fixed = _shares(count, processes, 1024, 0, 0.0, 10)
-            parts = [_shares(count, processes, LARGEST, 2, room, 10) for room in (0.0, ROOM)]
-            cells = [f"{1 - shares.busy:.0%}" for shares in (fixed, *parts)]
-            rows.append(
-                [str(count), f"{count * MEAN:,}", str(processes), *cells, f"{parts[-1].packs:.0f}", f"{parts[-1].empty:.0f}"]
-            )
-    head = [
-        "examples a step",
-        "tokens",
-        "processes",
-        "idle, packs of 1,024",
-        "idle, of 1/2 of a share",
-        f"idle, {ROOM:.0%} larger",
-        "packs",
-    ]
+            plain, even = (_shares(count, processes, 1024, 10, is_even) for is_even in (False, True))
+            cells = [f"{1 - shares.busy:.0%}" for shares in (plain, even)]
+            rows.append([str(count), f"{count * MEAN:,}", str(processes), *cells, f"{even.packs:.0f}", f"{even.empty:.0f}"])
+    head = ["examples a step", "tokens", "processes", "idle, packs of 1,024", "idle, packs for so many processes", "packs"]
     return _table([*head, "processes without one"], 0, rows)
 
 
@@ -240,7 +223,7 @@ def small_steps() -> str:
 
 
 def _small_step(shape: Shape, count: int, processes: int) -> float:
-    shares = _shares(count, processes, LARGEST, 2, ROOM, 10)
+    shares = _shares(count, processes, LARGEST, 10)
     pack = count * MEAN / shares.packs
     slower = max(1.0, reading_tokens() / pack)  # a pass reads all weights, however few its tokens are
     tokens = count * MEAN / processes * slower

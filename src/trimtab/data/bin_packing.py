@@ -1,10 +1,12 @@
 """Which rows go into one pack: those with a common prefix, as many as fit, then first-fit decreasing. Near-linear in the rows."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
+from trimtab.core.processes import Processes
 from trimtab.data.example import TokenRow, row_groups
 from trimtab.data.prefix_tree import MIN_SAVED, Numbers, as_array, lexical_order, shared_length
 
@@ -66,6 +68,37 @@ def first_fit_decreasing(ordered: Iterable[Group], tokens: int) -> list[Bin]:
             free[at // 2] = max(free[at], free[at ^ 1])
             at //= 2
     return [bin for bin in bins if bin.numbers]
+
+
+def divisible_bins(ordered: Sequence[Group], tokens: int, processes: int) -> list[Bin]:
+    """Bins of at most so many tokens that processes can divide evenly: of several sizes, one by which the process with most has least.
+
+    Smaller bins are not always more even, and share fewer prefixes, which is more to compute. Of sizes that are as good to 1 %, it is the
+    one with the fewest bins.
+    """
+    largest = first_fit_decreasing(ordered, tokens)
+    total, least = sum(full.tokens for full in largest), max(group.tokens for group in ordered)
+    fewest, divided = -(-total // (tokens * processes)), [largest]
+    several = len(ordered) <= MANY
+    sizes = {
+        max(least, math.ceil((1 + room) * total / (count * processes)))
+        for count in range(fewest, fewest + (4 if several else 2))
+        for room in (ROOMS if several else ROOMS[1:2])
+    }
+    divided += [first_fit_decreasing(ordered, size) for size in sorted(sizes) if size < tokens]
+    work = [_work_of_busiest(bins, processes) for bins in divided]
+    return min((bins for bins, most in zip(divided, work, strict=True) if most <= 1.01 * min(work)), key=len)
+
+
+MANY = 1_000
+"""Groups of which fewer sizes are tried: so many are divided evenly anyway, and it takes time."""
+ROOMS = (0.0, 0.02, 0.05, 0.1)
+"""By how much bins may be larger than equal parts, so that bins that are not quite full leave no small one over."""
+
+
+def _work_of_busiest(bins: Sequence[Bin], processes: int) -> int:
+    shares = Processes(0, processes).share([full.tokens for full in bins])
+    return max(sum(bins[number].tokens for number in share) for share in shares)
 
 
 def _runs(ordered: Iterable[Group], tokens: int) -> list[Bin]:

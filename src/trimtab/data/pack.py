@@ -9,7 +9,7 @@ from torch import Tensor
 
 from trimtab.core.process import gc_paused
 from trimtab.core.transfer import to_device
-from trimtab.data.bin_packing import first_fit_decreasing, in_given_order, in_lexical_order
+from trimtab.data.bin_packing import divisible_bins, first_fit_decreasing, in_given_order, in_lexical_order
 from trimtab.data.example import TokenRow, row_groups
 from trimtab.data.prefix_tree import Numbers, Segment, as_array, lay_out, token_indices
 
@@ -134,7 +134,7 @@ def _targets(segments: tuple[Segment, ...], leaf: int, tokens: Numbers, target_i
 
 
 @gc_paused()
-def pack_all(rows: Iterable[TokenRow], tokens: int, *, share: bool = True) -> list[Pack]:
+def pack_all(rows: Iterable[TokenRow], tokens: int, *, share: bool = True, processes: int = 1) -> list[Pack]:
     """Divide rows into packs of at most `tokens` tokens; a longer row gets a pack of its own. Deterministic.
 
     The two answers of a pair stay together. Mismatched rows have packs of their own, the first ones, since every loss of the step
@@ -145,18 +145,22 @@ def pack_all(rows: Iterable[TokenRow], tokens: int, *, share: bool = True) -> li
 
     Args:
         share: Whether tokens that several rows begin with stand once.
+        processes: How many are to divide the packs evenly.
     """
     rows = list(rows)
     mismatched = [row for row in rows if row.side == "mismatched"]
     if 0 < len(mismatched) < len(rows):
         matched = [row for row in rows if row.side != "mismatched"]
-        return [*pack_all(mismatched, FORWARD * tokens, share=share), *pack_all(matched, tokens, share=share)]
+        return [
+            *pack_all(mismatched, FORWARD * tokens, share=share, processes=processes),
+            *pack_all(matched, tokens, share=share, processes=processes),
+        ]
     arrays = [as_array(row.ids) for row in rows]
     processed, groups = [array[:-1] for array in arrays], row_groups(rows)
     ordered = in_lexical_order(processed, groups) if share else in_given_order(processed, groups)
-    bins = first_fit_decreasing(ordered, tokens)
+    bins = divisible_bins(ordered, tokens, processes) if processes > 1 and ordered else first_fit_decreasing(ordered, tokens)
     least = sum(full.tokens for full in bins) // max(1, len(bins))
-    if 1 < len(bins) <= FEW and least < tokens:
+    if processes == 1 and 1 < len(bins) <= FEW and least < tokens:
         evener = (first_fit_decreasing(ordered, least + (tokens - least) * part // 8) for part in range(8))
         bins = next((even for even in evener if len(even) <= len(bins)), bins)
     by_bin = [sorted(full.numbers) for full in bins]

@@ -59,8 +59,6 @@ class Workload(NamedTuple):
     """Of the frozen layers' outputs for all rows, if they are to be cached."""
     longest_evaluated: int = 0
     """Tokens of the longest validation row."""
-    divided_tokens: float = math.inf
-    """The most tokens of a pack with which processes can divide a step evenly."""
 
 
 class MemoryPlan(NamedTuple):
@@ -79,6 +77,8 @@ class MemoryPlan(NamedTuple):
     peak_bytes: float
     """That training takes at most, all in all, beside what is held when it is planned."""
     summary: str
+    processes: int = 1
+    """How many divide each step's packs, which are made for that; 1 if packs have a given size."""
 
     def recomputed(self, pack: Pack) -> Level:
         """How much of the pack is computed again: the least by which it fits."""
@@ -197,7 +197,7 @@ class _Levels:
             tokens = _most_tokens(self.profile(level), self.work.longest, budget, self.measure.most)
             if tokens >= self.measure.enough():
                 break
-        return max(FEWEST_TOKENS, int(min(tokens, max(self.work.longest, self.work.divided_tokens))))
+        return max(FEWEST_TOKENS, tokens)
 
     def fit(self, sizes: Sequence[Size], budget: float, advice: str) -> _Passes:
         """The least to be computed again of each pack. Raises RecipeError if even all of it is too little."""

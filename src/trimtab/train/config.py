@@ -29,8 +29,8 @@ class TrainConfig(Config):
     tokens_per_step: Annotated[int, Field(ge=1)] | None = None
     """The effective batch size in tokens, instead of examples."""
     pack_tokens: Literal["auto"] | Annotated[int, Field(ge=16)] = "auto"
-    """The most tokens of a micro-batch; auto is 1,024 on a CPU, and up to 32,768 on an accelerator, as far as they fit. More take memory and
-    are a little faster; results are the same."""
+    """The most tokens of a micro-batch; auto is 1,024 on a CPU, and up to 32,768 on an accelerator, as far as they fit, and with several
+    processes no more than lets them divide each step evenly. More take memory and are a little faster; results are the same."""
     recompute: Recompute = "auto"
     """Gradient checkpointing: none, mlp (of the MLPs alone, which take most of the memory), full, or auto, which uses as little as
     micro-batches need to fit into memory."""

@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from trimtab.base import Base
 from trimtab.core.errors import RecipeError
 from trimtab.core.process import never_keep_freed_memory
-from trimtab.core.processes import processes
 from trimtab.data import Corpus, LoadedData, Pack, pack_all
 from trimtab.data.example import TokenRow
 from trimtab.engine import MemoryPlan, Workload, plan_memory
 from trimtab.train.config import TrainConfig
 from trimtab.train.schedule import misfit
-from trimtab.train.steps import PACKS, TrainingSteps, optimizer_bytes, plan_training_memory
+from trimtab.train.steps import TrainingSteps, for_processes, optimizer_bytes, plan_training_memory
 
 
 class CorpusSteps:
@@ -41,7 +40,7 @@ class CorpusSteps:
     def __getitem__(self, number: int) -> list[Pack]:
         last = min((number + 1) * self.rows, int(self._blocks))
         rows = [row for block in range(number * self.rows, last) for row in self.corpus.rows(block)]
-        return pack_all(rows, self.memory.pack_tokens, share=False)
+        return pack_all(rows, self.memory.pack_tokens, share=False, processes=self.memory.processes)
 
     def epoch_after(self, number: int) -> float:
         """How many epochs of the blocks have been trained on after this step, from 1."""
@@ -73,9 +72,10 @@ def plan_corpus_memory(base: Base, config: TrainConfig, corpus: Corpus, held_out
         return [pack_all([whole] * blocks, pack_tokens, share=False)]
 
     longest_evaluated = max((len(row.ids) - 1 for row in held_out), default=0)
-    divided = math.ceil(blocks * corpus.length / (PACKS * processes.size)) if processes.size > 1 else math.inf
-    work = Workload(corpus.length - 1, corpus.targets / corpus.tokens, fullest, 0.0, longest_evaluated, divided)
-    return plan_memory(base.model, work, config.pack_tokens, config.recompute, optimizer_bytes(base, config))
+    work = Workload(corpus.length - 1, corpus.targets / corpus.tokens, fullest, 0.0, longest_evaluated)
+    return for_processes(
+        plan_memory(base.model, work, config.pack_tokens, config.recompute, optimizer_bytes(base, config)), config
+    )
 
 
 def steps_of(data: LoadedData, config: TrainConfig, memory: MemoryPlan) -> TrainingSteps | CorpusSteps:

@@ -2,7 +2,6 @@
 
 import heapq
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 
 from trimtab.base import Base
@@ -55,7 +54,8 @@ class TrainingSteps:
         return len(self._indices)
 
     def __getitem__(self, number: int) -> list[Pack]:
-        return pack_all([self._rows[n] for n in self._indices[number]], self.memory.pack_tokens, share=self._share)
+        rows, memory = [self._rows[n] for n in self._indices[number]], self.memory
+        return pack_all(rows, memory.pack_tokens, share=self._share, processes=memory.processes)
 
     def epoch_after(self, number: int) -> float:
         """How many epochs of the examples have been trained on after this step, from 1."""
@@ -107,11 +107,15 @@ def plan_training_memory(
     frozen_output_bytes = FrozenLayerCache(base.model, 0).bytes_for(all_tokens) if repeats else 0.0
     longest_evaluated = max((len(row.ids) - 1 for row in held_out), default=0)  # nothing is predicted from the last token
     largest = largest_group_tokens(rows, share=config.shares_prefixes)
-    divided = math.inf
-    if processes.size > 1 and steps:
-        divided = math.ceil(sum(len(rows[n].ids) for step in steps for n in step) / len(steps) / (PACKS * processes.size))
-    work = Workload(largest, target_share, fullest if rows else None, frozen_output_bytes, longest_evaluated, divided)
-    return plan_memory(base.model, work, config.pack_tokens, config.recompute, optimizer_bytes(base, config))
+    work = Workload(largest, target_share, fullest if rows else None, frozen_output_bytes, longest_evaluated)
+    return for_processes(
+        plan_memory(base.model, work, config.pack_tokens, config.recompute, optimizer_bytes(base, config)), config
+    )
+
+
+def for_processes(plan: MemoryPlan, config: TrainConfig) -> MemoryPlan:
+    """The plan, with packs that these processes can divide evenly, unless their size is given: then they are those of one process."""
+    return plan._replace(processes=processes.size) if config.pack_tokens == "auto" else plan
 
 
 def optimizer_bytes(base: Base, config: TrainConfig) -> int:
@@ -121,8 +125,6 @@ def optimizer_bytes(base: Base, config: TrainConfig) -> int:
     return sum(config.optimizer.state_bytes(parameter, is_matrix) for parameter, _, is_matrix in trained)
 
 
-PACKS = 2
-"""So many packs of a step each process has on average, unless their size is given: with fewer, processes wait for each other."""
 FULLEST = 8
 """How many of the steps with most tokens are packed to find the largest pack."""
 

@@ -71,6 +71,11 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
     return by_path
 
 
+def whole_shape(weight: Tensor) -> tuple[int, ...]:
+    """The shape of a weight, also between passes of processes that share it, when DeepSpeed's ZeRO-3 leaves nothing in its place."""
+    return tuple(getattr(weight, "ds_shape", weight.shape))
+
+
 @contextmanager
 def own_modules_in_place(model: nn.Module) -> Iterator[None]:
     """Within the block, the model's own modules stand where the adapter layers around them do: for code that looks for its parameters."""

@@ -6,6 +6,7 @@ A row of n tokens takes c + a·n + b·n² bytes: a for each token, b where atten
 copies of weights. Three rows determine a, b and c.
 """
 
+import math
 import random
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from trimtab.core.process import gc_paused
 from trimtab.core.processes import processes
 from trimtab.core.randomness import seeded
+from trimtab.core.wrapping import whole_shape
 from trimtab.data.example import TokenRow
 from trimtab.data.pack import Pack, pack_flat
 from trimtab.engine import head
@@ -74,7 +76,10 @@ def left_beside_gathered(model: Any, free: float) -> float:
     """Of the free memory, what training may take: the same in all processes that share layers, which hold a few of those whole at a time."""
     if not processes.equal_passes:
         return free
-    layers = (sum(p.nbytes for p in layer.parameters() if not p.requires_grad) for layer in layers_of(model))
+    layers = (
+        sum(math.prod(whole_shape(p)) * p.itemsize for p in layer.parameters() if not p.requires_grad)
+        for layer in layers_of(model)
+    )
     return float(min(processes.tell(free))) - GATHERED * max(layers, default=0.0)
 
 

@@ -1,9 +1,11 @@
 """What a pack costs to compute, so that processes can divide packs evenly."""
 
+import math
 from typing import Any, cast
 
 from torch import nn
 
+from trimtab.core.wrapping import whole_shape
 from trimtab.data import Pack
 from trimtab.methods import base_modules, unwrap
 
@@ -22,7 +24,11 @@ class PackCost:
             cast(nn.Linear, unwrap(end)) for end in (model.get_input_embeddings(), model.get_output_embeddings())
         )
         ends = {id(embeddings.weight), id(head.weight)}
-        own = {id(p): p.numel() for module in base_modules(model).values() for p in module.parameters(recurse=False)}
+        own = {
+            id(p): math.prod(whole_shape(p))
+            for module in base_modules(model).values()
+            for p in module.parameters(recurse=False)
+        }
         layers, hidden = getattr(config, "num_hidden_layers", 1), config.hidden_size
         self.token = 4.0 * sum(count for key, count in own.items() if key not in ends)
         self.target = 6.0 * hidden * len(head.weight)

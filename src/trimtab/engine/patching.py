@@ -243,8 +243,8 @@ def _is_hooked(module: nn.Module) -> bool:
 
 
 def _is_shared(layer: nn.Module) -> bool:
-    """Whether the only hooks on a layer are those of FSDP, which gather its weights before it computes, however it does, and free them."""
+    """Whether the only hooks on a layer are those of FSDP or ZeRO-3, which gather its weights before it computes, however it does, and free
+    them."""
     hooks = [hook for name in _HOOKS for hook in vars(layer)[name].values()]
-    return bool(hooks) and all(
-        type(getattr(hook, "__self__", None)).__module__.startswith("torch.distributed.fsdp.") for hook in hooks
-    )
+    owners = [type(hook.__self__) if hasattr(hook, "__self__") else hook for hook in hooks]
+    return bool(hooks) and all(str(owner.__module__).startswith(("torch.distributed.fsdp.", "deepspeed.")) for owner in owners)

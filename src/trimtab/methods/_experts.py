@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from trimtab.core.wrapping import whole_shape
+
 FLAGS = ("has_gate", "has_bias", "is_transposed")
 """What modules of the interface say of themselves."""
 ROUTER_NAMES = {"gate", "router"}
@@ -37,11 +39,10 @@ def expert_shapes(module: nn.Module) -> dict[str, MatrixShape]:
     shapes = {}
     for name in ("gate_up_proj" if own.has_gate else "up_proj", "down_proj"):
         weight = module._parameters.get(name)
-        if weight is None or weight.ndim != 3 or not weight.is_floating_point():
+        shape = () if weight is None else whole_shape(weight)
+        if weight is None or len(shape) != 3 or not weight.is_floating_point():
             return {}
-        shapes[name] = MatrixShape(
-            weight.shape[1 if own.is_transposed else 2], weight.shape[2 if own.is_transposed else 1], len(weight)
-        )
+        shapes[name] = MatrixShape(shape[1 if own.is_transposed else 2], shape[2 if own.is_transposed else 1], shape[0])
     return shapes
 
 

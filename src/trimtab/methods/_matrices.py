@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from trimtab.core.config import as_tuple
 from trimtab.core.errors import NoSuchModule, RecipeError, UnsupportedModel, listing
-from trimtab.core.wrapping import base_modules, text_modules, unwrap
+from trimtab.core.wrapping import base_modules, text_modules, unwrap, whole_shape
 from trimtab.methods._experts import MatrixShape, expert_shapes
 from trimtab.methods._layers import within_layers
 from trimtab.methods._unsuited import unsuited
@@ -257,8 +257,8 @@ def matrix_shape(module: nn.Module) -> tuple[int, int] | None:
         return module.in_features, module.out_features
     weight = getattr(module, "weight", None)
     sizes = (getattr(module, "nx", None), getattr(module, "nf", None))
-    if isinstance(weight, Tensor) and weight.ndim == 2 and tuple(weight.shape) == sizes:
-        return weight.shape[0], weight.shape[1]
+    if isinstance(weight, Tensor) and len(shape := whole_shape(weight)) == 2 and shape == sizes:
+        return shape[0], shape[1]
     return None
 
 

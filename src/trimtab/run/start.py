@@ -16,6 +16,7 @@ from trimtab.core import files
 from trimtab.core.errors import RecipeError
 from trimtab.core.hub import is_hub_name
 from trimtab.core.processes import processes
+from trimtab.core.wrapping import whole_shape
 from trimtab.data import Finding, LoadedData, check_first_examples, load_data, refuse_problems, row_groups
 from trimtab.data.example import TokenRow
 from trimtab.data.mismatched import with_mismatched
@@ -259,6 +260,11 @@ def _device(device: torch.device) -> str:
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
 
+def _shared_elsewhere(model: nn.Module) -> int:
+    """The numbers of weights that are empty between passes, because processes share them."""
+    return sum(math.prod(whole_shape(p)) for p in model.parameters() if not p.numel())
+
+
 def _facts(
     recipe: Recipe, base: Base, adapter: Attached, data: LoadedData, steps: TrainingSteps | CorpusSteps
 ) -> dict[str, Any]:
@@ -273,7 +279,7 @@ def _facts(
         "trainable_parameters": trained,
         "left_frozen": recipe.method.left_frozen(base.model),
         "positions": recipe.method.virtual_token_count,
-        "base_parameters": base.model.num_parameters() - trained,
+        "base_parameters": base.model.num_parameters() + _shared_elsewhere(base.model) - trained,
         "steps": len(steps),
         "max_steps": recipe.train.max_steps,
         "epochs": steps.epochs,

@@ -138,7 +138,9 @@ def test_a_whole_run(engine, work):
     assert {test["name"] for test in tests if test["status"] == "passed"} >= {"reload", "base", "moved", "gain"}
     if not (work / "whole").exists():
         with suppress(NotCertified):
-            train_alone(work, [f"output={work / 'whole'}", f"model={work / 'tiny'}", f"data.train={work / 'rows.jsonl'}", *more])
+            train_alone(
+                work, [f"output={work / 'whole'}", f"model={work / 'tiny'}", f"data.train={work / 'rows.jsonl'}", *more]
+            )
     losses, adapters = off(work / f"whole-{engine}", work / "whole")
     assert losses < 2e-6
     assert adapters < 1e-4

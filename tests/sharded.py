@@ -146,6 +146,8 @@ def trained(case: dict[str, Any]) -> dict[str, Any]:
 
         save_file(adapter.state(), case["tensors"])
     processes.equal_passes = False
+    base.release()
+    result["after release"] = _bytes_of(base.model)
     return result
 
 

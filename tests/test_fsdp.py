@@ -77,6 +77,7 @@ def test_each_holds_a_share_of_the_layers(number, work):
         assert of_process[number]["kept"] == sum(held.values())  # nothing keeps the whole ones alive
         assert of_process[number]["parameters"][0] == of_process[number]["parameters"][1]
         assert of_process[number]["plain"]
+        assert of_process[number]["after release"] == {"layers": 0, "elsewhere": 0}
     assert alone[number]["held"] == alone[number]["before"]
 
 

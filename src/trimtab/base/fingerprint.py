@@ -4,6 +4,7 @@ An adapter means the same on two bases with one fingerprint. The dtype counts: a
 base has learned to correct that base's rounding.
 """
 
+import ctypes
 import hashlib
 import json
 import os
@@ -14,7 +15,6 @@ from datetime import datetime
 from importlib.metadata import version
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from trimtab.base.quantized import quantization_identity
@@ -67,7 +67,9 @@ def weights_hash(named_weights: dict[str, Tensor]) -> str:
     def tensor_hash(name: str) -> bytes:
         tensor = named_weights[name].detach()
         head = f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode()
-        content = tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data
+        tensor = tensor.contiguous().cpu()
+        # Not by way of numpy, after which a share of weights could not be freed beneath the views of it (Base.release).
+        content = (ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr()) if tensor.nbytes else b""
         return hashlib.sha256(head + hashlib.sha256(content).digest()).digest()
 
     names = sorted(named_weights)

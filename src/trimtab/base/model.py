@@ -48,6 +48,7 @@ class Base:
     """The device that `load` was asked for."""
     chat_template: str | None = None
     """The file whose chat template stands in the place of the model's own, or the name of one of its own."""
+    _shares: tuple[torch.Tensor, ...] = ()
     _shares_hash = ""
     notes: tuple[str, ...] = ()
     """What to tell the user about how it was loaded."""
@@ -138,6 +139,8 @@ class Base:
         _ = self.fingerprint
         for tensor in [*self.model.parameters(), *self._frozen_weights.values()]:
             tensor.data = tensor.data.new_empty(0)
+        for share in self._shares:  # of which the library that gathers them has views
+            share.untyped_storage().resize_(0)
         quantized.release(self.model)
         give_back_freed_memory()
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
@@ -146,9 +149,9 @@ class Base:
 
     def hold_shares(self, shares: Mapping[int, torch.Tensor]) -> None:
         """Know a share of some weights in place of the whole, of which the model holds no more: by the identity of each weight."""
-        self.fingerprint["weights"]  # of the whole
+        _ = self.fingerprint
         self._frozen_weights = {name: shares.get(id(tensor), tensor) for name, tensor in self._frozen_weights.items()}
-        self._shares_hash = weights_hash(self._frozen_weights)
+        self._shares, self._shares_hash = tuple(t.detach() for t in shares.values()), weights_hash(self._frozen_weights)
 
     # Identity
 

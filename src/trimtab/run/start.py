@@ -161,6 +161,7 @@ def _engine(recipe: Recipe) -> Engine:
     """The engine that the recipe means here. Raises RecipeError if it cannot train what the recipe asks for."""
     engine = recipe.distributed.choose(recipe.model, recipe.method)
     engine.check(recipe.model, recipe.method, recipe.objective, recipe.train)
+    processes.equal_passes = False  # until the base is divided
     return engine
 
 

@@ -119,9 +119,11 @@ RESUMED = [
 @pytest.mark.parametrize(("first", "before", "second", "after"), RESUMED)
 def test_a_run_is_resumed_by_another_engine(first, before, second, after, work):
     name = f"{first}-{before}-{second}-{after}"
-    words = ["train.epochs=1", "data.eval=null"]
-    run_together(work, [{"words": [f"distributed={first}", f"output={name}", *words], "interrupted_at": 3}], before)
-    run_together(work, [[f"distributed={second}", f"output={name}", *words]], after)
+    words = ["train.epochs=1"]
+    said = run_together(work, [{"words": [f"distributed={first}", f"output={name}", *words], "interrupted_at": 2}], before)
+    assert {of_process[0]["status"] for of_process in said} == {"interrupted"}, said
+    said = run_together(work, [[f"distributed={second}", f"output={name}", *words]], after)
+    assert {of_process[0]["status"] for of_process in said} == {"done"}, said
     train_alone(work, [f"output={work / name}-whole", f"model={work / 'tiny'}", f"data.train={work / 'rows.jsonl'}", *words])
     losses, adapters = off(work / name, work / f"{name}-whole")
     assert losses < 2e-6
@@ -154,7 +156,7 @@ CONFIG = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 300, "allgathe
 
 def test_a_configuration_acts_and_changes_no_result(work):
     (work / "ds.json").write_text(json.dumps(CONFIG))
-    words = ["train.epochs=1", "data.eval=null"]
+    words = ["train.epochs=1"]
     jobs = [
         ["distributed=zero2", "output=plain", *words],
         ["distributed={engine: zero2, config: ds.json}", "output=told", *words],
@@ -185,7 +187,7 @@ def test_what_cannot_be_is_refused_by_name(work):
 
 def test_a_quantized_base(work):
     pytest.importorskip("bitsandbytes")
-    words = ["model.quantize=nf4", "train.epochs=1", "data.eval=null"]
+    words = ["model.quantize=nf4", "train.epochs=1"]
     jobs = [[f"distributed={engine}", f"output=nf4-{engine}", *words] for engine in ("zero1", "zero2", "ddp")]
     assert [job["status"] for job in run_together(work, jobs)[0]] == ["done"] * 3
     for engine in ("zero1", "zero2"):
@@ -204,7 +206,6 @@ def test_only_the_first_process_speaks_and_deepspeed_does_not(work):
         "r.yaml",
         "distributed=zero3",
         "output=quiet",
-        "data.eval=null",
         "train.max_steps=2",
     ]
     said = [process.communicate(timeout=300) for process in start_together(command, 2, work)]

@@ -43,6 +43,8 @@ class DeepSpeedEngine(Engine):
     """What DeepSpeed does, by the stage of ZeRO."""
 
     stage: ClassVar[int]
+    divides: ClassVar[str]
+    """What is divided, for a sentence."""
 
     config: ConfigPath | None = None
     """A DeepSpeed configuration, as JSON. What makes training faster is handed on; what would change its result is refused."""
@@ -58,6 +60,12 @@ class DeepSpeedEngine(Engine):
             raise RecipeError(
                 f"distributed.engine: {self.name} needs DeepSpeed, which is not installed. Install it (pip install 'trimtab[deepspeed]'), "
                 f"or use {'fsdp' if self.shards_base else 'ddp'}, which needs nothing else."
+            )
+
+    def prepare(self, base: Base, adapter: Attached, model: ModelConfig) -> None:
+        if processes.size > 1:
+            base.notes += (
+                f"DeepSpeed {version()}, ZeRO-{self.stage}: {self.divides} divided among {processes.size} processes",
             )
 
     def told(self, train: TrainConfig | None = None) -> dict[str, Any]:

@@ -10,3 +10,4 @@ class ZeRO1(PartitioningEngine):
     `full`: an adapter's state is small."""
 
     stage: ClassVar[int] = 1
+    divides: ClassVar[str] = "the optimizer's state is"

@@ -40,6 +40,7 @@ class ZeRO3(DeepSpeedEngine):
     faster, without another package."""
 
     stage: ClassVar[int] = 3
+    divides: ClassVar[str] = "the base model's layers are"
     shards_base: ClassVar[bool] = True
 
     def check(self, model: ModelConfig, method: Method, objective: Objective, train: TrainConfig) -> None:
@@ -53,6 +54,7 @@ class ZeRO3(DeepSpeedEngine):
         return loaded_at(model)
 
     def prepare(self, base: Base, adapter: Attached, model: ModelConfig) -> None:
+        super().prepare(base, adapter, model)
         if processes.size == 1:
             return
         share(base, resolve_device(model), self.told())

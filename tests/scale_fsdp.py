@@ -134,6 +134,15 @@ def test_what_was_trained_merges(made):
     assert (folder / "merged" / "model.safetensors").stat().st_size > 1000
 
 
+def test_each_of_two_machines_holds_the_whole_base_in_shares():
+    (alone,) = run_group([{"steps": 4}], 1)
+    group = run_group([{"steps": 4, "engine": "fsdp"}], 4, here=2)
+    for (result,) in group:
+        assert result["held"]["layers"] == alone[0]["before"]["layers"] / 2
+        assert result["digests"] == group[0][0]["digests"]
+        assert [loss for loss, _ in result["losses"]] == pytest.approx([loss for loss, _ in alone[0]["losses"]], rel=1e-6)
+
+
 def test_unequal_passes_end_by_an_error_and_do_not_hang():
     results = run_group([{"engine": "fsdp", "steps": 2, "broken": "passes", "seconds": 6}], 2, timeout=120)
     said = [result if isinstance(result, str) else result[0]["error"] for result in results]

@@ -23,23 +23,25 @@ def free_port() -> int:
         return one.getsockname()[1]
 
 
-def run_group(cases: list[dict[str, Any]], size: int, timeout: float = 300, variables: dict[str, str] | None = None) -> Any:
-    """The results of the cases by process: of each a list, or the error by which it ended."""
+def run_group(cases: list[dict[str, Any]], size: int, timeout: float = 300, here: int | None = None) -> Any:
+    """The results of the cases by process: of each a list, or the error by which it ended.
+
+    Args:
+        here: How many processes a machine has; all unless given.
+    """
     with tempfile.TemporaryDirectory() as folder:
         job = Path(folder) / "job.json"
         job.write_text(json.dumps(cases))
         started = []
         group = {
             "WORLD_SIZE": str(size),
-            "LOCAL_WORLD_SIZE": str(size),
+            "LOCAL_WORLD_SIZE": str(here or size),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(free_port()),
         }
         for rank in range(size):
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} | group if size > 1 else {}
-            environment = (
-                os.environ | {"OMP_NUM_THREADS": "1", "TORCHELASTIC_USE_AGENT_STORE": "False"} | own | (variables or {})
-            )
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank % (here or size))} | group if size > 1 else {}
+            environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCHELASTIC_USE_AGENT_STORE": "False"} | own
             out = Path(folder) / f"{rank}.json"
             command = [sys.executable, __file__, str(job), str(out)]
             started.append((subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True), out))

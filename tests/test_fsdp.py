@@ -9,7 +9,7 @@ from sharded import run_group
 
 from trimtab.base import ModelConfig
 from trimtab.core.errors import ArtifactError, RecipeError
-from trimtab.distributed import Engine
+from trimtab.distributed import Engine, auto
 from trimtab.distributed.fsdp import REFUSED
 from trimtab.methods import Method
 from trimtab.objectives import Objective
@@ -116,6 +116,22 @@ def check(**changes):
 def test_methods_that_it_cannot_train_are_refused_with_one_that_can(name):
     with pytest.raises(RecipeError, match=rf"^distributed\.engine: fsdp cannot train {name}: .*(zero2|prefix).*ddp"):
         check(method=Method.pick(name))
+
+
+@pytest.mark.parametrize(("fits", "quantize", "name"), [(True, "none", "ddp"), (False, "none", "fsdp"), (False, "nf4", "ddp")])
+def test_auto_divides_a_base_that_does_not_fit_on_every_device(fits, quantize, name, monkeypatch):
+    """One process whose device is full decides for all; quantized bases are not divided."""
+    monkeypatch.setattr(auto.processes, "size", 2)
+    monkeypatch.setattr(auto.processes, "tell", lambda own: [own, True])
+    monkeypatch.setattr(auto, "free_memory", lambda device: 1e9 if fits else 1e3)
+    chosen = Engine.pick("auto").choose(
+        ModelConfig(name="smollm2-135m-instruct", dtype="bfloat16", quantize=quantize), Method.pick("lora")
+    )
+    assert chosen.name == name
+
+
+def test_auto_alone_has_nothing_to_divide():
+    assert Engine.pick("auto").choose(ModelConfig(name="there is no such model"), Method.pick("lora")).name == "ddp"
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])

@@ -504,3 +504,40 @@ def test_a_tool_knows_its_options_and_accounts_for_each_of_them(tool, tmp_path):
     settings.settle_rest(known)
     assert {one.name for one in settings.settled} == set(known)
     assert [one.name for one in settings.settled if one.outcome == "unknown"] == []
+
+
+# Devices
+
+
+@pytest.mark.parametrize(
+    ("given", "engine", "config"),
+    [
+        ({"deepspeed": "ds_z2.json"}, "zero2", True),
+        ({"deepspeed": "examples/deepspeed/ds_z3_offload_config.json"}, "zero3", False),
+        ({"deepspeed": "deepspeed_configs/zero1.json"}, "zero1", False),
+        ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "zero3", False),
+        ({"deepspeed": "ds_z0.json"}, "ddp", False),
+        ({"deepspeed": "ds_z3.json", "finetuning_type": "full"}, "zero2", False),
+        ({"fsdp": "full_shard auto_wrap", "fsdp_config": {"min_num_params": 0}}, "fsdp", False),
+        ({"ddp_timeout": 180000000}, None, False),
+    ],
+)
+def test_devices_and_engines_are_those_of_the_launcher_and_its_file(given, engine, config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ds_z2.json").write_text(json.dumps({"zero_optimization": {"stage": 2}, "bf16": {"enabled": "auto"}}))
+    settings = {
+        "model_name_or_path": "x/y",
+        "stage": "sft",
+        "do_train": True,
+        "finetuning_type": "lora",
+        "dataset": "a",
+        **given,
+    }
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"a": {"file_name": "a.json"}}))
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump({**settings, "dataset_dir": ".", "output_dir": "o"}))
+    found = convert(tmp_path / "train.yaml", "llamafactory", devices=4)
+    said = yaml.safe_load(found.text).get("distributed", {})
+    assert found.recipe.devices == 4
+    assert said.get("engine") == engine
+    assert ("config" in said) is config
+    assert {one.outcome for one in found.settings if one.name in given} <= {"key", "derived"}

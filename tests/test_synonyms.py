@@ -83,7 +83,10 @@ def test_what_other_words_are_said_to_be_here_is_here():
         source = key.removeprefix("data.train.NAME.") if key.startswith("data.train.NAME.") else None
         option = key.removeprefix("train.optimizer.") if key.startswith("train.optimizer.") else None
         known = source in Source.model_fields if source else option in ("betas", "eps") if option else key in keys
-        assert known or key.startswith(("model.template.", "data.columns.")) or key == "method", (word, here)
+        assert known or key.startswith(("model.template.", "data.columns.")) or key in ("method", "distributed.engine"), (
+            word,
+            here,
+        )
     words = [*SAME, *AUTOMATIC, *UNSUPPORTED]
     assert len(words) == len(set(words))
     for said in [*AUTOMATIC.values(), *UNSUPPORTED.values(), *CHOICES.values()]:

@@ -47,6 +47,9 @@ SAME = each({
     "method.init": "init_lora_weights peft_init_lora_weights init_weights",
     "method.init=pissa": "pissa_init",
     "method.block_size": "oft_block_size",
+    "devices": "nproc_per_node num_gpus num_processes",
+    "distributed.engine": "deepspeed fsdp",
+    "distributed.engine=ddp": "ddp",
     "train.neftune": "neftune_noise_alpha neftune_alpha noisy_embedding_alpha",
     "method.layers": "layers_to_transform peft_layers_to_transform",
     "method.tokens": "num_virtual_tokens trainable_token_indices peft_trainable_token_indices",
@@ -180,7 +183,7 @@ AUTOMATIC = each({
         "cache_dir tokenized_path dataloader_in_order dataloader_multiprocessing_context dataloader_persistent_workers "
         "dataloader_pin_memory dataloader_prefetch_factor skip_memory_metrics sortish_sampler lazy_tokenize cached_dataset "
         "cached_val_dataset load_from_cache_file dataset_shuffle val_dataset_shuffle shuffle_buffer_size download_mode train_dataloader_shuffle",
-    "all examples of a source are used, or data.train.NAME.limit of them; only as much of a stream is read":
+    "all examples of a source are used, or data.train.NAME.limit of them; text larger than memory takes data.corpus":
         "streaming dataset_streaming",
     "it needs no key; see docs/methods.md for what each method trains":
         "bias task_type lora_task_type inference_mode fan_in_fan_out lora_fan_in_fan_out auto_mapping peft_version runtime_config "
@@ -213,10 +216,18 @@ AUTOMATIC = each({
         "precompute_ref_log_probs",
     "eval.temperature is 0 unless given: answers are the likeliest; above 0 they are sampled": "do_sample generation_do_sample",
     "trimtab eval RUN answers validation examples, and measures eval.metrics": "compute_accuracy generate_samples num_generation_samples",
+    "fsdp divides each decoder layer among the devices of a machine, and what is saved is whole": "fsdp_config fsdp_version "
+        "fsdp_final_state_dict_type save_on_each_node",
+    "launchers say it, and trimtab train reads it from them": "local_rank world_size master_addr master_port accelerator_config",
+    "a loss is divided by the target tokens of the whole step, over all devices": "calculate_per_token_loss",
+    "an adapter's gradients are added once a step": "overlap_grad_reduce overlap_param_gather",
     "trimtab train trains, evaluates and answers eval.samples examples; trimtab eval answers all":
         "do_train do_predict predict_with_generate do_causal_lm_eval",
 })  # fmt: skip
 """Settings that need no key, and what Trimtab does."""
 
-AUTOMATIC_FAMILIES = {"liger_": _FASTEST, "ddp_": "no process waits for another: one device is used"}
+AUTOMATIC_FAMILIES = {
+    "liger_": _FASTEST,
+    "ddp_": "an adapter's gradients are added once a step, without a wrapper around the model",
+}
 """How the names of more settings begin that need no key."""

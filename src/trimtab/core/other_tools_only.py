@@ -3,7 +3,7 @@
 from trimtab.core.other_tools import each
 
 _TRACKERS = "track: its trackers get metrics, the recipe and sampled answers, no weights or code, and a login is theirs (docs/trackers.md)"
-_DEVICES = "one device is used"
+_DEVICES = "devices divide a step's examples, or a model's layers, and never one layer or one example: see distributed"
 _MEDIA = "images, video and audio are not supported: Trimtab trains on text"
 _EARNED = "Trimtab trains on existing examples, not on answers generated or judged during training. TRL has it"
 _UPLOAD = "training uploads nothing: trimtab push RUN ORG/NAME does, afterwards"
@@ -17,15 +17,14 @@ _LAYERS = "blocks are neither added, skipped nor unfrozen; method: full trains c
 UNSUPPORTED = each({
     _TRACKERS: "hf_mlflow_log_artifacts eval_table_size",
     "of trackers, track has swanlab, wandb, tensorboard, mlflow and trackio": "use_comet use_otel_metrics",
-    _DEVICES: "sequence_parallel_size zero_hpz_partition_size deepspeed_autotp_size use_flash_ckpt device_groups deepspeed deepcompile "
-    "fsdp fsdp_config fsdp_version fsdp_final_state_dict_type accelerator_config parallelism_config ddp "
-    "local_rank nproc_per_node num_gpus world_size master_addr master_port resources_per_worker tensor_parallel_size "
-    "tensor_model_parallel_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size expert_model_parallel_size "
-    "context_parallel_size sequence_parallel sequence_parallel_degree dp_shard_size dp_replicate_size heads_k_stride ring_attn_func "
-    "hyper_parallel_args hyper_parallel_cp_size use_hyper_parallel use_ray use_mca use_megatron_bridge megatron_bridge_args "
-    "megatron_config megatron_core megatron_pretrained_checkpoint account_for_embedding_in_pipeline_split "
-    "account_for_loss_in_pipeline_split calculate_per_token_loss moe_token_dispatcher_type use_distributed_optimizer "
-    "overlap_grad_reduce overlap_param_gather export_hf_on_finish extra_config save_on_each_node",
+    _DEVICES: "sequence_parallel_size zero_hpz_partition_size deepspeed_autotp_size use_flash_ckpt device_groups deepcompile "
+    "parallelism_config resources_per_worker tensor_parallel_size tensor_model_parallel_size "
+    "pipeline_model_parallel_size virtual_pipeline_model_parallel_size expert_model_parallel_size "
+    "context_parallel_size sequence_parallel sequence_parallel_degree dp_shard_size dp_replicate_size "
+    "heads_k_stride ring_attn_func hyper_parallel_args hyper_parallel_cp_size use_hyper_parallel use_ray use_mca "
+    "use_megatron_bridge megatron_bridge_args megatron_config megatron_core megatron_pretrained_checkpoint "
+    "account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split moe_token_dispatcher_type "
+    "use_distributed_optimizer export_hf_on_finish extra_config",
     _UPLOAD: "push_to_hub push_dataset_to_hub",
     "a checkpoint of another tool holds a state of its own: train its adapter further with start: FOLDER, or resume a run of Trimtab with "
     "resume": "resume_from_checkpoint resume_only_model",

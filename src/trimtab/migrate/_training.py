@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from trimtab.migrate._devices import engine
 from trimtab.migrate._settings import OFF, Settings
 from trimtab.migrate._trackers import trackers
 
@@ -28,6 +29,7 @@ def training(settings: Settings, per_device: str, devices: int, packed: int | No
     """
     _length(settings)
     _batch(settings, per_device, devices, packed)
+    engine(settings, devices)
     _rate(settings)
     _optimizer(settings)
     _intervals(settings)

@@ -9,7 +9,7 @@ LOOK := .venv-look
 TRACKERS := .trackers
 
 .DEFAULT_GOAL := help
-.PHONY: help setup format docs check test compat test-oldest gpu-deps soak whole mutants branches look demo course bench models trackers clean
+.PHONY: help setup format docs check test compat test-oldest gpu-deps soak whole scale mutants branches look demo course bench models trackers clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -82,6 +82,9 @@ soak: $(READY)  ## kill training a thousand times, and test that every run resum
 
 whole: $(READY)  ## the whole matrices of which `make test` runs a sample (about 20 minutes)
 	TRIMTAB_WHOLE=1 $(BIN)/pytest -n 2 --dist worksteal tests/test_resume.py tests/test_certificate.py tests/test_faults.py tests/test_failing_disk.py tests/test_real_model.py tests/test_trl.py tests/test_within_trl.py tests/test_preference.py tests/test_course.py tests/test_clusters.py tests/invariants
+
+scale: $(READY)  ## several processes: parity, kills, every launcher and way to end, two machines; DeepSpeed where it is installed (about 40 minutes)
+	$(BIN)/pytest -s tests/scale_*.py
 
 mutants: $(READY)  ## mutation tests: count the faults in critical code that the tests detect (about an hour on 2 cores)
 	$(BIN)/python -m pip install --quiet 'cosmic-ray==8.7.0' --constraint constraints.txt

@@ -8,17 +8,15 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
+from launchers import are_gone, at_work, start_stand_ins
 from worlds import command
 
 from trimtab.core.errors import ProcessLost, RecipeError
 from trimtab.core.processes import Processes
 from trimtab.launch import start, watch
 from trimtab.launch.watch import End, First, Other
-
-STAND_IN = Path(__file__).parent / "stand_ins" / "together.py"
 
 
 class Store(dict):
@@ -314,50 +312,23 @@ def _accelerators(monkeypatch, there):
 # Real processes
 
 
-def _two(folder, *words, launcher=("start",)):
-    """Two stand-ins, once they are at work: the process that has started them, and theirs."""
-    program = [sys.executable, str(STAND_IN), *launcher, *words]
-    started = subprocess.Popen(program, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    marks = [folder / f"at-work-{rank}" for rank in (0, 1)]
-    while not all(mark.exists() and mark.read_text() for mark in marks):
-        assert started.poll() is None, started.communicate()
-        time.sleep(0.02)
-    return started, [int(mark.read_text()) for mark in marks]
-
-
-def _are_gone(pids, within):
-    until = time.monotonic() + within
-    while any(_is_there(pid) for pid in pids):
-        if time.monotonic() > until:
-            return False
-        time.sleep(0.02)
-    return True
-
-
-def _is_there(pid):
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    status = Path(f"/proc/{pid}/stat")
-    return not status.exists() or status.read_text().rpartition(")")[2].split()[0] != "Z"
-
-
 def test_a_killed_process_ends_the_other_with_one_message(tmp_path):
-    started, pids = _two(tmp_path, "run", "0")
+    started = start_stand_ins(tmp_path, "devices", "run", "0")
+    pids = at_work(tmp_path, started)
     os.kill(pids[1], signal.SIGKILL)
     out, err = started.communicate(timeout=30)
     assert (started.returncode, out) == (6, "")
     assert err.startswith("trimtab: process 1 of 2 (")
     assert err.count("\n") == 1
-    assert _are_gone(pids, within=5)
+    assert are_gone(pids, within=5)
 
 
 def test_a_killed_parent_takes_its_processes_along(tmp_path):
-    started, pids = _two(tmp_path, "run", "0")
+    started = start_stand_ins(tmp_path, "devices", "run", "0")
+    pids = at_work(tmp_path, started)
     started.kill()
     _, err = started.communicate(timeout=30)
-    assert _are_gone(pids, within=10)
+    assert are_gone(pids, within=10)
     assert err == "trimtab: interrupted: saved.\n"
 
 

@@ -8,53 +8,67 @@ import os
 import signal
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 from trimtab.cli import _end
 from trimtab.core import interrupts
+from trimtab.core import processes as module
 from trimtab.core.errors import DataError
 from trimtab.core.processes import processes
 from trimtab.launch import one_process_notice, run_together
 from trimtab.launch.start import start
 
-STEPS = 400
+STEPS, SLOW = 400, 8
+if "STEP_SECONDS" in os.environ:  # in place of 30 minutes
+    module.STEP = timedelta(seconds=float(os.environ["STEP_SECONDS"]))
+if "WAIT_SECONDS" in os.environ:  # in place of 24 hours
+    module.WAIT = timedelta(seconds=float(os.environ["WAIT_SECONDS"]))
 
 
 def loop(mode: str, rank: int) -> int:
     import torch
 
     mine = processes.rank == rank
-    if mode == "early" and mine:
-        raise DataError("row 17 has no answer.")
+    if mode == "slow":  # as a large corpus is tokenized
+        with processes.first_here_first():
+            time.sleep(SLOW if processes.first_here else 0)
+        mode = "done"
     with processes.interrupted_together():
         for step in range(1, STEPS):
             time.sleep(0.02)
             if step == 10:
-                Path(f"at-work-{processes.rank}").write_text(str(os.getpid()))
+                write(f"at-work-{processes.rank}", os.getpid())
             if step == 20:
-                if mode == "same" or (mode == "error" and mine):
-                    raise DataError("row 17 has no answer.")
-                if mode == "bug" and mine:
-                    raise ValueError("a fault of ours")
-                if mode == "kill" and mine:
-                    os.kill(os.getpid(), signal.SIGKILL)
                 if mode == "done":
                     break
-                if mode == "busy":  # nothing is exchanged any more
-                    if mine:
-                        raise DataError("row 17 has no answer.")
-                    time.sleep(600)
-                if mode == "busy-kill":
-                    if mine:
-                        os.kill(os.getpid(), signal.SIGKILL)
+                if mine or mode == "same":
+                    fail(mode)
+                if mode.startswith("busy"):  # exchanges nothing any more
                     time.sleep(600)
             processes.sum_(torch.ones(1000))
             processes.wait()
             if processes.told_to_stop:
-                print(f"process {processes.rank} stopped after step {step}", flush=True)
+                write(f"stopped-{processes.rank}", step)
+                processes.wait()  # as while it is saved
                 raise KeyboardInterrupt("saved")
-    print(f"process {processes.rank} is done", flush=True)
     return 0
+
+
+def fail(mode: str) -> None:
+    write("failed-at", time.time())
+    if mode in ("error", "same", "busy-error"):
+        raise DataError("row 17 has no answer.")
+    if mode == "fault":
+        raise ValueError("a fault of ours")
+    if mode in ("kill", "busy-kill"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    if mode == "behind":
+        time.sleep(SLOW)
+
+
+def write(name: str, value: object) -> None:
+    Path(name).write_text(str(value))
 
 
 def main() -> int:
@@ -64,7 +78,8 @@ def main() -> int:
         print(one_process_notice())
         return 0
     with interrupts.signals_as_keyboard_interrupt(ignored_afterwards=True):
-        return run_together(lambda: loop(sys.argv[1], int(sys.argv[2])), _end)
+        mode, rank = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
+        return run_together(lambda: loop(mode, int(rank)), _end)
 
 
 if __name__ == "__main__":

@@ -34,8 +34,10 @@ GRACE = 5.0
 """Seconds that process 0 has, once it is interrupted because another has ended, to say in run.json what happened, for example."""
 ORPHAN = 60.0
 """Seconds that a process has to end when its parent has: to save what it has trained."""
-KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 5}
-"""By which the system finds within 30 seconds that a machine is lost."""
+BEAT = 5.0
+"""Seconds from one empty line to the next, which the other side's system confirms, whatever its process is busy with."""
+KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 5, "TCP_USER_TIMEOUT": 25_000}
+"""By which the system finds within about 30 seconds that a machine is lost; the last one says how long a line may be unconfirmed, in ms."""
 MOST_BYTES = 1 << 20
 
 
@@ -60,6 +62,7 @@ class Watch:
         self.news: End | None = None
         self._heard, self._over, self._lock = threading.Event(), threading.Event(), threading.Lock()
         self._parents, self._orphaned = _parents(), False
+        self._beat = time.monotonic() + BEAT
         self._interrupted = self._forced = float("inf")
         """When this process is interrupted, and when it is ended, if it has not by then."""
 
@@ -94,6 +97,15 @@ class Watch:
             os.kill(os.getpid(), signal.SIGTERM)  # in training, all stop after the same step
         if now > self._forced:
             self._leave_now()
+
+        if now > self._beat:
+            self._beat = now + BEAT
+            for peer in self._others():
+                peer.send(b"\n")
+
+    def _others(self) -> list["_Peer"]:
+        """Whom this process is connected with."""
+        raise NotImplementedError
 
     def _end_by(self, interrupted: float, forced: float) -> None:
         self._interrupted, self._forced = min(self._interrupted, interrupted), min(self._forced, forced)
@@ -134,8 +146,11 @@ class First(Watch):
         self._tell_all({"over": True})
         self._over.set()
 
+    def _others(self) -> list["_Peer"]:
+        return list(self.peers.values())
+
     def _tell_all(self, what: dict[str, Any]) -> None:
-        for peer in list(self.peers.values()):
+        for peer in self._others():
             peer.tell(what)
 
     def _watch(self) -> None:
@@ -178,7 +193,7 @@ class First(Watch):
             self.news, now = end, time.monotonic()
             self._end_by(now + SAME, now + SAME + GRACE)
             self._heard.set()
-            for peer in list(self.peers.values()):
+            for peer in self._others():
                 if peer is not source:
                     peer.tell({"code": end.code})
 
@@ -256,6 +271,9 @@ class Other(Watch):
                     self._first_is_lost()
                 self._look()
 
+    def _others(self) -> list["_Peer"]:
+        return [self.first] if self.first is not None else []
+
     def _first_is_lost(self) -> None:
         if self._code is not None:  # which has been told
             self.leave(self._code)
@@ -276,15 +294,18 @@ class _Peer:
                 connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
     def tell(self, what: dict[str, Any]) -> None:
+        self.send(json.dumps(what).encode() + b"\n")
+
+    def send(self, line: bytes) -> None:
         with contextlib.suppress(OSError):  # it has gone: the reading side finds out
-            self.connection.sendall(json.dumps(what).encode() + b"\n")
+            self.connection.sendall(line)
 
     def read(self) -> list[dict[str, Any]] | None:
         """What has come; None once nothing more can."""
         try:
             data = self.connection.recv(1 << 16)
             *lines, self._unread = (self._unread + data).split(b"\n")
-            said = [json.loads(line) for line in lines]
+            said = [json.loads(line) for line in lines if line]
         except (OSError, ValueError):
             return None
         strange = len(self._unread) > MOST_BYTES or not all(isinstance(one, dict) for one in said)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -169,7 +170,11 @@ def _agree(base: Base, data: LoadedData) -> None:
     """Raise ProcessesDiffer if another machine has another model or other data."""
     advice = "Have the same files on every machine."
     processes.agree(f"the base model {base.source}: {advice}", base.fingerprint)
-    processes.agree(f"the data: {advice}", data.digest)
+    files = processes.tell([[Path(path).name, digest] for path, digest in data.plain()["files"].items()])
+    names = dict.fromkeys(
+        name for of_one in files for name, digest in of_one if any([name, digest] not in other for other in files)
+    )
+    processes.agree(f"the data{f' ({listed})' if (listed := ', '.join(names)) else ''}: {advice}", data.digest)
 
 
 def least_memory(own: MemoryPlan) -> MemoryPlan:

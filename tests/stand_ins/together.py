@@ -68,7 +68,9 @@ def fail(mode: str) -> None:
 
 
 def write(name: str, value: object) -> None:
-    Path(name).write_text(str(value))
+    part = Path(f"{name}.{processes.rank}")
+    part.write_text(str(value))
+    part.replace(name)
 
 
 def main() -> int:

@@ -21,11 +21,14 @@ from typing import Any, NamedTuple
 from trimtab.core.errors import ProcessLost
 from trimtab.core.interrupts import INTERRUPTED
 from trimtab.core.processes import START, Processes
+from trimtab.launch.peer import Peer, listen
 
 PLACE = "trimtab/watch"
 """Where the store holds process 0's port, and the word by which the others are known."""
 TICK = 0.5
 """Seconds from one look to the next at whether the parent is there."""
+BEAT = 5.0
+"""Seconds from one empty line to the next, which the other side's system confirms, whatever its process is busy with."""
 SAME = 1.0
 """Seconds within which process 0 may come upon the same error as another, and say it as its own."""
 NEWS = 1.0
@@ -34,11 +37,6 @@ GRACE = 5.0
 """Seconds that process 0 has, once it is interrupted because another has ended, to say in run.json what happened, for example."""
 ORPHAN = 60.0
 """Seconds that a process has to end when its parent has: to save what it has trained."""
-BEAT = 5.0
-"""Seconds from one empty line to the next, which the other side's system confirms, whatever its process is busy with."""
-KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 5, "TCP_USER_TIMEOUT": 25_000}
-"""By which the system finds within about 30 seconds that a machine is lost; the last one says how long a line may be unconfirmed, in ms."""
-MOST_BYTES = 1 << 20
 
 
 class End(NamedTuple):
@@ -50,7 +48,7 @@ class End(NamedTuple):
 
 
 class Watch:
-    """A process's place in the watch; its methods are called by the main thread, and hold `self.news` when another has ended the run."""
+    """A process's place in the watch. A thread of its own waits for news of others; the public methods are the main thread's."""
 
     def __init__(self, processes: Processes, say: Callable[[str], None], leave: Callable[[int], None]) -> None:
         """
@@ -103,7 +101,7 @@ class Watch:
             for peer in self._others():
                 peer.send(b"\n")
 
-    def _others(self) -> list["_Peer"]:
+    def _others(self) -> list[Peer]:
         """Whom this process is connected with."""
         raise NotImplementedError
 
@@ -119,8 +117,8 @@ class First(Watch):
 
     def __init__(self, processes: Processes, say: Callable[[str], None], leave: Callable[[int], None]) -> None:
         super().__init__(processes, say, leave)
-        self.listener, self.word = _listen(), secrets.token_hex(16)
-        self.peers: dict[int, _Peer] = {}
+        self.listener, self.word = listen(), secrets.token_hex(16)
+        self.peers: dict[int, Peer] = {}
         self._all_here = threading.Event()
 
     def start(self) -> None:
@@ -146,7 +144,7 @@ class First(Watch):
         self._tell_all({"over": True})
         self._over.set()
 
-    def _others(self) -> list["_Peer"]:
+    def _others(self) -> list[Peer]:
         return list(self.peers.values())
 
     def _tell_all(self, what: dict[str, Any]) -> None:
@@ -161,13 +159,13 @@ class First(Watch):
                 for key, _ in waiting.select(TICK):
                     if key.data is None:
                         connection = opened.enter_context(self.listener.accept()[0])
-                        waiting.register(connection, selectors.EVENT_READ, _Peer(connection))
+                        waiting.register(connection, selectors.EVENT_READ, Peer(connection))
                     elif not self._hear(key.data):
                         waiting.unregister(key.fileobj)
                         key.data.connection.close()
                 self._look()
 
-    def _hear(self, peer: "_Peer") -> bool:
+    def _hear(self, peer: Peer) -> bool:
         """Read what one says. False: nothing will come any more."""
         size = self.processes.size
         for said in (lines := peer.read()) or ():
@@ -188,7 +186,7 @@ class First(Watch):
             self._end(End(ProcessLost.exit_code, lost(peer.name)), peer)
         return lines is not None
 
-    def _end(self, end: End, source: "_Peer") -> None:
+    def _end(self, end: End, source: Peer) -> None:
         if self.news is None:
             self.news, now = end, time.monotonic()
             self._end_by(now + SAME, now + SAME + GRACE)
@@ -207,7 +205,7 @@ class First(Watch):
 class Other(Watch):
     """A process that tells process 0 of its end, and speaks only if that one is lost."""
 
-    first: "_Peer | None" = None
+    first: Peer | None = None
     _code: int | None = None
     """What this process has said that it ends with."""
 
@@ -219,7 +217,7 @@ class Other(Watch):
         except (OSError, RuntimeError) as error:
             raise ProcessLost(f"Process 0 of {self.processes.size} can't be reached at {host} ({error}).") from error
         connection.settimeout(None)
-        self.first = _Peer(connection)
+        self.first = Peer(connection)
         self.first.tell({"rank": self.processes.rank, "host": socket.gethostname(), "word": word})
         self._run_thread(self._watch)
 
@@ -271,7 +269,7 @@ class Other(Watch):
                     self._first_is_lost()
                 self._look()
 
-    def _others(self) -> list["_Peer"]:
+    def _others(self) -> list[Peer]:
         return [self.first] if self.first is not None else []
 
     def _first_is_lost(self) -> None:
@@ -281,35 +279,6 @@ class Other(Watch):
         if self.processes.local_rank == int(here):  # one of each machine says it
             self.say(lost(f"process 0 of {self.processes.size}"))
         self.leave(ProcessLost.exit_code)
-
-
-class _Peer:
-    """A connection, over which lines of JSON go."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        self.connection, self.rank, self.name, self.over, self._unread = connection, -1, "", False, b""
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for option, value in KEEPALIVE.items():
-            if hasattr(socket, option):
-                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
-
-    def tell(self, what: dict[str, Any]) -> None:
-        self.send(json.dumps(what).encode() + b"\n")
-
-    def send(self, line: bytes) -> None:
-        with contextlib.suppress(OSError):  # it has gone: the reading side finds out
-            self.connection.sendall(line)
-
-    def read(self) -> list[dict[str, Any]] | None:
-        """What has come; None once nothing more can."""
-        try:
-            data = self.connection.recv(1 << 16)
-            *lines, self._unread = (self._unread + data).split(b"\n")
-            said = [json.loads(line) for line in lines if line]
-        except (OSError, ValueError):
-            return None
-        strange = len(self._unread) > MOST_BYTES or not all(isinstance(one, dict) for one in said)
-        return said if data and not strange else None
 
 
 def _parents() -> tuple[int, ...]:
@@ -327,10 +296,3 @@ def lost(name: str) -> str:
         f"{name} has ended without an error of its own: it was killed (for want of memory, for example), or its machine can't be reached. "
         "The same command resumes the run from its last checkpoint."
     )
-
-
-def _listen() -> socket.socket:
-    if socket.has_dualstack_ipv6():
-        with contextlib.suppress(OSError):
-            return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
-    return socket.create_server(("", 0))

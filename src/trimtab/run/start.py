@@ -5,7 +5,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,12 +22,13 @@ from trimtab.data.example import TokenRow
 from trimtab.data.mismatched import with_mismatched
 from trimtab.deploy import adapter_folder, load_adapter, pinned_name, read_method, sample, versions
 from trimtab.distributed import Engine
-from trimtab.engine import FrozenLayerCache, MemoryPlan, ensure_checked
+from trimtab.engine import FrozenLayerCache, ensure_checked
 from trimtab.evaluate import Exam
 from trimtab.evaluate.reference import PACK_TOKENS, add_reference_logprobs, check_start
 from trimtab.methods import Attached, attach
 from trimtab.objectives import Objective, ReferenceObjective
 from trimtab.report import RunObserver
+from trimtab.run.agreement import agree_on_files, least_memory
 from trimtab.run.preflight import OpenedRecipe, check_disk, preflight
 from trimtab.run.recipe import Recipe
 from trimtab.run.resume import UnfinishedRun, threads
@@ -151,7 +151,7 @@ def open_recipe(
         adapter = load_adapter(base, start["folder"])
         if "dropout" in start:
             _switch_dropout_off(adapter)
-    _agree(base, data)
+    agree_on_files(base, data)
     for parameter in adapter.parameters().values():  # a decomposition may differ by machine
         processes.from_first_(parameter.data)
     engine.prepare(base, adapter, recipe.model)
@@ -164,23 +164,6 @@ def _engine(recipe: Recipe) -> Engine:
     engine.check(recipe.model, recipe.method, recipe.objective, recipe.train)
     processes.equal_passes = False  # until the base is divided
     return engine
-
-
-def _agree(base: Base, data: LoadedData) -> None:
-    """Raise ProcessesDiffer if another machine has another model or other data."""
-    advice = "Have the same files on every machine."
-    processes.agree(f"the base model {base.source}: {advice}", base.fingerprint)
-    files = processes.tell([[Path(path).name, digest] for path, digest in data.plain()["files"].items()])
-    names = dict.fromkeys(
-        name for of_one in files for name, digest in of_one if any([name, digest] not in other for other in files)
-    )
-    processes.agree(f"the data{f' ({listed})' if (listed := ', '.join(names)) else ''}: {advice}", data.digest)
-
-
-def least_memory(own: MemoryPlan) -> MemoryPlan:
-    """The plan of the process that has least memory, which all follow: they have the same packs."""
-    plans = [plan for plan in map(MemoryPlan.from_plain, processes.tell(own.plain())) if plan is not None]
-    return min(plans, key=lambda plan: (plan.pack_tokens, math.inf if plan.pack_limit is None else plan.pack_limit))
 
 
 def with_start(recipe: Recipe) -> tuple[Recipe, dict[str, Any] | None]:

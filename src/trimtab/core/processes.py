@@ -9,6 +9,7 @@ What processes tell is JSON or safetensors: torch's own collectives of objects r
 import heapq
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -268,7 +269,9 @@ class Processes:
 
 
 def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    """What an error of torch says, without the place in its source."""
+    line = next(iter(str(error).splitlines()), type(error).__name__)
+    return re.sub(r"^\[\S+:\d+\] ", "", line).partition(". This is typically")[0]
 
 
 def _number(name: str, otherwise: int) -> int:

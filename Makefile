@@ -7,6 +7,7 @@ COMPAT := .compat
 OLDEST := .oldest
 LOOK := .venv-look
 TRACKERS := .trackers
+SCALE := .scale
 
 .DEFAULT_GOAL := help
 .PHONY: help setup format docs check test compat test-oldest gpu-deps soak whole scale mutants branches look demo course bench models trackers clean
@@ -83,8 +84,15 @@ soak: $(READY)  ## kill training a thousand times, and test that every run resum
 whole: $(READY)  ## the whole matrices of which `make test` runs a sample (about 20 minutes)
 	TRIMTAB_WHOLE=1 $(BIN)/pytest -n 2 --dist worksteal tests/test_resume.py tests/test_certificate.py tests/test_faults.py tests/test_failing_disk.py tests/test_real_model.py tests/test_trl.py tests/test_within_trl.py tests/test_preference.py tests/test_course.py tests/test_clusters.py tests/invariants
 
-scale: $(READY)  ## several processes: parity, kills, every launcher and way to end, two machines; DeepSpeed where it is installed (about 40 minutes)
-	$(BIN)/pytest -s tests/scale_*.py
+# DeepSpeed is beside .venv, whose packages it sees.
+scale: $(READY) $(SCALE)/.ready  ## several processes: parity, kills, every launcher and way to end, two machines, DeepSpeed (about 40 minutes)
+	$(SCALE)/bin/python -m pytest -s tests/scale_*.py
+
+$(SCALE)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear $(SCALE)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$($(SCALE)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/beside.pth"
+	DS_BUILD_OPS=0 $(SCALE)/bin/python -m pip install --quiet --no-build-isolation --editable '.[deepspeed]' --constraint constraints.txt
+	touch $@
 
 mutants: $(READY)  ## mutation tests: count the faults in critical code that the tests detect (about an hour on 2 cores)
 	$(BIN)/python -m pip install --quiet 'cosmic-ray==8.7.0' --constraint constraints.txt
@@ -125,5 +133,5 @@ models: $(READY)  ## measure every model that Transformers registers, tiny and r
 	$(BIN)/python benchmarks/models --out runs/models.jsonl; status=$$?; $(BIN)/python docs/make_pages.py; exit $$status
 
 clean:  ## remove virtual environments, caches and the demo's run
-	rm -rf $(VENV) $(COMPAT) $(OLDEST) $(LOOK) .look $(TRACKERS) .gpu-deps .pytest_cache .mypy_cache .ruff_cache runs/demo
+	rm -rf $(VENV) $(COMPAT) $(OLDEST) $(LOOK) .look $(TRACKERS) $(SCALE) .gpu-deps .pytest_cache .mypy_cache .ruff_cache runs/demo
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -140,11 +140,9 @@ def logits(shape: Shape, tokens: float) -> float:
 
 
 def adapter_bytes(engine: Engine, processes: int) -> float:
-    """A trained parameter: value, gradient and AdamW's two moments in float32, whole; DeepSpeed divides moments and a copy of the value, and
-    zero3 all of it."""
-    if engine in ("ddp", "fsdp", "nf4"):
-        return 16.0
-    return 8 + 12 / processes if engine in ("zero1", "zero2") else 20 / processes
+    """A trained parameter: value, gradient and AdamW's two moments in float32, whole; in zero1 and zero2, DeepSpeed divides moments and a copy
+    of the value."""
+    return 8 + 12 / processes if engine in ("zero1", "zero2") else 16.0
 
 
 NF4 = 0.5 + (1 + 4 / 256) / 64
@@ -169,7 +167,7 @@ def memory(
     elif engine == "fsdp":
         base = layers / group + ends + (2 * 2 * shape.layer if group > 1 else 0)  # two layers whole: one computes, one arrives
     elif engine == "zero3":
-        base = (layers + ends) / processes + 2 * 2 * shape.layer + ends  # embedding and head are whole while they are used
+        base = layers / processes + ends + 2 * 2 * shape.layer
     else:
         base = layers + ends
     at_the_head = logits(shape, learned * tokens) + tokens * shape.layers * kept_by_a_layer(shape, level)

@@ -2,19 +2,24 @@
 
 import json
 import random
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from together import RECIPE, run_together, train_alone
+from together import RECIPE, run_together, start_together, train_alone
 from worlds import make_model, write_rows
 
 import trimtab
+from trimtab.core.errors import ProcessLost
 from trimtab.core.processes import Processes
 from trimtab.data import pack_all
 from trimtab.data.example import TokenRow
 from trimtab.engine import MemoryPlan, PackCost
+from trimtab.evaluate import evaluator
+from trimtab.evaluate.function import FunctionFailed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -138,7 +143,7 @@ def test_a_run_of_two_processes_is_resumed_by_one(made, monkeypatch):
 def faulty(made):
     """What becomes of runs whose processes have faults."""
     folder, _ = made
-    jobs = [{"words": [f"output=bad/{fault}"], "fault": fault} for fault in DRIFT]
+    jobs = [{"words": [f"output=bad/{fault}", *DRIFT_WORDS.get(fault, [])], "fault": fault} for fault in DRIFT]
     jobs.append({"words": ["output=bad/means", *JOBS["sft, dropout, samples"]], "fault": "divides_by_own"})
     return run_together(folder, jobs)
 
@@ -147,7 +152,9 @@ DRIFT = {
     "forgets_others": "the adapter after step 4",
     "starts_elsewhere": "the adapter after step 4",
     "other_base": "the base model",
+    "other_order": "data.seed of the recipe",
 }
+DRIFT_WORDS = {"other_order": ["data.eval=0"]}  # the examples are the same then
 
 
 @pytest.mark.parametrize("fault", DRIFT)
@@ -227,3 +234,46 @@ def test_alone_everything_stays_with_the_process():
     alone.agree("x", 1)
     with alone.first_here_first(), alone.interrupted_together():
         pass
+
+
+SCRIPT = """
+import pathlib
+import torch.distributed as dist
+import trimtab
+trimtab.attach(trimtab.load("tiny").model, trimtab.LoRA(rank=2))  # one process may do that, and the others something else
+dist.init_process_group("gloo")  # as accelerate does
+trimtab.run_recipe(trimtab.Recipe.read(pathlib.Path("r.yaml"), ["output=connected", "train.max_steps=2"]))
+ours = dist.is_initialized()
+from trimtab.core.processes import processes
+processes.close()
+print("still" if ours and dist.is_initialized() else "gone")
+"""
+
+
+def test_a_script_that_connects_its_processes_itself(made):
+    folder, _ = made
+    found = start_together([sys.executable, "-c", SCRIPT], 2, folder)
+    said = [process.communicate(timeout=200) for process in found]
+    assert [out.splitlines()[-1:] for out, _ in said] == [["still"]] * 2, said
+    assert json.loads((folder / "connected" / "run.json").read_text())["processes"] == 2
+
+
+def test_a_size_without_a_rank_is_nobodys(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    assert Processes.of_environment().size == 1
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(ProcessLost, match="MASTER_ADDR"):
+        Processes.of_environment().connect()
+
+
+def test_processes_wait_for_the_users_function_where_they_may_wait_long(monkeypatch):
+    def fails(*_, **__):
+        raise FunctionFailed("no")
+
+    waited = []
+    monkeypatch.setattr(Processes, "wait", lambda self: waited.append(self))
+    monkeypatch.setattr(evaluator, "answer_questions", lambda *_: ["an answer"])
+    exam = evaluator.Exam(None, [], evaluator.EvalConfig(metrics=[]), SimpleNamespace(measure=fails))
+    assert exam.take().function_error == "no"
+    assert len(waited) == 1

@@ -112,7 +112,18 @@ def _other_base(patch):
         patch.chdir("elsewhere")
 
 
-FAULTS = {fault.__name__.strip("_"): fault for fault in (_forgets_others, _starts_elsewhere, _divides_by_own, _other_base)}
+def _other_order(patch):
+    """One machine's recipe has another seed of the data."""
+    from trimtab.core.processes import processes
+    from trimtab.run.recipe import Recipe
+
+    patch.setattr(Recipe, "data_seed", property(lambda self: processes.rank))
+
+
+FAULTS = {
+    fault.__name__.strip("_"): fault
+    for fault in (_forgets_others, _starts_elsewhere, _divides_by_own, _other_base, _other_order)
+}
 
 
 def _main(folder, jobs):

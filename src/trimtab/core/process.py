@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from trimtab.core.processes import VARIABLES
-
 
 @contextmanager
 def gc_paused() -> Iterator[None]:
@@ -41,6 +39,12 @@ def module_command(module: str) -> list[str]:
     return [sys.executable, "-P", "-c", code]
 
 
+VARIABLES = (
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE", "GROUP_RANK", "ROLE_RANK",
+    "ROLE_WORLD_SIZE", "ROLE_NAME", "GROUP_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID",
+    "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS", "TORCHELASTIC_ERROR_FILE",
+)  # fmt: skip
+"""By which launchers say what a process is; one that it starts for itself alone must not see them."""
 OPENMP_WAIT = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"}
 """How OpenMP's threads wait for each other: asleep; GNU's, which has a finer setting, after spinning 1,000 times (about 10 µs)."""
 

@@ -51,11 +51,13 @@ class Processes:
         """What they all can write to, and read, without each other's help."""
         self._interrupts: list[float] = []
         self._control: Any = None
+        self._initialized = False
+        """Whether torch's group is ours to end."""
 
     @classmethod
     def of_environment(cls) -> "Processes":
         size = _number("WORLD_SIZE", 1)
-        if size == 1:
+        if size == 1 or "RANK" not in os.environ:  # without it, the size is somebody else's: every launcher gives both
             return cls()
         local_size = _number("LOCAL_WORLD_SIZE", _number("LOCAL_SIZE", 1))  # the second name is DeepSpeed's
         return cls(_number("RANK", 0), size, _number("LOCAL_RANK", 0), local_size)
@@ -78,7 +80,7 @@ class Processes:
 
         try:
             self.store, _, _ = next(iter(dist.rendezvous("env://", self.rank, self.size, timeout=START)))
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:  # the latter of variables that are not there
             place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise ProcessLost(
                 f"The {self.size} processes of this run have not all reached {place} ({_first_line(error)})."
@@ -88,6 +90,14 @@ class Processes:
         """Connect the processes, once. Raises ProcessLost."""
         if self.size == 1 or self._control is not None:
             return
+        import torch.distributed as dist
+
+        if not dist.is_initialized():  # else by whoever has connected them before us
+            self._initialize()
+        with self._waiting():
+            self._control = dist.new_group(backend="gloo", timeout=WAIT)
+
+    def _initialize(self) -> None:
         import torch
         import torch.distributed as dist
 
@@ -98,7 +108,7 @@ class Processes:
         backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
         with self._waiting():
             dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.size, timeout=STEP)
-            self._control = dist.new_group(backend="gloo", timeout=WAIT)
+        self._initialized = True
 
     def close(self) -> None:
         """Disconnect; nobody must be waiting for this process any more."""
@@ -106,7 +116,8 @@ class Processes:
             import torch.distributed as dist
 
             self._control = self.store = None
-            dist.destroy_process_group()
+            if self._initialized:
+                dist.destroy_process_group()
 
     # Exchanges
 
@@ -239,7 +250,13 @@ class Processes:
 
     @contextmanager
     def first_here_first(self) -> Iterator[None]:
-        """The first process of each machine runs the block before the others there, which find in the cache what it has made."""
+        """The first process of each machine runs the block before the others there, which find in the cache what it has made.
+
+        Where no run has connected them, as in a script whose training is another library's, each is alone.
+        """
+        if self._control is None:
+            yield
+            return
         if not self.first_here:
             self.wait()
         yield
@@ -278,13 +295,6 @@ def _number(name: str, otherwise: int) -> int:
     text = os.environ.get(name, "")
     return int(text) if text.isdecimal() else otherwise
 
-
-VARIABLES = (
-    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE", "GROUP_RANK", "ROLE_RANK",
-    "ROLE_WORLD_SIZE", "ROLE_NAME", "GROUP_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID",
-    "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS", "TORCHELASTIC_ERROR_FILE",
-)  # fmt: skip
-"""By which launchers say what a process is; one that it starts for itself alone must not see them."""
 
 processes = Processes.of_environment()
 """Those of this run."""

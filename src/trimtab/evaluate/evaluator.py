@@ -1,7 +1,7 @@
 """An evaluation: the loss and metrics of models on the same held-out examples, and how far they differ."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from trimtab.base import Base
@@ -117,13 +117,21 @@ class Exam:
         best: dict[str, float | None] = {
             name: metric.best for metric in self.config.metrics for name in measured[metric.name].total
         }
-        if self.function is None or not processes.first:  # it may be a program with a world of its own
-            return Answers(answers, measured, best)
-        try:
-            own = self.function.measure(answers, taken=(*best, *OWN_NAMES))
-        except FunctionFailed as failed:
-            return Answers(answers, measured, best, str(failed))
-        return Answers(answers, {**measured, "function": own}, {**best, **dict.fromkeys(own.each)})
+        found = Answers(answers, measured, best)
+        if self.function is None:
+            return found
+        if processes.first:  # it may be a program with a world of its own
+            found = _measured_by(self.function, found)
+        processes.wait()  # here, where the others may wait for longer than within a step
+        return found
+
+
+def _measured_by(function: UserFunction, found: Answers) -> Answers:
+    try:
+        own = function.measure(found.answers, taken=(*found.best, *OWN_NAMES))
+    except FunctionFailed as failed:
+        return replace(found, function_error=str(failed))
+    return replace(found, measured={**found.measured, "function": own}, best={**found.best, **dict.fromkeys(own.each)})
 
 
 def evaluate(base: Base, rows: Sequence[TokenRow], exam: Exam, on_done: Callable[[int], None] | None = None) -> Scores:

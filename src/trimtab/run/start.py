@@ -67,6 +67,8 @@ def prepare(recipe: Recipe, unfinished: UnfinishedRun | None, observer: RunObser
         "certify",
     ):  # others hold paths, and are known by content
         processes.agree(f"{section} of the recipe. Start the same recipe on every machine.", recipe.plain()[section])
+    # Of the same examples in another order, the digest is the same.
+    processes.agree("data.seed of the recipe. Start the same recipe on every machine.", recipe.data_seed)
     opened = open_recipe(recipe, unfinished.moment if unfinished is not None else None, observer.on_stage)
     recipe, base, adapter, data = opened.recipe, opened.base, opened.adapter, opened.data
     observer.on_stage("checking the data, the adapter and the disk")

@@ -49,6 +49,8 @@ def made(tmp_path_factory):
     for name, rows in (("rows", ROWS), ("pairs", PAIRS), ("judged", JUDGED)):
         write_rows(folder / f"{name}.jsonl", rows)
     (folder / "r.yaml").write_text(RECIPE)
+    (folder / "occupied").mkdir()
+    (folder / "occupied" / "file").touch()
     elsewhere = folder / "elsewhere"
     make_model(elsewhere / "tiny", 1)
     write_rows(elsewhere / "rows.jsonl", ROWS)
@@ -63,6 +65,7 @@ def made(tmp_path_factory):
                 *([*words, f"output=two/{name}"] for name, words in JOBS.items()),
                 {"words": ["output=interrupted", *JOBS["sft, dropout, samples"]], "interrupted_at": 2},
                 ["output=interrupted", *JOBS["sft, dropout, samples"]],
+                ["output=occupied"],
                 {"words": ["output=halfway", *JOBS["float64"]], "interrupted_at": 3},
             ],
         )
@@ -137,6 +140,11 @@ def test_a_run_of_two_processes_is_resumed_by_one(made, monkeypatch):
     assert said[0][-1]["status"] == "interrupted"
     train_alone(folder, ["output=halfway", *JOBS["float64"]])
     assert max(off(folder / "halfway", folder / "one" / "float64")) < 1e-12
+
+
+def test_what_is_wrong_for_the_process_that_writes_is_so_for_all(made):
+    _, said = made
+    assert [of_rank[-2]["status"] for of_rank in said] == ["StorageError"] * 2
 
 
 @pytest.fixture(scope="module")

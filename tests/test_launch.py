@@ -245,7 +245,7 @@ def launched(monkeypatch):
     def launched(variables, size):
         for name in variables:
             monkeypatch.setenv(name, "x")
-        monkeypatch.setattr(start.processes, "size", size)
+        monkeypatch.setattr(start.processes, "started", size)
 
     return launched
 

@@ -191,7 +191,7 @@ def test_tasks_are_divided_evenly_and_each_once():
     assert max(sum(costs[task] for task in share) for share in shares[0]) <= 4 / 3 * sum(costs) / 3 + 1
     equal = [Processes(rank, 3) for rank in range(3)]
     for one in equal:
-        one.equal_passes = True
+        one.equal_passes, one._control = True, "connected"
     turns = [one.turns([5, 1, 1, 1]) for one in equal]
     assert len({len(of_one) for of_one in turns}) == 1
     assert sorted(task for of_one in turns for task, own in of_one if own) == [0, 1, 2, 3]
@@ -217,7 +217,9 @@ def test_packs_of_automatic_size_are_made_for_the_processes(monkeypatch):
     trimtab.attach(base.model, trimtab.LoRA(rank=2))
 
     def packs(size, **settings):
-        monkeypatch.setattr(steps, "processes", Processes(0, size))
+        group = Processes(0, size)
+        group._control = "connected"
+        monkeypatch.setattr(steps, "processes", group)
         config = trimtab.TrainConfig(rows_per_step=24, **settings)
         plan = steps.plan_training_memory(base, config, rows)
         assert MemoryPlan.from_plain(plan.plain()) == plan
@@ -245,10 +247,13 @@ def test_alone_everything_stays_with_the_process():
 
 
 SCRIPT = """
-import pathlib
+import os, pathlib
 import torch.distributed as dist
 import trimtab
-trimtab.attach(trimtab.load("tiny").model, trimtab.LoRA(rank=2))  # one process may do that, and the others something else
+base = trimtab.load("tiny")  # one process may do that, and the others something else
+trimtab.attach(base.model, trimtab.LoRA(rank=2))
+if os.environ["RANK"] == "1":
+    assert trimtab.score_loss(base, trimtab.rows("rows.jsonl", base)).rows == 76, "alone, of all"
 dist.init_process_group("gloo")  # as accelerate does
 trimtab.run_recipe(trimtab.Recipe.read(pathlib.Path("r.yaml"), ["output=connected", "train.max_steps=2"]))
 ours = dist.is_initialized()
@@ -269,8 +274,9 @@ def test_a_script_that_connects_its_processes_itself(made):
 def test_a_size_without_a_rank_is_nobodys(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
-    assert Processes.of_environment().size == 1
+    assert Processes.of_environment().started == 1
     monkeypatch.setenv("RANK", "1")
+    assert (Processes.of_environment().started, Processes.of_environment().size) == (2, 1)
     with pytest.raises(ProcessLost, match="MASTER_ADDR"):
         Processes.of_environment().connect()
 

@@ -73,9 +73,8 @@ def main(words: Sequence[str] | None = None, parser: Callable[[], argparse.Argum
     streams.configure()
     with interrupts.signals_as_keyboard_interrupt(ignored_afterwards=words is None) as came:
         try:
-            if processes.size > 1 and parser is None:
-                os.environ.update(process.environment())
-                return run_together(lambda: _command(words), _end)
+            if processes.started > 1 and parser is None:
+                return _run_together(words)
             return _run(_parsed(parser or _parser, words))
         except KeyboardInterrupt:  # another one, while the first was handled
             return INTERRUPTED
@@ -111,23 +110,25 @@ def _carry_out(arguments: argparse.Namespace) -> int:
     return exit_code or 0
 
 
-def _command(words: Sequence[str] | None) -> int:
-    """What each of several processes does."""
-    usage = io.StringIO()
+def _run_together(words: Sequence[str] | None) -> int:
+    """What each of several processes does; they connect for a command of several alone."""
+    shown, usage = io.StringIO(), io.StringIO()
     try:
-        with contextlib.redirect_stderr(usage):
+        with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(usage):
             arguments = _parsed(_parser, words)
     except SystemExit as error:
-        if not error.code:  # of --help
-            return 0
-        raise RecipeError(usage.getvalue().strip()) from None
-    if arguments.run not in SHARED:
-        several = ", ".join(map(_name, TOGETHER))
-        raise RecipeError(
-            f"{processes.size} processes have been started, and this command is the work of one: start it without a launcher. "
-            f"Several processes carry out {several}."
-        )
-    return _carry_out(arguments)
+        if processes.rank == 0:
+            sys.stdout.write(shown.getvalue())
+            sys.stderr.write(usage.getvalue())
+        return int(error.code or 0)
+    if arguments.run in SHARED:
+        os.environ.update(process.environment())
+        return run_together(lambda: _carry_out(arguments), _end)
+    message = (
+        f"{processes.started} processes have been started, and this command is the work of one: start it without a launcher. "
+        f"Several processes carry out {', '.join(map(_name, TOGETHER))}."
+    )
+    return _fail(message, RecipeError.exit_code) if processes.rank == 0 else RecipeError.exit_code
 
 
 def _end(error: BaseException) -> End | None:

@@ -76,7 +76,7 @@ def write(name: str, value: object) -> None:
 def main() -> int:
     if sys.argv[1] == "start":
         return start(2, [sys.executable, __file__, *sys.argv[2:]])
-    if processes.size == 1:
+    if processes.started == 1:
         print(one_process_notice())
         return 0
     with interrupts.signals_as_keyboard_interrupt(ignored_afterwards=True):

@@ -38,7 +38,7 @@ def resolve_device(config: ModelConfig) -> torch.device:
         supported = accelerator is not None and _problem(accelerator, config.dtype) is None
         if accelerator is None or not supported:
             return torch.device("cpu")
-        return torch.device(accelerator.type, processes.local_rank) if processes.size > 1 else accelerator
+        return torch.device(accelerator.type, processes.local_rank) if processes.started > 1 else accelerator
     try:
         device = torch.device(config.device)
     except RuntimeError as error:

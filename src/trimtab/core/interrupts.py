@@ -61,6 +61,16 @@ def interrupts_deferred() -> Iterator[None]:
 
 
 @contextmanager
+def default_signals() -> Iterator[None]:
+    """Within the block, a signal that would raise KeyboardInterrupt ends the process."""
+    before = _install({number: signal.SIG_DFL for number in SIGNALS if callable(signal.getsignal(number))})
+    try:
+        yield
+    finally:
+        _install(before)
+
+
+@contextmanager
 def noting_interrupts(note: Callable[[], None]) -> Iterator[None]:
     """Within the block, a signal that would raise KeyboardInterrupt calls `note` instead."""
     before = _install({number: lambda *_: note() for number in SIGNALS if callable(signal.getsignal(number))})

@@ -17,7 +17,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from trimtab.core.errors import ProcessesDiffer, ProcessLost
-from trimtab.core.interrupts import REPEAT_WINDOW, noting_interrupts
+from trimtab.core.interrupts import REPEAT_WINDOW, default_signals, noting_interrupts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,9 +38,10 @@ class Processes:
         """
         Args:
             rank: Of this process, from 0.
+            size: How many have been started.
             local_rank: Its number among those on this machine, of which there are `local_size`.
         """
-        self.rank, self.size, self.local_rank, self.local_size = rank, size, local_rank, local_size
+        self.rank, self.started, self.local_rank, self.local_size = rank, size, local_rank, local_size
         self.equal_passes = False
         """Whether all must make the same number of passes, because the base model's shards are gathered in each."""
         self.told_to_stop = False
@@ -63,32 +64,39 @@ class Processes:
         return cls(_number("RANK", 0), size, _number("LOCAL_RANK", 0), local_size)
 
     @property
+    def size(self) -> int:
+        """How many are connected. Until a run connects those that have been started, each is alone: a script's training may be another
+        library's."""
+        return 1 if self._control is None else self.started
+
+    @property
     def first(self) -> bool:
         """Whether this is the process that writes and speaks."""
-        return self.rank == 0
+        return self.size == 1 or self.rank == 0
 
     @property
     def first_here(self) -> bool:
         """Whether this is the first process of its machine."""
-        return self.local_rank == 0
+        return self.size == 1 or self.local_rank == 0
 
     def connect(self) -> None:
         """Reach the store, once. Raises ProcessLost if whoever keeps it can't be reached within `START`."""
-        if self.size == 1 or self.store is not None:
+        if self.started == 1 or self.store is not None:
             return
         import torch.distributed as dist
 
         try:
-            self.store, _, _ = next(iter(dist.rendezvous("env://", self.rank, self.size, timeout=START)))
+            with default_signals():  # torch waits in C++, where Python hears of none
+                self.store, _, _ = next(iter(dist.rendezvous("env://", self.rank, self.started, timeout=START)))
         except (RuntimeError, ValueError) as error:  # the latter of variables that are not there
             place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise ProcessLost(
-                f"The {self.size} processes of this run have not all reached {place} ({_first_line(error)})."
+                f"The {self.started} processes of this run have not all reached {place} ({_first_line(error)})."
             ) from error
 
     def open(self) -> None:
         """Connect the processes, once. Raises ProcessLost."""
-        if self.size == 1 or self._control is not None:
+        if self.started == 1 or self._control is not None:
             return
         import torch.distributed as dist
 
@@ -107,7 +115,7 @@ class Processes:
             torch.cuda.set_device(self.local_rank % torch.cuda.device_count())
         backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
         with self._waiting():
-            dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.size, timeout=STEP)
+            dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.started, timeout=STEP)
         self._initialized = True
 
     def close(self) -> None:
@@ -223,8 +231,8 @@ class Processes:
     def share(self, costs: Sequence[float]) -> list[list[int]]:
         """The tasks of these costs by process: the dearest first, to whoever has least (Graham 1969, "Bounds on Multiprocessing Timing
         Anomalies"). Every process finds the same."""
-        shares: list[list[int]] = [[] for _ in range(self.size)]
-        loads = [(0.0, rank) for rank in range(self.size)]
+        shares: list[list[int]] = [[] for _ in range(self.started)]
+        loads = [(0.0, rank) for rank in range(self.started)]
         for task in sorted(range(len(costs)), key=lambda task: (-costs[task], task)):
             load, rank = loads[0]
             shares[rank].append(task)
@@ -233,6 +241,8 @@ class Processes:
 
     def turns(self, costs: Sequence[float]) -> list[tuple[int, bool]]:
         """This process's tasks, and whether each is its own: where all must make as many passes, it repeats one whose result nobody needs."""
+        if self.size == 1:
+            return [(task, True) for task in range(len(costs))]
         shares = self.share(costs)
         own = [(task, True) for task in shares[self.rank]]
         most = max(map(len, shares)) if self.equal_passes else 0
@@ -250,11 +260,8 @@ class Processes:
 
     @contextmanager
     def first_here_first(self) -> Iterator[None]:
-        """The first process of each machine runs the block before the others there, which find in the cache what it has made.
-
-        Where no run has connected them, as in a script whose training is another library's, each is alone.
-        """
-        if self._control is None:
+        """The first process of each machine runs the block before the others there, which find in the cache what it has made."""
+        if self.size == 1:
             yield
             return
         if not self.first_here:
@@ -275,6 +282,8 @@ class Processes:
         if self.size == 1:
             yield
             return
+        self.told_to_stop = False
+        self._interrupts.clear()
         with noting_interrupts(self._note):
             yield
 

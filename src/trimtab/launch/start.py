@@ -37,7 +37,7 @@ def launcher() -> tuple[str, str] | None:
 
 def starts_processes(devices: int) -> bool:
     """Whether this process starts those that carry out the command, rather than being one of them."""
-    return devices > 1 and processes.size == 1 and launcher() is None
+    return devices > 1 and processes.started == 1 and launcher() is None
 
 
 def refuse_other_devices(devices: int, device: str) -> None:
@@ -46,23 +46,23 @@ def refuse_other_devices(devices: int, device: str) -> None:
     Args:
         device: As in the recipe.
     """
-    if processes.size > 1 and processes.local_size > 1:
+    if processes.started > 1 and processes.local_size > 1:
         share_processor(processes.local_size, device)
-    if devices in (1, processes.size):
+    if devices in (1, processes.started):
         return
     found = launcher()
-    if found is None and processes.size == 1:
+    if found is None and processes.started == 1:
         raise RecipeError(f"devices: {devices}: this is one process. `trimtab train` starts as many, and so does torchrun.")
     name, option = found or ("the launcher", "its number of processes")
     raise RecipeError(
-        f"devices: {devices}, and {name} has started {processes.size}. Leave devices out, or start as many with {option} {devices}."
+        f"devices: {devices}, and {name} has started {processes.started}. Leave devices out, or start as many with {option} {devices}."
     )
 
 
 def one_process_notice() -> str | None:
     """What to say if a launcher has started this process alone."""
     found = launcher()
-    if processes.size > 1 or found is None:
+    if processes.started > 1 or found is None:
         return None
     name, option = found
     return f"{name} has started one process. {option} N starts N."

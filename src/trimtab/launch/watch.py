@@ -127,8 +127,8 @@ class First(Watch):
         deadline = time.monotonic() + START.total_seconds()
         while not self._all_here.wait(TICK / 5):
             if self.news or time.monotonic() > deadline:
-                missing = next(rank for rank in range(1, self.processes.size) if rank not in self.peers)
-                raise ProcessLost(f"Process {missing} of {self.processes.size} has not come within {START}.")
+                missing = next(rank for rank in range(1, self.processes.started) if rank not in self.peers)
+                raise ProcessLost(f"Process {missing} of {self.processes.started} has not come within {START}.")
 
     def leave_with(self, end: End, doubtful: bool) -> None:
         if doubtful and self._heard.wait(NEWS) and self.news:
@@ -167,7 +167,7 @@ class First(Watch):
 
     def _hear(self, peer: Peer) -> bool:
         """Read what one says. False: nothing will come any more."""
-        size = self.processes.size
+        size = self.processes.started
         for said in (lines := peer.read()) or ():
             if peer.rank < 0:
                 if said.get("word") != self.word:
@@ -215,7 +215,7 @@ class Other(Watch):
             port, word = json.loads(self._place())
             connection = socket.create_connection((host, port), timeout=START.total_seconds())
         except (OSError, RuntimeError) as error:
-            raise ProcessLost(f"Process 0 of {self.processes.size} can't be reached at {host} ({error}).") from error
+            raise ProcessLost(f"Process 0 of {self.processes.started} can't be reached at {host} ({error}).") from error
         connection.settimeout(None)
         self.first = Peer(connection)
         self.first.tell({"rank": self.processes.rank, "host": socket.gethostname(), "word": word})
@@ -277,7 +277,7 @@ class Other(Watch):
             self.leave(self._code)
         here = self.processes.rank == self.processes.local_rank  # on the machine of process 0
         if self.processes.local_rank == int(here):  # one of each machine says it
-            self.say(lost(f"process 0 of {self.processes.size}"))
+            self.say(lost(f"process 0 of {self.processes.started}"))
         self.leave(ProcessLost.exit_code)
 
 

@@ -25,8 +25,8 @@ def run_together(command: Callable[[], int], end_of: Callable[[BaseException], E
     debug = "--debug" in sys.argv
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
-    say = streams.write_stderr if processes.first or debug else _mute()
-    watch = (First if processes.first else Other)(processes, say, _leave)
+    say = streams.write_stderr if processes.rank == 0 or debug else _mute()
+    watch = (First if processes.rank == 0 else Other)(processes, say, _leave)
     try:
         processes.connect()
         watch.start()

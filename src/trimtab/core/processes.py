@@ -9,7 +9,6 @@ What processes tell is JSON or safetensors: torch's own collectives of objects r
 import heapq
 import json
 import os
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from trimtab.core.errors import ProcessesDiffer, ProcessLost
 from trimtab.core.interrupts import REPEAT_WINDOW, default_signals, noting_interrupts
+from trimtab.core.process import first_line, number_in_environment
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,11 +57,13 @@ class Processes:
 
     @classmethod
     def of_environment(cls) -> "Processes":
-        size = _number("WORLD_SIZE", 1)
+        size = number_in_environment("WORLD_SIZE", 1)
         if size == 1 or "RANK" not in os.environ:  # without it, the size is somebody else's: every launcher gives both
             return cls()
-        local_size = _number("LOCAL_WORLD_SIZE", _number("LOCAL_SIZE", 1))  # the second name is DeepSpeed's
-        return cls(_number("RANK", 0), size, _number("LOCAL_RANK", 0), local_size)
+        local_size = number_in_environment(
+            "LOCAL_WORLD_SIZE", number_in_environment("LOCAL_SIZE", 1)
+        )  # the second name is DeepSpeed's
+        return cls(number_in_environment("RANK", 0), size, number_in_environment("LOCAL_RANK", 0), local_size)
 
     @property
     def size(self) -> int:
@@ -91,7 +93,7 @@ class Processes:
         except (RuntimeError, ValueError) as error:  # the latter of variables that are not there
             place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise ProcessLost(
-                f"The {self.started} processes of this run have not all reached {place} ({_first_line(error)})."
+                f"The {self.started} processes of this run have not all reached {place} ({first_line(error)})."
             ) from error
 
     def open(self) -> None:
@@ -222,7 +224,7 @@ class Processes:
             yield
         except RuntimeError as error:  # torch's, of every kind
             raise ProcessLost(
-                f"Another process of this run has ended, or can't be reached ({_first_line(error)}). The same command resumes the run."
+                f"Another process of this run has ended, or can't be reached ({first_line(error)}). The same command resumes the run."
             ) from error
         self.waited += time.perf_counter() - started
 
@@ -292,17 +294,6 @@ class Processes:
         self._interrupts.append(now)
         if now - self._interrupts[0] > REPEAT_WINDOW:
             raise KeyboardInterrupt
-
-
-def _first_line(error: BaseException) -> str:
-    """What an error of torch says, without the place in its source."""
-    line = next(iter(str(error).splitlines()), type(error).__name__)
-    return re.sub(r"^\[\S+:\d+\] ", "", line).partition(". This is typically")[0]
-
-
-def _number(name: str, otherwise: int) -> int:
-    text = os.environ.get(name, "")
-    return int(text) if text.isdecimal() else otherwise
 
 
 processes = Processes.of_environment()

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "measured" / "startup.json"
 PARTS = {
     "load": "run.start:Base.load", "packing check": "run.start:ensure_checked", "data": "run.start:load_data", "attach": "run.start:attach",
-    "checks": "run.start:preflight", "plan": "run.start:plan_training_memory",
+    "checks": "run.start:preflight", "plan": "run.start:memory_of",
 }  # fmt: skip
 
 

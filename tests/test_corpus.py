@@ -332,7 +332,10 @@ sys.stdout.write(data.digest)
 
 
 def start():
-    return subprocess.Popen([sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+    )  # fmt: skip
 
 
 def test_a_corpus_that_is_killed_and_made_by_two_is_the_same(home, monkeypatch):

@@ -134,8 +134,8 @@ def test_what_is_made_on_the_host_is_sent_without_pinning_where_there_is_none(mo
     assert (sent.device.type, sent.dtype) == ("meta", torch.int64)
     packs = SentPacks([[pack_tree(rows_of("answers"))]], torch.device("meta"))
     packs.send_ahead(1)
-    (pack,) = packs.take(1)
-    assert pack.ids.is_meta
+    (turn,) = packs.take(1).own
+    assert turn.pack.ids.is_meta
     with pytest.raises(pytest.fail.Exception, match="pinned"):  # the control
         to_device([1], torch.device("cuda"))
     assert pinned == [1]

@@ -13,6 +13,7 @@ from trimtab.base import Base
 from trimtab.core.errors import NonFinite
 from trimtab.data import pack_flat
 from trimtab.data.example import TokenRow
+from trimtab.distributed.ddp import DDP
 from trimtab.methods import attach
 from trimtab.methods.lora import LoRA
 from trimtab.objectives.sft import SFT
@@ -156,7 +157,7 @@ def test_a_resumed_run_goes_on_with_the_saved_scale():
     base, adapter = adapted(torch.float16)
     saved_one = Optimizer(adapter, 0.0)
     saved_one.step(0.0)
-    prepared = SimpleNamespace(base=base, adapter=adapter, recipe=SimpleNamespace(train=FLAT))
+    prepared = SimpleNamespace(base=base, adapter=adapter, recipe=SimpleNamespace(train=FLAT), engine=DDP())
     for saved, expected in (({"value": 2.0**9, "steps": 7}, LossScale(2.0**9, 7)), ({}, LossScale(loss_scale.FIRST))):
         facts = dataclasses.asdict(Progress(loss_scale=saved))
         optimizer, *_ = running._optimizer(prepared, State(4, saved_one.state(), facts))

@@ -302,7 +302,7 @@ def test_optimizers_that_cannot_be_divided_are_refused(optimizer):
 
 
 def test_without_deepspeed_several_processes_are_told_to_install_it(monkeypatch):
-    monkeypatch.setattr(processes, "size", 2)
+    monkeypatch.setattr(type(processes), "size", 2)
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(RecipeError, match=r"pip install 'trimtab\[deepspeed\]'"):

@@ -121,7 +121,7 @@ def test_methods_that_it_cannot_train_are_refused_with_one_that_can(name):
 @pytest.mark.parametrize(("fits", "quantize", "name"), [(True, "none", "ddp"), (False, "none", "fsdp"), (False, "nf4", "ddp")])
 def test_auto_divides_a_base_that_does_not_fit_on_every_device(fits, quantize, name, monkeypatch):
     """One process whose device is full decides for all; quantized bases are not divided."""
-    monkeypatch.setattr(auto.processes, "size", 2)
+    monkeypatch.setattr(type(auto.processes), "size", 2)
     monkeypatch.setattr(auto.processes, "tell", lambda own: [own, True])
     monkeypatch.setattr(auto, "free_memory", lambda device: 1e9 if fits else 1e3)
     chosen = Engine.pick("auto").choose(

@@ -12,7 +12,7 @@ from together import RECIPE, run_together, train_alone
 from worlds import make_model, write_rows
 
 from trimtab.deploy import load_model, merge
-from trimtab.distributed.fsdp import REFUSED
+from trimtab.distributed._shares import REFUSED
 from trimtab.methods import Method
 
 METHODS = [name for name in Method.names() if name not in REFUSED]

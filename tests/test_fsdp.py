@@ -10,7 +10,7 @@ from sharded import run_group
 from trimtab.base import ModelConfig
 from trimtab.core.errors import ArtifactError, RecipeError
 from trimtab.distributed import Engine, auto
-from trimtab.distributed.fsdp import REFUSED
+from trimtab.distributed._shares import REFUSED
 from trimtab.methods import Method
 from trimtab.objectives import Objective
 from trimtab.train import TrainConfig

@@ -1,15 +1,20 @@
 """A base model of which each process holds a share: which of its weights are divided, and what cannot be trained so."""
 
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from typing import ClassVar
 
+import torch
 from torch import nn
 
 from trimtab.base import Base, ModelConfig, resolve_device, resolve_dtype
 from trimtab.core.errors import RecipeError
 from trimtab.core.processes import processes
-from trimtab.methods import AdapterLayer, Method
+from trimtab.distributed import Engine
+from trimtab.methods import AdapterLayer, Attached, Method
 from trimtab.objectives import Objective, ReferenceObjective
+from trimtab.train import TrainConfig
 
 INSTEAD = "Use distributed.engine=ddp"
 _PROMPT = (
@@ -25,39 +30,55 @@ REFUSED = {
 """Methods that are refused, and why."""
 
 
-def check_shared(engine: str, refused: dict[str, str], model: ModelConfig, method: Method, objective: Objective) -> None:
-    """Raise RecipeError, before anything is read, for what cannot be trained on shares, these methods among it."""
-    if model.quantize != "none":
-        raise RecipeError(_quantized(engine, model.quantize))
-    if (reason := refused.get(method.name)) is not None:
-        raise RecipeError(f"distributed.engine: {engine} cannot train {method.name}: {reason}")
-    if isinstance(objective, ReferenceObjective) and objective.reference not in ("auto", "base", "start"):
-        raise RecipeError(
-            f"objective.reference: {objective.reference} would be loaded whole beside the shares of the base. {INSTEAD}, or leave the "
-            "reference out: the base, or the adapter that training starts from."
+class SharedBase(Engine):
+    """An engine by which each process holds a share of the base model's layers."""
+
+    shards_base: ClassVar[bool] = True
+
+    def check(self, model: ModelConfig, method: Method, objective: Objective, train: TrainConfig) -> None:
+        super().check(model, method, objective, train)
+        if model.quantize != "none":
+            raise RecipeError(self._quantized(model.quantize))
+        if (reason := REFUSED.get(method.name)) is not None:
+            raise RecipeError(f"distributed.engine: {self.name} cannot train {method.name}: {reason}")
+        if isinstance(objective, ReferenceObjective) and objective.reference not in ("auto", "base", "start"):
+            raise RecipeError(
+                f"objective.reference: {objective.reference} would be loaded whole beside the shares of the base. {INSTEAD}, or leave the "
+                "reference out: the base, or the adapter that training starts from."
+            )
+
+    def check_base(self, base: Base) -> None:
+        if base.quantization != "none":
+            raise RecipeError(self._quantized(base.quantization))
+
+    def _quantized(self, kind: str) -> str:
+        return (
+            f"model.quantize: {kind}, and {self.name} divides matrices of plain numbers alone: a share of quantized ones has lost its scales. "
+            f"{INSTEAD}: quantized, the base takes a quarter or half of the memory on every device."
         )
 
+    def place(self, model: ModelConfig) -> ModelConfig:
+        device = resolve_device(model)
+        if processes.size == 1 or device.type == "cpu":
+            return model
+        dtype = str(resolve_dtype(model, device)).removeprefix("torch.")
+        return model.model_copy(update={"device": "cpu", "dtype": dtype})
 
-def check_base_shared(engine: str, base: Base) -> None:
-    """The same of what a loaded base alone shows. Raises RecipeError."""
-    if base.quantization != "none":
-        raise RecipeError(_quantized(engine, base.quantization))
+    def prepare(self, base: Base, adapter: Attached, model: ModelConfig) -> None:
+        super().prepare(base, adapter, model)
+        if processes.size == 1:
+            return
+        self.divide(base, resolve_device(model))
+        base.requested_device = model.device
+        processes.equal_passes = True
 
+    @abstractmethod
+    def divide(self, base: Base, device: torch.device) -> None:
+        """Leave each process its share of the base's layers, and the rest whole, on its device.
 
-def _quantized(engine: str, kind: str) -> str:
-    return (
-        f"model.quantize: {kind}, and {engine} divides matrices of plain numbers alone: a share of quantized ones has lost its scales. "
-        f"{INSTEAD}: quantized, the base takes a quarter or half of the memory on every device."
-    )
-
-
-def loaded_at(model: ModelConfig) -> ModelConfig:
-    """Where the base is loaded before it is divided: in host memory, since it need not fit on the device."""
-    device = resolve_device(model)
-    if processes.size == 1 or device.type == "cpu":
-        return model
-    dtype = str(resolve_dtype(model, device)).removeprefix("torch.")
-    return model.model_copy(update={"device": "cpu", "dtype": dtype})
+        Raises:
+            RecipeError: The model has no layers that could be divided.
+        """
 
 
 def outermost(layers: Iterable[nn.Module]) -> list[nn.Module]:

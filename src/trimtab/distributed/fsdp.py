@@ -5,57 +5,28 @@ traffic: no gradients, and none between machines, each of which holds the whole 
 norm) and the adapter are whole on every device.
 """
 
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 
-from trimtab.base import Base, ModelConfig, resolve_device
+from trimtab.base import Base
 from trimtab.core.errors import RecipeError
 from trimtab.core.processes import processes
 from trimtab.core.wrapping import trunk_of, unwrap
-from trimtab.distributed import Engine
-from trimtab.distributed._shares import (
-    INSTEAD,
-    REFUSED,
-    check_base_shared,
-    check_shared,
-    kept_whole,
-    loaded_at,
-    outermost,
-    parameters_of,
-)
+from trimtab.distributed._shares import INSTEAD, SharedBase, kept_whole, outermost, parameters_of
 from trimtab.engine.patching import layers_of
-from trimtab.methods import Attached, Method
-from trimtab.objectives import Objective
-from trimtab.train import TrainConfig
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
 
-class FSDP(Engine):
+class FSDP(SharedBase):
     """The devices of a machine share the base model's layers: for a base that does not fit on one of them. Gathering takes time, hidden
     behind computing in micro-batches of some 1,000 tokens or more."""
 
-    shards_base: ClassVar[bool] = True
-
-    def check(self, model: ModelConfig, method: Method, objective: Objective, train: TrainConfig) -> None:
-        check_shared(self.name, REFUSED, model, method, objective)
-
-    def check_base(self, base: Base) -> None:
-        check_base_shared(self.name, base)
-
-    def place(self, model: ModelConfig) -> ModelConfig:
-        return loaded_at(model)
-
-    def prepare(self, base: Base, adapter: Attached, model: ModelConfig) -> None:
-        if processes.size == 1:
-            return
-        device = resolve_device(model)
+    def divide(self, base: Base, device: torch.device) -> None:
         shard(base, device)
-        base.requested_device = model.device
-        processes.equal_passes = True
 
 
 def shard(base: Base, device: torch.device) -> None:

@@ -11,55 +11,26 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from trimtab.base import Base, ModelConfig, resolve_device
+from trimtab.base import Base
 from trimtab.core.errors import RecipeError
-from trimtab.core.processes import processes
 from trimtab.core.wrapping import own_modules_in_place, trunk_of, unwrap
 from trimtab.distributed._deepspeed import DeepSpeedEngine, imported, initialize
-from trimtab.distributed._shares import (
-    INSTEAD,
-    REFUSED,
-    check_base_shared,
-    check_shared,
-    kept_whole,
-    loaded_at,
-    outermost,
-    parameters_of,
-)
+from trimtab.distributed._shares import INSTEAD, SharedBase, kept_whole, outermost, parameters_of
 from trimtab.engine.patching import layers_of
-from trimtab.methods import Attached, Method
-from trimtab.objectives import Objective
-from trimtab.train import TrainConfig
 
 PREFETCHED = 50_000_000
 """Numbers that are gathered ahead, unless the configuration says otherwise."""
 
 
-class ZeRO3(DeepSpeedEngine):
+class ZeRO3(SharedBase, DeepSpeedEngine):
     """DeepSpeed divides the base model's layers among all processes, across machines, too. fsdp does the same within each machine, where it is
     faster, without another package."""
 
     stage: ClassVar[int] = 3
     divides: ClassVar[str] = "the base model's layers are"
-    shards_base: ClassVar[bool] = True
 
-    def check(self, model: ModelConfig, method: Method, objective: Objective, train: TrainConfig) -> None:
-        super().check(model, method, objective, train)
-        check_shared(self.name, REFUSED, model, method, objective)
-
-    def check_base(self, base: Base) -> None:
-        check_base_shared(self.name, base)
-
-    def place(self, model: ModelConfig) -> ModelConfig:
-        return loaded_at(model)
-
-    def prepare(self, base: Base, adapter: Attached, model: ModelConfig) -> None:
-        super().prepare(base, adapter, model)
-        if processes.size == 1:
-            return
-        share(base, resolve_device(model), self.told())
-        base.requested_device = model.device
-        processes.equal_passes = True
+    def divide(self, base: Base, device: torch.device) -> None:
+        share(base, device, self.told())
 
 
 class _Layers(nn.Module):

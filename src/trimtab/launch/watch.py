@@ -14,6 +14,7 @@ import signal
 import socket
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,7 +48,7 @@ class End(NamedTuple):
     """What is said to the user; nothing if the command has said it."""
 
 
-class Watch:
+class Watch(ABC):
     """A process's place in the watch. A thread of its own waits for news of others; the public methods are the main thread's."""
 
     def __init__(self, processes: Processes, say: Callable[[str], None], leave: Callable[[int], None]) -> None:
@@ -64,21 +65,21 @@ class Watch:
         self._interrupted = self._forced = float("inf")
         """When this process is interrupted, and when it is ended, if it has not by then."""
 
+    @abstractmethod
     def start(self) -> None:
         """Connect, and wait until all have. Raises ProcessLost."""
-        raise NotImplementedError
 
+    @abstractmethod
     def leave_with(self, end: End, doubtful: bool) -> None:
         """End the run, and this process: with what this one says, or another has said before.
 
         Args:
             doubtful: Whether what happened here may be what another's end has led to.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def over(self) -> None:
         """All have done their work: who leaves from here on does not end the run."""
-        raise NotImplementedError
 
     def _run_thread(self, watch: Callable[[], None]) -> None:
         self.thread = threading.Thread(target=watch, name="trimtab-watch", daemon=True)
@@ -101,9 +102,9 @@ class Watch:
             for peer in self._others():
                 peer.send(b"\n")
 
+    @abstractmethod
     def _others(self) -> list[Peer]:
         """Whom this process is connected with."""
-        raise NotImplementedError
 
     def _end_by(self, interrupted: float, forced: float) -> None:
         self._interrupted, self._forced = min(self._interrupted, interrupted), min(self._forced, forced)

@@ -91,7 +91,8 @@ scale: $(READY) $(SCALE)/.ready  ## several processes: parity, kills, every laun
 $(SCALE)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear $(SCALE)
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$($(SCALE)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/beside.pth"
-	DS_BUILD_OPS=0 $(SCALE)/bin/python -m pip install --quiet --no-build-isolation --editable '.[deepspeed]' --constraint constraints.txt
+	$(SCALE)/bin/python -m pip install --quiet --no-deps --editable .
+	DS_BUILD_OPS=0 $(SCALE)/bin/python -m pip install --quiet --no-build-isolation "$$(grep '^deepspeed==' constraints.txt)" --constraint constraints.txt
 	touch $@
 
 mutants: $(READY)  ## mutation tests: count the faults in critical code that the tests detect (about an hour on 2 cores)

@@ -91,6 +91,7 @@ scale: $(READY) $(SCALE)/.ready  ## several processes: parity, kills, every laun
 $(SCALE)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear $(SCALE)
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$($(SCALE)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/beside.pth"
+	$(SCALE)/bin/python -m pip install --quiet 'setuptools>=77'
 	$(SCALE)/bin/python -m pip install --quiet --no-deps --editable .
 	DS_BUILD_OPS=0 $(SCALE)/bin/python -m pip install --quiet --no-build-isolation "$$(grep '^deepspeed==' constraints.txt)" --constraint constraints.txt
 	touch $@

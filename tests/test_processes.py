@@ -183,6 +183,57 @@ def test_a_mean_of_means_would_be_seen(made, faulty):
 # One process's view
 
 
+ALONE = {
+    "disk": "StorageError: there is no room",
+    "data": "DataError: rows.jsonl is not here",
+    "data of the first": "DataError: rows.jsonl is not here",
+    "folder": "StorageError: it can't be written",
+    "tracker": "StorageError: it can't be reached",
+    "certificate": "NotCertified: it is no better",
+}
+"""Errors of one process, outside of steps."""
+
+
+@pytest.fixture(scope="module")
+def failing(made):
+    """What becomes of runs, one after the other in one script, of which one process has an error that it catches."""
+    folder, _ = made
+    jobs = [{"words": [f"output=failed/{fault}", "certify=true"], "fault": fault} for fault in (*ALONE, "library")]
+    jobs += [["output=failed/none", *JOBS["sft, dropout, samples"]]]
+    jobs += [{"words": ["output=failed/metrics"], "fault": "metrics"}, ["output=failed/last"]]
+    return run_together(folder, jobs)
+
+
+@pytest.mark.parametrize("fault", ALONE)
+def test_an_error_of_one_process_is_raised_in_all(fault, failing):
+    for of_rank in failing:
+        found = of_rank[list(ALONE).index(fault)]
+        assert f"{found['status']}: {found['message']}" == ALONE[fault]
+
+
+def test_an_error_of_another_kind_is_said_to_be_another_processs(failing):
+    found = [of_rank[len(ALONE)] for of_rank in failing]
+    assert [one["status"] for one in found] == ["ProcessLost", "ValueError"]
+    assert found[0]["message"] == "Process 1 of 2 has failed: ValueError: it is odd"
+
+
+def test_after_errors_that_were_caught_the_next_run_is_right(made, failing):
+    folder, _ = made
+    assert [of_rank[len(ALONE) + 1]["status"] for of_rank in failing] == ["done"] * 2
+    assert off(folder / "failed" / "none", folder / "two" / "sft, dropout, samples") == (0.0, 0.0)
+
+
+def test_an_error_of_one_within_steps_parts_the_processes(made, failing):
+    folder, _ = made
+    found = [of_rank[-2] for of_rank in failing]
+    assert [one["status"] for one in found] == ["StorageError", "ProcessLost"]
+    assert "can't be reached" in found[1]["message"]
+    for of_rank in failing:
+        assert of_rank[-1]["status"] == "ProcessLost", "rather than a run in which one waits for ever"
+        assert "start the script again" in of_rank[-1]["message"]
+    assert not (folder / "failed" / "last").exists()
+
+
 def test_tasks_are_divided_evenly_and_each_once():
     costs = [9, 1, 1, 1, 8, 7, 2, 2]
     shares = [Processes(rank, 3).share(costs) for rank in range(3)]

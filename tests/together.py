@@ -11,6 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from trimtab.core.errors import DataError, NotCertified, StorageError
+
 RECIPE = """\
 model: tiny
 data: {train: rows.jsonl, eval: 12, seed: 0}
@@ -120,9 +122,36 @@ def _other_order(patch):
     patch.setattr(Recipe, "data_seed", property(lambda self: processes.rank))
 
 
+def _fails(place, rank, error):
+    """A fault: in one of the processes, what is called there raises an error."""
+
+    def fault(patch):
+        from importlib import import_module
+
+        from trimtab.core.processes import processes
+
+        def fails(*_, **__):
+            raise error
+
+        module, _, name = place.rpartition(".")
+        if processes.rank == rank:
+            patch.setattr(import_module(f"trimtab.{module}"), name, fails)
+
+    return fault
+
+
 FAULTS = {
     fault.__name__.strip("_"): fault
     for fault in (_forgets_others, _starts_elsewhere, _divides_by_own, _other_base, _other_order)
+} | {
+    "disk": _fails("run.start.check_disk", 0, StorageError("there is no room")),
+    "data": _fails("run.start.load_data", 1, DataError("rows.jsonl is not here")),
+    "data of the first": _fails("run.start.load_data", 0, DataError("rows.jsonl is not here")),
+    "library": _fails("run.start.preflight", 1, ValueError("it is odd")),
+    "folder": _fails("run.script._begin", 0, StorageError("it can't be written")),
+    "tracker": _fails("run.script.tracked", 0, StorageError("it can't be reached")),
+    "certificate": _fails("run.script.certify", 0, NotCertified("it is no better")),
+    "metrics": _fails("core.files.append_line", 0, StorageError("the disk is full")),
 }
 
 
@@ -156,8 +185,8 @@ def _main(folder, jobs):
                     FAULTS[job["fault"]](patch)
                 run = run_recipe(Recipe.read(Path(folder) / "r.yaml", job["words"]), Interrupts(job.get("interrupted_at")))
             found.append({"status": "done", "steps": run.record["steps"]})
-        except TrimtabError as error:
-            found.append({"status": type(error).__name__, "code": error.exit_code, "message": str(error)})
+        except (TrimtabError, ValueError) as error:
+            found.append({"status": type(error).__name__, "code": getattr(error, "exit_code", 1), "message": str(error)})
         except KeyboardInterrupt as error:
             found.append({"status": "interrupted", "message": str(error)})
             processes.told_to_stop = False

@@ -13,6 +13,8 @@ class TrimtabError(Exception):
     exit_code = 1
     free_folder: Path | None = None
     """An output folder that a run could use instead, if the one it was given is taken."""
+    is_told: bool = False
+    """Whether another process of the run has raised it, and told this one."""
 
 
 class RecipeError(TrimtabError):

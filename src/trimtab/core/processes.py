@@ -11,10 +11,11 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from trimtab.core import errors
 from trimtab.core.errors import ProcessesDiffer, ProcessLost
 from trimtab.core.interrupts import REPEAT_WINDOW, default_signals, noting_interrupts
 from trimtab.core.process import first_line, number_in_environment
@@ -48,6 +49,10 @@ class Processes:
         """Whether one of them has been interrupted. Every exchange says so, and all hear of it in the same one."""
         self.waited = 0.0
         """Seconds in exchanges so far."""
+        self.watched = False
+        """Whether an error of one of them ends all, as those of a command; else they tell each other of it."""
+        self.parted = False
+        """Whether this process has lost the others."""
         self.store: Any = None
         """What they all can write to, and read, without each other's help."""
         self._interrupts: list[float] = []
@@ -98,6 +103,10 @@ class Processes:
 
     def open(self) -> None:
         """Connect the processes, once. Raises ProcessLost."""
+        if self.parted:
+            raise ProcessLost(
+                "The processes of this script have lost each other in an earlier run: start the script again. A run that was begun resumes."
+            )
         if self.started == 1 or self._control is not None:
             return
         import torch.distributed as dist
@@ -121,13 +130,12 @@ class Processes:
         self._initialized = True
 
     def close(self) -> None:
-        """Disconnect; nobody must be waiting for this process any more."""
+        """Disconnect; those that still wait for this process raise ProcessLost."""
         if self._control is not None:
             import torch.distributed as dist
 
-            self._control = self.store = None
-            if self._initialized:
-                dist.destroy_process_group()
+            control, self._control, self.store = self._control, None, None
+            dist.destroy_process_group(None if self._initialized else control)
 
     # Exchanges
 
@@ -199,12 +207,23 @@ class Processes:
             raise ProcessesDiffer(f"Process {other} of {self.size} differs from process 0 in {what}")
 
     def _exchange(self, own: bytes) -> list[bytes]:
-        """What each process says, in the order of their ranks; and whether one of them has been interrupted."""
+        """What each process says, in the order of their ranks. Raises the error that one of them has told instead (`failing_together`)."""
+        said, failed = self._exchanged(own)
+        if (rank := next((rank for rank, has_failed in enumerate(failed) if has_failed), None)) is not None:
+            name, message = json.loads(said[rank])
+            kind = getattr(errors, name, None)
+            error = kind(message) if kind else ProcessLost(f"Process {rank} of {self.size} has failed: {name}: {message}")
+            error.is_told = True
+            raise error
+        return said
+
+    def _exchanged(self, own: bytes, *, failed: bool = False) -> tuple[list[bytes], list[bool]]:
+        """What each process says, in the order of their ranks, and which of them tell of an error; and whether one has been interrupted."""
         import torch
         import torch.distributed as dist
 
         with self._waiting():
-            head = torch.tensor([len(own), bool(self._interrupts)])
+            head = torch.tensor([len(own), bool(self._interrupts), failed])
             heads = [torch.zeros_like(head) for _ in range(self.size)]
             dist.all_gather(heads, head, group=self._control)
             lengths = [int(of_one[0]) for of_one in heads]
@@ -215,7 +234,8 @@ class Processes:
             if len(padded):
                 dist.all_gather(said, padded, group=self._control)
         self.told_to_stop |= any(bool(of_one[1]) for of_one in heads)
-        return [one[:length].numpy().tobytes() for one, length in zip(said, lengths, strict=True)]
+        found = [one[:length].numpy().tobytes() for one, length in zip(said, lengths, strict=True)]
+        return found, [bool(of_one[2]) for of_one in heads]
 
     @contextmanager
     def _waiting(self) -> Iterator[None]:
@@ -223,6 +243,7 @@ class Processes:
         try:
             yield
         except RuntimeError as error:  # torch's, of every kind
+            self.parted = True
             raise ProcessLost(
                 f"Another process of this run has ended, or can't be reached ({first_line(error)}). The same command resumes the run."
             ) from error
@@ -273,7 +294,40 @@ class Processes:
             self.wait()
         self.wait()
 
-    # Interruptions
+    # Errors and interruptions
+
+    @contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """An error of one process in the block is raised in all, by their next exchange, so that a script that catches it goes on with all.
+
+        Where the processes are watched, it ends them at once instead.
+        """
+        try:
+            yield
+        except Exception as error:
+            if self._must_tell(error):
+                said = json.dumps([type(error).__name__, str(error)]).encode()
+                with suppress(ProcessLost):  # else they have ended meanwhile
+                    self._exchanged(said, failed=True)
+            raise
+
+    @contextmanager
+    def in_step(self, *common: type[Exception]) -> Iterator[None]:
+        """Within the block, processes wait for each other where no error can be told: one of another kind than `common`, which all have
+        alike, disconnects this process, so that the others raise ProcessLost rather than wait."""
+        try:
+            yield
+        except common:
+            raise
+        except Exception as error:
+            if self._must_tell(error):
+                self.parted = True
+                self.close()
+            raise
+
+    def _must_tell(self, error: Exception) -> bool:
+        """Whether the others would wait for this process, which an error has stopped."""
+        return self.size > 1 and not (self.watched or self.parted or getattr(error, "is_told", False))
 
     @contextmanager
     def interrupted_together(self) -> Iterator[None]:

@@ -22,7 +22,7 @@ def run_together(command: Callable[[], int], end_of: Callable[[BaseException], E
     Args:
         end_of: The exit code of an error and what is said of it; None for its traceback.
     """
-    debug = "--debug" in sys.argv
+    debug, processes.watched = "--debug" in sys.argv, True
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     say = streams.write_stderr if processes.rank == 0 or debug else _mute()

@@ -3,15 +3,15 @@
 import os
 import shlex
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from trimtab.artifacts import State, is_run, newest_state, read_record, read_state, saved_states
 from trimtab.artifacts.run_folder import BEFORE_THE_FIRST_STEP, LOCK, STATES
-from trimtab.core import errors, files, locks
+from trimtab.core import files, locks
 from trimtab.core.config import override
-from trimtab.core.errors import RecipeError, StorageError, TrimtabError
+from trimtab.core.errors import RecipeError, StorageError
 from trimtab.core.processes import processes
 from trimtab.run.recipe import Recipe
 from trimtab.run.resume import UnfinishedRun, taken
@@ -21,20 +21,13 @@ from trimtab.run.resume import UnfinishedRun, taken
 def claim_together(recipe: Recipe, on_notice: Callable[[str], None]) -> Iterator[UnfinishedRun | None]:
     """As `claim_output`, which the first process does for all: the others have no folder. Raises what it raises."""
     if processes.first:
-        with ExitStack() as stack:
-            try:
-                unfinished = stack.enter_context(claim_output(recipe, on_notice))
-                if unfinished is not None:
-                    unfinished.check_recipe(recipe)
-            except TrimtabError as error:  # else a script that goes on to another run would meet the others in this one
-                processes.tell([type(error).__name__, str(error)])
-                raise
+        with claim_output(recipe, on_notice) as unfinished:
+            if unfinished is not None:
+                unfinished.check_recipe(recipe)
             processes.tell(unfinished and unfinished.facts)
             yield unfinished and unfinished.shared()
     else:
         told: Any = processes.tell(None)[0]
-        if isinstance(told, list):
-            raise getattr(errors, told[0])(told[1])
         yield UnfinishedRun(recipe.output, told, None).shared() if told is not None else None
 
 

@@ -10,7 +10,7 @@ from trimtab.artifacts.run_folder import ADAPTER, DATA, RECIPE, START
 from trimtab.certify.certificate import certify, refuse_failed
 from trimtab.core import files
 from trimtab.core.determinism import deterministic
-from trimtab.core.errors import NotMoved, StorageError, listing
+from trimtab.core.errors import DataError, NonFinite, NotMoved, ProcessesDiffer, StorageError, listing
 from trimtab.core.interrupts import interrupts_deferred
 from trimtab.core.processes import processes
 from trimtab.deploy import copy_adapter, save_adapter
@@ -42,7 +42,11 @@ def run_recipe(recipe: Recipe, observer: RunObserver | None = None) -> Run:
     refuse_other_devices(recipe.devices, recipe.model.device)
     processes.open()
     observer = observer if observer is not None and processes.first else RunObserver()
-    with claim_together(recipe, observer.on_notice) as unfinished, deterministic(recipe.train.deterministic):
+    with (
+        processes.failing_together(),
+        claim_together(recipe, observer.on_notice) as unfinished,
+        deterministic(recipe.train.deterministic),
+    ):
         prepared = prepare(recipe, unfinished, observer)
         if not processes.first:
             return _carry_out_beside_first(prepared, unfinished)
@@ -76,8 +80,8 @@ def _begin(prepared: PreparedRun, unfinished: UnfinishedRun | None) -> Run:
 def _carry_out_beside_first(prepared: PreparedRun, unfinished: UnfinishedRun | None) -> Run:
     """Train as the first process does, which alone writes and certifies; and wait for it."""
     run = Run(prepared.recipe.output, {**prepared.facts, **(unfinished.facts if unfinished is not None else {})})
-    with processes.interrupted_together():
-        _train(run, prepared, unfinished.state if unfinished is not None else None, RunObserver())
+    processes.wait()  # until it has begun
+    _train(run, prepared, unfinished.state if unfinished is not None else None, RunObserver())
     prepared.base.check_unchanged()
     prepared.base.release()
     processes.wait()
@@ -91,8 +95,8 @@ def _new_id() -> str:
 
 def _carry_out(run: Run, prepared: PreparedRun, state: State | None, observer: RunObserver) -> Run:
     try:
-        with processes.interrupted_together():
-            progress, unmoved = _train(run, prepared, state, observer)
+        processes.wait()
+        progress, unmoved = _train(run, prepared, state, observer)
         prepared.base.check_unchanged()
         best = progress.best or progress.last
         if (run.folder / ADAPTER).exists():  # the run was killed between here and its end
@@ -130,6 +134,11 @@ def _carry_out(run: Run, prepared: PreparedRun, state: State | None, observer: R
 
 def _train(run: Run, prepared: PreparedRun, state: State | None, observer: RunObserver) -> tuple[Progress, list[str]]:
     """What was saved, and the names of the tensors that training has not moved."""
+    with processes.interrupted_together(), processes.in_step(DataError, NonFinite, NotMoved, ProcessesDiffer):
+        return _train_in_step(run, prepared, state, observer)
+
+
+def _train_in_step(run: Run, prepared: PreparedRun, state: State | None, observer: RunObserver) -> tuple[Progress, list[str]]:
     optimizer, first_values, peak = _optimizer(prepared, state)
     if notice := prepared.recipe.train.optimizer.notice(prepared.base.device):
         observer.on_notice(notice)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from trimtab.base import ModelConfig
 from trimtab.core.errors import RecipeError
 from trimtab.core.processes import processes
 from trimtab.distributed import Engine
+from trimtab.distributed._deepspeed import OLDEST
 from trimtab.distributed._deepspeed_config import TOP, ZERO, Key, read_config
 from trimtab.methods import Method
 from trimtab.objectives.sft import SFT
@@ -307,6 +309,23 @@ def test_without_deepspeed_several_processes_are_told_to_install_it(monkeypatch)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(RecipeError, match=r"pip install 'trimtab\[deepspeed\]'"):
         check("zero2")
+
+
+@pytest.mark.parametrize("version", ["0.15.4", "0.18.9", "0.19.8", "0.19.9+cu130", "1.0"])
+def test_a_version_that_does_otherwise_is_named(version, monkeypatch):
+    monkeypatch.setattr(type(processes), "size", 2)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr("importlib.metadata.version", lambda name: version)
+    if version in ("0.15.4", "0.18.9"):
+        with pytest.raises(RecipeError, match=rf"needs DeepSpeed, and {version} is too old: 0\.19\.8 is needed"):
+            check("zero3")
+    else:
+        check("zero3")
+
+
+def test_the_oldest_version_is_that_of_the_package():
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+    assert project["project"]["optional-dependencies"]["deepspeed"] == [f"deepspeed>={'.'.join(map(str, OLDEST))}"]
 
 
 def test_a_run_knows_the_file_by_its_absolute_path(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import io
 import logging
 import math
 import os
+import re
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -28,6 +29,8 @@ from trimtab.objectives import Objective
 from trimtab.train import Optimizer, TrainConfig, UpdateRule
 from trimtab.train.optimizers import Trained
 
+OLDEST = (0, 19, 8)
+"""The first version that was tested. Those before 0.19 make means of gradients, and gather layers in another way."""
 BUCKET = 50_000_000
 """Numbers that are exchanged at a time, unless the configuration says otherwise; DeepSpeed's own 500 million would be 2 GB of memory."""
 
@@ -56,9 +59,9 @@ class DeepSpeedEngine(Engine):
 
     def check(self, model: ModelConfig, method: Method, objective: Objective, train: TrainConfig) -> None:
         self.told(train)
-        if processes.size > 1 and importlib.util.find_spec("deepspeed") is None:
+        if processes.size > 1 and (problem := _unusable()):
             raise RecipeError(
-                f"distributed.engine: {self.name} needs DeepSpeed, which is not installed. Install it (pip install 'trimtab[deepspeed]'), "
+                f"distributed.engine: {self.name} needs DeepSpeed, {problem}. Install it (pip install 'trimtab[deepspeed]'), "
                 f"or use {'fsdp' if self.shards_base else 'ddp'}, which needs nothing else."
             )
 
@@ -218,6 +221,14 @@ class _HandedOver(torch.autograd.Function):
 
 def version() -> str:
     return metadata.version("deepspeed")
+
+
+def _unusable() -> str | None:
+    """Why the package can't be used; None if it can."""
+    if importlib.util.find_spec("deepspeed") is None:
+        return "which is not installed"
+    numbers = tuple(map(int, re.findall(r"\d+", version())[:3]))
+    return f"and {version()} is too old: {'.'.join(map(str, OLDEST))} is needed" if numbers < OLDEST else None
 
 
 def initialize(module: nn.Module, zero: Mapping[str, Any], optimizer: Any, clip: float | None = None) -> Any:

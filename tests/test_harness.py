@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from together import carry_out, counted, run_together
 
 import trimtab
 from trimtab.cli import main
@@ -18,7 +19,7 @@ from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from trimtab.evaluate import packed_model
+from trimtab.evaluate import answers, packed_model
 from trimtab.evaluate.harness import load_tasks, quiet, run_tasks
 from trimtab.evaluate.packed_model import PackedModel
 
@@ -214,3 +215,54 @@ def test_the_command(tasks, tmp_path, capsys):
     assert "--data: does not apply to --harness" in capsys.readouterr().err
     assert main(["eval", str(tmp_path / "model"), "--limit", "6"]) == 2
     assert "--limit: of --harness" in capsys.readouterr().err
+
+
+def test_two_processes_divide_what_the_harness_asks_of_one(tasks, tmp_path, monkeypatch):
+    base = tiny_base()
+    base.model.save_pretrained(tmp_path / "model")
+    base.tokenizer.save_pretrained(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(packed_model, "PACK_TOKENS", 64)
+    monkeypatch.setattr(answers, "BATCH", 4)
+    command = ["eval", "model", "--json", "--harness", ",".join(tasks.values())]
+    count = ["trimtab.evaluate.packed_model.pack_target_scores", "trimtab.evaluate.answers.generate"]
+    calls = [counted(monkeypatch, name) for name in count]
+    alone = json.loads(carry_out(command)["out"])
+    first, other = run_together(
+        tmp_path,
+        [
+            {"command": command, "count": count, "fault": "few_tasks_small_packs"},
+            {"command": command, "fault": "others_part_is_wrong"},
+            {"command": command, "fault": "documents_divided"},
+            {"command": ["eval", "model", "--harness", f"hellaswagg,{tasks['choices']}"]},
+        ],
+    )
+    assert [one["status"] for one in first] == ["done", "done", "ProcessesDiffer", "RecipeError"]
+    assert [one["status"] for one in other] == [one["status"] for one in first]
+    same, wrong = (json.loads(one["out"]) for one in first[:2])
+    assert _numbers(same) == pytest.approx(_numbers(alone), rel=1e-5)
+    assert {**same, "tasks": _named(same)} == {**alone, "tasks": _named(alone)}
+    assert _numbers(wrong) != pytest.approx(_numbers(alone), rel=1e-5)
+    passes = list(zip(first[0]["calls"], other[0]["calls"], strict=True))
+    assert [sum(pair) for pair in passes] == list(map(len, calls))
+    assert all(min(pair) >= sum(pair) // 3 > 0 for pair in passes), passes  # batches of answers are 3
+    assert first[2]["message"].startswith("Process 1 of 2 differs from process 0 in what --harness asks: Have the same files")
+
+
+def _numbers(results):
+    """Every number of the metrics, in order."""
+    rest = [value for task in results["tasks"] for metric in task["metrics"] for value in _flat(metric)]
+    return [value for value in rest if isinstance(value, int | float)]
+
+
+def _flat(value):
+    if isinstance(value, dict):
+        return [one for key in value for one in _flat(value[key])]
+    return [one for item in value for one in _flat(item)] if isinstance(value, list) else [value]
+
+
+def _named(results):
+    """The tasks without the numbers of their metrics."""
+    return [
+        {**task, "metrics": [(m["metric"], m["filter"], *m["values"]) for m in task["metrics"]]} for task in results["tasks"]
+    ]

@@ -15,7 +15,7 @@ from worlds import command
 
 from trimtab.core.errors import ProcessLost, RecipeError
 from trimtab.core.processes import Processes
-from trimtab.launch import start, watch
+from trimtab.launch import start, watch, worker
 from trimtab.launch.watch import End, First, Other
 
 
@@ -229,6 +229,17 @@ def test_a_process_that_never_comes_is_named(place, monkeypatch):
     threading.Thread(target=three.watches[2].start).start()
     with pytest.raises(ProcessLost, match="Process 1 of 3 has not come within"):
         three.watches[0].start()
+
+
+def test_what_ends_a_run_is_said_while_a_library_is_silenced(capfd):
+    say, stderr, nowhere = worker._voice(), os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    say("process 1 of 2: no answer.")
+    os.write(2, b"what else is said")
+    os.dup2(stderr, 2)
+    for opened in (stderr, nowhere):
+        os.close(opened)
+    assert capfd.readouterr().err == "trimtab: process 1 of 2: no answer.\n"
 
 
 # Launchers

@@ -1,9 +1,13 @@
 """Runs of several processes: python tests/together.py FOLDER JOBS, once for each rank, as `run_together` starts them.
 
-JOBS is JSON: a list of words of r.yaml each, or a mapping with `words` and the `fault` that the processes are to have. They are run one after
-another by the same processes. The last line that each prints is JSON: what became of each job.
+JOBS is JSON: a list of words of r.yaml each, or a mapping with `words` and the `fault` that the processes are to have. Instead of `words`,
+a `command` has those of a command, whose output is kept, and `count` names functions whose calls are counted. Jobs are carried out one
+after another by the same processes. The last line that each prints is JSON: what became of each job.
 """
 
+import contextlib
+import importlib
+import io
 import json
 import os
 import socket
@@ -140,9 +144,43 @@ def _fails(place, rank, error):
     return fault
 
 
+def _few_tasks_small_packs(patch):
+    """The harness knows no tasks but those of files, since it takes seconds to read its own; and there are several packs."""
+    from lm_eval.tasks import TaskManager
+
+    from trimtab.evaluate import answers, harness, packed_model
+
+    patch.setattr(harness, "TaskManager", lambda **of: TaskManager(include_defaults=False, **of))
+    patch.setattr(packed_model, "PACK_TOKENS", 64)
+    patch.setattr(answers, "BATCH", 4)
+
+
+def _documents_divided(patch):
+    """The harness divides its documents among the processes, which divide packs."""
+    from trimtab.core.processes import processes
+    from trimtab.evaluate.packed_model import PackedModel
+
+    patch.setattr(PackedModel, "rank", processes.rank)
+    patch.setattr(PackedModel, "world_size", processes.size)
+    patch.setattr(PackedModel, "all_gather", lambda self, tensor: tensor.repeat(processes.size))
+
+
+def _others_part_is_wrong(patch):
+    """What another process than the first computes for it is half of what it should be."""
+    from trimtab.core.processes import processes
+    from trimtab.evaluate import packed_model
+
+    _few_tasks_small_packs(patch)
+    score = packed_model.pack_target_scores
+    patch.setattr(packed_model, "pack_target_scores", lambda *of: score(*of) / (1 + processes.rank))
+
+
 FAULTS = {
     fault.__name__.strip("_"): fault
-    for fault in (_forgets_others, _starts_elsewhere, _divides_by_own, _other_base, _other_order)
+    for fault in (
+        _forgets_others, _starts_elsewhere, _divides_by_own, _other_base, _other_order, _few_tasks_small_packs, _documents_divided,
+        _others_part_is_wrong,
+    )
 } | {
     "disk": _fails("run.start.check_disk", 0, StorageError("there is no room")),
     "data": _fails("run.start.load_data", 1, DataError("rows.jsonl is not here")),
@@ -152,7 +190,27 @@ FAULTS = {
     "tracker": _fails("run.script.tracked", 0, StorageError("it can't be reached")),
     "certificate": _fails("run.script.certify", 0, NotCertified("it is no better")),
     "metrics": _fails("core.files.append_line", 0, StorageError("the disk is full")),
-}
+}  # fmt: skip
+
+
+def carry_out(words):
+    """A command in this process: its exit code, and what it says."""
+    from trimtab import cli
+
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        arguments = cli._parsed(cli._parser, words)
+        code = arguments.run(arguments) or 0
+    return {"code": code, "out": out.getvalue(), "err": err.getvalue()}
+
+
+def counted(patch, name):
+    """A list that has an entry for each call of a function from now on."""
+    module, _, attribute = name.rpartition(".")
+    module, calls = importlib.import_module(module), []
+    function = getattr(module, attribute)
+    patch.setattr(module, attribute, lambda *args, **more: (calls.append(0), function(*args, **more))[1])
+    return calls
 
 
 def _main(folder, jobs):
@@ -183,6 +241,11 @@ def _main(folder, jobs):
             with pytest.MonkeyPatch.context() as patch:
                 if "fault" in job:
                     FAULTS[job["fault"]](patch)
+                if "command" in job:
+                    processes.open()
+                    calls = [counted(patch, name) for name in job.get("count", ())]
+                    found.append({"status": "done", **carry_out(job["command"]), "calls": list(map(len, calls))})
+                    continue
                 run = run_recipe(Recipe.read(Path(folder) / "r.yaml", job["words"]), Interrupts(job.get("interrupted_at")))
             found.append({"status": "done", "steps": run.record["steps"]})
         except (TrimtabError, ValueError) as error:

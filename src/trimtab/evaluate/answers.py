@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from trimtab.base import Base
 from trimtab.core.processes import processes
 from trimtab.data import Conversation, Judged, Preference, tokenize_answers
-from trimtab.engine import Answer, before_stop, generate
+from trimtab.engine import Answer, Generation, before_stop, generate
 from trimtab.evaluate.config import EvalConfig
 from trimtab.evaluate.metrics import ScoredAnswer
 
@@ -48,17 +48,22 @@ def answer_questions(
     if most == "auto":
         lengths = [*(one.perfect.tokens for one in asked), *(len(encoding.ids) for encoding in base.encode(texts))]
         most = max(lengths, default=0) * 5 // 4 + 8  # an answer that is longer is wrong by now
-    answers = _generate(base, [one.prompt for one in asked], config, most, on_done)
+    answers = answer_prompts(base, [one.prompt for one in asked], config, most, on_done)
     return [
         _scored(base, one.perfect.example, one.perfect.expected_raw, answer, config.stop)
         for one, answer in zip(asked, answers, strict=True)
     ]
 
 
-def _generate(
-    base: Base, prompts: list[list[int]], config: EvalConfig, most: int, on_done: Callable[[int], None] | None
+def answer_prompts(
+    base: Base, prompts: Sequence[list[int]], settings: Generation, most: int, on_done: Callable[[int], None] | None = None
 ) -> list[Answer]:
-    """The new tokens of each prompt, in batches that processes divide among them."""
+    """The new tokens of each prompt, in batches that processes divide among them.
+
+    Args:
+        most: New tokens of an answer.
+        on_done: Called with the number of answers in each finished batch of this process's.
+    """
     # Where shards are gathered in every pass, all processes answer all of them.
     divided = processes.size > 1 and not processes.equal_passes
     size = max(1, min(BATCH, -(-len(prompts) // processes.size))) if divided else BATCH
@@ -67,7 +72,7 @@ def _generate(
     found: dict[int, list[Answer]] = {}
     for number in shares[processes.rank] if divided else range(len(batches)):
         found[number] = generate(
-            base.model, batches[number], base.stop_ids, max_new_tokens=most, settings=config, text_of=base.raw_text,
+            base.model, batches[number], base.stop_ids, max_new_tokens=most, settings=settings, text_of=base.raw_text,
             first=number * size,
         )  # fmt: skip
         if on_done:

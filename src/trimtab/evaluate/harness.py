@@ -19,6 +19,7 @@ from lm_eval.tasks import TaskManager
 
 from trimtab.base import Base
 from trimtab.core.errors import RecipeError, StorageError
+from trimtab.core.processes import processes
 from trimtab.evaluate.intervals import paired_difference
 from trimtab.evaluate.packed_model import PackedModel
 
@@ -57,16 +58,22 @@ def run_tasks(
             model = PackedModel(base, on_done(name) if on_done else None)
             with as_model:
                 scores[name] = simple_evaluate(
-                    model, **tasks, num_fewshot=fewshot, limit=limit, apply_chat_template=chat, bootstrap_iters=BOOTSTRAP
-                )
+                    model, **tasks, num_fewshot=fewshot, limit=limit, apply_chat_template=chat,
+                    bootstrap_iters=BOOTSTRAP if processes.first else 0,
+                )  # fmt: skip
             truncated[name] = model.truncated
+        return processes.told_by_first(lambda: _results(scores, max(truncated.values()), limit, chat))
+
+
+def _results(scores: dict[str, Any], truncated: int, limit: int | None, chat: bool) -> dict[str, Any]:
+    """What the harness found of each model, in one. It gives its results to the first process of a machine alone."""
     first = next(iter(scores.values()))
     return {
         "harness": first["lm_eval_version"],
         "tasks": [_task(name, scores) for name in first["results"]],
         "limit": limit,
         "chat_template": chat,
-        "truncated": max(truncated.values()),
+        "truncated": truncated,
     }
 
 
@@ -94,7 +101,8 @@ def load_tasks(names: Sequence[str]) -> dict[str, Any]:
             meant = f"; did you mean {near}?" if near else "."
             raise RecipeError(f"--harness: the harness has no task or group {name!r}{meant} `lm_eval ls tasks` lists them all.")
     try:
-        loaded = manager.load(list(names))
+        with processes.first_here_first():  # which downloads what the others find
+            loaded = manager.load(list(names))
     except Exception as error:  # whatever loads the data of one of hundreds of tasks
         raise StorageError(f"--harness {','.join(names)}: could not be loaded: {type(error).__name__}: {error}") from error
     groups = [group for name, group in loaded["groups"].items() if name in names]

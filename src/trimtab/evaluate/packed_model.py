@@ -1,6 +1,7 @@
 """A base model as lm-evaluation-harness sees it: requests become token rows, and these packs.
 
-A context that several requests share, as the choices of a question do, is computed once.
+A context that several requests share, as the choices of a question do, is computed once. Several processes make the same packs, and each
+computes some: the harness sees one model, whose results are whole in each of them.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,21 +11,22 @@ import numpy as np
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from torch import Tensor
 
 from trimtab.base import Base
 from trimtab.core.errors import DataError, NonFinite, RecipeError
-from trimtab.core.transfer import read
-from trimtab.data import pack_all
+from trimtab.core.files import json_digest
+from trimtab.core.processes import processes
+from trimtab.data import Pack, pack_all
 from trimtab.data.example import TokenRow
-from trimtab.engine import Generation, ensure_exact, generate, pack_target_scores
+from trimtab.engine import Generation, PackCost, ensure_exact, pack_target_scores
+from trimtab.evaluate.answers import answer_prompts
 from trimtab.methods import max_row_length
 
 PACK_TOKENS = 4096
 """Tokens per pack: no backward pass follows."""
 PACKS = 16
-"""Packs that are computed before their results are read."""
-BATCH = 32
-"""Prompts that are answered together."""
+"""Packs that a process computes before their results are read."""
 UNBOUNDED = 2**20
 """The context of a model that has no limit, for the harness, which needs a number."""
 
@@ -118,15 +120,10 @@ class PackedModel(TemplateLM):
         settings = self._settings(asked, [stop for stop in stops if stop])
         prompts = [encoded.ids for encoded in self.base.encode(contexts, special=True)]
         self.truncated += sum(len(prompt) > room for prompt in prompts)
-        texts = []
-        for start in range(0, len(prompts), BATCH):
-            batch = [prompt[-room:] for prompt in prompts[start : start + BATCH]]
-            texts += generate(
-                self.base.model, batch, self.base.stop_ids,
-                max_new_tokens=most, settings=settings, text_of=self.base.raw_text, first=start,
-            )  # fmt: skip
-            self._report(len(batch))
-        return [postprocess_generated_text(self.base.decode(text), stops, None) for text in texts]
+        prompts = [prompt[-room:] for prompt in prompts]
+        _agree(prompts)
+        answers = answer_prompts(self.base, prompts, settings, most, self._report)
+        return [postprocess_generated_text(self.base.decode(answer), stops, None) for answer in answers]
 
     def _settings(self, asked: dict[str, Any], stops: list[str]) -> Generation:
         """What a task asks for, as we say it. Raises RecipeError for what we don't have: the score would be another's."""
@@ -151,13 +148,13 @@ class PackedModel(TemplateLM):
 
     def _scores(self, rows: Sequence[TokenRow], report: bool = False) -> list[tuple[float, bool]]:
         """Of each row Σ log p of its targets, and whether all of them are the likeliest tokens."""
+        _agree([[row.ids, row.target_indices] for row in rows])
         ensure_exact(self.base.model, rows)
         scores: dict[int, tuple[float, bool]] = {}
-        packs = pack_all(rows, PACK_TOKENS)
-        for start in range(0, len(packs), PACKS):
-            some = packs[start : start + PACKS]
-            computed = read([pack_target_scores(self.base.model, pack.to(self.base.device)) for pack in some])
-            for pack, (logprob, likeliest) in zip(some, computed, strict=True):
+        packs, at_once = pack_all(rows, PACK_TOKENS), PACKS * processes.size
+        for start in range(0, len(packs), at_once):
+            some = packs[start : start + at_once]
+            for pack, (logprob, likeliest) in zip(some, self._computed(some), strict=True):
                 row, count = pack.host.target_row.numpy(), len(pack.rows)
                 sums = np.bincount(row, weights=logprob.double().numpy(), minlength=count)
                 matches = np.bincount(row, weights=1 - likeliest.double().numpy(), minlength=count) == 0
@@ -170,6 +167,20 @@ class PackedModel(TemplateLM):
             )
         return [scores[id(row)] for row in rows]
 
+    def _computed(self, packs: Sequence[Pack]) -> list[Tensor]:
+        """Of each pack's targets log p and whether it is the likeliest token, on the host; processes divide the packs."""
+        model, device = self.base.model, self.base.device
+        return processes.each(
+            list(map(PackCost(model), packs)), lambda number: pack_target_scores(model, packs[number].to(device))
+        )
+
     def _report(self, done: int) -> None:
         if self.on_done is not None:
             self.on_done(done)
+
+
+def _agree(requests: list[Any]) -> None:
+    """Raise ProcessesDiffer unless all processes have been asked the same: what they divide must be the same in all of them."""
+    if processes.size > 1:
+        advice = "Have the same files of tasks, and the same data of them, on every machine."
+        processes.agree(f"what --harness asks: {advice}", json_digest(requests))

@@ -25,7 +25,9 @@ def run_together(command: Callable[[], int], end_of: Callable[[BaseException], E
     debug, processes.watched = "--debug" in sys.argv, True
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
-    say = streams.write_stderr if processes.rank == 0 or debug else _mute()
+    say = _voice()
+    if processes.rank > 0 and not debug:
+        _mute()
     watch = (First if processes.rank == 0 else Other)(processes, say, _leave)
     try:
         processes.connect()
@@ -49,15 +51,25 @@ def _is_doubtful(error: BaseException) -> bool:
     return isinstance(error, ProcessLost) or not isinstance(error, TrimtabError)
 
 
-def _mute() -> Callable[[str], None]:
-    """Let whatever this process and its libraries say go nowhere; returned is what still writes to standard error."""
-    stderr = os.fdopen(os.dup(2), "w", errors=streams.ASCII_FALLBACK)
+def _voice() -> Callable[[str], None]:
+    """What writes to standard error, also while that is led elsewhere to silence a library."""
+    number, encoding = os.dup(2), sys.stderr.encoding
+
+    def say(text: str) -> None:
+        stream = os.fdopen(number, "w", encoding=encoding, errors=streams.ASCII_FALLBACK, closefd=False)
+        with contextlib.suppress(OSError), stream:  # of which nobody may read
+            streams.write_message(stream, text)
+
+    return say
+
+
+def _mute() -> None:
+    """Let whatever this process and its libraries say go nowhere."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     sys.stdout.flush()
     for number in (1, 2):
         os.dup2(nowhere, number)
     os.close(nowhere)
-    return lambda text: streams.write_message(stderr, text)
 
 
 def _leave(code: int) -> None:

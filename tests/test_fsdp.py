@@ -9,6 +9,7 @@ from sharded import run_group
 
 from trimtab.base import ModelConfig
 from trimtab.core.errors import ArtifactError, RecipeError
+from trimtab.core.processes import processes
 from trimtab.distributed import Engine, auto
 from trimtab.distributed._shares import REFUSED
 from trimtab.methods import Method
@@ -138,6 +139,16 @@ def test_auto_alone_has_nothing_to_divide():
 def test_a_quantized_base_is_refused(kind):
     with pytest.raises(RecipeError, match=rf"^model\.quantize: {kind}, .* Use distributed\.engine=ddp"):
         check(model=ModelConfig(name="tiny", quantize=kind))
+
+
+def test_a_torch_that_would_divide_the_adapter_is_refused(monkeypatch):
+    monkeypatch.setattr(type(processes), "size", 2)
+    check()
+    monkeypatch.setattr("torch.distributed.fsdp.fully_shard", lambda module, *, mesh=None: module)  # as torch 2.6 has it
+    with pytest.raises(
+        RecipeError, match=r"^distributed\.engine: fsdp needs torch 2\.7 or newer, .* Use distributed\.engine=ddp"
+    ):
+        check()
 
 
 def test_another_model_as_reference_is_refused():

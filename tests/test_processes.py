@@ -37,7 +37,11 @@ JOBS = {
     "sft, dropout, samples": ["method.dropout=0.2", "eval.samples=5"],
     "dpo": ["objective=dpo", "data.train=pairs.jsonl"],
     "kto, recomputed": ["objective=kto", "data.train=judged.jsonl", "train.recompute=full"],
-    "float64": ["model.dtype=float64", "method.dropout=0.1", "train.optimizer=muon"],
+    "float64": [
+        "model.dtype=float64",
+        "method.dropout=0.1",
+        f"train.optimizer={'muon' if hasattr(torch.optim, 'Muon') else 'adafactor'}",
+    ],
 }
 
 

@@ -5,16 +5,20 @@ traffic: no gradients, and none between machines, each of which holds the whole 
 norm) and the adapter are whole on every device.
 """
 
+import inspect
 from typing import TYPE_CHECKING, cast
 
 import torch
 
-from trimtab.base import Base
+from trimtab.base import Base, ModelConfig
 from trimtab.core.errors import RecipeError
 from trimtab.core.processes import processes
 from trimtab.core.wrapping import trunk_of, unwrap
 from trimtab.distributed._shares import INSTEAD, SharedBase, kept_whole, outermost, parameters_of
 from trimtab.engine.patching import layers_of
+from trimtab.methods import Method
+from trimtab.objectives import Objective
+from trimtab.train import TrainConfig
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -24,6 +28,15 @@ if TYPE_CHECKING:
 class FSDP(SharedBase):
     """The devices of a machine share the base model's layers: for a base that does not fit on one of them. Gathering takes time, hidden
     behind computing in micro-batches of some 1,000 tokens or more."""
+
+    def check(self, model: ModelConfig, method: Method, objective: Objective, train: TrainConfig) -> None:
+        from torch.distributed.fsdp import fully_shard
+
+        super().check(model, method, objective, train)
+        if processes.size > 1 and "ignored_params" not in inspect.signature(fully_shard).parameters:
+            raise RecipeError(
+                f"distributed.engine: fsdp needs torch 2.7 or newer, which leaves an adapter whole, and this is {torch.__version__}. {INSTEAD}."
+            )
 
     def divide(self, base: Base, device: torch.device) -> None:
         shard(base, device)

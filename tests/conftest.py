@@ -1,4 +1,5 @@
 import os
+import signal
 import warnings
 
 import pytest
@@ -10,6 +11,7 @@ from trimtab.engine.backends import cpu
 from trimtab.engine.backends import torch as torch_backend
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would what tests start
 torch.set_num_threads(max(1, (os.cpu_count() or 2) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 
 

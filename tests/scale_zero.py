@@ -95,7 +95,7 @@ def by_model(tmp_path_factory):
 
 @pytest.mark.parametrize("number", range(len(MODELS)), ids=MODELS)
 def test_every_kind_of_model(number, by_model):
-    check_equal(*by_model, number)
+    check_equal(*by_model, number, adapter=2e-3)  # AdamW makes whole steps of gradients that are nothing but rounding
 
 
 # Whole runs

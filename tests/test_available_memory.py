@@ -8,7 +8,7 @@ import textwrap
 import pytest
 import torch
 
-from trimtab.engine.available_memory import PeakMemory, control_groups, free_memory
+from trimtab.base.available_memory import PeakMemory, control_groups, free_memory
 
 CPU = torch.device("cpu")
 MB = 1024 * 1024
@@ -172,7 +172,7 @@ def test_ulimit_is_seen_where_it_is_set():
     """The real thing, in a process of its own."""
     code = """
         import resource, torch
-        from trimtab.engine.available_memory import free_memory
+        from trimtab.base.available_memory import free_memory
         before = free_memory(torch.device("cpu"))
         taken = int(open("/proc/self/status").read().partition("VmSize:")[2].split()[0]) * 1024
         resource.setrlimit(resource.RLIMIT_AS, (taken + 500_000_000, -1))

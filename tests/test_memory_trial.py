@@ -6,10 +6,10 @@ import pytest
 import torch
 from families import random_rows, tiny
 
+from trimtab.base.available_memory import free_memory
 from trimtab.core.errors import RecipeError
 from trimtab.data import TokenRow, pack_flat
 from trimtab.engine import Workload, memory_trial, pack_logprobs, plan_memory
-from trimtab.engine.available_memory import free_memory
 from trimtab.engine.memory_plan import measure_for
 from trimtab.engine.memory_probe import CountedPacks, Meter
 from trimtab.engine.memory_trial import TriedPacks, device_memory

@@ -5,6 +5,7 @@ from trimtab.base.export_files import write_config, write_processor, write_switc
 from trimtab.base.fingerprint import Fingerprint, model_fingerprint, writes_dates
 from trimtab.base.locate import locate_model
 from trimtab.base.model import Base
+from trimtab.base.room import room_to_use, weight_bytes
 from trimtab.base.skeleton import skeleton
 from trimtab.base.supported import context_length, limit_rows
 from trimtab.core.chat import Message
@@ -22,7 +23,9 @@ __all__ = [
     "nearest_config",
     "resolve_device",
     "resolve_dtype",
+    "room_to_use",
     "skeleton",
+    "weight_bytes",
     "write_config",
     "write_processor",
     "write_switches",

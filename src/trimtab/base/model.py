@@ -14,6 +14,7 @@ from trimtab.base.config import ModelConfig, dtype_note, nearest_config, resolve
 from trimtab.base.fingerprint import Fingerprint, fingerprint, own_weights, tokenizing_hash, weights_hash
 from trimtab.base.loading import explaining_failure, read_tokenizer, refuse_partly_initialized
 from trimtab.base.quantized import Quantize
+from trimtab.base.room import find_room
 from trimtab.base.stored_quantization import dequantization_note, read_stored
 from trimtab.base.supported import context_length, refuse_unsupported
 from trimtab.base.switches import Switches
@@ -74,11 +75,15 @@ class Base:
         self._embedding_count = min(len(end.weight) for end in ends)
 
     @classmethod
-    def load(cls, config: ModelConfig | str, on_note: Callable[[str], None] = lambda _: None) -> "Base":
+    def load(
+        cls, config: ModelConfig | str, on_note: Callable[[str], None] = lambda _: None, *, moves: bool = False, copies: int = 0
+    ) -> "Base":
         """Load a base by name. See ModelConfig for what a name can be.
 
         Args:
             on_note: Is told beforehand what loading it takes that is not to be expected. `notes` has the same.
+            moves: Whether the CPU is taken, which is slow, if the device has no memory for it.
+            copies: How many copies of it in float32 will be made beside it.
         """
         config = ModelConfig(name=config) if isinstance(config, str) else config
         device, dtype = resolve_device(config), resolve_dtype(config, resolve_device(config))
@@ -86,12 +91,13 @@ class Base:
             place = locate.loadable_place(config.name)
         with explaining_failure(place):
             note = dequantization_note(place, config.quantize, dtype)
-        if note is not None:
-            on_note(note)
+        where, moved = find_room(config, place, dtype, device, moves=moves, copies=copies)
+        for beforehand in filter(None, (note, moved)):
+            on_note(beforehand)
         base = cls.load_folder(
-            place, dtype, device, quantize=config.quantize, template=config.template, chat_template=config.chat_template
+            place, dtype, where, quantize=config.quantize, template=config.template, chat_template=config.chat_template
         )
-        base.notes = tuple(said for said in (dtype_note(config, device), note) if said is not None)
+        base.notes = tuple(filter(None, (dtype_note(config, device), note, moved)))
         # Its name, rather than the cache folder that a GGUF file was converted into.
         local = isinstance(place, Path) and config.name != locate.EMBEDDED
         base.source = str(expand_user(config.name).absolute()) if local else config.name

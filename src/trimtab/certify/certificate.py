@@ -17,9 +17,9 @@ from trimtab.artifacts.run_folder import (
     CHECKPOINTS,
     certified_files,
 )
-from trimtab.base import Base
+from trimtab.base import Base, ModelConfig, room_to_use
 from trimtab.core import files
-from trimtab.core.errors import ArtifactError, NotCertified
+from trimtab.core.errors import ArtifactError, NotCertified, RecipeError
 from trimtab.core.process import environment_alone, module_command
 from trimtab.data import LoadedData, last_answer_start, row_groups
 from trimtab.data.example import TokenRow
@@ -107,6 +107,14 @@ def _contents(
         "data_digest": data.digest,
         "versions": versions(),
     }
+
+
+def refuse_uncertifiable(model: ModelConfig) -> None:
+    """Raise RecipeError, before hours of training, if one process has no memory for a base that several divide: the new process has it whole."""
+    try:
+        room_to_use(model)
+    except RecipeError as error:
+        raise RecipeError(f"certify: {error} Or leave the certificate out (certify: false).") from None
 
 
 def refuse_failed(certificate: dict[str, Any], folder: Path) -> None:

@@ -11,12 +11,12 @@ if TYPE_CHECKING:
     from trimtab.deploy import LoadedModel
 
 
-def open_target(arguments: argparse.Namespace, *, certified: bool = False) -> "LoadedModel":
+def open_target(arguments: argparse.Namespace, *, certified: bool = False, copies: int = 0) -> "LoadedModel":
     """Load `arguments.target`. See `deploy.load_model`."""
     with gc_frozen():
         from trimtab.deploy import load_model
 
-    target = load_model(arguments.target, arguments.model, certified=certified)
+    target = load_model(arguments.target, arguments.model, certified=certified, copies=copies)
     for note in target.notes:
         write_stderr(note)  # standard output may be JSON, or an answer
     return target

@@ -26,10 +26,10 @@ def run(arguments: argparse.Namespace) -> None:
     from rich.markup import escape
 
     from trimtab.core import files
-    from trimtab.deploy import MIN_RETAINED, merge
+    from trimtab.deploy import COPIES, MIN_RETAINED, merge
 
     files.refuse_existing(arguments.output)
-    target = open_target(arguments, certified=not arguments.force)
+    target = open_target(arguments, certified=not arguments.force, copies=COPIES)
     if target.adapter is None:
         raise RecipeError(f"{arguments.target} is a model without an adapter: there is nothing to merge.")
     merged = merge(target.base, target.adapter, arguments.output, dtype=getattr(torch, arguments.dtype))

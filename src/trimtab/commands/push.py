@@ -90,9 +90,9 @@ def _fill(arguments: argparse.Namespace, new: Path, stage: Any) -> tuple["Public
 def _merge(arguments: argparse.Namespace, about: "Publication", new: Path) -> None:
     import torch
 
-    from trimtab.deploy import load_model, merge
+    from trimtab.deploy import COPIES, load_model, merge
 
-    target = load_model(arguments.target)
+    target = load_model(arguments.target, copies=COPIES)
     assert target.adapter is not None, "an adapter's folder"
     merge(target.base, target.adapter, new / "merged", dtype=getattr(torch, about.adapter.base["model"]["dtype"]))
     for file in (new / "merged").iterdir():

@@ -77,20 +77,22 @@ def _refuse_missing_base(source: str, adapter: Path) -> None:
         ) from error
 
 
-def load_model(name: str, model: str | None = None, *, certified: bool = False) -> LoadedModel:
-    """Load a model by name; an adapter on its base model in the dtype, quantization and device of its training, if available.
+def load_model(name: str, model: str | None = None, *, certified: bool = False, copies: int = 0) -> LoadedModel:
+    """Load a model by name; an adapter on its base model in the dtype, quantization and device of its training, if available: what was
+    trained on several devices, and has no room on one, is loaded on the CPU, and `notes` says so.
 
     Args:
         name: A run folder (of an unfinished run, its newest checkpoint is loaded), an adapter folder or one on the hub, or a model
             (see ModelConfig).
         model: The base model to load the adapter on, instead of the one that it names.
         certified: Raise NotCertified for an adapter of a run that is not certified.
+        copies: How many copies of the base model in float32 will be made beside it.
     """
     folder, notes = _find_adapter(name)
     if folder is None:
         if model is not None:
             raise RecipeError(f"{name} is not a run or an adapter, so --model {model} does not apply.")
-        base = Base.load(ModelConfig(name=name))
+        base = Base.load(ModelConfig(name=name), moves=True, copies=copies)
         return LoadedModel(base, None, None, base.notes)
     if certified:
         refuse_uncertified(folder)
@@ -107,7 +109,7 @@ def load_model(name: str, model: str | None = None, *, certified: bool = False) 
     if stored.chat_template is not None:  # wherever the file of its training is now
         file = TEMPLATE if isinstance(stored.chat_template, str) else TEMPLATES
         config = config.model_copy(update={"chat_template": str(folder / file)})
-    base = Base.load(config)
+    base = Base.load(config, moves=True, copies=copies)
     if "moment" in stored.base:  # a chat template that writes the date writes that of training
         base.moment = datetime.fromisoformat(stored.base["moment"])
     return LoadedModel(

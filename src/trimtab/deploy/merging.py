@@ -16,6 +16,8 @@ from trimtab.core.errors import ArtifactError, NotMergeable
 from trimtab.core.wrapping import own_modules_in_place
 from trimtab.methods import Attached, base_modules, unwrap
 
+COPIES = 2
+"""How many copies of the base model in float32 a merge holds beside it: the sum, and what was saved, loaded again."""
 MIN_RETAINED = 0.99
 """The share of the adapter's change below which a merge gets a warning."""
 

@@ -1,6 +1,6 @@
 """The engine that suits the base model and the devices."""
 
-from trimtab.base import ModelConfig, resolve_device, resolve_dtype, skeleton
+from trimtab.base import ModelConfig, resolve_device, resolve_dtype, skeleton, weight_bytes
 from trimtab.core.processes import processes
 from trimtab.distributed import Engine
 from trimtab.engine import free_memory
@@ -25,5 +25,4 @@ class Auto(Engine):
 def _fits(model: ModelConfig) -> bool:
     """Whether this process's device has memory for all of the model."""
     device = resolve_device(model)
-    size = sum(p.numel() for p in skeleton(model.name).parameters()) * resolve_dtype(model, device).itemsize
-    return size <= SHARE * free_memory(device)
+    return weight_bytes(skeleton(model.name), resolve_dtype(model, device)) <= SHARE * free_memory(device)

@@ -1,7 +1,7 @@
 """What is computed: packed forward passes, log-probabilities of rows, generation; and the memory that this takes."""
 
+from trimtab.base.available_memory import PeakMemory, free_memory
 from trimtab.engine.arena import ActivationArena
-from trimtab.engine.available_memory import PeakMemory, free_memory
 from trimtab.engine.check import check_packing, ensure_checked, ensure_exact
 from trimtab.engine.decode import Answer, Ended, generate, stream_tokens
 from trimtab.engine.forward import describe_layers, pack_divergences, pack_logprobs

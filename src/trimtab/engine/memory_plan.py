@@ -5,10 +5,10 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, Self
 
+from trimtab.base.available_memory import free_memory
 from trimtab.core.errors import RecipeError
 from trimtab.core.processes import processes
 from trimtab.data.pack import Pack
-from trimtab.engine.available_memory import free_memory
 from trimtab.engine.memory_probe import CountedPacks, MemoryCost, MemoryProfile, left_beside_gathered
 from trimtab.engine.memory_trial import TriedPacks, device_memory
 from trimtab.engine.recompute import Level

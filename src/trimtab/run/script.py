@@ -7,6 +7,7 @@ from contextlib import suppress
 
 from trimtab.artifacts import State
 from trimtab.artifacts.run_folder import ADAPTER, DATA, RECIPE, START
+from trimtab.base import room_to_use
 from trimtab.certify.certificate import certify, refuse_failed
 from trimtab.core import files
 from trimtab.core.determinism import deterministic
@@ -119,6 +120,8 @@ def _carry_out(run: Run, prepared: PreparedRun, state: State | None, observer: R
         return run
     observer.on_stage("certifying the saved adapter in a new process")
     prepared.base.release()  # the new process loads it: it need not be held twice
+    if prepared.engine.shards_base and (note := room_to_use(prepared.recipe.model)) is not None:
+        observer.on_notice(f"the base model, for the certificate: {note}")
     try:
         certificate = certify(
             run.folder, prepared.base, prepared.data, prepared.recipe.objective, best, unmoved, progress.skipped

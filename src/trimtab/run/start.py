@@ -12,6 +12,7 @@ from torch import nn
 
 from trimtab.artifacts import read_adapter
 from trimtab.base import Base, locate_model, resolve_device
+from trimtab.certify.certificate import refuse_uncertifiable
 from trimtab.core import files
 from trimtab.core.errors import RecipeError
 from trimtab.core.hub import is_hub_name
@@ -164,6 +165,8 @@ def _engine(recipe: Recipe) -> Engine:
     """The engine that the recipe means here. Raises RecipeError if it cannot train what the recipe asks for."""
     engine = recipe.distributed.choose(recipe.model, recipe.method)
     engine.check(recipe.model, recipe.method, recipe.objective, recipe.train)
+    if recipe.certify and engine.shards_base:
+        refuse_uncertifiable(recipe.model)
     processes.equal_passes = False  # until the base is divided
     return engine
 

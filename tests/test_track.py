@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import yaml
 from test_resume import Ends, Killed, here, made, result, run  # noqa: F401 (fixtures)
+from together import run_together
 
 from trimtab import cli
 from trimtab.core import locks
@@ -456,6 +457,38 @@ def test_a_run_that_is_resumed_goes_on_under_its_id_and_may_change_its_trackers(
         < json.loads(Path("cut/run.json").read_text())["seconds"] + 0.001
     )
     assert {note["step"] for note in notes.of("log") if note["package"] == "trackio"} == set(range(14))
+
+
+def test_several_processes_are_one_run_of_each_tracker(notes, here, tmp_path):  # noqa: F811
+    """Which also goes on where it was interrupted, and gets the values of one process."""
+    words = [f"track=[{', '.join(NAMES)}]", "eval.samples=2", "train.pack_tokens=96", "output=both"]
+    path = os.pathsep.join([str(STAND_INS), os.environ["PYTHONPATH"], str(Path(__file__).parent)])
+    said = run_together(here, [{"words": words, "interrupted_at": 2}, words], PYTHONPATH=path, OMP_NUM_THREADS="1")
+    assert [[job["status"] for job in of_rank] for of_rank in said] == [["interrupted", "done"]] * 2
+    together = notes.all()
+    notes.path.unlink()
+    run("alone", *words[:-1])
+    (begun, whole), (alone,) = [
+        [note for note in some if note["call"] == "init" and note["package"] == "wandb"] for some in (together, notes.all())
+    ]
+    assert begun["id"] == whole["id"] == json.loads(Path("both/run.json").read_text())["id"] != alone["id"]
+    for name in NAMES:
+        ours, theirs = _shown(together, name), _shown(notes.all(), name)
+        assert ours.keys() == theirs.keys()
+        assert len(ours) > 10
+        assert ours == pytest.approx(theirs, rel=1e-4)
+        assert len([path for path in Path("both/trackers", name).rglob("*") if path.is_file()]) == 1
+
+
+def _shown(notes, name):
+    """The values of a tracker by step and name, without those of time and memory."""
+    found = {}
+    for note in notes:
+        if note["package"] == name and note["call"] == "log":
+            for key, value in note.get("values", {}).items():
+                if not key.startswith("perf/"):
+                    found[note["step"], key] = value
+    return found
 
 
 INTERRUPTED = """

@@ -59,9 +59,9 @@ def start_together(command, size, folder, **more):
     ]
 
 
-def run_together(folder, jobs, size=2, seconds=300):
-    """What each process of a group says of its jobs."""
-    processes = start_together([sys.executable, Path(__file__), str(folder), json.dumps(jobs)], size, folder)
+def run_together(folder, jobs, size=2, seconds=300, **more):
+    """What each process of a group says of its jobs. More variables of the environment may be given."""
+    processes = start_together([sys.executable, Path(__file__), str(folder), json.dumps(jobs)], size, folder, **more)
     try:
         said = [process.communicate(timeout=seconds) for process in processes]
     finally:

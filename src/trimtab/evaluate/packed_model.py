@@ -15,11 +15,11 @@ from torch import Tensor
 
 from trimtab.base import Base
 from trimtab.core.errors import DataError, NonFinite, RecipeError
-from trimtab.core.files import json_digest
 from trimtab.core.processes import processes
 from trimtab.data import Pack, pack_all
 from trimtab.data.example import TokenRow
 from trimtab.engine import Generation, PackCost, ensure_exact, pack_target_scores
+from trimtab.evaluate.agreement import agree_on_questions
 from trimtab.evaluate.answers import answer_prompts
 from trimtab.methods import max_row_length
 
@@ -27,6 +27,7 @@ PACK_TOKENS = 4096
 """Tokens per pack: no backward pass follows."""
 PACKS = 16
 """Packs that a process computes before their results are read."""
+ASKED = "what --harness asks"
 UNBOUNDED = 2**20
 """The context of a model that has no limit, for the harness, which needs a number."""
 
@@ -121,7 +122,7 @@ class PackedModel(TemplateLM):
         prompts = [encoded.ids for encoded in self.base.encode(contexts, special=True)]
         self.truncated += sum(len(prompt) > room for prompt in prompts)
         prompts = [prompt[-room:] for prompt in prompts]
-        _agree(prompts)
+        agree_on_questions(self.base, ASKED, prompts)
         answers = answer_prompts(self.base, prompts, settings, most, self._report)
         return [postprocess_generated_text(self.base.decode(answer), stops, None) for answer in answers]
 
@@ -148,7 +149,7 @@ class PackedModel(TemplateLM):
 
     def _scores(self, rows: Sequence[TokenRow], report: bool = False) -> list[tuple[float, bool]]:
         """Of each row Σ log p of its targets, and whether all of them are the likeliest tokens."""
-        _agree([[row.ids, row.target_indices] for row in rows])
+        agree_on_questions(self.base, ASKED, [[row.ids, row.target_indices] for row in rows])
         ensure_exact(self.base.model, rows)
         scores: dict[int, tuple[float, bool]] = {}
         packs, at_once = pack_all(rows, PACK_TOKENS), PACKS * processes.size
@@ -177,10 +178,3 @@ class PackedModel(TemplateLM):
     def _report(self, done: int) -> None:
         if self.on_done is not None:
             self.on_done(done)
-
-
-def _agree(requests: list[Any]) -> None:
-    """Raise ProcessesDiffer unless all processes have been asked the same: what they divide must be the same in all of them."""
-    if processes.size > 1:
-        advice = "Have the same files of tasks, and the same data of them, on every machine."
-        processes.agree(f"what --harness asks: {advice}", json_digest(requests))

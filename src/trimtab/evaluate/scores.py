@@ -14,6 +14,7 @@ from trimtab.core.errors import DataError, NonFinite, listing
 from trimtab.data import LengthLimit, SourceReport, Text, pack_all, tokenize_examples
 from trimtab.data.example import TokenRow
 from trimtab.engine import ensure_exact
+from trimtab.evaluate.agreement import agree_on_questions
 from trimtab.evaluate.intervals import Interval, Measured, bootstrap
 from trimtab.methods import max_row_length
 from trimtab.objectives import Objective, mean_measures, score_packs
@@ -124,4 +125,5 @@ def evaluation_rows(base: Base, examples: Sequence[Any], block: int | None = Non
         raise DataError(
             f"data: examples that can't be evaluated:\n{listing(problems)}" if problems else "data: there are no examples."
         )
+    agree_on_questions(base, "the examples", [[row.ids, row.target_indices, row.weights] for row in rows])
     return rows

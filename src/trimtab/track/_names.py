@@ -16,7 +16,7 @@ PREFERENCES = {
 TRAIN = PREFERENCES | {"lr": "learning_rate"}
 EVAL = PREFERENCES | {"low": "loss_low", "high": "loss_high"}
 LEFT_OUT = {"kind", "step", "sources", "answers", "skipped"}
-PERFORMANCE = {"tokens", "computed", "seconds", "took", "items", "rows"}
+PERFORMANCE = {"tokens", "computed", "seconds", "took", "waited", "items", "rows"}
 """What is not shown as it is: counts, and times."""
 COLUMNS = ("question", "expected", "answer", "right")
 
@@ -66,6 +66,7 @@ class Namer:
         named |= {"train/global_step": raw["step"], "train/num_input_tokens_seen": self.tokens}
         if raw.get("took"):
             named |= {"perf/tokens_per_s": raw["tokens"] / raw["took"], "perf/seconds": raw["seconds"]}
+        named["perf/waited"] = raw.get("waited")
         return _numbers(named)
 
 

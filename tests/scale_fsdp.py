@@ -16,7 +16,7 @@ from trimtab.distributed._shares import REFUSED
 from trimtab.methods import Method
 
 METHODS = [name for name in Method.names() if name not in REFUSED]
-"""The folder's: a new method is compared here, or refused by name."""
+"""The folder's: a new method is compared here, or refused by name. `full` is divided itself."""
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +31,12 @@ def test_every_method_in_float64(number, by_method):
 
 
 MODELS = [*FAMILIES, *KINDS]
+NOT_FULLY = {
+    "KDA", "Mamba 1", "Mamba 2", "Mamba 2 beside attention", "Mamba 2 with limits", "gated DeltaNet", "gated DeltaNet, experts",
+    "layers that run several times", "masks with learned numbers", "short convolution", "state alone",
+}  # fmt: skip
+"""Kinds that `full` does not train, or not all of, with any engine."""
+FULLY = [name for name in MODELS if name not in NOT_FULLY]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +50,39 @@ def test_every_kind_of_model(number, by_model):
     check_equal(*by_model, number, adapter=2e-3)  # AdamW makes whole steps of gradients that are nothing but rounding
 
 
-OBJECTIVES = [{"objective": name, "family": family} for name in ("sft", "dpo", "kto") for family in ("llama", "llama-tied")]
+def in_float64(name):
+    """Of gradients that are 0 but for rounding, AdamW makes whole steps. Transformers' experts have no float64."""
+    return name not in {"MLA", "a window that masks alone say", "an attention output that is viewed", "sinks"}
+
+
+@pytest.fixture(scope="module")
+def fully_by_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fully")
+    types = {name: "float64" if in_float64(name) else "float32" for name in FULLY}
+    return *trained(
+        [{"method": "full", "family": name, "steps": 4, "dtype": dtype} for name, dtype in types.items()], folder
+    ), folder
+
+
+@pytest.mark.parametrize("number", range(len(FULLY)), ids=FULLY)
+def test_every_kind_of_model_is_fully_trained_in_shares(number, fully_by_model):
+    check_equal(*fully_by_model, number, *((1e-10, 1e-6) if in_float64(FULLY[number]) else (1e-6, 1e-3)))
+
+
+def test_what_full_does_not_train_is_refused_in_shares():
+    cases = [
+        {"method": "full", "family": name, "engine": "fsdp", "steps": 1} for name in ("Mamba 2", "masks with learned numbers")
+    ]
+    for result in (result for of_process in run_group(cases, 2) for result in of_process):
+        assert "RecipeError: distributed.engine: fsdp cannot train full of" in result["error"]
+
+
+OBJECTIVES = [
+    {"objective": name, "family": family, "method": method}
+    for name in ("sft", "dpo", "kto")
+    for family in ("llama", "llama-tied")
+    for method in ("lora", "full")
+]
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +102,10 @@ RUNS = {
     "kto, recomputed": ["objective=kto", "data.train=judged.jsonl", "train.recompute=full"],
     "dora": ["method=dora"],
     "from a start": ["objective=dpo", "data.train=pairs.jsonl", "start=one/sft"],
+    "full": ["method={name: full}", "certify=true", "train.lr=5e-3", "train.epochs=6"],
+    "full, no certificate": ["method={name: full}"],
+    "full, kto": ["method={name: full}", "objective=kto", "data.train=judged.jsonl"],
+    "full, from a start": ["method={name: full}", "objective=dpo", "data.train=pairs.jsonl", "start=one/full"],
 }
 FSDP = "distributed.engine=fsdp"
 
@@ -87,9 +129,17 @@ def made(tmp_path_factory):
             jobs.append({"words": [*words, f"distributed.engine={first}"], "interrupted_at": 2})
             jobs.append([*words, f"distributed.engine={then}"])
         jobs.append({"words": [*RUNS["dpo"], "output=two/to one", FSDP], "interrupted_at": 2})
+        for first, then in (("ddp", "fsdp"), ("fsdp", "ddp")):
+            words = [*RUNS["full, no certificate"], f"output=two/full, {first} to {then}"]
+            jobs.append({"words": [*words, f"distributed.engine={first}"], "interrupted_at": 3})
+            jobs.append([*words, f"distributed.engine={then}"])
+        three = [*RUNS["full, no certificate"], "output=two/full, to one, to three", FSDP]
+        jobs.append({"words": three, "interrupted_at": 2})
         jobs.append([*RUNS["dpo"], "output=two/refused", FSDP, "method=prompt"])
         said = run_together(folder, jobs)
         train_alone(folder, [*RUNS["dpo"], "output=two/to one"])
+        assert run_together(folder, [{"words": three, "interrupted_at": 5}], 1)[0][0]["status"] == "interrupted"
+        assert run_together(folder, [three], 3)[0][0]["status"] == "done"
         yield folder, said
 
 
@@ -112,11 +162,17 @@ def test_answers_of_samples_are_the_same(made):
     assert len(answers[0]) > 1
 
 
-@pytest.mark.parametrize("name", ["ddp to fsdp", "fsdp to ddp", "to one"])
+RESUMED = ["ddp to fsdp", "fsdp to ddp", "to one", "full, ddp to fsdp", "full, fsdp to ddp", "full, to one, to three"]
+
+
+@pytest.mark.parametrize("name", RESUMED)
 def test_runs_are_resumed_by_another_engine(name, made):
     folder, said = made
-    assert [one["status"] for one in said[0][len(RUNS) : -1]] == ["interrupted", "done"] * 2 + ["interrupted"]
-    losses, adapters = off(folder / "two" / name, folder / "one" / "dpo")
+    statuses = ["interrupted", "done"] * 2 + ["interrupted"]
+    assert [one["status"] for one in said[0][len(RUNS) : -1]] == 2 * statuses
+    losses, adapters = off(
+        folder / "two" / name, folder / "one" / ("full, no certificate" if name.startswith("full") else "dpo")
+    )
     assert losses < 1e-5
     assert adapters < 1e-4
 
@@ -135,12 +191,19 @@ def test_what_was_trained_merges(made):
 
 
 def test_each_of_two_machines_holds_the_whole_base_in_shares():
-    (alone,) = run_group([{"steps": 4}], 1)
-    group = run_group([{"steps": 4, "engine": "fsdp"}], 4, here=2)
-    for (result,) in group:
-        assert result["held"]["layers"] == alone[0]["before"]["layers"] / 2
-        assert result["digests"] == group[0][0]["digests"]
-        assert [loss for loss, _ in result["losses"]] == pytest.approx([loss for loss, _ in alone[0]["losses"]], rel=1e-6)
+    cases = [{"steps": 4}, {"steps": 6, "method": "full", "resumed_after": 2}]
+    (alone,) = run_group(cases, 1)
+    alone_of_machines = [{**case, "engine": "fsdp"} for case in cases]
+    group = run_group([*alone_of_machines, {**alone_of_machines[1], "broken": "machines"}], 4, here=2)
+    for *results, broken in group:
+        for number, (result, one) in enumerate(zip(results, alone, strict=True)):
+            assert result["held"]["layers"] == one["before"]["layers"] / 2
+            assert result["digests"] == group[0][number]["digests"]
+            for column in (0, 1):
+                ours, theirs = ([step[column] for step in of["losses"]] for of in (result, one))
+                assert ours == pytest.approx(theirs, rel=1e-6 if column == 0 else 1e-5)
+        assert results[1]["moments"] == pytest.approx(alone[1]["moments"] / 2, abs=16)
+        assert broken["error"].startswith("RecipeError: PyTorch")
 
 
 def test_unequal_passes_end_by_an_error_and_do_not_hang():

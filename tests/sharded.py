@@ -81,12 +81,13 @@ def _memory(level: str) -> Any:
     return MemoryPlan(64, costs, 1.0 if level != "full" else 0.0, 1e6, 0.0, 0.0, "")
 
 
-def trained(case: dict[str, Any]) -> dict[str, Any]:
+def trained(case: dict[str, Any], patch: Any) -> dict[str, Any]:
     """Train an adapter by what a case says; what came of it."""
     import torch
     from families import method_of, perturb
     from invariants.suite import FORKED, JUDGED, PAIRS, ROWS, SAMPLE
 
+    from trimtab.artifacts import write_tensors
     from trimtab.base import Base, ModelConfig
     from trimtab.core.processes import processes
     from trimtab.data import pack_all
@@ -96,7 +97,7 @@ def trained(case: dict[str, Any]) -> dict[str, Any]:
     from trimtab.evaluate.reference import logprobs
     from trimtab.methods import Method, attach
     from trimtab.objectives import Objective
-    from trimtab.train import TrainConfig, train
+    from trimtab.train import TrainConfig, optimizer_bytes, train
 
     base = Base(_model(case))
     _ = base.fingerprint
@@ -116,17 +117,25 @@ def trained(case: dict[str, Any]) -> dict[str, Any]:
     engine.prepare(base, adapter, model)
     packs = pack_all(rows, case.get("pack_tokens", 24))
     calls = _counted_layers()
-    _break(case.get("broken"), base)
+    _break(case.get("broken"), base, patch)
     memory = _memory(case["recompute"]) if "recompute" in case else None
     steps, optimizer = [packs] * case.get("steps", STEPS), engine.optimizer(adapter, config)
-    losses = [
-        [step.loss, step.grad_norm]
-        for step in train(base, adapter, objective, steps, config, case.get("lr", 2e-3), memory, optimizer)
-    ]
+    losses = []
+    for step in train(base, adapter, objective, steps, config, case.get("lr", 2e-3), memory, optimizer):
+        losses.append([step.loss, step.grad_norm])
+        if step.number == case.get("resumed_after"):
+            break
+    if "resumed_after" in case:
+        optimizer = _resumed(optimizer, engine.optimizer(adapter, config))
+        rest = train(base, adapter, objective, steps, config, case.get("lr", 2e-3), memory, optimizer)
+        losses += [[step.loss, step.grad_norm] for step in rest]
     result = {
         "losses": losses,
+        "trained": _bytes_of(base.model, trained=True),
+        "moments": sum(t.nbytes for held in optimizer._states() for t in held.values() if hasattr(t, "nbytes") and t.ndim),
+        "planned": [optimizer_bytes(base, config, of_all=of_all) for of_all in (False, True)],
         "packs": len(packs),
-        "digests": _digests(adapter),
+        "digests": [*optimizer.digests().values()],
         "held": _bytes_of(base.model),
         "kept": sum(t.untyped_storage().nbytes() for t in {id(t): t for t in base._frozen_weights.values()}.values()),
         "before": before,
@@ -143,29 +152,43 @@ def trained(case: dict[str, Any]) -> dict[str, Any]:
             list(map(int, a)) for a in generate(base.model, [rows[0].ids[:4], rows[1].ids[:6]], (2,), max_new_tokens=6)
         ]
     base.check_unchanged()
+    if case.get("broken") == "save":  # what this process has
+        write_tensors(Path(case["tensors"]), optimizer.named)
+    state = optimizer.state()
     if processes.first and "tensors" in case:
         from safetensors.torch import save_file
 
-        save_file(adapter.state(), case["tensors"])
+        with optimizer.whole_in(state):
+            save_file(adapter.state(), case["tensors"])
     processes.equal_passes = False
     base.release()
     result["after release"] = _bytes_of(base.model)
     return result
 
 
-def _digests(adapter: Any) -> list[str]:
-    from trimtab.artifacts import sha256_tensor
+def _resumed(before: Any, optimizer: Any) -> Any:
+    """The optimizer after the steps of another, by what that has saved: its values, which the weights have no longer, too."""
+    import torch
 
-    return [sha256_tensor(p) for p in adapter.parameters().values()]
+    from trimtab.core.processes import processes
+
+    state = {name: tensor.clone() for name, tensor in processes.tensors_of_first(before.state()).items()}
+    with torch.no_grad():
+        for part in before.parameters:
+            part.fill_(7.0)
+    optimizer.load(state, before.taken)
+    return optimizer
 
 
-def _bytes_of(model: Any) -> dict[str, int]:
-    """Of the frozen weights that this process holds, in the model's layers and elsewhere."""
+def _bytes_of(model: Any, *, trained: bool = False) -> dict[str, int]:
+    """Of the frozen weights that this process holds, in the model's layers and elsewhere; or of those that are trained."""
     held = {"layers": 0, "elsewhere": 0}
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
+        if parameter.requires_grad is trained:
             local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
-            held["layers" if ".layers." in name or ".h." in name else "elsewhere"] += local.untyped_storage().nbytes()
+            held["layers" if ".layers." in name or ".h." in name else "elsewhere"] += (
+                local.nbytes if trained else local.untyped_storage().nbytes()
+            )
     return held
 
 
@@ -183,24 +206,39 @@ def _counted_layers() -> dict[str, int]:
     return calls
 
 
-def _break(what: str | None, base: Any) -> None:
+def _break(what: str | None, base: Any, patch: Any) -> None:
     """Let something go wrong, that has to be noticed."""
     import torch
 
     from trimtab.core.processes import processes
+    from trimtab.distributed import _shared_optimizer
+    from trimtab.distributed._shared_optimizer import SharedOptimizer, _Stretch
     from trimtab.train import Optimizer
 
     if what == "sum":
-        Optimizer.sum_gradients = lambda self: None
+        patch.setattr(Optimizer, "sum_gradients", lambda self: None)
     elif what == "base":
         with torch.no_grad():
             next(t for name, t in base._frozen_weights.items() if ".layers." in name).add_(1.0)
+    elif what in ("mean", "sync"):  # the latter as of a backward pass of which FSDP is told that others follow
+        for module in base.model.modules():
+            if hasattr(module, "set_gradient_divide_factor"):
+                module.set_gradient_divide_factor(float(processes.size)) if what == "mean" else (
+                    module.set_requires_gradient_sync(False)
+                )
+    elif what == "norm":
+        patch.setattr(SharedOptimizer, "clip", Optimizer.clip)
+    elif what == "machines":
+        patch.setattr(_shared_optimizer, "_same_places", lambda mesh: None)
+    elif what == "stretch":
+        patch.setattr(_Stretch, "send", lambda self: None)
     elif what == "passes":  # one more in the first process
         own = processes.turns
-        processes.turns = lambda costs: own(costs) + own(costs)[:1] if processes.first else own(costs)
+        patch.setattr(processes, "turns", lambda costs: own(costs) + own(costs)[:1] if processes.first else own(costs))
 
 
 def main() -> None:
+    import pytest
     import torch
 
     from trimtab.core import processes as core
@@ -215,7 +253,8 @@ def main() -> None:
     processes.open()
     for case in cases:
         try:
-            results.append(trained(case))
+            with pytest.MonkeyPatch.context() as patch:
+                results.append(trained(case, patch))
         except TrimtabError as error:
             results.append({"error": f"{type(error).__name__}: {error}"})
         except Exception as error:

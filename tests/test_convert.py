@@ -517,7 +517,7 @@ def test_a_tool_knows_its_options_and_accounts_for_each_of_them(tool, tmp_path):
         ({"deepspeed": "deepspeed_configs/zero1.json"}, "zero1", False),
         ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "zero3", False),
         ({"deepspeed": "ds_z0.json"}, "ddp", False),
-        ({"deepspeed": "ds_z3.json", "finetuning_type": "full"}, "zero2", False),
+        ({"deepspeed": "ds_z3.json", "finetuning_type": "full"}, "fsdp", False),
         ({"fsdp": "full_shard auto_wrap", "fsdp_config": {"min_num_params": 0}}, "fsdp", False),
         ({"ddp_timeout": 180000000}, None, False),
     ],

@@ -10,7 +10,7 @@ from sharded import run_group
 from trimtab.base import ModelConfig
 from trimtab.core.errors import ArtifactError, RecipeError
 from trimtab.core.processes import processes
-from trimtab.distributed import Engine, auto
+from trimtab.distributed import Engine, _full_shares, auto
 from trimtab.distributed._shares import REFUSED
 from trimtab.methods import Method
 from trimtab.objectives import Objective
@@ -51,10 +51,34 @@ def check_equal(alone, group, folder, number, losses=1e-6, adapter=1e-4):
     assert several[0]["scores"] == pytest.approx(one["scores"], rel=1e-4)
 
 
+FULL = {
+    "sft, resumed": {"steps": 10, "resumed_after": 4},
+    "dpo, tied, clipped": {"objective": "dpo", "steps": 4, "family": "llama-tied", "train": {"clip": 0.01}},
+    "some of it by kto, in unequal turns, recomputed": {
+        "method": {"name": "full", "freeze": ["embed_tokens", "layers.0"]},
+        "objective": "kto",
+        "steps": 4,
+        "pack_tokens": 16,
+        "recompute": "full",
+    },
+    "bfloat16": {"steps": 3, "dtype": "bfloat16"},
+}
+"""Full fine-tuning, of which the trained copies of layers are divided, too."""
+BROKEN = ("base", "sum")
+BROKEN_FULL = ("mean", "sync", "norm", "stretch", "save")
+
+
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fsdp")
-    return *trained([*CASES.values(), {"steps": 2, "broken": "base"}, {"steps": 2, "broken": "sum"}], folder), folder
+    cases = [*CASES.values(), *({"steps": 2, "broken": what} for what in BROKEN)]
+    cases += [{"method": "full", **case} for case in FULL.values()]
+    cases += [{"method": "full", "steps": 1, "broken": what} for what in BROKEN_FULL]
+    return *trained(cases, folder), folder
+
+
+FIRST_FULL = len(CASES) + len(BROKEN)
+FIRST_BROKEN_FULL = FIRST_FULL + len(FULL)
 
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=CASES)
@@ -100,7 +124,80 @@ def test_gradients_that_nobody_sums_are_noticed(work):
     alone, group, folder = work
     with pytest.raises(AssertionError):
         check_equal(alone, group, folder, len(CASES) + 1)
-    assert group[0][-1]["digests"] != group[1][-1]["digests"]
+    assert group[0][len(CASES) + 1]["digests"] != group[1][len(CASES) + 1]["digests"]
+
+
+@pytest.mark.parametrize("number", range(FIRST_FULL, FIRST_BROKEN_FULL), ids=FULL)
+def test_full_fine_tuning_in_shares_trains_what_one_process_does(number, work):
+    alone, group, _ = work
+    check_equal(*work, number)
+    for ours, theirs in zip(group[0][number]["losses"], alone[number]["losses"], strict=True):
+        assert ours[1] == pytest.approx(theirs[1], rel=1e-5)  # of which updates by AdamW show little
+
+
+@pytest.mark.parametrize("number", range(FIRST_FULL, FIRST_BROKEN_FULL), ids=FULL)
+def test_each_holds_a_share_of_what_full_trains(number, work):
+    alone, group, _ = work
+    for of_process in (one[number] for one in group):
+        one = alone[number]
+        assert of_process["held"]["layers"] == one["before"]["layers"] / 2
+        vectors = one["trained"]["layers"] - 2 * (one["trained"]["layers"] - of_process["trained"]["layers"])
+        assert 0 < vectors < 0.1 * one["trained"]["layers"]  # whole, as all that is in no layer
+        assert of_process["trained"]["elsewhere"] == one["trained"]["elsewhere"]
+        assert of_process["moments"] == pytest.approx(one["moments"] / 2, abs=16)
+        assert of_process["planned"] == [pytest.approx(one["planned"][0] / 2, abs=1), one["planned"][1]]
+        assert of_process["planned"][0] == pytest.approx(of_process["moments"], abs=16)
+        assert of_process["after release"] == {"layers": 0, "elsewhere": 0}
+        assert of_process["by hand"] > 0
+
+
+def broken_full(what, work):
+    alone, group, _ = work
+    number = FIRST_BROKEN_FULL + BROKEN_FULL.index(what)
+    return alone[number], [of_process[number] for of_process in group]
+
+
+@pytest.mark.parametrize("what", ["mean", "sync"])
+def test_gradients_that_fsdp_does_not_add_up_are_refused(what, work):
+    for of_process in broken_full(what, work)[1]:
+        assert of_process["error"].startswith("RecipeError: PyTorch 2."), of_process
+        assert "does not add up the gradients of" in of_process["error"]
+
+
+def test_a_norm_of_one_share_is_noticed(work):
+    one, several = broken_full("norm", work)
+    assert several[0]["losses"][0][1] != pytest.approx(one["losses"][0][1], rel=1e-2)
+    assert several[0]["losses"][0][1] != several[1]["losses"][0][1]
+
+
+def test_updates_that_are_not_sent_are_noticed_by_digests(work):
+    _, several = broken_full("stretch", work)
+    assert several[0]["digests"] != several[1]["digests"]
+
+
+def test_a_share_is_not_saved_as_an_adapter(work):
+    one, several = broken_full("save", work)
+    assert "error" not in one
+    for of_process in several:
+        assert of_process["error"].startswith("ArtifactError: ")
+        assert "is not whole on this process, and is not saved" in of_process["error"]
+
+
+def test_full_fine_tuning_is_divided_only_if_its_optimizer_can_be():
+    check(method=Method.pick("full"))
+    with pytest.raises(RecipeError, match=r"^train\.optimizer: muon updates whole matrices.*adamw.*ddp"):
+        check(method=Method.pick("full"), train=TrainConfig(optimizer="muon"))
+    with pytest.raises(RecipeError, match=r"^distributed\.engine: zero3 cannot train full: .*fsdp"):
+        Engine.pick("zero3").check(ModelConfig(name="tiny"), Method.pick("full"), Objective.pick("sft"), TrainConfig())
+
+
+def test_full_fine_tuning_needs_an_fsdp_that_adds_up(monkeypatch):
+    from torch.distributed.fsdp import FSDPModule
+
+    _full_shares.check_torch()
+    monkeypatch.delattr(FSDPModule, "set_reduce_scatter_unused_params")
+    with pytest.raises(RecipeError, match=r"whose FSDP has no set_reduce_scatter_unused_params\. Install 2\.13"):
+        _full_shares.check_torch()
 
 
 def check(**changes):
@@ -119,14 +216,23 @@ def test_methods_that_it_cannot_train_are_refused_with_one_that_can(name):
         check(method=Method.pick(name))
 
 
-@pytest.mark.parametrize(("fits", "quantize", "name"), [(True, "none", "ddp"), (False, "none", "fsdp"), (False, "nf4", "ddp")])
-def test_auto_divides_a_base_that_does_not_fit_on_every_device(fits, quantize, name, monkeypatch):
-    """One process whose device is full decides for all; quantized bases are not divided."""
+@pytest.mark.parametrize(
+    ("free", "quantize", "method", "name"),
+    [
+        (1e9, "none", "lora", "ddp"),
+        (1e3, "none", "lora", "fsdp"),
+        (1e3, "nf4", "lora", "ddp"),
+        (1e9, "none", "full", "fsdp"),
+        (4e9, "none", "full", "ddp"),
+    ],
+)
+def test_auto_divides_a_base_that_does_not_fit_on_every_device(free, quantize, method, name, monkeypatch):
+    """One process whose device is full decides for all; quantized bases are not divided. Full fine-tuning takes 18 bytes a weight."""
     monkeypatch.setattr(type(auto.processes), "size", 2)
     monkeypatch.setattr(auto.processes, "tell", lambda own: [own, True])
-    monkeypatch.setattr(auto, "free_memory", lambda device: 1e9 if fits else 1e3)
+    monkeypatch.setattr(auto, "free_memory", lambda device: free)
     chosen = Engine.pick("auto").choose(
-        ModelConfig(name="smollm2-135m-instruct", dtype="bfloat16", quantize=quantize), Method.pick("lora")
+        ModelConfig(name="smollm2-135m-instruct", dtype="bfloat16", quantize=quantize), Method.pick(method)
     )
     assert chosen.name == name
 

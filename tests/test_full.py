@@ -1,12 +1,14 @@
 """Full fine-tuning is what plain torch does with a model whose parameters require gradients, to the last digits."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
 from families import FAMILIES, logprob_alone, perturb, random_rows, tiny
+from kinds import KINDS
 from torch import nn
 
 from trimtab.base import Base
@@ -16,6 +18,7 @@ from trimtab.data import pack_all, pack_flat
 from trimtab.data.example import TokenRow
 from trimtab.deploy import load_adapter, merge, save_adapter
 from trimtab.engine import pack_logprobs
+from trimtab.engine.patching import unfused
 from trimtab.methods import attach
 from trimtab.methods.full import Full
 from trimtab.methods.lora import LoRA
@@ -75,6 +78,27 @@ def test_gradients_of_all_parameters_are_those_of_the_plain_model(make, toleranc
     for name, parameter in adapter.parameters().items():
         torch.testing.assert_close(parameter.grad, expected[name], rtol=tolerance, atol=tolerance, msg=name)
     assert all(p.grad is None for layer in adapter.layers.values() for p in layer.base.parameters())
+
+
+@pytest.mark.parametrize("kind", ["chunks, counted tokens", "head sizes by layer, shared keys"])
+def test_copies_act_in_norms_that_layers_by_hand_call(kind):
+    """Which compute by the module that they stand in, or by its twin with the copies."""
+    model = KINDS[kind]()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.2)
+    adapter = attach(model.eval().requires_grad_(False).double(), Full())
+    perturb(adapter.parameters(), 0.1)
+    pack, found = pack_flat(ROWS), []
+    for computed in (nullcontext, unfused):
+        with computed():
+            pack_logprobs(model, pack).sum().backward()
+        found.append({name: parameter.grad for name, parameter in adapter.parameters().items()})
+        for parameter in adapter.parameters().values():
+            parameter.grad = None
+    assert [name for name, gradient in found[0].items() if gradient is None] == []
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(gradient, found[1][name], rtol=1e-6, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama-tied"])

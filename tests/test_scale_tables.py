@@ -160,6 +160,15 @@ def test_memory_is_the_sum_of_its_parts():
     assert expected - four_bits == pytest.approx(28 * 0.23304 * (2 - 4.127 / 8) - 2 * 3584 * 18_944 / 1e9, rel=2e-3)
 
 
+def test_memory_of_full_fine_tuning_in_shares():
+    """Worked by hand for the 7B model on 8 GPUs: 6.525 G of its 7.616 G parameters are matrices of layers."""
+    shape = costs.shape_of("Qwen2.5-7B")
+    divided, whole, layer = 18 / 8 * 6.5251, (2 + 8 + 8 / 8) * (7.6156 - 6.5251), 14 * 0.23306
+    assert costs.full_bytes(shape, "fsdp", 8) / 1e9 == pytest.approx(divided + whole + layer, rel=1e-3)
+    assert costs.full_bytes(shape, "fsdp", 64) == costs.full_bytes(shape, "fsdp", 8)  # within a node
+    assert costs.full_bytes(shape, "ddp", 8) == 18 * shape.total
+
+
 def rows_of(lengths):
     draw = random.Random(1)
     return [TokenRow([draw.randrange(50_000) for _ in range(n + 1)], [n], f"row {number}") for number, n in enumerate(lengths)]

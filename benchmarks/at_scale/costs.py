@@ -145,6 +145,20 @@ def adapter_bytes(engine: Engine, processes: int) -> float:
     return 8 + 12 / processes if engine in ("zero1", "zero2") else 16.0
 
 
+def full_bytes(shape: Shape, engine: Engine, processes: int, on: Machine = H100) -> float:
+    """Weights, gradients and optimizer of `method: full`: a float32 copy of every weight is trained, beside the base in bfloat16.
+
+    fsdp divides matrices of layers and their copies; of the rest, what the optimizer holds. Two layers are gathered in bfloat16; one has a
+    gradient, and of two, gradients are added in float32.
+    """
+    if engine != "fsdp":
+        return (2 + adapter_bytes(engine, processes)) * shape.total
+    group = min(processes, on.node)
+    divided = shape.layers * shape.matrices
+    passing = (2 * 2 + 2 + 2 * 4) * shape.layer
+    return (2 + 16) / group * divided + (2 + 8 + 8 / group) * (shape.total - divided) + passing
+
+
 NF4 = 0.5 + (1 + 4 / 256) / 64
 """Bytes a weight: 4 bits, a scale of 8 bits for 64 weights, and one of 32 bits for 256 of those."""
 

@@ -9,9 +9,9 @@ from at_scale.costs import (
     RANK,
     Engine,
     Shape,
-    adapter_bytes,
     all_reduce,
     exposed_gathers,
+    full_bytes,
     gather,
     kept_by_a_layer,
     level_that_fits,
@@ -34,7 +34,7 @@ MEAN, ROW = 177, 309
 ENGINES: tuple[Engine, ...] = ("ddp", "zero2", "fsdp", "zero3", "nf4")
 LARGEST = 32_768
 """Tokens of a pack, at most (`engine/memory_trial.py`)."""
-FULL: tuple[Engine, ...] = ("ddp", "zero2")
+FULL: tuple[Engine, ...] = ("ddp", "zero2", "fsdp")
 AGAIN: dict[Level, str] = {"none": "", "mlp": ", MLPs again", "full": ", all again"}
 
 
@@ -123,9 +123,9 @@ def trained_whole() -> str:
     rows = []
     for name in list(CONFIGS)[:2]:
         for processes in (1, 4, 8, 64):
-            cells = [f"{(2 + adapter_bytes(engine, processes)) * shape_of(name).total / 1e9:.0f}" for engine in FULL]
-            rows.append([name, str(processes), *([cells[0], "–"] if processes == 1 else cells)])
-    return _table(["model", "GPUs", "ddp", "zero1, zero2"], 1, rows)
+            cells = [f"{full_bytes(shape_of(name), engine, processes) / 1e9:.0f}" for engine in FULL]
+            rows.append([name, str(processes), *([cells[0], "–", "–"] if processes == 1 else cells)])
+    return _table(["model", "GPUs", "ddp", "zero1, zero2", "fsdp"], 1, rows)
 
 
 def sent() -> str:

@@ -139,13 +139,13 @@ class Processes:
 
     # Exchanges
 
-    def sum_(self, tensor: "Tensor") -> None:
-        """Replace a tensor by its sum over all processes, which is the same to the bit in all of them."""
+    def sum_(self, tensor: "Tensor", group: Any = None) -> None:
+        """Replace a tensor by its sum over all processes, or a group of torch's, which is the same to the bit in all of them."""
         if self.size > 1:
             import torch.distributed as dist
 
             with self._waiting():
-                dist.all_reduce(tensor)
+                dist.all_reduce(tensor, group=group)
 
     def from_first_(self, tensor: "Tensor") -> None:
         """Replace a tensor by that of the first process."""

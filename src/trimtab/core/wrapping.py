@@ -76,6 +76,23 @@ def whole_shape(weight: Tensor) -> tuple[int, ...]:
     return tuple(getattr(weight, "ds_shape", weight.shape))
 
 
+def is_divided(weight: Tensor) -> bool:
+    """Whether processes hold shares of a weight, as FSDP divides it."""
+    return hasattr(weight, "device_mesh")
+
+
+def held_bytes(weight: Any) -> int:
+    """Bytes of a weight that this process holds: of one that is divided, its share's."""
+    held: Tensor = weight.detach().to_local() if is_divided(weight) else weight
+    return held.nbytes
+
+
+def whole_tensor(weight: Any) -> Tensor:
+    """All of a weight that may be divided: then all processes ask for it together."""
+    whole: Tensor = weight.detach().full_tensor() if is_divided(weight) else weight
+    return whole
+
+
 @contextmanager
 def own_modules_in_place(model: nn.Module) -> Iterator[None]:
     """Within the block, the model's own modules stand where the adapter layers around them do: for code that looks for its parameters."""

@@ -1,6 +1,7 @@
 """What an engine of a recipe's `distributed` is: how several processes hold the base model, and what makes updates of their gradients.
 
-An adapter is whole on every process, and its gradients are summed once a step, by the loop. Engines differ in the rest.
+An adapter is whole on every process, and its gradients are summed once a step, by the loop. Engines differ in the rest; and one divides what
+`full` trains, which is as much as the base.
 """
 
 from typing import ClassVar

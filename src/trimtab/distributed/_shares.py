@@ -21,12 +21,7 @@ _PROMPT = (
     "the keys of its virtual tokens leave a layer beside its output, where no gradient gathers the layer again. Use prefix or ptuning_v2, "
     "or distributed.engine=ddp."
 )
-REFUSED = {
-    "full": "it trains copies of all weights, which every device would hold whole, in more memory than the base that is divided. Use "
-    "zero2, which divides what their optimizer holds, or ddp; or a method that trains less, such as lora with a high rank.",
-    "prompt": _PROMPT,
-    "ptuning": _PROMPT,
-}
+REFUSED = {"prompt": _PROMPT, "ptuning": _PROMPT}
 """Methods that are refused, and why."""
 
 
@@ -68,12 +63,12 @@ class SharedBase(Engine):
         super().prepare(base, adapter, model)
         if processes.size == 1:
             return
-        self.divide(base, resolve_device(model))
+        self.divide(base, adapter, resolve_device(model))
         base.requested_device = model.device
         processes.equal_passes = True
 
     @abstractmethod
-    def divide(self, base: Base, device: torch.device) -> None:
+    def divide(self, base: Base, adapter: Attached, device: torch.device) -> None:
         """Leave each process its share of the base's layers, and the rest whole, on its device.
 
         Raises:

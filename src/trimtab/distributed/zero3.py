@@ -11,12 +11,16 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from trimtab.base import Base
+from trimtab.base import Base, ModelConfig
 from trimtab.core.errors import RecipeError
 from trimtab.core.wrapping import own_modules_in_place, trunk_of, unwrap
 from trimtab.distributed._deepspeed import DeepSpeedEngine, imported, initialize
+from trimtab.distributed._full_shares import FULL
 from trimtab.distributed._shares import INSTEAD, SharedBase, kept_whole, outermost, parameters_of
 from trimtab.engine.patching import layers_of
+from trimtab.methods import Attached, Method
+from trimtab.objectives import Objective
+from trimtab.train import TrainConfig
 
 PREFETCHED = 50_000_000
 """Numbers that are gathered ahead, unless the configuration says otherwise."""
@@ -29,7 +33,15 @@ class ZeRO3(SharedBase, DeepSpeedEngine):
     stage: ClassVar[int] = 3
     divides: ClassVar[str] = "the base model's layers are"
 
-    def divide(self, base: Base, device: torch.device) -> None:
+    def check(self, model: ModelConfig, method: Method, objective: Objective, train: TrainConfig) -> None:
+        if method.name == FULL:
+            raise RecipeError(
+                "distributed.engine: zero3 cannot train full: it divides frozen weights alone, and every device would hold the trained copies "
+                "whole. Use distributed.engine=fsdp, which divides those as well."
+            )
+        super().check(model, method, objective, train)
+
+    def divide(self, base: Base, adapter: Attached, device: torch.device) -> None:
         share(base, device, self.told())
 
 

@@ -153,6 +153,10 @@ class PatchedPartForward:
     def __init__(self, module: Any, part: NormPart | AttentionPart | MLPPart) -> None:
         self.module, self.part = module, part
 
+    def of_twin(self, twin: Any) -> "PatchedPartForward":
+        """The same of a module that has other weights."""
+        return PatchedPartForward(twin, self.part)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         part, own = self.part, self.module
         x = args[0] if args else kwargs.get("hidden_states")

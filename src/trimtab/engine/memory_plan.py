@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple, Protocol, Self
 from trimtab.base.available_memory import free_memory
 from trimtab.core.errors import RecipeError
 from trimtab.core.processes import processes
+from trimtab.core.wrapping import held_bytes
 from trimtab.data.pack import Pack
 from trimtab.engine.memory_probe import CountedPacks, MemoryCost, MemoryProfile, left_beside_gathered
 from trimtab.engine.memory_trial import TriedPacks, device_memory
@@ -123,7 +124,7 @@ def plan_memory(
     """
     measure = measure or measure_for(model)
     free = left_beside_gathered(model, free_memory(next(model.parameters()).device)) if free is None else free
-    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    trained = sum(held_bytes(p) for p in model.parameters() if p.requires_grad)
     held = trained + optimizer_bytes
     budget = _budget(measure, free, trained, held)
     asked = pack_tokens if pack_tokens != "auto" else None

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from trimtab.core.process import gc_paused
 from trimtab.core.processes import processes
 from trimtab.core.randomness import seeded
-from trimtab.core.wrapping import whole_shape
+from trimtab.core.wrapping import is_divided, whole_shape
 from trimtab.data.example import TokenRow
 from trimtab.data.pack import Pack, pack_flat
 from trimtab.engine import head
@@ -76,11 +76,16 @@ def left_beside_gathered(model: Any, free: float) -> float:
     """Of the free memory, what training may take: the same in all processes that share layers, which hold a few of those whole at a time."""
     if not processes.equal_passes:
         return free
-    layers = (
-        sum(math.prod(whole_shape(p)) * p.itemsize for p in layer.parameters() if not p.requires_grad)
+    sizes = (
+        sum(
+            math.prod(whole_shape(p)) * p.itemsize
+            for p in layer.parameters()
+            if p.requires_grad is trained and (not trained or is_divided(p))
+        )
         for layer in layers_of(model)
+        for trained in (False, True)
     )
-    return float(min(processes.tell(free))) - GATHERED * max(layers, default=0.0)
+    return float(min(processes.tell(free))) - GATHERED * max(sizes, default=0.0)
 
 
 class CountedPacks(NamedTuple):

@@ -217,6 +217,8 @@ def _without_hooks(model: nn.Module) -> Iterator[None]:
             own[name] = hooks
 
 
+_GATHERING = ("torch.distributed.fsdp.", "deepspeed.", "trimtab.distributed.")
+"""Packages of hooks that gather a layer's weights."""
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -243,8 +245,8 @@ def _is_hooked(module: nn.Module) -> bool:
 
 
 def _is_shared(layer: nn.Module) -> bool:
-    """Whether the only hooks on a layer are those of FSDP or ZeRO-3, which gather its weights before it computes, however it does, and free
-    them."""
+    """Whether the only hooks on a layer are those that gather its weights before it computes, however it does, and free them: of FSDP, ZeRO-3,
+    or `distributed`."""
     hooks = [hook for name in _HOOKS for hook in vars(layer)[name].values()]
     owners = [type(hook.__self__) if hasattr(hook, "__self__") else hook for hook in hooks]
-    return bool(hooks) and all(str(owner.__module__).startswith(("torch.distributed.fsdp.", "deepspeed.")) for owner in owners)
+    return bool(hooks) and all(str(owner.__module__).startswith(_GATHERING) for owner in owners)

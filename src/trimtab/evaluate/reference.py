@@ -23,6 +23,7 @@ from trimtab.base import Base
 from trimtab.core import cache, files
 from trimtab.core.errors import ArtifactError, NonFinite, RecipeError, StorageError, WrongReference
 from trimtab.core.processes import processes
+from trimtab.core.wrapping import whole_tensor
 from trimtab.data import pack_all
 from trimtab.data.example import TokenRow
 from trimtab.deploy import adapter_folder, load_adapter, versions
@@ -173,7 +174,7 @@ def _identity(base: Base, adapter: Attached | None) -> str:
     parts: dict[str, Any] = {"base": base.fingerprint, "method": None, "tensors": []}
     if adapter is not None:
         parts["method"] = adapter.method.plain()
-        parts["tensors"] = [(name, sha256_tensor(tensor)) for name, tensor in sorted(adapter.state().items())]
+        parts["tensors"] = [(name, sha256_tensor(whole_tensor(p))) for name, p in sorted(adapter.parameters().items())]
     return files.json_digest(parts)
 
 

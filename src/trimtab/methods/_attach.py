@@ -42,6 +42,8 @@ class Attached(MergeableAdapter, Described):
         """The adapter's layers by the path of the module they adapt."""
         self.trained = False
         """Its values have been trained, or loaded: a fresh adapter's reference is the base, a trained one's is itself."""
+        self.shares = 1
+        """Among how many processes an engine divides what it trains, and the optimizer's state of that."""
         self.switch = Switch()
         for layer in layers.values():
             layer.switch = self.switch

@@ -53,6 +53,8 @@ def with_parameters(module: nn.Module, values: Mapping[str, Tensor]) -> nn.Modul
         twin._modules = {**module._modules, "base": with_parameters(module.base, values)}
     else:
         twin._parameters = {**module._parameters, **values}  # type: ignore[dict-item]
+        if hasattr(patched := vars(twin).get("forward"), "of_twin"):  # it would compute with the module's own
+            twin.forward = patched.of_twin(twin)  # type: ignore[union-attr]
     return twin
 
 

@@ -44,9 +44,9 @@ def _deepspeed(settings: Settings, given: Any) -> None:
 
 
 def _write(settings: Settings, name: str, engine: str, said: str = "") -> str:
-    """The engine, or for full fine-tuning, whose copies of the weights are not divided, zero2."""
-    if engine in ("zero3", "fsdp") and "full" in (settings.recipe.get("method"), settings.recipe.get("method.name")):
-        engine, said = "zero2", f"{engine} does not train full; zero2 divides what its optimizer holds"
+    """The engine, or for full fine-tuning, which is not divided by zero3, fsdp."""
+    if engine == "zero3" and "full" in (settings.recipe.get("method"), settings.recipe.get("method.name")):
+        engine, said = "fsdp", "zero3 does not train full; fsdp divides weights, gradients and the optimizer's state"
     settings.write(name, "distributed.engine", engine, said)
     return engine
 

@@ -153,7 +153,8 @@ class Checkpointer:
         with interrupts_deferred():
             if processes.first:
                 if not (folder / name).exists():  # it does if writing the state failed before
-                    save_adapter(self.prepared.base, self.optimizer.adapter, folder / name, facts, tokenizer=False)
+                    with self.optimizer.whole_in(state.tensors):
+                        save_adapter(self.prepared.base, self.optimizer.adapter, folder / name, facts, tokenizer=False)
                 write_state(folder / STATES, state)
             self.progress = progress  # now that it is on disk
             if best is last:

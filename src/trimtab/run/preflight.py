@@ -86,7 +86,7 @@ def _disk(recipe: Recipe, base: Base, adapter: Attached) -> Finding:
     """The run's folder at its fullest: adapters of the states that are kept, the best, a new one, and the final one; and the states,
     with the optimizer's."""
     size, keep = sum(p.nbytes for p in adapter.parameters().values()), recipe.train.keep
-    needed = (keep + 3) * size + (keep + 1) * (size + optimizer_bytes(base, recipe.train)) + 1_000_000
+    needed = (keep + 3) * size + (keep + 1) * (size + optimizer_bytes(base, recipe.train, of_all=True)) + 1_000_000
     folder = next(p for p in (recipe.output.absolute(), *recipe.output.absolute().parents) if p.exists())
     free = shutil.disk_usage(folder).free
     message = f"the run needs {needed / 1e6:,.0f} MB at most, and {free / 1e6:,.0f} MB are free in {folder}"

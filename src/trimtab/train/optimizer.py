@@ -1,6 +1,7 @@
 """The optimizer of an adapter's parameters: uninterrupted steps, and its state by the parameters' names."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -38,10 +39,14 @@ class Optimizer:
         rule.check_suits(trained)
         self._parts = self._build(rule, trained, weight_decay)
         # If they were made later, among the temporary tensors of a backward pass, gradients would fragment memory.
-        self._gradients = _joined_gradients(self.parameters)
+        self._gradients = self._make_gradients()
 
     def _build(self, rule: UpdateRule, trained: list[Trained], weight_decay: float) -> list[torch.optim.Optimizer]:
         return rule.build(trained, weight_decay)
+
+    def _make_gradients(self) -> list[Tensor]:
+        """Gradients of zero for the parameters; the few tensors that they are views of."""
+        return joined_gradients(self.parameters)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -105,6 +110,10 @@ class Optimizer:
         values = {f"value/{name}": parameter.detach() for name, parameter in self.named.items()}
         return {name: tensor.to("cpu").contiguous() for name, tensor in (values | self._held()).items()}
 
+    def whole_in(self, state: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+        """Within the block, the adapter's parameters are the values in this state, to be saved: they are already, where they are whole."""
+        return nullcontext()
+
     def _held(self) -> dict[str, Tensor]:
         """What the optimizer holds beside the number of steps, by the library's name of it and the parameter's; nothing before a step."""
         return {
@@ -141,7 +150,7 @@ class Optimizer:
             raise ArtifactError(
                 f"{wrong[0]} is not what this run trains{f' (and {len(wrong) - 1} more)' if wrong[1:] else ''}."
             )
-        self.adapter.load_state({name: tensors[f"value/{name}"] for name in self.named})
+        self._take_values({name: tensors[f"value/{name}"] for name in self.named})
         self._hold(held, tensors)
         if not steps:
             self._forget()
@@ -150,6 +159,10 @@ class Optimizer:
                 count.fill_(steps)
             elif count is not None:
                 state[STEP] = steps
+
+    def _take_values(self, values: Mapping[str, Tensor]) -> None:
+        """Give the parameters these values. Raises ArtifactError, changing nothing, if one is not finite."""
+        self.adapter.load_state(values)
 
     def _hold(self, held: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
         """Have these values in the place of those that are held."""
@@ -180,7 +193,7 @@ def trained_by(adapter: Attached) -> list[Trained]:
     return [Trained(p, multiplier(name.rpartition(".")[2]), id(p) in of_matrix) for name, p in adapter.parameters().items()]
 
 
-def _joined_gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+def joined_gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
     """Gradients of zero for the parameters, as views of one tensor for each dtype, so that processes add them all at once."""
     by_dtype: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
     for parameter in parameters:

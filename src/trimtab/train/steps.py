@@ -118,11 +118,19 @@ def for_processes(plan: MemoryPlan, config: TrainConfig) -> MemoryPlan:
     return plan._replace(processes=processes.size) if config.pack_tokens == "auto" else plan
 
 
-def optimizer_bytes(base: Base, config: TrainConfig) -> int:
-    """What the optimizer of the base's adapters holds beside the parameters and gradients. Raises RecipeError if it does not suit them."""
-    trained = [one for adapter in adapters(base.model).values() for one in trained_by(adapter) if one.parameter.requires_grad]
-    config.optimizer.check_suits(trained)
-    return sum(config.optimizer.state_bytes(parameter, is_matrix) for parameter, _, is_matrix in trained)
+def optimizer_bytes(base: Base, config: TrainConfig, *, of_all: bool = False) -> int:
+    """What the optimizer of the base's adapters holds beside the parameters and gradients; `of_all` processes that divide it, or this one.
+
+    Raises:
+        RecipeError: It does not suit them.
+    """
+    total = 0
+    for adapter in adapters(base.model).values():
+        trained = [one for one in trained_by(adapter) if one.parameter.requires_grad]
+        config.optimizer.check_suits(trained)
+        size = sum(config.optimizer.state_bytes(parameter, is_matrix) for parameter, _, is_matrix in trained)
+        total += size if of_all else -(-size // adapter.shares)
+    return total
 
 
 FULLEST = 8

@@ -67,6 +67,8 @@ class UpdateRule(Choice):
 
     family: ClassVar[str] = "trimtab.train.optimizers"
     default: ClassVar[str] = "adamw"
+    elementwise: ClassVar[bool] = False
+    """Each number of a parameter is updated by itself, so that processes can divide a parameter anywhere."""
     constants: ClassVar[tuple[str, ...]] = ()
     """What the library keeps with a parameter's state and never changes: it is not saved."""
     lr_multiplier: ClassVar[float] = 1.0

@@ -1,5 +1,7 @@
 """AdamW: Adam with decoupled weight decay; torch's, in one kernel where it has that."""
 
+from typing import ClassVar
+
 import torch
 from torch import nn
 
@@ -8,6 +10,8 @@ from trimtab.train.optimizers import Betas, Epsilon, Trained, UpdateRule, has_fu
 
 class AdamW(UpdateRule):
     """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), by torch's fused kernel where it has one."""
+
+    elementwise: ClassVar[bool] = True
 
     betas: Betas = (0.9, 0.999)
     """How much of their past the averages of the gradient and of its square keep at each step."""

@@ -30,7 +30,9 @@ certify: false
 """
 _MIXTURE = "{train: {few: {path: few.jsonl, weight: 2}, many: {path: rows.jsonl, weight: 1, limit: 20}}, eval: 4, seed: 3}"
 FEW = [{"prompt": f"What is {n}?", "completion": "a number"} for n in range(7)]
-"""The examples of few.jsonl."""
+TEXTS = [{"text": f"Is {n} a number? yes " * (n % 5 + 1)} for n in range(20)]
+FILES = {"few.jsonl": FEW, "texts.jsonl": TEXTS}
+"""What recipes train on beside rows.jsonl."""
 RECIPES = {
     "every step is evaluated and saved": _FIRST,
     "saved oftener than evaluated, one checkpoint": _FIRST.replace(
@@ -52,6 +54,9 @@ RECIPES = {
         "epochs: 2", "epochs: 2, optimizer: adafactor, schedule: inverse_sqrt, warmup: 3, save_every: 2"
     ),
     "noise, tokens a step": _FIRST.replace("rows_per_step: 4", "tokens_per_step: 60, neftune: 5, save_every: 2"),
+    "a corpus": _FIRST.replace(
+        "{train: rows.jsonl, eval: 4}", "{train: texts.jsonl, corpus: true, max_length: 24, eval: 2}"
+    ).replace("evaluate_every: 1", "evaluate_every: 3, save_every: 1"),
 }
 """Recipes by what is saved with them; each is killed."""
 RECIPES["nearly all of it"] = (

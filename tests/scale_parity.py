@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import transformers
+from kills import TEXTS
 from test_processes import JUDGED, PAIRS, ROWS, off
 from together import RECIPE, run_together, start_together, train_alone
 from worlds import make_model, write_rows
@@ -29,6 +30,7 @@ SFT = {
     "neftune": ["train.neftune=5"],
     "tokens": ["train.tokens_per_step=300", "train.rows_per_step=null"],
     "weights": ["data.train={a: {path: rows.jsonl, weight: 2}, b: {path: other.jsonl, weight: 1}}"],
+    "corpus": ["data={train: texts.jsonl, corpus: true, max_length: 48, eval: 4, seed: 0}", "train.rows_per_step=3"],
     "one row a step": ["train.rows_per_step=1", "train.max_steps=8"],
     "stops early": ["train.patience=1", "train.min_improvement=5", "train.evaluate_every=2"],
     "float16": ["model.dtype=float16", "model.device=cpu"],
@@ -53,7 +55,7 @@ def make(folder):
     tied.load_state_dict(untied.state_dict(), strict=False)
     tied.tie_weights()
     tied.save_pretrained(folder / "tied")
-    for name, rows in (("rows", ROWS), ("pairs", PAIRS), ("judged", JUDGED), ("other", ROWS[:20])):
+    for name, rows in (("rows", ROWS), ("pairs", PAIRS), ("judged", JUDGED), ("other", ROWS[:20]), ("texts", TEXTS)):
         write_rows(folder / f"{name}.jsonl", rows)
     (folder / "r.yaml").write_text(RECIPE)
 

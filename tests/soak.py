@@ -10,7 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from kills import FEW, RECIPES
+from kills import FILES, RECIPES
 from test_resume import assert_same
 from worlds import ROWS, make_model, write_rows
 
@@ -21,7 +21,8 @@ def main(wanted: int) -> None:
         folder = Path(root)
         make_model(folder / "tiny", 0)
         write_rows(folder / "rows.jsonl", ROWS)
-        write_rows(folder / "few.jsonl", FEW)
+        for name, rows in FILES.items():
+            write_rows(folder / name, rows)
         os.chdir(folder)
         while kills < wanted or seed < len(RECIPES):
             name, recipe = list(RECIPES.items())[seed % len(RECIPES)]

@@ -18,6 +18,7 @@ from trimtab.core.errors import StorageError
 from trimtab.report import RunObserver
 from trimtab.report.page import Words, texts
 from trimtab.report.page.difference import MOST, marked
+from trimtab.report.page.run_files import measures
 from trimtab.report.page.run_report import run_report
 from trimtab.run import report_page
 from trimtab.run.script import run_recipe
@@ -329,3 +330,8 @@ def test_what_runs_can_say_is_explained():
     assert len(tests) > 5
     assert tests - {"files", "certificate"} <= texts.TESTS.keys()
     assert texts.ADVICE_WORDS.keys() == ADVICE.keys()
+
+
+def test_how_long_a_step_took_and_waited_is_no_curve():
+    line = {"kind": "train", "step": 1, "loss": 1.0, "took": 0.5, "waited": 0.1, "accuracy": 1.0}
+    assert list(measures([line])) == ["accuracy"]

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from kills import FEW, RECIPES
+from kills import FILES, RECIPES
 from safetensors.torch import load_file, save_file
 from worlds import CHATML, ROWS, WHOLE, combinations, make_model, work_in_copy, write_rows
 
@@ -264,7 +264,8 @@ def result_status(output):
 @pytest.mark.parametrize("recipe", RECIPES if WHOLE else ["every step is evaluated and saved", "nearly all of it"])
 def test_real_kills(here, recipe):
     """SIGKILL at random moments, of training and of saving: every run ends as if it had never been killed."""
-    write_rows(here / "few.jsonl", FEW)
+    for name, rows in FILES.items():
+        write_rows(here / name, rows)
     (here / "r.yaml").write_text(RECIPES[recipe])
     done = subprocess.run(
         [sys.executable, Path(__file__).parent / "kills.py", here, str(KILLS), "0"], capture_output=True, text=True, check=False,

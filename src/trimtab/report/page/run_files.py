@@ -27,6 +27,7 @@ _NOT_MEASURES = {
     "computed",
     "seconds",
     "took",
+    "waited",
     "rows",
     "answers",
 }

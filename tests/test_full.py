@@ -19,6 +19,7 @@ from trimtab.data.example import TokenRow
 from trimtab.deploy import load_adapter, merge, save_adapter
 from trimtab.engine import pack_logprobs
 from trimtab.engine.patching import unfused
+from trimtab.evaluate.reference import HALF_TOLERANCE, TOLERANCE, logprob_tolerance
 from trimtab.methods import attach
 from trimtab.methods.full import Full
 from trimtab.methods.lora import LoRA
@@ -139,6 +140,13 @@ def test_on_a_bfloat16_base_it_is_the_model_whose_weights_are_the_rounded_master
     rounded.load_state_dict({name: p.bfloat16() for name, p in adapter.parameters().items()}, strict=False)
     assert torch.equal(logits(base.model), logits(rounded))
     assert not torch.equal(next(iter(adapter.parameters().values())), rounded.model.embed_tokens.weight.float())
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, HALF_TOLERANCE), (torch.float32, TOLERANCE)])
+def test_references_are_compared_with_the_precision_of_the_base(dtype, tolerance):
+    base = Base(tiny("llama", dtype))
+    attach(base.model, Full())
+    assert logprob_tolerance(base) == tolerance
 
 
 def test_the_base_is_never_touched_while_the_adapter_runs():

@@ -110,7 +110,8 @@ def check_start(base: Base, rows: Sequence[TokenRow], pack_tokens: int) -> float
 
 def logprob_tolerance(base: Base) -> tuple[float, float]:
     """The absolute (in nats) and relative tolerance between two computations of Σ log p of a row."""
-    half = next(base.model.parameters()).dtype in (torch.bfloat16, torch.float16) or base.quantization != "none"
+    frozen = next(parameter for parameter in base.model.parameters() if not parameter.requires_grad)  # not a copy in float32
+    half = frozen.dtype in (torch.bfloat16, torch.float16) or base.quantization != "none"
     return HALF_TOLERANCE if half else TOLERANCE
 
 

@@ -61,7 +61,7 @@ LAZY = {"__init__.py", "core/config.py", "engine/backends/__init__.py"}
 """Files that import what a text names: the package's own names, and the members of a family."""
 
 MOST_LINES_OF_A_FILE = 300
-CORE, MOST_LINES_OF_CORE = FLOORS[0] | FLOORS[1] | FLOORS[2] | {"objectives", "train"}, 14900
+CORE, MOST_LINES_OF_CORE = FLOORS[0] | FLOORS[1] | FLOORS[2] | {"objectives", "train"}, 15000
 """What the loss of a step depends on; lines with something on them, and of families what everybody reads: see `_in_core`."""
 FUSED = (
     "engine/backends/", "engine/layers.py", "engine/operations.py", "engine/patching.py", "engine/tree_attention.py",

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from trimtab.cli import _end
 from trimtab.core import interrupts
-from trimtab.core import processes as module
+from trimtab.core import process_group as module
 from trimtab.core.errors import DataError
 from trimtab.core.processes import processes
 from trimtab.launch import one_process_notice, run_together

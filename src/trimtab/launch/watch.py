@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 
 from trimtab.core.errors import ProcessLost
 from trimtab.core.interrupts import INTERRUPTED
-from trimtab.core.processes import START, Processes
+from trimtab.core.process_group import START
+from trimtab.core.processes import Processes
 from trimtab.launch.peer import Peer, listen
 
 PLACE = "trimtab/watch"

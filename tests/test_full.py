@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from families import FAMILIES, logprob_alone, perturb, random_rows, tiny
-from kinds import KINDS
+from kinds import KINDS, kind
 from torch import nn
 
 from trimtab.base import Base
@@ -17,7 +17,7 @@ from trimtab.core.errors import ArtifactError, NoSuchModule, RecipeError, Unsupp
 from trimtab.data import pack_all, pack_flat
 from trimtab.data.example import TokenRow
 from trimtab.deploy import load_adapter, merge, save_adapter
-from trimtab.engine import pack_logprobs
+from trimtab.engine import ensure_checked, pack_logprobs
 from trimtab.engine.patching import unfused
 from trimtab.evaluate.reference import HALF_TOLERANCE, TOLERANCE, logprob_tolerance
 from trimtab.methods import attach
@@ -60,10 +60,21 @@ def moe(dtype=torch.float32):
     return model.eval().requires_grad_(False).to(dtype)
 
 
+READ = ["gated DeltaNet", "KDA", "Mamba 1", "Mamba 2 with limits", "short convolution", "masks with learned numbers"]
+"""Models with layers that have weights of their own, or read those of convolutions without calling them."""
+
+
+def checked(name, dtype=torch.float64):
+    model = kind(name, dtype).requires_grad_(False)
+    ensure_checked(model)
+    return model
+
+
 @pytest.mark.parametrize(
     ("make", "tolerance"),
     [
         (lambda: tiny("gpt2", torch.float64), 1e-10),
+        *((lambda name=name: checked(name), 1e-3) for name in READ),
         *((lambda family=family: tiny(family, torch.float64), 1e-6) for family in ("llama-tied", "qwen2", "gemma2", "phi3")),
         (lambda: moe(torch.float64), 1e-6),  # as in the others, its norms compute in float32
     ],
@@ -78,13 +89,13 @@ def test_gradients_of_all_parameters_are_those_of_the_plain_model(make, toleranc
     assert adapter.parameters().keys() == expected.keys()
     for name, parameter in adapter.parameters().items():
         torch.testing.assert_close(parameter.grad, expected[name], rtol=tolerance, atol=tolerance, msg=name)
-    assert all(p.grad is None for layer in adapter.layers.values() for p in layer.base.parameters())
+    assert all(p.grad is None for layer in adapter.layers.values() for p in layer.base.parameters(recurse=False))
 
 
-@pytest.mark.parametrize("kind", ["chunks, counted tokens", "head sizes by layer, shared keys"])
-def test_copies_act_in_norms_that_layers_by_hand_call(kind):
+@pytest.mark.parametrize("name", ["chunks, counted tokens", "head sizes by layer, shared keys"])
+def test_copies_act_in_norms_that_layers_by_hand_call(name):
     """Which compute by the module that they stand in, or by its twin with the copies."""
-    model = KINDS[kind]()
+    model = KINDS[name]()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.2)
@@ -140,6 +151,27 @@ def test_on_a_bfloat16_base_it_is_the_model_whose_weights_are_the_rounded_master
     rounded.load_state_dict({name: p.bfloat16() for name, p in adapter.parameters().items()}, strict=False)
     assert torch.equal(logits(base.model), logits(rounded))
     assert not torch.equal(next(iter(adapter.parameters().values())), rounded.model.embed_tokens.weight.float())
+
+
+@pytest.mark.parametrize("name", ["gated DeltaNet", "short convolution"])
+def test_weights_that_the_model_reads_itself_are_those_that_act_now(name):
+    model, untouched = kind(name, torch.bfloat16), kind(name, torch.bfloat16)
+    adapter = attach(model, Full())
+    perturb(adapter.parameters(), 0.02)
+    rounded = copy.deepcopy(untouched)
+    rounded.load_state_dict({name: p.bfloat16() for name, p in adapter.parameters().items()}, strict=False)
+    assert torch.equal(logits(model), logits(rounded))
+    with adapter.disabled():
+        assert torch.equal(logits(model), logits(untouched))
+    assert not torch.equal(logits(model), logits(untouched))
+
+
+def test_rows_of_several_adapters_are_refused_where_the_model_reads_weights_itself():
+    model = kind("short convolution")
+    for name in "ab":
+        perturb(attach(model, Full(), name=name).parameters())
+    with pytest.raises(UnsupportedModel, match=r"reads weight of Conv1d itself, for rows of several adapters"), torch.no_grad():
+        pack_logprobs(model, pack_flat(ROWS), ["a", None, "b", "a"])
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, HALF_TOLERANCE), (torch.float32, TOLERANCE)])
@@ -275,7 +307,7 @@ def test_a_tied_base_of_another_number_type_is_merged_tied_and_in_float32(dtype,
     merge(base, adapter, tmp_path / "merged")
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
     assert plain.lm_head.weight is plain.model.embed_tokens.weight
-    assert torch.equal(plain.lm_head.weight, adapter.layers["lm_head"].weight.float())
+    assert torch.equal(plain.lm_head.weight, adapter.layers["lm_head"].own_parameters()["weight"].float())
     assert sum(f.stat().st_size for f in (tmp_path / "merged").glob("*.safetensors")) < 1.1 * 4 * plain.num_parameters()
 
 
@@ -288,7 +320,7 @@ def test_saved_it_is_read_back_and_not_taken_for_one_of_pefts(tmp_path):
     again = load_adapter(other, tmp_path / "adapter")
     assert again.method == adapter.method
     assert torch.equal(logits(other.model), logits(base.model))
-    assert again.layers["lm_head"].weight is again.layers["model.embed_tokens"].weight
+    assert again.layers["lm_head"].own_parameters()["weight"] is again.layers["model.embed_tokens"].own_parameters()["weight"]
     peft = pytest.importorskip("peft")
     with pytest.raises((ValueError, KeyError), match="TRIMTAB_FULL"):
         peft.PeftModel.from_pretrained(tiny("llama-tied"), tmp_path / "adapter")

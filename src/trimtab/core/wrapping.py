@@ -42,9 +42,12 @@ class Wrapper(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            value = getattr(vars(self).get("_modules", {}).get("base"), name, None) if not name.startswith("_") else None
+            base = vars(self).get("_modules", {}).get("base")
+            value = getattr(base, name, None) if not name.startswith("_") else None
             if isinstance(value, Tensor):
                 return WeightFacts(value, name)
+            if value is None and name in getattr(base, "_parameters", ()):  # a linear layer without a bias, say
+                return None
             if value is None or isinstance(value, nn.Module) or callable(value):
                 raise
             return value

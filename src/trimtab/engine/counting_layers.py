@@ -42,6 +42,10 @@ class PatchedCountingForward:
     def __init__(self, layer: nn.Module) -> None:
         self.layer = layer
 
+    def of_twin(self, twin: nn.Module) -> "PatchedCountingForward":
+        """The same of a layer that has other weights."""
+        return PatchedCountingForward(twin)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         layout = kwargs.get("layout") or current_layout()
         if isinstance(layout, PackLayout):

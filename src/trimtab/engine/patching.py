@@ -1,5 +1,6 @@
 """Patched forward passes of a model's layers: in packed passes, by fused operations and with gradient checkpointing where asked."""
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -148,6 +149,12 @@ class PatchedForward:
         self.learned: Learned | None = None
         self.returns = -1
         """As in LayerStructure."""
+
+    def of_twin(self, twin: nn.Module) -> "PatchedForward":
+        """The same of a layer that has other weights."""
+        patched = copy.copy(self)
+        patched.layer = twin
+        return patched
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         layer, layout = self.layer, kwargs.get("layout")

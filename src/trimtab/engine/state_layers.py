@@ -95,11 +95,16 @@ class PatchedStateForward:
 
     is_patch = True
 
-    def __init__(self, layer: nn.Module) -> None:
-        self.layer = layer
+    def __init__(self, layer: nn.Module, key: int | None = None) -> None:
+        """`key` is that of its states in a cache."""
+        self.layer, self.key = layer, id(layer) if key is None else key
         own: Any = inspect.unwrap(type(layer).forward)
         self.parameters = list(inspect.signature(own).parameters.values())[1:]
         self.names = {p.name for p in self.parameters if p.kind is not p.VAR_KEYWORD}
+
+    def of_twin(self, twin: nn.Module) -> "PatchedStateForward":
+        """The same of a layer that has other weights."""
+        return PatchedStateForward(twin, self.key)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         layout = kwargs.pop("layout", None) or current_layout()
@@ -129,7 +134,7 @@ class PatchedStateForward:
         with holding(_running, states):
             out = _branching_forward(inspect.unwrap(type(self.layer).forward), methods)(self.layer, x, cache=states, **options)
         if isinstance(layout, PrefillLayout):
-            layout.cache.states[id(self.layer)] = LayerState(states.conv, states.recurrent)
+            layout.cache.states[self.key] = LayerState(states.conv, states.recurrent)
         return out
 
     def _rows(self, x: Tensor, layout: PackLayout, options: dict[str, Any]) -> Any:
@@ -142,12 +147,12 @@ class PatchedStateForward:
             with routed(routing.select(row.tolist()) if routing is not None else None):
                 outs.append(self._own(x.index_select(1, to_device(row, x.device)), states[-1], options))
         if isinstance(layout, PrefillLayout):
-            layout.cache.states[id(self.layer)] = stacked([each.state for each in states])
+            layout.cache.states[self.key] = stacked([each.state for each in states])
         first = to_device(torch.from_numpy(np.unique(torch.cat(rows).numpy(), return_index=True)[1]), x.device)
         return _joined(outs, lambda parts: torch.cat(parts, dim=1).index_select(1, first))
 
     def _decode(self, x: Tensor, layout: DecodeLayout, options: dict[str, Any]) -> Any:
-        states = OwnStates(layout.cache.states[id(self.layer)])
+        states = OwnStates(layout.cache.states[self.key])
         limit = tuple(getattr(self.layer, "time_step_limit", UNLIMITED))
         if limit != UNLIMITED:
             own: Any = inspect.unwrap(type(self.layer).forward)

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from trimtab.core.errors import RecipeError, UnsupportedModel
-from trimtab.methods import AdapterLayer, base_modules, trainable_dtype, unwrap
+from trimtab.methods import AdapterLayer, Routing, base_modules, trainable_dtype, unwrap
 from trimtab.methods._structure import own_weights
 
 
@@ -26,6 +26,18 @@ class WeightCopyLayer(AdapterLayer):
                     "weights as they are, such as lora, or a base that is not quantized."
                 )
             self.register_parameter(name, nn.Parameter(weight.detach().to(trainable_dtype(weight), copy=True)))
+
+    def __getattr__(self, name: str) -> Any:
+        """Models read the weights of some modules, such as convolutions, without calling them: by these names, what acts now."""
+        if (trained := vars(self)["_parameters"].get(name)) is None:
+            return super().__getattr__(name)
+        if isinstance(self.switch.state, Routing):
+            raise UnsupportedModel(
+                f"The model reads {name} of {type(unwrap(self.base)).__name__} itself, for rows of several adapters at once. Run the rows of "
+                "each adapter by themselves (trimtab.active)."
+            )
+        weight: Tensor = getattr(self.base, name)
+        return trained.to(weight.dtype) if self.switch.state else weight
 
     def adapt(self, *args: Any, **kwargs: Any) -> Any:
         values = {name: self._parameters[name].to(weight.dtype) for name, weight in own_weights(unwrap(self.base))}  # type: ignore[union-attr]
@@ -53,7 +65,7 @@ def with_parameters(module: nn.Module, values: Mapping[str, Tensor]) -> nn.Modul
         twin._modules = {**module._modules, "base": with_parameters(module.base, values)}
     else:
         twin._parameters = {**module._parameters, **values}  # type: ignore[dict-item]
-        if hasattr(patched := vars(twin).get("forward"), "of_twin"):  # it would compute with the module's own
+        if getattr(patched := vars(twin).get("forward"), "is_patch", False):  # it would compute with the module's own
             twin.forward = patched.of_twin(twin)  # type: ignore[union-attr]
     return twin
 

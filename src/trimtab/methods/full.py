@@ -2,7 +2,7 @@
 
 from typing import ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from trimtab.core.errors import RecipeError
 from trimtab.core.wrapping import text_modules
@@ -45,10 +45,10 @@ class Full(Method):
         return WeightCopyLayer(base, path)
 
     def tie_parameters(self, layers: dict[str, AdapterLayer]) -> None:
-        copies: dict[int, Tensor] = {}
+        copies: dict[int, nn.Parameter] = {}
         for layer in layers.values():
             for name, weight in own_weights(layer.base):
-                setattr(layer, name, copies.setdefault(id(weight), getattr(layer, name)))
+                layer.register_parameter(name, copies.setdefault(id(weight), layer.own_parameters()[name]))
 
     def parameter_count(self, model: nn.Module) -> int:
         """All that the chosen modules own, tied ones counted once."""

@@ -13,7 +13,6 @@ from torch import nn
 from trimtab.core.errors import RecipeError
 from trimtab.core.wrapping import is_divided, unwrap
 from trimtab.distributed._shares import parameters_of
-from trimtab.engine.state_layers import state_layers
 from trimtab.methods import Attached
 
 if TYPE_CHECKING:
@@ -75,10 +74,9 @@ def divided(adapter: Attached, layers: list[nn.Module], whole: set[nn.Parameter]
     return Divided(dtype, weights, originals, {copy for weight, copy in copied if weight in originals and copy.ndim > 1})
 
 
-def check_originals_rest(adapter: Attached, layers: list[nn.Module]) -> None:
-    """Raise RecipeError if passes compute with originals, which are not gathered then: `full` does not train their copies anywhere."""
-    acting = {*state_layers(adapter.model), *layers}
-    if path := next((path for path, layer in adapter.layers.items() if unwrap(layer.base) in acting), None):
+def check_layers(adapter: Attached, layers: list[nn.Module]) -> None:
+    """Raise RecipeError if a layer has copies of its own weights: it is gathered by hooks on itself, and not on its twin with the copies."""
+    if path := next((path for path, layer in adapter.layers.items() if unwrap(layer.base) in layers), None):
         raise RecipeError(
             f"distributed.engine: fsdp cannot train full of {type(adapter.model).__name__}: {path} has weights of its own beside its matrices. "
             "Use a method such as lora."

@@ -17,7 +17,7 @@ from trimtab.core.wrapping import is_divided, trunk_of, unwrap
 from trimtab.distributed._full_shares import (
     FULL,
     add_up_gradients,
-    check_originals_rest,
+    check_layers,
     check_torch,
     divided,
     gather_while_off,
@@ -80,7 +80,7 @@ def shard(base: Base, adapter: Attached, device: torch.device) -> None:
     whole, mesh, policy = kept_whole(base.model, layers), _mesh(device), MixedPrecisionPolicy()
     full = divided(adapter, layers, whole) if adapter.method.name == FULL else None
     if full is not None:
-        check_originals_rest(adapter, layers)
+        check_layers(adapter, layers)
         whole = set(base.model.parameters()) - full.weights - full.copies
         policy = MixedPrecisionPolicy(full.dtype, torch.promote_types(full.dtype, torch.float32), cast_forward_inputs=False)
     places = [(id(p), module, name) for module, name, p in parameters_of(layers) if p not in whole]

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from trimtab.core.errors import RecipeError, UnsupportedModel
+from trimtab.core.wrapping import is_divided
 from trimtab.methods import AdapterLayer, Routing, base_modules, trainable_dtype, unwrap
 from trimtab.methods._structure import own_weights
 
@@ -29,7 +30,8 @@ class WeightCopyLayer(AdapterLayer):
 
     def __getattr__(self, name: str) -> Any:
         """Models read the weights of some modules, such as convolutions, without calling them: by these names, what acts now."""
-        if (trained := vars(self)["_parameters"].get(name)) is None:
+        trained = vars(self)["_parameters"].get(name)
+        if trained is None or is_divided(trained):  # between passes: FSDP asks for what it has divided
             return super().__getattr__(name)
         if isinstance(self.switch.state, Routing):
             raise UnsupportedModel(

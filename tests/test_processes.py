@@ -151,15 +151,6 @@ def test_what_is_wrong_for_the_process_that_writes_is_so_for_all(made):
     assert [of_rank[-2]["status"] for of_rank in said] == ["StorageError"] * 2
 
 
-@pytest.fixture(scope="module")
-def faulty(made):
-    """What becomes of runs whose processes have faults."""
-    folder, _ = made
-    jobs = [{"words": [f"output=bad/{fault}", *DRIFT_WORDS.get(fault, [])], "fault": fault} for fault in DRIFT]
-    jobs.append({"words": ["output=bad/means", *JOBS["sft, dropout, samples"]], "fault": "divides_by_own"})
-    return run_together(folder, jobs)
-
-
 DRIFT = {
     "forgets_others": "the adapter after step 4",
     "starts_elsewhere": "the adapter after step 4",
@@ -167,6 +158,39 @@ DRIFT = {
     "other_order": "data.seed of the recipe",
 }
 DRIFT_WORDS = {"other_order": ["data.eval=0"]}  # the examples are the same then
+
+
+ALONE = {
+    "disk": "StorageError: there is no room",
+    "data": "DataError: rows.jsonl is not here",
+    "data of the first": "DataError: rows.jsonl is not here",
+    "folder": "StorageError: it can't be written",
+    "tracker": "StorageError: it can't be reached",
+    "certificate": "NotCertified: it is no better",
+}
+"""Errors of one process, outside of steps."""
+
+
+@pytest.fixture(scope="module")
+def with_faults(made):
+    """What becomes of runs whose processes have faults, one after the other in one script, which catches their errors."""
+    folder, _ = made
+    jobs = [{"words": [f"output=bad/{fault}", *DRIFT_WORDS.get(fault, [])], "fault": fault} for fault in DRIFT]
+    jobs.append({"words": ["output=bad/means", *JOBS["sft, dropout, samples"]], "fault": "divides_by_own"})
+    jobs += [{"words": [f"output=failed/{fault}", "certify=true"], "fault": fault} for fault in (*ALONE, "library")]
+    jobs.append(["output=failed/none", *JOBS["sft, dropout, samples"]])
+    jobs += [{"words": ["output=failed/metrics"], "fault": "metrics"}, ["output=failed/last"]]
+    return run_together(folder, jobs)
+
+
+@pytest.fixture(scope="module")
+def faulty(with_faults):
+    return [of_rank[: len(DRIFT) + 1] for of_rank in with_faults]
+
+
+@pytest.fixture(scope="module")
+def failing(with_faults):
+    return [of_rank[len(DRIFT) + 1 :] for of_rank in with_faults]
 
 
 @pytest.mark.parametrize("fault", DRIFT)
@@ -185,27 +209,6 @@ def test_a_mean_of_means_would_be_seen(made, faulty):
 
 
 # One process's view
-
-
-ALONE = {
-    "disk": "StorageError: there is no room",
-    "data": "DataError: rows.jsonl is not here",
-    "data of the first": "DataError: rows.jsonl is not here",
-    "folder": "StorageError: it can't be written",
-    "tracker": "StorageError: it can't be reached",
-    "certificate": "NotCertified: it is no better",
-}
-"""Errors of one process, outside of steps."""
-
-
-@pytest.fixture(scope="module")
-def failing(made):
-    """What becomes of runs, one after the other in one script, of which one process has an error that it catches."""
-    folder, _ = made
-    jobs = [{"words": [f"output=failed/{fault}", "certify=true"], "fault": fault} for fault in (*ALONE, "library")]
-    jobs += [["output=failed/none", *JOBS["sft, dropout, samples"]]]
-    jobs += [{"words": ["output=failed/metrics"], "fault": "metrics"}, ["output=failed/last"]]
-    return run_together(folder, jobs)
 
 
 @pytest.mark.parametrize("fault", ALONE)

@@ -7,14 +7,18 @@ import pytest
 import torch
 import transformers
 from families import logprob_alone, method_of, perturb, random_rows, tiny
+from worlds import make_model
 
-from trimtab.base import Base, ModelConfig, quantized
+from trimtab.base import Base, ModelConfig, quantized, room, weight_bytes
 from trimtab.base.fingerprint import own_weights, weights_hash
+from trimtab.base.loading import read_skeleton
 from trimtab.base.quantized import StoredMatrix
 from trimtab.core.errors import ArtifactError, BaseChanged, NotMergeable, RecipeError, UnsupportedModel
+from trimtab.core.processes import processes
 from trimtab.data import pack_flat
 from trimtab.data.example import TokenRow
 from trimtab.deploy import load_adapter, load_model, merge, save_adapter
+from trimtab.distributed import Engine
 from trimtab.engine import check_packing, describe_layers, generate, pack_logprobs
 from trimtab.methods import Method, Sample, attach, weight_matrix
 from trimtab.methods.lora import LoRA
@@ -235,6 +239,27 @@ def test_a_bfloat16_base_stays_bfloat16_and_its_adapter_float32(kind, folder):
     assert all(p.grad.isfinite().all() for p in adapter.parameters().values())
     base.check_unchanged()
     assert digest == base.fingerprint
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_that_bitsandbytes_stored_needs_the_memory_of_its_bits(kind, tmp_path, monkeypatch):
+    """As the hub's *-bnb-4bit are, for devices on which the model would have no room otherwise."""
+    make_model(tmp_path / "tiny", 0)
+    base = Base.load(ModelConfig(name=str(tmp_path / "tiny"), dtype="float32", device="cpu", quantize=kind))
+    base.model.save_pretrained(tmp_path / "stored")
+    stored = ModelConfig(name=str(tmp_path / "stored"), dtype="float32", device="cpu")
+    weights = read_skeleton(tmp_path / "stored")
+    held, whole = (weight_bytes(weights, torch.float32, quantize) for quantize in (kind, "none"))
+    assert held < 0.7 * whole
+    for memory in (held + 1, held - 1):
+        monkeypatch.setattr(room, "free_memory", lambda device, memory=memory: memory)
+        if memory > held:
+            assert Base.load(stored).quantization == kind
+        else:
+            with pytest.raises(RecipeError, match=r"GB free\. Use a device or machine with more memory\.$"):
+                Base.load(stored)
+    monkeypatch.setattr(type(processes), "size", 2)
+    assert Engine.pick("auto").choose(stored, Method.pick("lora")).name == "ddp"
 
 
 def test_another_kind_than_the_stored_one_is_refused(load, tmp_path):

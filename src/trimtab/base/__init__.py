@@ -6,7 +6,7 @@ from trimtab.base.fingerprint import Fingerprint, model_fingerprint, writes_date
 from trimtab.base.locate import locate_model
 from trimtab.base.model import Base
 from trimtab.base.room import room_to_use, weight_bytes
-from trimtab.base.skeleton import skeleton
+from trimtab.base.skeleton import quantization_when_loaded, skeleton
 from trimtab.base.supported import context_length, limit_rows
 from trimtab.core.chat import Message
 
@@ -21,6 +21,7 @@ __all__ = [
     "locate_model",
     "model_fingerprint",
     "nearest_config",
+    "quantization_when_loaded",
     "resolve_device",
     "resolve_dtype",
     "room_to_use",

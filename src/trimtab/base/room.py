@@ -12,6 +12,7 @@ from trimtab.base.config import ModelConfig, resolve_device, resolve_dtype
 from trimtab.base.loading import read_skeleton
 from trimtab.base.locate import loadable_place
 from trimtab.base.quantized import Quantize
+from trimtab.base.stored_quantization import held_quantization
 from trimtab.core.errors import RecipeError
 from trimtab.core.processes import processes
 
@@ -43,10 +44,10 @@ def find_room(
     Raises:
         RecipeError: It does not fit, and must not be moved, or does not fit there either; the message says what would do.
     """
-    weights = copy = 0.0
+    weights, copy, held = 0.0, 0.0, config.quantize
     with suppress(Exception):  # which reading it raises, with the reason
-        skeleton = read_skeleton(place)
-        weights, copy = weight_bytes(skeleton, dtype, config.quantize), weight_bytes(skeleton, torch.float32)
+        skeleton, held = read_skeleton(place), held_quantization(place, config.quantize)
+        weights, copy = weight_bytes(skeleton, dtype, held), weight_bytes(skeleton, torch.float32)
     host = free_memory(CPU) * processes.local_size  # they share what they map from files
     on_host = weights + max(copies - 1, 0) * copy  # the last copy is such a file
     on_cpu = device.type == "cpu"
@@ -59,11 +60,14 @@ def find_room(
         if on_host <= host:
             return CPU, f"{said}: it is loaded on the CPU, which is slow"
         said += f", the CPU {_gb(host)}"
-    smaller = "; or a quarter of it (model: {quantize: nf4})" if config.quantize == "none" else ""
-    divided = "; or divide the model among several (devices: N, distributed: {engine: fsdp}); or compute on the CPU, slowly (device: cpu)"
-    raise RecipeError(
-        f"model: {config.name}: {said}. Use a device or machine with more memory{smaller}{'' if moves or on_cpu else divided}."
-    )
+    ways = ["Use a device or machine with more memory"]
+    if held == "none":
+        ways.append("or a quarter of it (model: {quantize: nf4})")
+    if not (moves or on_cpu):
+        if held == "none":  # others have no shares
+            ways.append("or divide the model among several (devices: N, distributed: {engine: fsdp})")
+        ways.append("or compute on the CPU, slowly (device: cpu)")
+    raise RecipeError(f"model: {config.name}: {said}. {'; '.join(ways)}.")
 
 
 def room_to_use(config: ModelConfig) -> str | None:

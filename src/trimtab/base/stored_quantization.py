@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from trimtab.base.loading import find_file, read_config, read_model, read_skeleton
+from trimtab.base.quantized import Quantize
 from trimtab.core.errors import RecipeError, UnsupportedModel
 
 COMPRESSED = "compressed-tensors"
@@ -66,6 +67,14 @@ def stored_quantization(place: Path | str, quantize: str = "none") -> str | None
             "and it is dequantized; or use a checkpoint in bfloat16."
         )
     return stored
+
+
+def held_quantization(place: Path | str, quantize: Quantize) -> Quantize:
+    """How a base is held: quantized while it is loaded, or as bitsandbytes has stored it. Raises as `stored_quantization` does."""
+    if stored_quantization(place, quantize) != BITSANDBYTES:
+        return quantize
+    settings = _settings(read_config(place)) or {}
+    return "nf4" if settings.get("load_in_4bit") or settings.get("quant_method") == "bitsandbytes_4bit" else "int8"
 
 
 def _why_not(stored: str, settings: dict[str, Any]) -> str | None:

@@ -1,6 +1,6 @@
 """The engine that suits the base model and the devices."""
 
-from trimtab.base import ModelConfig, resolve_device, resolve_dtype, skeleton, weight_bytes
+from trimtab.base import ModelConfig, quantization_when_loaded, resolve_device, resolve_dtype, skeleton, weight_bytes
 from trimtab.core.processes import processes
 from trimtab.distributed import Engine
 from trimtab.distributed._full_shares import FULL
@@ -18,7 +18,7 @@ class Auto(Engine):
 
     def choose(self, model: ModelConfig, method: Method) -> Engine:
         ddp = Engine.member("ddp")()
-        if processes.size == 1 or model.quantize != "none":
+        if processes.size == 1 or quantization_when_loaded(model.name, model.quantize) != "none":
             return ddp
         if all(processes.tell(_fits(model, TRAINED if method.name == FULL else 0))):
             return ddp

@@ -17,7 +17,7 @@ from trimtab.core.errors import ArtifactError, NoSuchModule, RecipeError, Unsupp
 from trimtab.data import pack_all, pack_flat
 from trimtab.data.example import TokenRow
 from trimtab.deploy import load_adapter, merge, save_adapter
-from trimtab.engine import ensure_checked, pack_logprobs
+from trimtab.engine import ensure_checked, generate, pack_logprobs
 from trimtab.engine.patching import unfused
 from trimtab.evaluate.reference import HALF_TOLERANCE, TOLERANCE, logprob_tolerance
 from trimtab.methods import attach
@@ -164,6 +164,20 @@ def test_weights_that_the_model_reads_itself_are_those_that_act_now(name):
     with adapter.disabled():
         assert torch.equal(logits(model), logits(untouched))
     assert not torch.equal(logits(model), logits(untouched))
+
+
+@pytest.mark.parametrize("name", READ)
+def test_answers_are_those_of_the_model_with_these_weights(name):
+    """Layers that carry state keep it from one token to the next, whichever weights they have."""
+    model, plain, prompts = checked(name, torch.float32), checked(name, torch.float32), [row.ids for row in ROWS]
+    adapter = attach(model, Full())
+    perturb(adapter.parameters(), 0.1)
+    plain.load_state_dict(dict(adapter.parameters()), strict=False)
+    with adapter.disabled():
+        before = generate(model, prompts, (), max_new_tokens=8)
+    answers = generate(model, prompts, (), max_new_tokens=8)
+    assert answers == generate(plain, prompts, (), max_new_tokens=8)
+    assert answers != before
 
 
 def test_rows_of_several_adapters_are_refused_where_the_model_reads_weights_itself():
